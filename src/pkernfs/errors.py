@@ -1,0 +1,174 @@
+"""The exception tree: what can go wrong, with its errno and its exit status.
+
+A :class:`PkernfsError` is something a user can understand or mend and is shown as one line. Any
+other exception is a bug and keeps its traceback. Message grammar:
+``<structure> <where>: <reason>: got <x>, expected <y>``; lower case, no full stop, offsets in hex.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+
+
+class PkernfsError(Exception):
+    """Base of all expected failures.
+
+    ``errno`` is what a system call through the mount fails with, ``exit_status`` what a command
+    exits with (fsck and mount translate it into their own codes).
+    """
+
+    errno: int = _errno.EIO
+    exit_status: int = 1
+
+
+class NotFoundError(PkernfsError):
+    """No such name or inode."""
+
+    errno = _errno.ENOENT
+
+
+class ExistsError(PkernfsError):
+    """The name is taken."""
+
+    errno = _errno.EEXIST
+
+
+class NoSpaceError(PkernfsError):
+    """No free block, page or inode; nothing was changed."""
+
+    errno = _errno.ENOSPC
+
+
+class NotDirError(PkernfsError):
+    """A directory was needed."""
+
+    errno = _errno.ENOTDIR
+
+
+class IsDirError(PkernfsError):
+    """Anything but a directory was needed."""
+
+    errno = _errno.EISDIR
+
+
+class NotEmptyError(PkernfsError):
+    """The directory has entries."""
+
+    errno = _errno.ENOTEMPTY
+
+
+class NameTooLongError(PkernfsError):
+    """A name of more than 255 bytes, or a symlink target of more than 4095."""
+
+    errno = _errno.ENAMETOOLONG
+
+
+class InvalidError(PkernfsError):
+    """An argument out of its range."""
+
+    errno = _errno.EINVAL
+
+
+class PermissionDeniedError(PkernfsError):
+    """The operation is not allowed on this object, whoever asks."""
+
+    errno = _errno.EPERM
+
+
+class ReadOnlyError(PkernfsError):
+    """The file system is read-only."""
+
+    errno = _errno.EROFS
+
+
+class BusyError(PkernfsError):
+    """In use."""
+
+    errno = _errno.EBUSY
+
+
+class NoDataError(PkernfsError):
+    """No such extended attribute."""
+
+    errno = _errno.ENODATA
+
+
+class RangeTooSmallError(PkernfsError):
+    """The result does not fit the buffer."""
+
+    errno = _errno.ERANGE
+
+
+class TooBigError(PkernfsError):
+    """Beyond the largest file size, or an attribute value that is too large."""
+
+    errno = _errno.EFBIG
+
+
+class ArgumentTooLongError(PkernfsError):
+    """An extended attribute value of more than 64 KiB."""
+
+    errno = _errno.E2BIG
+
+
+class NotSupportedError(PkernfsError):
+    """An operation or a mode that this file system does not have."""
+
+    errno = _errno.EOPNOTSUPP
+
+
+class NoSuchAddressError(PkernfsError):
+    """lseek(SEEK_DATA or SEEK_HOLE) beyond the end."""
+
+    errno = _errno.ENXIO
+
+
+class TooManyLinksError(PkernfsError):
+    """The link count would not fit."""
+
+    errno = _errno.EMLINK
+
+
+class CorruptionError(PkernfsError):
+    """Something in the region contradicts the format (``Structure needs cleaning``)."""
+
+    errno = _errno.EUCLEAN
+
+
+class FormatError(PkernfsError):
+    """Not a pkernfs, or one that this version must not touch."""
+
+    errno = _errno.EINVAL
+
+
+class RegionError(PkernfsError):
+    """The region cannot be opened, sized or mapped."""
+
+    def __init__(self, message: str, errno: int = _errno.EINVAL) -> None:
+        super().__init__(message)
+        self.errno = errno
+
+
+class LockedError(RegionError):
+    """Another process has the region."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, _errno.EBUSY)
+
+
+class UsageError(PkernfsError):
+    """The command line makes no sense."""
+
+    errno = _errno.EINVAL
+
+
+class ZeroingNeeded(Exception):  # noqa: N818 - not an error: control flow between core and caller
+    """The operation needs more zeroed memory than may be zeroed at once; nothing was changed.
+
+    ``blocks`` are ``(first, count)`` runs of free 2 MiB blocks. The caller claims them, zeroes them
+    where it likes, finishes the claim and calls the operation again.
+    """
+
+    def __init__(self, blocks: list[tuple[int, int]]) -> None:
+        super().__init__(blocks)
+        self.blocks = blocks
