@@ -1,0 +1,262 @@
+"""The on-region format: constants and structures. docs/format.md is the same in words.
+
+Only declarations and pure conversions live here; nothing reads or writes a region. All integers
+are little-endian and naturally aligned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from struct import Struct
+from typing import NamedTuple, NewType
+
+Ino = NewType("Ino", int)
+PageNo = NewType("PageNo", int)
+BlockNo = NewType("BlockNo", int)
+
+PAGE = 4096
+BLOCK = 2 << 20
+PAGES_PER_BLOCK = BLOCK // PAGE
+GIB = 1 << 30
+BLOCKS_PER_GIB = GIB // BLOCK
+
+VERSION_MAJOR = 1
+VERSION_MINOR = 0
+SIGNATURE = b"pkernfs\0"
+MIN_REGION_BYTES = 4 * BLOCK
+
+FEATURES_COMPAT = 0
+FEATURES_RO_COMPAT = 0
+FEATURES_INCOMPAT = 0
+
+MAX_FILE_BYTES = (1 << 63) - 1
+MAX_NAME_BYTES = 255
+MAX_TARGET_BYTES = 4095
+MAX_XATTR_BYTES = 65536
+MAX_LINKS = (1 << 32) - 1
+
+
+def _magic(text: bytes) -> int:
+    return int.from_bytes(text, "little")
+
+
+MAGIC_SUPERBLOCK = _magic(b"PKSB")
+MAGIC_STATE = _magic(b"PKST")
+MAGIC_BLOCK_MAP = _magic(b"PKBM")
+MAGIC_PAGE_MAP = _magic(b"PKPM")
+MAGIC_INODES = _magic(b"PKIN")
+MAGIC_TREE = _magic(b"PKTR")
+MAGIC_OVERFLOW = _magic(b"PKOV")
+MAGIC_RECORD = _magic(b"PKJR")
+
+MAGIC_NAMES = {
+    MAGIC_SUPERBLOCK: "superblock",
+    MAGIC_STATE: "state page",
+    MAGIC_BLOCK_MAP: "block map",
+    MAGIC_PAGE_MAP: "page map",
+    MAGIC_INODES: "inode page",
+    MAGIC_TREE: "tree node",
+    MAGIC_OVERFLOW: "overflow page",
+}
+
+SUPERBLOCK_PAGE = PageNo(0)
+STATE_PAGE = PageNo(1)
+FIRST_MAP_PAGE = PageNo(2)
+MAX_MAP_PAGES_IN_BLOCK_0 = PAGES_PER_BLOCK - FIRST_MAP_PAGE
+BACKUP_PAGE = PageNo(PAGES_PER_BLOCK)
+JOURNAL_PAGE = PageNo(PAGES_PER_BLOCK + 1)
+JOURNAL_PAGES = PAGES_PER_BLOCK - 1
+
+# ------------------------------------------------------------------------------ page header
+
+HEADER_BYTES = 64
+# magic, checksum, self, owner, uuid
+HEADER = Struct("<IIQQ16s")
+
+# ------------------------------------------------------------------------------ superblock
+
+SUPERBLOCK = Struct("<8sHHIIIQQQQQQQ16s64s")
+SUPERBLOCK_OFFSET = 64
+RANGES_OFFSET = 512
+RANGE = Struct("<QQQQQI20x")
+MAX_RANGES = 50
+NO_PHYSICAL = (1 << 64) - 1
+NO_NODE = (1 << 32) - 1
+
+
+class SuperblockFields(NamedTuple):
+    """Superblock from offset 64, in the order of the format (section 3)."""
+
+    signature: bytes
+    version_major: int
+    version_minor: int
+    page_size: int
+    block_size: int
+    range_count: int
+    feature_compat: int
+    feature_ro_compat: int
+    feature_incompat: int
+    region_bytes: int
+    created: int
+    journal_page: int
+    journal_pages: int
+    hash_key: bytes
+    label: bytes
+
+
+class RangeFields(NamedTuple):
+    """Range table entry (section 3); block numbers, page numbers."""
+
+    first_block: int
+    blocks: int
+    phys_base: int
+    map_page: int
+    map_pages: int
+    node: int
+
+
+# ------------------------------------------------------------------------------ state page
+
+STATE = Struct("<IIQQQ16sQQQQI4xQ")
+STATE_OFFSET = 64
+STATE_CLEAN = 1
+STATE_MOUNTED = 2
+STATE_FROZEN = 3
+STATE_FLAG_ERROR = 1
+
+
+class StateFields(NamedTuple):
+    """State page from offset 64 (section 4)."""
+
+    state: int
+    flags: int
+    mounts: int
+    mounted_at: int
+    unmounted_at: int
+    boot_id: bytes
+    inode_root: int
+    inode_pages: int
+    free_inode_page: int
+    inodes_used: int
+    next_generation: int
+    written_by: int
+
+
+# Offsets of single fields that are stored on their own.
+STATE_INODE_ROOT_OFFSET = 112
+STATE_INODE_PAGES_OFFSET = 120
+STATE_FREE_INODE_PAGE_OFFSET = 128
+STATE_NEXT_GENERATION_OFFSET = 144
+
+# ------------------------------------------------------------------------------ free space
+
+BLOCK_MAP = Struct("<QQ")
+BLOCK_MAP_OFFSET = 40
+MAP_BYTES = 1344
+MAP_BLOCKS = MAP_BYTES * 8
+MAP_USED_OFFSET = 64
+MAP_CARVED_OFFSET = MAP_USED_OFFSET + MAP_BYTES
+MAP_ZERO_OFFSET = MAP_CARVED_OFFSET + MAP_BYTES
+
+PAGE_MAP_CLASS_OFFSET = 40
+PAGE_MAP_USED_OFFSET = 64
+PAGE_MAP_USED_BYTES = PAGES_PER_BLOCK // 8
+CLASS_META = 1
+CLASS_DATA = 2
+
+# ------------------------------------------------------------------------------ inodes
+
+ROOT_INO = Ino(1)
+IOMMU_INO = Ino(2)
+INODE_BYTES = 256
+SLOTS_PER_INODE_PAGE = 16
+FULL_INODE_PAGE = 0xFFFE
+# index, next_free, used, pending, listed
+INODE_PAGE = Struct("<QQHHH")
+INODE_PAGE_OFFSET = 40
+
+INODE = Struct("<QIIIIIIQqqqqIIQQQQQQ")
+INODE_INLINE_OFFSET = 128
+INODE_INLINE_BYTES = 128
+INODE_FLAG_BODY = 1
+INODE_FLAG_PENDING = 2
+INODE_INLINE_SHIFT = 8
+MAX_INLINE_EXTENTS = 5
+PENDING_TO_END = MAX_FILE_BYTES
+
+
+class InodeFields(NamedTuple):
+    """Inode but for its inline bytes (section 6)."""
+
+    ino: int
+    generation: int
+    mode: int
+    uid: int
+    gid: int
+    nlink: int
+    flags: int
+    size: int
+    atime: int
+    mtime: int
+    ctime: int
+    btime: int
+    rdev_major: int
+    rdev_minor: int
+    data_pages: int
+    xattr_root: int
+    pending_start: int
+    pending_end: int
+    parent: int
+    body: int
+
+
+EXTENT = Struct("<QQQ")
+EXTENT_BYTES = EXTENT.size
+
+# ------------------------------------------------------------------------------ trees
+
+TREE_OFFSET = 40
+# kind, level, count, heap, garbage
+TREE = Struct("<BBHHH")
+TREE_SLOTS_OFFSET = 64
+TREE_EXTENTS = 1
+TREE_NAMES = 2
+TREE_XATTRS = 3
+MAX_TREE_LEVELS = 16
+INNER_SLOT = Struct("<QQ")
+ITEM_SLOT = Struct("<QHHI")
+MAX_INNER_SLOTS = (PAGE - TREE_SLOTS_OFFSET) // INNER_SLOT.size
+MAX_EXTENT_SLOTS = (PAGE - TREE_SLOTS_OFFSET) // EXTENT_BYTES
+
+# ------------------------------------------------------------------------------ names, attributes
+
+NAME_ITEM = Struct("<QB")
+XATTR_ITEM = Struct("<BBHI")
+XATTR_INLINE = 0
+XATTR_OVERFLOW = 1
+HASH_BITS = 52
+COLLISION_BITS = 11
+MAX_COLLISIONS = 1 << COLLISION_BITS
+
+OVERFLOW = Struct("<QH")
+OVERFLOW_OFFSET = 40
+OVERFLOW_DATA_OFFSET = 64
+OVERFLOW_DATA_BYTES = PAGE - OVERFLOW_DATA_OFFSET
+
+# ------------------------------------------------------------------------------ journal
+
+# commit, magic, checksum, sequence, length, runs, uuid, reserved
+RECORD = Struct("<QIIQQQ16sQ")
+RUN = Struct("<QQ")
+
+
+def name_key(name: bytes, hash_key: bytes) -> int:
+    """First of the 2048 keys that a name may have in a name or attribute tree (section 8)."""
+    digest = hashlib.blake2b(name, digest_size=8, key=hash_key).digest()
+    value = int.from_bytes(digest, "little") & ((1 << HASH_BITS) - 1)
+    return (value or 1) << COLLISION_BITS
+
+
+def split_ino(ino: int) -> tuple[int, int]:
+    """Index of the inode page and slot in it of an inode number (section 6)."""
+    return ino >> 4, ino & 15
