@@ -1,0 +1,1 @@
+"""VT-d tables that live in the region; nothing here yet (a later issue)."""
