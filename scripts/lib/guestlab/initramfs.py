@@ -1,0 +1,42 @@
+"""The guest's initramfs: init.c beside this file, compiled statically, in a cpio archive."""
+
+import subprocess
+from pathlib import Path
+
+from guestlab import GuestLabError
+
+_INIT_SOURCE = Path(__file__).with_name("init.c")
+_EXECUTABLE_FILE = 0o100755
+
+
+def build(scratch: Path) -> Path:
+    """Compile init and pack it; return the archive, made in the directory ``scratch``.
+
+    :raises GuestLabError: there is no C compiler, or it failed.
+    """
+    init = scratch / "init"
+    command = ["cc", "-static", "-O2", "-Wall", "-o", str(init), str(_INIT_SOURCE)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise GuestLabError("cc: not found; the guest's init needs a C compiler") from error
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise GuestLabError(f"cc: cannot compile the guest's init: {reason}")
+    archive = scratch / "initramfs.cpio"
+    members = (("init", _EXECUTABLE_FILE, init.read_bytes()), ("TRAILER!!!", 0, b""))
+    archive.write_bytes(b"".join(_cpio_member(*member) for member in members))
+    return archive
+
+
+def _cpio_member(name: str, mode: int, content: bytes) -> bytes:
+    """One member in cpio's "newc" format: 13 hexadecimal fields, name, content, in 4-byte units."""
+    encoded = name.encode() + b"\0"
+    # ino, mode, uid, gid, nlink, mtime, file size, 4 device numbers, name size, check (unused)
+    fields = (0, mode, 0, 0, 1, 0, len(content), 0, 0, 0, 0, len(encoded), 0)
+    header = b"070701" + b"".join(b"%08X" % field for field in fields) + encoded
+    return _padded(header) + _padded(content)
+
+
+def _padded(data: bytes) -> bytes:
+    return data + bytes(-len(data) % 4)

@@ -1,0 +1,62 @@
+"""Borrow 2 MiB huge pages from the kernel and give them back."""
+
+from pathlib import Path
+
+PAGE_BYTES = 2 << 20
+_POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+
+
+class HugePages:
+    """Makes the pool large enough for ``wanted_bytes``, beside whatever others use of it."""
+
+    def __init__(self, wanted_bytes: int) -> None:
+        self._wanted = -(-wanted_bytes // PAGE_BYTES)
+        self._before = 0
+        self._added = 0
+
+    def borrow(self) -> str | None:
+        """Grow the pool; return None, or the reason why there are not enough pages.
+
+        Never takes more than half of the available memory.
+        """
+        try:
+            return self._borrow()
+        except OSError as error:
+            self.give_back()
+            return error.strerror or str(error)
+
+    def give_back(self) -> None:
+        """Shrink the pool by what it was grown; what others have added meanwhile stays."""
+        added, self._added = self._added, 0
+        if added:
+            _write("nr_hugepages", max(self._before, _read("nr_hugepages") - added))
+
+    def _borrow(self) -> str | None:
+        missing = self._wanted - (_read("free_hugepages") - _read("resv_hugepages"))
+        if missing <= 0:
+            return None
+        if missing * PAGE_BYTES > _available_bytes() // 2:
+            return "too little memory to spare"
+        self._before = _read("nr_hugepages")
+        self._added = missing  # noted first: an interruption from here on is given back, too
+        _write("nr_hugepages", self._before + missing)
+        got = _read("nr_hugepages") - self._before
+        if got >= missing:
+            return None
+        self.give_back()
+        return f"the kernel had {got} of {missing} pages to give"
+
+
+def _read(name: str) -> int:
+    return int((_POOL / name).read_text())
+
+
+def _write(name: str, value: int) -> None:
+    (_POOL / name).write_text(f"{value}\n")
+
+
+def _available_bytes() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    return 0
