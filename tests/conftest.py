@@ -1,6 +1,6 @@
 """What every test gets: tests that this machine cannot run are skipped, or fail where asked.
 
-``PKERNFS_REQUIRE=fuse,vm`` (scripts/test sets it as root) turns a missing capability into a failure,
+``PKERNFS_REQUIRE=fuse,vm`` (set by scripts/test as root) turns a missing capability into a failure,
 so that a machine that lost its /dev/fuse does not look like a passing one.
 """
 

@@ -1,0 +1,169 @@
+"""The commands: parsers, exit status and messages. What they do is in ``pkernfs.commands``.
+
+One command's module is imported at a time, and it imports what it needs when it runs: ``pkernfs
+info`` must not wait for trio. An expected failure is one line on stderr; anything else is a bug and
+keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NamedTuple, NoReturn, Protocol, cast
+
+from pkernfs import __version__
+from pkernfs.errors import PkernfsError, UsageError
+
+
+class Command(NamedTuple):
+    """A row of the command table; the statuses are those of its exit."""
+
+    summary: str
+    usage_status: int = 1
+    failure_status: int = 1
+    interrupted_status: int = 130
+
+
+#: Commands with a name of their own as an executable.
+PROGRAMS = {
+    "mkfs": Command("make a pkernfs in a region"),
+    "fsck": Command("check, and repair, the pkernfs in a region", 16, 8, 32),
+}
+
+#: What may stand first after ``pkernfs``.
+COMMANDS = {
+    "mount": Command("mount a region", 1, 32, 32),
+    "info": Command("label, uuid, sizes, state and features of a region"),
+    "extents": Command("where a file's bytes are in the region"),
+}
+
+MOUNT_FORM = "pkernfs REGION MNT [-o OPTIONS]"
+
+
+class CommandModule(Protocol):
+    """What a module of ``pkernfs.commands`` has."""
+
+    def configure(self, parser: argparse.ArgumentParser) -> None:
+        """Add the command's arguments."""
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Do it; the exit status."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises :class:`UsageError` where argparse would print several lines and exit with 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line."""
+        raise UsageError(f"{message} (try {self.prog} --help)")
+
+
+def load(name: str) -> CommandModule:
+    """The module of the command ``name``."""
+    return cast(CommandModule, import_module(f"pkernfs.commands.{name}"))
+
+
+def build_parser(name: str, prog: str) -> argparse.ArgumentParser:
+    """The parser of the command ``name``, called as ``prog``."""
+    command = PROGRAMS.get(name) or COMMANDS[name]
+    parser = Parser(
+        prog=prog,
+        description=f"{command.summary.capitalize()}.",
+        allow_abbrev=False,
+        add_help=False,
+    )
+    load(name).configure(parser)
+    version = f"{prog.split()[0]} {__version__}"
+    parser.add_argument("-h", "--help", action="help", help="print a summary.")
+    parser.add_argument("--version", action="version", version=version, help="print the version.")
+    return parser
+
+
+def top_level_help() -> str:
+    """What ``pkernfs --help`` prints."""
+    lines = [f"usage: {MOUNT_FORM}", "       pkernfs COMMAND ...", "", "commands:"]
+    lines += [f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()]
+    lines += [
+        "",
+        "pkernfs COMMAND --help explains a command. See also mkfs.pkernfs and fsck.pkernfs.",
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``pkernfs``."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args:
+        _complain("pkernfs", "no command (try pkernfs --help)")
+        return 1
+    if args[0] in ("-h", "--help"):
+        return _print(top_level_help())
+    if args[0] == "--version":
+        return _print(f"pkernfs {__version__}")
+    if args[0] in COMMANDS:
+        return _run(args[0], f"pkernfs {args[0]}", args[1:])
+    if len(args) == 1:
+        _complain("pkernfs", f"{args[0]}: not a command, and no mount point after it (try --help)")
+        return 1
+    # The form that mount.fuse3 uses: pkernfs REGION MNT -o OPTIONS.
+    return _run("mount", "pkernfs", args)
+
+
+def mkfs_main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``mkfs.pkernfs``."""
+    return _run("mkfs", "mkfs.pkernfs", list(sys.argv[1:] if argv is None else argv))
+
+
+def fsck_main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``fsck.pkernfs``."""
+    return _run("fsck", "fsck.pkernfs", list(sys.argv[1:] if argv is None else argv))
+
+
+def _run(name: str, prog: str, argv: list[str]) -> int:
+    command = PROGRAMS.get(name) or COMMANDS[name]
+    who = prog.split()[0]
+    try:
+        args = build_parser(name, prog).parse_args(argv)
+        status = load(name).run(args)
+        sys.stdout.flush()
+        return status
+    except UsageError as error:
+        _complain(who, str(error))
+        return command.usage_status
+    except PkernfsError as error:
+        _complain(who, str(error))
+        return command.failure_status
+    except BrokenPipeError:
+        # The reader has gone: nobody to tell, and nothing may be flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return command.failure_status
+    except OSError as error:
+        _complain(who, _describe(error))
+        return command.failure_status
+    except KeyboardInterrupt:
+        _complain(who, "interrupted")
+        return command.interrupted_status
+
+
+def _describe(error: OSError) -> str:
+    why = error.strerror or str(error)
+    return why if error.filename is None else f"{os.fsdecode(error.filename)}: {why}"
+
+
+def _complain(who: str, message: str) -> None:
+    """One line on stderr, whatever is in the names that the message quotes."""
+    line = "".join(c if c.isprintable() or c == " " else ascii(c)[1:-1] for c in message)
+    sys.stderr.write(f"{who}: {line}\n")
+    sys.stderr.flush()
+
+
+def _print(text: str) -> int:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0

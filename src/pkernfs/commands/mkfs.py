@@ -1,0 +1,129 @@
+"""``mkfs.pkernfs``: make a pkernfs in a region, and the file for it where asked.
+
+What is in the region already decides: without ``-f`` only one that is empty is formatted. A refusal
+or a failure leaves the file as it was, or none where there was none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import stat
+
+from pkernfs.errors import RegionError, UsageError
+from pkernfs.layout import MIN_REGION_BYTES, PAGE
+from pkernfs.options import format_size, parse_size
+
+_MAX_LABEL_BYTES = 64
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of mkfs.pkernfs."""
+    parser.add_argument(
+        "-L",
+        "--label",
+        metavar="LABEL",
+        default="",
+        help="a name for the file system, up to 64 bytes of UTF-8.",
+    )
+    parser.add_argument(
+        "-s",
+        "--size",
+        metavar="SIZE",
+        help="make REGION, a file of SIZE bytes (K, M, G and T are powers of 1024), or extend an "
+        "empty file to SIZE. A file of another size is refused; with -f it is extended, but "
+        "never cut.",
+    )
+    parser.add_argument(
+        "-f",
+        "--force",
+        action="store_true",
+        help="format even what holds a pkernfs, another file system or other data; never what is "
+        "mounted.",
+    )
+    parser.add_argument("region", metavar="REGION", help="a file on hugetlbfs, tmpfs or a disk.")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Format ``args.region`` and say what was made."""
+    label = _checked_label(args.label)
+    size = None if args.size is None else _checked_size(args.size)
+    before = _file_size(args.region)
+    try:
+        _resize(args.region, before, size, args.force)
+        made = _format(args.region, label, args.force, is_new=before is None)
+    except BaseException:
+        _restore(args.region, before)
+        raise
+    print(f"{args.region}: {format_size(made)}" + (f", label {label}" if label else ""))
+    return 0
+
+
+def _format(path: str, label: str, force: bool, *, is_new: bool) -> int:
+    """Format; the bytes of the region."""
+    from pkernfs.fs.mkfs import make_filesystem
+    from pkernfs.region import Region
+
+    with Region.open(path, write=True) as region:
+        make_filesystem(region, label=label, force=force, known_zero=is_new)
+        return region.size
+
+
+def _checked_label(label: str) -> str:
+    if len(os.fsencode(label)) > _MAX_LABEL_BYTES or not label.isprintable():
+        raise UsageError(
+            f"bad label: got {label!r}, expected up to {_MAX_LABEL_BYTES} bytes of printable text"
+        )
+    return label
+
+
+def _checked_size(text: str) -> int:
+    size = parse_size(text)
+    if size < MIN_REGION_BYTES or size % PAGE:
+        raise UsageError(
+            f"bad size: got {text}, expected {format_size(MIN_REGION_BYTES)} or more, "
+            f"a multiple of {PAGE} bytes"
+        )
+    return size
+
+
+def _file_size(path: str) -> int | None:
+    """Size of a regular file in bytes; None if there is nothing; 0 for what Region.open refuses."""
+    try:
+        info = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return info.st_size if stat.S_ISREG(info.st_mode) else 0
+
+
+def _resize(path: str, before: int | None, size: int | None, force: bool) -> None:
+    """Make or extend the file so that it has ``size`` bytes, where that harms nobody."""
+    from pkernfs.region import Region
+
+    if before is None:
+        if size is None:
+            raise RegionError(f"{path}: cannot open: no such file; -s SIZE makes one")
+        Region.create(path, size)
+    elif size is not None and size != before and os.path.isfile(path):
+        if size < before or (before and not force):
+            hint = "it is never cut" if size < before else "-f extends it"
+            raise RegionError(f"{path}: has another size: got {before}, expected {size}; {hint}")
+        if before >= PAGE:
+            Region.open(path, write=True).close()  # nobody may have it mounted
+        _truncate(path, size)
+
+
+def _restore(path: str, before: int | None) -> None:
+    """Undo what :func:`_resize` did."""
+    if before is None:
+        if os.path.exists(path):
+            os.unlink(path)
+    elif os.path.isfile(path) and os.path.getsize(path) > before:
+        _truncate(path, before)
+
+
+def _truncate(path: str, size: int) -> None:
+    try:
+        os.truncate(path, size)
+    except OSError as e:
+        raise RegionError(f"{path}: cannot size: {e.strerror}", e.errno or 0) from e

@@ -1,0 +1,78 @@
+"""``pkernfs mount``, and ``pkernfs REGION MNT``: check the arguments and start the daemon."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import stat
+import subprocess
+import sys
+
+from pkernfs.errors import BusyError, NotDirError, NotFoundError, PkernfsError
+from pkernfs.mounts import FSTYPE, canonical_spec, mount_at
+from pkernfs.options import parse_mount_options
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``pkernfs mount``."""
+    parser.add_argument(
+        "-f", "--foreground", action="store_true", help="stay in the foreground; log to stderr."
+    )
+    parser.add_argument(
+        "-o",
+        dest="options",
+        metavar="OPTIONS",
+        action="append",
+        default=[],
+        help="mount options, separated by commas; may be repeated.",
+    )
+    parser.add_argument("region", metavar="REGION", help="the region to mount.")
+    parser.add_argument("mount_point", metavar="MNT", help="an existing directory.")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Mount; returns when the mount answers, or in the foreground when it has ended."""
+    options = parse_mount_options(args.options)
+    mount_point = os.path.realpath(args.mount_point)
+    check_mount_point(mount_point)
+    from pkernfs.fs.daemon import run_mount
+
+    return run_mount(canonical_spec(args.region), mount_point, options, args.foreground)
+
+
+def check_mount_point(path: str) -> None:
+    """Refuse what cannot be mounted on, and clear away a mount whose daemon has died.
+
+    :raises PkernfsError: missing, not a directory, or a pkernfs is mounted there.
+    """
+    try:
+        is_directory = stat.S_ISDIR(os.stat(path).st_mode)
+    except FileNotFoundError:
+        raise NotFoundError(f"{path}: mount point does not exist") from None
+    except OSError as e:
+        if e.errno != errno.ENOTCONN:
+            raise
+        _detach_dead_mount(path)
+        return check_mount_point(path)
+    if not is_directory:
+        raise NotDirError(f"{path}: mount point is not a directory")
+    mounted = mount_at(path)
+    if mounted is not None and mounted.fstype == FSTYPE:
+        raise BusyError(f"{path}: mount point is busy: {mounted.source} is mounted on it")
+    return None
+
+
+def _detach_dead_mount(path: str) -> None:
+    """Take away a pkernfs that answers no more; files that are open on it stay as dead as they are.
+
+    :raises PkernfsError: the dead mount is another file system's, or umount fails.
+    """
+    mounted = mount_at(path)
+    if mounted is None or mounted.fstype != FSTYPE:
+        raise BusyError(f"{path}: mount point is busy: a dead mount is on it, and not a pkernfs")
+    command = ["umount", "-l", path] if os.geteuid() == 0 else ["fusermount3", "-u", "-z", path]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    if done.returncode != 0:
+        raise PkernfsError(f"{path}: cannot unmount what a killed daemon left behind")
+    print(f"pkernfs: {path}: removed the mount that a killed daemon left behind", file=sys.stderr)

@@ -1,0 +1,136 @@
+"""What users write: byte counts and ``-o`` mount options, as numbers and dictionaries.
+
+Pure parsing; what an option does is not this module's business.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from pkernfs.errors import UsageError
+
+_SIZE = re.compile(r"(0[xX][0-9a-fA-F]+|[0-9]+)([KMGTkmgt]?)", re.ASCII)
+_SHIFT = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
+_MAX_SIZE = (1 << 63) - 1
+_ADDRESS_BITS = 52  # as many physical address bits as a page-table entry has
+_PAGE = 4096
+
+
+def parse_size(text: str, what: str = "size") -> int:
+    """Bytes in ``text``: decimal or 0x, with K, M, G or T for powers of 1024.
+
+    :raises UsageError: anything else, or more than a signed 64-bit integer holds.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise UsageError(f"bad {what}: got {text!r}, expected a number with K, M, G or T, or 0x")
+    number, suffix = match.groups()
+    size = int(number, 16 if number[:2] in ("0x", "0X") else 10) << _SHIFT[suffix.lower()]
+    if size > _MAX_SIZE:
+        raise UsageError(f"bad {what}: got {text!r}, expected less than 2^63")
+    return size
+
+
+def format_size(size: int) -> str:
+    """``size`` in bytes as people write it: exact in the largest unit that divides it, else ~."""
+    for unit, shift in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if size >= 1 << shift:
+            exact = size / (1 << shift)
+            return f"{exact:.0f} {unit}" if exact.is_integer() else f"{exact:.1f} {unit}"
+    return f"{size} bytes"
+
+
+class MountOption(NamedTuple):
+    """A mount option that pkernfs itself acts on; ``value`` names its argument."""
+
+    name: str
+    value: str | None
+    help: str
+
+
+#: In the order of the manual page.
+MOUNT_OPTIONS = (
+    MountOption("ro", None, "no change through the mount, and no store into the region."),
+    MountOption(
+        "mkfs",
+        None,
+        "format the region if there is no trace of a pkernfs in it (all of its first blocks are "
+        "zero). A damaged pkernfs, another file system or other data is never formatted.",
+    ),
+    MountOption(
+        "phys_base",
+        "ADDR",
+        "the physical address of the region's first byte, for a region that has none of its own "
+        "(an image, a test). Decimal or 0x, a multiple of 4096.",
+    ),
+    MountOption(
+        "allow_other",
+        None,
+        "let other users than the one who mounts use the mount. The default when root mounts, as "
+        "for any file system; permissions are checked all the same.",
+    ),
+    MountOption(
+        "default_permissions",
+        None,
+        "the kernel checks permissions by mode and owner. Always on; accepted for mount(8).",
+    ),
+)
+
+#: Handled by the kernel's VFS; passed on as they are.
+VFS_OPTIONS = frozenset(
+    "rw dev nodev suid nosuid exec noexec atime noatime diratime nodiratime relatime norelatime "
+    "strictatime nostrictatime sync async dirsync symfollow nosymfollow".split()
+)
+
+#: Meant for mount(8), systemd and /etc/fstab; accepted and without effect here.
+IGNORED_OPTIONS = frozenset(
+    "defaults auto noauto user nouser users nousers owner noowner group nogroup _netdev nofail "
+    "lazytime nolazytime silent loud iversion noiversion mand nomand".split()
+)
+_IGNORED_PREFIXES = ("x-", "X-", "comment=", "user=", "fsname=", "subtype=")
+
+
+def parse_mount_options(texts: list[str]) -> dict[str, bool | int | str]:
+    """The arguments of all ``-o``, in their order, as a dictionary; the last of a kind wins.
+
+    Flags are True, ``phys_base`` a number. Options of the VFS are flags too. What is for mount(8)
+    and systemd is left out.
+
+    :raises UsageError: an option that is not known, or a value that is missing, bad or too much.
+    """
+    known = {option.name: option for option in MOUNT_OPTIONS}
+    result: dict[str, bool | int | str] = {}
+    for text in (part for argument in texts for part in argument.split(",")):
+        name, equals, value = text.partition("=")
+        if not text or name in IGNORED_OPTIONS or text.startswith(_IGNORED_PREFIXES):
+            continue
+        if name in known:
+            takes_value = known[name].value is not None
+        elif name in VFS_OPTIONS:
+            takes_value = False
+        else:
+            raise UsageError(f"unknown mount option: {text}")
+        if takes_value != bool(equals):
+            expected = f"{name}={known[name].value}" if takes_value else name
+            raise UsageError(f"bad mount option: got {text}, expected {expected}")
+        _set_option(result, name, value)
+    return result
+
+
+def _set_option(options: dict[str, bool | int | str], name: str, value: str) -> None:
+    opposite = {"ro": "rw", "rw": "ro"}.get(name)
+    if opposite is None:
+        opposite = name[2:] if name.startswith("no") else f"no{name}"
+    options.pop(opposite, None)
+    options.pop(name, None)
+    options[name] = _parse_phys_base(value) if name == "phys_base" else True
+
+
+def _parse_phys_base(text: str) -> int:
+    address = parse_size(text, "phys_base")
+    if address % _PAGE or address >> _ADDRESS_BITS:
+        raise UsageError(
+            f"bad phys_base: got {text}, expected a multiple of 4096 below 2^{_ADDRESS_BITS}"
+        )
+    return address

@@ -1,0 +1,42 @@
+"""How far a long job has come: a line on stderr that rewrites itself, on a terminal only."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+_INTERVAL_SECONDS = 0.2
+
+
+class Progress:
+    """Call it with what is done of how much; leaving the context wipes the line."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._active = sys.stderr.isatty()
+        self._next = time.monotonic() + _INTERVAL_SECONDS  # a short job shows nothing
+        self._shown = False
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show ``done`` of ``total``, whatever they count, if it is time to."""
+        if not self._active or (now := time.monotonic()) < self._next:
+            return
+        self._next = now + _INTERVAL_SECONDS
+        self._shown = True
+        percent = 100 * done // total if total else 100
+        sys.stderr.write(f"\r\033[K{self._what}: {percent}%")
+        sys.stderr.flush()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._shown:
+            sys.stderr.write("\r\033[K")
+            sys.stderr.flush()
