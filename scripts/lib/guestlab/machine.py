@@ -78,7 +78,8 @@ class Guest:
 
     def __post_init__(self) -> None:
         self._lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._pump, daemon=True).start()
+        self._reader = threading.Thread(target=self._pump, daemon=True)
+        self._reader.start()
 
     def wait_until_ready(self, seconds: float) -> None:
         """Wait for the first user-space line.
@@ -121,6 +122,7 @@ class Guest:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        self._reader.join()
 
     def _console_text(self, pattern: re.Pattern[str]) -> str:
         for line in self.console:
@@ -130,10 +132,11 @@ class Guest:
 
     def _pump(self) -> None:
         assert self.process.stdout is not None
-        for raw in self.process.stdout:
-            line = raw.decode(errors="replace").rstrip()
-            self.console.append(line)
-            self._lines.put(line)
+        with self.process.stdout as console:
+            for raw in console:
+                line = raw.decode(errors="replace").rstrip()
+                self.console.append(line)
+                self._lines.put(line)
         self._lines.put(None)
 
     def _last_words(self) -> str:
