@@ -162,7 +162,7 @@ class UsageError(PkernfsError):
     errno = _errno.EINVAL
 
 
-class ZeroingNeeded(Exception):  # noqa: N818 - not an error: control flow between core and caller
+class ZeroingNeeded(Exception):  # not an error: control flow
     """The operation needs more zeroed memory than may be zeroed at once; nothing was changed.
 
     ``blocks`` are ``(first, count)`` runs of free 2 MiB blocks. The caller claims them, zeroes them

@@ -67,15 +67,28 @@ MOUNT_OPTIONS = (
     MountOption(
         "allow_other",
         None,
-        "let other users than the one who mounts use the mount. The default when root mounts, as "
-        "for any file system; permissions are checked all the same.",
+        "let other users than the one who mounts use the mount, within its permissions. Without "
+        "it they are refused, even root where another user mounts.",
     ),
     MountOption(
         "default_permissions",
         None,
         "the kernel checks permissions by mode and owner. Always on; accepted for mount(8).",
     ),
+    MountOption(
+        "cache",
+        "MODE",
+        "auto (the default), direct or page: whether files go through the kernel's page cache. "
+        "See docs/coherence.md.",
+    ),
+    MountOption(
+        "spin",
+        "MICROSECONDS",
+        "how long the daemon polls for the next request before it sleeps; 30 if not given.",
+    ),
 )
+_CACHE_MODES = ("auto", "direct", "page")
+_MAX_SPIN_MICROSECONDS = 1_000_000
 
 #: Handled by the kernel's VFS; passed on as they are.
 VFS_OPTIONS = frozenset(
@@ -88,6 +101,8 @@ IGNORED_OPTIONS = frozenset(
     "defaults auto noauto user nouser users nousers owner noowner group nogroup _netdev nofail "
     "lazytime nolazytime silent loud iversion noiversion mand nomand".split()
 )
+#: Also the VFS's, with a value.
+_VFS_PREFIXES = ("context=", "fscontext=", "defcontext=", "rootcontext=")
 _IGNORED_PREFIXES = ("x-", "X-", "comment=", "user=", "fsname=", "subtype=")
 
 
@@ -109,22 +124,36 @@ def parse_mount_options(texts: list[str]) -> dict[str, bool | int | str]:
             takes_value = known[name].value is not None
         elif name in VFS_OPTIONS:
             takes_value = False
+        elif text.startswith(_VFS_PREFIXES):
+            takes_value = True
         else:
             raise UsageError(f"unknown mount option: {text}")
         if takes_value != bool(equals):
-            expected = f"{name}={known[name].value}" if takes_value else name
+            expected = f"{name}={known[name].value or 'VALUE'}" if takes_value else name
             raise UsageError(f"bad mount option: got {text}, expected {expected}")
-        _set_option(result, name, value)
+        for superseded in (name, _opposite(name)):
+            result.pop(superseded, None)
+        result[name] = _parse_value(name, value) if takes_value else True
     return result
 
 
-def _set_option(options: dict[str, bool | int | str], name: str, value: str) -> None:
-    opposite = {"ro": "rw", "rw": "ro"}.get(name)
-    if opposite is None:
-        opposite = name[2:] if name.startswith("no") else f"no{name}"
-    options.pop(opposite, None)
-    options.pop(name, None)
-    options[name] = _parse_phys_base(value) if name == "phys_base" else True
+def _opposite(name: str) -> str:
+    if name in ("ro", "rw"):
+        return "rw" if name == "ro" else "ro"
+    return name[2:] if name.startswith("no") else f"no{name}"
+
+
+def _parse_value(name: str, value: str) -> int | str:
+    if name == "phys_base":
+        return _parse_phys_base(value)
+    if name == "cache" and value not in _CACHE_MODES:
+        raise UsageError(f"bad cache: got {value!r}, expected {', '.join(_CACHE_MODES)}")
+    if name == "spin":
+        spin = parse_size(value, "spin")
+        if spin > _MAX_SPIN_MICROSECONDS:
+            raise UsageError(f"bad spin: got {value}, expected up to {_MAX_SPIN_MICROSECONDS}")
+        return spin
+    return value
 
 
 def _parse_phys_base(text: str) -> int:

@@ -1,1 +1,1 @@
-"""Allocation of the region: 2 MiB blocks, and 4 KiB pages within them."""
+"""Space: 2 MiB blocks, and 4 KiB pages carved from them."""

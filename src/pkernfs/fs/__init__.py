@@ -1,1 +1,1 @@
-"""The file system: core, checker, FUSE adapter."""
+"""The file system: trees, inodes, names, data, and the mount."""

@@ -1,0 +1,390 @@
+"""The 2 MiB block allocator over the block maps.
+
+Which blocks are in use, carved or known to be zero is in the region; what is in flight (freed by
+the open transaction, claimed for zeroing, kept for a file that grows) is only in memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+
+from dataclasses import dataclass
+from functools import partial
+
+from pkernfs.alloc import bitmap
+from pkernfs.errors import CorruptionError, NoSpaceError, ZeroingNeeded
+from pkernfs.journal import PageStore
+from pkernfs.layout import (
+    BLOCK,
+    BLOCK_MAP,
+    BLOCK_MAP_OFFSET,
+    BLOCKS_PER_GIB,
+    MAGIC_BLOCK_MAP,
+    MAP_BLOCKS,
+    MAP_BYTES,
+    MAP_CARVED_OFFSET,
+    MAP_USED_OFFSET,
+    MAP_ZERO_OFFSET,
+)
+
+_FREE = 0
+_USED = 1
+_CARVED = 2
+_CLAIMED = 3  # free, being zeroed
+_KEPT = 4  # free, kept for a file that grows
+_FREED = 5  # free once the open transaction is committed
+
+_FREE_RUNS = re.compile(rb"\x00+")
+_MAX_WINDOWS = 64
+_MAX_WINDOW_BLOCKS = BLOCKS_PER_GIB
+
+# So much is zeroed on the spot; more is the caller's to do elsewhere.
+INLINE_ZERO_BLOCKS = 4
+
+
+@dataclass(frozen=True)
+class MapRange:
+    """A range of the region, as far as the allocator is concerned."""
+
+    first_block: int
+    blocks: int
+    map_page: int
+    phys_base: int | None
+
+
+@dataclass
+class Claim:
+    """Free blocks that are being zeroed and that nobody else may allocate meanwhile."""
+
+    runs: list[tuple[int, int]]
+
+    def pieces(self, most: int = 8 << 20) -> list[tuple[int, int]]:
+        """``(offset, length)`` in bytes, none longer than ``most``."""
+        found = []
+        for first, count in self.runs:
+            offset, end = first * BLOCK, (first + count) * BLOCK
+            while offset < end:
+                length = min(most, end - offset)
+                found.append((offset, length))
+                offset += length
+        return found
+
+
+class BlockAllocator:
+    """Claims and frees 2 MiB blocks inside transactions of the page store."""
+
+    def __init__(self, store: PageStore, ranges: list[MapRange]) -> None:
+        self._store = store
+        self._ranges = ranges
+        total = ranges[-1].first_block + ranges[-1].blocks
+        self.total_blocks = total
+        self._state = bytearray([_USED]) * total
+        self._zero = bytearray(total)
+        self._windows: OrderedDict[int, tuple[int, int]] = OrderedDict()
+        for r in ranges:
+            self._load(r)
+        self.free_blocks = self._state.count(_FREE)
+
+    def _load(self, r: MapRange) -> None:
+        for i in range(-(-r.blocks // MAP_BLOCKS)):
+            page = self._store.read(r.map_page + i, MAGIC_BLOCK_MAP)
+            first, count = BLOCK_MAP.unpack_from(page, BLOCK_MAP_OFFSET)
+            expected = (r.first_block + i * MAP_BLOCKS, min(MAP_BLOCKS, r.blocks - i * MAP_BLOCKS))
+            if (first, count) != expected:
+                raise CorruptionError(
+                    f"block map {i}: wrong blocks: got {first}+{count}, "
+                    f"expected {expected[0]}+{expected[1]}"
+                )
+            used = bitmap.expand(page[MAP_USED_OFFSET : MAP_USED_OFFSET + MAP_BYTES], count)
+            for bit, length in bitmap.runs(
+                int.from_bytes(page[MAP_CARVED_OFFSET : MAP_CARVED_OFFSET + MAP_BYTES], "little")
+            ):
+                used[bit : bit + length] = bytes([_CARVED]) * length
+            self._state[first : first + count] = used
+            self._zero[first : first + count] = bitmap.expand(
+                page[MAP_ZERO_OFFSET : MAP_ZERO_OFFSET + MAP_BYTES], count
+            )
+
+    # ------------------------------------------------------------------ questions
+
+    def is_carved(self, block: int) -> bool:
+        """Whether the block's pages are allocated one by one."""
+        return self._state[block] == _CARVED
+
+    def carved_blocks(self) -> list[int]:
+        """All carved blocks, ascending."""
+        found = []
+        block = self._state.find(_CARVED)
+        while block >= 0:
+            found.append(block)
+            block = self._state.find(_CARVED, block + 1)
+        return found
+
+    def next_dirty(self, most: int) -> Claim | None:
+        """Claim up to ``most`` free blocks that are not known to be zero, in one run."""
+        state, zero = self._state, self._zero
+        at = 0
+        while True:
+            at = zero.find(0, at)
+            if at < 0:
+                return None
+            if state[at] == _FREE:
+                break
+            # skip to the next free block
+            at = state.find(_FREE, at)
+            if at < 0:
+                return None
+        end = at
+        while end < len(state) and end - at < most and state[end] == _FREE and not zero[end]:
+            end += 1
+        return self.claim([(at, end - at)])
+
+    # ------------------------------------------------------------------ zeroing
+
+    def claim(self, runs: list[tuple[int, int]]) -> Claim:
+        """Keep free blocks from being allocated until :meth:`finish` or :meth:`release`.
+
+        Blocks that are no longer free are left out.
+        """
+        kept: list[tuple[int, int]] = []
+        for first, count in runs:
+            for block in range(first, first + count):
+                if self._state[block] in (_FREE, _KEPT) and not self._zero[block]:
+                    if kept and sum(kept[-1]) == block:
+                        kept[-1] = (kept[-1][0], kept[-1][1] + 1)
+                    else:
+                        kept.append((block, 1))
+        for first, count in kept:
+            self._state[first : first + count] = bytes([_CLAIMED]) * count
+        return Claim(kept)
+
+    def release(self, claim: Claim) -> None:
+        """Give claimed blocks back as they are."""
+        for first, count in claim.runs:
+            self._state[first : first + count] = bytes(count)
+
+    def finish(self, claim: Claim) -> None:
+        """Record claimed blocks as zero and give them back; inside a transaction."""
+        for first, count in claim.runs:
+            self._mark(first, count, zero=True)
+
+        def done() -> None:
+            for first, count in claim.runs:
+                self._zero[first : first + count] = b"\1" * count
+            self.release(claim)
+
+        self._store.on_commit.append(done)
+
+    # ------------------------------------------------------------------ allocating
+
+    def alloc(
+        self, count: int, goal: int | None = None, *, owner: int | None = None, zeroed: bool = True
+    ) -> list[tuple[int, int]]:
+        """Take ``count`` blocks: at ``goal`` if that is free, in one run if there is one.
+
+        Runs of 1 GiB or more start at a 1 GiB aligned (physical) address where possible. A file
+        (``owner``) that asks again and again has the blocks behind its last ones kept for it.
+        With ``zeroed``, blocks that are not known to be zero are zeroed here if they are few.
+        Returns ``(first, count)`` runs in ascending order of use.
+
+        :raises NoSpaceError: fewer than ``count`` blocks are free.
+        :raises ZeroingNeeded: too many would have to be zeroed here.
+        """
+        if owner is not None:
+            self.forget_window(owner)
+        runs = self._plan_or_drop_windows(count, goal)
+        if zeroed:
+            self._zero_now(runs)
+        for first, length in runs:
+            self._take(first, length, _USED)
+        if owner is not None and goal is not None:
+            self._keep(owner, sum(runs[-1]), count)
+        return runs
+
+    def alloc_carved(self) -> int:
+        """Take one block to be carved into pages; its bytes may be anything.
+
+        :raises NoSpaceError: none is free.
+        """
+        runs = self._plan_or_drop_windows(1, None)
+        block = runs[0][0]
+        self._take(block, 1, _CARVED)
+        return block
+
+    def _plan_or_drop_windows(self, count: int, goal: int | None) -> list[tuple[int, int]]:
+        runs = self._plan(count, goal)
+        if runs is None and self._windows:
+            self.drop_windows()
+            runs = self._plan(count, goal)
+        if runs is None:
+            if count <= self.free_blocks and _CLAIMED in self._state:
+                raise ZeroingNeeded([])  # enough, once the claims are let go
+            raise NoSpaceError(f"no space: {count} blocks wanted, {self.free_blocks} free")
+        return runs
+
+    def free(self, first: int, count: int) -> None:
+        """Give blocks back; they can be allocated when the transaction is committed."""
+        old = bytes(self._state[first : first + count])
+        if old.count(_USED) + old.count(_CARVED) != count:
+            raise CorruptionError(f"block {first}: {count} blocks freed that are not all in use")
+        self._mark(first, count, used=False, carved=False if _CARVED in old else None)
+        self._state[first : first + count] = bytes([_FREED]) * count
+        self._store.on_abort.append(partial(self._restore, first, old, None))
+        self._store.on_commit.append(partial(self._freed, first, count))
+
+    def _freed(self, first: int, count: int) -> None:
+        self._state[first : first + count] = bytes(count)
+        self.free_blocks += count
+
+    def _restore(self, first: int, state: bytes, zero: bytes | None) -> None:
+        self._state[first : first + len(state)] = state
+        if zero is not None:
+            self._zero[first : first + len(zero)] = zero
+            self.free_blocks += len(state)
+
+    def _take(self, first: int, count: int, kind: int) -> None:
+        old = bytes(self._state[first : first + count])
+        old_zero = bytes(self._zero[first : first + count])
+        self._mark(
+            first,
+            count,
+            used=True,
+            carved=True if kind == _CARVED else None,
+            zero=False if 1 in old_zero else None,
+        )
+        self._state[first : first + count] = bytes([kind]) * count
+        self._zero[first : first + count] = bytes(count)
+        self.free_blocks -= count
+        self._store.on_abort.append(partial(self._restore, first, old, old_zero))
+
+    def _mark(
+        self,
+        first: int,
+        count: int,
+        *,
+        used: bool | None = None,
+        carved: bool | None = None,
+        zero: bool | None = None,
+    ) -> None:
+        for r in self._ranges:
+            start = max(first, r.first_block)
+            end = min(first + count, r.first_block + r.blocks)
+            while start < end:
+                index, bit = divmod(start - r.first_block, MAP_BLOCKS)
+                length = min(end - start, MAP_BLOCKS - bit)
+                page = self._store.edit(r.map_page + index, MAGIC_BLOCK_MAP)
+                for offset, value in (
+                    (MAP_USED_OFFSET, used),
+                    (MAP_CARVED_OFFSET, carved),
+                    (MAP_ZERO_OFFSET, zero),
+                ):
+                    if value is not None:
+                        bitmap.set_run(page[offset : offset + MAP_BYTES], bit, length, value)
+                start += length
+
+    def _zero_now(self, runs: list[tuple[int, int]]) -> None:
+        dirty: list[tuple[int, int]] = []
+        for first, count in runs:
+            end = first + count
+            at = self._zero.find(0, first, end)
+            while at >= 0:
+                stop = self._zero.find(1, at, end)
+                if stop < 0:
+                    stop = end
+                dirty.append((at, stop - at))
+                at = self._zero.find(0, stop, end)
+        if sum(count for _, count in dirty) > INLINE_ZERO_BLOCKS:
+            raise ZeroingNeeded(dirty)
+        for first, count in dirty:
+            self._store.region.zero(first * BLOCK, count * BLOCK)
+
+    # ------------------------------------------------------------------ choosing
+
+    def _plan(self, count: int, goal: int | None) -> list[tuple[int, int]] | None:
+        """Runs to take, or None if there are not enough free blocks outside the windows."""
+        if count > self.free_blocks:
+            return None
+        head: list[tuple[int, int]] = []
+        if goal is not None and 0 <= goal < self.total_blocks:
+            length = self._free_at(goal, count)
+            if length == count:
+                return [(goal, count)]
+            if length:
+                head = [(goal, length)]
+                count -= length
+        # What was taken at the goal must not be found again.
+        for first, length in head:
+            self._state[first : first + length] = bytes([_USED]) * length
+        try:
+            found = self._find(count)
+            rest = [(found, count)] if found is not None else self._pick_largest(count)
+        finally:
+            for first, length in head:
+                self._state[first : first + length] = bytes(length)
+        return head + rest if rest is not None else None
+
+    def _free_at(self, block: int, most: int) -> int:
+        end = min(block + most, self.total_blocks)
+        run = _FREE_RUNS.match(self._state, block, end)
+        return run.end() - block if run else 0
+
+    def _find(self, count: int) -> int | None:
+        if count >= BLOCKS_PER_GIB:
+            aligned = self._find_aligned(count)
+            if aligned is not None:
+                return aligned
+        at = self._state.find(bytes(count))
+        return at if at >= 0 else None
+
+    def _find_aligned(self, count: int) -> int | None:
+        for r in self._ranges:
+            base = (r.phys_base or 0) // BLOCK
+            first = r.first_block + -base % BLOCKS_PER_GIB
+            for at in range(first, r.first_block + r.blocks - count + 1, BLOCKS_PER_GIB):
+                if self._free_at(at, count) == count:
+                    return at
+        return None
+
+    def _pick_largest(self, count: int) -> list[tuple[int, int]] | None:
+        found = [(m.start(), m.end() - m.start()) for m in _FREE_RUNS.finditer(self._state)]
+        found.sort(key=lambda run: (-run[1], run[0]))
+        picked = []
+        for first, length in found:
+            length = min(length, count)
+            picked.append((first, length))
+            count -= length
+            if not count:
+                return picked
+        return None
+
+    # ------------------------------------------------------------------ room for growth
+
+    def _keep(self, owner: int, start: int, count: int) -> None:
+        """Keep as many blocks behind a growing file as it just took, at least 8."""
+        length = self._free_at(start, min(max(8, 2 * count), _MAX_WINDOW_BLOCKS)) if (
+            start < self.total_blocks
+        ) else 0
+        if length:
+            self._state[start : start + length] = bytes([_KEPT]) * length
+            self._windows[owner] = (start, length)
+            if len(self._windows) > _MAX_WINDOWS:
+                self._unkeep(self._windows.popitem(last=False)[1])
+
+    def _unkeep(self, window: tuple[int, int]) -> None:
+        for block in range(window[0], sum(window)):
+            if self._state[block] == _KEPT:
+                self._state[block] = _FREE
+
+    def forget_window(self, owner: int) -> None:
+        """The file stopped growing: what was kept for it is anybody's."""
+        window = self._windows.pop(owner, None)
+        if window:
+            self._unkeep(window)
+
+    def drop_windows(self) -> None:
+        """Space is short: keep nothing for anybody."""
+        while self._windows:
+            self._unkeep(self._windows.popitem()[1])
+
+

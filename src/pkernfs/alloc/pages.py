@@ -1,0 +1,190 @@
+"""4 KiB pages inside carved blocks: metadata, and the data of small files.
+
+Each carved block's page 0 is a page map. In memory there is an integer bitmap of free pages for
+each carved block.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from pkernfs.alloc import bitmap
+from pkernfs.alloc.blocks import BlockAllocator
+from pkernfs.errors import CorruptionError, NoSpaceError
+from pkernfs.journal import PageStore
+from pkernfs.layout import (
+    CLASS_META,
+    MAGIC_PAGE_MAP,
+    PAGE_MAP_CLASS_OFFSET,
+    PAGE_MAP_USED_BYTES,
+    PAGE_MAP_USED_OFFSET,
+    PAGES_PER_BLOCK,
+)
+
+_ALL = (1 << PAGES_PER_BLOCK) - 1
+_ALL_FREE = _ALL & ~1  # but the map itself
+_TRIES = 16
+
+
+class PageAllocator:
+    """Claims and frees pages inside transactions of the page store."""
+
+    def __init__(self, store: PageStore, blocks: BlockAllocator) -> None:
+        self._store = store
+        self._blocks = blocks
+        self._free: dict[int, int] = {}
+        self._class: dict[int, int] = {}
+        # Blocks with a free page, by class; dicts for their order.
+        self._partial: dict[int, dict[int, None]] = {}
+        self.free_pages = 0
+        for block in blocks.carved_blocks():
+            page = store.read(block * PAGES_PER_BLOCK, MAGIC_PAGE_MAP)
+            used = self._used(page)
+            if not used & 1:
+                raise CorruptionError(f"page map of block {block}: the map itself is not in use")
+            self._class[block] = page[PAGE_MAP_CLASS_OFFSET]
+            self._set_free(block, _ALL & ~used)
+
+    @staticmethod
+    def _used(page: memoryview) -> int:
+        end = PAGE_MAP_USED_OFFSET + PAGE_MAP_USED_BYTES
+        return int.from_bytes(page[PAGE_MAP_USED_OFFSET:end], "little")
+
+    def _set_free(self, block: int, mask: int) -> None:
+        self.free_pages += mask.bit_count() - self._free.get(block, 0).bit_count()
+        self._free[block] = mask
+        blocks = self._partial.setdefault(self._class[block], {})
+        if mask:
+            blocks[block] = None
+        else:
+            blocks.pop(block, None)
+
+    def _drop(self, block: int) -> None:
+        mask = self._free.pop(block, 0)
+        self.free_pages -= mask.bit_count()
+        self._partial[self._class.pop(block)].pop(block, None)
+
+    # ------------------------------------------------------------------ allocating
+
+    def alloc_one(self, kind: int = CLASS_META) -> int:
+        """Take one page of class ``kind``; its bytes may be anything.
+
+        :raises NoSpaceError: no page and no block is free.
+        """
+        for block in self._partial.get(kind, ()):
+            mask = self._free[block]
+            bit = (mask & -mask).bit_length() - 1
+            self._take(block, bit, 1)
+            return block * PAGES_PER_BLOCK + bit
+        return self.alloc(1, kind)[0][0]
+
+    def alloc(self, count: int, kind: int, goal: int | None = None) -> list[tuple[int, int]]:
+        """Take ``count`` pages (at most 511) as ``(first page, pages)`` runs, few if possible.
+
+        ``goal`` is the page that would be best. The bytes may be anything.
+
+        :raises NoSpaceError: not that many pages and no block are free.
+        """
+        found = self._at_goal(count, goal) if goal is not None else []
+        count -= sum(length for _, length in found)
+        if count:
+            run = self._in_partial(count, kind) or self._in_new_block(count, kind)
+            found += [run] if run else self._anywhere(count)
+        return found
+
+    def _at_goal(self, count: int, goal: int) -> list[tuple[int, int]]:
+        block, bit = divmod(goal, PAGES_PER_BLOCK)
+        mask = self._free.get(block, 0) >> bit
+        length = min((~mask & (mask + 1)).bit_length() - 1, count)
+        if not length:
+            return []
+        self._take(block, bit, length)
+        return [(goal, length)]
+
+    def _in_partial(self, count: int, kind: int) -> tuple[int, int] | None:
+        for tries, block in enumerate(self._partial.get(kind, ())):
+            if tries == _TRIES:
+                break
+            bit = bitmap.find_run(self._free[block], count)
+            if bit >= 0:
+                self._take(block, bit, count)
+                return block * PAGES_PER_BLOCK + bit, count
+        return None
+
+    def _in_new_block(self, count: int, kind: int) -> tuple[int, int] | None:
+        try:
+            block = self._blocks.alloc_carved()
+        except NoSpaceError:
+            return None
+        page = self._store.new(block * PAGES_PER_BLOCK, MAGIC_PAGE_MAP, 0)
+        page[PAGE_MAP_CLASS_OFFSET] = kind
+        page[PAGE_MAP_USED_OFFSET] = 1
+        self._class[block] = kind
+        self._set_free(block, _ALL_FREE)
+        self._store.on_abort.append(partial(self._drop, block))
+        self._take(block, 1, count)
+        return block * PAGES_PER_BLOCK + 1, count
+
+    def _anywhere(self, count: int) -> list[tuple[int, int]]:
+        """The last pages of a full region, of whatever class and in whatever pieces."""
+        if count > self.free_pages:
+            raise NoSpaceError(f"no space: {count} pages wanted, {self.free_pages} free")
+        found = []
+        for blocks in list(self._partial.values()):
+            for block in list(blocks):
+                for bit, length in bitmap.runs(self._free[block]):
+                    length = min(length, count)
+                    self._take(block, bit, length)
+                    found.append((block * PAGES_PER_BLOCK + bit, length))
+                    count -= length
+                    if not count:
+                        return found
+        return found
+
+    def _take(self, block: int, bit: int, count: int) -> None:
+        before = self._free[block]
+        run = ((1 << count) - 1) << bit
+        self._store.on_abort.append(partial(self._restore, block, before))
+        self._set_free(block, before & ~run)
+        image = self._store.edit(block * PAGES_PER_BLOCK, MAGIC_PAGE_MAP)
+        end = PAGE_MAP_USED_OFFSET + PAGE_MAP_USED_BYTES
+        used = self._used(image) | run
+        image[PAGE_MAP_USED_OFFSET:end] = used.to_bytes(PAGE_MAP_USED_BYTES, "little")
+
+    def _restore(self, block: int, mask: int) -> None:
+        if block in self._free:
+            self._set_free(block, mask)
+
+    # ------------------------------------------------------------------ freeing
+
+    def free(self, first: int, count: int = 1) -> None:
+        """Give pages of one carved block back; a block with none left in use goes with them."""
+        block, bit = divmod(first, PAGES_PER_BLOCK)
+        run = ((1 << count) - 1) << bit
+        image = self._store.edit(block * PAGES_PER_BLOCK, MAGIC_PAGE_MAP)
+        end = PAGE_MAP_USED_OFFSET + PAGE_MAP_USED_BYTES
+        used = self._used(image)
+        if block not in self._free or used & run != run or bit + count > PAGES_PER_BLOCK or not bit:
+            raise CorruptionError(f"page {first}: {count} pages freed that are not all in use")
+        used &= ~run
+        image[PAGE_MAP_USED_OFFSET:end] = used.to_bytes(PAGE_MAP_USED_BYTES, "little")
+        for page in range(first, first + count):
+            self._store.forget(page)
+        if used == 1 and self._has_other(block):
+            self._blocks.free(block, 1)
+            self._store.forget(block * PAGES_PER_BLOCK)
+            before = self._free[block]
+            self._set_free(block, 0)
+            self._store.on_abort.append(partial(self._restore, block, before))
+            self._store.on_commit.append(partial(self._drop, block))
+        else:
+            self._store.on_commit.append(partial(self._freed, block, run))
+
+    def _has_other(self, block: int) -> bool:
+        """Whether another block of the class has free pages: the last one is kept carved."""
+        blocks = self._partial.get(self._class[block], {})
+        return len(blocks) > (1 if block in blocks else 0)
+
+    def _freed(self, block: int, run: int) -> None:
+        if block in self._free:
+            self._set_free(block, self._free[block] | run)

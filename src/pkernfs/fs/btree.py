@@ -1,0 +1,459 @@
+"""B+ trees of 4 KiB nodes (docs/format.md, section 7): extents, names, extended attributes.
+
+A :class:`Tree` is a root page number and what it takes to follow it; whoever holds the root stores
+it back after a change. Nodes are changed only inside a transaction.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from struct import Struct
+from typing import NoReturn
+
+from pkernfs.alloc.pages import PageAllocator
+from pkernfs.errors import CorruptionError
+from pkernfs.journal import PageStore
+from pkernfs.layout import (
+    EXTENT,
+    EXTENT_BYTES,
+    INNER_SLOT,
+    ITEM_SLOT,
+    MAGIC_TREE,
+    MAX_EXTENT_SLOTS,
+    MAX_INNER_SLOTS,
+    MAX_TREE_LEVELS,
+    PAGE,
+    TREE,
+    TREE_EXTENTS,
+    TREE_OFFSET,
+    TREE_SLOTS_OFFSET,
+)
+
+# owner, then kind, level, count, heap, garbage: from offset 16 of a node
+_NODE = Struct("<Q16xBBHHH")
+_NODE_OFFSET = 16
+_SLOTS = TREE_SLOTS_OFFSET
+_WORD0 = _SLOTS // 8
+_MERGE_BELOW = (PAGE - _SLOTS) // 4
+_MERGE_UP_TO = (PAGE - _SLOTS) * 3 // 4
+
+_unpack_node = _NODE.unpack_from
+_pack_tree = TREE.pack_into
+_unpack_inner = INNER_SLOT.unpack_from
+_unpack_item = ITEM_SLOT.unpack_from
+_unpack_extent = EXTENT.unpack_from
+
+Path = list[tuple[int, int]]
+
+
+class Tree:
+    """One tree. ``root`` is 0 while it is empty; ``owner`` is the inode it belongs to."""
+
+    __slots__ = ("_pages", "_slot", "_store", "_words", "kind", "owner", "root")
+
+    def __init__(
+        self, store: PageStore, pages: PageAllocator, kind: int, owner: int, root: int
+    ) -> None:
+        self._store = store
+        self._pages = pages
+        self.kind = kind
+        self.owner = owner
+        self.root = root
+        self._slot = EXTENT_BYTES if kind == TREE_EXTENTS else ITEM_SLOT.size
+        self._words = self._slot // 8
+
+    # ------------------------------------------------------------------ nodes
+
+    def _node(self, page: int, level: int) -> tuple[memoryview, int, int]:
+        """A node, its level and its number of slots; ``level`` -1 accepts any (the root's)."""
+        node = self._store.read(page, MAGIC_TREE)
+        owner, kind, got, count, _heap, _garbage = _unpack_node(node, _NODE_OFFSET)
+        if owner != self.owner or kind != self.kind:
+            self._bad(page, f"wrong owner or kind: got {owner}/{kind}, expected {self.owner}/{self.kind}")
+        if (got != level and level >= 0) or got >= MAX_TREE_LEVELS:
+            self._bad(page, f"wrong level: got {got}, expected {level}")
+        if not 0 < count <= (PAGE - _SLOTS) // (16 if got else self._slot):
+            self._bad(page, f"wrong count: got {count}")
+        return node, got, count
+
+    def _bad(self, page: int, reason: str) -> NoReturn:
+        raise CorruptionError(f"tree node at {page * PAGE:#x}: {reason}")
+
+    def _keys(self, node: memoryview, level: int, count: int) -> memoryview:
+        words = 2 if level else self._words
+        return node.cast("Q")[_WORD0 : _WORD0 + count * words : words]
+
+    def _descend(self, key: int) -> tuple[Path, memoryview, int, int]:
+        """Path of (page, slot) down to the leaf for ``key``; the leaf, its count, the next key.
+
+        The last element's slot is that of the first key >= ``key``; the next key is the lowest
+        that any leaf further right can have.
+        """
+        path: Path = []
+        page = self.root
+        level = -1
+        bound = 1 << 64
+        while True:
+            node, level, count = self._node(page, level)
+            keys = self._keys(node, level, count)
+            if not level:
+                path.append((page, bisect_left(keys, key)))
+                return path, node, count, bound
+            slot = bisect_right(keys, key) - 1
+            if slot < 0:
+                slot = 0
+            if slot + 1 < count:
+                bound = keys[slot + 1]
+            path.append((page, slot))
+            page = _unpack_inner(node, _SLOTS + 16 * slot)[1]
+            level -= 1
+
+    # ------------------------------------------------------------------ reading
+
+    def item(self, node: memoryview, slot: int) -> tuple[int, memoryview]:
+        """Key and bytes of an item in a leaf."""
+        key, offset, length, _ = _unpack_item(node, _SLOTS + 16 * slot)
+        return key, node[offset : offset + length]
+
+    def items(self, key: int) -> Iterator[tuple[int, memoryview]]:
+        """Items from ``key`` on, ascending."""
+        for node, slot in self._leaf_slots(key):
+            yield self.item(node, slot)
+
+    def extents(self, key: int) -> Iterator[tuple[int, int, int]]:
+        """Extents from the first whose key is >= ``key`` on."""
+        for node, slot in self._leaf_slots(key):
+            yield _unpack_extent(node, _SLOTS + EXTENT_BYTES * slot)
+
+    def _leaf_slots(self, key: int) -> Iterator[tuple[memoryview, int]]:
+        while self.root:
+            path, node, count, bound = self._descend(key)
+            for slot in range(path[-1][1], count):
+                yield node, slot
+            if bound >= 1 << 64:
+                return
+            key = bound
+
+    def extent_at(self, key: int) -> tuple[int, int, int] | None:
+        """The last extent whose key is <= ``key``."""
+        page = self.root
+        level = -1
+        while page:
+            node, level, count = self._node(page, level)
+            slot = bisect_right(self._keys(node, level, count), key) - 1
+            if not level:
+                if slot < 0:
+                    return None
+                found: tuple[int, int, int] = _unpack_extent(node, _SLOTS + EXTENT_BYTES * slot)
+                return found
+            page = _unpack_inner(node, _SLOTS + 16 * max(slot, 0))[1]
+            level -= 1
+        return None
+
+    def find(self, key: int, group_bits: int) -> Iterator[tuple[int, memoryview]]:
+        """Items whose key agrees with ``key`` but for the lowest ``group_bits`` bits."""
+        if not self.root:
+            return
+        path, node, count, bound = self._descend(key)
+        end = key + (1 << group_bits)
+        for slot in range(path[-1][1], count):
+            found = self.item(node, slot)
+            if found[0] >= end:
+                return
+            yield found
+        if bound < end:
+            for found in self.items(bound):
+                if found[0] >= end:
+                    return
+                yield found
+
+    def pages(self) -> Iterator[int]:
+        """Every page of the tree, parents first."""
+        if not self.root:
+            return
+        todo = [(self.root, -1)]
+        while todo:
+            page, level = todo.pop()
+            node, level, count = self._node(page, level)
+            yield page
+            if level:
+                todo += [
+                    (_unpack_inner(node, _SLOTS + 16 * slot)[1], level - 1)
+                    for slot in range(count)
+                ]
+
+    # ------------------------------------------------------------------ inserting
+
+    def insert_extent(self, extent: tuple[int, int, int]) -> None:
+        """Add an extent; its key must be new."""
+        if not self.root:
+            self._plant()
+        path, _node, count, _ = self._descend(extent[0]) if self._count(self.root) else self._top()
+        page, slot = path[-1]
+        if count == MAX_EXTENT_SLOTS:
+            page, slot = self._split(path, extent[0])
+            count = self._count(page)
+        node = self._store.edit(page, MAGIC_TREE)
+        at = _SLOTS + EXTENT_BYTES * slot
+        end = _SLOTS + EXTENT_BYTES * count
+        node[at + EXTENT_BYTES : end + EXTENT_BYTES] = bytes(node[at:end])
+        EXTENT.pack_into(node, at, *extent)
+        _pack_tree(node, TREE_OFFSET, self.kind, 0, count + 1, PAGE, 0)
+
+    def replace_extent(self, key: int, extent: tuple[int, int, int]) -> None:
+        """Put another extent in the place of the one at ``key``, order kept."""
+        path, found, count, _ = self._descend(key)
+        page, slot = path[-1]
+        if slot >= count or _unpack_extent(found, _SLOTS + EXTENT_BYTES * slot)[0] != key:
+            self._bad(page, f"no extent at {key}")
+        node = self._store.edit(page, MAGIC_TREE)
+        EXTENT.pack_into(node, _SLOTS + EXTENT_BYTES * slot, *extent)
+
+    def insert_item(self, key: int, data: bytes) -> None:
+        """Add an item of at most about 1300 bytes; its key must be new."""
+        if not self.root:
+            self._plant()
+        path, found, count, _ = self._descend(key) if self._count(self.root) else self._top()
+        page, slot = path[-1]
+        _o, _k, _l, _c, heap, garbage = _unpack_node(found, _NODE_OFFSET)
+        need = len(data) + 16
+        while heap + garbage - _SLOTS - 16 * count < need:
+            page, slot = self._split(path, key)
+            path, found, count, _ = self._descend(key)
+            page, slot = path[-1]
+            _o, _k, _l, _c, heap, garbage = _unpack_node(found, _NODE_OFFSET)
+        node = self._store.edit(page, MAGIC_TREE)
+        if heap - _SLOTS - 16 * count < need:
+            heap = self._compact(node, count)
+            garbage = 0
+        heap -= len(data)
+        node[heap : heap + len(data)] = data
+        at = _SLOTS + 16 * slot
+        end = _SLOTS + 16 * count
+        if at < end:
+            node[at + 16 : end + 16] = bytes(node[at:end])
+        ITEM_SLOT.pack_into(node, at, key, heap, len(data), 0)
+        _pack_tree(node, TREE_OFFSET, self.kind, 0, count + 1, heap, garbage)
+
+    def _plant(self) -> None:
+        self.root = self._pages.alloc_one()
+        node = self._store.new(self.root, MAGIC_TREE, self.owner)
+        _pack_tree(node, TREE_OFFSET, self.kind, 0, 0, PAGE, 0)
+
+    def _count(self, page: int) -> int:
+        count: int = _unpack_node(self._store.read(page, MAGIC_TREE), _NODE_OFFSET)[3]
+        return count
+
+    def _top(self) -> tuple[Path, memoryview, int, int]:
+        """The path of an empty root, which only exists inside a transaction."""
+        return [(self.root, 0)], self._store.read(self.root, MAGIC_TREE), 0, 1 << 64
+
+    def _compact(self, node: memoryview, count: int) -> int:
+        """Push the items of a leaf together at its end; returns the new heap offset."""
+        items = []
+        for slot in range(count):
+            _key, offset, length, _ = _unpack_item(node, _SLOTS + 16 * slot)
+            items.append(bytes(node[offset : offset + length]))
+        heap = PAGE
+        for slot, data in enumerate(items):
+            heap -= len(data)
+            node[heap : heap + len(data)] = data
+            node[_SLOTS + 16 * slot + 8 : _SLOTS + 16 * slot + 10] = heap.to_bytes(2, "little")
+        return heap
+
+    def _split(self, path: Path, key: int) -> tuple[int, int]:
+        """Split the full node at the end of ``path``; returns leaf and slot for ``key``."""
+        page, slot = path[-1]
+        node, level, count = self._node(page, -1)
+        # A node filled in ascending order stays full.
+        half = count - 1 if slot >= count - 1 and (self.kind == TREE_EXTENTS or level) else count // 2
+        right = self._pages.alloc_one()
+        left_node = self._store.edit(page, MAGIC_TREE)
+        right_node = self._store.new(right, MAGIC_TREE, self.owner)
+        size = 16 if level else self._slot
+        if level or self.kind == TREE_EXTENTS:
+            body = left_node[_SLOTS + half * size : _SLOTS + count * size]
+            right_node[_SLOTS : _SLOTS + len(body)] = body
+            _pack_tree(right_node, TREE_OFFSET, self.kind, level, count - half, PAGE, 0)
+            _pack_tree(left_node, TREE_OFFSET, self.kind, level, half, PAGE, 0)
+        else:
+            self._move_items(left_node, half, count, right_node, 0)
+        first_right = self._keys(right_node, level, 1)[0]
+        self._link(path[:-1], page, first_right, right, level)
+        if level:
+            return right, 0
+        if key >= first_right:
+            right_count = count - half
+            return right, bisect_left(self._keys(right_node, 0, right_count), key)
+        return page, slot
+
+    def _move_items(
+        self, source: memoryview, start: int, count: int, target: memoryview, have: int
+    ) -> None:
+        """Move items start..count-1 of one leaf behind the ``have`` ones of another."""
+        heap = PAGE if not have else _unpack_node(target, _NODE_OFFSET)[4]
+        for slot in range(start, count):
+            key, offset, length, _ = _unpack_item(source, _SLOTS + 16 * slot)
+            heap -= length
+            target[heap : heap + length] = source[offset : offset + length]
+            ITEM_SLOT.pack_into(target, _SLOTS + 16 * have, key, heap, length, 0)
+            have += 1
+        _pack_tree(target, TREE_OFFSET, self.kind, 0, have, heap, 0)
+        if start:
+            kept = self._compact(source, start)
+            _pack_tree(source, TREE_OFFSET, self.kind, 0, start, kept, 0)
+
+    def _link(self, path: Path, left: int, key: int, right: int, level: int) -> None:
+        """Enter a new right neighbour of ``left`` into the level above."""
+        if not path:
+            root = self._pages.alloc_one()
+            node = self._store.new(root, MAGIC_TREE, self.owner)
+            first = self._keys(self._store.read(left, MAGIC_TREE), level, 1)[0]
+            INNER_SLOT.pack_into(node, _SLOTS, first, left)
+            INNER_SLOT.pack_into(node, _SLOTS + 16, key, right)
+            _pack_tree(node, TREE_OFFSET, self.kind, level + 1, 2, PAGE, 0)
+            self.root = root
+            return
+        page, slot = path[-1]
+        count = self._count(page)
+        if count == MAX_INNER_SLOTS:
+            self._split(path, key)
+            page, slot = self._parent_of(left, key, level)
+            count = self._count(page)
+        node = self._store.edit(page, MAGIC_TREE)
+        at = _SLOTS + 16 * (slot + 1)
+        end = _SLOTS + 16 * count
+        if at < end:
+            node[at + 16 : end + 16] = bytes(node[at:end])
+        INNER_SLOT.pack_into(node, at, key, right)
+        _pack_tree(node, TREE_OFFSET, self.kind, level + 1, count + 1, PAGE, 0)
+
+    def _parent_of(self, child: int, key: int, level: int) -> tuple[int, int]:
+        """The inner node that holds ``child`` of ``level``, and the slot, after a split above."""
+        page = self.root
+        below = -1
+        while True:
+            node, below, count = self._node(page, below)
+            slot = max(bisect_right(self._keys(node, below, count), key) - 1, 0)
+            target = _unpack_inner(node, _SLOTS + 16 * slot)[1]
+            if below == level + 1:
+                if target != child:
+                    self._bad(page, f"lost child {child}")
+                return page, slot
+            page = target
+            below -= 1
+
+    # ------------------------------------------------------------------ removing
+
+    def remove(self, key: int) -> None:
+        """Take out the item or extent at ``key``.
+
+        :raises CorruptionError: there is none.
+        """
+        path, found, count, _ = self._descend(key)
+        page, slot = path[-1]
+        if slot >= count or self._keys(found, 0, count)[slot] != key:
+            self._bad(page, f"no key {key:#x}")
+        if count == 1:
+            self._unlink(path)
+            return
+        node = self._store.edit(page, MAGIC_TREE)
+        _o, _k, _l, _c, heap, garbage = _unpack_node(node, _NODE_OFFSET)
+        size = self._slot
+        if self.kind != TREE_EXTENTS:
+            _key, offset, length, _ = _unpack_item(node, _SLOTS + 16 * slot)
+            if offset == heap:
+                heap += length
+            else:
+                garbage += length
+        at = _SLOTS + size * slot
+        end = _SLOTS + size * count
+        node[at : end - size] = bytes(node[at + size : end])
+        _pack_tree(node, TREE_OFFSET, self.kind, 0, count - 1, heap, garbage)
+        if len(path) > 1 and self._in_use(node, 0, count - 1) < _MERGE_BELOW:
+            self._merge(path)
+
+    def _in_use(self, node: memoryview, level: int, count: int) -> int:
+        if level:
+            return 16 * count
+        _o, _k, _l, _c, heap, garbage = _unpack_node(node, _NODE_OFFSET)
+        return self._slot * count + PAGE - int(heap) - int(garbage)
+
+    def _unlink(self, path: Path) -> None:
+        """Free the node at the end of ``path`` and take it out of its parent."""
+        page, _ = path[-1]
+        self._pages.free(page)
+        if len(path) == 1:
+            self.root = 0
+            return
+        self._cut(path[:-1])
+
+    def _cut(self, path: Path) -> None:
+        """Take the slot at the end of ``path`` out of its inner node."""
+        page, slot = path[-1]
+        count = self._count(page)
+        if count == 1:
+            self._unlink(path)
+            return
+        node = self._store.edit(page, MAGIC_TREE)
+        at = _SLOTS + 16 * slot
+        end = _SLOTS + 16 * count
+        node[at : end - 16] = bytes(node[at + 16 : end])
+        level = node[TREE_OFFSET + 1]
+        _pack_tree(node, TREE_OFFSET, self.kind, level, count - 1, PAGE, 0)
+        if len(path) == 1:
+            self._lower_root()
+        elif 16 * (count - 1) < _MERGE_BELOW:
+            self._merge(path)
+
+    def _lower_root(self) -> None:
+        """A root with a single child is the child's to be."""
+        while True:
+            node, level, count = self._node(self.root, -1)
+            if not level or count > 1:
+                return
+            child = _unpack_inner(node, _SLOTS)[1]
+            self._pages.free(self.root)
+            self.root = child
+
+    def _merge(self, path: Path) -> None:
+        """Join the sparse node at the end of ``path`` with a neighbour if both fit well."""
+        parent, slot = path[-2]
+        count = self._count(parent)
+        for left_slot in (slot, slot - 1):
+            if left_slot < 0 or left_slot + 1 >= count:
+                continue
+            node = self._store.read(parent, MAGIC_TREE)
+            left = _unpack_inner(node, _SLOTS + 16 * left_slot)[1]
+            right = _unpack_inner(node, _SLOTS + 16 * (left_slot + 1))[1]
+            if self._join(left, right):
+                self._pages.free(right)
+                self._cut([*path[:-2], (parent, left_slot + 1)])
+                return
+
+    def _join(self, left: int, right: int) -> bool:
+        left_node, level, left_count = self._node(left, -1)
+        right_node, _, right_count = self._node(right, level)
+        used = self._in_use(left_node, level, left_count)
+        if used + self._in_use(right_node, level, right_count) > _MERGE_UP_TO:
+            return False
+        target = self._store.edit(left, MAGIC_TREE)
+        total = left_count + right_count
+        if level or self.kind == TREE_EXTENTS:
+            size = 16 if level else self._slot
+            at = _SLOTS + size * left_count
+            body = right_node[_SLOTS : _SLOTS + size * right_count]
+            target[at : at + len(body)] = body
+            _pack_tree(target, TREE_OFFSET, self.kind, level, total, PAGE, 0)
+        else:
+            heap = self._compact(target, left_count)
+            _pack_tree(target, TREE_OFFSET, self.kind, 0, left_count, heap, 0)
+            self._move_items(right_node, 0, right_count, target, left_count)
+        return True
+
+    def destroy(self) -> None:
+        """Free every node (not what the items refer to)."""
+        for page in list(self.pages()):
+            self._pages.free(page)
+        self.root = 0

@@ -1,0 +1,548 @@
+"""The daemon: mounts, serves requests on trio, cleans up, goes to the background.
+
+trio and pyfuse3 are imported here and in :mod:`pkernfs.fs.operations` only, and not before a mount
+is asked for. The session loop is pyfuse3's, single file: one task reads and handles requests, and a
+handler that must wait lets another loop take over the reading (:class:`_Session`). What a request
+costs beyond its handler is mostly the event loop, so it is entered only when no request is there
+(:class:`_FastTrio`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import logging.handlers
+import os
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Generator, Iterable
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from pkernfs.errors import PkernfsError, RegionError, UsageError, ZeroingNeeded
+
+if TYPE_CHECKING:
+    from pkernfs.fs.filesystem import FileSystem
+    from pkernfs.region import Region
+
+log = logging.getLogger(__name__)
+
+EXIT_USAGE = 1
+EXIT_FAILED = 32
+
+_MIB = 1 << 20
+_ZERO_PIECE_BYTES = 8 * _MIB  # without the interpreter lock, so what another thread may wait for
+_ZERO_BATCH_BYTES = 64 * _MIB  # one thread call: what an unmount may wait for
+_REQUESTS_IN_A_ROW = 32  # before other tasks get their turn
+_SPIN_MICROSECONDS = 50.0  # a client's think time: asleep, an answer costs some 100 more
+
+#: Mount options that are handed on to the kernel or libfuse as they are.
+_FUSE_OPTIONS = frozenset(
+    "rw ro dev nodev suid nosuid exec noexec sync async dirsync atime noatime diratime nodiratime "
+    "relatime norelatime strictatime nostrictatime lazytime nolazytime silent loud "
+    "allow_other allow_root default_permissions auto_unmount context fscontext defcontext "
+    "rootcontext max_read subtype".split()
+)
+#: Options of mount(8) and fstab that mean nothing to a file system.
+_IGNORED_OPTIONS = frozenset("defaults auto noauto user nouser users owner group nofail".split())
+#: Our own options. ``cache`` is auto, direct or page: docs/coherence.md.
+_OWN_OPTIONS = frozenset({"mkfs", "phys_base", "cache", "fsname", "spin"})
+
+Options = dict[str, Any]
+
+
+# ---------------------------------------------------------------------- the mount command
+
+
+def run_mount(region_spec: str, mountpoint: str, options: Options, foreground: bool) -> int:
+    """Mount a region and serve it; the exit status, as mount(8) has it.
+
+    ``options`` are the words of ``-o``: ``{"ro": True, "phys_base": "0x40000000"}``, values as
+    typed, True for a word without one. In the background (not ``foreground``) this returns in the
+    first process once the mount answers, or has failed: 0, 1 for a wrong option, 32 for any other
+    failure, which has then been said in one line on stderr. The daemon itself never returns.
+    """
+    try:
+        _check_options(options)
+    except PkernfsError as e:
+        _say(e)
+        return EXIT_USAGE
+    if foreground:
+        _log_to_stderr()
+        return _mount_and_serve(region_spec, mountpoint, options, lambda: None)
+    return _in_background(lambda ready: _mount_and_serve(region_spec, mountpoint, options, ready))
+
+
+def _say(error: object) -> None:
+    print(f"pkernfs: {error}", file=sys.stderr, flush=True)
+
+
+def _check_options(options: Options) -> None:
+    for name, value in options.items():
+        if name.startswith(("x-", "X-", "comment")) or name == "_netdev":
+            continue
+        if name not in _FUSE_OPTIONS | _IGNORED_OPTIONS | _OWN_OPTIONS:
+            raise UsageError(f"mount option {name}: unknown")
+        if name == "cache" and value not in ("auto", "direct", "page"):
+            raise UsageError(f"mount option cache: got {value}, expected auto, direct or page")
+    _number(options, "phys_base")
+    _number(options, "spin")
+
+
+def _number(options: Options, name: str) -> int | None:
+    """A byte count or address option: decimal or 0x, with an optional K, M, G or T."""
+    value = options.get(name)
+    if value is None:
+        return None
+    text = str(value)
+    shift = {"K": 10, "M": 20, "G": 30, "T": 40}.get(text[-1:].upper(), 0)
+    try:
+        return int(text[:-1] if shift else text, 0) << shift
+    except ValueError:
+        raise UsageError(f"mount option {name}: got {text}, expected a number") from None
+
+
+def _mount_and_serve(
+    spec: str, mountpoint: str, options: Options, ready: Callable[[], None]
+) -> int:
+    """Open, mount, serve until unmounted, clean up; the exit status."""
+    try:
+        _check_mountpoint(mountpoint)
+        with _open_region(spec, options) as region:
+            fs = _open_filesystem(region, options)
+            try:
+                serve(fs, region, mountpoint, options, ready)
+            finally:
+                region.serving(False)
+                fs.unmount()
+    except PkernfsError as e:
+        _say(e)
+        log.debug("mount failed", exc_info=True)
+        return EXIT_FAILED
+    return 0
+
+
+def _check_mountpoint(mountpoint: str) -> None:
+    try:
+        mode = os.stat(mountpoint).st_mode
+    except OSError as e:
+        raise RegionError(f"{mountpoint}: cannot mount: {e.strerror}", e.errno or 0) from e
+    if not stat.S_ISDIR(mode):
+        raise RegionError(f"{mountpoint}: cannot mount: not a directory")
+    if _mounted_type(mountpoint) == "fuse.pkernfs":
+        raise RegionError(f"{mountpoint}: cannot mount: a pkernfs is mounted there already")
+
+
+def _mounted_type(mountpoint: str) -> str | None:
+    """Type of the file system mounted at a path, as the mount table has it; None if none."""
+    path = os.path.realpath(mountpoint)
+    found = None
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
+        for line in table:
+            fields = line.split(" ")
+            where = fields[4].encode("utf-8", "surrogateescape")
+            where = where.decode("unicode_escape").encode("latin-1")  # \040 and the like
+            if where == os.fsencode(path):
+                found = fields[fields.index("-") + 1]
+    return found
+
+
+def _open_region(spec: str, options: Options) -> Region:
+    from pkernfs.region import Region
+
+    return Region.open(spec, write="ro" not in options, phys_base=_number(options, "phys_base"))
+
+
+def _open_filesystem(region: Region, options: Options) -> FileSystem:
+    from pkernfs.fs.filesystem import FileSystem
+
+    if "mkfs" in options:
+        from pkernfs.fs import mkfs
+
+        if mkfs.probe(region) is mkfs.Probe.EMPTY:
+            mkfs.make_filesystem(region)
+    return FileSystem.mount(region, read_only="ro" in options)
+
+
+# ---------------------------------------------------------------------- going to the background
+
+
+def _in_background(serve_it: Callable[[Callable[[], None]], int]) -> int:
+    """Run ``serve_it`` in a child; return when it calls its argument, or has ended.
+
+    The fork comes first, so that locks and memory belong to the daemon from the start.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(write_end)
+        with open(read_end, "rb") as answer:
+            word = answer.read(1)
+        if word:
+            return 0
+        _, status = os.waitpid(child, 0)
+        if os.WIFEXITED(status):
+            return os.WEXITSTATUS(status) or EXIT_FAILED
+        _say(f"the daemon died: {signal.strsignal(os.WTERMSIG(status))}")
+        return EXIT_FAILED
+    _be_the_daemon(serve_it, read_end, write_end)
+
+
+def _be_the_daemon(
+    serve_it: Callable[[Callable[[], None]], int], read_end: int, write_end: int
+) -> NoReturn:
+    status = EXIT_FAILED
+    try:
+        os.close(read_end)
+        os.setsid()
+        _log_to_journal()
+
+        def ready() -> None:
+            os.chdir("/")
+            _leave_the_terminal()
+            with contextlib.suppress(BrokenPipeError):
+                os.write(write_end, b"r")
+            os.close(write_end)
+
+        status = serve_it(ready)
+    except BaseException as e:
+        log.critical("the daemon failed", exc_info=e)
+        with contextlib.suppress(Exception):
+            _say(f"the daemon failed: {e!r}")
+    finally:
+        os._exit(status)
+
+
+def _leave_the_terminal() -> None:
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    os.close(null)
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(format="pkernfs: %(message)s", level=_log_level())
+
+
+def _log_to_journal() -> None:
+    """The system log for a daemon without a terminal; until it is ready, stderr says failures."""
+    if os.path.exists("/dev/log"):
+        with contextlib.suppress(OSError):
+            to_log = logging.handlers.SysLogHandler(
+                "/dev/log", logging.handlers.SysLogHandler.LOG_DAEMON
+            )
+            to_log.setFormatter(logging.Formatter(f"pkernfs[{os.getpid()}]: %(message)s"))
+            logging.basicConfig(handlers=[to_log], level=_log_level())
+            return
+    logging.basicConfig(handlers=[logging.NullHandler()])
+
+
+def _log_level() -> int:
+    return logging.DEBUG if os.environ.get("PKERNFS_DEBUG") else logging.WARNING
+
+
+# ---------------------------------------------------------------------- serving
+
+
+def serve(
+    fs: FileSystem, region: Region, mountpoint: str, options: Options, ready: Callable[[], Any]
+) -> None:
+    """Mount ``fs`` at ``mountpoint`` and handle requests until it is unmounted.
+
+    ``ready`` is called once when the mount answers. The file system itself is left for the caller
+    to unmount; nothing is mounted any more after the return, whatever the reason.
+
+    :raises RegionError: the mount was refused.
+    """
+    import trio
+
+    from pkernfs import fuse_shim
+    from pkernfs.fs import operations
+
+    import pyfuse3  # isort: skip
+
+    module: Any = pyfuse3
+    cache = options.get("cache", "auto")
+    server = operations.Operations(fs, cache=cache)
+    spin = _number(options, "spin")
+    fuse_shim.prepare(
+        server,
+        fsname=os.fsencode(str(options.get("fsname", region.name))),
+        direct=cache != "page",
+        spin_us=_SPIN_MICROSECONDS if spin is None else spin,
+    )
+    try:
+        pyfuse3.init(server, mountpoint, _fuse_options(options))
+    except RuntimeError as e:
+        raise RegionError(f"{mountpoint}: cannot mount: {e}") from e
+    try:
+        fuse_shim.attach()
+        session = _Session(fs, region, mountpoint)
+        server.waiting = session
+        module.trio = _FastTrio()
+        region.serving(True)
+        trio.run(session.run, server, ready)
+    except BaseException:
+        pyfuse3.close(unmount=True)
+        raise
+    finally:
+        region.serving(False)
+        module.trio = trio
+    pyfuse3.close(unmount=session.still_mounted)
+
+
+def _fuse_options(options: Options) -> set[str]:
+    """What libfuse is told: defaults, and what it knows of the user's options."""
+    words = {"default_permissions", "subtype=pkernfs"}
+    for name, value in options.items():
+        if name in _FUSE_OPTIONS:
+            words.add(name if value is True else f"{name}={value}")
+    return words
+
+
+class _Session:
+    """The tasks of one mount; also the :class:`pkernfs.fs.operations.Waiting` of its handlers."""
+
+    def __init__(self, fs: FileSystem, region: Region, mountpoint: str) -> None:
+        import trio
+
+        self._trio = trio
+        self._fs = fs
+        self._region = region
+        self._mountpoint = os.path.abspath(mountpoint)
+        self._loops = 0
+        self._ended = trio.Event()
+        self._dirty = trio.Event()
+        self._zeroing = trio.Lock()
+        self._nursery: Any = None
+        self.still_mounted = False
+
+    async def run(self, server: Any, ready: Callable[[], Any]) -> None:
+        """Handle requests until the session ends, and whatever belongs to it."""
+        trio = self._trio
+        async with trio.open_nursery() as background, trio.open_nursery() as nursery:
+            self._nursery = nursery
+            background.start_soon(self._zero_ahead)
+            background.start_soon(self._handle_signals)
+            background.start_soon(self._announce, server, ready)
+            self._start_loop()
+            await self._ended.wait()
+            self._region.serving(False)
+            background.cancel_scope.cancel()
+
+    async def _announce(self, server: Any, ready: Callable[[], Any]) -> None:
+        """Call ``ready`` when FUSE_INIT has been answered; what root may tune comes after."""
+        while not server.initialized:
+            await self._trio.sleep(0.001)
+        ready()
+        await self._trio.to_thread.run_sync(_tune_backing_device, self._mountpoint)
+
+    # ------------------------------------------------------------------ the session loop
+
+    def _start_loop(self) -> None:
+        self._loops += 1
+        self._nursery.start_soon(self._loop)
+
+    async def _loop(self) -> None:
+        """One reader. pyfuse3 starts no worker below the (unreachable) limit of tasks, and ends a
+        loop that comes back from a handler and finds another one reading.
+        """
+        import pyfuse3
+
+        try:
+            await pyfuse3.main(min_tasks=0, max_tasks=-(2**31))
+        finally:
+            self._loops -= 1
+            if not self._loops:
+                self._ended.set()
+
+    async def sync(self) -> None:
+        """Write the region back to its disk, in a thread."""
+        self._start_loop()
+        await self._trio.to_thread.run_sync(self._fs.sync)
+
+    async def zero(self, need: ZeroingNeeded) -> None:
+        """Zero what an operation needs, in a thread."""
+        self._start_loop()
+        async with self._zeroing:
+            await self._zero_claim(self._fs.claim_zeroing(need.blocks))
+
+    def start(self, task: Callable[[], Awaitable[None]]) -> None:
+        """Run ``task`` beside the session loop."""
+        self._nursery.start_soon(task)
+
+    # ------------------------------------------------------------------ zeroing
+
+    def freed(self) -> None:
+        """Memory may have become free: see whether it has to be zeroed."""
+        self._dirty.set()
+
+    async def _zero_ahead(self) -> None:
+        """Zero freed blocks before anyone asks for them, a batch at a time."""
+        trio = self._trio
+        while not self._fs.read_only:
+            claim = self._fs.next_dirty(_ZERO_BATCH_BYTES)
+            if claim is not None:
+                await self._zero_claim(claim)
+                continue
+            self._dirty = trio.Event()
+            await self._dirty.wait()
+            await trio.sleep(0.05)  # more will be freed in a moment
+
+    async def _zero_claim(self, claim: Any) -> None:
+        try:
+            await self._trio.to_thread.run_sync(_zero, self._region, claim.pieces())
+        finally:
+            self._fs.finish_zeroing(claim)
+
+    # ------------------------------------------------------------------ the end
+
+    async def _handle_signals(self) -> None:
+        trio = self._trio
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            async for _ in signals:
+                await self._unmount()
+
+    async def _unmount(self) -> None:
+        """Write back and unmount, still serving; leave the users behind if there are any."""
+        import pyfuse3
+
+        busy = await self._trio.to_thread.run_sync(_sync_and_unmount, self._mountpoint)
+        if busy:
+            log.warning("%s: still in use: %s; detached", self._mountpoint, busy)
+            pyfuse3.terminate()
+
+
+def _zero(region: Region, pieces: Iterable[tuple[int, int]]) -> None:
+    for offset, length in pieces:
+        for start in range(offset, offset + length, _ZERO_PIECE_BYTES):
+            region.zero(start, min(_ZERO_PIECE_BYTES, offset + length - start))
+
+
+def _tune_backing_device(mountpoint: str) -> None:
+    """Larger read-ahead, and no strict limit on what shared mappings may have dirty (root)."""
+    with contextlib.suppress(OSError):
+        device = os.stat(mountpoint).st_dev
+        bdi = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/"
+        for name, value in (("read_ahead_kb", 1024), ("strict_limit", 0), ("max_ratio", 100)):
+            with contextlib.suppress(OSError), open(bdi + name, "w") as f:
+                f.write(str(value))
+
+
+def _sync_and_unmount(mountpoint: str) -> str | None:
+    """Unmount in a thread while requests are served; why it had to be detached, if it had to."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    path = os.fsencode(mountpoint)
+    if os.geteuid():
+        tool = ["fusermount3", "-u", "--", mountpoint]
+        if subprocess.run(tool, capture_output=True).returncode == 0:
+            return None
+        subprocess.run(["fusermount3", "-u", "-z", "--", mountpoint], capture_output=True)
+        return "cannot unmount"
+    with contextlib.suppress(OSError):
+        fd = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        libc.syncfs(fd)
+        os.close(fd)
+    if libc.umount2(path, 0) == 0:
+        return None
+    reason = os.strerror(ctypes.get_errno())
+    libc.umount2(path, 2)  # MNT_DETACH
+    return reason
+
+
+# ---------------------------------------------------------------------- less of the event loop
+
+
+class _Done:
+    """An awaitable that does not wait, and does not enter the event loop."""
+
+    __slots__ = ()
+    _nothing: Any = iter(())
+
+    def __await__(self) -> Generator[Any, None, None]:
+        return self._nothing  # type: ignore[no-any-return]
+
+
+_DONE = _Done()
+
+
+class _ReadLock:
+    """trio.Lock for the one case that matters: nobody else wants it, so nobody has to wait."""
+
+    def __init__(self) -> None:
+        import trio
+
+        self._held = False
+        self._waiters = trio.lowlevel.ParkingLot()
+
+    def __aenter__(self) -> Awaitable[None]:
+        if self._held:
+            return self._waiters.park()  # the one who leaves hands it over
+        self._held = True
+        return _DONE
+
+    def __aexit__(self, *exc: object) -> Awaitable[None]:
+        if self._waiters:
+            self._waiters.unpark()
+        else:
+            self._held = False
+        return _DONE
+
+
+class _FastTrio:
+    """What pyfuse3 sees as its ``trio`` (as pyfuse3.asyncio does): the same, but for two things.
+
+    Waiting for the device is skipped unless the last read found nothing, and the lock around it
+    costs nothing. Every so often other tasks get their turn.
+    """
+
+    Lock = _ReadLock
+
+    def __init__(self) -> None:
+        import trio
+
+        self._trio = trio
+        self.lowlevel = _FastLowLevel()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._trio, name)
+
+
+class _FastLowLevel:
+    """``trio.lowlevel`` for :class:`_FastTrio`."""
+
+    def __init__(self) -> None:
+        import trio
+
+        from pkernfs import fuse_shim
+
+        self._lowlevel = trio.lowlevel
+        self.wait_readable: Callable[[int], Awaitable[None]] = trio.lowlevel.wait_readable
+        if fuse_shim.attached():
+            self.wait_readable = self._make_wait(fuse_shim.took_a_break)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._lowlevel, name)
+
+    def _make_wait(self, found_nothing: Callable[[], bool]) -> Callable[[int], Awaitable[None]]:
+        really_wait = self._lowlevel.wait_readable
+        let_others_run = self._lowlevel.checkpoint
+        left = _REQUESTS_IN_A_ROW
+
+        def wait_readable(fd: int) -> Awaitable[None]:
+            nonlocal left
+            if found_nothing():
+                left = _REQUESTS_IN_A_ROW
+                return really_wait(fd)
+            left -= 1
+            if left:
+                return _DONE
+            left = _REQUESTS_IN_A_ROW
+            return let_others_run()
+
+        return wait_readable

@@ -1,0 +1,363 @@
+"""The inode table: inodes as objects, and their slots in inode pages (docs/format.md, section 6)."""
+
+from __future__ import annotations
+
+import os
+import stat
+from array import array
+from functools import partial
+from typing import Any
+
+from pkernfs.alloc.pages import PageAllocator
+from pkernfs.errors import CorruptionError, NotFoundError
+from pkernfs.fs.btree import Tree
+from pkernfs.journal import PageStore
+from pkernfs.layout import (
+    CLASS_META,
+    EXTENT,
+    EXTENT_BYTES,
+    FULL_INODE_PAGE,
+    INODE,
+    INODE_BYTES,
+    INODE_FLAG_BODY,
+    INODE_FLAG_PENDING,
+    INODE_FLAG_TABLE,
+    INODE_INLINE_BYTES,
+    INODE_INLINE_OFFSET,
+    INODE_INLINE_SHIFT,
+    INODE_PAGE,
+    INODE_PAGE_OFFSET,
+    MAGIC_INODES,
+    MAGIC_STATE,
+    MAX_INLINE_EXTENTS,
+    PAGE,
+    SLOTS_PER_INODE_PAGE,
+    STATE_FREE_INODE_PAGE_OFFSET,
+    STATE_INODE_PAGES_OFFSET,
+    STATE_INODE_ROOT_OFFSET,
+    STATE_NEXT_GENERATION_OFFSET,
+    STATE_PAGE,
+    TREE_EXTENTS,
+)
+
+_unpack = INODE.unpack_from
+_pack = INODE.pack_into
+_unpack_page = INODE_PAGE.unpack_from
+_pack_page = INODE_PAGE.pack_into
+_TYPES = {
+    stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR,
+    stat.S_IFBLK,
+}
+_MAX_CACHED = 16384
+_MAX_NEW_PAGES = 64
+_NO_INLINE = bytes(INODE_INLINE_BYTES)
+_SECTOR = 512
+
+Extent = tuple[int, int, int]
+
+
+class Inode:
+    """An inode in memory. Change it only between :meth:`InodeTable.touch` and ``save``."""
+
+    __slots__ = (
+        "atime", "body", "btime", "cookie", "ctime", "data_pages", "extents", "flags",
+        "generation", "gid", "ino", "mode", "mtime", "nlink", "parent", "pending_end",
+        "pending_start", "rdev", "size", "target", "uid", "xattr_root",
+    )
+
+    def __init__(self) -> None:
+        self.ino = 0
+        self.generation = 0
+        self.mode = 0
+        self.uid = 0
+        self.gid = 0
+        self.nlink = 0
+        self.flags = 0
+        self.size = 0
+        self.atime = 0
+        self.mtime = 0
+        self.ctime = 0
+        self.btime = 0
+        self.rdev = 0
+        self.data_pages = 0
+        self.xattr_root = 0
+        self.pending_start = 0
+        self.pending_end = 0
+        self.parent = 0
+        self.body = 0
+        self.extents: list[Extent] = []  # inline extents of a regular file
+        self.target = b""  # inline target of a symlink
+        self.cookie: Any = None  # the FUSE layer's own; None after each change
+
+    def load(self, page: memoryview, at: int) -> None:
+        """Take every field from the inode at offset ``at`` of an inode page.
+
+        :raises CorruptionError: a field contradicts the format.
+        """
+        (
+            self.ino, self.generation, self.mode, self.uid, self.gid, self.nlink, flags,
+            self.size, self.atime, self.mtime, self.ctime, self.btime, major, minor,
+            self.data_pages, self.xattr_root, self.pending_start, self.pending_end,
+            self.parent, self.body,
+        ) = _unpack(page, at)  # fmt: skip
+        self.rdev = os.makedev(major, minor) if major or minor else 0
+        count = flags >> INODE_INLINE_SHIFT & 0xFF
+        self.flags = flags & (INODE_FLAG_BODY | INODE_FLAG_PENDING | INODE_FLAG_TABLE)
+        self.extents = []
+        self.target = b""
+        self.cookie = None
+        kind = self.mode & 0o170000
+        if kind not in _TYPES or self.size < 0 or self.size >> 63:
+            raise CorruptionError(f"inode {self.ino}: bad mode or size: got {self.mode:#o}, {self.size}")
+        if flags & INODE_FLAG_BODY:
+            if not self.body or count:
+                raise CorruptionError(f"inode {self.ino}: bad body: got {self.body}, {count} inline")
+        elif kind == stat.S_IFREG:
+            if count > MAX_INLINE_EXTENTS:
+                raise CorruptionError(f"inode {self.ino}: bad extent count: got {count}, expected 0..5")
+            start = at + INODE_INLINE_OFFSET
+            self.extents = list(EXTENT.iter_unpack(page[start : start + count * EXTENT_BYTES]))
+        elif kind == stat.S_IFLNK:
+            if self.size > INODE_INLINE_BYTES:
+                raise CorruptionError(f"inode {self.ino}: bad target length: got {self.size}")
+            start = at + INODE_INLINE_OFFSET
+            self.target = bytes(page[start : start + self.size])
+
+    def store(self, page: memoryview, at: int) -> None:
+        """Put every field into an inode page's image."""
+        rdev = self.rdev
+        _pack(
+            page, at,
+            self.ino, self.generation, self.mode, self.uid, self.gid, self.nlink,
+            self.flags | len(self.extents) << INODE_INLINE_SHIFT,
+            self.size, self.atime, self.mtime, self.ctime, self.btime,
+            os.major(rdev) if rdev else 0, os.minor(rdev) if rdev else 0,
+            self.data_pages, self.xattr_root, self.pending_start, self.pending_end,
+            self.parent, self.body,
+        )  # fmt: skip
+        start = at + INODE_INLINE_OFFSET
+        if self.extents:
+            inline = b"".join([EXTENT.pack(*e) for e in self.extents])
+            page[start : start + len(inline)] = inline
+            start += len(inline)
+        elif self.target:
+            page[start : start + len(self.target)] = self.target
+            start += len(self.target)
+        end = at + INODE_BYTES
+        page[start:end] = _NO_INLINE[: end - start]
+
+    @property
+    def is_dir(self) -> bool:
+        """Whether this is a directory."""
+        return self.mode & 0o170000 == stat.S_IFDIR
+
+    @property
+    def is_reg(self) -> bool:
+        """Whether this is a regular file."""
+        return self.mode & 0o170000 == stat.S_IFREG
+
+    @property
+    def blocks512(self) -> int:
+        """What stat reports as st_blocks: 512-byte units held."""
+        return self.data_pages * (PAGE // _SECTOR)
+
+
+class InodeTable:
+    """Finds, makes and frees inodes; keeps a bounded number of them in memory."""
+
+    def __init__(self, store: PageStore, pages: PageAllocator) -> None:
+        self._store = store
+        self._pages = pages
+        self._cache: dict[int, Inode] = {}
+        self._where = array("Q")  # page number of each inode page
+        state = store.read(STATE_PAGE, MAGIC_STATE)
+        self._root = int.from_bytes(state[STATE_INODE_ROOT_OFFSET : STATE_INODE_ROOT_OFFSET + 8], "little")
+        count = int.from_bytes(state[STATE_INODE_PAGES_OFFSET : STATE_INODE_PAGES_OFFSET + 8], "little")
+        self._load_where(count)
+        self.used = 0
+
+    def _load_where(self, count: int) -> None:
+        tree = Tree(self._store, self._pages, TREE_EXTENTS, 0, self._root)
+        for index, page, length in tree.extents(0):
+            if index != len(self._where) or length > count - index:
+                raise CorruptionError(f"inode table at index {index}: out of order")
+            self._where.extend(range(page, page + length))
+        if len(self._where) != count:
+            raise CorruptionError(f"inode table: wrong size: got {len(self._where)}, expected {count}")
+
+    def __len__(self) -> int:
+        """Number of inode slots in the table."""
+        return len(self._where) * (SLOTS_PER_INODE_PAGE - 1)
+
+    def count_used(self) -> list[int]:
+        """Count the inodes in use into :attr:`used`; returns those with work left (see format)."""
+        self.used = 0
+        left = []
+        for index, number in enumerate(self._where):
+            page = self._store.read(number, MAGIC_INODES)
+            _index, _next, used, pending, _listed = _unpack_page(page, INODE_PAGE_OFFSET)
+            self.used += used.bit_count()
+            if pending:
+                left += [
+                    index * SLOTS_PER_INODE_PAGE + slot
+                    for slot in range(1, SLOTS_PER_INODE_PAGE)
+                    if pending >> slot & 1
+                ]
+        return left
+
+    # ------------------------------------------------------------------ finding
+
+    def get(self, ino: int) -> Inode:
+        """The inode of that number.
+
+        :raises NotFoundError: the number is not in use.
+        :raises CorruptionError: the slot does not hold what it should.
+        """
+        inode = self._cache.get(ino)
+        if inode is None:
+            inode = Inode()
+            self._load(inode, ino)
+            self._cache[ino] = inode
+        return inode
+
+    def _load(self, inode: Inode, ino: int) -> None:
+        index, slot = ino >> 4, ino & 15
+        if not slot or not 0 <= index < len(self._where):
+            raise NotFoundError(f"inode {ino}: no such inode")
+        page = self._store.read(self._where[index], MAGIC_INODES)
+        if not _unpack_page(page, INODE_PAGE_OFFSET)[2] >> slot & 1:
+            raise NotFoundError(f"inode {ino}: no such inode")
+        inode.load(page, slot * INODE_BYTES)
+        if inode.ino != ino:
+            raise CorruptionError(f"inode {ino}: wrong number: got {inode.ino}")
+
+    def trim(self) -> None:
+        """Let old inodes go; to be called when no operation holds one."""
+        if len(self._cache) > _MAX_CACHED:
+            for ino in list(self._cache)[: _MAX_CACHED // 2]:
+                del self._cache[ino]
+
+    # ------------------------------------------------------------------ changing
+
+    def touch(self, inode: Inode) -> None:
+        """From here on the inode is changed by the open transaction: put it back if that fails."""
+        inode.cookie = None
+        self._store.on_abort.append(partial(self._reload, inode))
+
+    def _reload(self, inode: Inode) -> None:
+        try:
+            self._load(inode, inode.ino)
+        except NotFoundError:
+            self._cache.pop(inode.ino, None)
+
+    def save(self, inode: Inode) -> None:
+        """Store a changed inode in the open transaction."""
+        ino = inode.ino
+        slot = ino & 15
+        page = self._store.edit(self._where[ino >> 4], MAGIC_INODES)
+        inode.store(page, slot * INODE_BYTES)
+        index, following, used, pending, listed = _unpack_page(page, INODE_PAGE_OFFSET)
+        bit = 1 << slot
+        now = pending & ~bit
+        if not inode.nlink or inode.flags & INODE_FLAG_PENDING:
+            now |= bit
+        if now != pending:
+            _pack_page(page, INODE_PAGE_OFFSET, index, following, used, now, listed)
+
+    def new(self, mode: int) -> Inode:
+        """A new inode of that mode; the caller fills and saves it.
+
+        :raises NoSpaceError: the table cannot grow.
+        """
+        state = self._store.edit(STATE_PAGE, MAGIC_STATE)
+        at = STATE_FREE_INODE_PAGE_OFFSET
+        head = int.from_bytes(state[at : at + 8], "little")
+        if not head:
+            head = self._grow(state) + 1
+        index = head - 1
+        if index >= len(self._where):
+            raise CorruptionError(f"inode table: bad free list: got {index}")
+        page = self._store.edit(self._where[index], MAGIC_INODES)
+        got, following, used, pending, listed = _unpack_page(page, INODE_PAGE_OFFSET)
+        if got != index or used & FULL_INODE_PAGE == FULL_INODE_PAGE:
+            raise CorruptionError(f"inode page {index}: full or misplaced, but in the free list")
+        free = ~used & FULL_INODE_PAGE
+        slot = (free & -free).bit_length() - 1
+        used |= 1 << slot
+        if used == FULL_INODE_PAGE:
+            state[at : at + 8] = following.to_bytes(8, "little")
+            following = listed = 0
+        _pack_page(page, INODE_PAGE_OFFSET, index, following, used, pending, listed)
+        at = STATE_NEXT_GENERATION_OFFSET
+        inode = Inode()
+        inode.ino = index * SLOTS_PER_INODE_PAGE + slot
+        inode.mode = mode
+        inode.generation = int.from_bytes(state[at : at + 4], "little")
+        state[at : at + 4] = ((inode.generation + 1) & 0xFFFFFFFF).to_bytes(4, "little")
+        self._cache[inode.ino] = inode
+        self.used += 1
+        self._store.on_abort.append(partial(self._unmake, inode.ino))
+        return inode
+
+    def _unmake(self, ino: int) -> None:
+        self._cache.pop(ino, None)
+        self.used -= 1
+
+    def _grow(self, state: memoryview) -> int:
+        """Add inode pages (more the larger the table is); returns the index of the first."""
+        first = len(self._where)
+        want = min(max(1, first // 8), _MAX_NEW_PAGES)
+        goal = self._where[-1] + 1 if first else None
+        runs = self._pages.alloc(want, CLASS_META, goal)
+        tree = Tree(self._store, self._pages, TREE_EXTENTS, 0, self._root)
+        index = first
+        for start, count in runs:
+            self._extend_tree(tree, index, start, count)
+            for page in range(start, start + count):
+                image = self._store.new(page, MAGIC_INODES, 0)
+                following = index + 2 if index + 1 < first + want else 0
+                _pack_page(image, INODE_PAGE_OFFSET, index, following, 0, 0, 1)
+                self._where.append(page)
+                index += 1
+        self._store.on_abort.append(partial(self._ungrow, first, self._root))
+        self._root = tree.root
+        state[STATE_INODE_ROOT_OFFSET : STATE_INODE_ROOT_OFFSET + 8] = tree.root.to_bytes(8, "little")
+        at = STATE_INODE_PAGES_OFFSET
+        state[at : at + 8] = len(self._where).to_bytes(8, "little")
+        at = STATE_FREE_INODE_PAGE_OFFSET
+        state[at : at + 8] = (first + 1).to_bytes(8, "little")
+        return first
+
+    @staticmethod
+    def _extend_tree(tree: Tree, index: int, start: int, count: int) -> None:
+        last = tree.extent_at(index)
+        if last and last[0] + last[2] == index and last[1] + last[2] == start:
+            tree.replace_extent(last[0], (last[0], last[1], last[2] + count))
+        else:
+            tree.insert_extent((index, start, count))
+
+    def _ungrow(self, count: int, root: int) -> None:
+        del self._where[count:]
+        self._root = root
+
+    def free(self, inode: Inode) -> None:
+        """Give the slot back; what the inode referred to is the caller's to free."""
+        ino = inode.ino
+        slot = ino & 15
+        page = self._store.edit(self._where[ino >> 4], MAGIC_INODES)
+        page[slot * INODE_BYTES : (slot + 1) * INODE_BYTES] = bytes(INODE_BYTES)
+        index, following, used, pending, listed = _unpack_page(page, INODE_PAGE_OFFSET)
+        if not listed:
+            state = self._store.edit(STATE_PAGE, MAGIC_STATE)
+            at = STATE_FREE_INODE_PAGE_OFFSET
+            following = int.from_bytes(state[at : at + 8], "little")
+            state[at : at + 8] = (index + 1).to_bytes(8, "little")
+            listed = 1
+        keep = ~(1 << slot)
+        _pack_page(page, INODE_PAGE_OFFSET, index, following, used & keep, pending & keep, listed)
+        self.used -= 1
+        self._store.on_abort.append(self._unfree)
+        self._store.on_commit.append(partial(self._cache.pop, ino, None))
+
+    def _unfree(self) -> None:
+        self.used += 1

@@ -1,0 +1,296 @@
+"""Formatting a region, and finding out what is in it first."""
+
+from __future__ import annotations
+
+import enum
+import os
+import stat
+import time
+import uuid as uuid_module
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pkernfs.alloc import bitmap
+from pkernfs.errors import FormatError, RegionError, UsageError
+from pkernfs.fs import superblock
+from pkernfs.fs.inodes import Inode
+from pkernfs.layout import (
+    BACKUP_PAGE,
+    BLOCK,
+    BLOCK_MAP,
+    BLOCK_MAP_OFFSET,
+    CLASS_META,
+    EXTENT,
+    FIRST_MAP_PAGE,
+    HEADER,
+    INODE_BYTES,
+    INODE_PAGE,
+    INODE_PAGE_OFFSET,
+    IOMMU_INO,
+    ITEM_SLOT,
+    JOURNAL_PAGE,
+    JOURNAL_PAGES,
+    MAGIC_BLOCK_MAP,
+    MAGIC_INODES,
+    MAGIC_PAGE_MAP,
+    MAGIC_STATE,
+    MAGIC_TREE,
+    MAP_BLOCKS,
+    MAP_BYTES,
+    MAP_CARVED_OFFSET,
+    MAP_USED_OFFSET,
+    MAP_ZERO_OFFSET,
+    MAX_MAP_PAGES_IN_BLOCK_0,
+    MIN_REGION_BYTES,
+    NAME_ITEM,
+    NO_NODE,
+    NO_PHYSICAL,
+    PAGE,
+    PAGE_MAP_CLASS_OFFSET,
+    PAGE_MAP_USED_OFFSET,
+    PAGES_PER_BLOCK,
+    ROOT_INO,
+    SIGNATURE,
+    STATE,
+    STATE_CLEAN,
+    STATE_OFFSET,
+    STATE_PAGE,
+    SUPERBLOCK_PAGE,
+    TREE,
+    TREE_EXTENTS,
+    TREE_NAMES,
+    TREE_OFFSET,
+    TREE_SLOTS_OFFSET,
+    VERSION_MAJOR,
+    VERSION_MINOR,
+    RangeFields,
+    StateFields,
+    SuperblockFields,
+    name_key,
+)
+from pkernfs.region import Region, page_checksum
+
+_PROBE_BYTES = 1 << 20
+IOMMU_NAME = b"iommu"
+_META_PAGES = 4  # page map, tree of the inode table, first inode page, names of the root directory
+
+# (offset, bytes, name): what mkfs would not want to destroy
+_FOREIGN = (
+    (0x438, b"\x53\xef", "ext2/3/4"),
+    (0, b"XFSB", "xfs"),
+    (0x10040, b"_BHRfS_M", "btrfs"),
+    (0, b"hsqs", "squashfs"),
+    (0x8001, b"CD001", "iso9660"),
+    (0, b"LUKS\xba\xbe", "LUKS"),
+    (0x218, b"LVM2 001", "LVM"),
+    (0x1FE, b"\x55\xaa", "a partition table or FAT"),
+    (0x402, b"\x10\x20\xf5\xf2", "f2fs"),
+    (0, b"QFI\xfb", "qcow2"),
+    (0, b"\x7fELF", "an ELF file"),
+)
+
+
+class Content(enum.Enum):
+    """What a region holds before mkfs."""
+
+    EMPTY = "nothing"
+    PKERNFS = "a pkernfs"
+    DAMAGED = "a damaged pkernfs"
+    FOREIGN = "something else"
+    DATA = "data"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Result of :func:`probe`; ``what`` is for the message."""
+
+    content: Content
+    what: str
+
+
+def probe(region: Region) -> Probe:
+    """Find out what is in a region, without changing it."""
+    traces = [
+        superblock.is_trace(region.view(page * PAGE, PAGE))
+        for page in (SUPERBLOCK_PAGE, BACKUP_PAGE)
+        if (page + 1) * PAGE <= region.size
+    ]
+    if any(traces):
+        try:
+            sb = superblock.load(region)
+        except (FormatError, superblock.CorruptionError):
+            return Probe(Content.DAMAGED, "a damaged or newer pkernfs")
+        return Probe(Content.PKERNFS, f"a pkernfs (label {sb.label!r})" if sb.label else "a pkernfs")
+    for offset, signature, name in _FOREIGN:
+        if (
+            offset + len(signature) <= region.size
+            and region.read(offset, len(signature)) == signature
+        ):
+            return Probe(Content.FOREIGN, name)
+    if not region.is_zero(0, min(region.size, _PROBE_BYTES)):
+        return Probe(Content.DATA, "data of an unknown kind")
+    if region.size >= BACKUP_PAGE * PAGE + _PROBE_BYTES and not region.is_zero(
+        BACKUP_PAGE * PAGE, PAGE
+    ):
+        return Probe(Content.DATA, "data of an unknown kind")
+    return Probe(Content.EMPTY, "nothing")
+
+
+def make_filesystem(
+    region: Region,
+    *,
+    label: str = "",
+    uuid: bytes | None = None,
+    clock: Callable[[], int] = time.time_ns,
+) -> None:
+    """Format a region; what it held is lost. The caller has probed it.
+
+    Only metadata is written: free blocks are zeroed later, unless the region knows that they are
+    zero. The superblock is stored last; a region whose formatting was cut short is no file system.
+
+    :raises RegionError: smaller than 8 MiB, or not writable.
+    :raises UsageError: the label has more than 64 bytes.
+    """
+    blocks = region.size // BLOCK
+    if region.size < MIN_REGION_BYTES:
+        raise RegionError(
+            f"{region.name}: region too small: got {region.size} bytes, "
+            f"expected at least {MIN_REGION_BYTES}"
+        )
+    if len(label.encode()) > 64:
+        raise UsageError(f"label too long: got {len(label.encode())} bytes, expected at most 64")
+    known_zero = region.known_zero()
+    for page in (SUPERBLOCK_PAGE, BACKUP_PAGE):
+        region.zero(page * PAGE, PAGE)
+    maker = _Maker(region, blocks, uuid or uuid_module.uuid4().bytes, clock())
+    region.zero(JOURNAL_PAGE * PAGE, PAGE)
+    maker.write_metadata()
+    maker.write_block_maps(known_zero)
+    maker.write_superblocks(label)
+
+
+class _Maker:
+    def __init__(self, region: Region, blocks: int, uuid: bytes, now: int) -> None:
+        self.region = region
+        self.blocks = blocks
+        self.uuid = uuid
+        self.now = now
+        self.hash_key = os.urandom(16)
+        self.map_pages = -(-blocks // MAP_BLOCKS)
+        in_block_0 = self.map_pages <= MAX_MAP_PAGES_IN_BLOCK_0
+        self.map_page = FIRST_MAP_PAGE if in_block_0 else 2 * PAGES_PER_BLOCK
+        self.static_blocks = 2 if in_block_0 else 2 + -(-self.map_pages // PAGES_PER_BLOCK)
+        # The first carved block: page map, tree of the inode table, inodes, names of the root.
+        self.meta = self.static_blocks
+        first = self.meta * PAGES_PER_BLOCK
+        self.tree_page, self.inode_page, self.names_page = first + 1, first + 2, first + 3
+
+    def page(self, number: int, magic: int, fill: Callable[[bytearray], None], owner: int = 0) -> None:
+        image = bytearray(PAGE)
+        HEADER.pack_into(image, 0, magic, 0, number, owner, self.uuid)
+        fill(image)
+        image[4:8] = page_checksum(image).to_bytes(4, "little")
+        self.region.copy_in(number * PAGE, image)
+
+    def write_metadata(self) -> None:
+        self.page(self.meta * PAGES_PER_BLOCK, MAGIC_PAGE_MAP, self._page_map)
+        self.page(self.tree_page, MAGIC_TREE, self._inode_tree)
+        self.page(self.inode_page, MAGIC_INODES, self._inodes)
+        self.page(self.names_page, MAGIC_TREE, self._root_names, ROOT_INO)
+        self.page(STATE_PAGE, MAGIC_STATE, self._state)
+
+    def _page_map(self, image: bytearray) -> None:
+        image[PAGE_MAP_CLASS_OFFSET] = CLASS_META
+        image[PAGE_MAP_USED_OFFSET] = (1 << _META_PAGES) - 1
+
+    def _inode_tree(self, image: bytearray) -> None:
+        TREE.pack_into(image, TREE_OFFSET, TREE_EXTENTS, 0, 1, PAGE, 0)
+        EXTENT.pack_into(image, TREE_SLOTS_OFFSET, 0, self.inode_page, 1)
+
+    def _root_names(self, image: bytearray) -> None:
+        item = NAME_ITEM.pack(IOMMU_INO, stat.S_IFDIR >> 12) + IOMMU_NAME
+        at = PAGE - len(item)
+        image[at:] = item
+        ITEM_SLOT.pack_into(
+            image, TREE_SLOTS_OFFSET, name_key(IOMMU_NAME, self.hash_key), at, len(item), 0
+        )
+        TREE.pack_into(image, TREE_OFFSET, TREE_NAMES, 0, 1, at, 0)
+
+    def _inodes(self, image: bytearray) -> None:
+        INODE_PAGE.pack_into(image, INODE_PAGE_OFFSET, 0, 0, 0b110, 0, 1)
+        for ino, nlink in ((ROOT_INO, 3), (IOMMU_INO, 2)):
+            inode = Inode()
+            inode.ino, inode.nlink, inode.parent = ino, nlink, ROOT_INO
+            inode.mode = stat.S_IFDIR | 0o755
+            inode.atime = inode.mtime = inode.ctime = inode.btime = self.now
+            if ino == ROOT_INO:
+                inode.size, inode.flags, inode.body = 1, 1, self.names_page
+            inode.store(memoryview(image), ino * INODE_BYTES)
+
+    def _state(self, image: bytearray) -> None:
+        state = StateFields(
+            state=STATE_CLEAN,
+            flags=0,
+            mounts=0,
+            mounted_at=0,
+            unmounted_at=0,
+            boot_id=bytes(16),
+            inode_root=self.tree_page,
+            inode_pages=1,
+            free_inode_page=1,
+            inodes_used=2,
+            next_generation=1,
+            written_by=0,
+        )
+        STATE.pack_into(image, STATE_OFFSET, *state)
+
+    def write_block_maps(self, known_zero: list[tuple[int, int]]) -> None:
+        used = self.static_blocks + 1
+        for index in range(self.map_pages):
+            first = index * MAP_BLOCKS
+            count = min(MAP_BLOCKS, self.blocks - first)
+
+            def fill(image: bytearray, first: int = first, count: int = count) -> None:
+                BLOCK_MAP.pack_into(image, BLOCK_MAP_OFFSET, first, count)
+                if not first:
+                    bitmap.set_run(memoryview(image)[MAP_USED_OFFSET:], 0, used, True)
+                    bitmap.set_run(memoryview(image)[MAP_CARVED_OFFSET:], self.meta, 1, True)
+                zero = memoryview(image)[MAP_ZERO_OFFSET : MAP_ZERO_OFFSET + MAP_BYTES]
+                for start, length in known_zero:
+                    start, end = max(start, first, used), min(start + length, first + count)
+                    if start < end:
+                        bitmap.set_run(zero, start - first, end - start, True)
+
+            self.page(self.map_page + index, MAGIC_BLOCK_MAP, fill)
+
+    def write_superblocks(self, label: str) -> None:
+        base = self.region.phys_base
+        ranges = [
+            RangeFields(
+                first_block=0,
+                blocks=self.blocks,
+                phys_base=NO_PHYSICAL if base is None else base,
+                map_page=self.map_page,
+                map_pages=self.map_pages,
+                node=NO_NODE,
+            )
+        ]
+        fields = SuperblockFields(
+            signature=SIGNATURE,
+            version_major=VERSION_MAJOR,
+            version_minor=VERSION_MINOR,
+            page_size=PAGE,
+            block_size=BLOCK,
+            range_count=len(ranges),
+            feature_compat=0,
+            feature_ro_compat=0,
+            feature_incompat=0,
+            region_bytes=self.blocks * BLOCK,
+            created=self.now,
+            journal_page=JOURNAL_PAGE,
+            journal_pages=JOURNAL_PAGES,
+            hash_key=self.hash_key,
+            label=label.encode(),
+        )
+        for page in (BACKUP_PAGE, SUPERBLOCK_PAGE):
+            self.region.copy_in(page * PAGE, superblock.encode(self.uuid, fields, ranges, page))

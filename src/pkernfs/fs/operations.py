@@ -1,0 +1,498 @@
+"""The FUSE adapter: each handler converts, calls the synchronous core, converts.
+
+What a file system is lives in :mod:`pkernfs.fs.filesystem`; here are only the protocol, the lookup
+counts, what the kernel may cache, and the mapping of errors. Handlers do not wait: the core runs to
+completion. The two that must (more zeroing than fits a request, fsync of a region on a disk) go
+through :attr:`Operations.waiting`, which keeps other requests served meanwhile.
+
+The kernel is told to cache names and attributes for as long as it likes, because every change goes
+through it. What the daemon changes by itself (set-id bits cleared by a write, times of pages that a
+shared mapping wrote) is invalidated here.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import itertools
+import logging
+import os
+import stat
+import struct
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from pkernfs import fuse_shim  # before pyfuse3: it must be found first by the linker
+from pkernfs.errors import (
+    CorruptionError,
+    ExistsError,
+    NoDataError,
+    NotFoundError,
+    NotSupportedError,
+    PkernfsError,
+    ZeroingNeeded,
+)
+from pkernfs.fuse_shim import LATER
+
+import pyfuse3  # isort: skip
+from pyfuse3 import EntryAttributes, FUSEError
+
+if TYPE_CHECKING:
+    from pkernfs.fs.filesystem import FileSystem
+
+log = logging.getLogger(__name__)
+
+_FOREVER_SECONDS = 365 * 86400.0
+_SETID = stat.S_ISUID | stat.S_ISGID
+_CAPABILITY = b"security.capability"
+_NAMESPACES = (b"user.", b"trusted.", b"security.")
+
+#: Virtual attribute: the extents of a file, 32 bytes each, from index N with a suffix ``.N``.
+EXTENTS_XATTR = b"system.pkernfs.extents"
+_EXTENT = struct.Struct("<QQQQ")
+_EXTENTS_PER_PAGE = 65536 // _EXTENT.size
+_NO_ADDRESS = 2**64 - 1
+
+_Result = TypeVar("_Result")
+
+
+class Waiting(Protocol):
+    """How a handler waits while other requests are served (the daemon provides it)."""
+
+    async def sync(self) -> None:
+        """Write the region back to its disk, in a thread."""
+
+    async def zero(self, need: ZeroingNeeded) -> None:
+        """Zero what an operation needs, in a thread."""
+
+    def start(self, task: Callable[[], Awaitable[None]]) -> None:
+        """Run ``task`` beside the session loop."""
+
+
+def _fail(fs: FileSystem, error: BaseException) -> int:
+    """The errno for a failed operation; corruption ends writing, a bug leaves a traceback."""
+    if isinstance(error, CorruptionError):
+        if not fs.read_only:
+            log.error("%s; the mount is read-only from now on: run fsck.pkernfs", error)
+            fs.fail(str(error))
+        return error.errno
+    if isinstance(error, PkernfsError):
+        return error.errno
+    log.error("unexpected error", exc_info=error)
+    return errno.EIO
+
+
+def handler(
+    function: Callable[..., _Result],
+) -> Callable[..., Coroutine[Any, Any, _Result]]:
+    """Make a pyfuse3 handler of a synchronous method: errors become errnos, zeroing is waited for.
+
+    The method runs again after the zeroing, so it must change nothing before the core is called.
+    """
+
+    @functools.wraps(function)
+    async def wrapper(self: Operations, *args: Any) -> _Result:
+        try:
+            return function(self, *args)
+        except FUSEError:
+            raise
+        except ZeroingNeeded as need:
+            return await self.after_zeroing(need, functools.partial(function, self, *args))
+        except Exception as e:
+            code = _fail(self.fs, e)
+        raise FUSEError(code)
+
+    return wrapper
+
+
+class Operations(pyfuse3.Operations):
+    """pyfuse3's handlers, and the added ones of :class:`pkernfs.fuse_shim.Server`.
+
+    File handles are inode numbers. ``cache`` says how files are opened: ``direct`` I/O, through the
+    ``page`` cache, or ``auto``: direct if the kernel has shared mappings of such files.
+    ``timeout`` is how long (seconds) the kernel may keep names and attributes.
+    """
+
+    supports_dot_lookup = True
+    enable_writeback_cache = False
+    enable_acl = False
+
+    def __init__(
+        self, fs: FileSystem, *, cache: str = "auto", timeout: float = _FOREVER_SECONDS
+    ) -> None:
+        super().__init__()
+        self.fs = fs
+        self.initialized = False
+        self._cache = cache
+        self.waiting: Waiting | None = None
+        self._timeout = timeout
+        self._opened = pyfuse3.FileInfo(direct_io=cache == "direct", keep_cache=False)
+        self._without_capability: set[int] = set()  # open files known to have no such xattr
+        self._absent = EntryAttributes()
+        self._absent.st_ino = 0
+        self._absent.entry_timeout = timeout
+
+    def init(self) -> None:
+        """Called by pyfuse3 while FUSE_INIT is being answered: the kernel's offer is known."""
+        if self._cache == "auto":
+            self._opened.direct_io = fuse_shim.may_map_direct()
+        self.initialized = True
+
+    async def after_zeroing(self, need: ZeroingNeeded, again: Callable[[], _Result]) -> _Result:
+        """Zero what was asked for and call ``again`` until it is content.
+
+        :raises FUSEError: what ``again`` failed with.
+        """
+        assert self.waiting is not None
+        try:
+            while True:
+                await self.waiting.zero(need)
+                try:
+                    return again()
+                except ZeroingNeeded as more:
+                    need = more
+        except FUSEError:
+            raise
+        except Exception as e:
+            code = _fail(self.fs, e)
+        raise FUSEError(code)
+
+    # ------------------------------------------------------------------ attributes
+
+    def _attributes(self, inode: Any) -> EntryAttributes:
+        """The inode's attributes as pyfuse3 wants them, made once for each change."""
+        entry = inode.cookie
+        if entry is None:
+            entry = EntryAttributes()
+            entry.st_ino = inode.ino
+            entry.generation = inode.generation
+            entry.entry_timeout = entry.attr_timeout = self._timeout
+            entry.st_mode = inode.mode
+            entry.st_nlink = inode.nlink
+            entry.st_uid = inode.uid
+            entry.st_gid = inode.gid
+            entry.st_rdev = inode.rdev
+            entry.st_size = inode.size
+            entry.st_blocks = inode.blocks512
+            entry.st_blksize = 4096
+            entry.st_atime_ns = inode.atime
+            entry.st_mtime_ns = inode.mtime
+            entry.st_ctime_ns = inode.ctime
+            inode.cookie = entry
+        return entry
+
+    def _remembered(self, inode: Any) -> EntryAttributes:
+        """The same, for a reply that gives the kernel one more reference to the inode."""
+        self.fs.remember(inode.ino)
+        return self._attributes(inode)
+
+    @handler
+    def lookup(self, parent: int, name: bytes, ctx: Any) -> EntryAttributes:
+        try:
+            inode = self.fs.lookup(parent, name)
+        except NotFoundError:
+            return self._absent
+        self.fs.remember(inode.ino)
+        return inode.cookie or self._attributes(inode)
+
+    @handler
+    def getattr(self, ino: int, ctx: Any) -> EntryAttributes:
+        return self._attributes(self.fs.inode(ino))
+
+    @handler
+    def setattr(self, ino: int, attr: Any, fields: Any, fh: int | None, ctx: Any) -> Any:
+        changes: dict[str, Any] = {}
+        if fields.update_mode:
+            changes["mode"] = attr.st_mode & 0o7777
+        if fields.update_uid:
+            changes["uid"] = attr.st_uid
+        if fields.update_gid:
+            changes["gid"] = attr.st_gid
+        if fields.update_atime:
+            changes["atime"] = attr.st_atime_ns
+        if fields.update_mtime:
+            changes["mtime"] = attr.st_mtime_ns
+        if fields.update_size:
+            changes["size"] = attr.st_size
+            changes["privileged"] = not fuse_shim.request.kill
+        inode = self.fs.setattr(ino, **changes)
+        if fields.update_size or fields.update_uid or fields.update_gid:
+            self._drop_capability(ino)
+        return self._attributes(inode)
+
+    @handler
+    def forget(self, inodes: Sequence[tuple[int, int]]) -> None:
+        for ino, count in inodes:
+            if ino != pyfuse3.ROOT_INODE:
+                self.fs.forget(ino, count)
+
+    @handler
+    def statfs(self, ctx: Any) -> pyfuse3.StatvfsData:
+        now = self.fs.statfs()
+        answer = pyfuse3.StatvfsData()
+        answer.f_bsize = answer.f_frsize = now.block_size
+        answer.f_blocks = now.blocks
+        answer.f_bfree = answer.f_bavail = now.free
+        answer.f_files = now.files
+        answer.f_ffree = answer.f_favail = now.free_files
+        answer.f_namemax = 255
+        return answer
+
+    @handler
+    def access(self, ino: int, mode: int, ctx: Any) -> bool:
+        raise FUSEError(errno.ENOSYS)  # default_permissions: the kernel knows
+
+    # ------------------------------------------------------------------ names
+
+    @handler
+    def mknod(self, parent: int, name: bytes, mode: int, rdev: int, ctx: Any) -> Any:
+        return self._remembered(self.fs.create(parent, name, mode, ctx.uid, ctx.gid, rdev))
+
+    @handler
+    def mkdir(self, parent: int, name: bytes, mode: int, ctx: Any) -> EntryAttributes:
+        return self._remembered(self.fs.mkdir(parent, name, mode, ctx.uid, ctx.gid))
+
+    @handler
+    def symlink(self, parent: int, name: bytes, target: bytes, ctx: Any) -> EntryAttributes:
+        return self._remembered(self.fs.symlink(parent, name, target, ctx.uid, ctx.gid))
+
+    @handler
+    def readlink(self, ino: int, ctx: Any) -> bytes:
+        return self.fs.readlink(ino)
+
+    @handler
+    def link(self, ino: int, parent: int, name: bytes, ctx: Any) -> EntryAttributes:
+        return self._remembered(self.fs.link(ino, parent, name))
+
+    @handler
+    def unlink(self, parent: int, name: bytes, ctx: Any) -> None:
+        self.fs.unlink(parent, name)
+
+    @handler
+    def rmdir(self, parent: int, name: bytes, ctx: Any) -> None:
+        self.fs.rmdir(parent, name)
+
+    @handler
+    def rename(
+        self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, ctx: Any
+    ) -> None:
+        self.fs.rename(parent, name, new_parent, new_name, flags)
+
+    @handler
+    def opendir(self, ino: int, ctx: Any) -> int:
+        self.fs.opendir(ino)
+        return ino
+
+    @handler
+    def readdir(self, fh: int, start: int, token: Any) -> None:
+        fs, attributes, reply = self.fs, self._attributes, pyfuse3.readdir_reply
+        for name, ino, _, cookie in fs.readdir(fh, start):
+            inode = fs.inode(ino)
+            if not reply(token, name, inode.cookie or attributes(inode), cookie):
+                return
+            fs.remember(ino)
+
+    @handler
+    def releasedir(self, fh: int) -> None:
+        self.fs.release(fh)
+
+    # ------------------------------------------------------------------ files
+
+    @handler
+    def create(self, parent: int, name: bytes, mode: int, flags: int, ctx: Any) -> Any:
+        fs = self.fs
+        if not stat.S_IFMT(mode):
+            mode |= stat.S_IFREG
+        try:
+            inode = fs.create(parent, name, mode, ctx.uid, ctx.gid)
+        except ExistsError:
+            if flags & os.O_EXCL:
+                raise
+            inode = fs.lookup(parent, name)
+            if flags & os.O_TRUNC:
+                inode = self._truncate(inode.ino)
+        ino = inode.ino
+        fs.open(ino)
+        fs.remember(ino)
+        self._opened.fh = ino
+        return self._opened, self._attributes(inode)
+
+    @handler
+    def open(self, ino: int, flags: int, ctx: Any) -> pyfuse3.FileInfo:
+        if flags & os.O_TRUNC:
+            self._truncate(ino)
+        self.fs.open(ino)
+        self._opened.fh = ino
+        return self._opened
+
+    def _truncate(self, ino: int) -> Any:
+        """What O_TRUNC does; the kernel invalidates its own size, but not the mode."""
+        before = self.fs.inode(ino).mode
+        inode = self.fs.setattr(ino, size=0, privileged=not fuse_shim.request.kill)
+        self._drop_capability(ino)
+        if inode.mode != before:
+            pyfuse3.invalidate_inode(ino, attr_only=True)
+        return inode
+
+    @handler
+    def read(self, fh: int, offset: int, length: int) -> Any:  # bytes, or the region's own memory
+        return self.fs.read(fh, offset, length)
+
+    @handler
+    def write(self, fh: int, offset: int, data: bytes) -> int:
+        """Only called where the shim does not serve writes."""
+        return self._write(fh, data, offset, False)
+
+    @handler
+    def flush(self, fh: int) -> None:
+        raise FUSEError(errno.ENOSYS)  # said once; nothing is ever held back
+
+    @handler
+    def release(self, fh: int) -> None:
+        self._without_capability.discard(fh)
+        self.fs.release(fh)
+
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        """Nothing to do for memory, and ENOSYS is never asked again; else msync in a thread."""
+        if not self.fs.region.needs_sync or self.waiting is None:
+            raise FUSEError(errno.ENOSYS)
+        try:
+            await self.waiting.sync()
+            return
+        except Exception as e:
+            code = _fail(self.fs, e)
+        raise FUSEError(code)
+
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        await self.fsync(fh, datasync)
+
+    # ------------------------------------------------------------------ extended attributes
+
+    @handler
+    def getxattr(self, ino: int, name: bytes, ctx: Any) -> bytes:
+        if name.startswith(EXTENTS_XATTR):
+            return self._extents(ino, name, ctx.uid == 0)
+        _check_namespace(name)
+        return self.fs.getxattr(ino, name)
+
+    @handler
+    def setxattr(self, ino: int, name: bytes, value: bytes, ctx: Any) -> None:
+        """XATTR_CREATE and XATTR_REPLACE: pyfuse3 has looked already, and nothing runs between."""
+        _check_namespace(name)
+        if name == _CAPABILITY:
+            self._without_capability.discard(ino)
+        self.fs.setxattr(ino, name, value, 0)
+
+    @handler
+    def removexattr(self, ino: int, name: bytes, ctx: Any) -> None:
+        _check_namespace(name)
+        self.fs.removexattr(ino, name)
+
+    @handler
+    def listxattr(self, ino: int, ctx: Any) -> list[bytes]:
+        names = self.fs.listxattr(ino)
+        if ctx.uid:
+            names = [name for name in names if not name.startswith(b"trusted.")]
+        return names
+
+    def _extents(self, ino: int, name: bytes, with_addresses: bool) -> bytes:
+        suffix = name[len(EXTENTS_XATTR) :]
+        if suffix and not (suffix[:1] == b"." and suffix[1:].isdigit() and len(suffix) < 20):
+            raise NoDataError("no such virtual attribute")
+        start = int(suffix[1:] or 0)
+        page = itertools.islice(self.fs.extents(ino), start, start + _EXTENTS_PER_PAGE)
+        physical = self.fs.region.physical
+        answer = bytearray()
+        for extent in page:
+            address = physical(extent.region_offset) if with_addresses else None
+            answer += _EXTENT.pack(
+                extent.offset,
+                extent.length,
+                extent.region_offset,
+                _NO_ADDRESS if address is None else address,
+            )
+        return bytes(answer)
+
+    def _drop_capability(self, ino: int) -> None:
+        """File capabilities do not survive a change of the file or its owner (KILLPRIV_V2)."""
+        if _CAPABILITY in self.fs.listxattr(ino):
+            self.fs.removexattr(ino, _CAPABILITY)
+
+    # ------------------------------------------------------------------ what the shim adds
+
+    def _write(self, ino: int, data: bytes | memoryview, offset: int, writeback: bool) -> int:
+        """Store into the file; invalidate what the kernel does not know to have changed."""
+        fs = self.fs
+        inode = fs.inode(ino)
+        if writeback:  # the kernel only knows that pages went out, not that the times changed
+            known = inode.cookie is not None
+            done = fs.write(ino, offset, data, True)
+            if known:
+                pyfuse3.invalidate_inode(ino, attr_only=True)
+            return done
+        if ino not in self._without_capability:
+            self._drop_capability(ino)
+            self._without_capability.add(ino)
+        before = inode.mode
+        done = fs.write(ino, offset, data, not fuse_shim.request.kill)
+        if before & _SETID and fs.inode(ino).mode != before:
+            pyfuse3.invalidate_inode(ino, attr_only=True)
+        return done
+
+    def _now_or_later(self, req: Any, counted: bool, operation: Callable[[], int]) -> int:
+        """Run an added operation; one that must wait for zeroing is answered by a task."""
+        try:
+            return operation()
+        except ZeroingNeeded as need:
+            assert self.waiting is not None
+            wanted = need
+
+            async def later() -> None:
+                try:
+                    result = await self.after_zeroing(wanted, operation)
+                except FUSEError as e:
+                    result = -e.errno
+                fuse_shim.reply_later(req, result, counted=counted)
+
+            self.waiting.start(later)
+            return LATER
+        except Exception as e:
+            return -_fail(self.fs, e)
+
+    def on_write(self, req: Any, ino: int, data: memoryview, offset: int, writeback: bool) -> int:
+        try:
+            return self._write(ino, data, offset, writeback)
+        except ZeroingNeeded:
+            kept = bytes(data)  # the buffer is the next request's
+            return self._now_or_later(req, True, lambda: self._write(ino, kept, offset, writeback))
+        except Exception as e:
+            return -_fail(self.fs, e)
+
+    def on_fallocate(self, req: Any, ino: int, mode: int, offset: int, length: int) -> int:
+        def run() -> int:
+            self.fs.fallocate(ino, mode, offset, length)
+            return 0
+
+        return self._now_or_later(req, False, run)
+
+    def on_lseek(self, ino: int, offset: int, whence: int) -> int:
+        try:
+            return self.fs.seek(ino, offset, whence)
+        except Exception as e:
+            return -_fail(self.fs, e)
+
+    def on_copy(
+        self, req: Any, ino_in: int, off_in: int, ino_out: int, off_out: int, length: int
+    ) -> int:
+        def run() -> int:
+            data = self.fs.read(ino_in, off_in, min(length, 1 << 20))
+            if ino_in == ino_out:
+                data = bytes(data)  # the ranges may share a page
+            return self._write(ino_out, data, off_out, False) if len(data) else 0
+
+        return self._now_or_later(req, True, run)
+
+
+def _check_namespace(name: bytes) -> None:
+    if not name.startswith(_NAMESPACES):
+        raise NotSupportedError("extended attributes: no such namespace")

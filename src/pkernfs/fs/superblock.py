@@ -1,0 +1,245 @@
+"""The superblock and the state page: loading, validating, describing (docs/format.md, 3 and 4)."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from pkernfs.errors import CorruptionError, FormatError
+from pkernfs.layout import (
+    BACKUP_PAGE,
+    BLOCK,
+    FEATURES_INCOMPAT,
+    FEATURES_RO_COMPAT,
+    HEADER,
+    JOURNAL_PAGE,
+    JOURNAL_PAGES,
+    MAGIC_STATE,
+    MAGIC_SUPERBLOCK,
+    MAX_RANGES,
+    MIN_REGION_BYTES,
+    NO_NODE,
+    NO_PHYSICAL,
+    PAGE,
+    RANGE,
+    RANGES_OFFSET,
+    SIGNATURE,
+    STATE,
+    STATE_CLEAN,
+    STATE_FLAG_ERROR,
+    STATE_FROZEN,
+    STATE_MOUNTED,
+    STATE_OFFSET,
+    STATE_PAGE,
+    SUPERBLOCK,
+    SUPERBLOCK_OFFSET,
+    SUPERBLOCK_PAGE,
+    VERSION_MAJOR,
+    RangeFields,
+    StateFields,
+    SuperblockFields,
+)
+from pkernfs.region import Region, page_checksum
+
+log = logging.getLogger(__name__)
+
+STATE_NAMES = {STATE_CLEAN: "clean", STATE_MOUNTED: "mounted", STATE_FROZEN: "frozen"}
+
+
+@dataclass(frozen=True)
+class Superblock:
+    """A valid superblock. ``from_backup``: the first copy was damaged."""
+
+    uuid: bytes
+    fields: SuperblockFields
+    ranges: tuple[RangeFields, ...]
+    from_backup: bool = False
+
+    @property
+    def label(self) -> str:
+        """The label as text."""
+        return self.fields.label.rstrip(b"\0").decode("utf-8", "replace")
+
+    @property
+    def total_blocks(self) -> int:
+        """Blocks of all ranges."""
+        return sum(r.blocks for r in self.ranges)
+
+
+def encode(uuid: bytes, fields: SuperblockFields, ranges: list[RangeFields], page: int) -> bytes:
+    """The image of a superblock for page ``page``, checksum included."""
+    image = bytearray(PAGE)
+    HEADER.pack_into(image, 0, MAGIC_SUPERBLOCK, 0, page, 0, uuid)
+    SUPERBLOCK.pack_into(image, SUPERBLOCK_OFFSET, *fields)
+    for i, r in enumerate(ranges):
+        RANGE.pack_into(image, RANGES_OFFSET + i * RANGE.size, *r)
+    image[4:8] = page_checksum(image).to_bytes(4, "little")
+    return bytes(image)
+
+
+def is_trace(page: bytes | memoryview) -> bool:
+    """Whether these 4 KiB were ever a pkernfs superblock, damaged or not."""
+    at = SUPERBLOCK_OFFSET
+    return (
+        bytes(page[0:4]) == MAGIC_SUPERBLOCK.to_bytes(4, "little")
+        or bytes(page[at : at + len(SIGNATURE)]) == SIGNATURE
+    )
+
+
+def parse(page: bytes, number: int) -> Superblock:
+    """Decode and check one copy; features are :func:`check_features`'s business.
+
+    :raises FormatError: no trace of a pkernfs, or another version.
+    :raises CorruptionError: damaged.
+    """
+    where = f"superblock at {number * PAGE:#x}"
+    if not is_trace(page):
+        raise FormatError(f"{where}: not a pkernfs")
+    magic, checksum, itself, _owner, uuid = HEADER.unpack_from(page)
+    fields = SuperblockFields(*SUPERBLOCK.unpack_from(page, SUPERBLOCK_OFFSET))
+    expected = page_checksum(page)
+    if checksum != expected:
+        raise CorruptionError(
+            f"{where}: bad checksum: got {checksum:#010x}, expected {expected:#010x}"
+        )
+    if magic != MAGIC_SUPERBLOCK or fields.signature != SIGNATURE or itself != number:
+        raise CorruptionError(f"{where}: bad signature")
+    if fields.version_major != VERSION_MAJOR:
+        raise FormatError(
+            f"{where}: format version {fields.version_major}: this program knows {VERSION_MAJOR}"
+        )
+    if fields.page_size != PAGE or fields.block_size != BLOCK:
+        raise FormatError(f"{where}: page or block size: got {fields.page_size}, {fields.block_size}")
+    return Superblock(uuid, fields, _parse_ranges(page, fields, where))
+
+
+def _parse_ranges(page: bytes, fields: SuperblockFields, where: str) -> tuple[RangeFields, ...]:
+    if not 0 < fields.range_count <= MAX_RANGES:
+        raise CorruptionError(f"{where}: bad range count: got {fields.range_count}")
+    ranges = tuple(
+        RangeFields(*RANGE.unpack_from(page, RANGES_OFFSET + i * RANGE.size))
+        for i in range(fields.range_count)
+    )
+    block = 0
+    for i, r in enumerate(ranges):
+        if r.first_block != block or not r.blocks or r.map_page + r.map_pages > r.blocks * 512:
+            raise CorruptionError(f"{where}: bad range {i}: got {r.first_block}+{r.blocks}")
+        block += r.blocks
+    if block * BLOCK != fields.region_bytes or fields.region_bytes < MIN_REGION_BYTES:
+        raise CorruptionError(f"{where}: bad size: got {fields.region_bytes}")
+    if fields.journal_page != JOURNAL_PAGE or fields.journal_pages != JOURNAL_PAGES:
+        raise CorruptionError(f"{where}: bad journal: got {fields.journal_page}")
+    return ranges
+
+
+def load(region: Region) -> Superblock:
+    """The superblock of a region, from the backup if the first copy is damaged.
+
+    :raises FormatError: no pkernfs, or one of another version.
+    :raises CorruptionError: both copies are damaged, or the region is shorter than it was.
+    """
+    first_error: CorruptionError | FormatError
+    try:
+        found = parse(region.read(SUPERBLOCK_PAGE * PAGE, PAGE), SUPERBLOCK_PAGE)
+    except (CorruptionError, FormatError) as e:
+        first_error = e
+        found = _load_backup(region, first_error)
+    if region.size < found.fields.region_bytes:
+        raise CorruptionError(
+            f"{region.name}: region is truncated: got {region.size} bytes, "
+            f"expected {found.fields.region_bytes}"
+        )
+    return found
+
+
+def _load_backup(region: Region, first_error: CorruptionError | FormatError) -> Superblock:
+    if region.size < (BACKUP_PAGE + 1) * PAGE:
+        raise first_error
+    try:
+        found = parse(region.read(BACKUP_PAGE * PAGE, PAGE), BACKUP_PAGE)
+    except FormatError:
+        raise first_error from None
+    except CorruptionError as e:
+        if isinstance(first_error, CorruptionError):
+            raise CorruptionError(f"{first_error}; {e}") from None
+        raise
+    log.warning("%s; the backup at %#x is used: run fsck", first_error, BACKUP_PAGE * PAGE)
+    return Superblock(found.uuid, found.fields, found.ranges, from_backup=True)
+
+
+def check_features(sb: Superblock) -> bool:
+    """Whether this version may write to the file system.
+
+    :raises FormatError: an unknown incompat feature.
+    """
+    unknown = sb.fields.feature_incompat & ~FEATURES_INCOMPAT
+    if unknown:
+        raise FormatError(f"superblock: unknown incompat features: got {unknown:#x}")
+    return not sb.fields.feature_ro_compat & ~FEATURES_RO_COMPAT
+
+
+def load_state(page: bytes | memoryview) -> StateFields:
+    """Decode the state page (already checked as a page).
+
+    :raises CorruptionError: a state that does not exist.
+    """
+    state = StateFields(*STATE.unpack_from(page, STATE_OFFSET))
+    if state.state not in STATE_NAMES:
+        raise CorruptionError(f"state page: bad state: got {state.state}")
+    return state
+
+
+def describe(region: Region) -> dict[str, Any]:
+    """What `pkernfs info` shows, from the region alone (it may be mounted meanwhile).
+
+    :raises FormatError, CorruptionError: as :func:`load`.
+    """
+    sb = load(region)
+    page = region.read(STATE_PAGE * PAGE, PAGE)
+    magic, checksum, *_ = HEADER.unpack_from(page)
+    info: dict[str, Any] = {
+        "label": sb.label,
+        "uuid": _uuid_text(sb.uuid),
+        "version": f"{sb.fields.version_major}.{sb.fields.version_minor}",
+        "region_bytes": sb.fields.region_bytes,
+        "page_bytes": PAGE,
+        "block_bytes": BLOCK,
+        "created_ns": sb.fields.created,
+        "features": {
+            "compat": sb.fields.feature_compat,
+            "ro_compat": sb.fields.feature_ro_compat,
+            "incompat": sb.fields.feature_incompat,
+        },
+        "superblock": "backup" if sb.from_backup else "primary",
+        "ranges": [_describe_range(region, r) for r in sb.ranges],
+    }
+    if magic == MAGIC_STATE and checksum == page_checksum(page):
+        state = load_state(page)
+        info |= {
+            "state": STATE_NAMES[state.state],
+            "errors": bool(state.flags & STATE_FLAG_ERROR),
+            "mounts": state.mounts,
+            "mounted_ns": state.mounted_at,
+            "unmounted_ns": state.unmounted_at,
+            "boot_id": _uuid_text(state.boot_id),
+        }
+    else:
+        info["state"] = "damaged"
+    return info
+
+
+def _describe_range(region: Region, r: RangeFields) -> dict[str, Any]:
+    offset = r.first_block * BLOCK
+    return {
+        "offset": offset,
+        "length": r.blocks * BLOCK,
+        "physical": region.phys_base + offset if region.phys_base is not None else None,
+        "physical_at_mkfs": None if r.phys_base == NO_PHYSICAL else r.phys_base,
+        "node": None if r.node == NO_NODE else r.node,
+    }
+
+
+def _uuid_text(uuid: bytes) -> str:
+    h = uuid.hex()
+    return f"{h[:8]}-{h[8:12]}-{h[12:16]}-{h[16:20]}-{h[20:]}"

@@ -1,0 +1,258 @@
+"""Metadata pages and the transactions that change them.
+
+A transaction works on private images of pages. Committing stores the words that differ as one
+redo record and then in place (docs/format.md, section 9); giving up drops the images. So a change
+is all or nothing at every store, and nothing has to be undone in the region. One transaction at a
+time, and no await inside one.
+
+What the pages mean is not this module's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from struct import Struct
+
+from pkernfs._native import ffi, lib
+from pkernfs.errors import CorruptionError, NoSpaceError, ReadOnlyError
+from pkernfs.layout import (
+    HEADER,
+    MAGIC_NAMES,
+    PAGE,
+    RECORD,
+    RUN,
+)
+from pkernfs.region import Region
+
+MAX_PAGES = 1024
+SAFE_PAGES = 400  # their images fill less than the 2 MiB of the journal
+_ZERO_PAGE = bytes(PAGE)
+_unpack_magic = Struct("<I").unpack_from
+_MAX_VERIFIED = 1 << 17
+
+JOURNAL_EMPTY = 0
+JOURNAL_PENDING = 1
+JOURNAL_DAMAGED = -1
+
+
+class TransactionTooLarge(NoSpaceError):  # noqa: N818 - reads better without the suffix
+    """More changed pages than one journal record holds; the caller splits the change."""
+
+
+class PageStore:
+    """Checked reads of metadata pages, and transactions over them.
+
+    Use it as a context manager for one transaction: leaving the block commits, an exception drops
+    every change. ``on_commit`` and ``on_abort`` callbacks keep what is derived in memory in step.
+    """
+
+    def __init__(
+        self, region: Region, uuid: bytes, journal_page: int, journal_pages: int, total_pages: int
+    ) -> None:
+        self.region = region
+        self.uuid = uuid
+        self.total_pages = total_pages
+        self.on_commit: list[Callable[[], object]] = []
+        self.on_abort: list[Callable[[], object]] = []
+        self._view = region.view(0, total_pages * PAGE)
+        self._journal = journal_page * PAGE
+        self._capacity = journal_pages * PAGE
+        self._sequence = 0
+        self._verified: dict[int, int] = {}
+        self._overlay: dict[int, bytearray] = {}
+        self._images: dict[int, memoryview] = {}
+        self._arena = ffi.new("uint8_t[]", MAX_PAGES * PAGE)
+        self._arena_view = memoryview(ffi.buffer(self._arena))
+        self._slots: list[memoryview] = []
+        self._numbers = ffi.new("uint64_t[]", MAX_PAGES)
+        self._fresh = ffi.new("uint8_t[]", MAX_PAGES)
+        self._used = 0
+        self._open = False
+        self._uuid_c = ffi.from_buffer("uint8_t[]", uuid)
+
+    # ------------------------------------------------------------------ recovery
+
+    def journal_state(self) -> int:
+        """``JOURNAL_EMPTY``, ``JOURNAL_PENDING`` (a whole record waits) or ``JOURNAL_DAMAGED``."""
+        return int(
+            lib.pk_journal_state(
+                self.region.base, self.region.size, self._journal, self._capacity, self._uuid_c
+            )
+        )
+
+    def recover(self) -> bool:
+        """Carry out a pending record; in private copies if the region is read-only.
+
+        Returns whether there was one.
+
+        :raises CorruptionError: the record is damaged.
+        """
+        state = self.journal_state()
+        if state == JOURNAL_DAMAGED:
+            raise CorruptionError(f"journal at {self._journal:#x}: damaged record: run fsck")
+        if state == JOURNAL_EMPTY:
+            return False
+        if self.region.writable:
+            lib.pk_journal_replay(self.region.base, self._journal)
+        else:
+            self._replay_in_memory()
+        self._verified.clear()
+        return True
+
+    def _replay_in_memory(self) -> None:
+        length = RECORD.unpack_from(self._view, self._journal)[4]
+        at = self._journal + RECORD.size
+        end = at + length
+        while at < end:
+            offset, words = RUN.unpack_from(self._view, at)
+            at += RUN.size
+            self._overlay_store(offset, self._view[at : at + 8 * words])
+            at += 8 * words
+
+    def _overlay_store(self, offset: int, data: memoryview) -> None:
+        while len(data):
+            number, start = divmod(offset, PAGE)
+            length = min(PAGE - start, len(data))
+            page = self._overlay.get(number)
+            if page is None:
+                page = self._overlay[number] = bytearray(
+                    self._view[number * PAGE : (number + 1) * PAGE]
+                )
+            page[start : start + length] = data[:length]
+            offset += length
+            data = data[length:]
+
+    # ------------------------------------------------------------------ pages
+
+    def read(self, page: int, magic: int) -> memoryview:
+        """The current contents of a metadata page: of this transaction, or of the region.
+
+        :raises CorruptionError: out of the region, or not an intact page of that kind.
+        """
+        image = self._images.get(page)
+        if image is not None:
+            return image
+        if self._verified.get(page) != magic:
+            self._verify(page, magic)
+        if self._overlay and page in self._overlay:
+            return memoryview(self._overlay[page]).toreadonly()
+        return self._view[page * PAGE : page * PAGE + PAGE]
+
+    def edit(self, page: int, magic: int) -> memoryview:
+        """A private image of a metadata page, to be changed in this transaction."""
+        image = self._images.get(page)
+        if image is None:
+            old = self.read(page, magic)
+            image = self._take(page, 0)
+            image[:] = old
+        return image
+
+    def new(self, page: int, magic: int, owner: int) -> memoryview:
+        """A zeroed image with its header, for a page that nothing refers to yet."""
+        image = self._images.get(page)
+        if image is None:
+            image = self._take(page, 1)
+        image[:] = _ZERO_PAGE
+        HEADER.pack_into(image, 0, magic, 0, page, owner, self.uuid)
+        return image
+
+    def forget(self, page: int) -> None:
+        """The page is free from this transaction on: what kind it was is no longer known."""
+        self.on_commit.append(lambda: self._verified.pop(page, None))
+
+    def _take(self, page: int, fresh: int) -> memoryview:
+        if not self._open:
+            raise RuntimeError("a page is changed outside a transaction")
+        used = self._used
+        if used == MAX_PAGES:
+            raise TransactionTooLarge("change too large for one transaction")
+        if used == len(self._slots):
+            self._slots.append(self._arena_view[used * PAGE : (used + 1) * PAGE])
+        image = self._slots[used]
+        self._numbers[used] = page
+        self._fresh[used] = fresh
+        self._images[page] = image
+        self._used = used + 1
+        return image
+
+    def _verify(self, page: int, magic: int) -> None:
+        kind = MAGIC_NAMES[magic]
+        if not 0 <= page < self.total_pages:
+            raise CorruptionError(f"{kind} {page}: out of the region: expected 0..{self.total_pages - 1}")
+        data = self._overlay.get(page) or self._view[page * PAGE : page * PAGE + PAGE]
+        got_magic, checksum, itself, _owner, uuid = HEADER.unpack_from(data)
+        where = f"{kind} at {page * PAGE:#x}"
+        if got_magic != magic:
+            raise CorruptionError(f"{where}: bad magic: got {got_magic:#010x}, expected {magic:#010x}")
+        expected = int(lib.pk_page_crc(ffi.from_buffer("uint8_t[]", data)))
+        if checksum != expected:
+            raise CorruptionError(f"{where}: bad checksum: got {checksum:#010x}, expected {expected:#010x}")
+        if itself != page:
+            raise CorruptionError(f"{where}: not its own page: got {itself}, expected {page}")
+        if uuid != self.uuid:
+            raise CorruptionError(f"{where}: of another file system: got {uuid.hex()}")
+        if len(self._verified) > _MAX_VERIFIED:
+            self._verified.clear()
+        self._verified[page] = magic
+
+    # ------------------------------------------------------------------ transactions
+
+    @property
+    def pages_changed(self) -> int:
+        """Pages changed in the open transaction; up to ``SAFE_PAGES`` always fit one record."""
+        return self._used
+
+    def __enter__(self) -> PageStore:
+        if self._open:
+            raise RuntimeError("a transaction is open")
+        if not self.region.writable:
+            raise ReadOnlyError("read-only file system")
+        self._open = True
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if kind is None:
+            self._commit()
+        else:
+            self._abort()
+
+    def _commit(self) -> None:
+        if self._used:
+            sequence = self._sequence = self._sequence + 1
+            done = lib.pk_commit(
+                self.region.base,
+                self._journal,
+                self._capacity,
+                sequence,
+                self._uuid_c,
+                self._arena,
+                self._numbers,
+                self._fresh,
+                self._used,
+            )
+            if done < 0:
+                self._abort()
+                raise TransactionTooLarge("change too large for the journal")
+            if len(self._verified) > _MAX_VERIFIED:
+                self._verified.clear()
+            for page, image in self._images.items():
+                self._verified[page] = _unpack_magic(image)[0]
+        self._images.clear()
+        self._used = 0
+        self._open = False
+        self.on_abort.clear()
+        if self.on_commit:
+            callbacks = self.on_commit
+            self.on_commit = []
+            for callback in callbacks:
+                callback()
+
+    def _abort(self) -> None:
+        self._images.clear()
+        self._used = 0
+        self._open = False
+        self.on_commit.clear()
+        callbacks = self.on_abort
+        self.on_abort = []
+        for callback in reversed(callbacks):
+            callback()
