@@ -59,7 +59,8 @@ class Recipe:
         append = f"console=ttyS0 panic=-1 marker={self.marker} pages={self.pages}"
         if self.busy:
             append += " busy=1"
-        backend = f"memory-backend-file,id=ram,mem-path={self.ram},share=on,size={self.ram_bytes}"
+        path = str(self.ram).replace(",", ",,")  # QEMU's way to have a comma in a value
+        backend = f"memory-backend-file,id=ram,mem-path={path},share=on,size={self.ram_bytes}"
         return [
             QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
             "-accel", accelerator, "-machine", "q35,memory-backend=ram", "-object", backend,
@@ -114,15 +115,18 @@ class Guest:
         return self._console_text(READY_LINE)
 
     def stop(self, signal_number: int = signal.SIGTERM) -> None:
-        """End QEMU and wait until it is gone, and with it its mapping of the memory file."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal_number)
-        try:
-            self.process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self._reader.join()
+        """End QEMU and wait until it is gone, and with it its mapping of the memory file.
+
+        :raises GuestLabError: it does not end even by SIGKILL, as when its memory's writes hang.
+        """
+        for number in (signal_number, signal.SIGKILL):
+            if self.process.poll() is None:
+                self.process.send_signal(number)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(_STOP_SECONDS)
+                self._reader.join()
+                return
+        raise GuestLabError(f"{QEMU}: process {self.process.pid} outlives SIGKILL")
 
     def _console_text(self, pattern: re.Pattern[str]) -> str:
         for line in self.console:
