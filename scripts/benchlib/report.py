@@ -7,6 +7,7 @@ from typing import Any
 from .results import Figure, Results, Workload
 from .systems import SYSTEMS
 from .targets import Target
+from .workloads import FREE
 
 
 def as_json(
@@ -47,12 +48,19 @@ def _tables(results: Results) -> Iterator[str]:
     """Workloads of several systems side by side; those of one system as a list."""
     shared = [w for w in results.workloads() if len(results.systems(w.key)) > 1]
     alone = [w for w in results.workloads() if len(results.systems(w.key)) == 1]
-    for group in ([w for w in shared if "@" not in w.key], [w for w in shared if "@" in w.key]):
-        if group:
-            yield _side_by_side(results, group)
+    kinds = {_kind(w): None for w in shared}
+    for kind in kinds:
+        yield _side_by_side(results, [w for w in shared if _kind(w) == kind])
     if alone:
         rows = [_single(results, workload) for workload in alone]
         yield _table(["", "system", "median", "min to max"], rows)
+
+
+def _kind(workload: Workload) -> str:
+    """What shares a table: by unit, but for those unpinned and those of the scale group."""
+    if workload.key.startswith(FREE):
+        return FREE
+    return "@" if "@" in workload.key else "plain" if workload.unit == "1/s" else "data"
 
 
 def _columns(results: Results, workloads: list[Workload]) -> list[str]:
@@ -99,7 +107,7 @@ def quantity(value: float, unit: str) -> str:
 def _costs(results: Results) -> str:
     workloads = [
         w for w in results.workloads()
-        if w.unit == "1/s" and "@" not in w.key and any(_counted(results, w))
+        if w.unit == "1/s" and "@" not in w.key and FREE not in w.key and any(_counted(results, w))
     ]  # fmt: skip
     if not workloads:
         return ""

@@ -183,6 +183,12 @@ class System:
         if self.process is not None:
             stop_process(self.process)
             self.process = None
+        shutil.rmtree(self.backing, ignore_errors=True)
+
+    @property
+    def backing(self) -> Path:
+        """Directory on tmpfs for a file system that stores nothing itself."""
+        return self.scratch.path / f"back-{self.name}"
 
     @property
     def pid(self) -> int | None:
@@ -289,8 +295,8 @@ class ExamplePassthrough(_Example):
     file = "passthroughfs.py"
 
     def command(self) -> list[str | Path]:
-        backing = self.scratch.directory(f"back-{self.name}")
-        return [PYTHON, self.program(), backing, self.root]
+        self.backing.mkdir()
+        return [PYTHON, self.program(), self.backing, self.root]
 
 
 class _Packaged(System):
@@ -304,7 +310,8 @@ class _Packaged(System):
         return None
 
     def command(self) -> list[str | Path]:
-        return [self.name, "-f", self.scratch.directory(f"back-{self.name}"), self.root]
+        self.backing.mkdir()
+        return [self.name, "-f", self.backing, self.root]
 
 
 class Bindfs(_Packaged):

@@ -5,17 +5,19 @@ machine meets them all.  A system that fails is left out from then on and noted.
 """
 
 import contextlib
+import copy
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .client import Client
-from .machine import BenchError, can_drop_caches, drop_caches, wait_quiet
+from .machine import BenchError, Pinning, can_drop_caches, drop_caches, wait_quiet
 from .results import Results, Workload
 from .systems import SYSTEMS, Scratch, System
 
 MIB = 1 << 20
+FREE = "free:"
 _WARM_SECONDS = 0.15
 _WARMUP = -1
 
@@ -51,6 +53,8 @@ class Bench:
     results: Results
     sizes: Sizes
     systems: list[System]
+    #: Put before the key of a workload that runs unpinned beside its pinned self.
+    prefix: str = ""
 
     def say(self, text: str) -> None:
         print(f"bench: {text}", file=sys.stderr, flush=True)
@@ -88,6 +92,20 @@ class Bench:
             self.results.note(f"{system.failed} (left out from there on)")
             self.say(system.failed)
 
+    def unpinned(self) -> "Bench":
+        """The same run with every process where the scheduler puts it, under keys of its own."""
+        free = Pinning(None, None)
+        client = copy.copy(self.client)
+        client.pinning = free
+        systems = [type(s)(self.scratch, free) for s in self.alive()]
+        return replace(self, client=client, systems=systems, prefix=FREE)
+
+    def named(self, workload: Workload) -> Workload:
+        if not self.prefix:
+            return workload
+        key, title = self.prefix + workload.key, f"{workload.title}, unpinned"
+        return replace(workload, key=key, title=title)
+
     def forget_names(self) -> None:
         """Make the kernel forget every name and inode it may, and the daemons hear of it."""
         drop_caches(2)
@@ -104,7 +122,7 @@ class Bench:
         if turn != _WARMUP:
             counted = before is not None and after is not None
             self.results.add(
-                workload, system.name, turn, found.get("rate") or found["gb_per_s"],
+                self.named(workload), system.name, turn, found.get("rate") or found["gb_per_s"],
                 requests_per_op=(after - before) / ops if counted else None,  # type: ignore[operator]
                 daemon_us_per_op=(cpu_after - cpu_before) * 1e3 / ops if counted else None,
             )  # fmt: skip
@@ -140,7 +158,7 @@ def run_rounds(bench: Bench, systems: list[System], steps: list[Step], tag: str)
     """All rounds of some steps, interleaved; the first, unrecorded one warms things up."""
     for turn in range(_WARMUP, bench.sizes.rounds):
         bench.say(f"{tag}: round {turn + 1} of {bench.sizes.rounds}")
-        for system in systems:
+        for system in [s for s in systems if not s.failed]:
             with bench.guard(system, "mkdir"):
                 (system.root / f"{tag}{turn}").mkdir()
         for step in steps:
@@ -213,7 +231,13 @@ def meta(bench: Bench, only: set[str]) -> None:
         steps = [s for s in steps if not s.cold]
         bench.results.note("uncached lookups not measured: /proc/sys/vm/drop_caches not writable")
     with bench.mounted(lambda system: True) as systems:
-        run_rounds(bench, systems, steps, "meta")
+        run_rounds(bench, systems, steps, "free" if bench.prefix else "meta")
+
+
+def free(bench: Bench, only: set[str]) -> None:
+    """The same unpinned: waking another CPU for each request then costs more than the daemon."""
+    if bench.client.pinning.client is not None:
+        meta(bench.unpinned(), only)
 
 
 # Scale: the same batch of operations in a small and in a large directory.
