@@ -8,9 +8,11 @@ keeps its traceback.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import NamedTuple, NoReturn, Protocol, cast
 
@@ -125,16 +127,18 @@ def fsck_main(argv: Sequence[str] | None = None) -> int:
 def _run(name: str, prog: str, argv: list[str]) -> int:
     command = PROGRAMS.get(name) or COMMANDS[name]
     who = prog.split()[0]
+    args = argparse.Namespace()
     try:
-        args = build_parser(name, prog).parse_args(argv)
-        status = load(name).run(args)
+        build_parser(name, prog).parse_args(argv, args)
+        with _warnings_on_stderr(who, name):
+            status = load(name).run(args)
         sys.stdout.flush()
         return status
     except UsageError as error:
         _complain(who, str(error))
         return command.usage_status
     except PkernfsError as error:
-        _complain(who, str(error))
+        _complain(who, _with_subject(str(error), args))
         return command.failure_status
     except BrokenPipeError:
         # The reader has gone: nobody to tell, and nothing may be flushed at exit.
@@ -146,6 +150,30 @@ def _run(name: str, prog: str, argv: list[str]) -> int:
     except KeyboardInterrupt:
         _complain(who, "interrupted")
         return command.interrupted_status
+
+
+@contextmanager
+def _warnings_on_stderr(who: str, name: str) -> Iterator[None]:
+    """Warnings of the core in the form of messages; a mount has its own idea of where they go."""
+    if name == "mount":
+        yield
+        return
+    # What mkfs finds out on its way to refusing or overwriting is in its own message.
+    handler = logging.NullHandler() if name == "mkfs" else logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(f"{who}: %(message)s"))
+    logger = logging.getLogger("pkernfs")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def _with_subject(message: str, args: argparse.Namespace) -> str:
+    """The message, and before it the region or file that the command is about if it is missing."""
+    subjects = [getattr(args, name, None) for name in ("region", "target", "file")]
+    subject = next((s for s in subjects if s), "")
+    return message if subject in message else f"{subject}: {message}"
 
 
 def _describe(error: OSError) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import time
 from typing import Any
 
 from pkernfs.errors import InvalidError
@@ -59,10 +60,32 @@ def describe(spec: str) -> dict[str, Any]:
 
 
 def _print_facts(facts: dict[str, Any]) -> None:
-    """One ``name: value`` a line; sizes also in units."""
+    """One ``name: value`` a line, sizes and times also as people read them."""
     for name, value in facts.items():
-        if isinstance(value, list):
-            value = ", ".join(map(str, value)) or "-"
+        label = name.removesuffix("_ns").replace("_", " ")
+        if name == "ranges":
+            for number, entry in enumerate(value):
+                print(f"range {number}: {_range(entry)}")
+        elif name == "features":
+            print("features:", ", ".join(f"{kind} {word:#x}" for kind, word in value.items()))
         elif name.endswith("_bytes"):
-            value = f"{value} ({format_size(value)})"
-        print(f"{name.replace('_', ' ')}: {value}")
+            print(f"{label.removesuffix(' bytes')}: {value} bytes ({format_size(value)})")
+        elif name.endswith("_ns"):
+            print(f"{label}: {_time(value)}")
+        elif isinstance(value, list):
+            print(f"{label}: {', '.join(value) or '-'}")
+        else:
+            print(f"{label}: {value if value != '' else '-'}")
+
+
+def _range(entry: dict[str, Any]) -> str:
+    text = f"{format_size(entry['length'])} at {entry['offset']:#x}"
+    if entry["physical"] is not None:
+        text += f", physical {entry['physical']:#x}"
+    return text
+
+
+def _time(nanoseconds: int) -> str:
+    if not nanoseconds:
+        return "never"
+    return time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(nanoseconds // 10**9))

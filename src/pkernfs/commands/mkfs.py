@@ -10,7 +10,7 @@ import argparse
 import os
 import stat
 
-from pkernfs.errors import RegionError, UsageError
+from pkernfs.errors import ExistsError, RegionError, UsageError
 from pkernfs.layout import MIN_REGION_BYTES, PAGE
 from pkernfs.options import format_size, parse_size
 
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     before = _file_size(args.region)
     try:
         _resize(args.region, before, size, args.force)
-        made = _format(args.region, label, args.force, is_new=before is None)
+        made = _format(args.region, label, args.force)
     except BaseException:
         _restore(args.region, before)
         raise
@@ -59,13 +59,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _format(path: str, label: str, force: bool, *, is_new: bool) -> int:
-    """Format; the bytes of the region."""
-    from pkernfs.fs.mkfs import make_filesystem
+def _format(path: str, label: str, force: bool) -> int:
+    """Format what may be formatted; the bytes of the region."""
+    from pkernfs.fs.mkfs import Content, make_filesystem, probe
     from pkernfs.region import Region
 
     with Region.open(path, write=True) as region:
-        make_filesystem(region, label=label, force=force, known_zero=is_new)
+        if not force and (found := probe(region)).content is not Content.EMPTY:
+            raise ExistsError(f"{path}: not formatted: it holds {found.what}; -f overwrites that")
+        make_filesystem(region, label=label)
         return region.size
 
 
