@@ -14,6 +14,7 @@
 #define _GNU_SOURCE
 #endif
 #define FUSE_USE_VERSION 35
+#include <fuse_log.h>
 #include <fuse_lowlevel.h>
 
 #include <dlfcn.h>
@@ -21,7 +22,9 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <sched.h>
+#include <stdarg.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/uio.h>
@@ -31,7 +34,8 @@
 /* ------------------------------------------------------------------ the kernel's protocol */
 /* The few parts of linux/fuse.h (7.36 and later) that are used here, so that old headers will do. */
 
-enum { OP_SETATTR = 4, OP_OPEN = 14, OP_WRITE = 16, OP_INIT = 26, OP_CREATE = 35 };
+enum { OP_SETATTR = 4, OP_OPEN = 14, OP_WRITE = 16, OP_INIT = 26, OP_CREATE = 35,
+       OP_FALLOCATE = 43, OP_COPY_FILE_RANGE = 47 };
 
 #define INIT_PARALLEL_DIROPS (UINT64_C(1) << 18)
 #define INIT_AUTO_INVAL_DATA (UINT64_C(1) << 12)
@@ -77,6 +81,8 @@ int pk_idle;                        /* the last read found none: time to sleep *
 int pk_tables;                      /* operation tables filled: 0 means pyfuse3 went round us */
 int pk_take_writes;                 /* pk_on_write serves WRITE instead of pyfuse3 */
 char *pk_mount_arg;                 /* a further argument for fuse_session_new, of any bytes */
+
+char pk_message[256];               /* libfuse's last words before pk_attach */
 
 static struct fuse_session *session;
 static uint64_t init_unique;
@@ -217,7 +223,7 @@ static void note_request(const struct in_header *in, size_t length)
 	pk_request.opcode = in->opcode;
 	pk_request.kill = 0;
 	pk_request.serial++;
-	if (length < sizeof *in + 16)
+	if (length < sizeof *in + 8)
 		return;
 	switch (in->opcode) {
 	case OP_WRITE:
@@ -231,7 +237,12 @@ static void note_request(const struct in_header *in, size_t length)
 		pk_request.kill = !!(u32_at(body, 4) & OPEN_KILL_SUIDGID);
 		break;
 	case OP_CREATE:
-		pk_request.kill = !!(u32_at(body, 12) & OPEN_KILL_SUIDGID);
+		if (length >= sizeof *in + 16)
+			pk_request.kill = !!(u32_at(body, 12) & OPEN_KILL_SUIDGID);
+		break;
+	case OP_FALLOCATE: /* no flag for these two; the kernel leaves it to us all the same */
+	case OP_COPY_FILE_RANGE:
+		pk_request.kill = in->uid != 0;
 		break;
 	case OP_INIT: {
 		struct init_in init = { 0 };
@@ -309,6 +320,12 @@ static ssize_t io_writev(int fd, struct iovec *iov, int count, void *userdata)
 	return writev(fd, iov, count);
 }
 
+static void keep_message(enum fuse_log_level level, const char *format, va_list arguments)
+{
+	(void)level;
+	vsnprintf(pk_message, sizeof pk_message, format, arguments);
+}
+
 /* Takes over the session's reads and writes; 0 or a negative errno. libfuse keeps and closes fd. */
 int pk_attach(void)
 {
@@ -316,6 +333,7 @@ int pk_attach(void)
 	static const struct fuse_custom_io io = { .read = io_read, .writev = io_writev };
 	int fd, flags;
 
+	fuse_set_log_func(NULL);
 	if (!session)
 		return -ENOENT;
 	fd = fuse_session_fd(session);
@@ -328,11 +346,13 @@ int pk_attach(void)
 #endif
 }
 
-/* Forgets the former session, so that one process can mount again. */
+/* Forgets the former session, so that one process can mount again, and listens to libfuse. */
 void pk_reset(void)
 {
 	session = NULL;
 	init_unique = 0;
+	pk_message[0] = 0;
+	fuse_set_log_func(keep_message); /* said by whoever asked for the mount, in one line */
 	pk_idle = pk_tables = 0;
 	memset(&pk_negotiated, 0, sizeof pk_negotiated);
 	memset(&pk_request, 0, sizeof pk_request);

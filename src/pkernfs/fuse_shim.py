@@ -136,6 +136,12 @@ def attach() -> None:
     _attached = not result
 
 
+def last_message() -> str:
+    """What libfuse complained about last, before :func:`attach`; without its prefix."""
+    text = bytes(ffi.string(lib.pk_message)).decode(errors="replace").strip()
+    return text.removeprefix("fuse: ")
+
+
 def capabilities() -> Capabilities:
     """What was negotiated; complete once the first request has been answered."""
     granted = lib.pk_negotiated.granted

@@ -27,6 +27,7 @@ ffibuilder.cdef(
     extern uint64_t pk_wanted, pk_unwanted, pk_spin_ns;
     extern int pk_idle, pk_tables, pk_take_writes;
     extern char *pk_mount_arg;
+    extern char pk_message[256];
 
     int pk_attach(void);
     void pk_reset(void);

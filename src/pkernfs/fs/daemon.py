@@ -14,13 +14,12 @@ import logging
 import logging.handlers
 import os
 import signal
-import stat
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Generator, Iterable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pkernfs.errors import PkernfsError, RegionError, UsageError, ZeroingNeeded
+from pkernfs.errors import PkernfsError, RegionError, ZeroingNeeded
 
 if TYPE_CHECKING:
     from pkernfs.fs.filesystem import FileSystem
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-EXIT_USAGE = 1
 EXIT_FAILED = 32
 
 _MIB = 1 << 20
@@ -37,17 +35,12 @@ _ZERO_BATCH_BYTES = 64 * _MIB  # one thread call: what an unmount may wait for
 _REQUESTS_IN_A_ROW = 32  # before other tasks get their turn
 _SPIN_MICROSECONDS = 50.0  # a client's think time: asleep, an answer costs some 100 more
 
-#: Mount options that are handed on to the kernel or libfuse as they are.
+#: Mount options for libfuse or the kernel. What else there is of the kind (relatime and others)
+#: has no meaning here: FUSE leaves access times to the daemon.
 _FUSE_OPTIONS = frozenset(
-    "rw ro dev nodev suid nosuid exec noexec sync async dirsync atime noatime diratime nodiratime "
-    "relatime norelatime strictatime nostrictatime lazytime nolazytime silent loud "
-    "allow_other allow_root default_permissions auto_unmount context fscontext defcontext "
-    "rootcontext max_read subtype".split()
+    "rw ro dev nodev suid nosuid exec noexec sync async dirsync noatime nosymfollow "
+    "allow_other context fscontext defcontext rootcontext".split()
 )
-#: Options of mount(8) and fstab that mean nothing to a file system.
-_IGNORED_OPTIONS = frozenset("defaults auto noauto user nouser users owner group nofail".split())
-#: Our own options. ``cache`` is auto, direct or page: docs/coherence.md.
-_OWN_OPTIONS = frozenset({"mkfs", "phys_base", "cache", "fsname", "spin"})
 
 Options = dict[str, Any]
 
@@ -58,16 +51,11 @@ Options = dict[str, Any]
 def run_mount(region_spec: str, mountpoint: str, options: Options, foreground: bool) -> int:
     """Mount a region and serve it; the exit status, as mount(8) has it.
 
-    ``options`` are the words of ``-o``: ``{"ro": True, "phys_base": "0x40000000"}``, values as
-    typed, True for a word without one. In the background (not ``foreground``) this returns in the
-    first process once the mount answers, or has failed: 0, 1 for a wrong option, 32 for any other
-    failure, which has then been said in one line on stderr. The daemon itself never returns.
+    ``options`` is what :func:`pkernfs.options.parse_mount_options` made of ``-o``; ``mountpoint``
+    is a directory that no pkernfs is mounted on. In the background (not ``foreground``) this
+    returns in the first process once the mount answers, or has failed: 0, or 32 after one line on
+    stderr. The daemon itself never returns.
     """
-    try:
-        _check_options(options)
-    except PkernfsError as e:
-        _say(e)
-        return EXIT_USAGE
     if foreground:
         _log_to_stderr()
         return _mount_and_serve(region_spec, mountpoint, options, lambda: None)
@@ -78,37 +66,11 @@ def _say(error: object) -> None:
     print(f"pkernfs: {error}", file=sys.stderr, flush=True)
 
 
-def _check_options(options: Options) -> None:
-    for name, value in options.items():
-        if name.startswith(("x-", "X-", "comment")) or name == "_netdev":
-            continue
-        if name not in _FUSE_OPTIONS | _IGNORED_OPTIONS | _OWN_OPTIONS:
-            raise UsageError(f"mount option {name}: unknown")
-        if name == "cache" and value not in ("auto", "direct", "page"):
-            raise UsageError(f"mount option cache: got {value}, expected auto, direct or page")
-    _number(options, "phys_base")
-    _number(options, "spin")
-
-
-def _number(options: Options, name: str) -> int | None:
-    """A byte count or address option: decimal or 0x, with an optional K, M, G or T."""
-    value = options.get(name)
-    if value is None:
-        return None
-    text = str(value)
-    shift = {"K": 10, "M": 20, "G": 30, "T": 40}.get(text[-1:].upper(), 0)
-    try:
-        return int(text[:-1] if shift else text, 0) << shift
-    except ValueError:
-        raise UsageError(f"mount option {name}: got {text}, expected a number") from None
-
-
 def _mount_and_serve(
     spec: str, mountpoint: str, options: Options, ready: Callable[[], None]
 ) -> int:
     """Open, mount, serve until unmounted, clean up; the exit status."""
     try:
-        _check_mountpoint(mountpoint)
         with _open_region(spec, options) as region:
             fs = _open_filesystem(region, options)
             try:
@@ -123,35 +85,10 @@ def _mount_and_serve(
     return 0
 
 
-def _check_mountpoint(mountpoint: str) -> None:
-    try:
-        mode = os.stat(mountpoint).st_mode
-    except OSError as e:
-        raise RegionError(f"{mountpoint}: cannot mount: {e.strerror}", e.errno or 0) from e
-    if not stat.S_ISDIR(mode):
-        raise RegionError(f"{mountpoint}: cannot mount: not a directory")
-    if _mounted_type(mountpoint) == "fuse.pkernfs":
-        raise RegionError(f"{mountpoint}: cannot mount: a pkernfs is mounted there already")
-
-
-def _mounted_type(mountpoint: str) -> str | None:
-    """Type of the file system mounted at a path, as the mount table has it; None if none."""
-    path = os.path.realpath(mountpoint)
-    found = None
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
-        for line in table:
-            fields = line.split(" ")
-            where = fields[4].encode("utf-8", "surrogateescape")
-            where = where.decode("unicode_escape").encode("latin-1")  # \040 and the like
-            if where == os.fsencode(path):
-                found = fields[fields.index("-") + 1]
-    return found
-
-
 def _open_region(spec: str, options: Options) -> Region:
     from pkernfs.region import Region
 
-    return Region.open(spec, write="ro" not in options, phys_base=_number(options, "phys_base"))
+    return Region.open(spec, write="ro" not in options, phys_base=options.get("phys_base"))
 
 
 def _open_filesystem(region: Region, options: Options) -> FileSystem:
@@ -267,17 +204,17 @@ def serve(
     module: Any = pyfuse3
     cache = options.get("cache", "auto")
     server = operations.Operations(fs, cache=cache)
-    spin = _number(options, "spin")
     fuse_shim.prepare(
         server,
-        fsname=os.fsencode(str(options.get("fsname", region.name))),
+        fsname=os.fsencode(region.name),
         direct=cache != "page",
-        spin_us=_SPIN_MICROSECONDS if spin is None else spin,
+        spin_us=options.get("spin", _SPIN_MICROSECONDS),
     )
     try:
         pyfuse3.init(server, mountpoint, _fuse_options(options))
     except RuntimeError as e:
-        raise RegionError(f"{mountpoint}: cannot mount: {e}") from e
+        reason = fuse_shim.last_message() or str(e)
+        raise RegionError(f"{mountpoint}: cannot mount: {reason}") from e
     try:
         fuse_shim.attach()
         session = _Session(fs, region, mountpoint)

@@ -341,7 +341,7 @@ class Operations(pyfuse3.Operations):
     @handler
     def write(self, fh: int, offset: int, data: bytes) -> int:
         """Only called where the shim does not serve writes."""
-        return self._write(fh, data, offset, False)
+        return self._write(fh, data, offset, False, fuse_shim.request.kill)
 
     @handler
     def flush(self, fh: int) -> None:
@@ -420,7 +420,9 @@ class Operations(pyfuse3.Operations):
 
     # ------------------------------------------------------------------ what the shim adds
 
-    def _write(self, ino: int, data: bytes | memoryview, offset: int, writeback: bool) -> int:
+    def _write(
+        self, ino: int, data: bytes | memoryview, offset: int, writeback: bool, kill: bool
+    ) -> int:
         """Store into the file; invalidate what the kernel does not know to have changed."""
         fs = self.fs
         inode = fs.inode(ino)
@@ -434,7 +436,7 @@ class Operations(pyfuse3.Operations):
             self._drop_capability(ino)
             self._without_capability.add(ino)
         before = inode.mode
-        done = fs.write(ino, offset, data, not fuse_shim.request.kill)
+        done = fs.write(ino, offset, data, not kill)
         if before & _SETID and fs.inode(ino).mode != before:
             pyfuse3.invalidate_inode(ino, attr_only=True)
         return done
@@ -461,17 +463,26 @@ class Operations(pyfuse3.Operations):
 
     def on_write(self, req: Any, ino: int, data: memoryview, offset: int, writeback: bool) -> int:
         try:
-            return self._write(ino, data, offset, writeback)
+            return self._write(ino, data, offset, writeback, fuse_shim.request.kill)
         except ZeroingNeeded:
-            kept = bytes(data)  # the buffer is the next request's
-            return self._now_or_later(req, True, lambda: self._write(ino, kept, offset, writeback))
+            kept = bytes(data)  # the buffer is the next request's, and so is the note
+            kill = bool(fuse_shim.request.kill)
+            return self._now_or_later(
+                req, True, lambda: self._write(ino, kept, offset, writeback, kill)
+            )
         except Exception as e:
             return -_fail(self.fs, e)
 
     def on_fallocate(self, req: Any, ino: int, mode: int, offset: int, length: int) -> int:
         def run() -> int:
             self.fs.fallocate(ino, mode, offset, length)
+            before = self.fs.inode(ino).mode
+            if before & _SETID and kill:
+                self.fs.setattr(ino, mode=_without_setid(before) & 0o7777)
+                pyfuse3.invalidate_inode(ino, attr_only=True)
             return 0
+
+        kill = fuse_shim.request.kill
 
         return self._now_or_later(req, False, run)
 
@@ -488,9 +499,16 @@ class Operations(pyfuse3.Operations):
             data = self.fs.read(ino_in, off_in, min(length, 1 << 20))
             if ino_in == ino_out:
                 data = bytes(data)  # the ranges may share a page
-            return self._write(ino_out, data, off_out, False) if len(data) else 0
+            return self._write(ino_out, data, off_out, False, kill) if len(data) else 0
+
+        kill = bool(fuse_shim.request.kill)
 
         return self._now_or_later(req, True, run)
+
+
+def _without_setid(mode: int) -> int:
+    """As the kernel does it: set-gid without group execution is a mark for locking, and stays."""
+    return mode & ~(stat.S_ISUID | (stat.S_ISGID if mode & stat.S_IXGRP else 0))
 
 
 def _check_namespace(name: bytes) -> None:
