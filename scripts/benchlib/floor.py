@@ -79,6 +79,7 @@ class Floor(pyfuse3.Operations):
         self.timeout = timeout
         self.memory = Memory(size)
         self.nodes: dict[int, Node] = {}
+        self.listings: dict[int, list[tuple[bytes, Node]]] = {}
         self.last_ino = 0
         self._add(stat.S_IFDIR | 0o755)
 
@@ -176,12 +177,13 @@ class Floor(pyfuse3.Operations):
     async def opendir(
         self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.FileHandleT:
+        self.listings[inode] = list(self.nodes[inode].names.items())
         return pyfuse3.FileHandleT(inode)
 
     async def readdir(
         self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken
     ) -> None:
-        items = list(self.nodes[fh].names.items())
+        items = self.listings[fh]
         for position in range(start_id, len(items)):
             name, node = items[position]
             if not pyfuse3.readdir_reply(token, name, node.attr, position + 1):

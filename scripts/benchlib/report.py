@@ -7,7 +7,7 @@ from typing import Any
 from .results import Figure, Results, Workload
 from .systems import SYSTEMS
 from .targets import Target
-from .workloads import FREE
+from .workloads import SPLIT
 
 
 def as_json(
@@ -57,9 +57,9 @@ def _tables(results: Results) -> Iterator[str]:
 
 
 def _kind(workload: Workload) -> str:
-    """What shares a table: by unit, but for those unpinned and those of the scale group."""
-    if workload.key.startswith(FREE):
-        return FREE
+    """What shares a table: by unit, but for the second placement and the scale group."""
+    if workload.key.startswith(SPLIT):
+        return SPLIT
     return "@" if "@" in workload.key else "plain" if workload.unit == "1/s" else "data"
 
 
@@ -107,7 +107,7 @@ def quantity(value: float, unit: str) -> str:
 def _costs(results: Results) -> str:
     workloads = [
         w for w in results.workloads()
-        if w.unit == "1/s" and "@" not in w.key and FREE not in w.key and any(_counted(results, w))
+        if w.unit == "1/s" and "@" not in w.key and SPLIT not in w.key and any(_counted(results, w))
     ]  # fmt: skip
     if not workloads:
         return ""

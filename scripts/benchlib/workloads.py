@@ -17,7 +17,7 @@ from .results import Results, Workload
 from .systems import SYSTEMS, Scratch, System
 
 MIB = 1 << 20
-FREE = "free:"
+SPLIT = "split:"
 _WARM_SECONDS = 0.15
 _WARMUP = -1
 
@@ -53,7 +53,7 @@ class Bench:
     results: Results
     sizes: Sizes
     systems: list[System]
-    #: Put before the key of a workload that runs unpinned beside its pinned self.
+    #: Put before the keys of the workloads that run a second time, placed differently.
     prefix: str = ""
 
     def say(self, text: str) -> None:
@@ -92,18 +92,17 @@ class Bench:
             self.results.note(f"{system.failed} (left out from there on)")
             self.say(system.failed)
 
-    def unpinned(self) -> "Bench":
-        """The same run with every process where the scheduler puts it, under keys of its own."""
-        free = Pinning(None, None)
+    def placed(self, pinning: Pinning) -> "Bench":
+        """The same run with client and daemons elsewhere, under keys of its own."""
         client = copy.copy(self.client)
-        client.pinning = free
-        systems = [type(s)(self.scratch, free) for s in self.alive()]
-        return replace(self, client=client, systems=systems, prefix=FREE)
+        client.pinning = pinning
+        systems = [type(s)(self.scratch, pinning) for s in self.alive()]
+        return replace(self, client=client, systems=systems, prefix=SPLIT)
 
     def named(self, workload: Workload) -> Workload:
         if not self.prefix:
             return workload
-        key, title = self.prefix + workload.key, f"{workload.title}, unpinned"
+        key, title = self.prefix + workload.key, f"{workload.title}, two CPUs"
         return replace(workload, key=key, title=title)
 
     def forget_names(self) -> None:
@@ -231,13 +230,16 @@ def meta(bench: Bench, only: set[str]) -> None:
         steps = [s for s in steps if not s.cold]
         bench.results.note("uncached lookups not measured: /proc/sys/vm/drop_caches not writable")
     with bench.mounted(lambda system: True) as systems:
-        run_rounds(bench, systems, steps, "free" if bench.prefix else "meta")
+        run_rounds(bench, systems, steps, "split" if bench.prefix else "meta")
 
 
-def free(bench: Bench, only: set[str]) -> None:
-    """The same unpinned: waking another CPU for each request then costs more than the daemon."""
-    if bench.client.pinning.client is not None:
-        meta(bench.unpinned(), only)
+def split(bench: Bench, only: set[str]) -> None:
+    """The same with the daemon on another CPU: waking that one costs more than the daemon does."""
+    there = Pinning.named("split")
+    if there.client == there.daemon:
+        bench.results.note("two CPUs: not measured, there is one")
+    elif bench.client.pinning != there:
+        meta(bench.placed(there), only)
 
 
 # Scale: the same batch of operations in a small and in a large directory.
