@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-
 from dataclasses import dataclass
 from functools import partial
 
@@ -201,6 +200,45 @@ class BlockAllocator:
         if owner is not None and goal is not None:
             self._keep(owner, sum(runs[-1]), count)
         return runs
+
+    def choose(self, count: int, owner: int) -> int:
+        """The first block of where ``count`` blocks would go, claimed and known to be dirty.
+
+        For a caller that fills the block before it becomes part of a file: the claim keeps it
+        from others, and its known-zero bit is cleared by this transaction.
+
+        :raises NoSpaceError: no block is free.
+        """
+        self.forget_window(owner)
+        try:
+            runs = self._plan_or_drop_windows(count, None)
+        except NoSpaceError:
+            runs = self._plan_or_drop_windows(1, None)
+        block = runs[0][0]
+        old_zero = bytes(self._zero[block : block + 1])
+        if self._zero[block]:
+            self._mark(block, 1, zero=False)
+            self._zero[block] = 0
+        else:
+            self._store.region.zero(block * BLOCK, BLOCK)
+        self._state[block] = _CLAIMED
+
+        def undo() -> None:
+            self._state[block] = _FREE
+            self._zero[block : block + 1] = old_zero
+
+        self._store.on_abort.append(undo)
+        return block
+
+    def take_chosen(self, block: int) -> None:
+        """The block from :meth:`choose` becomes file data."""
+        # Undone last: giving up leaves the block dirty and free.
+        self._store.on_abort.append(partial(self.release_chosen, block))
+        self._take(block, 1, _USED)
+
+    def release_chosen(self, block: int) -> None:
+        """The block from :meth:`choose` is not wanted after all."""
+        self._state[block] = _FREE
 
     def alloc_carved(self) -> int:
         """Take one block to be carved into pages; its bytes may be anything.

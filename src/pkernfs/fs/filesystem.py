@@ -1,0 +1,1176 @@
+"""The file system: every operation, synchronous, without FUSE. The only writer while mounted.
+
+Each public method runs to its end without giving way to another one; what it changes in the
+metadata is one transaction (or several of which each leaves a state that is before or after). All
+expected failures are :class:`PkernfsError`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+from pkernfs.alloc.blocks import BlockAllocator, Claim, MapRange
+from pkernfs.alloc.pages import PageAllocator
+from pkernfs.errors import (
+    BusyError,
+    CorruptionError,
+    ExistsError,
+    InvalidError,
+    IsDirError,
+    NoSpaceError,
+    NoSuchAddressError,
+    NotDirError,
+    NotEmptyError,
+    NotFoundError,
+    NotSupportedError,
+    PermissionDeniedError,
+    PkernfsError,
+    ReadOnlyError,
+    TooBigError,
+    TooManyLinksError,
+    ZeroingNeeded,
+)
+from pkernfs.fs import superblock
+from pkernfs.fs.extents import LAST_PAGE, ExtentMap
+from pkernfs.fs.inodes import Inode, InodeTable
+from pkernfs.fs.names import Names, check_name
+from pkernfs.fs.xattrs import Overflow, Xattrs, check_target
+from pkernfs.journal import PageStore, TransactionTooLarge
+from pkernfs.layout import (
+    BLOCK,
+    INODE_FLAG_BODY,
+    INODE_FLAG_PENDING,
+    INODE_FLAG_TABLE,
+    INODE_INLINE_BYTES,
+    IOMMU_INO,
+    MAGIC_STATE,
+    MAX_FILE_BYTES,
+    MAX_LINKS,
+    PAGE,
+    PAGES_PER_BLOCK,
+    PENDING_TO_END,
+    ROOT_INO,
+    STATE,
+    STATE_CLEAN,
+    STATE_FLAG_ERROR,
+    STATE_MOUNTED,
+    STATE_OFFSET,
+    STATE_PAGE,
+)
+from pkernfs.region import Region
+
+log = logging.getLogger(__name__)
+
+RENAME_NOREPLACE = 1
+RENAME_EXCHANGE = 2
+FALLOC_KEEP_SIZE = 1
+FALLOC_PUNCH_HOLE = 2
+FALLOC_ZERO_RANGE = 16
+
+_PERMISSIONS = 0o7777
+_S64_MAX = (1 << 63) - 1
+_DAY_NS = 86400 * 10**9
+_ZERO_STEP_BYTES = 4 << 20
+_VERSION_WORD = (0 << 32) | (1 << 16)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class StatFs:
+    """What statfs(2) reports; blocks are of ``block_size`` bytes."""
+
+    block_size: int
+    blocks: int
+    free: int
+    files: int
+    free_files: int
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A piece of a file: offsets and length in bytes."""
+
+    offset: int
+    length: int
+    region_offset: int
+
+
+class FileSystem:
+    """A mounted file system; make one with :meth:`mount`."""
+
+    def __init__(self, region: Region, sb: superblock.Superblock, clock: Callable[[], int]) -> None:
+        self.region = region
+        self.superblock = sb
+        self.read_only = not region.writable
+        self._clock = clock
+        self.store = PageStore(
+            region,
+            sb.uuid,
+            sb.fields.journal_page,
+            sb.fields.journal_pages,
+            sb.total_blocks * PAGES_PER_BLOCK,
+        )
+        self.recovered = self.store.recover()
+        ranges = [
+            MapRange(
+                r.first_block,
+                r.blocks,
+                r.map_page,
+                None if region.phys_base is None else region.phys_base + r.first_block * BLOCK,
+            )
+            for r in sb.ranges
+        ]
+        self._blocks = BlockAllocator(self.store, ranges)
+        self._pages = PageAllocator(self.store, self._blocks)
+        self._inodes = InodeTable(self.store, self._pages)
+        self._map = ExtentMap(self.store, self._blocks, self._pages)
+        self._names = Names(self.store, self._pages, sb.fields.hash_key)
+        self._overflow = Overflow(self.store, self._pages)
+        self._xattrs = Xattrs(self.store, self._pages, sb.fields.hash_key, self._overflow)
+        self._opens: dict[int, int] = {}
+        self._lookups: dict[int, int] = {}
+        static = min(r.map_page // PAGES_PER_BLOCK for r in sb.ranges)
+        self._static_blocks = 2 if static == 0 else static + 1
+
+    # ------------------------------------------------------------------ mounting
+
+    @classmethod
+    def mount(
+        cls, region: Region, *, read_only: bool = False, clock: Callable[[], int] = time.time_ns
+    ) -> FileSystem:
+        """Open the file system in a region; recovers what an interrupted writer left.
+
+        :raises FormatError: no pkernfs, or one that this version must not touch.
+        :raises CorruptionError: too damaged to be mounted.
+        """
+        sb = superblock.load(region)
+        may_write = superblock.check_features(sb)
+        if not may_write and region.writable and not read_only:
+            log.warning("unknown ro_compat features %#x: read-only", sb.fields.feature_ro_compat)
+        fs = cls(region, sb, clock)
+        fs.read_only = read_only or not may_write or not region.writable
+        fs._start()
+        return fs
+
+    def _start(self) -> None:
+        state = superblock.load_state(self.store.read(STATE_PAGE, MAGIC_STATE))
+        if state.flags & STATE_FLAG_ERROR:
+            log.warning("%s: errors were found earlier: run fsck.pkernfs", self.region.name)
+        if state.state == STATE_CLEAN:
+            self._inodes.used = state.inodes_used
+            unfinished: list[int] = []
+        else:
+            unfinished = self._inodes.count_used()
+        root = self._inodes.get(ROOT_INO)
+        if not root.is_dir:
+            raise CorruptionError("root inode: not a directory")
+        if self.read_only:
+            return
+        self._set_state(
+            state=STATE_MOUNTED,
+            mounts=state.mounts + 1,
+            mounted_at=self._clock(),
+            boot_id=_boot_id(),
+            written_by=_VERSION_WORD,
+        )
+        for ino in unfinished:
+            self._finish_inode(self._inodes.get(ino))
+
+    def _set_state(self, **changes: int | bytes) -> None:
+        with self.store:
+            page = self.store.edit(STATE_PAGE, MAGIC_STATE)
+            STATE.pack_into(page, STATE_OFFSET, *superblock.load_state(page)._replace(**changes))  # type: ignore[arg-type]
+
+    def _finish_inode(self, inode: Inode) -> None:
+        """Complete what an interrupted operation left of an inode."""
+        if not inode.nlink:
+            self._evict(inode)
+        elif inode.flags & INODE_FLAG_PENDING:
+            self._finish_pending(inode)
+
+    def unmount(self) -> None:
+        """Reclaim what was unlinked but open, and mark the region clean."""
+        if self.read_only:
+            return
+        for ino in list(self._opens.keys() | self._lookups.keys()):
+            self._opens.pop(ino, None)
+            self._lookups.pop(ino, None)
+            self._reclaim(ino)
+        self._set_state(
+            state=STATE_CLEAN, unmounted_at=self._clock(), inodes_used=self._inodes.used
+        )
+        self.region.sync()
+
+    def fail(self, reason: str) -> None:
+        """Something in the region is wrong: note it there, and change nothing more."""
+        if self.read_only:
+            return
+        log.error("%s: %s: read-only from here on; run fsck.pkernfs", self.region.name, reason)
+        try:
+            page = self.store.read(STATE_PAGE, MAGIC_STATE)
+            flags = superblock.load_state(page).flags
+            self._set_state(flags=flags | STATE_FLAG_ERROR)
+        except PkernfsError as e:
+            log.error("%s: cannot note the error: %s", self.region.name, e)
+        self.read_only = True
+
+    def sync(self) -> None:
+        """Bring everything to where the region is kept (nothing to do for memory)."""
+        if not self.read_only:
+            self.region.sync()
+
+    # ------------------------------------------------------------------ inodes
+
+    def inode(self, ino: int) -> Inode:
+        """The inode of that number.
+
+        :raises NotFoundError: there is none.
+        """
+        return self._inodes.get(ino)
+
+    def remember(self, ino: int, n: int = 1) -> None:
+        """The kernel knows the inode ``n`` times more."""
+        self._lookups[ino] = self._lookups.get(ino, 0) + n
+
+    def forget(self, ino: int, n: int) -> None:
+        """The kernel knows the inode ``n`` times less; one without names goes with the last."""
+        left = self._lookups.get(ino, 0) - n
+        if left > 0:
+            self._lookups[ino] = left
+        else:
+            self._lookups.pop(ino, None)
+            self._reclaim(ino)
+
+    def open(self, ino: int) -> Inode:
+        """Count an open handle; the inode lives at least as long."""
+        inode = self._inodes.get(ino)
+        self._opens[ino] = self._opens.get(ino, 0) + 1
+        return inode
+
+    def release(self, ino: int) -> None:
+        """An open handle less."""
+        left = self._opens.get(ino, 0) - 1
+        if left > 0:
+            self._opens[ino] = left
+        else:
+            self._opens.pop(ino, None)
+            self._reclaim(ino)
+
+    def _in_use(self, ino: int) -> bool:
+        return ino in self._opens or ino in self._lookups
+
+    def _reclaim(self, ino: int) -> None:
+        if self.read_only or ino in self._opens or ino in self._lookups:
+            return
+        try:
+            inode = self._inodes.get(ino)
+        except NotFoundError:
+            return
+        if not inode.nlink:
+            self._evict(inode)
+
+    def _evict(self, inode: Inode) -> None:
+        """Free an inode that has no name and all it holds."""
+        while inode.is_reg and inode.data_pages:
+            with self.store:
+                self._inodes.touch(inode)
+                self._remove_data(inode)
+                self._inodes.save(inode)
+        self._blocks.forget_window(inode.ino)
+        with self.store:
+            self._inodes.touch(inode)
+            self._free_inode(inode)
+
+    def _remove_data(self, inode: Inode) -> bool:
+        """Free as much of a file's data as fits the transaction; True if that was all."""
+        return self._map.remove(inode, 0, LAST_PAGE + 1) == 0
+
+    def _free_inode(self, inode: Inode) -> None:
+        self._xattrs.destroy(inode)
+        if stat.S_ISLNK(inode.mode) and inode.flags & INODE_FLAG_BODY:
+            self._overflow.free(inode.ino, inode.body, inode.size)
+        self._inodes.free(inode)
+
+    def _check_writable(self) -> None:
+        if self.read_only:
+            raise ReadOnlyError("read-only file system")
+
+    def _directory(self, ino: int) -> Inode:
+        inode = self._inodes.get(ino)
+        if not inode.is_dir:
+            raise NotDirError(f"inode {ino}: not a directory")
+        return inode
+
+    def _live_directory(self, ino: int) -> Inode:
+        inode = self._directory(ino)
+        if not inode.nlink:
+            raise NotFoundError(f"inode {ino}: the directory was removed")
+        return inode
+
+    # ------------------------------------------------------------------ names
+
+    def lookup(self, parent: int, name: bytes) -> Inode:
+        """The inode that a name in a directory means.
+
+        :raises NotFoundError: there is no such name.
+        :raises NotDirError: ``parent`` is not a directory.
+        """
+        self._inodes.trim()
+        directory = self._directory(parent)
+        if name == b".":
+            return directory
+        if name == b"..":
+            return self._inodes.get(directory.parent)
+        found = self._names.find(directory, name)
+        if found is None:
+            raise NotFoundError("no such name")
+        return self._named(directory, found[1])
+
+    def _named(self, directory: Inode, ino: int) -> Inode:
+        try:
+            return self._inodes.get(ino)
+        except NotFoundError:
+            raise CorruptionError(
+                f"directory {directory.ino}: a name for inode {ino}, which is free"
+            ) from None
+
+    def create(
+        self, parent: int, name: bytes, mode: int, uid: int, gid: int, rdev: int = 0
+    ) -> Inode:
+        """Make a file, fifo, socket or device node; ``mode`` includes the type.
+
+        A set-gid directory passes its group on.
+
+        :raises ExistsError: the name is taken.
+        """
+        kind = stat.S_IFMT(mode)
+        if kind not in (stat.S_IFREG, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK):
+            raise InvalidError(f"file type {kind:#o}: cannot be made")
+        directory = self._check_new(parent, name, kind)
+        if directory.mode & stat.S_ISGID:
+            gid = directory.gid
+        with self.store:
+            inode = self._new_inode(mode, uid, gid)
+            inode.nlink = 1
+            if kind in (stat.S_IFCHR, stat.S_IFBLK):
+                inode.rdev = rdev
+            if directory.ino == IOMMU_INO:
+                inode.flags |= INODE_FLAG_TABLE
+                inode.mode = stat.S_IFREG | 0o400
+            self._inodes.save(inode)
+            self._enter(directory, name, inode)
+        return inode
+
+    def mkdir(self, parent: int, name: bytes, mode: int, uid: int, gid: int) -> Inode:
+        """Make a directory; a set-gid parent passes group and set-gid bit on.
+
+        :raises ExistsError: the name is taken.
+        """
+        directory = self._check_new(parent, name, stat.S_IFDIR)
+        mode = stat.S_IFDIR | mode & _PERMISSIONS
+        if directory.mode & stat.S_ISGID:
+            gid = directory.gid
+            mode |= stat.S_ISGID
+        if directory.nlink >= MAX_LINKS:
+            raise TooManyLinksError("too many subdirectories")
+        with self.store:
+            inode = self._new_inode(mode, uid, gid)
+            inode.nlink = 2
+            inode.parent = directory.ino
+            self._inodes.save(inode)
+            self._enter(directory, name, inode, links=1)
+        return inode
+
+    def symlink(self, parent: int, name: bytes, target: bytes, uid: int, gid: int) -> Inode:
+        """Make a symbolic link.
+
+        :raises ExistsError: the name is taken.
+        :raises NameTooLongError: the target has more than 4095 bytes.
+        """
+        directory = self._check_new(parent, name, stat.S_IFLNK)
+        check_target(target)
+        if directory.mode & stat.S_ISGID:
+            gid = directory.gid
+        with self.store:
+            inode = self._new_inode(stat.S_IFLNK | 0o777, uid, gid)
+            inode.nlink = 1
+            inode.size = len(target)
+            if len(target) <= INODE_INLINE_BYTES:
+                inode.target = target
+            else:
+                inode.body = self._overflow.write(inode.ino, target)
+                inode.flags |= INODE_FLAG_BODY
+            self._inodes.save(inode)
+            self._enter(directory, name, inode)
+        return inode
+
+    def readlink(self, ino: int) -> bytes:
+        """A symbolic link's target.
+
+        :raises InvalidError: not a symbolic link.
+        """
+        inode = self._inodes.get(ino)
+        if not stat.S_ISLNK(inode.mode):
+            raise InvalidError(f"inode {ino}: not a symbolic link")
+        if inode.flags & INODE_FLAG_BODY:
+            return self._overflow.read(ino, inode.body, inode.size)
+        return inode.target
+
+    def link(self, ino: int, parent: int, name: bytes) -> Inode:
+        """Give an inode another name.
+
+        :raises ExistsError: the name is taken.
+        :raises PermissionDeniedError: a directory, or a file of /iommu.
+        """
+        inode = self._inodes.get(ino)
+        if inode.is_dir or inode.flags & INODE_FLAG_TABLE:
+            raise PermissionDeniedError(f"inode {ino}: cannot have a second name")
+        directory = self._check_new(parent, name, stat.S_IFMT(inode.mode))
+        if not inode.nlink:
+            raise NotFoundError(f"inode {ino}: was removed")
+        if inode.nlink >= MAX_LINKS:
+            raise TooManyLinksError(f"inode {ino}: too many names")
+        with self.store:
+            self._inodes.touch(inode)
+            inode.nlink += 1
+            inode.ctime = self._clock()
+            self._inodes.save(inode)
+            self._enter(directory, name, inode)
+        return inode
+
+    def _check_new(self, parent: int, name: bytes, kind: int) -> Inode:
+        self._check_writable()
+        directory = self._live_directory(parent)
+        check_name(name)
+        if parent == IOMMU_INO and not (kind == stat.S_IFREG and is_table_name(name)):
+            raise PermissionDeniedError("iommu: only root-pgtables and dom-N live here")
+        if self._names.find(directory, name) is not None:
+            raise ExistsError("name exists")
+        return directory
+
+    def _new_inode(self, mode: int, uid: int, gid: int) -> Inode:
+        inode = self._inodes.new(mode)
+        inode.uid = uid
+        inode.gid = gid
+        inode.atime = inode.mtime = inode.ctime = inode.btime = self._clock()
+        return inode
+
+    def _enter(self, directory: Inode, name: bytes, inode: Inode, links: int = 0) -> None:
+        self._inodes.touch(directory)
+        self._names.add(directory, name, inode.ino, inode.mode >> 12)
+        directory.nlink += links
+        directory.mtime = directory.ctime = self._clock()
+        self._inodes.save(directory)
+
+    def unlink(self, parent: int, name: bytes) -> None:
+        """Take a name away; the inode goes with its last name, last handle and last look-up.
+
+        :raises NotFoundError, IsDirError: not a name, or a directory's.
+        """
+        self._check_writable()
+        directory = self._live_directory(parent)
+        found = self._names.find(directory, name)
+        if found is None:
+            raise NotFoundError("no such name")
+        inode = self._named(directory, found[1])
+        if inode.is_dir:
+            raise IsDirError("is a directory")
+        with self.store:
+            self._leave(directory, found[0])
+            done = self._drop_link(inode)
+        if not done:
+            self._evict(inode)
+
+    def rmdir(self, parent: int, name: bytes) -> None:
+        """Remove an empty directory.
+
+        :raises NotDirError, NotEmptyError, BusyError: not one, not empty, or /iommu.
+        """
+        self._check_writable()
+        directory = self._live_directory(parent)
+        found = self._names.find(directory, name)
+        if found is None:
+            raise NotFoundError("no such name")
+        inode = self._named(directory, found[1])
+        self._check_removable_dir(inode)
+        with self.store:
+            self._leave(directory, found[0], links=1)
+            self._drop_dir(inode)
+
+    def _check_removable_dir(self, inode: Inode) -> None:
+        if not inode.is_dir:
+            raise NotDirError("not a directory")
+        if inode.ino in (ROOT_INO, IOMMU_INO):
+            raise BusyError("iommu: always there")
+        if inode.size:
+            raise NotEmptyError("directory not empty")
+
+    def _leave(self, directory: Inode, key: int, links: int = 0) -> None:
+        self._inodes.touch(directory)
+        self._names.remove(directory, key)
+        directory.nlink -= links
+        directory.mtime = directory.ctime = self._clock()
+        self._inodes.save(directory)
+
+    def _drop_link(self, inode: Inode) -> bool:
+        """One name less; False if the inode is to be evicted after the transaction."""
+        self._inodes.touch(inode)
+        if not inode.nlink:
+            raise CorruptionError(f"inode {inode.ino}: a name, but a link count of 0")
+        inode.nlink -= 1
+        inode.ctime = self._clock()
+        if inode.nlink:
+            self._inodes.save(inode)
+            return True
+        self._blocks.forget_window(inode.ino)
+        if inode.ino in self._opens:
+            self._inodes.save(inode)
+            return True
+        # Nobody can read it any more: its space is free at once, its number when it is forgotten.
+        whole = not inode.is_reg or not inode.data_pages or self._remove_data(inode)
+        if whole and inode.ino not in self._lookups:
+            self._free_inode(inode)
+            return True
+        self._inodes.save(inode)
+        return whole or inode.ino in self._lookups
+
+    def _drop_dir(self, inode: Inode) -> None:
+        self._inodes.touch(inode)
+        inode.nlink = 0
+        inode.ctime = self._clock()
+        if self._in_use(inode.ino):
+            self._inodes.save(inode)
+        else:
+            self._free_inode(inode)
+
+    # ------------------------------------------------------------------ rename
+
+    def rename(
+        self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0
+    ) -> None:
+        """Rename, replace or exchange, as renameat2(2).
+
+        :raises InvalidError: unknown flags, or a directory into itself.
+        """
+        self._check_writable()
+        if flags not in (0, RENAME_NOREPLACE, RENAME_EXCHANGE):
+            raise InvalidError(f"rename flags {flags:#x}: not supported")
+        source = self._live_directory(parent)
+        target = self._live_directory(new_parent)
+        found = self._names.find(source, name)
+        if found is None:
+            raise NotFoundError("no such name")
+        if new_name in (b".", b"..") or name in (b".", b".."):
+            raise BusyError("name is . or ..")
+        check_name(new_name)
+        inode = self._named(source, found[1])
+        taken = self._names.find(target, new_name)
+        if flags & RENAME_EXCHANGE:
+            if taken is None:
+                raise NotFoundError("no such name")
+            self._exchange(source, found[0], inode, target, taken[0], taken[1])
+            return
+        if taken is not None and flags & RENAME_NOREPLACE:
+            raise ExistsError("name exists")
+        if taken is not None and taken[1] == inode.ino:
+            return
+        self._check_move(inode, source, target, new_name)
+        old = self._named(target, taken[1]) if taken is not None else None
+        if old is not None:
+            self._check_replace(inode, old)
+        done = True
+        with self.store:
+            self._inodes.touch(source)
+            self._inodes.touch(target)
+            self._inodes.touch(inode)
+            self._names.remove(source, found[0])
+            if taken is not None:
+                self._names.replace(target, taken[0], inode.ino, inode.mode >> 12)
+            else:
+                self._names.add(target, new_name, inode.ino, inode.mode >> 12)
+            if inode.is_dir:
+                source.nlink -= 1
+                target.nlink += 1
+                inode.parent = target.ino
+            now = self._clock()
+            inode.ctime = now
+            source.mtime = source.ctime = target.mtime = target.ctime = now
+            if old is not None and old.is_dir:
+                target.nlink -= 1
+            self._inodes.save(inode)
+            self._inodes.save(source)
+            if target is not source:
+                self._inodes.save(target)
+            if old is not None:
+                if old.is_dir:
+                    self._drop_dir(old)
+                else:
+                    done = self._drop_link(old)
+        if not done and old is not None:
+            self._evict(old)
+
+    def _check_move(self, inode: Inode, source: Inode, target: Inode, new_name: bytes) -> None:
+        if inode.ino == IOMMU_INO:
+            raise BusyError("iommu: always there")
+        if (source.ino == IOMMU_INO) != (target.ino == IOMMU_INO):
+            raise PermissionDeniedError("iommu: files do not move in or out")
+        if target.ino == IOMMU_INO and not is_table_name(new_name):
+            raise PermissionDeniedError("iommu: only root-pgtables and dom-N live here")
+        if inode.is_dir and source is not target:
+            self._check_not_below(inode, target)
+            if target.nlink >= MAX_LINKS:
+                raise TooManyLinksError("too many subdirectories")
+
+    def _check_not_below(self, inode: Inode, directory: Inode) -> None:
+        """:raises InvalidError: ``directory`` is ``inode`` or below it."""
+        at = directory
+        for _ in range(self._inodes.used + 1):
+            if at.ino == inode.ino:
+                raise InvalidError("a directory cannot move into itself")
+            if at.ino == ROOT_INO:
+                return
+            at = self._inodes.get(at.parent)
+        raise CorruptionError(f"directory {directory.ino}: its parents are a loop")
+
+    def _check_replace(self, inode: Inode, old: Inode) -> None:
+        if inode.is_dir:
+            self._check_removable_dir(old)
+        elif old.is_dir:
+            raise IsDirError("is a directory")
+
+    def _exchange(
+        self, source: Inode, key: int, inode: Inode, target: Inode, other_key: int, other_ino: int
+    ) -> None:
+        other = self._named(target, other_ino)
+        if inode.ino == other.ino:
+            return
+        for one, to in ((inode, target), (other, source)):
+            if one.ino == IOMMU_INO:
+                raise BusyError("iommu: always there")
+            if one.is_dir and source is not target:
+                self._check_not_below(one, to)
+        if IOMMU_INO in (source.ino, target.ino) and source is not target:
+            raise PermissionDeniedError("iommu: files do not move in or out")
+        with self.store:
+            for touched in (source, target, inode, other):
+                self._inodes.touch(touched)
+            self._names.replace(source, key, other.ino, other.mode >> 12)
+            self._names.replace(target, other_key, inode.ino, inode.mode >> 12)
+            if source is not target:
+                moved = inode.is_dir - other.is_dir
+                source.nlink -= moved
+                target.nlink += moved
+                if inode.is_dir:
+                    inode.parent = target.ino
+                if other.is_dir:
+                    other.parent = source.ino
+            now = self._clock()
+            inode.ctime = other.ctime = now
+            source.mtime = source.ctime = target.mtime = target.ctime = now
+            for touched in (source, target, inode, other):
+                self._inodes.save(touched)
+
+    # ------------------------------------------------------------------ directories
+
+    def readdir(self, ino: int, cookie: int) -> Iterator[tuple[bytes, int, int, int]]:
+        """``(name, inode number, type, cookie)`` of the entries behind ``cookie`` (0: all).
+
+        ``.`` and ``..`` are not among them. A cookie stays good while entries come and go: an
+        entry that is there all the time is returned once. The iterator itself must not be used
+        across a change.
+        """
+        self._inodes.trim()
+        directory = self._directory(ino)
+        if directory.flags & INODE_FLAG_BODY:
+            yield from self._names.entries(directory, cookie + 1 if cookie else 0)
+
+    # ------------------------------------------------------------------ attributes
+
+    def setattr(
+        self,
+        ino: int,
+        *,
+        mode: int | None = None,
+        uid: int | None = None,
+        gid: int | None = None,
+        size: int | None = None,
+        atime: int | None = None,
+        mtime: int | None = None,
+        privileged: bool = True,
+        group_member: bool = True,
+    ) -> Inode:
+        """Change attributes. Times are ns since 1970; times beyond the format's are clamped.
+
+        A new owner or group clears the set-id bits of a file, and so does a new size unless
+        ``privileged``; a mode set by someone who is neither ``privileged`` nor in the group loses
+        set-gid. Growing allocates, shrinking frees.
+
+        :raises IsDirError, InvalidError, TooBigError, PermissionDeniedError: a bad size.
+        :raises NoSpaceError: nothing was changed.
+        """
+        self._check_writable()
+        inode = self._inodes.get(ino)
+        if size is not None:
+            self._check_resize(inode, size)
+            if size > inode.size:
+                self._grow(inode, size)
+        with self.store:
+            self._inodes.touch(inode)
+            now = self._clock()
+            inode.ctime = now
+            if mode is not None:
+                self._set_mode(inode, mode, privileged or group_member)
+            if uid is not None or gid is not None:
+                self._set_owner(inode, uid, gid)
+            if size is not None:
+                inode.mtime = now
+                if not privileged:
+                    clear_set_id(inode)
+                self._set_size(inode, size)
+            if atime is not None:
+                inode.atime = _clamp(atime)
+            if mtime is not None:
+                inode.mtime = _clamp(mtime)
+            self._inodes.save(inode)
+        if inode.flags & INODE_FLAG_PENDING:
+            self._finish_pending(inode)
+        return inode
+
+    def _set_mode(self, inode: Inode, mode: int, may_set_gid: bool) -> None:
+        mode &= _PERMISSIONS
+        if not may_set_gid and not inode.is_dir:
+            mode &= ~stat.S_ISGID
+        inode.mode = stat.S_IFMT(inode.mode) | mode
+
+    def _set_owner(self, inode: Inode, uid: int | None, gid: int | None) -> None:
+        if uid is not None:
+            inode.uid = uid
+        if gid is not None:
+            inode.gid = gid
+        if not inode.is_dir:
+            clear_set_id(inode)
+
+    def _check_resize(self, inode: Inode, size: int) -> None:
+        if inode.is_dir:
+            raise IsDirError(f"inode {inode.ino}: is a directory")
+        if not inode.is_reg:
+            raise InvalidError(f"inode {inode.ino}: not a regular file")
+        if size < 0:
+            raise InvalidError("negative size")
+        if size > MAX_FILE_BYTES - BLOCK:
+            raise TooBigError(f"size {size}: expected at most {MAX_FILE_BYTES - BLOCK}")
+        if inode.flags & INODE_FLAG_TABLE and (size < inode.size or size % BLOCK):
+            raise PermissionDeniedError("a table file only grows, in steps of 2 MiB")
+
+    # ------------------------------------------------------------------ sizes
+
+    def _grow(self, inode: Inode, size: int) -> None:
+        """Allocate what a larger size needs, in transactions of its own.
+
+        What is allocated beyond the old size reads as zeros and is invisible until the size
+        follows, so each of them leaves the file as it was.
+        """
+        self._promote(inode, size)
+        first = inode.size // PAGE
+        self._fill(inode, first, -(-size // PAGE), size)
+
+    def _fill(self, inode: Inode, start: int, end: int, size: int) -> None:
+        """Allocate file pages start..end-1 in as few transactions as they fit; or nothing."""
+        added: list[tuple[int, int]] = []
+        todo = [(start, end)]
+        try:
+            while todo:
+                low, high = todo.pop()
+                try:
+                    self._fill_once(inode, low, high, size, added)
+                except TransactionTooLarge:
+                    middle = (low + high) // 2 // PAGES_PER_BLOCK * PAGES_PER_BLOCK
+                    if not low < middle < high:
+                        raise
+                    todo += [(middle, high), (low, middle)]
+        except (NoSpaceError, ZeroingNeeded):
+            for file_page, count in added:
+                self._remove_range(inode, file_page, file_page + count)
+            raise
+
+    def _fill_once(
+        self, inode: Inode, start: int, end: int, size: int, added: list[tuple[int, int]]
+    ) -> None:
+        with self.store:
+            self._inodes.touch(inode)
+            new = self._map.fill(inode, start, end, size)
+            if new:
+                self._inodes.save(inode)
+        added += [(file_page, count) for file_page, _page, count in new]
+
+    def _remove_range(self, inode: Inode, start: int, end: int) -> None:
+        while end > start:
+            with self.store:
+                self._inodes.touch(inode)
+                end = self._map.remove(inode, start, end)
+                self._inodes.save(inode)
+
+    def _promote(self, inode: Inode, size: int) -> None:
+        """Move a file that outgrows 4 KiB pages into a block."""
+        if not self._map.needs_promotion(inode, size):
+            return
+        try:
+            with self.store:
+                block = self._blocks.choose(-(-size // BLOCK), inode.ino)
+        except NoSpaceError:
+            return  # it stays in pages
+        try:
+            for file_page, page, count in self._map.within(inode, 0, PAGES_PER_BLOCK):
+                self.region.copy_in(
+                    block * BLOCK + file_page * PAGE, self.region.view(page * PAGE, count * PAGE)
+                )
+            with self.store:
+                self._inodes.touch(inode)
+                self._blocks.take_chosen(block)
+                self._map.promote(inode, block)
+                self._inodes.save(inode)
+        except PkernfsError:
+            self._blocks.release_chosen(block)
+            raise
+
+    def _set_size(self, inode: Inode, size: int) -> None:
+        """Inside a transaction: the new size, and what a smaller one frees."""
+        old = inode.size
+        inode.size = size
+        if size > old or not inode.data_pages:
+            return
+        self._blocks.forget_window(inode.ino)
+        unit_end = self._map.unit_end(inode, size) if size % BLOCK else size
+        left = self._map.remove(inode, -(-unit_end // PAGE), LAST_PAGE + 1)
+        if left > -(-unit_end // PAGE) or min(unit_end, old) > size:
+            self._set_pending(inode, size, PENDING_TO_END)
+
+    def _set_pending(self, inode: Inode, start: int, end: int) -> None:
+        inode.flags |= INODE_FLAG_PENDING
+        inode.pending_start = start
+        inode.pending_end = end
+
+    def _finish_pending(self, inode: Inode) -> None:
+        """Free the whole units of the pending range, zero the rest of it, clear it."""
+        start, end = inode.pending_start, inode.pending_end
+        first, last = -(-start // PAGE), min(end // PAGE, LAST_PAGE + 1)
+        while last > first:
+            with self.store:
+                self._inodes.touch(inode)
+                last = self._map.remove(inode, first, last)
+                self._inodes.save(inode)
+        self._zero_mapped(inode, start, min(end, (-(-inode.size // BLOCK) + 1) * BLOCK))
+        with self.store:
+            self._inodes.touch(inode)
+            inode.flags &= ~INODE_FLAG_PENDING
+            inode.pending_start = inode.pending_end = 0
+            self._inodes.save(inode)
+
+    def _zero_mapped(self, inode: Inode, start: int, end: int) -> None:
+        """Zero the bytes start..end-1 of a file where it has memory."""
+        for offset, at, length in self._pieces(inode, start, end):
+            del offset
+            self.region.zero(at, length)
+
+    def _pieces(self, inode: Inode, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """``(file offset, region offset, length)`` of the memory of bytes start..end-1."""
+        if end <= start:
+            return
+        for file_page, page, count in self._map.within(inode, start // PAGE, -(-end // PAGE)):
+            low = max(start, file_page * PAGE)
+            high = min(end, (file_page + count) * PAGE)
+            yield low, page * PAGE + low - file_page * PAGE, high - low
+
+    # ------------------------------------------------------------------ data
+
+    def read(self, ino: int, offset: int, length: int) -> bytes | memoryview:
+        """Up to ``length`` bytes; fewer at the end of the file, zeros in holes.
+
+        A view of the region itself if one extent has it all: good until the next operation.
+        """
+        inode = self._inodes.get(ino)
+        if not inode.is_reg:
+            raise IsDirError(f"inode {ino}: not a regular file")
+        length = min(length, inode.size - offset)
+        if length <= 0:
+            return b""
+        if not self.read_only:
+            self._update_atime(inode)
+        page, skip = divmod(offset, PAGE)
+        found = self._map.at(inode, page)
+        if found is not None and (found[0] + found[2]) * PAGE >= offset + length:
+            return self.region.view((found[1] + page - found[0]) * PAGE + skip, length)
+        data = bytearray(length)
+        for low, at, count in self._pieces(inode, offset, offset + length):
+            data[low - offset : low - offset + count] = self.region.view(at, count)
+        return bytes(data)
+
+    def _update_atime(self, inode: Inode) -> None:
+        """As with relatime: the first read after a change, and once a day."""
+        atime = inode.atime
+        if atime > inode.mtime and atime > inode.ctime and self._clock() - atime < _DAY_NS:
+            return
+        with self.store:
+            self._inodes.touch(inode)
+            inode.atime = max(self._clock(), inode.mtime + 1, inode.ctime + 1)
+            self._inodes.save(inode)
+
+    def write(
+        self, ino: int, offset: int, data: bytes | memoryview, privileged: bool = True
+    ) -> int:
+        """Write at ``offset``; all of it or nothing but for an existing range's old bytes.
+
+        Data beyond the old end, and into holes, becomes part of the file in one step.
+
+        :raises NoSpaceError: nothing was written.
+        :raises PermissionDeniedError: a table file.
+        """
+        self._check_writable()
+        inode = self._inodes.get(ino)
+        if not inode.is_reg:
+            raise IsDirError(f"inode {ino}: not a regular file")
+        if inode.flags & INODE_FLAG_TABLE:
+            raise PermissionDeniedError("a table file: changed by `pkernfs iommu` only")
+        if not data:
+            return 0
+        end = offset + len(data)
+        if offset < 0 or end > MAX_FILE_BYTES - BLOCK:
+            raise TooBigError(f"offset {offset}: beyond the largest file")
+        first, last = offset // PAGE, -(-end // PAGE)
+        size = max(end, inode.size)
+        if self._map.holes(inode, first, last):
+            self._promote(inode, size)
+            if size > BLOCK // 2 or last - first > PAGES_PER_BLOCK // 2:
+                self._fill(inode, first, last, size)
+        with self.store:
+            self._inodes.touch(inode)
+            # New pages are not reachable before the commit: so the data is there with them.
+            self._map.fill(inode, first, last, size)
+            for low, at, count in self._pieces(inode, offset, end):
+                self.region.copy_in(at, memoryview(data)[low - offset : low - offset + count])
+            inode.size = size
+            inode.mtime = inode.ctime = self._clock()
+            if not privileged:
+                clear_set_id(inode)
+            self._inodes.save(inode)
+        return len(data)
+
+    # ------------------------------------------------------------------ fallocate and seek
+
+    def fallocate(self, ino: int, mode: int, offset: int, length: int) -> None:
+        """Allocate, punch or zero a range, as fallocate(2).
+
+        :raises NotSupportedError: another mode.
+        """
+        for _ in self.fallocate_steps(ino, mode, offset, length):
+            pass
+
+    def fallocate_steps(self, ino: int, mode: int, offset: int, length: int) -> Iterator[None]:
+        """:meth:`fallocate` in pieces of less than a millisecond: others may run at each yield."""
+        self._check_writable()
+        inode = self._inodes.get(ino)
+        if inode.is_dir or not inode.is_reg:
+            raise NotSupportedError(f"inode {ino}: not a regular file")
+        if offset < 0 or length <= 0:
+            raise InvalidError("bad range")
+        if offset + length > MAX_FILE_BYTES - BLOCK:
+            raise TooBigError("range beyond the largest file")
+        if inode.flags & INODE_FLAG_TABLE:
+            raise PermissionDeniedError("a table file: it is sized with truncate")
+        if mode == FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE:
+            self._punch(inode, offset, offset + length)
+        elif mode & ~FALLOC_KEEP_SIZE in (0, FALLOC_ZERO_RANGE):
+            end = offset + length
+            size = inode.size if mode & FALLOC_KEEP_SIZE else max(inode.size, end)
+            self._promote(inode, max(size, end))
+            self._fill(inode, offset // PAGE, -(-end // PAGE), max(size, end))
+            if mode & FALLOC_ZERO_RANGE:
+                yield from self._zero_steps(inode, offset, min(end, inode.size))
+            with self.store:
+                self._inodes.touch(inode)
+                inode.ctime = self._clock()
+                if size != inode.size or mode & FALLOC_ZERO_RANGE:
+                    inode.mtime = inode.ctime
+                inode.size = max(size, inode.size)
+                self._inodes.save(inode)
+        else:
+            raise NotSupportedError(f"fallocate mode {mode:#x}: not supported")
+
+    def _zero_steps(self, inode: Inode, start: int, end: int) -> Iterator[None]:
+        while start < end:
+            stop = min(end, start + _ZERO_STEP_BYTES)
+            self._zero_mapped(inode, start, stop)
+            start = stop
+            if start < end:
+                yield
+                self._check_writable()
+
+    def _punch(self, inode: Inode, start: int, end: int) -> None:
+        if start >= inode.size:
+            end = max(end, start)
+        elif end >= inode.size:
+            end = -(-max(end, inode.size) // BLOCK) * BLOCK
+        with self.store:
+            self._inodes.touch(inode)
+            self._set_pending(inode, start, end)
+            inode.mtime = inode.ctime = self._clock()
+            self._inodes.save(inode)
+        self._finish_pending(inode)
+
+    def seek(self, ino: int, offset: int, whence: int) -> int:
+        """lseek(2) with SEEK_DATA or SEEK_HOLE; allocated memory counts as data.
+
+        :raises NoSuchAddressError: at or beyond the end, or no more data.
+        """
+        inode = self._inodes.get(ino)
+        if not inode.is_reg:
+            raise InvalidError(f"inode {ino}: not a regular file")
+        if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
+            raise InvalidError(f"whence {whence}: not supported")
+        if offset < 0 or offset >= inode.size:
+            raise NoSuchAddressError("beyond the end")
+        end = -(-inode.size // PAGE)
+        at = offset
+        for file_page, _page, count in self._map.within(inode, offset // PAGE, end):
+            if file_page * PAGE > at:
+                break
+            if whence == os.SEEK_DATA:
+                return at
+            at = (file_page + count) * PAGE
+        else:
+            if whence == os.SEEK_HOLE:
+                return min(at, inode.size)
+            raise NoSuchAddressError("no more data")
+        return at if whence == os.SEEK_HOLE else file_page * PAGE
+
+    def extents(self, ino: int) -> list[Extent]:
+        """Where a file's bytes are, in file order; only what lies before its end."""
+        inode = self._inodes.get(ino)
+        if not inode.is_reg:
+            raise InvalidError(f"inode {ino}: not a regular file")
+        return [
+            Extent(file_page * PAGE, count * PAGE, page * PAGE)
+            for file_page, page, count in self._map.within(inode, 0, -(-inode.size // PAGE))
+        ]
+
+    # ------------------------------------------------------------------ extended attributes
+
+    def getxattr(self, ino: int, name: bytes) -> bytes:
+        """:raises NoDataError: there is no such attribute."""
+        return self._xattrs.get(self._inodes.get(ino), name)
+
+    def listxattr(self, ino: int) -> list[bytes]:
+        """Names of the attributes, with their namespaces."""
+        return self._xattrs.list(self._inodes.get(ino))
+
+    def setxattr(self, ino: int, name: bytes, value: bytes, flags: int = 0) -> None:
+        """Set an attribute; ``flags`` are XATTR_CREATE and XATTR_REPLACE.
+
+        :raises ExistsError, NoDataError, NotSupportedError, ArgumentTooLongError: as setxattr(2).
+        """
+        self._check_writable()
+        inode = self._inodes.get(ino)
+        with self.store:
+            self._inodes.touch(inode)
+            self._xattrs.set(inode, name, bytes(value), flags)
+            inode.ctime = self._clock()
+            self._inodes.save(inode)
+
+    def removexattr(self, ino: int, name: bytes) -> None:
+        """:raises NoDataError: there is no such attribute."""
+        self._check_writable()
+        inode = self._inodes.get(ino)
+        with self.store:
+            self._inodes.touch(inode)
+            self._xattrs.remove(inode, name)
+            inode.ctime = self._clock()
+            self._inodes.save(inode)
+
+    # ------------------------------------------------------------------ space
+
+    def statfs(self) -> StatFs:
+        """Space in 4 KiB units; every block of the region is either free or used."""
+        free = self._blocks.free_blocks * PAGES_PER_BLOCK + self._pages.free_pages
+        spare = len(self._inodes) - self._inodes.used
+        free_files = spare + free * 15
+        return StatFs(
+            block_size=PAGE,
+            blocks=(self._blocks.total_blocks - self._static_blocks) * PAGES_PER_BLOCK,
+            free=free,
+            files=self._inodes.used + free_files,
+            free_files=free_files,
+        )
+
+    def claim_zeroing(self, blocks: list[tuple[int, int]]) -> Claim:
+        """Keep blocks from being allocated while the caller zeroes them."""
+        return self._blocks.claim(blocks)
+
+    def next_dirty(self, most_bytes: int) -> Claim | None:
+        """Claim some free blocks that need zeroing; None if there are none."""
+        if self.read_only:
+            return None
+        return self._blocks.next_dirty(max(1, most_bytes // BLOCK))
+
+    def finish_zeroing(self, claim: Claim) -> None:
+        """The claimed blocks are zero now: record that, and let them be allocated."""
+        if self.read_only:
+            self._blocks.release(claim)
+            return
+        try:
+            with self.store:
+                self._blocks.finish(claim)
+        except PkernfsError:
+            self._blocks.release(claim)
+            raise
+
+    def abandon_zeroing(self, claim: Claim) -> None:
+        """The claimed blocks were not zeroed."""
+        self._blocks.release(claim)
+
+    def run(self, operation: Callable[[], T]) -> T:
+        """Carry out an operation for a caller without an event loop: zeroes what it needs."""
+        while True:
+            try:
+                return operation()
+            except ZeroingNeeded as e:
+                claim = self.claim_zeroing(e.blocks)
+                for offset, length in claim.pieces():
+                    self.region.zero(offset, length)
+                self.finish_zeroing(claim)
+
+
+def is_table_name(name: bytes) -> bool:
+    """Whether a name is one of those that may be in /iommu."""
+    if name == b"root-pgtables":
+        return True
+    number = name[4:]
+    if not name.startswith(b"dom-") or not number.isdigit() or len(number) > 5:
+        return False
+    return int(number) <= 65535 and str(int(number)).encode() == number
+
+
+def clear_set_id(inode: Inode) -> None:
+    """Clear set-uid, and set-gid where it means a group to run as."""
+    inode.mode &= ~stat.S_ISUID
+    if inode.mode & stat.S_IXGRP:
+        inode.mode &= ~stat.S_ISGID
+
+
+def _clamp(ns: int) -> int:
+    return max(-_S64_MAX - 1, min(ns, _S64_MAX))
+
+
+def _boot_id() -> bytes:
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as f:
+            return bytes.fromhex(f.read().strip().replace("-", ""))
+    except OSError:
+        return bytes(16)
+

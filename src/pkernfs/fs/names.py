@@ -1,0 +1,111 @@
+"""Directories: names in the directory's tree (docs/format.md, section 8)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pkernfs.alloc.pages import PageAllocator
+from pkernfs.errors import (
+    CorruptionError,
+    ExistsError,
+    InvalidError,
+    NameTooLongError,
+    NoSpaceError,
+)
+from pkernfs.fs.btree import Tree
+from pkernfs.fs.inodes import Inode
+from pkernfs.journal import PageStore
+from pkernfs.layout import (
+    COLLISION_BITS,
+    INODE_FLAG_BODY,
+    MAX_COLLISIONS,
+    MAX_NAME_BYTES,
+    NAME_ITEM,
+    TREE_NAMES,
+    name_key,
+)
+
+_unpack = NAME_ITEM.unpack_from
+_HEAD = NAME_ITEM.size
+
+
+def check_name(name: bytes) -> None:
+    """:raises InvalidError, NameTooLongError, ExistsError: not a name that can be made."""
+    if len(name) > MAX_NAME_BYTES:
+        raise NameTooLongError(f"name of {len(name)} bytes: expected at most {MAX_NAME_BYTES}")
+    if name in (b".", b".."):
+        raise ExistsError("name is . or ..")
+    if not name or b"/" in name or b"\0" in name:
+        raise InvalidError("name is empty or has a / or a zero byte")
+
+
+class Names:
+    """The entries of any directory of one file system."""
+
+    def __init__(self, store: PageStore, pages: PageAllocator, hash_key: bytes) -> None:
+        self._store = store
+        self._pages = pages
+        self._hash_key = hash_key
+
+    def _tree(self, directory: Inode) -> Tree:
+        root = directory.body if directory.flags & INODE_FLAG_BODY else 0
+        return Tree(self._store, self._pages, TREE_NAMES, directory.ino, root)
+
+    def find(self, directory: Inode, name: bytes) -> tuple[int, int, int] | None:
+        """``(key, inode number, type)`` of a name; None if it is not there."""
+        if not directory.flags & INODE_FLAG_BODY:
+            return None
+        tree = self._tree(directory)
+        for key, item in tree.find(name_key(name, self._hash_key), COLLISION_BITS):
+            if item[_HEAD:] == name:
+                ino, kind = _unpack(item)
+                return key, ino, kind
+        return None
+
+    def add(self, directory: Inode, name: bytes, ino: int, kind: int) -> None:
+        """Enter a name that is not there; ``kind`` is mode >> 12. The caller saves the directory."""
+        tree = self._tree(directory)
+        base = key = name_key(name, self._hash_key)
+        for taken, _item in tree.find(base, COLLISION_BITS):
+            if taken != key:
+                break
+            key += 1
+        if key == base + MAX_COLLISIONS:
+            raise NoSpaceError("too many names with the same hash")
+        tree.insert_item(key, NAME_ITEM.pack(ino, kind) + name)
+        directory.size += 1
+        self._set_root(directory, tree)
+
+    def remove(self, directory: Inode, key: int) -> None:
+        """Take out the name at ``key``. The caller saves the directory."""
+        if not directory.size:
+            raise CorruptionError(f"directory {directory.ino}: more names than its size")
+        tree = self._tree(directory)
+        tree.remove(key)
+        directory.size -= 1
+        self._set_root(directory, tree)
+
+    def replace(self, directory: Inode, key: int, ino: int, kind: int) -> None:
+        """Let the name at ``key`` mean another inode. The caller saves the directory."""
+        tree = self._tree(directory)
+        for _key, item in tree.find(key, 0):
+            name = bytes(item[_HEAD:])
+            tree.remove(key)
+            tree.insert_item(key, NAME_ITEM.pack(ino, kind) + name)
+            self._set_root(directory, tree)
+            return
+        raise CorruptionError(f"directory {directory.ino}: no key {key:#x}")
+
+    def entries(self, directory: Inode, key: int) -> Iterator[tuple[bytes, int, int, int]]:
+        """``(name, inode number, type, key)`` of the entries from ``key`` on."""
+        for found, item in self._tree(directory).items(key):
+            ino, kind = _unpack(item)
+            yield bytes(item[_HEAD:]), ino, kind, found
+
+    @staticmethod
+    def _set_root(directory: Inode, tree: Tree) -> None:
+        directory.body = tree.root
+        if tree.root:
+            directory.flags |= INODE_FLAG_BODY
+        else:
+            directory.flags &= ~INODE_FLAG_BODY
