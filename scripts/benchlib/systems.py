@@ -144,6 +144,8 @@ class System:
         self.pinning = pinning
         self.process: subprocess.Popen[bytes] | None = None
         self.failed: str | None = None
+        #: Steps that have failed and are not tried again.
+        self.broken: set[str] = set()
         self.log = scratch.path / f"{self.name}.log"
         self.root = scratch.path / f"mnt-{self.name}"
 
@@ -170,9 +172,13 @@ class System:
         while not is_mounted(self.root):
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.stop()
-                raise BenchError(f"{self.name} did not mount: {self.last_words()}")
+                self.failed = f"{self.name} did not mount: {self.last_words()}"
+                raise BenchError(self.failed)
             time.sleep(0.02)
         self.root.stat()  # answers
+
+    def running(self) -> bool:
+        return self.process is None or self.process.poll() is None
 
     def last_words(self) -> str:
         text = self.log.read_text(errors="replace").strip() if self.log.exists() else ""

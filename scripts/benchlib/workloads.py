@@ -77,20 +77,23 @@ class Bench:
                 with self.guard(system, "start"):
                     started.append(system)
                     system.start()
-            yield [system for system in started if not system.failed]
+            yield usable(started, "start")
         finally:
             for system in started:
                 system.stop()
 
     @contextlib.contextmanager
     def guard(self, system: System, what: str) -> Iterator[None]:
-        """A failure costs this system the rest of the run, not the run."""
+        """A failure costs this system this step for the rest of the run, or, dead, all others."""
         try:
             yield
         except (BenchError, OSError) as error:
-            system.failed = f"{system.name}: {what}: {error}"
-            self.results.note(f"{system.failed} (left out from there on)")
-            self.say(system.failed)
+            reason = f"{system.name}: {what}: {error}"
+            system.broken.add(what)
+            if not system.running():
+                system.failed = f"{reason}; {system.last_words()}"
+            self.results.note(f"{system.failed or reason} (left out from there on)")
+            self.say(system.failed or reason)
 
     def placed(self, pinning: Pinning) -> "Bench":
         """The same run with client and daemons elsewhere, under keys of its own."""
@@ -144,6 +147,11 @@ def make_systems(bench: Bench, only: set[str]) -> list[System]:
     return found
 
 
+def usable(systems: list[System], what: str) -> list[System]:
+    """Those that have not failed altogether or in this step."""
+    return [s for s in systems if not s.failed and what not in s.broken]
+
+
 @dataclass(frozen=True)
 class Step:
     """One thing done to one system in a round; ``act`` records what there is to record."""
@@ -157,11 +165,11 @@ def run_rounds(bench: Bench, systems: list[System], steps: list[Step], tag: str)
     """All rounds of some steps, interleaved; the first, unrecorded one warms things up."""
     for turn in range(_WARMUP, bench.sizes.rounds):
         bench.say(f"{tag}: round {turn + 1} of {bench.sizes.rounds}")
-        for system in [s for s in systems if not s.failed]:
-            with bench.guard(system, "mkdir"):
+        for system in usable(systems, "start"):
+            with bench.guard(system, "start"):
                 (system.root / f"{tag}{turn}").mkdir()
         for step in steps:
-            for system in [s for s in systems if not s.failed]:
+            for system in usable(systems, step.workload.title):
                 with bench.guard(system, step.workload.title):
                     if step.cold:
                         bench.forget_names()
@@ -263,7 +271,7 @@ def scale(bench: Bench) -> None:
         for turn in range(_WARMUP, sizes.rounds):
             bench.say(f"scale: round {turn + 1} of {sizes.rounds}")
             for step in SCALE_STEPS:
-                for system in [s for s in systems if not s.failed]:
+                for system in usable(systems, f"scale {step}"):
                     with bench.guard(system, f"scale {step}"):
                         _scale_step(bench, system, turn, step)
 
