@@ -35,7 +35,7 @@ JOURNAL_PENDING = 1
 JOURNAL_DAMAGED = -1
 
 
-class TransactionTooLarge(NoSpaceError):  # noqa: N818 - reads better without the suffix
+class TransactionTooLarge(NoSpaceError):
     """More changed pages than one journal record holds; the caller splits the change."""
 
 
@@ -178,15 +178,21 @@ class PageStore:
     def _verify(self, page: int, magic: int) -> None:
         kind = MAGIC_NAMES[magic]
         if not 0 <= page < self.total_pages:
-            raise CorruptionError(f"{kind} {page}: out of the region: expected 0..{self.total_pages - 1}")
+            raise CorruptionError(
+                f"{kind} {page}: out of the region: expected 0..{self.total_pages - 1}"
+            )
         data = self._overlay.get(page) or self._view[page * PAGE : page * PAGE + PAGE]
         got_magic, checksum, itself, _owner, uuid = HEADER.unpack_from(data)
         where = f"{kind} at {page * PAGE:#x}"
         if got_magic != magic:
-            raise CorruptionError(f"{where}: bad magic: got {got_magic:#010x}, expected {magic:#010x}")
+            raise CorruptionError(
+                f"{where}: bad magic: got {got_magic:#010x}, expected {magic:#010x}"
+            )
         expected = int(lib.pk_page_crc(ffi.from_buffer("uint8_t[]", data)))
         if checksum != expected:
-            raise CorruptionError(f"{where}: bad checksum: got {checksum:#010x}, expected {expected:#010x}")
+            raise CorruptionError(
+                f"{where}: bad checksum: got {checksum:#010x}, expected {expected:#010x}"
+            )
         if itself != page:
             raise CorruptionError(f"{where}: not its own page: got {itself}, expected {page}")
         if uuid != self.uuid:

@@ -207,7 +207,7 @@ class Region:
         return runs
 
     def data_ranges(self) -> Iterator[tuple[int, int]]:
-        """``(start, end)`` in bytes of what is not a hole of the file; all, if it cannot be told."""
+        """``(start, end)`` in bytes of what is no hole of the file; all, if it cannot be told."""
         if self._fd is None or self._fs_magic == _HUGETLBFS:
             yield 0, self.size
             return

@@ -400,9 +400,11 @@ class BlockAllocator:
 
     def _keep(self, owner: int, start: int, count: int) -> None:
         """Keep as many blocks behind a growing file as it just took, at least 8."""
-        length = self._free_at(start, min(max(8, 2 * count), _MAX_WINDOW_BLOCKS)) if (
-            start < self.total_blocks
-        ) else 0
+        length = (
+            self._free_at(start, min(max(8, 2 * count), _MAX_WINDOW_BLOCKS))
+            if (start < self.total_blocks)
+            else 0
+        )
         if length:
             self._state[start : start + length] = bytes([_KEPT]) * length
             self._windows[owner] = (start, length)
@@ -424,5 +426,3 @@ class BlockAllocator:
         """Space is short: keep nothing for anybody."""
         while self._windows:
             self._unkeep(self._windows.popitem()[1])
-
-

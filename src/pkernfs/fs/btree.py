@@ -70,7 +70,10 @@ class Tree:
         node = self._store.read(page, MAGIC_TREE)
         owner, kind, got, count, _heap, _garbage = _unpack_node(node, _NODE_OFFSET)
         if owner != self.owner or kind != self.kind:
-            self._bad(page, f"wrong owner or kind: got {owner}/{kind}, expected {self.owner}/{self.kind}")
+            self._bad(
+                page,
+                f"wrong owner or kind: got {owner}/{kind}, expected {self.owner}/{self.kind}",
+            )
         if (got != level and level >= 0) or got >= MAX_TREE_LEVELS:
             self._bad(page, f"wrong level: got {got}, expected {level}")
         if not 0 < count <= (PAGE - _SLOTS) // (16 if got else self._slot):
@@ -179,8 +182,7 @@ class Tree:
             yield page
             if level:
                 todo += [
-                    (_unpack_inner(node, _SLOTS + 16 * slot)[1], level - 1)
-                    for slot in range(count)
+                    (_unpack_inner(node, _SLOTS + 16 * slot)[1], level - 1) for slot in range(count)
                 ]
 
     # ------------------------------------------------------------------ inserting
@@ -265,9 +267,10 @@ class Tree:
     def _split(self, path: Path, key: int) -> tuple[int, int]:
         """Split the full node at the end of ``path``; returns leaf and slot for ``key``."""
         page, slot = path[-1]
-        node, level, count = self._node(page, -1)
+        _node, level, count = self._node(page, -1)
         # A node filled in ascending order stays full.
-        half = count - 1 if slot >= count - 1 and (self.kind == TREE_EXTENTS or level) else count // 2
+        ascending = slot >= count - 1 and (self.kind == TREE_EXTENTS or level)
+        half = count - 1 if ascending else count // 2
         right = self._pages.alloc_one()
         left_node = self._store.edit(page, MAGIC_TREE)
         right_node = self._store.new(right, MAGIC_TREE, self.owner)

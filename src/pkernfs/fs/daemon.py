@@ -19,7 +19,7 @@ import sys
 from collections.abc import Awaitable, Callable, Generator, Iterable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pkernfs.errors import PkernfsError, RegionError, ZeroingNeeded
+from pkernfs.errors import FormatError, PkernfsError, RegionError, ZeroingNeeded
 
 if TYPE_CHECKING:
     from pkernfs.fs.filesystem import FileSystem
@@ -97,8 +97,11 @@ def _open_filesystem(region: Region, options: Options) -> FileSystem:
     if "mkfs" in options:
         from pkernfs.fs import mkfs
 
-        if mkfs.probe(region) is mkfs.Probe.EMPTY:
+        found = mkfs.probe(region)
+        if found.content is mkfs.Content.EMPTY:
             mkfs.make_filesystem(region)
+        elif found.content is not mkfs.Content.PKERNFS:
+            raise FormatError(f"{region.name}: not formatted: it holds {found.what}")
     return FileSystem.mount(region, read_only="ro" in options)
 
 

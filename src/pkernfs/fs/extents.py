@@ -99,7 +99,7 @@ class ExtentMap:
         return found
 
     def unit_end(self, inode: Inode, offset: int) -> int:
-        """End in bytes of the unit (block or page) that holds byte ``offset``; ``offset`` in a hole."""
+        """End in bytes of the unit (block or page) of byte ``offset``; ``offset`` in a hole."""
         page = offset // PAGE
         found = self.at(inode, page)
         if found is None or found[0] + found[2] <= page:

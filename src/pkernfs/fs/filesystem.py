@@ -679,6 +679,14 @@ class FileSystem:
 
     # ------------------------------------------------------------------ directories
 
+    def opendir(self, ino: int) -> Inode:
+        """:meth:`open` for a directory.
+
+        :raises NotDirError: it is none.
+        """
+        self._directory(ino)
+        return self.open(ino)
+
     def readdir(self, ino: int, cookie: int) -> Iterator[tuple[bytes, int, int, int]]:
         """``(name, inode number, type, cookie)`` of the entries behind ``cookie`` (0: all).
 
@@ -1173,4 +1181,3 @@ def _boot_id() -> bytes:
             return bytes.fromhex(f.read().strip().replace("-", ""))
     except OSError:
         return bytes(16)
-

@@ -1,4 +1,4 @@
-"""The inode table: inodes as objects, and their slots in inode pages (docs/format.md, section 6)."""
+"""The inode table: inodes as objects, and their slots in inode pages (docs/format.md, 6)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,12 @@ _pack = INODE.pack_into
 _unpack_page = INODE_PAGE.unpack_from
 _pack_page = INODE_PAGE.pack_into
 _TYPES = {
-    stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR,
+    stat.S_IFREG,
+    stat.S_IFDIR,
+    stat.S_IFLNK,
+    stat.S_IFIFO,
+    stat.S_IFSOCK,
+    stat.S_IFCHR,
     stat.S_IFBLK,
 }
 _MAX_CACHED = 16384
@@ -60,9 +65,28 @@ class Inode:
     """An inode in memory. Change it only between :meth:`InodeTable.touch` and ``save``."""
 
     __slots__ = (
-        "atime", "body", "btime", "cookie", "ctime", "data_pages", "extents", "flags",
-        "generation", "gid", "ino", "mode", "mtime", "nlink", "parent", "pending_end",
-        "pending_start", "rdev", "size", "target", "uid", "xattr_root",
+        "atime",
+        "body",
+        "btime",
+        "cookie",
+        "ctime",
+        "data_pages",
+        "extents",
+        "flags",
+        "generation",
+        "gid",
+        "ino",
+        "mode",
+        "mtime",
+        "nlink",
+        "parent",
+        "pending_end",
+        "pending_start",
+        "rdev",
+        "size",
+        "target",
+        "uid",
+        "xattr_root",
     )
 
     def __init__(self) -> None:
@@ -108,13 +132,19 @@ class Inode:
         self.cookie = None
         kind = self.mode & 0o170000
         if kind not in _TYPES or self.size < 0 or self.size >> 63:
-            raise CorruptionError(f"inode {self.ino}: bad mode or size: got {self.mode:#o}, {self.size}")
+            raise CorruptionError(
+                f"inode {self.ino}: bad mode or size: got {self.mode:#o}, {self.size}"
+            )
         if flags & INODE_FLAG_BODY:
             if not self.body or count:
-                raise CorruptionError(f"inode {self.ino}: bad body: got {self.body}, {count} inline")
+                raise CorruptionError(
+                    f"inode {self.ino}: bad body: got {self.body}, {count} inline"
+                )
         elif kind == stat.S_IFREG:
             if count > MAX_INLINE_EXTENTS:
-                raise CorruptionError(f"inode {self.ino}: bad extent count: got {count}, expected 0..5")
+                raise CorruptionError(
+                    f"inode {self.ino}: bad extent count: got {count}, expected 0..5"
+                )
             start = at + INODE_INLINE_OFFSET
             self.extents = list(EXTENT.iter_unpack(page[start : start + count * EXTENT_BYTES]))
         elif kind == stat.S_IFLNK:
@@ -171,8 +201,12 @@ class InodeTable:
         self._cache: dict[int, Inode] = {}
         self._where = array("Q")  # page number of each inode page
         state = store.read(STATE_PAGE, MAGIC_STATE)
-        self._root = int.from_bytes(state[STATE_INODE_ROOT_OFFSET : STATE_INODE_ROOT_OFFSET + 8], "little")
-        count = int.from_bytes(state[STATE_INODE_PAGES_OFFSET : STATE_INODE_PAGES_OFFSET + 8], "little")
+        self._root = int.from_bytes(
+            state[STATE_INODE_ROOT_OFFSET : STATE_INODE_ROOT_OFFSET + 8], "little"
+        )
+        count = int.from_bytes(
+            state[STATE_INODE_PAGES_OFFSET : STATE_INODE_PAGES_OFFSET + 8], "little"
+        )
         self._load_where(count)
         self.used = 0
 
@@ -183,7 +217,9 @@ class InodeTable:
                 raise CorruptionError(f"inode table at index {index}: out of order")
             self._where.extend(range(page, page + length))
         if len(self._where) != count:
-            raise CorruptionError(f"inode table: wrong size: got {len(self._where)}, expected {count}")
+            raise CorruptionError(
+                f"inode table: wrong size: got {len(self._where)}, expected {count}"
+            )
 
     def __len__(self) -> int:
         """Number of inode slots in the table."""
@@ -321,7 +357,9 @@ class InodeTable:
                 index += 1
         self._store.on_abort.append(partial(self._ungrow, first, self._root))
         self._root = tree.root
-        state[STATE_INODE_ROOT_OFFSET : STATE_INODE_ROOT_OFFSET + 8] = tree.root.to_bytes(8, "little")
+        state[STATE_INODE_ROOT_OFFSET : STATE_INODE_ROOT_OFFSET + 8] = tree.root.to_bytes(
+            8, "little"
+        )
         at = STATE_INODE_PAGES_OFFSET
         state[at : at + 8] = len(self._where).to_bytes(8, "little")
         at = STATE_FREE_INODE_PAGE_OFFSET

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pkernfs.alloc import bitmap
-from pkernfs.errors import FormatError, RegionError, UsageError
+from pkernfs.errors import CorruptionError, FormatError, RegionError, UsageError
 from pkernfs.fs import superblock
 from pkernfs.fs.inodes import Inode
 from pkernfs.layout import (
@@ -118,9 +118,11 @@ def probe(region: Region) -> Probe:
     if any(traces):
         try:
             sb = superblock.load(region)
-        except (FormatError, superblock.CorruptionError):
+        except (FormatError, CorruptionError):
             return Probe(Content.DAMAGED, "a damaged or newer pkernfs")
-        return Probe(Content.PKERNFS, f"a pkernfs (label {sb.label!r})" if sb.label else "a pkernfs")
+        return Probe(
+            Content.PKERNFS, f"a pkernfs (label {sb.label!r})" if sb.label else "a pkernfs"
+        )
     for offset, signature, name in _FOREIGN:
         if (
             offset + len(signature) <= region.size
@@ -185,7 +187,9 @@ class _Maker:
         first = self.meta * PAGES_PER_BLOCK
         self.tree_page, self.inode_page, self.names_page = first + 1, first + 2, first + 3
 
-    def page(self, number: int, magic: int, fill: Callable[[bytearray], None], owner: int = 0) -> None:
+    def page(
+        self, number: int, magic: int, fill: Callable[[bytearray], None], owner: int = 0
+    ) -> None:
         image = bytearray(PAGE)
         HEADER.pack_into(image, 0, magic, 0, number, owner, self.uuid)
         fill(image)

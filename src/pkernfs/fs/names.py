@@ -63,7 +63,7 @@ class Names:
         return None
 
     def add(self, directory: Inode, name: bytes, ino: int, kind: int) -> None:
-        """Enter a name that is not there; ``kind`` is mode >> 12. The caller saves the directory."""
+        """Enter a new name; ``kind`` is mode >> 12. The caller saves the directory."""
         tree = self._tree(directory)
         base = key = name_key(name, self._hash_key)
         for taken, _item in tree.find(base, COLLISION_BITS):

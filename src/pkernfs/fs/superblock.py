@@ -110,7 +110,9 @@ def parse(page: bytes, number: int) -> Superblock:
             f"{where}: format version {fields.version_major}: this program knows {VERSION_MAJOR}"
         )
     if fields.page_size != PAGE or fields.block_size != BLOCK:
-        raise FormatError(f"{where}: page or block size: got {fields.page_size}, {fields.block_size}")
+        raise FormatError(
+            f"{where}: page or block size: got {fields.page_size}, {fields.block_size}"
+        )
     return Superblock(uuid, fields, _parse_ranges(page, fields, where))
 
 

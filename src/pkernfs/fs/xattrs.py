@@ -53,7 +53,9 @@ class Overflow:
 
     def write(self, owner: int, value: bytes) -> int:
         """Store a value of at least one byte; returns its first page."""
-        parts = [value[i : i + OVERFLOW_DATA_BYTES] for i in range(0, len(value), OVERFLOW_DATA_BYTES)]
+        parts = [
+            value[i : i + OVERFLOW_DATA_BYTES] for i in range(0, len(value), OVERFLOW_DATA_BYTES)
+        ]
         numbers = [self._pages.alloc_one() for _ in parts]
         for i, part in enumerate(parts):
             image = self._store.new(numbers[i], MAGIC_OVERFLOW, owner)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from pkernfs import layout
+from pkernfs.alloc import bitmap
 from pkernfs.errors import CorruptionError, FormatError
 from pkernfs.layout import (
     BLOCK,
@@ -157,7 +158,7 @@ def _refuse_unknown(fields: layout.SuperblockFields) -> None:
 def _check_ranges(ranges: tuple[layout.RangeFields, ...], blocks: int) -> None:
     end = 0
     for i, r in enumerate(ranges):
-        if r.first_block < end or not r.blocks or r.blocks > blocks - r.first_block:
+        if r.first_block != end or not 0 < r.blocks <= blocks - end:
             raise CorruptionError(f"bad range {i}: got blocks {r.first_block}+{r.blocks}")
         end = r.first_block + r.blocks
         _expect(f"map_pages of range {i}", r.map_pages, -(-r.blocks // MAP_BLOCKS))
@@ -166,8 +167,7 @@ def _check_ranges(ranges: tuple[layout.RangeFields, ...], blocks: int) -> None:
         in_own = r.first_block * PAGES_PER_BLOCK <= first and last < end * PAGES_PER_BLOCK
         if not in_block_0 and not (in_own and first >= 2 * PAGES_PER_BLOCK):
             raise CorruptionError(f"bad map_page of range {i}: got {first:#x}")
-    if ranges[0].first_block:
-        raise CorruptionError(f"bad range 0: got first_block {ranges[0].first_block}, expected 0")
+    _expect("blocks of the ranges", end, blocks)
 
 
 def _expect(what: str, got: object, expected: object) -> None:
@@ -202,16 +202,6 @@ class BlockMap:
     tidy: bool
 
 
-_BITS = [bytes(value >> bit & 1 for bit in range(8)) for value in range(256)]
-
-
-def expand_bits(data: Buffer, count: int) -> bytearray:
-    """The first ``count`` bits of a bitmap, one byte each."""
-    out = bytearray().join([_BITS[b] for b in bytes(data[: -(-count // 8)])])
-    del out[count:]
-    return out
-
-
 def pack_bits(flags: Buffer) -> bytes:
     """The bitmap (whole bytes) of one byte, 0 or 1, for each bit."""
     text = bytes(flags[::-1]).translate(bytes([48, 49]) + bytes(254))
@@ -235,7 +225,7 @@ def parse_block_map(page: Buffer, first: int, blocks: int) -> BlockMap:
     ):
         data = page[offset : offset + MAP_BYTES]
         tidy = tidy and not int.from_bytes(data, "little") >> blocks
-        maps.append(expand_bits(data, blocks))
+        maps.append(bitmap.expand(bytes(data), blocks))
     return BlockMap(maps[0], maps[1], maps[2], tidy)
 
 
@@ -299,11 +289,11 @@ def check_inode(f: layout.InodeFields, ino: int) -> None:
 def flag_faults(f: layout.InodeFields) -> int:
     """Flag bits that the inode must not have."""
     kind = f.mode >> 12 & 15
-    allowed = layout.INODE_FLAG_BODY | layout.INODE_FLAG_PENDING
-    if kind not in (T_REG, T_DIR, T_LNK):
-        allowed = 0
-    elif kind == T_REG and not f.flags & layout.INODE_FLAG_BODY:
-        allowed |= 0xFF << layout.INODE_INLINE_SHIFT
+    allowed = layout.INODE_FLAG_BODY if kind in (T_REG, T_DIR, T_LNK) else 0
+    if kind == T_REG:
+        allowed |= layout.INODE_FLAG_PENDING | layout.INODE_FLAG_TABLE
+        if not f.flags & layout.INODE_FLAG_BODY:
+            allowed |= 0xFF << layout.INODE_INLINE_SHIFT
     return f.flags & ~allowed
 
 
