@@ -18,7 +18,7 @@ from typing import NamedTuple
 import pytest
 
 from pkernfs import __version__, cli, layout
-from pkernfs.options import format_size, parse_mount_options, parse_size
+from pkernfs.options import MOUNT_OPTIONS, format_size, parse_mount_options, parse_size
 from pkernfs.region import Region, page_checksum
 
 MIB = 1 << 20
@@ -573,3 +573,49 @@ def test_extents_refuses(command: Command, tmp_path: Path) -> None:
     file.write_bytes(b"x")
     refused(command("pkernfs", "extents", file), 1, "pkernfs", "not on a pkernfs mount")
     refused(command("pkernfs", "extents", tmp_path / "no"), 1, "pkernfs", "No such file")
+
+
+# -------------------------------------------------------------------------------- manual pages
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The manual pages by name, without groff's escapes of minus signs."""
+    script = Path(__file__).parent.parent / "scripts" / "man"
+    directory = tmp_path_factory.mktemp("man8")
+    subprocess.run([sys.executable, str(script), str(directory)], check=True)
+    return {page.name: page.read_text().replace("\\-", "-") for page in directory.iterdir()}
+
+
+def test_manual_pages_have_every_option(pages: dict[str, str]) -> None:
+    assert set(pages) == {"pkernfs.8", "mkfs.pkernfs.8", "fsck.pkernfs.8"}
+    for name in [*cli.COMMANDS, *cli.PROGRAMS]:
+        page = pages[f"{name}.pkernfs.8" if name in cli.PROGRAMS else "pkernfs.8"]
+        for action in cli.build_parser(name, name)._actions:
+            for option in action.option_strings:
+                assert f"\\fB{option}\\fR" in page, (name, option)
+    for mount_option in MOUNT_OPTIONS:
+        assert f"\\fB{mount_option.name}\\fR" in pages["pkernfs.8"]
+
+
+def test_documents_have_every_mount_option() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "operations.md").read_text()
+    assert all(f"`{option.name}" in text for option in MOUNT_OPTIONS)
+
+
+def test_manual_pages_leave_nothing_unexpanded(pages: dict[str, str]) -> None:
+    assert all("@" not in page for page in pages.values())
+
+
+def test_bug_is_not_a_repaired_file_system(
+    monkeypatch: pytest.MonkeyPatch, region: Path, command: Command
+) -> None:
+    """Python's exit status for a traceback is 1, which fsck(8) reads as "all repaired"."""
+
+    def bug(*args: object, **kwargs: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("pkernfs.commands.fsck.run", bug)
+    outcome = command("fsck.pkernfs", region)
+    assert outcome.status == 8
+    assert "Traceback" in outcome.err

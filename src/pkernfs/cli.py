@@ -11,6 +11,7 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -150,6 +151,9 @@ def _run(name: str, prog: str, argv: list[str]) -> int:
     except KeyboardInterrupt:
         _complain(who, "interrupted")
         return command.interrupted_status
+    except Exception:  # a bug; Python's own status for it, 1, is "all repaired" to fsck(8)
+        traceback.print_exc()
+        return command.failure_status
 
 
 @contextmanager
