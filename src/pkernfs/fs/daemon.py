@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pkernfs.errors import FormatError, PkernfsError, RegionError, ZeroingNeeded
 
 if TYPE_CHECKING:
+    from pkernfs.alloc.blocks import Claim
     from pkernfs.fs.filesystem import FileSystem
     from pkernfs.region import Region
 
@@ -30,8 +31,8 @@ log = logging.getLogger(__name__)
 EXIT_FAILED = 32
 
 _MIB = 1 << 20
-_ZERO_PIECE_BYTES = 8 * _MIB  # without the interpreter lock, so what another thread may wait for
 _ZERO_BATCH_BYTES = 64 * _MIB  # one thread call: what an unmount may wait for
+_ZERO_DELAY_SECONDS = 0.05  # more will be freed in a moment
 _REQUESTS_IN_A_ROW = 32  # before other tasks get their turn
 _SPIN_MICROSECONDS = 50.0  # a client's think time: asleep, an answer costs some 100 more
 
@@ -222,6 +223,7 @@ def serve(
         fuse_shim.attach()
         session = _Session(fs, region, mountpoint)
         server.waiting = session
+        server.freed = session.freed
         module.trio = _FastTrio()
         region.serving(True)
         trio.run(session.run, server, ready)
@@ -310,6 +312,10 @@ class _Session:
         async with self._zeroing:
             await self._zero_claim(self._fs.claim_zeroing(need.blocks))
 
+    async def pause(self) -> None:
+        """Let other requests be served before the caller goes on."""
+        await self._trio.lowlevel.checkpoint()
+
     def start(self, task: Callable[[], Awaitable[None]]) -> None:
         """Run ``task`` beside the session loop."""
         self._nursery.start_soon(task)
@@ -317,8 +323,9 @@ class _Session:
     # ------------------------------------------------------------------ zeroing
 
     def freed(self) -> None:
-        """Memory may have become free: see whether it has to be zeroed."""
-        self._dirty.set()
+        """Memory may have become free: see in a moment whether it has to be zeroed."""
+        if not self._dirty.is_set():
+            self._dirty.set()
 
     async def _zero_ahead(self) -> None:
         """Zero freed blocks before anyone asks for them, a batch at a time."""
@@ -330,13 +337,15 @@ class _Session:
                 continue
             self._dirty = trio.Event()
             await self._dirty.wait()
-            await trio.sleep(0.05)  # more will be freed in a moment
+            await trio.sleep(_ZERO_DELAY_SECONDS)
 
-    async def _zero_claim(self, claim: Any) -> None:
+    async def _zero_claim(self, claim: Claim) -> None:
         try:
             await self._trio.to_thread.run_sync(_zero, self._region, claim.pieces())
-        finally:
-            self._fs.finish_zeroing(claim)
+        except BaseException:
+            self._fs.abandon_zeroing(claim)
+            raise
+        self._fs.finish_zeroing(claim)
 
     # ------------------------------------------------------------------ the end
 
@@ -357,9 +366,8 @@ class _Session:
 
 
 def _zero(region: Region, pieces: Iterable[tuple[int, int]]) -> None:
-    for offset, length in pieces:
-        for start in range(offset, offset + length, _ZERO_PIECE_BYTES):
-            region.zero(start, min(_ZERO_PIECE_BYTES, offset + length - start))
+    for offset, length in pieces:  # without the interpreter lock, so they do not delay others
+        region.zero(offset, length)
 
 
 def _tune_backing_device(mountpoint: str) -> None:

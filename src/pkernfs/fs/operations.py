@@ -19,7 +19,7 @@ import logging
 import os
 import stat
 import struct
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from pkernfs import fuse_shim  # before pyfuse3: it must be found first by the linker
@@ -65,6 +65,9 @@ class Waiting(Protocol):
     async def zero(self, need: ZeroingNeeded) -> None:
         """Zero what an operation needs, in a thread."""
 
+    async def pause(self) -> None:
+        """Let other requests be served before the caller goes on."""
+
     def start(self, task: Callable[[], Awaitable[None]]) -> None:
         """Run ``task`` beside the session loop."""
 
@@ -72,9 +75,7 @@ class Waiting(Protocol):
 def _fail(fs: FileSystem, error: BaseException) -> int:
     """The errno for a failed operation; corruption ends writing, a bug leaves a traceback."""
     if isinstance(error, CorruptionError):
-        if not fs.read_only:
-            log.error("%s; the mount is read-only from now on: run fsck.pkernfs", error)
-            fs.fail(str(error))
+        fs.fail(str(error))  # logs it, once
         return error.errno
     if isinstance(error, PkernfsError):
         return error.errno
@@ -110,7 +111,8 @@ class Operations(pyfuse3.Operations):
 
     File handles are inode numbers. ``cache`` says how files are opened: ``direct`` I/O, through the
     ``page`` cache, or ``auto``: direct if the kernel has shared mappings of such files.
-    ``timeout`` is how long (seconds) the kernel may keep names and attributes.
+    ``timeout`` is how long (seconds) the kernel may keep names and attributes. :attr:`freed` is
+    called when memory may have become free.
     """
 
     supports_dot_lookup = True
@@ -125,6 +127,7 @@ class Operations(pyfuse3.Operations):
         self.initialized = False
         self._cache = cache
         self.waiting: Waiting | None = None
+        self.freed: Callable[[], None] = lambda: None
         self._timeout = timeout
         self._opened = pyfuse3.FileInfo(direct_io=cache == "direct", keep_cache=False)
         self._without_capability: set[int] = set()  # open files known to have no such xattr
@@ -161,7 +164,7 @@ class Operations(pyfuse3.Operations):
 
     def _attributes(self, inode: Any) -> EntryAttributes:
         """The inode's attributes as pyfuse3 wants them, made once for each change."""
-        entry = inode.cookie
+        entry: EntryAttributes = inode.cookie
         if entry is None:
             entry = EntryAttributes()
             entry.st_ino = inode.ino
@@ -216,6 +219,8 @@ class Operations(pyfuse3.Operations):
             changes["size"] = attr.st_size
             changes["privileged"] = not fuse_shim.request.kill
         inode = self.fs.setattr(ino, **changes)
+        if fields.update_size:
+            self.freed()
         if fields.update_size or fields.update_uid or fields.update_gid:
             self._drop_capability(ino)
         return self._attributes(inode)
@@ -225,6 +230,7 @@ class Operations(pyfuse3.Operations):
         for ino, count in inodes:
             if ino != pyfuse3.ROOT_INODE:
                 self.fs.forget(ino, count)
+        self.freed()
 
     @handler
     def statfs(self, ctx: Any) -> pyfuse3.StatvfsData:
@@ -280,7 +286,7 @@ class Operations(pyfuse3.Operations):
 
     @handler
     def opendir(self, ino: int, ctx: Any) -> int:
-        self.fs.opendir(ino)
+        self.fs.open(ino)
         return ino
 
     @handler
@@ -329,6 +335,7 @@ class Operations(pyfuse3.Operations):
         """What O_TRUNC does; the kernel invalidates its own size, but not the mode."""
         before = self.fs.inode(ino).mode
         inode = self.fs.setattr(ino, size=0, privileged=not fuse_shim.request.kill)
+        self.freed()
         self._drop_capability(ino)
         if inode.mode != before:
             pyfuse3.invalidate_inode(ino, attr_only=True)
@@ -351,6 +358,7 @@ class Operations(pyfuse3.Operations):
     def release(self, fh: int) -> None:
         self._without_capability.discard(fh)
         self.fs.release(fh)
+        self.freed()
 
     async def fsync(self, fh: int, datasync: bool) -> None:
         """Nothing to do for memory, and ENOSYS is never asked again; else msync in a thread."""
@@ -474,17 +482,63 @@ class Operations(pyfuse3.Operations):
             return -_fail(self.fs, e)
 
     def on_fallocate(self, req: Any, ino: int, mode: int, offset: int, length: int) -> int:
-        def run() -> int:
-            self.fs.fallocate(ino, mode, offset, length)
-            before = self.fs.inode(ino).mode
-            if before & _SETID and kill:
-                self.fs.setattr(ino, mode=_without_setid(before) & 0o7777)
-                pyfuse3.invalidate_inode(ino, attr_only=True)
-            return 0
-
+        """The first step at once; what zeroes much of a file goes on beside other requests."""
         kill = fuse_shim.request.kill
 
-        return self._now_or_later(req, False, run)
+        def steps() -> Iterator[None]:
+            yield from self.fs.fallocate_steps(ino, mode, offset, length)
+            self.freed()
+            if kill:
+                self._clear_setid(ino)
+
+        running, needed = steps(), None
+        try:
+            for _ in running:
+                break
+            else:
+                return 0
+        except ZeroingNeeded as need:
+            needed = need
+        except Exception as e:
+            return -_fail(self.fs, e)
+
+        async def later() -> None:
+            result = await self._all_steps(steps, running, needed)
+            fuse_shim.reply_later(req, result, counted=False)
+
+        assert self.waiting is not None
+        self.waiting.start(later)
+        return LATER
+
+    async def _all_steps(
+        self,
+        start: Callable[[], Iterator[None]],
+        running: Iterator[None],
+        need: ZeroingNeeded | None,
+    ) -> int:
+        """Take the remaining steps, from the start again after each zeroing; 0 or -errno."""
+        assert self.waiting is not None
+        try:
+            while True:
+                if need is not None:
+                    await self.waiting.zero(need)
+                    running, need = start(), None
+                try:
+                    for _ in running:
+                        await self.waiting.pause()
+                    return 0
+                except ZeroingNeeded as more:
+                    need = more
+        except Exception as e:
+            return -_fail(self.fs, e)
+
+    def _clear_setid(self, ino: int) -> None:
+        """As the kernel does it: set-gid without group execution is not about privileges."""
+        mode = self.fs.inode(ino).mode
+        left = mode & ~(stat.S_ISUID | (stat.S_ISGID if mode & stat.S_IXGRP else 0))
+        if left != mode:
+            self.fs.setattr(ino, mode=left & 0o7777)
+            pyfuse3.invalidate_inode(ino, attr_only=True)
 
     def on_lseek(self, ino: int, offset: int, whence: int) -> int:
         try:
@@ -504,11 +558,6 @@ class Operations(pyfuse3.Operations):
         kill = bool(fuse_shim.request.kill)
 
         return self._now_or_later(req, True, run)
-
-
-def _without_setid(mode: int) -> int:
-    """As the kernel does it: set-gid without group execution is a mark for locking, and stays."""
-    return mode & ~(stat.S_ISUID | (stat.S_ISGID if mode & stat.S_IXGRP else 0))
 
 
 def _check_namespace(name: bytes) -> None:
