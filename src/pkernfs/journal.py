@@ -142,9 +142,10 @@ class PageStore:
         """A private image of a metadata page, to be changed in this transaction."""
         image = self._images.get(page)
         if image is None:
-            old = self.read(page, magic)
+            if self._verified.get(page) != magic:
+                self._verify(page, magic)
             image = self._take(page, 0)
-            image[:] = old
+            image[:] = self._view[page * PAGE : page * PAGE + PAGE]
         return image
 
     def new(self, page: int, magic: int, owner: int) -> memoryview:

@@ -117,7 +117,7 @@ class RangeFields(NamedTuple):
 
 # ------------------------------------------------------------------------------ state page
 
-STATE = Struct("<IIQQQ16sQQQQI4xQ")
+STATE = Struct("<IIQQQ16sQQQQ8xQ")
 STATE_OFFSET = 64
 STATE_CLEAN = 1
 STATE_MOUNTED = 2
@@ -138,7 +138,6 @@ class StateFields(NamedTuple):
     inode_pages: int
     free_inode_page: int
     inodes_used: int
-    next_generation: int
     written_by: int
 
 
@@ -146,7 +145,6 @@ class StateFields(NamedTuple):
 STATE_INODE_ROOT_OFFSET = 112
 STATE_INODE_PAGES_OFFSET = 120
 STATE_FREE_INODE_PAGE_OFFSET = 128
-STATE_NEXT_GENERATION_OFFSET = 144
 
 # ------------------------------------------------------------------------------ free space
 
@@ -171,8 +169,8 @@ IOMMU_INO = Ino(2)
 INODE_BYTES = 256
 SLOTS_PER_INODE_PAGE = 16
 FULL_INODE_PAGE = 0xFFFE
-# index, next_free, used, pending, listed
-INODE_PAGE = Struct("<QQHHH")
+# index, next_free, used, pending, listed, reserved, generation
+INODE_PAGE = Struct("<QQHHH2xI")
 INODE_PAGE_OFFSET = 40
 
 INODE = Struct("<QIIIIIIQqqqqIIQQQQQQ")

@@ -44,6 +44,8 @@ _unpack_inner = INNER_SLOT.unpack_from
 _unpack_item = ITEM_SLOT.unpack_from
 _unpack_extent = EXTENT.unpack_from
 
+_NO_BOUND = 1 << 64
+
 Path = list[tuple[int, int]]
 
 
@@ -96,13 +98,15 @@ class Tree:
         path: Path = []
         page = self.root
         level = -1
-        bound = 1 << 64
+        bound = _NO_BOUND
         while True:
             node, level, count = self._node(page, level)
-            keys = self._keys(node, level, count)
             if not level:
+                words = self._words
+                keys = node.cast("Q")[_WORD0 : _WORD0 + count * words : words]
                 path.append((page, bisect_left(keys, key)))
                 return path, node, count, bound
+            keys = node.cast("Q")[_WORD0 : _WORD0 + 2 * count : 2]
             slot = bisect_right(keys, key) - 1
             if slot < 0:
                 slot = 0
@@ -134,7 +138,7 @@ class Tree:
             path, node, count, bound = self._descend(key)
             for slot in range(path[-1][1], count):
                 yield node, slot
-            if bound >= 1 << 64:
+            if bound >= _NO_BOUND:
                 return
             key = bound
 
@@ -212,12 +216,14 @@ class Tree:
         node = self._store.edit(page, MAGIC_TREE)
         EXTENT.pack_into(node, _SLOTS + EXTENT_BYTES * slot, *extent)
 
-    def insert_item(self, key: int, data: bytes) -> None:
-        """Add an item of at most about 1300 bytes; its key must be new."""
+    def insert_item(self, key: int, data: bytes) -> bool:
+        """Add an item of at most about 1300 bytes; False, and no change, if the key is taken."""
         if not self.root:
             self._plant()
         path, found, count, _ = self._descend(key) if self._count(self.root) else self._top()
         page, slot = path[-1]
+        if slot < count and _unpack_item(found, _SLOTS + 16 * slot)[0] == key:
+            return False
         _o, _k, _l, _c, heap, garbage = _unpack_node(found, _NODE_OFFSET)
         need = len(data) + 16
         while heap + garbage - _SLOTS - 16 * count < need:
@@ -237,6 +243,7 @@ class Tree:
             node[at + 16 : end + 16] = bytes(node[at:end])
         ITEM_SLOT.pack_into(node, at, key, heap, len(data), 0)
         _pack_tree(node, TREE_OFFSET, self.kind, 0, count + 1, heap, garbage)
+        return True
 
     def _plant(self) -> None:
         self.root = self._pages.alloc_one()
@@ -249,7 +256,7 @@ class Tree:
 
     def _top(self) -> tuple[Path, memoryview, int, int]:
         """The path of an empty root, which only exists inside a transaction."""
-        return [(self.root, 0)], self._store.read(self.root, MAGIC_TREE), 0, 1 << 64
+        return [(self.root, 0)], self._store.read(self.root, MAGIC_TREE), 0, _NO_BOUND
 
     def _compact(self, node: memoryview, count: int) -> int:
         """Push the items of a leaf together at its end; returns the new heap offset."""

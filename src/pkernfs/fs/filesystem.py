@@ -483,7 +483,7 @@ class FileSystem:
         if inode.is_dir:
             raise IsDirError("is a directory")
         with self.store:
-            self._leave(directory, found[0])
+            self._leave(directory, name, found[0])
             done = self._drop_link(inode)
         if not done:
             self._evict(inode)
@@ -501,7 +501,7 @@ class FileSystem:
         inode = self._named(directory, found[1])
         self._check_removable_dir(inode)
         with self.store:
-            self._leave(directory, found[0], links=1)
+            self._leave(directory, name, found[0], links=1)
             self._drop_dir(inode)
 
     def _check_removable_dir(self, inode: Inode) -> None:
@@ -512,9 +512,9 @@ class FileSystem:
         if inode.size:
             raise NotEmptyError("directory not empty")
 
-    def _leave(self, directory: Inode, key: int, links: int = 0) -> None:
+    def _leave(self, directory: Inode, name: bytes, key: int, links: int = 0) -> None:
         self._inodes.touch(directory)
-        self._names.remove(directory, key)
+        self._names.remove(directory, name, key)
         directory.nlink -= links
         directory.mtime = directory.ctime = self._clock()
         self._inodes.save(directory)
@@ -575,7 +575,7 @@ class FileSystem:
         if flags & RENAME_EXCHANGE:
             if taken is None:
                 raise NotFoundError("no such name")
-            self._exchange(source, found[0], inode, target, taken[0], taken[1])
+            self._exchange(source, name, found[0], inode, target, new_name, taken)
             return
         if taken is not None and flags & RENAME_NOREPLACE:
             raise ExistsError("name exists")
@@ -590,9 +590,9 @@ class FileSystem:
             self._inodes.touch(source)
             self._inodes.touch(target)
             self._inodes.touch(inode)
-            self._names.remove(source, found[0])
+            self._names.remove(source, name, found[0])
             if taken is not None:
-                self._names.replace(target, taken[0], inode.ino, inode.mode >> 12)
+                self._names.replace(target, new_name, taken[0], inode.ino, inode.mode >> 12)
             else:
                 self._names.add(target, new_name, inode.ino, inode.mode >> 12)
             if inode.is_dir:
@@ -646,9 +646,16 @@ class FileSystem:
             raise IsDirError("is a directory")
 
     def _exchange(
-        self, source: Inode, key: int, inode: Inode, target: Inode, other_key: int, other_ino: int
+        self,
+        source: Inode,
+        name: bytes,
+        key: int,
+        inode: Inode,
+        target: Inode,
+        new_name: bytes,
+        taken: tuple[int, int, int],
     ) -> None:
-        other = self._named(target, other_ino)
+        other = self._named(target, taken[1])
         if inode.ino == other.ino:
             return
         for one, to in ((inode, target), (other, source)):
@@ -661,8 +668,8 @@ class FileSystem:
         with self.store:
             for touched in (source, target, inode, other):
                 self._inodes.touch(touched)
-            self._names.replace(source, key, other.ino, other.mode >> 12)
-            self._names.replace(target, other_key, inode.ino, inode.mode >> 12)
+            self._names.replace(source, name, key, other.ino, other.mode >> 12)
+            self._names.replace(target, new_name, taken[0], inode.ino, inode.mode >> 12)
             if source is not target:
                 moved = inode.is_dir - other.is_dir
                 source.nlink -= moved

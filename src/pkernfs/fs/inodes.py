@@ -6,6 +6,7 @@ import os
 import stat
 from array import array
 from functools import partial
+from struct import Struct
 from typing import Any
 
 from pkernfs.alloc.pages import PageAllocator
@@ -35,7 +36,6 @@ from pkernfs.layout import (
     STATE_FREE_INODE_PAGE_OFFSET,
     STATE_INODE_PAGES_OFFSET,
     STATE_INODE_ROOT_OFFSET,
-    STATE_NEXT_GENERATION_OFFSET,
     STATE_PAGE,
     TREE_EXTENTS,
 )
@@ -44,6 +44,10 @@ _unpack = INODE.unpack_from
 _pack = INODE.pack_into
 _unpack_page = INODE_PAGE.unpack_from
 _pack_page = INODE_PAGE.pack_into
+_MASKS = Struct("<HH")  # used and pending, as they follow next_free
+_unpack_masks = _MASKS.unpack_from
+_pack_masks = _MASKS.pack_into
+_MASKS_OFFSET = INODE_PAGE_OFFSET + 16
 _TYPES = {
     stat.S_IFREG,
     stat.S_IFDIR,
@@ -231,7 +235,7 @@ class InodeTable:
         left = []
         for index, number in enumerate(self._where):
             page = self._store.read(number, MAGIC_INODES)
-            _index, _next, used, pending, _listed = _unpack_page(page, INODE_PAGE_OFFSET)
+            used, pending = _unpack_masks(page, _MASKS_OFFSET)
             self.used += used.bit_count()
             if pending:
                 left += [
@@ -292,48 +296,64 @@ class InodeTable:
         slot = ino & 15
         page = self._store.edit(self._where[ino >> 4], MAGIC_INODES)
         inode.store(page, slot * INODE_BYTES)
-        index, following, used, pending, listed = _unpack_page(page, INODE_PAGE_OFFSET)
+        used, pending = _unpack_masks(page, _MASKS_OFFSET)
         bit = 1 << slot
         now = pending & ~bit
         if not inode.nlink or inode.flags & INODE_FLAG_PENDING:
             now |= bit
         if now != pending:
-            _pack_page(page, INODE_PAGE_OFFSET, index, following, used, now, listed)
+            _pack_masks(page, _MASKS_OFFSET, used, now)
 
     def new(self, mode: int) -> Inode:
         """A new inode of that mode; the caller fills and saves it.
 
         :raises NoSpaceError: the table cannot grow.
         """
-        state = self._store.edit(STATE_PAGE, MAGIC_STATE)
-        at = STATE_FREE_INODE_PAGE_OFFSET
-        head = int.from_bytes(state[at : at + 8], "little")
+        head = self._free_head()
         if not head:
-            head = self._grow(state) + 1
+            head = self._grow(self._store.edit(STATE_PAGE, MAGIC_STATE)) + 1
         index = head - 1
         if index >= len(self._where):
             raise CorruptionError(f"inode table: bad free list: got {index}")
         page = self._store.edit(self._where[index], MAGIC_INODES)
-        got, following, used, pending, listed = _unpack_page(page, INODE_PAGE_OFFSET)
+        got, following, used, pending, listed, generation = _unpack_page(page, INODE_PAGE_OFFSET)
         if got != index or used & FULL_INODE_PAGE == FULL_INODE_PAGE:
             raise CorruptionError(f"inode page {index}: full or misplaced, but in the free list")
         free = ~used & FULL_INODE_PAGE
         slot = (free & -free).bit_length() - 1
         used |= 1 << slot
         if used == FULL_INODE_PAGE:
-            state[at : at + 8] = following.to_bytes(8, "little")
+            self._set_free_head(following)
             following = listed = 0
-        _pack_page(page, INODE_PAGE_OFFSET, index, following, used, pending, listed)
-        at = STATE_NEXT_GENERATION_OFFSET
+        _pack_page(
+            page,
+            INODE_PAGE_OFFSET,
+            index,
+            following,
+            used,
+            pending,
+            listed,
+            (generation + 1) & 0xFFFFFFFF,
+        )
         inode = Inode()
         inode.ino = index * SLOTS_PER_INODE_PAGE + slot
         inode.mode = mode
-        inode.generation = int.from_bytes(state[at : at + 4], "little")
-        state[at : at + 4] = ((inode.generation + 1) & 0xFFFFFFFF).to_bytes(4, "little")
+        inode.generation = generation
         self._cache[inode.ino] = inode
         self.used += 1
         self._store.on_abort.append(partial(self._unmake, inode.ino))
         return inode
+
+    def _free_head(self) -> int:
+        """1 + index of the first inode page with a free slot; 0: none."""
+        at = STATE_FREE_INODE_PAGE_OFFSET
+        page = self._store.read(STATE_PAGE, MAGIC_STATE)
+        return int.from_bytes(page[at : at + 8], "little")
+
+    def _set_free_head(self, head: int) -> None:
+        at = STATE_FREE_INODE_PAGE_OFFSET
+        page = self._store.edit(STATE_PAGE, MAGIC_STATE)
+        page[at : at + 8] = head.to_bytes(8, "little")
 
     def _unmake(self, ino: int) -> None:
         self._cache.pop(ino, None)
@@ -352,7 +372,7 @@ class InodeTable:
             for page in range(start, start + count):
                 image = self._store.new(page, MAGIC_INODES, 0)
                 following = index + 2 if index + 1 < first + want else 0
-                _pack_page(image, INODE_PAGE_OFFSET, index, following, 0, 0, 1)
+                _pack_page(image, INODE_PAGE_OFFSET, index, following, 0, 0, 1, 1)
                 self._where.append(page)
                 index += 1
         self._store.on_abort.append(partial(self._ungrow, first, self._root))
@@ -362,8 +382,7 @@ class InodeTable:
         )
         at = STATE_INODE_PAGES_OFFSET
         state[at : at + 8] = len(self._where).to_bytes(8, "little")
-        at = STATE_FREE_INODE_PAGE_OFFSET
-        state[at : at + 8] = (first + 1).to_bytes(8, "little")
+        self._set_free_head(first + 1)
         return first
 
     @staticmethod
@@ -384,15 +403,22 @@ class InodeTable:
         slot = ino & 15
         page = self._store.edit(self._where[ino >> 4], MAGIC_INODES)
         page[slot * INODE_BYTES : (slot + 1) * INODE_BYTES] = bytes(INODE_BYTES)
-        index, following, used, pending, listed = _unpack_page(page, INODE_PAGE_OFFSET)
+        index, following, used, pending, listed, generation = _unpack_page(page, INODE_PAGE_OFFSET)
         if not listed:
-            state = self._store.edit(STATE_PAGE, MAGIC_STATE)
-            at = STATE_FREE_INODE_PAGE_OFFSET
-            following = int.from_bytes(state[at : at + 8], "little")
-            state[at : at + 8] = (index + 1).to_bytes(8, "little")
+            following = self._free_head()
+            self._set_free_head(index + 1)
             listed = 1
         keep = ~(1 << slot)
-        _pack_page(page, INODE_PAGE_OFFSET, index, following, used & keep, pending & keep, listed)
+        _pack_page(
+            page,
+            INODE_PAGE_OFFSET,
+            index,
+            following,
+            used & keep,
+            pending & keep,
+            listed,
+            generation,
+        )
         self.used -= 1
         self._store.on_abort.append(self._unfree)
         self._store.on_commit.append(partial(self._cache.pop, ino, None))

@@ -221,7 +221,7 @@ class _Maker:
         TREE.pack_into(image, TREE_OFFSET, TREE_NAMES, 0, 1, at, 0)
 
     def _inodes(self, image: bytearray) -> None:
-        INODE_PAGE.pack_into(image, INODE_PAGE_OFFSET, 0, 0, 0b110, 0, 1)
+        INODE_PAGE.pack_into(image, INODE_PAGE_OFFSET, 0, 0, 0b110, 0, 1, 1)
         for ino, nlink in ((ROOT_INO, 3), (IOMMU_INO, 2)):
             inode = Inode()
             inode.ino, inode.nlink, inode.parent = ino, nlink, ROOT_INO
@@ -243,7 +243,6 @@ class _Maker:
             inode_pages=1,
             free_inode_page=1,
             inodes_used=2,
-            next_generation=1,
             written_by=0,
         )
         STATE.pack_into(image, STATE_OFFSET, *state)

@@ -27,6 +27,10 @@ from pkernfs.layout import (
 
 _unpack = NAME_ITEM.unpack_from
 _HEAD = NAME_ITEM.size
+_MAX_REMEMBERED = 16384
+_ABSENT = (0, 0, 0)
+
+Entry = tuple[int, int, int]
 
 
 def check_name(name: bytes) -> None:
@@ -46,37 +50,56 @@ class Names:
         self._store = store
         self._pages = pages
         self._hash_key = hash_key
+        # Names looked up lately, also those that are not there: the kernel looks up first. A
+        # directory is freed when its last name is gone, so its number can be used anew.
+        self._remembered: dict[tuple[int, bytes], Entry] = {}
 
     def _tree(self, directory: Inode) -> Tree:
         root = directory.body if directory.flags & INODE_FLAG_BODY else 0
         return Tree(self._store, self._pages, TREE_NAMES, directory.ino, root)
 
-    def find(self, directory: Inode, name: bytes) -> tuple[int, int, int] | None:
+    def find(self, directory: Inode, name: bytes) -> Entry | None:
         """``(key, inode number, type)`` of a name; None if it is not there."""
-        if not directory.flags & INODE_FLAG_BODY:
-            return None
-        tree = self._tree(directory)
-        for key, item in tree.find(name_key(name, self._hash_key), COLLISION_BITS):
-            if item[_HEAD:] == name:
-                ino, kind = _unpack(item)
-                return key, ino, kind
-        return None
+        found = self._remembered.get((directory.ino, name))
+        if found is None:
+            found = self._look_up(directory, name)
+            if len(self._remembered) > _MAX_REMEMBERED:
+                self._remembered.clear()
+            self._remembered[directory.ino, name] = found
+        return found if found[1] else None
+
+    def _look_up(self, directory: Inode, name: bytes) -> Entry:
+        if directory.flags & INODE_FLAG_BODY:
+            key = name_key(name, self._hash_key)
+            for found, item in self._tree(directory).find(key, COLLISION_BITS):
+                if item[_HEAD:] == name:
+                    ino, kind = _unpack(item)
+                    if not ino:
+                        raise CorruptionError(f"directory {directory.ino}: a name for inode 0")
+                    return found, ino, kind
+        return _ABSENT
+
+    def _remember(self, directory: Inode, name: bytes, entry: Entry) -> None:
+        if len(self._remembered) > _MAX_REMEMBERED:
+            self._remembered.clear()
+        self._remembered[directory.ino, name] = entry
+        self._store.on_abort.append(self._remembered.clear)
 
     def add(self, directory: Inode, name: bytes, ino: int, kind: int) -> None:
         """Enter a new name; ``kind`` is mode >> 12. The caller saves the directory."""
         tree = self._tree(directory)
-        base = key = name_key(name, self._hash_key)
-        for taken, _item in tree.find(base, COLLISION_BITS):
-            if taken != key:
-                break
+        key = name_key(name, self._hash_key)
+        item = NAME_ITEM.pack(ino, kind) + name
+        last = key + MAX_COLLISIONS - 1
+        while not tree.insert_item(key, item):  # another name with the same hash has it
+            if key == last:
+                raise NoSpaceError("too many names with the same hash")
             key += 1
-        if key == base + MAX_COLLISIONS:
-            raise NoSpaceError("too many names with the same hash")
-        tree.insert_item(key, NAME_ITEM.pack(ino, kind) + name)
         directory.size += 1
         self._set_root(directory, tree)
+        self._remember(directory, name, (key, ino, kind))
 
-    def remove(self, directory: Inode, key: int) -> None:
+    def remove(self, directory: Inode, name: bytes, key: int) -> None:
         """Take out the name at ``key``. The caller saves the directory."""
         if not directory.size:
             raise CorruptionError(f"directory {directory.ino}: more names than its size")
@@ -84,17 +107,15 @@ class Names:
         tree.remove(key)
         directory.size -= 1
         self._set_root(directory, tree)
+        self._remember(directory, name, _ABSENT)
 
-    def replace(self, directory: Inode, key: int, ino: int, kind: int) -> None:
+    def replace(self, directory: Inode, name: bytes, key: int, ino: int, kind: int) -> None:
         """Let the name at ``key`` mean another inode. The caller saves the directory."""
         tree = self._tree(directory)
-        for _key, item in tree.find(key, 0):
-            name = bytes(item[_HEAD:])
-            tree.remove(key)
-            tree.insert_item(key, NAME_ITEM.pack(ino, kind) + name)
-            self._set_root(directory, tree)
-            return
-        raise CorruptionError(f"directory {directory.ino}: no key {key:#x}")
+        tree.remove(key)
+        tree.insert_item(key, NAME_ITEM.pack(ino, kind) + name)
+        self._set_root(directory, tree)
+        self._remember(directory, name, (key, ino, kind))
 
     def entries(self, directory: Inode, key: int) -> Iterator[tuple[bytes, int, int, int]]:
         """``(name, inode number, type, key)`` of the entries from ``key`` on."""

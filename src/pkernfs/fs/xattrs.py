@@ -155,30 +155,24 @@ class Xattrs:
         if flags & os.XATTR_REPLACE and not found:
             raise NoDataError("no such attribute")
         tree = self._tree(inode)
+        key = last = name_key(name, self._hash_key)
         if found:
-            key = found[0]
+            key = last = found[0]
             self._drop(inode, found[1])
             tree.remove(key)
         else:
-            key = self._free_key(tree, name)
+            last += MAX_COLLISIONS - 1
         if len(value) <= _MAX_INLINE:
             item = XATTR_ITEM.pack(len(name), XATTR_INLINE, 0, len(value)) + name + value
         else:
             page = self._overflow.write(inode.ino, value)
             item = XATTR_ITEM.pack(len(name), XATTR_OVERFLOW, 0, len(value)) + name
             item += page.to_bytes(8, "little")
-        tree.insert_item(key, item)
-        inode.xattr_root = tree.root
-
-    def _free_key(self, tree: Tree, name: bytes) -> int:
-        base = key = name_key(name, self._hash_key)
-        for taken, _item in tree.find(base, COLLISION_BITS):
-            if taken != key:
-                break
+        while not tree.insert_item(key, item):  # another name with the same hash has it
+            if key == last:
+                raise NoSpaceError("too many attributes with the same hash")
             key += 1
-        if key == base + MAX_COLLISIONS:
-            raise NoSpaceError("too many attributes with the same hash")
-        return key
+        inode.xattr_root = tree.root
 
     def remove(self, inode: Inode, name: bytes) -> None:
         """Remove an attribute. The caller saves the inode.
