@@ -131,7 +131,7 @@ def _run(name: str, prog: str, argv: list[str]) -> int:
     args = argparse.Namespace()
     try:
         build_parser(name, prog).parse_args(argv, args)
-        with _warnings_on_stderr(who, name):
+        with _warnings_on_stderr(who, name, args):
             status = load(name).run(args)
         sys.stdout.flush()
         return status
@@ -157,9 +157,13 @@ def _run(name: str, prog: str, argv: list[str]) -> int:
 
 
 @contextmanager
-def _warnings_on_stderr(who: str, name: str) -> Iterator[None]:
-    """Warnings of the core in the form of messages; a mount has its own idea of where they go."""
-    if name == "mount":
+def _warnings_on_stderr(who: str, name: str, args: argparse.Namespace) -> Iterator[None]:
+    """Warnings of the core in the form of messages.
+
+    A mount in the foreground logs by itself; one that goes to the background has stderr until it
+    answers, and the system log from then on.
+    """
+    if getattr(args, "foreground", False):
         yield
         return
     # What mkfs finds out on its way to refusing or overwriting is in its own message.
