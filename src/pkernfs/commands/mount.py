@@ -13,6 +13,9 @@ from pkernfs.errors import BusyError, NotDirError, NotFoundError, PkernfsError
 from pkernfs.mounts import FSTYPE, canonical_spec, mount_at
 from pkernfs.options import parse_mount_options
 
+#: What a mount without a daemon answers; the second one if the daemon is just going.
+_DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``pkernfs mount``."""
@@ -51,7 +54,7 @@ def check_mount_point(path: str) -> None:
     except FileNotFoundError:
         raise NotFoundError(f"{path}: mount point does not exist") from None
     except OSError as e:
-        if e.errno != errno.ENOTCONN:
+        if e.errno not in _DEAD:
             raise
         _detach_dead_mount(path)
         return check_mount_point(path)
