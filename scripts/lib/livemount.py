@@ -157,9 +157,10 @@ def _wait_until_gone(pid: int) -> None:
 
 
 def _is_gone(pid: int) -> bool:
-    """Gone or a zombie: either way the kernel has closed its files and dropped its locks."""
+    """Gone, or a zombie without other threads: the kernel has closed its files and locks."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
+        threads = os.listdir(f"/proc/{pid}/task")
     except OSError:
         return True
-    return status.rpartition(")")[2].split()[0] in "ZX"
+    return status.rpartition(")")[2].split()[0] in "ZX" and len(threads) == 1
