@@ -54,6 +54,7 @@ class Mounted:
         self.path = self.directory / "mnt"
         self.options = options
         self.daemon: subprocess.Popen[str] | None = None
+        self.directory.chmod(0o755)
         self.path.mkdir()
         Region.create(str(self.region), size)
         with Region.open(str(self.region), write=True) as region:
@@ -75,6 +76,7 @@ class Mounted:
 
         :raises AssertionError: the daemon ended instead.
         """
+        self._close_pipe()
         program = "import sys; from pkernfs.cli import main; sys.exit(main())"
         command = [sys.executable, "-c", program, "mount", "-f"]
         if self.options:
@@ -115,6 +117,10 @@ class Mounted:
         """Whether ``data`` stands somewhere in the region's own bytes."""
         return data in self.region.read_bytes()
 
+    def _close_pipe(self) -> None:
+        if self.daemon is not None and self.daemon.stderr is not None:
+            self.daemon.stderr.close()
+
     def close(self) -> None:
         """Leave nothing behind."""
         if is_mounted(self.path):
@@ -125,8 +131,7 @@ class Mounted:
             if self.daemon.poll() is None:
                 self.daemon.kill()
                 self.daemon.wait()
-            if self.daemon.stderr is not None:
-                self.daemon.stderr.close()
+        self._close_pipe()
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
