@@ -80,8 +80,8 @@ class PageStore:
             )
         )
 
-    def recover(self) -> bool:
-        """Carry out a pending record; in private copies if the region is read-only.
+    def recover(self, *, write: bool = True) -> bool:
+        """Carry out a pending record: in the region, or unless ``write`` in private copies.
 
         Returns whether there was one.
 
@@ -92,7 +92,7 @@ class PageStore:
             raise CorruptionError(f"journal at {self._journal:#x}: damaged record: run fsck")
         if state == JOURNAL_EMPTY:
             return False
-        if self.region.writable:
+        if write and self.region.writable:
             lib.pk_journal_replay(self.region.base, self._journal)
         else:
             self._replay_in_memory()

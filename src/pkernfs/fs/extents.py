@@ -98,15 +98,19 @@ class ExtentMap:
             found.append((start, end - start))
         return found
 
-    def unit_end(self, inode: Inode, offset: int) -> int:
-        """End in bytes of the unit (block or page) of byte ``offset``; ``offset`` in a hole."""
-        page = offset // PAGE
+    def units_end(self, inode: Inode, size: int) -> int:
+        """End in bytes of the units (blocks or pages) that hold the first ``size`` bytes."""
+        if not size:
+            return 0
+        page = (size - 1) // PAGE
         found = self.at(inode, page)
-        if found is None or found[0] + found[2] <= page:
-            return offset
-        if self._blocks.is_carved((found[1] + page - found[0]) // PAGES_PER_BLOCK):
+        mapped = found is not None and found[0] + found[2] > page
+        if found is None or not mapped or self._is_carved(found[1] + page - found[0]):
             return (page + 1) * PAGE
         return (page // PAGES_PER_BLOCK + 1) * BLOCK
+
+    def _is_carved(self, page: int) -> bool:
+        return self._blocks.is_carved(page // PAGES_PER_BLOCK)
 
     # ------------------------------------------------------------------ the list itself
 
@@ -127,8 +131,7 @@ class ExtentMap:
         return (
             left[0] + left[2] == right[0]
             and left[1] + left[2] == right[1]
-            and self._blocks.is_carved(left[1] // PAGES_PER_BLOCK)
-            == self._blocks.is_carved(right[1] // PAGES_PER_BLOCK)
+            and self._is_carved(left[1]) == self._is_carved(right[1])
         )
 
     def _add(self, inode: Inode, extent: Extent) -> None:
@@ -238,7 +241,7 @@ class ExtentMap:
         if size <= PAGES_UP_TO_BYTES or not inode.data_pages:
             return False
         first = next(self.within(inode, 0, PAGES_PER_BLOCK), None)
-        return first is not None and self._blocks.is_carved(first[1] // PAGES_PER_BLOCK)
+        return first is not None and self._is_carved(first[1])
 
     def promote(self, inode: Inode, block: int) -> None:
         """Let ``block``, which holds a copy of the first slot already, take the pages' place."""
@@ -262,7 +265,7 @@ class ExtentMap:
                 return min(end, found[0] + found[2])
             low = max(found[0], start)
             high = min(found[0] + found[2], end)
-            if not self._blocks.is_carved(found[1] // PAGES_PER_BLOCK):
+            if not self._is_carved(found[1]):
                 low = -(-low // PAGES_PER_BLOCK) * PAGES_PER_BLOCK
                 high = high // PAGES_PER_BLOCK * PAGES_PER_BLOCK
             if low < high:
@@ -277,7 +280,7 @@ class ExtentMap:
         Returns where the cut starts.
         """
         page = extent[1] + low - extent[0]
-        if self._blocks.is_carved(page // PAGES_PER_BLOCK):
+        if self._is_carved(page):
             last = extent[1] + high - extent[0] - 1
             block_start = last // PAGES_PER_BLOCK * PAGES_PER_BLOCK
             low = max(low, high - (last + 1 - block_start))
@@ -301,7 +304,7 @@ class ExtentMap:
         self._free(part[1], part[2])
 
     def _free(self, page: int, count: int) -> None:
-        if not self._blocks.is_carved(page // PAGES_PER_BLOCK):
+        if not self._is_carved(page):
             self._blocks.free(page // PAGES_PER_BLOCK, count // PAGES_PER_BLOCK)
             return
         while count:

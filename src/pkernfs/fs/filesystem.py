@@ -77,6 +77,7 @@ _PERMISSIONS = 0o7777
 _S64_MAX = (1 << 63) - 1
 _DAY_NS = 86400 * 10**9
 _ZERO_STEP_BYTES = 4 << 20
+_RESERVED_PAGES = 16
 _VERSION_WORD = (0 << 32) | (1 << 16)
 
 T = TypeVar("T")
@@ -105,10 +106,16 @@ class Extent:
 class FileSystem:
     """A mounted file system; make one with :meth:`mount`."""
 
-    def __init__(self, region: Region, sb: superblock.Superblock, clock: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        region: Region,
+        sb: superblock.Superblock,
+        clock: Callable[[], int],
+        may_write: bool,
+    ) -> None:
         self.region = region
         self.superblock = sb
-        self.read_only = not region.writable
+        self.read_only = not may_write
         self._clock = clock
         self.store = PageStore(
             region,
@@ -117,7 +124,7 @@ class FileSystem:
             sb.fields.journal_pages,
             sb.total_blocks * PAGES_PER_BLOCK,
         )
-        self.recovered = self.store.recover()
+        self.recovered = self.store.recover(write=may_write)
         ranges = [
             MapRange(
                 r.first_block,
@@ -154,8 +161,8 @@ class FileSystem:
         may_write = superblock.check_features(sb)
         if not may_write and region.writable and not read_only:
             log.warning("unknown ro_compat features %#x: read-only", sb.fields.feature_ro_compat)
-        fs = cls(region, sb, clock)
-        fs.read_only = read_only or not may_write or not region.writable
+        may_write = may_write and not read_only and region.writable
+        fs = cls(region, sb, clock, may_write)
         fs._start()
         return fs
 
@@ -188,6 +195,16 @@ class FileSystem:
             page = self.store.edit(STATE_PAGE, MAGIC_STATE)
             STATE.pack_into(page, STATE_OFFSET, *superblock.load_state(page)._replace(**changes))  # type: ignore[arg-type]
 
+    def _leave_reserve(self) -> None:
+        """At the end of a transaction that takes space: freeing must stay possible.
+
+        Cutting a piece out of a file can need new tree nodes before it gives anything back.
+
+        :raises NoSpaceError: this would take the last pages.
+        """
+        if self._pages.free_pages < _RESERVED_PAGES and not self._blocks.free_blocks:
+            raise NoSpaceError("no space: the last pages are kept for freeing")
+
     def _finish_inode(self, inode: Inode) -> None:
         """Complete what an interrupted operation left of an inode."""
         if not inode.nlink:
@@ -199,10 +216,10 @@ class FileSystem:
         """Reclaim what was unlinked but open, and mark the region clean."""
         if self.read_only:
             return
-        for ino in list(self._opens.keys() | self._lookups.keys()):
-            self._opens.pop(ino, None)
-            self._lookups.pop(ino, None)
-            self._reclaim(ino)
+        self._opens.clear()
+        self._lookups.clear()
+        for ino in self._inodes.count_used():
+            self._finish_inode(self._inodes.get(ino))
         self._set_state(
             state=STATE_CLEAN, unmounted_at=self._clock(), inodes_used=self._inodes.used
         )
@@ -468,6 +485,7 @@ class FileSystem:
         directory.nlink += links
         directory.mtime = directory.ctime = self._clock()
         self._inodes.save(directory)
+        self._leave_reserve()
 
     def unlink(self, parent: int, name: bytes) -> None:
         """Take a name away; the inode goes with its last name, last handle and last look-up.
@@ -823,6 +841,7 @@ class FileSystem:
             new = self._map.fill(inode, start, end, size)
             if new:
                 self._inodes.save(inode)
+                self._leave_reserve()
         added += [(file_page, count) for file_page, _page, count in new]
 
     def _remove_range(self, inode: Inode, start: int, end: int) -> None:
@@ -862,9 +881,9 @@ class FileSystem:
         if size > old or not inode.data_pages:
             return
         self._blocks.forget_window(inode.ino)
-        unit_end = self._map.unit_end(inode, size) if size % BLOCK else size
-        left = self._map.remove(inode, -(-unit_end // PAGE), LAST_PAGE + 1)
-        if left > -(-unit_end // PAGE) or min(unit_end, old) > size:
+        kept = self._map.units_end(inode, size)
+        left = self._map.remove(inode, kept // PAGE, LAST_PAGE + 1)
+        if left > kept // PAGE or min(kept, old) > size:
             self._set_pending(inode, size, PENDING_TO_END)
 
     def _set_pending(self, inode: Inode, start: int, end: int) -> None:
@@ -934,7 +953,7 @@ class FileSystem:
             return
         with self.store:
             self._inodes.touch(inode)
-            inode.atime = max(self._clock(), inode.mtime + 1, inode.ctime + 1)
+            inode.atime = self._clock()
             self._inodes.save(inode)
 
     def write(
@@ -967,7 +986,7 @@ class FileSystem:
         with self.store:
             self._inodes.touch(inode)
             # New pages are not reachable before the commit: so the data is there with them.
-            self._map.fill(inode, first, last, size)
+            new = self._map.fill(inode, first, last, size)
             for low, at, count in self._pieces(inode, offset, end):
                 self.region.copy_in(at, memoryview(data)[low - offset : low - offset + count])
             inode.size = size
@@ -975,6 +994,8 @@ class FileSystem:
             if not privileged:
                 clear_set_id(inode)
             self._inodes.save(inode)
+            if new:
+                self._leave_reserve()
         return len(data)
 
     # ------------------------------------------------------------------ fallocate and seek
@@ -1003,25 +1024,32 @@ class FileSystem:
             self._punch(inode, offset, offset + length)
         elif mode & ~FALLOC_KEEP_SIZE in (0, FALLOC_ZERO_RANGE):
             end = offset + length
-            size = inode.size if mode & FALLOC_KEEP_SIZE else max(inode.size, end)
-            self._promote(inode, max(size, end))
-            self._fill(inode, offset // PAGE, -(-end // PAGE), max(size, end))
+            size = max(inode.size, end)
+            self._promote(inode, size)
+            self._fill(inode, offset // PAGE, -(-end // PAGE), size)
             if mode & FALLOC_ZERO_RANGE:
-                yield from self._zero_steps(inode, offset, min(end, inode.size))
-            with self.store:
-                self._inodes.touch(inode)
-                inode.ctime = self._clock()
-                if size != inode.size or mode & FALLOC_ZERO_RANGE:
-                    inode.mtime = inode.ctime
-                inode.size = max(size, inode.size)
-                self._inodes.save(inode)
+                yield from self._zero_steps(ino, offset, end)
+            self._finish_fallocate(ino, mode, end)
         else:
             raise NotSupportedError(f"fallocate mode {mode:#x}: not supported")
 
-    def _zero_steps(self, inode: Inode, start: int, end: int) -> Iterator[None]:
+    def _finish_fallocate(self, ino: int, mode: int, end: int) -> None:
+        inode = self._inodes.get(ino)
+        with self.store:
+            self._inodes.touch(inode)
+            inode.ctime = self._clock()
+            grows = end > inode.size and not mode & FALLOC_KEEP_SIZE
+            if grows:
+                inode.size = end
+            if grows or mode & FALLOC_ZERO_RANGE:
+                inode.mtime = inode.ctime
+            self._inodes.save(inode)
+
+    def _zero_steps(self, ino: int, start: int, end: int) -> Iterator[None]:
         while start < end:
+            inode = self._inodes.get(ino)
             stop = min(end, start + _ZERO_STEP_BYTES)
-            self._zero_mapped(inode, start, stop)
+            self._zero_mapped(inode, start, min(stop, inode.size))
             start = stop
             if start < end:
                 yield
@@ -1097,6 +1125,7 @@ class FileSystem:
             self._xattrs.set(inode, name, bytes(value), flags)
             inode.ctime = self._clock()
             self._inodes.save(inode)
+            self._leave_reserve()
 
     def removexattr(self, ino: int, name: bytes) -> None:
         """:raises NoDataError: there is no such attribute."""
