@@ -49,31 +49,32 @@ def check_mount_point(path: str) -> None:
 
     :raises PkernfsError: missing, not a directory, or a pkernfs is mounted there.
     """
+    while (mounted := mount_at(path)) is not None and mounted.fstype == FSTYPE:
+        if _answers(path):
+            raise BusyError(f"{path}: mount point is busy: {mounted.source} is mounted on it")
+        _detach_dead_mount(path)
     try:
         is_directory = stat.S_ISDIR(os.stat(path).st_mode)
     except FileNotFoundError:
         raise NotFoundError(f"{path}: mount point does not exist") from None
-    except OSError as e:
-        if e.errno not in _DEAD:
-            raise
-        _detach_dead_mount(path)
-        return check_mount_point(path)
     if not is_directory:
         raise NotDirError(f"{path}: mount point is not a directory")
-    mounted = mount_at(path)
-    if mounted is not None and mounted.fstype == FSTYPE:
-        raise BusyError(f"{path}: mount point is busy: {mounted.source} is mounted on it")
-    return None
+
+
+def _answers(path: str) -> bool:
+    """Whether the daemon of the mount lives. A stat would not do: the kernel answers it alone."""
+    try:
+        os.statvfs(path)
+    except OSError as e:
+        return e.errno not in _DEAD
+    return True
 
 
 def _detach_dead_mount(path: str) -> None:
-    """Take away a pkernfs that answers no more; files that are open on it stay as dead as they are.
+    """Take away a mount that answers no more; what is open on it stays as dead as it is.
 
-    :raises PkernfsError: the dead mount is another file system's, or umount fails.
+    :raises PkernfsError: umount fails.
     """
-    mounted = mount_at(path)
-    if mounted is None or mounted.fstype != FSTYPE:
-        raise BusyError(f"{path}: mount point is busy: a dead mount is on it, and not a pkernfs")
     command = ["umount", "-l", path] if os.geteuid() == 0 else ["fusermount3", "-u", "-z", path]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     if done.returncode != 0:
