@@ -66,7 +66,8 @@ class Bench:
         return [system.pid for system in self.alive() if system.pid is not None]
 
     def quiet(self) -> None:
-        wait_quiet(self.daemons())
+        if not wait_quiet(self.daemons()):
+            self.results.note("a daemon was still busy when the next step began")
 
     @contextlib.contextmanager
     def mounted(self, wanted: Callable[[System], bool]) -> Iterator[list[System]]:
