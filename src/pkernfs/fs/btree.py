@@ -146,17 +146,34 @@ class Tree:
         """The last extent whose key is <= ``key``."""
         page = self.root
         level = -1
+        left: tuple[int, int] | None = None  # the last node passed to the left of the path
         while page:
             node, level, count = self._node(page, level)
             slot = bisect_right(self._keys(node, level, count), key) - 1
             if not level:
-                if slot < 0:
-                    return None
-                found: tuple[int, int, int] = _unpack_extent(node, _SLOTS + EXTENT_BYTES * slot)
-                return found
-            page = _unpack_inner(node, _SLOTS + 16 * max(slot, 0))[1]
+                if slot >= 0:
+                    return self._extent(node, slot)
+                # The leaf has lost its first extents: what is before the key is in another one.
+                return self._last_extent(*left) if left else None
+            slot = max(slot, 0)
             level -= 1
+            if slot:
+                left = _unpack_inner(node, _SLOTS + 16 * (slot - 1))[1], level
+            page = _unpack_inner(node, _SLOTS + 16 * slot)[1]
         return None
+
+    def _last_extent(self, page: int, level: int) -> tuple[int, int, int]:
+        while True:
+            node, level, count = self._node(page, level)
+            if not level:
+                return self._extent(node, count - 1)
+            page = _unpack_inner(node, _SLOTS + 16 * (count - 1))[1]
+            level -= 1
+
+    @staticmethod
+    def _extent(node: memoryview, slot: int) -> tuple[int, int, int]:
+        found: tuple[int, int, int] = _unpack_extent(node, _SLOTS + EXTENT_BYTES * slot)
+        return found
 
     def find(self, key: int, group_bits: int) -> Iterator[tuple[int, memoryview]]:
         """Items whose key agrees with ``key`` but for the lowest ``group_bits`` bits."""
@@ -332,6 +349,10 @@ class Tree:
             page, slot = self._parent_of(left, key, level)
             count = self._count(page)
         node = self._store.edit(page, MAGIC_TREE)
+        if not slot and _unpack_inner(node, _SLOTS)[0] >= key:
+            # Lower keys than the first slot's came to its child: now they need a lower one there.
+            first = self._keys(self._store.read(left, MAGIC_TREE), level, 1)[0]
+            INNER_SLOT.pack_into(node, _SLOTS, first, left)
         at = _SLOTS + 16 * (slot + 1)
         end = _SLOTS + 16 * count
         if at < end:
@@ -436,13 +457,14 @@ class Tree:
                 continue
             node = self._store.read(parent, MAGIC_TREE)
             left = _unpack_inner(node, _SLOTS + 16 * left_slot)[1]
-            right = _unpack_inner(node, _SLOTS + 16 * (left_slot + 1))[1]
-            if self._join(left, right):
+            bound, right = _unpack_inner(node, _SLOTS + 16 * (left_slot + 1))
+            if self._join(left, right, bound):
                 self._pages.free(right)
                 self._cut([*path[:-2], (parent, left_slot + 1)])
                 return
 
-    def _join(self, left: int, right: int) -> bool:
+    def _join(self, left: int, right: int, bound: int) -> bool:
+        """Move what is in ``right``, all of it >= ``bound``, into ``left`` if that leaves room."""
         left_node, level, left_count = self._node(left, -1)
         right_node, _, right_count = self._node(right, level)
         used = self._in_use(left_node, level, left_count)
@@ -455,6 +477,9 @@ class Tree:
             at = _SLOTS + size * left_count
             body = right_node[_SLOTS : _SLOTS + size * right_count]
             target[at : at + len(body)] = body
+            if level:
+                # The first child may hold keys below its slot's, which was the first and is not now.
+                target[at : at + 8] = bound.to_bytes(8, "little")
             _pack_tree(target, TREE_OFFSET, self.kind, level, total, PAGE, 0)
         else:
             heap = self._compact(target, left_count)
