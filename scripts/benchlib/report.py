@@ -9,6 +9,11 @@ from .systems import SYSTEMS
 from .targets import Target
 from .workloads import SPLIT
 
+_COSTS = """### Requests and CPU time per operation, one CPU
+
+Requests / CPU time of the daemon / of daemon and client together, in microseconds. The last is
+what remains of a rate when the machine is busy with other things."""
+
 
 def as_json(
     results: Results, targets: list[Target], facts: dict[str, str], settings: dict[str, Any]
@@ -29,7 +34,7 @@ def as_markdown(results: Results, targets: list[Target], facts: dict[str, str]) 
         ", ".join(f"{key} {value}" for key, value in facts.items()),
         "### Figures\n\nMedian (min to max); rates a second in thousands (k) or GB/s.",
         *_tables(results),
-        "### Requests and the daemon's CPU time per operation\n\nRequests / microseconds.",
+        _COSTS,
         _costs(results),
         "### Targets",
         _target_table(targets),
@@ -126,7 +131,8 @@ def _cost(figure: Figure | None) -> str:
     if figure is None or not figure.requests_per_op:
         return "-"
     found = figure.as_json()
-    return f"{found['requests_per_op']:.2f} / {found['daemon_us_per_op']:.1f}"
+    parts = ("requests_per_op", ".2f"), ("daemon_us_per_op", ".1f"), ("total_us_per_op", ".1f")
+    return " / ".join(format(found[key], how) for key, how in parts)
 
 
 def _target_table(targets: list[Target]) -> str:

@@ -29,6 +29,15 @@ class Workload:
     higher_is_better: bool = True
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What one operation took on average: requests, and CPU time of the daemon and of both."""
+
+    requests: float
+    daemon_us: float
+    total_us: float
+
+
 @dataclass
 class Figure:
     """All runs of one workload on one system, by round."""
@@ -38,6 +47,8 @@ class Figure:
     runs: dict[int, float] = field(default_factory=dict)
     requests_per_op: list[float] = field(default_factory=list)
     daemon_us_per_op: list[float] = field(default_factory=list)
+    #: CPU time of client and daemon together: what is left of a figure on a busy machine.
+    total_us_per_op: list[float] = field(default_factory=list)
 
     @property
     def spread(self) -> Spread:
@@ -57,6 +68,7 @@ class Figure:
         if self.requests_per_op:
             found["requests_per_op"] = statistics.median(self.requests_per_op)
             found["daemon_us_per_op"] = statistics.median(self.daemon_us_per_op)
+            found["total_us_per_op"] = statistics.median(self.total_us_per_op)
         return found
 
 
@@ -68,22 +80,16 @@ class Results:
         self.notes: list[str] = []
 
     def add(
-        self,
-        workload: Workload,
-        system: str,
-        turn: int,
-        value: float,
-        *,
-        requests_per_op: float | None = None,
-        daemon_us_per_op: float | None = None,
+        self, workload: Workload, system: str, turn: int, value: float, cost: Cost | None = None
     ) -> None:
         """Record one run; ``turn`` is the round, by which runs of several systems are paired."""
         key = (workload.key, system)
         figure = self.figures.setdefault(key, Figure(workload, system))
         figure.runs[turn] = value
-        if requests_per_op is not None and daemon_us_per_op is not None:
-            figure.requests_per_op.append(requests_per_op)
-            figure.daemon_us_per_op.append(daemon_us_per_op)
+        if cost is not None:
+            figure.requests_per_op.append(cost.requests)
+            figure.daemon_us_per_op.append(cost.daemon_us)
+            figure.total_us_per_op.append(cost.total_us)
 
     def note(self, text: str) -> None:
         if text not in self.notes:
@@ -110,6 +116,13 @@ class Results:
             return None
         pairs = [a.runs[turn] / b.runs[turn] for turn in a.runs if b.runs.get(turn)]
         return Spread.of(pairs) if pairs else None
+
+    def cpu_ratio(self, workload: str, over: str, under: str) -> float | None:
+        """The ratio of two rates if nothing but CPU time counted: the inverse one of the costs."""
+        a, b = self.get(workload, over), self.get(workload, under)
+        if a is None or b is None or not a.total_us_per_op or not b.total_us_per_op:
+            return None
+        return statistics.median(b.total_us_per_op) / statistics.median(a.total_us_per_op)
 
     def workloads(self) -> Iterator[Workload]:
         """In the order in which they were first measured."""

@@ -40,7 +40,16 @@ def at_least(
     required = f">= {limit:g} of {under[1]}" if over[1] != under[1] else f">= {limit:g}"
     if spread is None:
         return Target(subject, required, "-", None)
-    return Target(subject, required, _span(spread), spread.median >= limit)
+    measured = _span(spread) + _by_cpu(results, over, under)
+    return Target(subject, required, measured, spread.median >= limit)
+
+
+def _by_cpu(results: Results, over: tuple[str, str], under: tuple[str, str]) -> str:
+    """The ratio of the CPU times as a remark, where both did the same on one CPU."""
+    if over[0] != under[0] or over[0].startswith(SPLIT):
+        return ""
+    ratio = results.cpu_ratio(over[0], over[1], under[1])
+    return "" if ratio is None else f", by CPU time {ratio:.2f}"
 
 
 def below(results: Results, subject: str, key: str, limit: float, unit: str) -> Target:
@@ -59,7 +68,8 @@ def ahead(results: Results, subject: str, key: str, peer: str) -> Target:
     sent = [results.requests(key, name) for name in (OURS, peer)]
     both_cached = all(count is not None and count < _SENDS_NOTHING for count in sent)
     level = both_cached and LEVEL <= spread.median < 1
-    measured = _span(spread) + (", the kernel answers for both: level" if level else "")
+    measured = _span(spread) + _by_cpu(results, (key, OURS), (key, peer))
+    measured += ", the kernel answers for both: level" if level else ""
     return Target(subject, f"ahead of {peer}", measured, level or spread.median > 1)
 
 

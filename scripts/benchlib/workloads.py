@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .client import Client
 from .machine import BenchError, Pinning, can_drop_caches, drop_caches, wait_quiet
-from .results import Results, Workload
+from .results import Cost, Results, Workload
 from .systems import SYSTEMS, Scratch, System
 
 MIB = 1 << 20
@@ -123,12 +123,13 @@ class Bench:
         after, cpu_after = system.requests(), system.cpu_ms()
         ops = found.get("ops", found.get("bytes", 0) / MIB)
         if turn != _WARMUP:
-            counted = before is not None and after is not None
-            self.results.add(
-                self.named(workload), system.name, turn, found.get("rate") or found["gb_per_s"],
-                requests_per_op=(after - before) / ops if counted else None,  # type: ignore[operator]
-                daemon_us_per_op=(cpu_after - cpu_before) * 1e3 / ops if counted else None,
-            )  # fmt: skip
+            cost = None
+            if before is not None and after is not None:
+                daemon_us = (cpu_after - cpu_before) * 1e3 / ops
+                client_us = found["cpu_seconds"] * 1e6 / ops
+                cost = Cost((after - before) / ops, daemon_us, daemon_us + client_us)
+            value = found.get("rate") or found["gb_per_s"]
+            self.results.add(self.named(workload), system.name, turn, value, cost)
         return found
 
 
