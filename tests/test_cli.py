@@ -6,6 +6,7 @@ They run in this process wherever no daemon is needed. Real mounts are in test_s
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 
 from pkernfs import __version__, cli, layout
 from pkernfs.options import MOUNT_OPTIONS, format_size, parse_mount_options, parse_size
+from pkernfs.progress import Progress
 from pkernfs.region import Region, page_checksum
 
 MIB = 1 << 20
@@ -619,3 +621,31 @@ def test_bug_is_not_a_repaired_file_system(
     outcome = command("fsck.pkernfs", region)
     assert outcome.status == 8
     assert "Traceback" in outcome.err
+
+
+# -------------------------------------------------------------------------------- progress
+
+
+class _Screen(io.StringIO):
+    def __init__(self, terminal: bool) -> None:
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = _Screen(terminal)
+    monkeypatch.setattr("sys.stderr", screen)
+    clock = iter(range(100))
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    with Progress("/region") as progress:
+        for step in range(4):
+            progress("inodes", step / 4)
+    if terminal:
+        assert "/region: inodes 50%" in screen.getvalue()
+        assert screen.getvalue().endswith("\r\033[K")
+    else:
+        assert screen.getvalue() == ""

@@ -34,7 +34,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "-f", dest="force", action="store_true", help="accepted; the check is always a full one."
     )
     parser.add_argument(
-        "-v", dest="verbose", action="store_true", help="say also what was counted."
+        "-v",
+        dest="verbose",
+        action="store_true",
+        help="say also what a crash has left for the next mount to mend, and what was counted.",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON.")
     parser.add_argument("region", metavar="REGION", help="the region to check; not mounted.")
@@ -59,19 +62,28 @@ def run(args: argparse.Namespace) -> int:
 
 def exit_status(report: Report) -> int:
     """0 nothing wrong, 1 all repaired, 4 something is left."""
-    if not report.problems:
+    if report.clean:
         return CLEAN
-    return FIXED if all(problem.fixed for problem in report.problems) else LEFT
+    return LEFT if report.left else FIXED
 
 
 def _print_report(region: str, report: Report, verbose: bool) -> None:
-    for problem in report.problems:
-        print(f"{problem.message}{': fixed' if problem.fixed else ''}")
-    fixed = sum(1 for problem in report.problems if problem.fixed)
-    left = len(report.problems) - fixed
-    if not report.problems:
-        print(f"{region}: clean")
-    elif left:
-        print(f"{region}: {left} problems left, {fixed} fixed")
-    else:
-        print(f"{region}: {fixed} problems fixed")
+    """Findings one a line; what a crash leaves and a mount mends is told with -v only."""
+    for problem in report.problems + (report.notes if verbose else []):
+        print(f"{problem.message}{f': {problem.remedy}' if problem.fixed else ''}")
+    if report.suppressed:
+        print(f"... and {report.suppressed} more of the same kinds")
+    if verbose:
+        for name, value in report.summary.items():
+            print(f"{name.replace('_', ' ')}: {value}")
+    print(f"{region}: {_verdict(report)}")
+
+
+def _verdict(report: Report) -> str:
+    if report.clean:
+        unclean = (
+            "" if report.repaired or not report.notes else ", to be recovered by the next mount"
+        )
+        return f"clean{unclean}"
+    fixed = len(report.problems) - report.left
+    return f"problems: {fixed} repaired, {report.left} left"
