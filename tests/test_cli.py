@@ -21,7 +21,8 @@ import pytest
 from pkernfs import __version__, cli, layout
 from pkernfs.options import MOUNT_OPTIONS, format_size, parse_mount_options, parse_size
 from pkernfs.progress import Progress
-from pkernfs.region import Region, page_checksum
+from pkernfs.region import Region
+from superblocks import damage, edit_superblocks
 
 MIB = 1 << 20
 SIZE = 16 * MIB
@@ -90,28 +91,6 @@ def refused(outcome: Outcome, status: int, who: str, *words: str) -> None:
 def mounting(command: Command, region: object, mount_point: object, options: str = "rw") -> Outcome:
     """A mount that is expected to fail before FUSE comes in, in the foreground."""
     return command("pkernfs", "mount", "-f", "-o", options, region, mount_point)
-
-
-def edit_superblocks(path: Path, **fields: object) -> None:
-    """Change fields of both superblocks and make their checksums right again."""
-    data = bytearray(path.read_bytes())
-    for page in (layout.SUPERBLOCK_PAGE, layout.BACKUP_PAGE):
-        image = memoryview(data)[page * layout.PAGE : (page + 1) * layout.PAGE]
-        at = layout.SUPERBLOCK_OFFSET
-        old = layout.SuperblockFields._make(layout.SUPERBLOCK.unpack_from(image, at))
-        layout.SUPERBLOCK.pack_into(image, at, *old._replace(**fields))  # type: ignore[arg-type]
-        image[4:8] = page_checksum(image).to_bytes(4, "little")
-        image.release()
-    path.write_bytes(data)
-
-
-def damage(path: Path, offset: int, length: int = 4096) -> None:
-    """Invert bytes, so that damage is never a no-op."""
-    with path.open("r+b") as file:
-        file.seek(offset)
-        data = file.read(length)
-        file.seek(offset)
-        file.write(bytes(b ^ 0xFF for b in data))
 
 
 # ------------------------------------------------------------------------------- numbers, options

@@ -15,6 +15,9 @@ from typing import NamedTuple
 
 import pytest
 
+from pkernfs import layout
+from superblocks import damage, edit_superblocks
+
 pytestmark = pytest.mark.fuse
 
 MIB = 1 << 20
@@ -126,6 +129,40 @@ def test_read_only(place: Place) -> None:
     mount(place, "ro")
     with pytest.raises(OSError, match="Read-only"):
         (place.mnt / "file").touch()
+
+
+def test_unknown_ro_compat_feature_makes_it_read_only(place: Place) -> None:
+    """A newer version may have written it so that this one must not write, but may read."""
+    mount(place)
+    (place.mnt / "file").write_text("kept")
+    run("umount", place.mnt)
+    eventually_gone(place)
+    before = place.region.read_bytes()
+    edit_superblocks(place.region, feature_ro_compat=1 << 40)
+    mount(place)
+    assert (place.mnt / "file").read_text() == "kept"
+    with pytest.raises(OSError, match="Read-only"):
+        (place.mnt / "new").touch()
+    run("umount", place.mnt)
+    eventually_gone(place)
+    edit_superblocks(place.region, feature_ro_compat=0)
+    assert place.region.read_bytes() == before
+
+
+def test_backup_superblock_is_used_with_a_warning(place: Place) -> None:
+    """The warning is seen by whoever mounts, in the background too."""
+    damage(place.region, layout.SUPERBLOCK_PAGE * layout.PAGE)
+    done = run("mount", "-t", "fuse.pkernfs", place.region, place.mnt)
+    assert done.stderr.startswith("pkernfs: ")
+    assert done.stderr.count("\n") == 1
+    assert "backup" in done.stderr
+    (place.mnt / "file").write_text("kept")
+    run("umount", place.mnt)
+    eventually_gone(place)
+    run("fsck.pkernfs", "-y", place.region, status=1)
+    done = run("mount", "-t", "fuse.pkernfs", place.region, place.mnt)
+    assert done.stderr == ""
+    assert (place.mnt / "file").read_text() == "kept"
 
 
 def test_relative_names(place: Place) -> None:
