@@ -1,15 +1,45 @@
-"""What every test gets: tests that this machine cannot run are skipped, or fail where asked.
+"""What every test gets: capabilities, the settings of Hypothesis, and a file system to work on.
 
 ``PKERNFS_REQUIRE=fuse,vm`` (set by scripts/test as root) turns a missing capability into a failure,
 so that a machine that lost its /dev/fuse does not look like a passing one.
+``PKERNFS_HYPOTHESIS=thorough`` lets every property look much longer. The seed of a run stands in
+the report's header: ``--hypothesis-seed=N`` runs the same examples again.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import shutil
+from collections.abc import Iterator
 
 import pytest
+from checking import MemoryFile, assert_clean
+from hypothesis import HealthCheck, settings
+
+from pkernfs.fs.filesystem import FileSystem
+from pkernfs.fs.mkfs import make_filesystem
+
+_COMMON = settings(
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.register_profile("default", _COMMON, max_examples=25, stateful_step_count=40)
+settings.register_profile("thorough", _COMMON, max_examples=500, stateful_step_count=80)
+settings.load_profile(os.environ.get("PKERNFS_HYPOTHESIS", "default"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose the seed here, so that it can be told."""
+    if getattr(config.option, "hypothesis_seed", None) is None:
+        config.option.hypothesis_seed = str(random.getrandbits(32))
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """The seed, for a run that fails now and then."""
+    return f"run it again with: --hypothesis-seed={config.option.hypothesis_seed}"
 
 
 def _missing_fuse() -> str | None:
@@ -38,3 +68,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if name in required:
             pytest.fail(f"{name} is required (PKERNFS_REQUIRE) and missing: {reason}")
         pytest.skip(f"needs {name}: {reason}")
+
+
+@pytest.fixture
+def fs(request: pytest.FixtureRequest) -> Iterator[FileSystem]:
+    """A mounted file system in a sparse region of 64 MiB (or the parameter's bytes).
+
+    It is checked at the end as it stands, and again after an unmount.
+    """
+    with MemoryFile(getattr(request, "param", 64 << 20)) as memory:
+        with memory.open() as region:
+            make_filesystem(region)
+            mounted = FileSystem.mount(region)
+            yield mounted
+            assert_clean(region)
+            mounted.unmount()
+            assert_clean(region)
