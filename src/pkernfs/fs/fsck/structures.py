@@ -1,7 +1,7 @@
-"""Each structure of the format, checked: from the bytes of a page to a frozen value, or a refusal.
+"""Each structure of the format, checked: from bytes of a page to a frozen value, or a refusal.
 
-Pure functions of bytes; docs/format.md is the only authority. A :class:`CorruptionError` raised here
-carries the reason alone (``bad magic: got .., expected ..``): the caller knows what and where.
+Pure functions of bytes; docs/format.md is the only authority. A :class:`CorruptionError` raised
+here carries the reason alone (``bad magic: got .., expected ..``): the caller knows what and where.
 """
 
 from __future__ import annotations
@@ -238,7 +238,8 @@ class PageMap(NamedTuple):
 
 def parse_page_map(page: Buffer) -> PageMap:
     """A page map whose header was checked."""
-    (kind,) = layout.Struct("<I").unpack_from(page, layout.PAGE_MAP_CLASS_OFFSET)
+    at = layout.PAGE_MAP_CLASS_OFFSET
+    kind = int.from_bytes(page[at : at + 4], "little")
     start = layout.PAGE_MAP_USED_OFFSET
     used = int.from_bytes(page[start : start + layout.PAGE_MAP_USED_BYTES], "little")
     return PageMap(kind, used)
@@ -248,13 +249,14 @@ def parse_page_map(page: Buffer) -> PageMap:
 
 
 class InodePage(NamedTuple):
-    """Header of an inode page from ``index`` on (section 6)."""
+    """Header of an inode page from offset 40 on (section 6)."""
 
-    index: int
+    own_index: int
     next_free: int
     used: int
     pending: int
     listed: int
+    generation: int
 
 
 def parse_inode_page(page: Buffer) -> InodePage:
@@ -318,7 +320,7 @@ class Node(NamedTuple):
     owner: int
     kind: int
     level: int
-    count: int
+    slots: int
     heap: int
     garbage: int
 
@@ -336,26 +338,26 @@ def parse_node(page: Buffer, owner: int, kind: int) -> Node:
         raise CorruptionError(f"bad level: got {node.level}, expected 0..15")
     size = 16 if node.level or kind != TREE_EXTENTS else layout.EXTENT_BYTES
     most = (PAGE - TREE_SLOTS_OFFSET) // size
-    if not 1 <= node.count <= most:
-        raise CorruptionError(f"bad count: got {node.count}, expected 1..{most}")
+    if not 1 <= node.slots <= most:
+        raise CorruptionError(f"bad count: got {node.slots}, expected 1..{most}")
     return node
 
 
 def inner_slots(page: Buffer, node: Node) -> list[tuple[int, int]]:
     """``(key, page)`` of an inner node."""
-    end = TREE_SLOTS_OFFSET + node.count * layout.INNER_SLOT.size
+    end = TREE_SLOTS_OFFSET + node.slots * layout.INNER_SLOT.size
     return list(layout.INNER_SLOT.iter_unpack(page[TREE_SLOTS_OFFSET:end]))
 
 
 def extent_slots(page: Buffer, node: Node) -> list[Extent]:
     """The extents of a leaf of kind 1."""
-    end = TREE_SLOTS_OFFSET + node.count * layout.EXTENT_BYTES
+    end = TREE_SLOTS_OFFSET + node.slots * layout.EXTENT_BYTES
     return list(layout.EXTENT.iter_unpack(page[TREE_SLOTS_OFFSET:end]))
 
 
 def item_slots(page: Buffer, node: Node) -> list[tuple[int, int, int, int]]:
     """``(key, offset, length, 0)`` of a leaf of kind 2 or 3."""
-    end = TREE_SLOTS_OFFSET + node.count * layout.ITEM_SLOT.size
+    end = TREE_SLOTS_OFFSET + node.slots * layout.ITEM_SLOT.size
     return list(layout.ITEM_SLOT.iter_unpack(page[TREE_SLOTS_OFFSET:end]))
 
 
@@ -364,7 +366,7 @@ def check_items(slots: list[tuple[int, int, int, int]], node: Node) -> tuple[lis
 
     ``heap`` and ``garbage`` are compared with what the items take.
     """
-    floor = TREE_SLOTS_OFFSET + node.count * layout.ITEM_SLOT.size
+    floor = TREE_SLOTS_OFFSET + node.slots * layout.ITEM_SLOT.size
     good = [True] * len(slots)
     reason = ""
     end = total = 0

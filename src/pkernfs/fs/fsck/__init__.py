@@ -1,0 +1,97 @@
+"""fsck: finds every inconsistency of the format, and repairs what can be repaired without guessing.
+
+Nothing is shared with the code that serves the file system but the layout, the region and the
+journal: own walk, own bitmaps. A check and a repair are the same work on an overlay of the region's
+pages (:mod:`.image`); a repair stores it at the end, through the journal, so that fsck may be
+stopped at any instant and be run again.
+
+Passes, a module each: superblocks, journal, state and block maps; the inode table; trees; data;
+what damaged trees led to; maps; the tree of directories; building anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pkernfs.errors import ReadOnlyError
+from pkernfs.fs.fsck import data, maps, names, repair, scavenge, superblocks, table
+from pkernfs.fs.fsck.connect import Connector
+from pkernfs.fs.fsck.context import Context
+from pkernfs.fs.fsck.problems import Code, Problem, Report
+from pkernfs.fs.fsck.trees import Allocator, NoRoomError
+from pkernfs.region import Region
+
+__all__ = ["Code", "Problem", "Report", "check"]
+
+_TOTAL = 1000
+# Where on the way of the progress each stage starts; a stage without an entry stays where it was.
+_STAGES = {"block maps": (0, 50), "inodes": (50, 700), "searching": (700, 750)}
+_STAGES |= {"page maps": (750, 800), "free blocks": (800, 950)}
+
+
+def check(
+    region: Region,
+    *,
+    repair: bool,
+    verify_zero: bool | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Check a region that nobody else has open, and repair it if asked to.
+
+    ``verify_zero``: whether blocks marked as zero are read to see that they are. None reads those
+    that are not holes of the region's file, if it can tell holes; True reads them all; False none.
+    ``progress`` is called with what is done of how much.
+
+    :raises FormatError: no pkernfs, one of another version or with unknown features, a region
+        that was truncated, or neither superblock left; nothing was changed.
+    :raises ReadOnlyError: a repair of a region that is not writable.
+    """
+    if repair and not region.writable:
+        raise ReadOnlyError(f"{region.name}: cannot repair a region that was opened read-only")
+    report = Report()
+    told = 0
+
+    def tell(stage: str, fraction: float) -> None:
+        nonlocal told
+        start, end = _STAGES[stage]
+        told = max(told, start + int((end - start) * fraction))
+        if progress is not None:
+            progress(told, _TOTAL)
+
+    ctx = superblocks.open_image(region, report, tell, repair=repair)
+    ctx.verify_zero = verify_zero
+    try:
+        _run(ctx)
+    except NoRoomError:
+        report.add(Code.NO_ROOM, "file system", fixable=False)
+        return report
+    report.summary = _summary(ctx)
+    if repair:
+        if report.problems or report.notes:
+            ctx.image.store()
+        report.set_fixed()
+    return report
+
+
+def _run(ctx: Context) -> None:
+    """All passes, on the image."""
+    superblocks.load_state(ctx)
+    superblocks.load_block_maps(ctx)
+    table.load_table(ctx)
+    table.check_inodes(ctx)
+    names.check_trees(ctx)
+    data.check_data(ctx)
+    scavenge.find_leaves(ctx)
+    maps.compare(ctx)
+    repair.check_counts(ctx)
+    space = Allocator(ctx)
+    scavenge.fill_gaps(ctx, space)
+    scavenge.put_back(ctx)
+    Connector(ctx, space).run()
+    repair.rebuild(ctx, space)
+    repair.write_counts(ctx)
+    maps.write(ctx)
+
+
+def _summary(ctx: Context) -> dict[str, int]:
+    return repair.summarize(ctx)

@@ -1,0 +1,97 @@
+"""What is in use, as far as the walk has seen: a byte a block, a bit a page of carved blocks."""
+
+from __future__ import annotations
+
+import re
+
+from pkernfs.layout import PAGES_PER_BLOCK
+
+FREE = 0
+STATIC = 1
+WHOLE = 2
+CARVED = 3
+OUTSIDE = 4
+
+ALL_PAGES = (1 << PAGES_PER_BLOCK) - 1
+
+_SET = re.compile(rb"[^\0]+")
+
+
+class Claims:
+    """Who comes first owns; a second claim fails.
+
+    ``kind`` has a byte for each block. ``pages`` and ``meta`` have an integer bitmap for each
+    block that is known to be carved: all claimed pages, and those of them that are metadata. Bit 0
+    is the page map.
+    """
+
+    def __init__(self, blocks: int) -> None:
+        self.blocks = blocks
+        self.kind = bytearray([OUTSIDE]) * blocks
+        self.pages: dict[int, int] = {}
+        self.meta: dict[int, int] = {}
+
+    def claim_meta(self, page: int) -> bool:
+        """Claim one page for metadata; False if it cannot be one, or is claimed."""
+        block, bit = divmod(page, PAGES_PER_BLOCK)
+        if not bit or not self.carve(block):
+            return False
+        mask = 1 << bit
+        used = self.pages[block]
+        if used & mask:
+            return False
+        self.pages[block] = used | mask
+        self.meta[block] |= mask
+        return True
+
+    def claim_pages(self, block: int, bit: int, count: int) -> int:
+        """Claim pages of a block for data; returns the mask of those that were free."""
+        if not self.carve(block):
+            return 0
+        mask = ((1 << count) - 1) << bit
+        used = self.pages[block]
+        self.pages[block] = used | mask
+        return mask & ~used
+
+    def claim_block(self, block: int) -> bool:
+        """Claim a block as a whole for data."""
+        if self.kind[block] != FREE:
+            return False
+        self.kind[block] = WHOLE
+        return True
+
+    def claim_run(self, first: int, count: int) -> bool:
+        """Claim blocks as a whole if all are free."""
+        if self.kind.count(FREE, first, first + count) != count:
+            return False
+        self.kind[first : first + count] = bytes([WHOLE]) * count
+        return True
+
+    def carve(self, block: int) -> bool:
+        """Note that a block is carved; False if it is something else."""
+        kind = self.kind[block]
+        if kind == FREE:
+            self.kind[block] = CARVED
+            self.pages[block] = self.meta[block] = 1
+            return True
+        return kind == CARVED
+
+    def release_pages(self, first: int, count: int = 1) -> None:
+        """Take pages of carved blocks back."""
+        while count:
+            block, bit = divmod(first, PAGES_PER_BLOCK)
+            length = min(count, PAGES_PER_BLOCK - bit)
+            keep = ~(((1 << length) - 1) << bit) | 1
+            self.pages[block] &= keep
+            self.meta[block] &= keep
+            first += length
+            count -= length
+
+    def release_blocks(self, first: int, count: int) -> None:
+        """Take whole blocks back."""
+        self.kind[first : first + count] = bytes(count)
+
+
+def flag_runs(flags: bytes | bytearray) -> list[tuple[int, int]]:
+    """``(first, count)`` of the bytes that are not zero."""
+    return [(m.start(), m.end() - m.start()) for m in _SET.finditer(flags)]

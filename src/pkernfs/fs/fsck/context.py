@@ -1,0 +1,253 @@
+"""What the passes share: the image, what they have learned, and what is to be put right."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from pkernfs import layout
+from pkernfs.errors import CorruptionError
+from pkernfs.fs.fsck import claims as owners
+from pkernfs.fs.fsck.claims import Claims
+from pkernfs.fs.fsck.image import Buffer, Image
+from pkernfs.fs.fsck.problems import Code, Report
+from pkernfs.fs.fsck.structures import Extent, Superblock, parse_inode, parse_page_map
+from pkernfs.layout import (
+    INODE_BYTES,
+    MAGIC_INODES,
+    MAGIC_NAMES,
+    MAGIC_PAGE_MAP,
+    PAGE,
+    PAGES_PER_BLOCK,
+    SLOTS_PER_INODE_PAGE,
+    InodeFields,
+)
+
+Progress = Callable[[str, float], None]
+KEY_END = 1 << 64
+
+# Not known: the map page of the block is damaged.
+UNKNOWN = 2
+
+
+def at(page: int) -> str:
+    """A page's offset, as messages show it."""
+    return f"{page * PAGE:#x}"
+
+
+@dataclass
+class TreeParts:
+    """Nodes of a tree: all of them, and the leaves as ``(page, low key, end key)``."""
+
+    nodes: list[int] = field(default_factory=list)
+    leaves: list[tuple[int, int, int]] = field(default_factory=list)
+    lost: list[tuple[int, int]] = field(default_factory=list)
+    faulty: bool = False
+
+
+@dataclass
+class DirectoryFix:
+    """What to change in a directory: slots as ``(page, slot)``, names to add."""
+
+    drop: set[tuple[int, int]] = field(default_factory=set)
+    retype: dict[tuple[int, int], int] = field(default_factory=dict)
+    add: list[tuple[bytes, int, int]] = field(default_factory=list)
+
+
+@dataclass
+class Relocation:
+    """File pages whose place belongs to another: they get a copy, or become a hole."""
+
+    ino: int
+    file_page: int
+    source: int
+    pages: int
+    code: Code
+
+
+class Inodes:
+    """All inodes, 16 rows a page: type (0: none), names, subdirectories, entries, parent found."""
+
+    def __init__(self) -> None:
+        self.page_of: dict[int, int] = {}
+        self.row_of: dict[int, int] = {}
+        self.type = bytearray()
+        self.names = array("L")
+        self.subdirs = array("L")
+        self.entries = array("L")
+        self.parent = array("Q")
+
+    def add_page(self, index: int, page: int) -> None:
+        """Take an inode page in, its slots empty."""
+        self.page_of[index] = page
+        self.row_of[index] = len(self.type)
+        self.type.extend(bytes(SLOTS_PER_INODE_PAGE))
+        self.names.extend([0] * SLOTS_PER_INODE_PAGE)
+        self.subdirs.extend([0] * SLOTS_PER_INODE_PAGE)
+        self.entries.extend([0] * SLOTS_PER_INODE_PAGE)
+        self.parent.extend([0] * SLOTS_PER_INODE_PAGE)
+
+    def row(self, ino: int) -> int:
+        """Row of an inode in use, else -1."""
+        first = self.row_of.get(ino >> 4, -1)
+        if first < 0 or not self.type[first + (ino & 15)]:
+            return -1
+        return first + (ino & 15)
+
+    def type_of(self, ino: int) -> int:
+        """``mode >> 12`` of an inode, 0 if there is none."""
+        row = self.row(ino)
+        return self.type[row] if row >= 0 else 0
+
+    def of_type(self, kind: int) -> Iterator[int]:
+        """Numbers of the inodes of a type, ascending."""
+        for index in sorted(self.page_of):
+            first = self.row_of[index]
+            for slot in range(1, SLOTS_PER_INODE_PAGE):
+                if self.type[first + slot] == kind:
+                    yield index * SLOTS_PER_INODE_PAGE + slot
+
+
+class Context:
+    """State of one run."""
+
+    def __init__(self, image: Image, sb: Superblock, report: Report, progress: Progress) -> None:
+        self.image = image
+        self.sb = sb
+        self.report = report
+        self.progress = progress
+        self.blocks = sb.blocks
+        self.pages = sb.blocks * PAGES_PER_BLOCK
+        self.claims = Claims(sb.blocks)
+        # From the block maps, one byte each: 0, 1 or UNKNOWN.
+        self.map_used = bytearray([UNKNOWN]) * sb.blocks
+        self.map_carved = bytearray([UNKNOWN]) * sb.blocks
+        self.map_zero = bytearray(sb.blocks)
+        self.rewrite_maps: set[int] = set()
+        self.verify_zero: bool | None = None
+        self._page_maps: dict[int, int] = {}
+
+        self.state: layout.StateFields | None = None
+        self.inodes = Inodes()
+        self.table = TreeParts()
+        self.rebuild_table = False
+        self.inode_root = 0  # of the new tree, if the table gets one
+        self.lost_indexes: set[int] = set()
+        self.lost_inos: set[int] = set()
+        self.found_leaves: dict[tuple[int, int], list[int]] = {}
+        self.salvaged: set[int] = set()
+        self.inodes_on_media = 0
+
+        # Trees with a fault, by (inode, kind); the others are walked anew when needed.
+        self.trees: dict[tuple[int, int], TreeParts] = {}
+        self.tree_extents: dict[int, array[int]] = {}
+        # Final extents of files whose extents change.
+        self.extents: dict[int, list[Extent]] = {}
+        self.relocations: list[Relocation] = []
+        self.directories: dict[int, DirectoryFix] = {}
+        self.dangling: list[tuple[int, int, int, int, int, bytes]] = []
+        self.attributes: dict[int, set[tuple[int, int]]] = {}
+        self.attribute_names: dict[int, list[bytes]] = {}
+        # Inodes made by this run.
+        self.made: set[int] = set()
+        self.orphans: list[int] = []
+        self.released_pages: list[tuple[int, int]] = []
+        self.released_blocks: list[tuple[int, int]] = []
+
+    # ------------------------------------------------------------------ inodes
+
+    def inode_page(self, ino: int) -> Buffer:
+        """The page that holds an inode."""
+        return self.image.raw(self.inodes.page_of[ino >> 4])
+
+    def fields(self, ino: int) -> InodeFields:
+        """The fields of an inode in use."""
+        return parse_inode(self.inode_page(ino), ino & 15)
+
+    def set_fields(self, ino: int, **values: int) -> None:
+        """Change fields of an inode."""
+        number = self.inodes.page_of[ino >> 4]
+        slot = ino & 15
+        new = parse_inode(self.image.raw(number), slot)._replace(**values)
+        layout.INODE.pack_into(self.image.edit(number), slot * INODE_BYTES, *new)
+
+    def set_inline(self, ino: int, data: bytes) -> None:
+        """Fill an inode's inline bytes, zeros behind them."""
+        page = self.image.edit(self.inodes.page_of[ino >> 4])
+        start = (ino & 15) * INODE_BYTES + layout.INODE_INLINE_OFFSET
+        size = layout.INODE_INLINE_BYTES
+        page[start : start + size] = data + bytes(size - len(data))
+
+    def drop_inode(self, ino: int) -> None:
+        """Take an inode out of its slot; what it refers to is the caller's business."""
+        page = self.image.edit(self.inodes.page_of[ino >> 4])
+        slot = ino & 15
+        page[slot * INODE_BYTES : (slot + 1) * INODE_BYTES] = bytes(INODE_BYTES)
+        self.inodes.type[self.inodes.row_of[ino >> 4] + slot] = 0
+
+    def load_inode_pages(self) -> Iterator[tuple[int, Buffer]]:
+        """Every page of the table, by index."""
+        total = len(self.inodes.page_of) or 1
+        for done, index in enumerate(sorted(self.inodes.page_of)):
+            if not done % 256:
+                self.progress("inodes", done / total)
+            yield index, self.image.raw(self.inodes.page_of[index])
+
+    # ------------------------------------------------------------------ carved blocks
+
+    def page_map(self, block: int) -> int | None:
+        """Bitmap of the pages in use that the block's page map claims; None if it is damaged."""
+        known = self._page_maps.get(block, -2)
+        if known == -2:
+            try:
+                page = self.image.load(block * PAGES_PER_BLOCK, MAGIC_PAGE_MAP)
+                known = parse_page_map(page).used
+            except CorruptionError:
+                known = -1
+            self._page_maps[block] = known
+        return None if known < 0 else known
+
+    def likely_carved(self) -> list[int]:
+        """Blocks that the map or a page map says are carved, whatever the walk has found."""
+        found = []
+        for first, count in owners.flag_runs(self.map_carved):
+            for block in range(first, first + count):
+                if self.claims.kind[block] not in (owners.FREE, owners.CARVED):
+                    continue
+                if self.map_carved[block] == 1 or self._has_page_map(block):
+                    found.append(block)
+        return found
+
+    def _has_page_map(self, block: int) -> bool:
+        offset = block * PAGES_PER_BLOCK * PAGE
+        if not self.image.data_in(offset, PAGE):
+            return False
+        raw = self.image.raw(block * PAGES_PER_BLOCK)
+        magic = int.from_bytes(raw[:4], "little")
+        return magic in MAGIC_NAMES and self.page_map(block) is not None
+
+    def find_pages(self, magic: int) -> Iterator[int]:
+        """Unclaimed pages in use of carved blocks that start with a magic, ascending."""
+        blocks = self.likely_carved()
+        for done, block in enumerate(blocks):
+            self.progress("searching", done / len(blocks))
+            used = self.page_map(block)
+            mask = (owners.ALL_PAGES if used is None else used) & ~self.claims.pages.get(block, 0)
+            view = self.image.region.view(block * layout.BLOCK, layout.BLOCK).cast("I")
+            for bit, word in enumerate(view[:: PAGE // 4].tolist()):
+                if word == magic and bit and mask >> bit & 1:
+                    yield block * PAGES_PER_BLOCK + bit
+
+    # ------------------------------------------------------------------ words
+
+    def file(self, ino: int) -> str:
+        """An inode, as messages show it."""
+        page = self.inodes.page_of.get(ino >> 4)
+        if page is None:
+            return f"inode {ino}"
+        return f"inode {ino} at {page * PAGE + (ino & 15) * INODE_BYTES:#x}"
+
+    def load_inodes_page(self, number: int) -> Buffer:
+        """A checked inode page."""
+        return self.image.load(number, MAGIC_INODES)

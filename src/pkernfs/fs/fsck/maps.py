@@ -1,0 +1,206 @@
+"""Pass 6: what is marked as in use against what is; and, after all repairs, marking it right.
+
+The comparison is made before anything is allocated or freed for a repair, so that only what the
+region itself has wrong is reported.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pkernfs.alloc.bitmap import runs
+from pkernfs.errors import CorruptionError
+from pkernfs.fs.fsck.claims import ALL_PAGES, CARVED, FREE, flag_runs
+from pkernfs.fs.fsck.context import Context, at
+from pkernfs.fs.fsck.problems import Code
+from pkernfs.fs.fsck.structures import pack_bits, parse_page_map
+from pkernfs.layout import (
+    BLOCK,
+    BLOCK_MAP,
+    BLOCK_MAP_OFFSET,
+    CLASS_DATA,
+    CLASS_META,
+    MAGIC_BLOCK_MAP,
+    MAGIC_PAGE_MAP,
+    MAP_BYTES,
+    MAP_USED_OFFSET,
+    PAGE_MAP_CLASS_OFFSET,
+    PAGE_MAP_USED_BYTES,
+    PAGE_MAP_USED_OFFSET,
+    PAGES_PER_BLOCK,
+)
+
+_TO_USED = bytes([0] + [1] * 255)
+_TO_FREE = bytes([1] + [0] * 255)
+_ONLY_ONE = bytes([0, 1] + [0] * 254)
+_TO_CARVED = bytes(int(kind == CARVED) for kind in range(256))
+# Blocks whose zero mark is checked in one piece.
+_MANY = 64
+
+
+def compare(ctx: Context) -> None:
+    """Report every difference between the maps and the claims."""
+    _keep_empty_carved(ctx)
+    _compare_blocks(ctx)
+    _compare_zero(ctx)
+    blocks = sorted(ctx.claims.pages)
+    for done, block in enumerate(blocks):
+        if not done % 64:
+            ctx.progress("page maps", done / len(blocks))
+        _compare_page_map(ctx, block)
+
+
+def _keep_empty_carved(ctx: Context) -> None:
+    """A carved block may have no page in use at all; only its page map tells it from a lost one."""
+    block = ctx.map_carved.find(1)
+    while block >= 0:
+        if (
+            ctx.claims.kind[block] == FREE
+            and ctx.map_used[block] == 1
+            and (ctx.page_map(block) is not None)
+        ):
+            ctx.claims.carve(block)
+        block = ctx.map_carved.find(1, block + 1)
+
+
+def _report_runs(ctx: Context, code: Code, flags: bytes, **words: Any) -> None:
+    for first, count in flag_runs(flags):
+        last = f"..{first + count - 1}" if count > 1 else ""
+        ctx.report.add(code, f"block {first}{last} at {first * BLOCK:#x}", **words)
+
+
+def _both(a: bytes | bytearray, b: bytes | bytearray) -> bytes:
+    """One where both are one."""
+    value = int.from_bytes(a, "little") & int.from_bytes(b, "little")
+    return value.to_bytes(len(a), "little")
+
+
+def _compare_blocks(ctx: Context) -> None:
+    kind = ctx.claims.kind
+    in_use, free = kind.translate(_TO_USED), kind.translate(_TO_FREE)
+    marked = ctx.map_used.translate(_ONLY_ONE)
+    unmarked = ctx.map_used.translate(_TO_FREE)
+    _report_runs(ctx, Code.BLOCK_LOST, _both(marked, free))
+    _report_runs(ctx, Code.BLOCK_UNMARKED, _both(unmarked, in_use))
+    carved = kind.translate(_TO_CARVED)
+    whole = _both(in_use, carved.translate(_TO_FREE))
+    marked_carved = ctx.map_carved.translate(_ONLY_ONE)
+    not_carved = ctx.map_carved.translate(_TO_FREE)
+    _report_runs(ctx, Code.BLOCK_CARVED, _both(marked_carved, whole), got=1, expected=0)
+    _report_runs(ctx, Code.BLOCK_CARVED, _both(not_carved, carved), got=0, expected=1)
+    stray = _both(_both(marked_carved, free), unmarked)
+    _report_runs(ctx, Code.BLOCK_CARVED, stray, got=1, expected=0)
+
+
+def _compare_zero(ctx: Context) -> None:
+    """Marks on blocks in use; then what is in the blocks marked, where that can be told."""
+    kind = ctx.claims.kind
+    marked = ctx.map_used.translate(_ONLY_ONE)
+    free = _both(kind.translate(_TO_FREE), marked.translate(_TO_FREE))
+    in_use = free.translate(_TO_FREE)
+    wrong = _both(ctx.map_zero, in_use)
+    known = ctx.map_used.translate(bytes([1, 1, 0] + [0] * 253))
+    _report_runs(ctx, Code.ZERO_IN_USE, _both(wrong, known))
+    for first, count in flag_runs(wrong):
+        ctx.map_zero[first : first + count] = bytes(count)
+    if ctx.verify_zero is False or (ctx.verify_zero is None and not ctx.image.tells_holes):
+        return
+    not_zero = bytearray(ctx.blocks)
+    for first, count in flag_runs(ctx.map_zero):
+        for start in range(first, first + count, _MANY):
+            ctx.progress("free blocks", start / ctx.blocks)
+            length = min(_MANY, first + count - start)
+            for offset, size in ctx.image.data_in(start * BLOCK, length * BLOCK):
+                _find_dirty(ctx, offset, size, not_zero)
+    _report_runs(ctx, Code.ZERO_NOT_ZERO, bytes(not_zero))
+    for first, count in flag_runs(not_zero):
+        ctx.map_zero[first : first + count] = bytes(count)
+
+
+def _find_dirty(ctx: Context, offset: int, size: int, not_zero: bytearray) -> None:
+    end = offset + size
+    while offset < end:
+        stop = min(end, (offset // BLOCK + 1) * BLOCK)
+        block = offset // BLOCK
+        if not not_zero[block] and not ctx.image.region.is_zero(offset, stop - offset):
+            not_zero[block] = 1
+        offset = stop
+
+
+def _compare_page_map(ctx: Context, block: int) -> None:
+    number = block * PAGES_PER_BLOCK
+    where = f"page map at {at(number)}"
+    try:
+        found = parse_page_map(ctx.image.load(number, MAGIC_PAGE_MAP))
+    except CorruptionError as e:
+        ctx.report.add(Code.PAGE_MAP_DAMAGED, where, reason=str(e))
+        return
+    if found.kind not in (CLASS_META, CLASS_DATA):
+        ctx.report.add(Code.PAGE_MAP_CLASS, where, got=found.kind)
+    claimed = ctx.claims.pages[block]
+    for code, mask in (
+        (Code.PAGE_LOST, found.used & ~claimed),
+        (Code.PAGE_UNMARKED, claimed & ~found.used),
+    ):
+        for bit, count in runs(mask):
+            ctx.report.add(code, f"pages {at(number + bit)}+{count} in block {block}")
+
+
+# ------------------------------------------------------------------------------ marking it right
+
+
+def write(ctx: Context) -> None:
+    """Bring all maps in line with the claims, less what the repair has freed."""
+    for first, count in ctx.released_pages:
+        ctx.claims.release_pages(first, count)
+    for first, count in ctx.released_blocks:
+        ctx.claims.release_blocks(first, count)
+        ctx.map_zero[first : first + count] = bytes(count)
+    for block in sorted(ctx.claims.pages):
+        _write_page_map(ctx, block)
+    maps = ctx.sb.map_pages()
+    zero = _both(ctx.map_zero, ctx.claims.kind.translate(_TO_FREE))
+    for page, first, blocks in maps:
+        _write_block_map(ctx, page, first, blocks, zero)
+
+
+def _write_page_map(ctx: Context, block: int) -> None:
+    number = block * PAGES_PER_BLOCK
+    used = ctx.claims.pages[block] & ALL_PAGES
+    meta = ctx.claims.meta[block]
+    if used == 1 and (ctx.map_carved[block] != 1 or ctx.page_map(block) is None):
+        ctx.claims.release_blocks(block, 1)  # nothing is left that it was carved for
+        return
+    kind = CLASS_META if meta != 1 or used == 1 else CLASS_DATA
+    known = ctx.map_carved[block] and ctx.page_map(block) is not None
+    if known:
+        found = parse_page_map(ctx.image.raw(number))
+        if found.used == used and found.kind in (CLASS_META, CLASS_DATA):
+            return
+        page = ctx.image.edit(number)
+        if found.kind not in (CLASS_META, CLASS_DATA):
+            page[PAGE_MAP_CLASS_OFFSET : PAGE_MAP_CLASS_OFFSET + 4] = kind.to_bytes(4, "little")
+    else:
+        page = ctx.image.make(number, MAGIC_PAGE_MAP, 0, fresh=not ctx.map_used[block])
+        page[PAGE_MAP_CLASS_OFFSET] = kind
+    end = PAGE_MAP_USED_OFFSET + PAGE_MAP_USED_BYTES
+    page[PAGE_MAP_USED_OFFSET:end] = used.to_bytes(PAGE_MAP_USED_BYTES, "little")
+
+
+def _write_block_map(ctx: Context, page: int, first: int, blocks: int, zero: bytes) -> None:
+    end = first + blocks
+    kind = ctx.claims.kind[first:end]
+    bitmaps = [
+        pack_bits(flags).ljust(MAP_BYTES, b"\0")
+        for flags in (kind.translate(_TO_USED), kind.translate(_TO_CARVED), zero[first:end])
+    ]
+    body = b"".join(bitmaps)
+    start = MAP_USED_OFFSET
+    if page in ctx.rewrite_maps:
+        image = ctx.image.make(page, MAGIC_BLOCK_MAP, 0, fresh=False)
+        BLOCK_MAP.pack_into(image, BLOCK_MAP_OFFSET, first, blocks)
+    elif bytes(ctx.image.raw(page)[start : start + len(body)]) == body:
+        return
+    else:
+        image = ctx.image.edit(page)
+    image[start : start + len(body)] = body

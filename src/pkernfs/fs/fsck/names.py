@@ -1,0 +1,330 @@
+"""Pass 3: the trees of each inode: names, extended attributes, and the nodes of extent trees.
+
+Every node is claimed here, before any file data: a node says whose it is, an extent does not. Kept
+for later: how many names each inode has and where, what directories lose or get, the extents of
+files that have a tree.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+from pkernfs import layout
+from pkernfs.errors import CorruptionError
+from pkernfs.fs.fsck.context import Context, DirectoryFix, TreeParts
+from pkernfs.fs.fsck.problems import Code
+from pkernfs.fs.fsck.structures import (
+    T_DIR,
+    T_REG,
+    Attribute,
+    check_items,
+    extent_slots,
+    item_slots,
+    name_fault,
+    parse_attribute,
+    parse_inode,
+)
+from pkernfs.fs.fsck.table import overflow_chain
+from pkernfs.fs.fsck.trees import Leaf, items_fault, key_fault, parts_of, shape_fault, walk
+from pkernfs.layout import (
+    COLLISION_BITS,
+    INODE_FLAG_BODY,
+    NAME_ITEM,
+    SLOTS_PER_INODE_PAGE,
+    TREE_EXTENTS,
+    TREE_NAMES,
+    TREE_XATTRS,
+    name_key,
+)
+
+_HEAD = NAME_ITEM.size
+
+
+def check_trees(ctx: Context) -> None:
+    """Walk every tree of every inode."""
+    for index, page in ctx.load_inode_pages():
+        row = ctx.inodes.row_of[index]
+        for slot in range(1, SLOTS_PER_INODE_PAGE):
+            kind = ctx.inodes.type[row + slot]
+            if not kind:
+                continue
+            fields = parse_inode(page, slot)
+            ino = index * SLOTS_PER_INODE_PAGE + slot
+            if fields.xattr_root:
+                _walk_attributes(ctx, ino, fields.xattr_root)
+            if fields.flags & INODE_FLAG_BODY:
+                if kind == T_DIR:
+                    _walk_names(ctx, ino, fields.body)
+                elif kind == T_REG:
+                    _walk_extents(ctx, ino, fields.body)
+
+
+def _parts(ctx: Context, ino: int, kind: int) -> TreeParts:
+    """To be filled by a walk; kept if the tree turns out to have a fault."""
+    parts = ctx.trees[ino, kind] = TreeParts()
+    return parts
+
+
+def _keep_if_faulty(ctx: Context, ino: int, kind: int) -> None:
+    if not ctx.trees[ino, kind].faulty:
+        del ctx.trees[ino, kind]
+
+
+def _walk_extents(ctx: Context, ino: int, root: int) -> None:
+    parts = _parts(ctx, ino, TREE_EXTENTS)
+    found = ctx.tree_extents[ino] = array("Q")
+    for leaf in walk(ctx, root, ino, TREE_EXTENTS, parts):
+        extents = extent_slots(leaf[1], leaf[2])
+        fault = key_fault([e[0] for e in extents], leaf[3], leaf[4])
+        if fault:
+            shape_fault(ctx, leaf, ino, parts, fault)
+        for extent in extents:
+            found.extend(extent)
+    _keep_if_faulty(ctx, ino, TREE_EXTENTS)
+
+
+# ------------------------------------------------------------------------------ names
+
+
+def _walk_names(ctx: Context, ino: int, root: int) -> None:
+    parts = _parts(ctx, ino, TREE_NAMES)
+    group = Group()
+    for leaf in walk(ctx, root, ino, TREE_NAMES, parts):
+        slots = item_slots(leaf[1], leaf[2])
+        fault = key_fault([s[0] for s in slots], leaf[3], leaf[4])
+        if fault:
+            shape_fault(ctx, leaf, ino, parts, fault)
+        scan_names(ctx, ino, leaf, slots, group, parts)
+    if group.moved or parts.faulty:
+        drop_duplicates(ctx, ino, parts)
+    _keep_if_faulty(ctx, ino, TREE_NAMES)
+
+
+class Group:
+    """Names that share a hash, of which no two may be the same."""
+
+    def __init__(self) -> None:
+        self.hash = -1
+        self.names: list[bytes] = []
+        self.moved = False
+
+    def repeats(self, base: int, name: bytes) -> bool:
+        """Whether the name was there; it is from now on."""
+        if base != self.hash:
+            self.hash = base
+            self.names = [name]
+            return False
+        if name in self.names:
+            return True
+        self.names.append(name)
+        return False
+
+
+def scan_names(
+    ctx: Context,
+    ino: int,
+    leaf: Leaf,
+    slots: list[tuple[int, int, int, int]],
+    group: Group,
+    parts: TreeParts,
+) -> None:
+    """Check the names in a leaf of directory ``ino`` and count them for the inodes they name."""
+    page, buffer, node, _low, _end = leaf
+    good, reason = check_items(slots, node)
+    if reason:
+        items_fault(ctx, leaf, ino, parts, reason)
+    hash_key = ctx.sb.fields.hash_key
+    unpack = NAME_ITEM.unpack_from
+    dropped = ctx.directories[ino].drop if ino in ctx.directories else ()
+    for i, (key, offset, length, _) in enumerate(slots):
+        if not good[i] or (page, i) in dropped:
+            fix_of(ctx, ino).drop.add((page, i))
+            continue
+        name = bytes(buffer[offset + _HEAD : offset + length])
+        reason = name_fault(name)
+        if reason:
+            ctx.report.add(Code.NAME_BAD, ctx.file(ino), name=repr(name), reason=reason)
+            fix_of(ctx, ino).drop.add((page, i))
+            continue
+        base = name_key(name, hash_key)
+        if base >> COLLISION_BITS != key >> COLLISION_BITS:
+            ctx.report.add(Code.NAME_KEY, ctx.file(ino), name=repr(name), got=key, expected=base)
+            group.moved = True
+            fix_of(ctx, ino)
+        elif group.repeats(base, name):
+            ctx.report.add(Code.NAME_DUPLICATE, ctx.file(ino), name=repr(name))
+            fix_of(ctx, ino).drop.add((page, i))
+            continue
+        target, kind = unpack(buffer, offset)
+        count_name(ctx, ino, (page, i), name, target, kind)
+
+
+def fix_of(ctx: Context, ino: int) -> DirectoryFix:
+    """What is to be changed in a directory."""
+    fix = ctx.directories.get(ino)
+    if fix is None:
+        fix = ctx.directories[ino] = DirectoryFix()
+    return fix
+
+
+def count_name(
+    ctx: Context, ino: int, slot: tuple[int, int], name: bytes, target: int, kind: int
+) -> None:
+    """Count a name for the inode it names; note it if there is none (yet)."""
+    inodes = ctx.inodes
+    row = inodes.row(target)
+    if row < 0:
+        ctx.dangling.append((ino, *slot, target, kind, name))
+        return
+    expected = inodes.type[row]
+    if expected == T_DIR:
+        if inodes.names[row] or target in (ino, layout.ROOT_INO):
+            ctx.report.add(Code.NAME_SECOND, ctx.file(ino), name=repr(name), got=target)
+            fix_of(ctx, ino).drop.add(slot)
+            return
+        inodes.parent[row] = ino
+        inodes.subdirs[inodes.row(ino)] += 1
+    if kind != expected:
+        ctx.report.add(Code.NAME_TYPE, ctx.file(ino), name=repr(name), got=kind, expected=expected)
+        fix_of(ctx, ino).retype[slot] = expected
+    inodes.names[row] += 1
+    inodes.entries[inodes.row(ino)] += 1
+
+
+def drop_duplicates(ctx: Context, ino: int, parts: TreeParts) -> None:
+    """Names that are not where their hash says may be there twice: keep the first of each."""
+    fix = fix_of(ctx, ino)
+    seen: set[bytes] = set()
+    unresolved = {(d[1], d[2]) for d in ctx.dangling if d[0] == ino}
+    for slot, _key, target, _kind, name in entries_of(ctx, ino, parts):
+        if slot in fix.drop:
+            continue
+        if name not in seen:
+            seen.add(name)
+            continue
+        ctx.report.add(Code.NAME_DUPLICATE, ctx.file(ino), name=repr(name))
+        fix.drop.add(slot)
+        if slot not in unresolved:
+            uncount_name(ctx, ino, target)
+
+
+def uncount_name(ctx: Context, ino: int, target: int) -> None:
+    """A name that was counted goes."""
+    row = ctx.inodes.row(target)
+    ctx.inodes.names[row] -= 1
+    ctx.inodes.entries[ctx.inodes.row(ino)] -= 1
+    if ctx.inodes.type[row] == T_DIR:
+        ctx.inodes.subdirs[ctx.inodes.row(ino)] -= 1
+        ctx.inodes.parent[row] = 0
+
+
+Entry = tuple[tuple[int, int], int, int, int, bytes]
+
+
+def entries_of(ctx: Context, ino: int, parts: TreeParts | None = None) -> list[Entry]:
+    """``((page, slot), key, inode, type, name)`` of a directory's leaves; broken items left out."""
+    if parts is None:
+        body = ctx.fields(ino).body
+        parts = parts_of(ctx, body, ino, TREE_NAMES)
+    drop = ctx.directories[ino].drop if ino in ctx.directories else set()
+    found: list[Entry] = []
+    for page, _low, _end in parts.leaves:
+        buffer = ctx.image.raw(page)
+        count = layout.TREE.unpack_from(buffer, layout.TREE_OFFSET)[2]
+        for i in range(count):
+            if (page, i) in drop:
+                continue
+            key, offset, length, _ = layout.ITEM_SLOT.unpack_from(
+                buffer, layout.TREE_SLOTS_OFFSET + 16 * i
+            )
+            target, kind = NAME_ITEM.unpack_from(buffer, offset)
+            found.append(
+                ((page, i), key, target, kind, bytes(buffer[offset + _HEAD : offset + length]))
+            )
+    return found
+
+
+# ------------------------------------------------------------------------------ attributes
+
+
+def _walk_attributes(ctx: Context, ino: int, root: int) -> None:
+    parts = _parts(ctx, ino, TREE_XATTRS)
+    names: dict[bytes, int] = {}
+    for leaf in walk(ctx, root, ino, TREE_XATTRS, parts):
+        slots = item_slots(leaf[1], leaf[2])
+        fault = key_fault([s[0] for s in slots], leaf[3], leaf[4])
+        if fault:
+            shape_fault(ctx, leaf, ino, parts, fault)
+        scan_attributes(ctx, ino, leaf, slots, names, parts)
+    if parts.lost:
+        ctx.attribute_names[ino] = list(names)
+    _keep_if_faulty(ctx, ino, TREE_XATTRS)
+
+
+def scan_attributes(
+    ctx: Context,
+    ino: int,
+    leaf: Leaf,
+    slots: list[tuple[int, int, int, int]],
+    names: dict[bytes, int],
+    parts: TreeParts,
+) -> None:
+    """Check the attributes in a leaf and claim the pages of long values."""
+    good, reason = check_items(slots, leaf[2])
+    if reason:
+        items_fault(ctx, leaf, ino, parts, reason)
+    for i, (key, offset, length, _) in enumerate(slots):
+        if (leaf[0], i) in ctx.attributes.get(ino, ()):
+            continue
+        item = bytes(leaf[1][offset : offset + length])
+        if not good[i] or not _attribute(ctx, ino, key, item, names):
+            ctx.attributes.setdefault(ino, set()).add((leaf[0], i))
+
+
+def _attribute(ctx: Context, ino: int, key: int, item: bytes, names: dict[bytes, int]) -> bool:
+    """Check one attribute; False if it is to go."""
+    where = ctx.file(ino)
+    try:
+        found = parse_attribute(item)
+    except CorruptionError as e:
+        ctx.report.add(Code.XATTR_BAD, where, reason=str(e))
+        return False
+    name = repr(found.name)
+    if found.name in names:
+        ctx.report.add(Code.XATTR_DUPLICATE, where, name=name)
+        return False
+    if name_key(found.name, ctx.sb.fields.hash_key) >> COLLISION_BITS != key >> COLLISION_BITS:
+        ctx.report.add(Code.XATTR_KEY, where, name=name, got=key)
+        ctx.attributes.setdefault(ino, set())
+    if not _claim_value(ctx, ino, found):
+        return False
+    names[found.name] = key
+    return True
+
+
+def _claim_value(ctx: Context, ino: int, found: Attribute) -> bool:
+    if not found.page:
+        return True
+    try:
+        overflow_chain(ctx, found.page, ino, found.value_bytes)
+    except CorruptionError as e:
+        ctx.report.add(Code.XATTR_VALUE, ctx.file(ino), name=repr(found.name), reason=str(e))
+        return False
+    return True
+
+
+def attributes_of(ctx: Context, ino: int, parts: TreeParts) -> list[tuple[int, bytes]]:
+    """``(key, item)`` of the attributes that stay."""
+    drop = ctx.attributes.get(ino, set())
+    found = []
+    for page, _low, _end in parts.leaves:
+        buffer = ctx.image.raw(page)
+        count = layout.TREE.unpack_from(buffer, layout.TREE_OFFSET)[2]
+        for i in range(count):
+            if (page, i) in drop:
+                continue
+            key, offset, length, _ = layout.ITEM_SLOT.unpack_from(
+                buffer, layout.TREE_SLOTS_OFFSET + 16 * i
+            )
+            found.append((key, bytes(buffer[offset : offset + length])))
+    return found

@@ -1,0 +1,361 @@
+"""Pass 8: putting right what the passes have noted down, and the counts that follow from it all."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from pkernfs import layout
+from pkernfs.fs.fsck import superblocks
+from pkernfs.fs.fsck.claims import CARVED, WHOLE
+from pkernfs.fs.fsck.context import Context, Relocation, TreeParts
+from pkernfs.fs.fsck.data import joined, release_extent, show, triples
+from pkernfs.fs.fsck.names import attributes_of, entries_of
+from pkernfs.fs.fsck.problems import Code
+from pkernfs.fs.fsck.structures import (
+    T_DIR,
+    T_LNK,
+    T_REG,
+    Extent,
+    inline_extents,
+    parse_attribute,
+    parse_inode_page,
+    parse_overflow,
+)
+from pkernfs.fs.fsck.trees import (
+    Allocator,
+    NoRoomError,
+    build_extents,
+    build_items,
+    parts_of,
+    release,
+)
+from pkernfs.layout import (
+    COLLISION_BITS,
+    EXTENT,
+    FULL_INODE_PAGE,
+    INODE_FLAG_BODY,
+    INODE_INLINE_SHIFT,
+    MAX_INLINE_EXTENTS,
+    NAME_ITEM,
+    PAGE,
+    PAGES_PER_BLOCK,
+    SLOTS_PER_INODE_PAGE,
+    STATE_CLEAN,
+    STATE_FROZEN,
+    STATE_PAGE,
+    TREE_EXTENTS,
+    TREE_NAMES,
+    TREE_XATTRS,
+    name_key,
+)
+
+
+def rebuild(ctx: Context, space: Allocator) -> None:
+    """Free orphans, move data, build trees anew."""
+    for ino in ctx.orphans:
+        _free(ctx, ino)
+    for todo in ctx.relocations:
+        if ctx.inodes.type_of(todo.ino) == T_REG:
+            _relocate(ctx, space, todo)
+    files = ctx.extents.keys() | {ino for ino, kind in ctx.trees if kind == TREE_EXTENTS}
+    for ino in sorted(files):
+        if ctx.inodes.type_of(ino) == T_REG:
+            _rebuild_extents(ctx, space, ino)
+    directories = ctx.directories.keys() | {i for i, kind in ctx.trees if kind == TREE_NAMES}
+    for ino in sorted(directories):
+        if ctx.inodes.type_of(ino):
+            _rebuild_names(ctx, space, ino)
+    attributes = ctx.attributes.keys() | {i for i, kind in ctx.trees if kind == TREE_XATTRS}
+    for ino in sorted(attributes):
+        if ctx.inodes.type_of(ino):
+            _rebuild_attributes(ctx, space, ino)
+    if ctx.rebuild_table or ctx.table.faulty:
+        _rebuild_table(ctx, space)
+
+
+# ------------------------------------------------------------------------------ orphans
+
+
+def _free(ctx: Context, ino: int) -> None:
+    """Free an inode without a name and all that it holds."""
+    f = ctx.fields(ino)
+    body = f.body if f.flags & INODE_FLAG_BODY else 0
+    kind = f.mode >> 12
+    if kind == T_REG:
+        for extent in _current_extents(ctx, ino):
+            release_extent(ctx, extent)
+        if body:
+            release(ctx, parts_of(ctx, body, ino, TREE_EXTENTS))
+    elif kind == T_LNK and body:
+        _release_chain(ctx, body, ino)
+    elif body:
+        release(ctx, parts_of(ctx, body, ino, TREE_NAMES))
+    if f.xattr_root:
+        parts = parts_of(ctx, f.xattr_root, ino, TREE_XATTRS)
+        for _, item in attributes_of(ctx, ino, parts):
+            page = parse_attribute(item).page
+            if page:
+                _release_chain(ctx, page, ino)
+        release(ctx, parts)
+    for table in (ctx.extents, ctx.directories, ctx.attributes):
+        table.pop(ino, None)
+    for kind in (TREE_EXTENTS, TREE_NAMES, TREE_XATTRS):
+        ctx.trees.pop((ino, kind), None)
+    ctx.drop_inode(ino)
+
+
+def _release_chain(ctx: Context, page: int, ino: int) -> None:
+    """Give back the overflow pages of a value that was checked before."""
+    while page:
+        ctx.released_pages.append((page, 1))
+        page, _ = parse_overflow(ctx.image.raw(page), ino)
+
+
+# ------------------------------------------------------------------------------ extents
+
+
+def _current_extents(ctx: Context, ino: int) -> list[Extent]:
+    known = ctx.extents.get(ino)
+    if known is not None:
+        return known
+    f = ctx.fields(ino)
+    if f.flags & INODE_FLAG_BODY:
+        return triples(ctx.tree_extents[ino])
+    return inline_extents(ctx.inode_page(ino), ino & 15, f.flags)
+
+
+def _relocate(ctx: Context, space: Allocator, todo: Relocation) -> None:
+    """Copy data that lies where it cannot stay; without room, the file gets a hole there."""
+    size = ctx.fields(todo.ino).size
+    file_page, source = todo.file_page, todo.source
+    # What lies behind the end of the file needs no copy.
+    end = min(todo.file_page + todo.pages, -(-size // PAGE))
+    copied: list[Extent] = []
+    try:
+        while file_page < end:
+            count = _copy_unit(ctx, space, file_page, source, end - file_page, copied)
+            file_page += count
+            source += count
+    except NoRoomError:
+        pass
+    left = end - file_page
+    reason = "part of a block that is not carved, or at a wrong offset in it"
+    remedy = "copied to another place" if copied else "dropped: behind the end of the file"
+    if left > 0:
+        remedy = "no space for a copy, reads as zeros"
+    if left > 0 and copied:
+        remedy = f"copied but for {left} pages: no space, they read as zeros"
+    ctx.report.add(
+        todo.code,
+        ctx.file(todo.ino),
+        extent=show((todo.file_page, todo.source, todo.pages)),
+        reason=reason,
+        remedy=remedy,
+    )
+    if copied:
+        start, page, count = copied[-1]
+        tail = size - start * PAGE
+        if tail < count * PAGE:
+            ctx.image.zero_data(page * PAGE + tail, count * PAGE - tail)
+    ctx.extents[todo.ino] = joined(ctx, sorted(_current_extents(ctx, todo.ino) + copied))
+
+
+def _copy_unit(
+    ctx: Context, space: Allocator, file_page: int, source: int, most: int, copied: list[Extent]
+) -> int:
+    """Copy a block, or a page; returns how many pages were done."""
+    if file_page % PAGES_PER_BLOCK == 0 and most >= PAGES_PER_BLOCK:
+        try:
+            page = space.block() * PAGES_PER_BLOCK
+            count = PAGES_PER_BLOCK
+        except NoRoomError:
+            page, count = space.data_page(), 1
+    else:
+        page, count = space.data_page(), 1
+    ctx.image.copy_data(source * PAGE, page * PAGE, count * PAGE)
+    copied.append((file_page, page, count))
+    return count
+
+
+def _rebuild_extents(ctx: Context, space: Allocator, ino: int) -> None:
+    f = ctx.fields(ino)
+    extents = joined(ctx, _current_extents(ctx, ino))
+    old = TreeParts()
+    if f.flags & INODE_FLAG_BODY:
+        old = parts_of(ctx, f.body, ino, TREE_EXTENTS)
+    root = 0
+    if len(extents) > MAX_INLINE_EXTENTS:
+        root = build_extents(ctx, space, ino, extents, old)
+    release(ctx, old)
+    flags = f.flags & ~(INODE_FLAG_BODY | 0xFF << INODE_INLINE_SHIFT)
+    inline = b""
+    if root:
+        flags |= INODE_FLAG_BODY
+    else:
+        flags |= len(extents) << INODE_INLINE_SHIFT
+        inline = b"".join([EXTENT.pack(*e) for e in extents])
+    pages = sum(count for _, _, count in extents)
+    ctx.set_fields(ino, flags=flags, body=root, data_pages=pages)
+    ctx.set_inline(ino, inline)
+
+
+# ------------------------------------------------------------------------------ names, attributes
+
+
+def _free_key(base: int, taken: set[int]) -> int:
+    """The lowest of a hash's 2048 keys that is not taken, or -1."""
+    for key in range(base, base + layout.MAX_COLLISIONS):
+        if key not in taken:
+            return key
+    return -1
+
+
+def _rebuild_names(ctx: Context, space: Allocator, ino: int) -> None:
+    f = ctx.fields(ino)
+    body = f.body if f.flags & INODE_FLAG_BODY else 0
+    parts = parts_of(ctx, body, ino, TREE_NAMES)
+    fix = ctx.directories.get(ino)
+    hash_key = ctx.sb.fields.hash_key
+    items: dict[int, bytes] = {}
+    homeless = list(fix.add) if fix else []
+    for slot, key, target, kind, name in entries_of(ctx, ino, parts):
+        if fix and slot in fix.retype:
+            kind = fix.retype[slot]
+        if name_key(name, hash_key) >> COLLISION_BITS == key >> COLLISION_BITS and (
+            key not in items
+        ):
+            items[key] = NAME_ITEM.pack(target, kind) + name
+        else:
+            homeless.append((name, target, kind))
+    taken = set(items)
+    for name, target, kind in homeless:
+        key = _free_key(name_key(name, hash_key), taken)
+        taken.add(key)
+        items[key] = NAME_ITEM.pack(target, kind) + name
+    root = build_items(ctx, space, ino, TREE_NAMES, items, parts)
+    release(ctx, parts)
+    flags = f.flags | INODE_FLAG_BODY if root else f.flags & ~INODE_FLAG_BODY
+    ctx.set_fields(ino, flags=flags, body=root, size=len(items))
+
+
+def _rebuild_attributes(ctx: Context, space: Allocator, ino: int) -> None:
+    f = ctx.fields(ino)
+    parts = parts_of(ctx, f.xattr_root, ino, TREE_XATTRS)
+    items: dict[int, bytes] = {}
+    for _, item in attributes_of(ctx, ino, parts):
+        base = name_key(parse_attribute(item).name, ctx.sb.fields.hash_key)
+        items[_free_key(base, set(items))] = item
+    root = build_items(ctx, space, ino, TREE_XATTRS, items, parts)
+    release(ctx, parts)
+    ctx.set_fields(ino, xattr_root=root)
+
+
+def _rebuild_table(ctx: Context, space: Allocator) -> None:
+    extents: list[Extent] = []
+    for index in sorted(ctx.inodes.page_of):
+        page = ctx.inodes.page_of[index]
+        if extents and extents[-1][1] + extents[-1][2] == page:
+            first, start, count = extents[-1]
+            extents[-1] = (first, start, count + 1)
+        else:
+            extents.append((index, page, 1))
+    ctx.inode_root = build_extents(ctx, space, 0, extents, ctx.table)
+    release(ctx, ctx.table)
+
+
+# ------------------------------------------------------------------------------ counts
+
+
+def check_counts(ctx: Context) -> None:
+    """Compare the counts in the state page and the list of free slots with the table."""
+    state = ctx.state
+    if state is None or ctx.lost_indexes or ctx.rebuild_table or ctx.table.faulty:
+        return
+    where = f"state page at {STATE_PAGE * PAGE:#x}"
+    count = len(ctx.inodes.page_of)
+    if state.inode_pages != count:
+        ctx.report.add(Code.INODE_PAGE_COUNT, where, got=state.inode_pages, expected=count)
+    if superblocks.is_clean(ctx) and state.inodes_used != ctx.inodes_on_media:
+        ctx.report.add(Code.INODES_USED, where, got=state.inodes_used, expected=ctx.inodes_on_media)
+    listed, reason = _free_list(ctx, state.free_inode_page)
+    if not reason:
+        for index, page in ctx.load_inode_pages():
+            head = parse_inode_page(page)
+            full = head.used & FULL_INODE_PAGE == FULL_INODE_PAGE
+            if (index in listed) == full or bool(head.listed) == full:
+                reason = f"inode page {index}: listed {head.listed}, used {head.used:#06x}"
+                break
+    if reason:
+        ctx.report.add(Code.INODE_FREE_LIST, where, reason=reason)
+
+
+def _free_list(ctx: Context, head: int) -> tuple[dict[int, None], str]:
+    """Indexes in the list of pages with free slots, in order; why it ends too early, if it does."""
+    listed: dict[int, None] = {}
+    while head:
+        index = head - 1
+        number = ctx.inodes.page_of.get(index)
+        if number is None:
+            return listed, f"leads to inode page {index}, which does not exist"
+        if index in listed:
+            return listed, f"leads to inode page {index} twice"
+        listed[index] = None
+        head = parse_inode_page(ctx.image.raw(number)).next_free
+    return listed, ""
+
+
+def write_counts(ctx: Context) -> None:
+    """Masks, the list of free slots, and the state page, as everything now is."""
+    inodes = ctx.inodes
+    masks = {}
+    for index, row in inodes.row_of.items():
+        types = inodes.type[row : row + SLOTS_PER_INODE_PAGE]
+        masks[index] = sum(1 << slot for slot, kind in enumerate(types) if kind)
+    head = ctx.state.free_inode_page if ctx.state else 0
+    order, _ = _free_list(ctx, head)
+    order.update(dict.fromkeys(sorted(masks)))
+    chain = [index for index in order if masks[index] != FULL_INODE_PAGE]
+    following = {index: after + 1 for index, after in pairwise(chain)}
+    listed = set(chain)
+    for index, used in masks.items():
+        number = inodes.page_of[index]
+        old = parse_inode_page(ctx.image.raw(number))
+        new = old._replace(
+            next_free=following.get(index, 0), used=used, pending=0, listed=int(index in listed)
+        )
+        if new != old:
+            layout.INODE_PAGE.pack_into(ctx.image.edit(number), layout.INODE_PAGE_OFFSET, *new)
+    _write_state(ctx, chain[0] + 1 if chain else 0, sum(m.bit_count() for m in masks.values()))
+
+
+def _write_state(ctx: Context, free: int, used: int) -> None:
+    old = ctx.state
+    if old is None:
+        old = layout.StateFields(STATE_CLEAN, 0, 0, 0, 0, bytes(16), 0, 0, 0, 0, 0)
+        ctx.image.make(STATE_PAGE, layout.MAGIC_STATE, 0, fresh=False)
+    new = old._replace(
+        state=STATE_FROZEN if old.state == STATE_FROZEN else STATE_CLEAN,
+        flags=0,
+        inode_root=ctx.inode_root or old.inode_root,
+        inode_pages=len(ctx.inodes.page_of),
+        free_inode_page=free,
+        inodes_used=used,
+    )
+    if new != ctx.state:
+        layout.STATE.pack_into(ctx.image.edit(STATE_PAGE), layout.STATE_OFFSET, *new)
+
+
+def summarize(ctx: Context) -> dict[str, int]:
+    """Counts for the report, as they are after the repair."""
+    kind = ctx.claims.kind
+    types = ctx.inodes.type
+    return {
+        "inodes": len(types) - types.count(0),
+        "directories": types.count(T_DIR),
+        "blocks": ctx.blocks,
+        "blocks_free": kind.count(0),
+        "blocks_used": ctx.blocks - kind.count(0),
+        "blocks_data": kind.count(WHOLE),
+        "blocks_carved": kind.count(CARVED),
+        "pages_used": sum(m.bit_count() for m in ctx.claims.pages.values()),
+    }

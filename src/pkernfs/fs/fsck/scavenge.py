@@ -1,0 +1,253 @@
+"""Pass 5: what damaged nodes led to.
+
+Leaves of trees say whose they are. Where a node above them or the inode itself was lost, they are
+searched for in all carved blocks, taken if a page map marks them as in use, and put back: names and
+extents under the file's own number, so that its name still leads to it.
+"""
+
+from __future__ import annotations
+
+import time
+
+from pkernfs import layout
+from pkernfs.errors import CorruptionError
+from pkernfs.fs.fsck.context import KEY_END, Context, TreeParts, at
+from pkernfs.fs.fsck.data import check_tail, claim_found
+from pkernfs.fs.fsck.names import (
+    Group,
+    count_name,
+    drop_duplicates,
+    fix_of,
+    scan_attributes,
+    scan_names,
+)
+from pkernfs.fs.fsck.problems import Code
+from pkernfs.fs.fsck.structures import (
+    T_DIR,
+    T_REG,
+    extent_slots,
+    item_slots,
+    parse_inode_page,
+    parse_node,
+)
+from pkernfs.fs.fsck.table import new_inode_page
+from pkernfs.fs.fsck.trees import Allocator, parts_of
+from pkernfs.layout import (
+    HEADER,
+    INODE,
+    INODE_BYTES,
+    INODE_FLAG_BODY,
+    MAGIC_TREE,
+    PAGE,
+    ROOT_INO,
+    TREE_EXTENTS,
+    TREE_NAMES,
+    TREE_OFFSET,
+    TREE_XATTRS,
+    InodeFields,
+)
+
+
+def find_leaves(ctx: Context) -> None:
+    """Claim the leaves of damaged trees and lost inodes, and the data that their extents name."""
+    if not (ctx.lost_indexes or ctx.lost_inos or any(p.lost for p in ctx.trees.values())):
+        return
+    for number in list(ctx.find_pages(MAGIC_TREE)):
+        try:
+            page = ctx.image.load(number, MAGIC_TREE)
+        except CorruptionError:
+            continue
+        owner = HEADER.unpack_from(page)[3]
+        kind, level = page[TREE_OFFSET], page[TREE_OFFSET + 1]
+        if level or not _wanted(ctx, owner, kind):
+            continue
+        try:
+            parse_node(page, owner, kind)
+        except CorruptionError:
+            continue
+        if ctx.claims.claim_meta(number):
+            ctx.found_leaves.setdefault((owner, kind), []).append(number)
+    for (owner, kind), numbers in ctx.found_leaves.items():
+        if kind == TREE_EXTENTS and ctx.inodes.type_of(owner) in (0, T_REG):
+            _take_extents(ctx, owner, numbers)
+
+
+def _wanted(ctx: Context, owner: int, kind: int) -> bool:
+    if ctx.inodes.row(owner) >= 0:
+        parts = ctx.trees.get((owner, kind))
+        return parts is not None and bool(parts.lost)
+    if kind not in (TREE_EXTENTS, TREE_NAMES) or not owner & 15:
+        return False
+    return owner >> 4 in ctx.lost_indexes or owner in ctx.lost_inos
+
+
+def _lost_ranges(ctx: Context, owner: int, kind: int) -> list[tuple[int, int]]:
+    parts = ctx.trees.get((owner, kind))
+    return parts.lost if parts is not None else [(0, KEY_END)]
+
+
+def _is_in(key: int, ranges: list[tuple[int, int]]) -> bool:
+    return any(low <= key < end for low, end in ranges)
+
+
+def _take_extents(ctx: Context, owner: int, numbers: list[int]) -> None:
+    ranges = _lost_ranges(ctx, owner, TREE_EXTENTS)
+    have = {e[0] for e in ctx.extents.get(owner, [])}
+    found = []
+    for number in numbers:
+        page = ctx.image.raw(number)
+        extents = [
+            e
+            for e in extent_slots(page, parse_node(page, owner, TREE_EXTENTS))
+            if _is_in(e[0], ranges) and e[0] not in have
+        ]
+        have |= {e[0] for e in extents}
+        found += extents
+        _report_leaf(ctx, owner, number, len(extents))
+    claim_found(ctx, owner, found)
+    if ctx.inodes.row(owner) >= 0:
+        check_tail(ctx, owner, ctx.fields(owner).size, ctx.extents[owner])
+
+
+def _report_leaf(ctx: Context, owner: int, number: int, count: int) -> None:
+    ctx.report.add(Code.TREE_LEAF_FOUND, f"tree node at {at(number)} of inode {owner}", count=count)
+
+
+# ------------------------------------------------------------------------------ putting back
+
+
+def fill_gaps(ctx: Context, space: Allocator) -> None:
+    """Empty inode pages where the table misses some, so that its numbers go through again."""
+    if not ctx.inodes.page_of:
+        ctx.lost_indexes.add(0)
+    for index in sorted(ctx.lost_indexes - ctx.inodes.page_of.keys()):
+        number = space.page()
+        new_inode_page(ctx, index, number, fresh=True)
+        ctx.inodes.add_page(index, number)
+        ctx.rebuild_table = True
+
+
+def put_back(ctx: Context) -> None:
+    """Give the leaves found back to their inodes, made anew where they were lost."""
+    owners = sorted({owner for owner, _ in ctx.found_leaves})
+    made = [owner for owner in owners if ctx.inodes.row(owner) < 0 and _remake(ctx, owner)]
+    for owner in owners:
+        kind = ctx.inodes.type_of(owner)
+        if kind == T_DIR:
+            _put_names(ctx, owner, ctx.found_leaves.get((owner, TREE_NAMES), []))
+        if (owner, TREE_XATTRS) in ctx.found_leaves and owner not in made:
+            _put_attributes(ctx, owner, ctx.found_leaves[owner, TREE_XATTRS])
+    for numbers in ctx.found_leaves.values():
+        ctx.released_pages += [(number, 1) for number in numbers]
+    _resolve_dangling(ctx)
+
+
+def _remake(ctx: Context, ino: int) -> bool:
+    """A new inode for leaves without one: a directory if it has names, else a file."""
+    if ino >> 4 not in ctx.inodes.page_of:
+        return False
+    is_dir = (ino, TREE_NAMES) in ctx.found_leaves
+    mode = 0o040700 if is_dir else 0o100600
+    size = 0
+    if not is_dir:
+        extents = ctx.extents.get(ino, [])
+        end = extents[-1][0] + extents[-1][2] if extents else 0
+        size = min(end * PAGE, layout.MAX_FILE_BYTES)
+    make_inode(ctx, ino, 0o040755 if ino == ROOT_INO else mode, size=size)
+    ctx.report.add(
+        Code.INODE_RECOVERED, ctx.file(ino), what="names were" if is_dir else "extents were"
+    )
+    return True
+
+
+def make_inode(ctx: Context, ino: int, mode: int, *, size: int = 0) -> None:
+    """Put a new inode, root's own, into a free slot."""
+    number = ctx.inodes.page_of[ino >> 4]
+    page = ctx.image.edit(number)
+    head = parse_inode_page(page)
+    layout.INODE_PAGE.pack_into(
+        page,
+        layout.INODE_PAGE_OFFSET,
+        *head._replace(generation=(head.generation + 1) & 0xFFFFFFFF),
+    )
+    now = time.time_ns()
+    fields = InodeFields(
+        ino=ino,
+        generation=head.generation,
+        mode=mode,
+        uid=0,
+        gid=0,
+        nlink=1,
+        flags=0,
+        size=size,
+        atime=now,
+        mtime=now,
+        ctime=now,
+        btime=now,
+        rdev_major=0,
+        rdev_minor=0,
+        data_pages=0,
+        xattr_root=0,
+        pending_start=0,
+        pending_end=0,
+        parent=0,
+        body=0,
+    )
+    slot = ino & 15
+    page[slot * INODE_BYTES : (slot + 1) * INODE_BYTES] = bytes(INODE_BYTES)
+    INODE.pack_into(page, slot * INODE_BYTES, *fields)
+    ctx.inodes.type[ctx.inodes.row_of[ino >> 4] + slot] = mode >> 12
+    ctx.made.add(ino)
+
+
+def _tree_parts(ctx: Context, ino: int, kind: int, root: int) -> TreeParts:
+    parts = ctx.trees.get((ino, kind))
+    if parts is None:
+        parts = ctx.trees[ino, kind] = parts_of(ctx, root, ino, kind)
+    parts.faulty = True
+    return parts
+
+
+def _put_names(ctx: Context, ino: int, numbers: list[int]) -> None:
+    if not numbers:
+        return
+    fields = ctx.fields(ino)
+    ranges = _lost_ranges(ctx, ino, TREE_NAMES)
+    root = fields.body if fields.flags & INODE_FLAG_BODY else 0
+    parts = _tree_parts(ctx, ino, TREE_NAMES, root)
+    for number in numbers:
+        page = ctx.image.raw(number)
+        node = parse_node(page, ino, TREE_NAMES)
+        slots = item_slots(page, node)
+        outside = {(number, i) for i, s in enumerate(slots) if not _is_in(s[0], ranges)}
+        fix_of(ctx, ino).drop |= outside
+        scan_names(ctx, ino, (number, page, node, 0, KEY_END), slots, Group(), parts)
+        parts.leaves.append((number, 0, KEY_END))
+        _report_leaf(ctx, ino, number, len(slots) - len(outside))
+    drop_duplicates(ctx, ino, parts)
+
+
+def _put_attributes(ctx: Context, ino: int, numbers: list[int]) -> None:
+    ranges = _lost_ranges(ctx, ino, TREE_XATTRS)
+    parts = _tree_parts(ctx, ino, TREE_XATTRS, ctx.fields(ino).xattr_root)
+    names = dict.fromkeys(ctx.attribute_names.get(ino, ()), 0)
+    for number in numbers:
+        page = ctx.image.raw(number)
+        node = parse_node(page, ino, TREE_XATTRS)
+        slots = item_slots(page, node)
+        outside = {(number, i) for i, s in enumerate(slots) if not _is_in(s[0], ranges)}
+        ctx.attributes.setdefault(ino, set()).update(outside)
+        scan_attributes(ctx, ino, (number, page, node, 0, KEY_END), slots, names, parts)
+        parts.leaves.append((number, 0, KEY_END))
+        _report_leaf(ctx, ino, number, len(slots) - len(outside))
+
+
+def _resolve_dangling(ctx: Context) -> None:
+    """Names whose inode did not come back go."""
+    for ino, page, slot, target, kind, name in ctx.dangling:
+        if ctx.inodes.row(target) >= 0:
+            count_name(ctx, ino, (page, slot), name, target, kind)
+            continue
+        ctx.report.add(Code.NAME_DANGLING, ctx.file(ino), name=repr(name), got=target)
+        fix_of(ctx, ino).drop.add((page, slot))
+    ctx.dangling.clear()
