@@ -49,8 +49,8 @@ def run(args: argparse.Namespace) -> int:
     label = _checked_label(args.label)
     size = None if args.size is None else _checked_size(args.size)
     before = _file_size(args.region)
+    _resize(args.region, before, size, args.force)
     try:
-        _resize(args.region, before, size, args.force)
         made = _format(args.region, label, args.force)
     except BaseException:
         _restore(args.region, before)
