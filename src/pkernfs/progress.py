@@ -10,7 +10,7 @@ _INTERVAL_SECONDS = 0.2
 
 
 class Progress:
-    """Call it with a step and how much of it is done; leaving the context wipes the line."""
+    """Call it with what is done of how much; leaving the context wipes the line."""
 
     def __init__(self, what: str) -> None:
         self._what = what
@@ -18,13 +18,13 @@ class Progress:
         self._next = time.monotonic() + _INTERVAL_SECONDS  # a short job shows nothing
         self._shown = False
 
-    def __call__(self, step: str, done: float) -> None:
-        """Show that ``done`` (0 to 1) of ``step`` is behind us, if it is time to."""
+    def __call__(self, done: int, total: int) -> None:
+        """Show ``done`` of ``total``, whatever they count, if it is time to."""
         if not self._active or (now := time.monotonic()) < self._next:
             return
         self._next = now + _INTERVAL_SECONDS
         self._shown = True
-        sys.stderr.write(f"\r\033[K{self._what}: {step} {done:.0%}")
+        sys.stderr.write(f"\r\033[K{self._what}: {done / max(total, 1):.0%}")
         sys.stderr.flush()
 
     def __enter__(self) -> Progress:
