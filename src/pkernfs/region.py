@@ -187,13 +187,18 @@ class Region:
         """Physical address of offset 0 if it was given."""
         return self._phys_base
 
+    @property
+    def untouched(self) -> bool:
+        """Whether the file has no memory yet: all zero; even reading it would give it some."""
+        return self._fd is not None and os.fstat(self._fd).st_blocks == 0
+
     def known_zero(self) -> list[tuple[int, int]]:
         """Runs of ``(first block, blocks)`` that are known to be zero without reading them."""
         blocks = self.size // BLOCK
         if self._fd is None:
             return []
-        if self._fs_magic == _HUGETLBFS:  # does not tell holes, but whether it has any page
-            return [(0, blocks)] if os.fstat(self._fd).st_blocks == 0 else []
+        if self._fs_magic == _HUGETLBFS:  # does not tell holes
+            return [(0, blocks)] if self.untouched else []
         runs = []
         end = 0
         for start, stop in self.data_ranges():

@@ -110,6 +110,8 @@ class Probe:
 
 def probe(region: Region) -> Probe:
     """Find out what is in a region, without changing it."""
+    if region.untouched:
+        return Probe(Content.EMPTY, "nothing")
     traces = [
         superblock.is_trace(region.view(page * PAGE, PAGE))
         for page in (SUPERBLOCK_PAGE, BACKUP_PAGE)
