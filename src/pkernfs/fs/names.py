@@ -59,7 +59,12 @@ class Names:
         return Tree(self._store, self._pages, TREE_NAMES, directory.ino, root)
 
     def find(self, directory: Inode, name: bytes) -> Entry | None:
-        """``(key, inode number, type)`` of a name; None if it is not there."""
+        """``(key, inode number, type)`` of a name; None if it is not there.
+
+        :raises NameTooLongError: no name can be that long.
+        """
+        if len(name) > MAX_NAME_BYTES:
+            raise NameTooLongError(f"name of {len(name)} bytes: expected at most {MAX_NAME_BYTES}")
         found = self._remembered.get((directory.ino, name))
         if found is None:
             found = self._look_up(directory, name)
