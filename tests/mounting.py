@@ -45,6 +45,15 @@ def is_mounted(path: Path | str) -> bool:
         return any(line.split(" ")[4] == str(path) for line in table)
 
 
+_PROGRAM = "import sys; from pkernfs.cli import main; sys.exit(main())"
+
+
+def run_pkernfs(*words: str) -> subprocess.CompletedProcess[str]:
+    """``pkernfs WORDS``, and what came of it."""
+    command = [sys.executable, "-c", _PROGRAM, *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+
+
 class Mounted:
     """A formatted region and a daemon that serves it at :attr:`path`."""
 
@@ -77,8 +86,7 @@ class Mounted:
         :raises AssertionError: the daemon ended instead.
         """
         self._close_pipe()
-        program = "import sys; from pkernfs.cli import main; sys.exit(main())"
-        command = [sys.executable, "-c", program, "mount", "-f"]
+        command = [sys.executable, "-c", _PROGRAM, "mount", "-f"]
         if self.options:
             command += ["-o", self.options]
         daemon = self.daemon = subprocess.Popen(

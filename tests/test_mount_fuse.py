@@ -21,7 +21,7 @@ import pytest
 
 pytestmark = pytest.mark.fuse
 
-from mounting import MIB, Mapper, Mounted, child, is_mounted, libc, run_as, wait_until  # noqa: E402
+from mounting import MIB, Mapper, Mounted, child, is_mounted, libc, run_as, run_pkernfs, wait_until  # noqa: E402
 
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
 KEEP_SIZE, PUNCH_HOLE, COLLAPSE_RANGE, ZERO_RANGE = 1, 2, 8, 16
@@ -683,3 +683,80 @@ def test_locks_are_the_kernels(mounted: Mounted) -> None:
         fcntl.flock(a, fcntl.LOCK_EX)
         with fails_with(errno.EAGAIN):
             fcntl.flock(b, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_mount_right_after_umount(mounted: Mounted) -> None:
+    """The region is still being cleaned up when umount(8) returns: the next mount waits for it."""
+    for i in range(5):
+        (mounted.path / f"f{i}").write_bytes(b"x")
+        former = mounted.daemon
+        subprocess.run(["umount", mounted.path], check=True)
+        mounted.start()
+        assert former
+        assert former.wait(5) == 0
+    assert len(list(mounted.path.iterdir())) == 6
+
+
+def test_a_second_mount_of_a_region_is_refused(mounted: Mounted) -> None:
+    other = mounted.directory / "other"
+    other.mkdir()
+    done = run_pkernfs("mount", str(mounted.region), str(other))
+    assert done.returncode == 32
+    assert done.stderr.count("\n") == 1
+    assert "in use" in done.stderr
+    assert not is_mounted(other)
+
+
+def test_a_refused_mount_is_one_line(mounted: Mounted) -> None:
+    """What libfuse and the kernel refuse is said by us, once."""
+    mounted.unmount()
+    done = run_pkernfs("mount", "-o", "context=nonsense", str(mounted.region), str(mounted.path))
+    assert done.returncode == 32
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert "cannot mount" in done.stderr
+
+
+def test_the_background_begins_when_the_mount_answers(mounted: Mounted) -> None:
+    mounted.unmount()
+    done = run_pkernfs("mount", str(mounted.region), str(mounted.path))
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
+    assert sorted(os.listdir(mounted.path)) == ["iommu"]
+    subprocess.run(["umount", mounted.path], check=True)
+
+
+def test_truncate_waits_for_zeroing_beside_others() -> None:
+    """A file that needs more zeroed memory than there is: others are served while it waits."""
+    with Mounted(size=1024 * MIB) as mount:
+        with open(mount.path / "big", "wb", buffering=0) as f, contextlib.suppress(OSError):
+            while True:
+                f.write(b"x" * MIB)
+        (mount.path / "big").unlink()
+        grown = mount.path / "grown"
+        grown.touch()
+        size = (os.statvfs(mount.path).f_bfree // 512 - 2) * 2 * MIB  # all but every block
+        times: list[float] = []
+        with child(lambda: os.truncate(grown, size)) as pid:
+            while os.waitpid(pid, os.WNOHANG) == (0, 0):
+                start = time.perf_counter()
+                assert not (mount.path / f"absent-{len(times)}").exists()
+                times.append(time.perf_counter() - start)
+        assert grown.stat().st_size == size
+        assert sorted(times)[len(times) // 2] < 0.005
+        with open(grown, "rb", buffering=0) as f:
+            while chunk := f.read(MIB):
+                assert chunk.count(0) == len(chunk)
+
+
+def test_a_warm_stat_is_the_kernels(mounted: Mounted) -> None:
+    """It is answered even while the daemon is stopped."""
+    path = mounted.path / "f"
+    path.write_bytes(b"x")
+    path.stat()
+    assert not (mounted.path / "absent").exists()
+    assert mounted.daemon
+    mounted.daemon.send_signal(signal.SIGSTOP)
+    try:
+        with child(lambda: (path.stat(), (mounted.path / "absent").exists())) as pid:
+            wait_until(lambda: os.waitpid(pid, os.WNOHANG) != (0, 0), "a stat from the cache")
+    finally:
+        mounted.daemon.send_signal(signal.SIGCONT)

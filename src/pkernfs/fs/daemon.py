@@ -16,7 +16,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Generator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pkernfs.errors import FormatError, PkernfsError, RegionError, ZeroingNeeded
@@ -32,9 +32,10 @@ EXIT_FAILED = 32
 
 _MIB = 1 << 20
 _ZERO_BATCH_BYTES = 64 * _MIB  # one thread call: what an unmount may wait for
+_SETTLE_SECONDS = 0.05
 _ZERO_DELAY_SECONDS = 0.05  # more will be freed in a moment
 _REQUESTS_IN_A_ROW = 32  # before other tasks get their turn
-_SPIN_MICROSECONDS = 50.0  # a client's think time: asleep, an answer costs some 100 more
+_SPIN_MICROSECONDS = 100.0  # about as much as falling asleep and waking up would cost
 
 #: Mount options for libfuse or the kernel. What else there is of the kind (relatime and others)
 #: has no meaning here: FUSE leaves access times to the daemon.
@@ -224,7 +225,7 @@ def serve(
         session = _Session(fs, region, mountpoint)
         server.waiting = session
         server.freed = session.freed
-        module.trio = _FastTrio()
+        module.trio = _FastTrio(session.idle)
         region.serving(True)
         trio.run(session.run, server, ready)
     except BaseException:
@@ -258,6 +259,7 @@ class _Session:
         self._loops = 0
         self._ended = trio.Event()
         self._dirty = trio.Event()
+        self.idle = _Moment()
         self._zeroing = trio.Lock()
         self._nursery: Any = None
         self.still_mounted = False
@@ -306,11 +308,21 @@ class _Session:
         self._start_loop()
         await self._trio.to_thread.run_sync(self._fs.sync)
 
-    async def zero(self, need: ZeroingNeeded) -> None:
-        """Zero what an operation needs, in a thread."""
+    @contextlib.asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Others are served meanwhile, but nobody else zeroes: what is free can be allocated."""
         self._start_loop()
         async with self._zeroing:
-            await self._zero_claim(self._fs.claim_zeroing(need.blocks))
+            yield
+
+    async def settle(self) -> None:
+        """Wait until the requests that are there already have been handled, or for a moment."""
+        with self._trio.move_on_after(_SETTLE_SECONDS):
+            await self.idle.wait()
+
+    async def zero(self, need: ZeroingNeeded) -> None:
+        """Zero what an operation needs, in a thread; inside :meth:`turn`."""
+        await self._zero_claim(self._fs.claim_zeroing(need.blocks))
 
     async def pause(self) -> None:
         """Let other requests be served before the caller goes on."""
@@ -331,10 +343,11 @@ class _Session:
         """Zero freed blocks before anyone asks for them, a batch at a time."""
         trio = self._trio
         while not self._fs.read_only:
-            claim = self._fs.next_dirty(_ZERO_BATCH_BYTES)
-            if claim is not None:
-                await self._zero_claim(claim)
-                continue
+            async with self._zeroing:
+                claim = self._fs.next_dirty(_ZERO_BATCH_BYTES)
+                if claim is not None:
+                    await self._zero_claim(claim)
+                    continue
             self._dirty = trio.Event()
             await self._dirty.wait()
             await trio.sleep(_ZERO_DELAY_SECONDS)
@@ -442,6 +455,26 @@ class _ReadLock:
         return _DONE
 
 
+class _Moment:
+    """Something that happens again and again, for which now and then a task waits."""
+
+    def __init__(self) -> None:
+        import trio
+
+        self._waiters = trio.lowlevel.ParkingLot()
+        self.awaited = False
+
+    async def wait(self) -> None:
+        """Wait for the next time."""
+        self.awaited = True
+        await self._waiters.park()
+
+    def come(self) -> None:
+        """It is now: all who wait may go on."""
+        self.awaited = False
+        self._waiters.unpark_all()
+
+
 class _FastTrio:
     """What pyfuse3 sees as its ``trio`` (as pyfuse3.asyncio does): the same, but for two things.
 
@@ -451,25 +484,26 @@ class _FastTrio:
 
     Lock = _ReadLock
 
-    def __init__(self) -> None:
+    def __init__(self, idle: _Moment) -> None:
         import trio
 
         self._trio = trio
-        self.lowlevel = _FastLowLevel()
+        self.lowlevel = _FastLowLevel(idle)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._trio, name)
 
 
 class _FastLowLevel:
-    """``trio.lowlevel`` for :class:`_FastTrio`."""
+    """``trio.lowlevel`` for :class:`_FastTrio`; ``idle`` comes when no request is there."""
 
-    def __init__(self) -> None:
+    def __init__(self, idle: _Moment) -> None:
         import trio
 
         from pkernfs import fuse_shim
 
         self._lowlevel = trio.lowlevel
+        self._idle = idle
         self.wait_readable: Callable[[int], Awaitable[None]] = trio.lowlevel.wait_readable
         if fuse_shim.attached():
             self.wait_readable = self._make_wait(fuse_shim.took_a_break)
@@ -480,12 +514,15 @@ class _FastLowLevel:
     def _make_wait(self, found_nothing: Callable[[], bool]) -> Callable[[int], Awaitable[None]]:
         really_wait = self._lowlevel.wait_readable
         let_others_run = self._lowlevel.checkpoint
+        idle = self._idle
         left = _REQUESTS_IN_A_ROW
 
         def wait_readable(fd: int) -> Awaitable[None]:
             nonlocal left
             if found_nothing():
                 left = _REQUESTS_IN_A_ROW
+                if idle.awaited:
+                    idle.come()
                 return really_wait(fd)
             left -= 1
             if left:

@@ -20,6 +20,7 @@ import os
 import stat
 import struct
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from pkernfs import fuse_shim  # before pyfuse3: it must be found first by the linker
@@ -27,6 +28,7 @@ from pkernfs.errors import (
     CorruptionError,
     ExistsError,
     NoDataError,
+    NoSpaceError,
     NotFoundError,
     NotSupportedError,
     PkernfsError,
@@ -53,17 +55,26 @@ _EXTENT = struct.Struct("<QQQQ")
 _EXTENTS_PER_PAGE = 65536 // _EXTENT.size
 _NO_ADDRESS = 2**64 - 1
 
+_COPY_BYTES = 1 << 20  # of one copy_file_range: as much as a write
+_END = object()
+
 _Result = TypeVar("_Result")
 
 
 class Waiting(Protocol):
     """How a handler waits while other requests are served (the daemon provides it)."""
 
-    async def sync(self) -> None:
-        """Write the region back to its disk, in a thread."""
+    def turn(self) -> AbstractAsyncContextManager[object]:
+        """Others are served meanwhile, but nobody else zeroes: what is free can be allocated."""
+
+    async def settle(self) -> None:
+        """Wait until the requests that are there already have been handled."""
 
     async def zero(self, need: ZeroingNeeded) -> None:
-        """Zero what an operation needs, in a thread."""
+        """Zero what an operation needs, in a thread; inside :meth:`turn`."""
+
+    async def sync(self) -> None:
+        """Write the region back to its disk, in a thread, while others are served."""
 
     async def pause(self) -> None:
         """Let other requests be served before the caller goes on."""
@@ -97,11 +108,11 @@ def handler(
             return function(self, *args)
         except FUSEError:
             raise
-        except ZeroingNeeded as need:
-            return await self.after_zeroing(need, functools.partial(function, self, *args))
         except Exception as e:
-            code = _fail(self.fs, e)
-        raise FUSEError(code)
+            if not self.must_wait(e):
+                raise FUSEError(_fail(self.fs, e)) from None
+            reason = e
+        return await self.after_zeroing(reason, functools.partial(function, self, *args))
 
     return wrapper
 
@@ -141,24 +152,35 @@ class Operations(pyfuse3.Operations):
             self._opened.direct_io = fuse_shim.may_map_direct()
         self.initialized = True
 
-    async def after_zeroing(self, need: ZeroingNeeded, again: Callable[[], _Result]) -> _Result:
-        """Zero what was asked for and call ``again`` until it is content.
+    def must_wait(self, error: BaseException) -> bool:
+        """Whether an operation that failed is to be tried again by :meth:`after_zeroing`.
+
+        So it is if there is no space: blocks that are being zeroed cannot be allocated, and those
+        of a file that was unlinked just before come with a FORGET that has not been read yet.
+        """
+        return self.waiting is not None and isinstance(error, (ZeroingNeeded, NoSpaceError))
+
+    async def after_zeroing(self, reason: BaseException, again: Callable[[], _Result]) -> _Result:
+        """Zero what ``reason`` asks for and call ``again``, until it is content.
 
         :raises FUSEError: what ``again`` failed with.
         """
         assert self.waiting is not None
         try:
-            while True:
-                await self.waiting.zero(need)
-                try:
-                    return again()
-                except ZeroingNeeded as more:
-                    need = more
+            async with self.waiting.turn():
+                if not isinstance(reason, ZeroingNeeded):
+                    await self.waiting.settle()
+                while True:
+                    if isinstance(reason, ZeroingNeeded):
+                        await self.waiting.zero(reason)
+                    try:
+                        return again()
+                    except ZeroingNeeded as more:
+                        reason = more
         except FUSEError:
             raise
         except Exception as e:
-            code = _fail(self.fs, e)
-        raise FUSEError(code)
+            raise FUSEError(_fail(self.fs, e)) from None
 
     # ------------------------------------------------------------------ attributes
 
@@ -368,8 +390,7 @@ class Operations(pyfuse3.Operations):
             await self.waiting.sync()
             return
         except Exception as e:
-            code = _fail(self.fs, e)
-        raise FUSEError(code)
+            raise FUSEError(_fail(self.fs, e)) from None
 
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         await self.fsync(fh, datasync)
@@ -449,35 +470,57 @@ class Operations(pyfuse3.Operations):
             pyfuse3.invalidate_inode(ino, attr_only=True)
         return done
 
-    def _now_or_later(self, req: Any, counted: bool, operation: Callable[[], int]) -> int:
-        """Run an added operation; one that must wait for zeroing is answered by a task."""
-        try:
-            return operation()
-        except ZeroingNeeded as need:
-            assert self.waiting is not None
-            wanted = need
+    def _later(self, req: Any, counted: bool, task: Callable[[], Awaitable[int]]) -> int:
+        """Have a task answer the request."""
 
-            async def later() -> None:
-                try:
-                    result = await self.after_zeroing(wanted, operation)
-                except FUSEError as e:
-                    result = -e.errno
-                fuse_shim.reply_later(req, result, counted=counted)
+        async def answer() -> None:
+            try:
+                result = await task()
+            except FUSEError as e:
+                result = -e.errno
+            fuse_shim.reply_later(req, result, counted=counted)
 
-            self.waiting.start(later)
-            return LATER
-        except Exception as e:
-            return -_fail(self.fs, e)
+        assert self.waiting is not None
+        self.waiting.start(answer)
+        return LATER
 
     def on_write(self, req: Any, ino: int, data: memoryview, offset: int, writeback: bool) -> int:
         try:
             return self._write(ino, data, offset, writeback, fuse_shim.request.kill)
-        except ZeroingNeeded:
-            kept = bytes(data)  # the buffer is the next request's, and so is the note
-            kill = bool(fuse_shim.request.kill)
-            return self._now_or_later(
-                req, True, lambda: self._write(ino, kept, offset, writeback, kill)
-            )
+        except Exception as e:
+            if not self.must_wait(e):
+                return -_fail(self.fs, e)
+            reason = e
+        kept = bytes(data)  # the buffer is the next request's, and so is the note
+        kill = bool(fuse_shim.request.kill)
+
+        def again() -> int:
+            return self._write(ino, kept, offset, writeback, kill)
+
+        return self._later(req, True, lambda: self.after_zeroing(reason, again))
+
+    def on_copy(
+        self, req: Any, ino_in: int, off_in: int, ino_out: int, off_out: int, length: int
+    ) -> int:
+        kill = bool(fuse_shim.request.kill)
+
+        def run() -> int:
+            data = self.fs.read(ino_in, off_in, min(length, _COPY_BYTES))
+            if ino_in == ino_out:
+                data = bytes(data)  # the ranges may share a page
+            return self._write(ino_out, data, off_out, False, kill) if len(data) else 0
+
+        try:
+            return run()
+        except Exception as e:
+            if not self.must_wait(e):
+                return -_fail(self.fs, e)
+            reason = e
+        return self._later(req, True, lambda: self.after_zeroing(reason, run))
+
+    def on_lseek(self, ino: int, offset: int, whence: int) -> int:
+        try:
+            return self.fs.seek(ino, offset, whence)
         except Exception as e:
             return -_fail(self.fs, e)
 
@@ -485,52 +528,42 @@ class Operations(pyfuse3.Operations):
         """The first step at once; what zeroes much of a file goes on beside other requests."""
         kill = fuse_shim.request.kill
 
-        def steps() -> Iterator[None]:
+        def start() -> Iterator[None]:
             yield from self.fs.fallocate_steps(ino, mode, offset, length)
             self.freed()
             if kill:
                 self._clear_setid(ino)
 
-        running, needed = steps(), None
+        steps = start()
         try:
-            for _ in running:
-                break
-            else:
+            if next(steps, _END) is _END:
                 return 0
-        except ZeroingNeeded as need:
-            needed = need
         except Exception as e:
-            return -_fail(self.fs, e)
+            if not self.must_wait(e):
+                return -_fail(self.fs, e)
+            reason = e
+            return self._later(req, False, lambda: self._steps_after_zeroing(start, reason))
+        return self._later(req, False, lambda: self._remaining(steps))
 
-        async def later() -> None:
-            result = await self._all_steps(steps, running, needed)
-            fuse_shim.reply_later(req, result, counted=False)
-
-        assert self.waiting is not None
-        self.waiting.start(later)
-        return LATER
-
-    async def _all_steps(
-        self,
-        start: Callable[[], Iterator[None]],
-        running: Iterator[None],
-        need: ZeroingNeeded | None,
-    ) -> int:
-        """Take the remaining steps, from the start again after each zeroing; 0 or -errno."""
+    async def _remaining(self, steps: Iterator[None]) -> int:
+        """Take the steps one by one; 0 or a negative errno."""
         assert self.waiting is not None
         try:
-            while True:
-                if need is not None:
-                    await self.waiting.zero(need)
-                    running, need = start(), None
-                try:
-                    for _ in running:
-                        await self.waiting.pause()
-                    return 0
-                except ZeroingNeeded as more:
-                    need = more
+            for _ in steps:
+                await self.waiting.pause()
+            return 0
         except Exception as e:
             return -_fail(self.fs, e)
+
+    async def _steps_after_zeroing(
+        self, start: Callable[[], Iterator[None]], reason: BaseException
+    ) -> int:
+        def first_step() -> Iterator[None] | None:
+            steps = start()
+            return None if next(steps, _END) is _END else steps
+
+        steps = await self.after_zeroing(reason, first_step)
+        return 0 if steps is None else await self._remaining(steps)
 
     def _clear_setid(self, ino: int) -> None:
         """As the kernel does it: set-gid without group execution is not about privileges."""
@@ -539,25 +572,6 @@ class Operations(pyfuse3.Operations):
         if left != mode:
             self.fs.setattr(ino, mode=left & 0o7777)
             pyfuse3.invalidate_inode(ino, attr_only=True)
-
-    def on_lseek(self, ino: int, offset: int, whence: int) -> int:
-        try:
-            return self.fs.seek(ino, offset, whence)
-        except Exception as e:
-            return -_fail(self.fs, e)
-
-    def on_copy(
-        self, req: Any, ino_in: int, off_in: int, ino_out: int, off_out: int, length: int
-    ) -> int:
-        def run() -> int:
-            data = self.fs.read(ino_in, off_in, min(length, 1 << 20))
-            if ino_in == ino_out:
-                data = bytes(data)  # the ranges may share a page
-            return self._write(ino_out, data, off_out, False, kill) if len(data) else 0
-
-        kill = bool(fuse_shim.request.kill)
-
-        return self._now_or_later(req, True, run)
 
 
 def _check_namespace(name: bytes) -> None:
