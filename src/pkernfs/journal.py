@@ -161,6 +161,34 @@ class PageStore:
         """The page is free from this transaction on: what kind it was is no longer known."""
         self.on_commit.append(lambda: self._verified.pop(page, None))
 
+    def change_now(self, page: int, magic: int, change: Callable[[memoryview], object]) -> None:
+        """Change one page for good, as a transaction of its own inside the open one.
+
+        For what has to be known before the open transaction may store in place. ``change`` gets
+        the page's image, and the open transaction's own one if it has one.
+        """
+        changed = self._images.pop(page, None)
+        try:
+            image = bytearray(self.read(page, magic))
+        finally:
+            if changed is not None:
+                self._images[page] = changed
+        change(memoryview(image))
+        if changed is not None:
+            change(changed)
+        self._sequence += 1
+        lib.pk_commit(
+            self.region.base,
+            self._journal,
+            self._capacity,
+            self._sequence,
+            self._uuid_c,
+            ffi.from_buffer("uint8_t[]", image),
+            ffi.new("uint64_t[]", [page]),
+            ffi.new("uint8_t[]", [0]),
+            1,
+        )
+
     def _take(self, page: int, fresh: int) -> memoryview:
         if not self._open:
             raise RuntimeError("a page is changed outside a transaction")

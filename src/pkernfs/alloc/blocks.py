@@ -247,6 +247,10 @@ class BlockAllocator:
         """
         runs = self._plan_or_drop_windows(1, None)
         block = runs[0][0]
+        if self._zero[block]:
+            # Its pages are filled before the transaction is committed: should it not be, the
+            # block is free and must not be taken for zero.
+            self._clear_zero_now(block)
         self._take(block, 1, _CARVED)
         return block
 
@@ -320,6 +324,17 @@ class BlockAllocator:
                     if value is not None:
                         bitmap.set_run(page[offset : offset + MAP_BYTES], bit, length, value)
                 start += length
+
+    def _clear_zero_now(self, block: int) -> None:
+        """The block is not known to be zero any more, whatever becomes of the transaction."""
+        r = next(r for r in self._ranges if r.first_block <= block < r.first_block + r.blocks)
+        index, bit = divmod(block - r.first_block, MAP_BLOCKS)
+
+        def change(page: memoryview) -> None:
+            bitmap.set_run(page[MAP_ZERO_OFFSET : MAP_ZERO_OFFSET + MAP_BYTES], bit, 1, False)
+
+        self._store.change_now(r.map_page + index, MAGIC_BLOCK_MAP, change)
+        self._zero[block] = 0
 
     def _zero_now(self, runs: list[tuple[int, int]]) -> None:
         dirty: list[tuple[int, int]] = []
