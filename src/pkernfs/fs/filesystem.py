@@ -891,6 +891,11 @@ class FileSystem:
         inode.pending_start = start
         inode.pending_end = end
 
+    @staticmethod
+    def _clear_pending(inode: Inode) -> None:
+        inode.flags &= ~INODE_FLAG_PENDING
+        inode.pending_start = inode.pending_end = 0
+
     def _finish_pending(self, inode: Inode) -> None:
         """Free the whole units of the pending range, zero the rest of it, clear it."""
         start, end = inode.pending_start, inode.pending_end
@@ -900,11 +905,10 @@ class FileSystem:
                 self._inodes.touch(inode)
                 last = self._map.remove(inode, first, last)
                 self._inodes.save(inode)
-        self._zero_mapped(inode, start, min(end, (-(-inode.size // BLOCK) + 1) * BLOCK))
+        self._zero_mapped(inode, start, end)
         with self.store:
             self._inodes.touch(inode)
-            inode.flags &= ~INODE_FLAG_PENDING
-            inode.pending_start = inode.pending_end = 0
+            self._clear_pending(inode)
             self._inodes.save(inode)
 
     def _zero_mapped(self, inode: Inode, start: int, end: int) -> None:
@@ -939,11 +943,16 @@ class FileSystem:
             self._update_atime(inode)
         page, skip = divmod(offset, PAGE)
         found = self._map.at(inode, page)
-        if found is not None and (found[0] + found[2]) * PAGE >= offset + length:
+        pending = inode.flags & INODE_FLAG_PENDING
+        if found is not None and not pending and (found[0] + found[2]) * PAGE >= offset + length:
             return self.region.view((found[1] + page - found[0]) * PAGE + skip, length)
         data = bytearray(length)
         for low, at, count in self._pieces(inode, offset, offset + length):
             data[low - offset : low - offset + count] = self.region.view(at, count)
+        if pending:  # a read-only mount cannot finish it
+            low = max(inode.pending_start - offset, 0)
+            high = min(inode.pending_end - offset, length)
+            data[low:high] = bytes(max(high - low, 0))
         return bytes(data)
 
     def _update_atime(self, inode: Inode) -> None:
@@ -983,20 +992,41 @@ class FileSystem:
             self._promote(inode, size)
             if size > BLOCK // 2 or last - first > PAGES_PER_BLOCK // 2:
                 self._fill(inode, first, last, size)
+        marked = self._mark_tail(inode, max(inode.size, offset), end)
+        try:
+            with self.store:
+                self._inodes.touch(inode)
+                # New pages are not reachable before the commit: so the data is there with them.
+                if self._map.fill(inode, first, last, size):
+                    self._leave_reserve()
+                for low, at, count in self._pieces(inode, offset, end):
+                    self.region.copy_in(at, memoryview(data)[low - offset : low - offset + count])
+                inode.size = size
+                inode.mtime = inode.ctime = self._clock()
+                if not privileged:
+                    clear_set_id(inode)
+                if marked:
+                    self._clear_pending(inode)
+                self._inodes.save(inode)
+        except PkernfsError:
+            if marked:
+                self._finish_pending(inode)
+            raise
+        return len(data)
+
+    def _mark_tail(self, inode: Inode, start: int, end: int) -> bool:
+        """Before data goes into memory that the file has beyond its end: let a mount zero it.
+
+        Without that, what a write that was cut has stored there would come to light when the
+        file grows. False if there is no such memory, or if the data stays before the end.
+        """
+        if start >= end or not any(self._pieces(inode, start, end)):
+            return False
         with self.store:
             self._inodes.touch(inode)
-            # New pages are not reachable before the commit: so the data is there with them.
-            new = self._map.fill(inode, first, last, size)
-            for low, at, count in self._pieces(inode, offset, end):
-                self.region.copy_in(at, memoryview(data)[low - offset : low - offset + count])
-            inode.size = size
-            inode.mtime = inode.ctime = self._clock()
-            if not privileged:
-                clear_set_id(inode)
+            self._set_pending(inode, start, end)
             self._inodes.save(inode)
-            if new:
-                self._leave_reserve()
-        return len(data)
+        return True
 
     # ------------------------------------------------------------------ fallocate and seek
 
