@@ -117,9 +117,9 @@ class Results:
         pairs = [a.runs[turn] / b.runs[turn] for turn in a.runs if b.runs.get(turn)]
         return Spread.of(pairs) if pairs else None
 
-    def cpu_ratio(self, workload: str, over: str, under: str) -> float | None:
+    def cpu_ratio(self, over: tuple[str, str], under: tuple[str, str]) -> float | None:
         """The ratio of two rates if nothing but CPU time counted: the inverse one of the costs."""
-        a, b = self.get(workload, over), self.get(workload, under)
+        a, b = self.figures.get(over), self.figures.get(under)
         if a is None or b is None or not a.total_us_per_op or not b.total_us_per_op:
             return None
         return statistics.median(b.total_us_per_op) / statistics.median(a.total_us_per_op)

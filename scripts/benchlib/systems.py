@@ -158,8 +158,11 @@ class System:
         raise NotImplementedError
 
     def start(self) -> None:
-        """Mount it; BenchError if it does not come up."""
+        """Make it and mount it; BenchError if it does not come up."""
         self.root.mkdir(exist_ok=True)
+        self.start_daemon()
+
+    def start_daemon(self) -> None:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 self.pinning.daemon_command(self.command()),
@@ -177,6 +180,13 @@ class System:
             time.sleep(0.02)
         self.root.stat()  # answers
 
+    def renew(self) -> bool:
+        """Mount the same files anew, so that kernel and daemon have seen none of them.
+
+        Returns False, having done nothing, for a system whose files would be gone.
+        """
+        return False
+
     def running(self) -> bool:
         return self.process is None or self.process.poll() is None
 
@@ -185,11 +195,14 @@ class System:
         return text.splitlines()[-1] if text else "no message"
 
     def stop(self) -> None:
+        self.stop_daemon()
+        shutil.rmtree(self.backing, ignore_errors=True)
+
+    def stop_daemon(self) -> None:
         unmount(self.root)
         if self.process is not None:
             stop_process(self.process)
             self.process = None
-        shutil.rmtree(self.backing, ignore_errors=True)
 
     @property
     def backing(self) -> Path:
@@ -260,6 +273,11 @@ class Pkernfs(System):
     def start(self) -> None:
         run([BIN / "mkfs.pkernfs", "-s", str(self.region_size), self.region])
         super().start()
+
+    def renew(self) -> bool:
+        self.stop_daemon()
+        self.start_daemon()
+        return True
 
     def stop(self) -> None:
         super().stop()

@@ -202,6 +202,12 @@ def _lookup(bench: Bench, system: System, at: Path, turn: int, workload: Workloa
     bench.measure(workload, system, turn, "stat", at, names, 0, names, 1, turn + 2)
 
 
+def _first_lookup(bench: Bench, system: System, at: Path, turn: int, workload: Workload) -> None:
+    if system.renew():
+        bench.quiet()
+    _lookup(bench, system, at, turn, workload)
+
+
 def _warm_stat(bench: Bench, system: System, at: Path, turn: int, workload: Workload) -> None:
     names = bench.sizes.names
     first = bench.client.run("stat", at, names, 0, names, 2, 1)
@@ -226,6 +232,7 @@ META = [
     Step(_rate("stat", "stat, warm"), _warm_stat),
     Step(_rate("list", "readdir with stat, warm (entries)"), _warm_list),
     Step(_rate("lookup", "uncached lookup (stat)"), _lookup, cold=True),
+    Step(_rate("lookup-first", "lookup right after mounting (stat)"), _first_lookup, cold=True),
     Step(_rate("list-cold", "readdir with stat, cold (entries)"), _cold_list, cold=True),
     Step(_rate("rename", "rename"), _rename),
     Step(_rate("unlink", "unlink"), _names("unlink")),
@@ -287,6 +294,7 @@ def _scale_step(bench: Bench, system: System, turn: int, step: str) -> None:
         if step in ("lookup", "list-cold"):
             if not can_drop_caches():
                 continue
+            system.renew()
             bench.forget_names()
         if step == "stat":
             arguments = ["stat", at, sizes.few, 0, count, 1, 1]
