@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pkernfs.errors import ReadOnlyError
-from pkernfs.fs.fsck import data, maps, names, repair, scavenge, superblocks, table
+from pkernfs.fs.fsck import data, maps, names, scavenge, superblocks, table
+from pkernfs.fs.fsck import repair as repairs
 from pkernfs.fs.fsck.connect import Connector
 from pkernfs.fs.fsck.context import Context
 from pkernfs.fs.fsck.problems import Code, Problem, Report
@@ -61,16 +62,35 @@ def check(
     ctx = superblocks.open_image(region, report, tell, repair=repair)
     ctx.verify_zero = verify_zero
     try:
-        _run(ctx)
+        try:
+            _run(ctx)
+        except NoRoomError:
+            ctx = _without_copies(ctx)
+            _run(ctx)
     except NoRoomError:
-        report.add(Code.NO_ROOM, "file system", fixable=False)
-        return report
-    report.summary = _summary(ctx)
+        ctx.report.add(Code.NO_ROOM, "file system", fixable=False)
+        return ctx.report
+    report = ctx.report
+    report.summary = repairs.summarize(ctx)
     if repair:
         if report.problems or report.notes:
             ctx.image.store()
         report.set_fixed()
     return report
+
+
+def _without_copies(before: Context) -> Context:
+    """Start over: copies of data took the space that metadata needs."""
+    report = Report()
+    ctx = superblocks.open_image(before.image.region, report, before.progress, repair=False)
+    report.notes += [
+        note
+        for note in before.report.notes
+        if note.code is Code.JOURNAL_PENDING and not report.counts[note.code]
+    ]
+    ctx.verify_zero = before.verify_zero
+    ctx.may_copy = False
+    return ctx
 
 
 def _run(ctx: Context) -> None:
@@ -83,15 +103,11 @@ def _run(ctx: Context) -> None:
     data.check_data(ctx)
     scavenge.find_leaves(ctx)
     maps.compare(ctx)
-    repair.check_counts(ctx)
+    repairs.check_counts(ctx)
     space = Allocator(ctx)
     scavenge.fill_gaps(ctx, space)
     scavenge.put_back(ctx)
     Connector(ctx, space).run()
-    repair.rebuild(ctx, space)
-    repair.write_counts(ctx)
+    repairs.rebuild(ctx, space)
+    repairs.write_counts(ctx)
     maps.write(ctx)
-
-
-def _summary(ctx: Context) -> dict[str, int]:
-    return repair.summarize(ctx)

@@ -126,6 +126,8 @@ class Context:
         self.map_zero = bytearray(sb.blocks)
         self.rewrite_maps: set[int] = set()
         self.verify_zero: bool | None = None
+        # Whether data that cannot stay where it is may be copied; else it is lost.
+        self.may_copy = True
         self._page_maps: dict[int, int] = {}
 
         self.state: layout.StateFields | None = None

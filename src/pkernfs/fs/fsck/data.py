@@ -76,7 +76,7 @@ def check_file(ctx: Context, ino: int, page: Buffer, fields: InodeFields) -> Non
     if not stored and not fields.data_pages and not fields.flags & INODE_FLAG_PENDING:
         return
     work = _File(ctx, ino)
-    for extent in _in_order(ctx, ino, stored, work):
+    for extent in _in_order(ctx, fields.size, stored, work):
         work.claim(extent)
     final = joined(ctx, work.kept)
     if not work.faulty and final != stored:
@@ -94,8 +94,11 @@ def check_file(ctx: Context, ino: int, page: Buffer, fields: InodeFields) -> Non
         check_tail(ctx, ino, fields.size, ctx.extents.get(ino, final))
 
 
-def _in_order(ctx: Context, ino: int, stored: list[Extent], work: _File) -> list[Extent]:
-    """The extents ascending, without those that overlap one before or lie out of all range."""
+def _in_order(ctx: Context, size: int, stored: list[Extent], work: _File) -> list[Extent]:
+    """The extents ascending, without those that overlap one before or lie out of all range.
+
+    One that reaches beyond the region has a wrong length: no more of it than ``size`` needs stays.
+    """
     end = 0
     found = []
     for extent in sorted(stored):
@@ -114,7 +117,9 @@ def _in_order(ctx: Context, ino: int, stored: list[Extent], work: _File) -> list
         end = file_page + count
         if page + count > ctx.pages:
             work.complain(Code.EXTENT_RANGE, extent)
-            count = ctx.pages - page
+            count = min(ctx.pages - page, -(-size // PAGE) - file_page)
+            if count <= 0:
+                continue
         found.append((file_page, page, count))
     if not work.faulty and found != stored:
         work.complain(Code.EXTENT_ORDER, stored[0])
@@ -127,7 +132,7 @@ def claim_found(ctx: Context, ino: int, extents: list[Extent]) -> None:
     if kept is None:
         kept = triples(ctx.tree_extents.get(ino, array("Q")))
     work = _File(ctx, ino)
-    for extent in _in_order(ctx, ino, extents, work):
+    for extent in _in_order(ctx, layout.MAX_FILE_BYTES, extents, work):
         work.claim(extent)
     ctx.extents[ino] = joined(ctx, sorted(kept + work.kept))
 

@@ -16,6 +16,7 @@ from pkernfs.fs.fsck.structures import (
     T_LNK,
     T_REG,
     Extent,
+    file_type,
     inline_extents,
     parse_attribute,
     parse_inode_page,
@@ -80,7 +81,7 @@ def _free(ctx: Context, ino: int) -> None:
     """Free an inode without a name and all that it holds."""
     f = ctx.fields(ino)
     body = f.body if f.flags & INODE_FLAG_BODY else 0
-    kind = f.mode >> 12
+    kind = file_type(f.mode)
     if kind == T_REG:
         for extent in _current_extents(ctx, ino):
             release_extent(ctx, extent)
@@ -132,7 +133,7 @@ def _relocate(ctx: Context, space: Allocator, todo: Relocation) -> None:
     end = min(todo.file_page + todo.pages, -(-size // PAGE))
     copied: list[Extent] = []
     try:
-        while file_page < end:
+        while file_page < end and ctx.may_copy:
             count = _copy_unit(ctx, space, file_page, source, end - file_page, copied)
             file_page += count
             source += count

@@ -49,6 +49,12 @@ _FILE_TYPES = frozenset(
 )
 _XATTR_PREFIXES = (b"user.", b"trusted.", b"security.")
 
+
+def file_type(mode: int) -> int:
+    """``mode >> 12`` without what may be above it: the type as names have it."""
+    return mode >> 12 & 15
+
+
 T_DIR = stat.S_IFDIR >> 12
 T_REG = stat.S_IFREG >> 12
 T_LNK = stat.S_IFLNK >> 12
@@ -277,7 +283,7 @@ def check_inode(f: layout.InodeFields, ino: int) -> None:
     _expect("ino", f.ino, ino)
     if f.mode & 0xF000 not in _FILE_TYPES:
         raise CorruptionError(f"bad type in mode: got {f.mode:#o}")
-    kind = f.mode >> 12 & 15
+    kind = file_type(f.mode)
     if f.size > layout.MAX_FILE_BYTES:
         raise CorruptionError(f"bad size: got {f.size:#x}")
     if kind == T_LNK:
@@ -290,13 +296,20 @@ def check_inode(f: layout.InodeFields, ino: int) -> None:
 
 def flag_faults(f: layout.InodeFields) -> int:
     """Flag bits that the inode must not have."""
-    kind = f.mode >> 12 & 15
+    kind = file_type(f.mode)
     allowed = layout.INODE_FLAG_BODY if kind in (T_REG, T_DIR, T_LNK) else 0
     if kind == T_REG:
         allowed |= layout.INODE_FLAG_PENDING | layout.INODE_FLAG_TABLE
         if not f.flags & layout.INODE_FLAG_BODY:
             allowed |= 0xFF << layout.INODE_INLINE_SHIFT
     return f.flags & ~allowed
+
+
+def device_number_fits(f: layout.InodeFields) -> bool:
+    """Whether it is one that Linux can have, and there is none where none belongs."""
+    if stat.S_ISCHR(f.mode) or stat.S_ISBLK(f.mode):
+        return f.rdev_major < 1 << 12 and f.rdev_minor < 1 << 20
+    return not f.rdev_major and not f.rdev_minor
 
 
 def inline_extents(page: Buffer, slot: int, flags: int) -> list[Extent]:

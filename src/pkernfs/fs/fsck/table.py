@@ -22,7 +22,9 @@ from pkernfs.fs.fsck.structures import (
     InodePage,
     check_header,
     check_inode,
+    device_number_fits,
     extent_slots,
+    file_type,
     flag_faults,
     inline_extents,
     parse_inode,
@@ -197,7 +199,7 @@ def _check_page(ctx: Context, index: int, number: int, page: Buffer, head: Inode
             _drop(ctx, code, ino, str(e))
             pending |= head.pending & 1 << slot
             continue
-        ctx.inodes.type[row + slot] = fields.mode >> 12
+        ctx.inodes.type[row + slot] = file_type(fields.mode)
         if not fields.nlink or fields.flags & layout.INODE_FLAG_PENDING:
             pending |= 1 << slot
         _check_fields(ctx, ino, fields)
@@ -218,7 +220,7 @@ def _drop(ctx: Context, code: Code, ino: int, reason: str) -> None:
 def _check_fields(ctx: Context, ino: int, f: InodeFields) -> None:
     """Fields that can be put right without knowing anything else."""
     good: dict[str, int] = {}
-    kind = f.mode >> 12 & 15
+    kind = file_type(f.mode)
     flags = f.flags & ~flag_faults(f)
     if flags & layout.INODE_FLAG_BODY and not f.body:
         flags &= ~layout.INODE_FLAG_BODY
@@ -232,6 +234,8 @@ def _check_fields(ctx: Context, ino: int, f: InodeFields) -> None:
         good["parent"] = 0
     if kind not in (T_REG,) and f.data_pages:
         good["data_pages"] = 0
+    if not device_number_fits(f):
+        good["rdev_major"] = good["rdev_minor"] = 0
     for field, expected in good.items():
         ctx.report.add(
             Code.INODE_FIELD,
@@ -283,6 +287,7 @@ def _salvage(ctx: Context, index: int, number: int, reason: str) -> None:
         ctx.set_fields(ino, mode=kind | (0o700 if kind >> 12 == T_DIR else 0o600), uid=0, gid=0)
         ctx.inodes.type[row + slot] = kind >> 12
         ctx.salvaged.add(ino)
+        _check_fields(ctx, ino, ctx.fields(ino))
     ctx.lost_indexes.add(index)
 
 
@@ -298,7 +303,7 @@ def _looks_intact(ctx: Context, page: Buffer, slot: int, ino: int) -> bool:
     f = parse_inode(page, slot)
     try:
         check_inode(f, ino)
-        if f.mode >> 12 == T_REG and not f.flags & layout.INODE_FLAG_BODY:
+        if file_type(f.mode) == T_REG and not f.flags & layout.INODE_FLAG_BODY:
             end = 0
             for file_page, first, count in inline_extents(page, slot, f.flags):
                 if file_page < end or not count or first + count > ctx.pages:
@@ -349,7 +354,7 @@ def overflow_chain(ctx: Context, first: int, owner: int, length: int) -> list[in
 
 
 def _check_target(ctx: Context, f: InodeFields, ino: int) -> None:
-    if f.mode >> 12 == T_LNK and f.flags & layout.INODE_FLAG_BODY:
+    if file_type(f.mode) == T_LNK and f.flags & layout.INODE_FLAG_BODY:
         try:
             overflow_chain(ctx, f.body, ino, f.size)
         except CorruptionError as e:
