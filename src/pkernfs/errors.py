@@ -93,6 +93,12 @@ class NoDataError(PkernfsError):
     errno = _errno.ENODATA
 
 
+class StaleError(PkernfsError):
+    """The inode lost its last name; the kernel looks the path up again."""
+
+    errno = _errno.ESTALE
+
+
 class RangeTooSmallError(PkernfsError):
     """The result does not fit the buffer."""
 

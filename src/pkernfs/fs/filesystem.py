@@ -32,6 +32,7 @@ from pkernfs.errors import (
     PermissionDeniedError,
     PkernfsError,
     ReadOnlyError,
+    StaleError,
     TooBigError,
     TooManyLinksError,
     ZeroingNeeded,
@@ -266,8 +267,13 @@ class FileSystem:
             self._reclaim(ino)
 
     def open(self, ino: int) -> Inode:
-        """Count an open handle; the inode lives at least as long."""
+        """Count an open handle; the inode lives at least as long.
+
+        :raises StaleError: the last name of a file has gone since it was looked up.
+        """
         inode = self._inodes.get(ino)
+        if inode.is_reg and not inode.nlink and ino not in self._opens:
+            raise StaleError(f"inode {ino}: was removed")
         self._opens[ino] = self._opens.get(ino, 0) + 1
         return inode
 
@@ -551,7 +557,7 @@ class FileSystem:
         if inode.ino in self._opens:
             self._inodes.save(inode)
             return True
-        # Nobody can read it any more: its space is free at once, its number when it is forgotten.
+        # Nobody can open it any more: its space is free at once, its number when it is forgotten.
         whole = not inode.is_reg or not inode.data_pages or self._remove_data(inode)
         if whole and inode.ino not in self._lookups:
             self._free_inode(inode)
