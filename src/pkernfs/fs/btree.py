@@ -478,7 +478,7 @@ class Tree:
             body = right_node[_SLOTS : _SLOTS + size * right_count]
             target[at : at + len(body)] = body
             if level:
-                # The first child may hold keys below its slot's, which was the first and is not now.
+                # No longer a first slot: its child may hold keys below the slot's.
                 target[at : at + 8] = bound.to_bytes(8, "little")
             _pack_tree(target, TREE_OFFSET, self.kind, level, total, PAGE, 0)
         else:
