@@ -89,7 +89,7 @@ class PageAllocator:
         count -= sum(length for _, length in found)
         if count:
             run = self._in_partial(count, kind) or self._in_new_block(count, kind)
-            found += [run] if run else self._anywhere(count)
+            found += [run] if run else self._anywhere(count, kind)
         return found
 
     def _at_goal(self, count: int, goal: int) -> list[tuple[int, int]]:
@@ -125,21 +125,37 @@ class PageAllocator:
         self._take(block, 1, count)
         return block * PAGES_PER_BLOCK + 1, count
 
-    def _anywhere(self, count: int) -> list[tuple[int, int]]:
+    def _anywhere(self, count: int, kind: int) -> list[tuple[int, int]]:
         """The last pages of a full region, of whatever class and in whatever pieces."""
         if count > self.free_pages:
             raise NoSpaceError(f"no space: {count} pages wanted, {self.free_pages} free")
-        found = []
-        for blocks in list(self._partial.values()):
-            for block in list(blocks):
-                for bit, length in bitmap.runs(self._free[block]):
-                    length = min(length, count)
-                    self._take(block, bit, length)
-                    found.append((block * PAGES_PER_BLOCK + bit, length))
-                    count -= length
-                    if not count:
-                        return found
+        found: list[tuple[int, int]] = []
+        while count:
+            block = next(iter(self._partial.get(kind, ())), None)
+            if block is None:
+                block = max(self._free, key=lambda b: self._free[b].bit_count())
+                if kind == CLASS_META:
+                    self._set_class(block, kind)
+            for bit, length in bitmap.runs(self._free[block]):
+                length = min(length, count)
+                self._take(block, bit, length)
+                found.append((block * PAGES_PER_BLOCK + bit, length))
+                count -= length
+                if not count:
+                    break
         return found
+
+    def _set_class(self, block: int, kind: int) -> None:
+        """All further metadata goes here: one block is kept from being whole again, not many."""
+        self._store.on_abort.append(partial(self._move, block, self._class[block]))
+        self._move(block, kind)
+        image = self._store.edit(block * PAGES_PER_BLOCK, MAGIC_PAGE_MAP)
+        image[PAGE_MAP_CLASS_OFFSET] = kind
+
+    def _move(self, block: int, kind: int) -> None:
+        self._partial[self._class[block]].pop(block, None)
+        self._class[block] = kind
+        self._set_free(block, self._free[block])
 
     def _take(self, block: int, bit: int, count: int) -> None:
         before = self._free[block]
