@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 
 from pkernfs.fs import fsck
-from pkernfs.fs.filesystem import FileSystem
 from pkernfs.region import Region
 
 
@@ -40,12 +39,5 @@ class MemoryFile:
 
 def assert_clean(region: Region) -> None:
     """fsck finds nothing wrong, mounted or not."""
-    if not hasattr(fsck, "check"):
-        return
     report = fsck.check(region, repair=False)
     assert report.clean, [problem.message for problem in report.problems]
-
-
-def free_pages(fs: FileSystem) -> int:
-    """What statfs says is free."""
-    return fs.statfs().free

@@ -14,9 +14,9 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-from checking import MemoryFile, assert_clean
 from hypothesis import HealthCheck, settings
 
+from checking import MemoryFile, assert_clean
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
 
@@ -76,11 +76,10 @@ def fs(request: pytest.FixtureRequest) -> Iterator[FileSystem]:
 
     It is checked at the end as it stands, and again after an unmount.
     """
-    with MemoryFile(getattr(request, "param", 64 << 20)) as memory:
-        with memory.open() as region:
-            make_filesystem(region)
-            mounted = FileSystem.mount(region)
-            yield mounted
-            assert_clean(region)
-            mounted.unmount()
-            assert_clean(region)
+    with MemoryFile(getattr(request, "param", 64 << 20)) as memory, memory.open() as region:
+        make_filesystem(region)
+        mounted = FileSystem.mount(region)
+        yield mounted
+        assert_clean(region)
+        mounted.unmount()
+        assert_clean(region)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import pytest
-from checking import MemoryFile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from checking import MemoryFile
 from pkernfs.errors import CorruptionError, ExistsError, NoSpaceError
 from pkernfs.fs import names as names_module
 from pkernfs.fs import xattrs as xattrs_module
@@ -158,7 +159,7 @@ class Grown:
         assert heap >= TREE_SLOTS_OFFSET + 16 * count
         assert spans[0][0] >= heap
         assert spans[-1][1] <= PAGE
-        assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
+        assert all(a[1] <= b[0] for a, b in pairwise(spans))
         assert sum(b - a for a, b in spans) + garbage == PAGE - heap
 
 
@@ -308,7 +309,7 @@ def test_three_levels_up_and_down(grown: Grown, order: str) -> None:
 
 
 def test_inner_nodes_join_below_a_moved_separator() -> None:
-    """A key below its inner node's first slot is still found after that node joins its neighbour."""
+    """A key below its inner node's first slot is still found after that node is joined."""
     grown = Grown(TREE_EXTENTS)
     _in_batches(grown, lambda key: grown.insert(key * 100, b"y"), list(range(1, 60_001)))
     root = grown.fs.store.read(grown.tree.root, MAGIC_TREE)
