@@ -9,6 +9,7 @@ The scenarios are in test_crash_points.py.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import random
 import traceback
@@ -19,6 +20,8 @@ from itertools import pairwise
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 from unittest import mock
+
+import pytest
 
 from pkernfs import region as region_module
 from pkernfs.errors import NoSpaceError
@@ -75,6 +78,16 @@ class Clock:
     def __call__(self) -> int:
         self.now += 1000
         return self.now
+
+
+def say(config: pytest.Config, line: str) -> None:
+    """A line in the report of the test run, also of one that passes."""
+    reporter = config.pluginmanager.getplugin("terminalreporter")
+    capture = config.pluginmanager.getplugin("capturemanager")
+    if reporter is not None:
+        with contextlib.nullcontext() if capture is None else capture.global_and_fixture_disabled():
+            reporter.ensure_newline()
+            reporter.write_line(line)
 
 
 def recorded(operation: Callable[[], object]) -> list[Store]:

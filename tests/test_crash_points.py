@@ -16,6 +16,8 @@ from unittest import mock
 import pytest
 
 from crash import (
+    JOURNAL,
+    JOURNAL_END,
     MIB,
     REGION_BYTES,
     Clock,
@@ -28,7 +30,9 @@ from crash import (
     check_works,
     cut,
     formatted,
+    is_metadata,
     recorded,
+    say,
     snapshot,
 )
 from pkernfs.alloc import bitmap
@@ -41,7 +45,16 @@ from pkernfs.fs.filesystem import (
     RENAME_EXCHANGE,
     FileSystem,
 )
-from pkernfs.layout import CLASS_DATA, CLASS_META, PAGE, ROOT_INO
+from pkernfs.layout import (
+    CLASS_DATA,
+    CLASS_META,
+    FIRST_MAP_PAGE,
+    PAGE,
+    PAGES_PER_BLOCK,
+    ROOT_INO,
+    STATE_PAGE,
+    SUPERBLOCK_PAGE,
+)
 from pkernfs.region import Region
 
 pytestmark = pytest.mark.crash
@@ -490,10 +503,7 @@ def figures(request: pytest.FixtureRequest) -> Iterator[Figures]:
     """Counts what is tried; the sum is printed behind the last test."""
     found = Figures()
     yield found
-    reporter = request.config.pluginmanager.getplugin("terminalreporter")
-    if reporter is not None:
-        reporter.ensure_newline()
-        reporter.write_line(found.line())
+    say(request.config, found.line())
 
 
 @pytest.fixture(scope="module")
@@ -582,6 +592,66 @@ def test_mkfs_cut(old: str, base: bytes, figures: Figures) -> None:
     assert not refused[-1]
     assert any(refused)
     replay.close()
+
+
+@pytest.mark.parametrize("damage", ["bits", "pages"])
+def test_fsck_cut(damage: str, base: bytes, figures: Figures) -> None:
+    """A cut repair: another one ends it; where nothing is lost, the tree is all there."""
+    damaged = bytearray(base)
+    if damage == "bits":  # in what can be rebuilt
+        for page in (SUPERBLOCK_PAGE, STATE_PAGE, FIRST_MAP_PAGE, 2 * PAGES_PER_BLOCK):
+            damaged[page * PAGE + 200] ^= 0x10
+    else:  # a page of names, and its neighbours
+        for page in range(2 * PAGES_PER_BLOCK + 3, 2 * PAGES_PER_BLOCK + 6):
+            damaged[page * PAGE : (page + 1) * PAGE] = b"\xdb" * PAGE
+    with Region.anonymous(len(base)) as region:
+        region.copy_in(0, bytes(damaged))
+        stores = recorded(lambda: fsck.check(region, repair=True))
+        check_structure(region)
+        tree = snapshot(FileSystem.mount(region, clock=Clock()))
+    replay = Replay(bytes(damaged))
+
+    def look(region: Region) -> None:
+        fsck.check(region, repair=True)
+        check_structure(region)
+        fs = FileSystem.mount(region, clock=Clock())
+        if damage == "bits":
+            assert snapshot(fs) == tree
+        check_works(fs, thorough=False)
+        fs.unmount()
+        check_structure(region)
+
+    for store in stores:
+        for piece in cut(store, whole=not is_metadata(store, base, base)):
+            figures.add(Counter({"points": 1}))
+            if replay.store(piece):
+                replay.look(look)
+            else:
+                figures.add(Counter({"same image": 1}))
+    figures.add(Counter({"operations": 1, "stores": len(stores)}))
+    replay.close()
+
+
+@pytest.mark.parametrize("lost", ["the record", "the commit word", "half of the runs"])
+def test_harness_finds_what_it_is_for(lost: str, base: bytes) -> None:
+    """Without one of the journal's steps the same sweep has failures."""
+    sweep = Sweep(Scenario("mkdir", lambda fs: fs.mkdir(ROOT_INO, b"new", 0o755, 0, 0)), base)
+    assert not sweep.prefixes(0, len(sweep.pieces)).failures
+    kept = []
+    for number, (piece, fence) in enumerate(sweep.pieces):
+        record = JOURNAL < piece[0] < JOURNAL_END
+        run = not record and not fence and number > len(sweep.pieces) // 2
+        if lost == "the record" and record and piece[0] > JOURNAL + 100:
+            continue
+        if lost == "the commit word" and fence:
+            continue
+        if lost == "half of the runs" and run and number % 2:
+            continue
+        kept.append((piece, fence))
+    sweep.pieces = kept
+    result = sweep.prefixes(0, len(kept))
+    sweep._check_order(result)
+    assert result.failures
 
 
 def test_trace_has_every_store(base: bytes) -> None:
