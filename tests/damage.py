@@ -46,7 +46,7 @@ from pkernfs.layout import (
 )
 from pkernfs.region import Region, page_checksum
 
-REGION_BYTES = 40 << 20
+REGION_BYTES = 24 << 20
 REG = stat.S_IFREG | 0o644
 DIR = stat.S_IFDIR | 0o755
 BIG_VALUE = b"value" * 2000
