@@ -117,9 +117,10 @@ class Region:
             raise RegionError(f"{path}: cannot create: {e.strerror}", e.errno or errno.EIO) from e
         try:
             os.ftruncate(fd, size)
-        except OSError as e:
+        except (OSError, OverflowError) as e:
             os.unlink(path)
-            raise RegionError(f"{path}: cannot size: {e.strerror}", e.errno or errno.EIO) from e
+            number = getattr(e, "errno", None) or errno.EFBIG
+            raise RegionError(f"{path}: cannot size: {os.strerror(number)}", number) from e
         finally:
             os.close(fd)
 
