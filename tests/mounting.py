@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from checking import assert_clean
 from pkernfs.fs import mkfs
 from pkernfs.region import Region
 
@@ -77,8 +78,21 @@ class Mounted:
             raise
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *exc: object) -> None:
+        try:
+            if kind is None:
+                self.check()
+        finally:
+            self.close()
+
+    def check(self) -> None:
+        """Unmount if mounted; fsck finds nothing wrong."""
+        if is_mounted(self.path):
+            subprocess.run(["umount", str(self.path)], check=True)
+        if self.daemon is not None:
+            self.wait()
+        with Region.open(str(self.region), write=False) as region:
+            assert_clean(region)
 
     def start(self) -> None:
         """Start the daemon and wait until the mount answers.
