@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -91,11 +92,12 @@ def test_every_access_is_inside() -> None:
 
 def test_nothing_is_stored_read_only(path: str) -> None:
     with Region.open(path, write=False) as region:
-        for store in (
+        stores: tuple[Callable[[], None], ...] = (
             lambda: region.copy_in(0, b"x"),
             lambda: region.zero(0, 8),
             lambda: region.store_u64(0, 1),
-        ):
+        )
+        for store in stores:
             with pytest.raises(RegionError) as caught:
                 store()
             assert caught.value.errno == errno.EROFS
@@ -212,9 +214,12 @@ def test_a_region_is_locked_against_this_process_too(
                 Region.open(path, write=write)
             assert caught.value.errno == errno.EBUSY
         Region.open(path, write=False, lock=False).close()
-    with Region.open(path, write=False), Region.open(path, write=False):
-        with pytest.raises(LockedError):
-            Region.open(path, write=True)
+    with (
+        Region.open(path, write=False),
+        Region.open(path, write=False),
+        pytest.raises(LockedError),
+    ):
+        Region.open(path, write=True)
     Region.open(path, write=True).close()
 
 
