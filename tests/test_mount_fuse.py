@@ -760,3 +760,30 @@ def test_a_warm_stat_is_the_kernels(mounted: Mounted) -> None:
             wait_until(lambda: os.waitpid(pid, os.WNOHANG) != (0, 0), "a stat from the cache")
     finally:
         mounted.daemon.send_signal(signal.SIGCONT)
+
+
+def test_a_severed_connection_ends_the_daemon(mounted: Mounted) -> None:
+    (mounted.path / "f").write_bytes(b"kept")
+    number = os.minor(os.stat(mounted.path).st_dev)
+    control = mounted.directory / "control"
+    control.mkdir()
+    subprocess.run(["mount", "-t", "fusectl", "none", control], check=True)
+    try:
+        (control / str(number) / "abort").write_text("1")
+    finally:
+        subprocess.run(["umount", control], check=True)
+    assert mounted.wait() == 0
+    assert not is_mounted(mounted.path)
+    mounted.start()
+    assert (mounted.path / "f").read_bytes() == b"kept"
+
+
+def test_read_only_after_a_crash(mounted: Mounted) -> None:
+    (mounted.path / "f").write_bytes(b"kept")
+    mounted.kill()
+    before = mounted.region.read_bytes()
+    mounted.options = "ro"
+    mounted.start()
+    assert (mounted.path / "f").read_bytes() == b"kept"
+    mounted.unmount()
+    assert mounted.region.read_bytes() == before

@@ -20,6 +20,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Itera
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pkernfs.errors import FormatError, PkernfsError, RegionError, ZeroingNeeded
+from pkernfs.mounts import FSTYPE, mount_at
 
 if TYPE_CHECKING:
     from pkernfs.alloc.blocks import Claim
@@ -228,13 +229,11 @@ def serve(
         module.trio = _FastTrio(session.idle)
         region.serving(True)
         trio.run(session.run, server, ready)
-    except BaseException:
-        pyfuse3.close(unmount=True)
-        raise
     finally:
         region.serving(False)
         module.trio = trio
-    pyfuse3.close(unmount=session.still_mounted)
+        pyfuse3.close(unmount=False)
+        _detach_what_is_left(mountpoint, region.name)
 
 
 def _fuse_options(options: Options) -> set[str]:
@@ -262,7 +261,6 @@ class _Session:
         self.idle = _Moment()
         self._zeroing = trio.Lock()
         self._nursery: Any = None
-        self.still_mounted = False
 
     async def run(self, server: Any, ready: Callable[[], Any]) -> None:
         """Handle requests until the session ends, and whatever belongs to it."""
@@ -343,11 +341,15 @@ class _Session:
         """Zero freed blocks before anyone asks for them, a batch at a time."""
         trio = self._trio
         while not self._fs.read_only:
-            async with self._zeroing:
-                claim = self._fs.next_dirty(_ZERO_BATCH_BYTES)
-                if claim is not None:
-                    await self._zero_claim(claim)
-                    continue
+            try:
+                async with self._zeroing:
+                    claim = self._fs.next_dirty(_ZERO_BATCH_BYTES)
+                    if claim is not None:
+                        await self._zero_claim(claim)
+                        continue
+            except PkernfsError as e:
+                self._fs.fail(f"zeroing: {e}")
+                return
             self._dirty = trio.Event()
             await self._dirty.wait()
             await trio.sleep(_ZERO_DELAY_SECONDS)
@@ -414,6 +416,14 @@ def _sync_and_unmount(mountpoint: str) -> str | None:
     reason = os.strerror(ctypes.get_errno())
     libc.umount2(path, 2)  # MNT_DETACH
     return reason
+
+
+def _detach_what_is_left(mountpoint: str, source: str) -> None:
+    """Take away a mount that lost its daemon otherwise: a severed connection, a bug."""
+    left = mount_at(mountpoint)
+    if left is not None and (left.fstype, left.source) == (FSTYPE, source):
+        tool = ["umount", "-l"] if not os.geteuid() else ["fusermount3", "-u", "-z"]
+        subprocess.run([*tool, "--", mountpoint], capture_output=True, check=False)
 
 
 # ---------------------------------------------------------------------- less of the event loop

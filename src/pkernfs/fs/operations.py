@@ -12,6 +12,7 @@ shared mapping wrote) is invalidated here.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import itertools
@@ -20,7 +21,6 @@ import os
 import stat
 import struct
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from pkernfs import fuse_shim  # before pyfuse3: it must be found first by the linker
@@ -64,7 +64,7 @@ _Result = TypeVar("_Result")
 class Waiting(Protocol):
     """How a handler waits while other requests are served (the daemon provides it)."""
 
-    def turn(self) -> AbstractAsyncContextManager[object]:
+    def turn(self) -> contextlib.AbstractAsyncContextManager[object]:
         """Others are served meanwhile, but nobody else zeroes: what is free can be allocated."""
 
     async def settle(self) -> None:
@@ -360,7 +360,7 @@ class Operations(pyfuse3.Operations):
         self.freed()
         self._drop_capability(ino)
         if inode.mode != before:
-            pyfuse3.invalidate_inode(ino, attr_only=True)
+            _invalidate(ino)
         return inode
 
     @handler
@@ -383,8 +383,14 @@ class Operations(pyfuse3.Operations):
         self.freed()
 
     async def fsync(self, fh: int, datasync: bool) -> None:
-        """Nothing to do for memory, and ENOSYS is never asked again; else msync in a thread."""
-        if not self.fs.region.needs_sync or self.waiting is None:
+        """Nothing to do for memory; else msync in a thread.
+
+        Never ENOSYS: the kernel would stop asking, and since it does not notice that a daemon has
+        gone when it writes mapped pages back, an msync would succeed with nobody there.
+        """
+        if not self.fs.region.needs_sync:
+            return
+        if self.waiting is None:
             raise FUSEError(errno.ENOSYS)
         try:
             await self.waiting.sync()
@@ -393,6 +399,9 @@ class Operations(pyfuse3.Operations):
             raise FUSEError(_fail(self.fs, e)) from None
 
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        """As :meth:`fsync`; but names are never held back by the kernel, so ENOSYS is safe."""
+        if not self.fs.region.needs_sync:
+            raise FUSEError(errno.ENOSYS)
         await self.fsync(fh, datasync)
 
     # ------------------------------------------------------------------ extended attributes
@@ -459,7 +468,7 @@ class Operations(pyfuse3.Operations):
             known = inode.cookie is not None
             done = fs.write(ino, offset, data, True)
             if known:
-                pyfuse3.invalidate_inode(ino, attr_only=True)
+                _invalidate(ino)
             return done
         if ino not in self._without_capability:
             self._drop_capability(ino)
@@ -467,7 +476,7 @@ class Operations(pyfuse3.Operations):
         before = inode.mode
         done = fs.write(ino, offset, data, not kill)
         if before & _SETID and fs.inode(ino).mode != before:
-            pyfuse3.invalidate_inode(ino, attr_only=True)
+            _invalidate(ino)
         return done
 
     def _later(self, req: Any, counted: bool, task: Callable[[], Awaitable[int]]) -> int:
@@ -571,7 +580,13 @@ class Operations(pyfuse3.Operations):
         left = mode & ~(stat.S_ISUID | (stat.S_ISGID if mode & stat.S_IXGRP else 0))
         if left != mode:
             self.fs.setattr(ino, mode=left & 0o7777)
-            pyfuse3.invalidate_inode(ino, attr_only=True)
+            _invalidate(ino)
+
+
+def _invalidate(ino: int) -> None:
+    """Have the kernel ask for an inode's attributes again; that does not wait for anything."""
+    with contextlib.suppress(OSError):  # the kernel has just forgotten it
+        pyfuse3.invalidate_inode(ino, attr_only=True)
 
 
 def _check_namespace(name: bytes) -> None:
