@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, unique
 from typing import Any, NamedTuple
 
 # A region of garbage has millions of faults; so many of one kind are told one by one.
@@ -27,6 +27,7 @@ class Rule(NamedTuple):
     note: bool = False
 
 
+@unique  # two with the same words would be one
 class Code(Enum):
     """Every inconsistency that fsck knows. The names are part of the --json output."""
 
@@ -41,7 +42,7 @@ class Code(Enum):
     BIT_FLIPPED = Rule("a bit is flipped: byte {byte}, bit {bit}", "flipped back")
 
     # block maps
-    BLOCK_MAP_DAMAGED = Rule("{reason}", "made anew from what is in use")
+    BLOCK_MAP_DAMAGED = Rule("{reason}", "made anew from the blocks in use")
     BLOCK_MAP_UNTIDY = Rule("bits set beyond the last block", "cleared")
 
     # the inode table and inode pages
@@ -114,16 +115,16 @@ class Code(Enum):
     UNREACHABLE = Rule("{what} without a name", "moved to /lost+found")
 
     # what is in use against what is marked
-    BLOCK_LOST = Rule("marked as in use, used by nothing", "freed")
-    BLOCK_UNMARKED = Rule("in use, not marked so", "marked")
+    BLOCK_LOST = Rule("block marked as in use, used by nothing", "freed")
+    BLOCK_UNMARKED = Rule("block in use, not marked so", "marked")
     BLOCK_CARVED = Rule("bad carved bit: got {got}, expected {expected}", "set")
     ZERO_IN_USE = Rule("in use, marked as zero", "mark cleared")
     ZERO_NOT_ZERO = Rule("marked as zero, but it is not", "mark cleared")
-    PAGE_MAP_DAMAGED = Rule("{reason}", "made anew from what is in use")
+    PAGE_MAP_DAMAGED = Rule("{reason}", "made anew from the pages in use")
     PAGE_MAP_CLASS = Rule("bad class: got {got}, expected 1 or 2", "set")
     NO_ROOM = Rule("no space left for what a repair needs", "nothing was changed")
-    PAGE_LOST = Rule("marked as in use, used by nothing", "freed")
-    PAGE_UNMARKED = Rule("in use, not marked so", "marked")
+    PAGE_LOST = Rule("page marked as in use, used by nothing", "freed")
+    PAGE_UNMARKED = Rule("page in use, not marked so", "marked")
 
 
 @dataclass
