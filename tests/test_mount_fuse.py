@@ -395,8 +395,14 @@ def change_by(how: str, path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["write", "truncate", "open", "fallocate", "copy"])
-def test_setid_bits_go_when_others_change_the_file(mounted: Mounted, how: str) -> None:
-    path = setid_file(mounted)
+@pytest.mark.parametrize("mode", ["direct", "page"])
+def test_setid_bits_go_when_others_change_the_file(how: str, mode: str) -> None:
+    with Mounted(options=f"cache={mode},allow_other") as mount:
+        check_setid_bits(mount, how)
+
+
+def check_setid_bits(mount: Mounted, how: str) -> None:
+    path = setid_file(mount)
     change_by(how, path)
     assert mode_of(path) == 0o6755, "root may"
     run_as(USER, lambda: change_by(how, path))

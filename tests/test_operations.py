@@ -148,6 +148,29 @@ def test_readdir_counts_what_was_taken(
     do(ops.releasedir(ROOT))
 
 
+def test_an_error_inside_a_directory_comes_after_its_entries(
+    ops: Operations, fs: FileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ino = make(ops)
+    taken: list[bytes] = []
+
+    def reply(token: object, name: bytes, attributes: Any, cookie: int) -> bool:
+        taken.append(name)
+        return True
+
+    def entries(_: int, start: int) -> Any:
+        if not start:
+            yield b"f", ino, 0, 1
+        raise NotFoundError("the inode of a name")
+
+    monkeypatch.setattr(pyfuse3, "readdir_reply", reply)
+    monkeypatch.setattr(fs, "readdir", entries)
+    do(ops.readdir(ROOT, 0, None))
+    assert taken == [b"f"]
+    assert known(fs, ino) == 2
+    assert fails(ops.readdir(ROOT, 1, None)) == errno.ENOENT
+
+
 def test_an_unlinked_file_goes_with_the_last_reference(ops: Operations, fs: FileSystem) -> None:
     info, entry = do(ops.create(ROOT, b"f", stat.S_IFREG | 0o644, os.O_RDWR, AS_ROOT))
     do(ops.write(info.fh, 0, b"kept"))

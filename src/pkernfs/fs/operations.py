@@ -314,11 +314,17 @@ class Operations(pyfuse3.Operations):
     @handler
     def readdir(self, fh: int, start: int, token: Any) -> None:
         fs, attributes, reply = self.fs, self._attributes, pyfuse3.readdir_reply
-        for name, ino, _, cookie in fs.readdir(fh, start):
-            inode = fs.inode(ino)
-            if not reply(token, name, inode.cookie or attributes(inode), cookie):
-                return
-            fs.remember(ino)
+        taken = False
+        try:
+            for name, ino, _, cookie in fs.readdir(fh, start):
+                inode = fs.inode(ino)
+                if not reply(token, name, inode.cookie or attributes(inode), cookie):
+                    return
+                fs.remember(ino)
+                taken = True
+        except PkernfsError:
+            if not taken:
+                raise  # else the entries that count are sent, and the next call fails
 
     @handler
     def releasedir(self, fh: int) -> None:
