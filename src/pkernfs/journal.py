@@ -57,7 +57,7 @@ class PageStore:
         self._view = region.view(0, total_pages * PAGE)
         self._journal = journal_page * PAGE
         self._capacity = journal_pages * PAGE
-        self._sequence = 0
+        self.sequence = 0  # of the last transaction that changed something
         self._verified: dict[int, int] = {}
         self._overlay: dict[int, bytearray] = {}
         self._images: dict[int, memoryview] = {}
@@ -176,12 +176,12 @@ class PageStore:
         change(memoryview(image))
         if changed is not None:
             change(changed)
-        self._sequence += 1
+        self.sequence += 1
         lib.pk_commit(
             self.region.base,
             self._journal,
             self._capacity,
-            self._sequence,
+            self.sequence,
             self._uuid_c,
             ffi.from_buffer("uint8_t[]", image),
             ffi.new("uint64_t[]", [page]),
@@ -237,6 +237,11 @@ class PageStore:
         """Pages changed in the open transaction; up to ``SAFE_PAGES`` always fit one record."""
         return self._used
 
+    @property
+    def is_open(self) -> bool:
+        """Whether a transaction is open."""
+        return self._open
+
     def __enter__(self) -> PageStore:
         if self._open:
             raise RuntimeError("a transaction is open")
@@ -253,7 +258,7 @@ class PageStore:
 
     def _commit(self) -> None:
         if self._used:
-            sequence = self._sequence = self._sequence + 1
+            sequence = self.sequence = self.sequence + 1
             done = lib.pk_commit(
                 self.region.base,
                 self._journal,

@@ -47,6 +47,8 @@ _unpack_extent = EXTENT.unpack_from
 _NO_BOUND = 1 << 64
 
 Path = list[tuple[int, int]]
+# path, leaf, its count, the lowest key of the leaves to the right
+Place = tuple[Path, memoryview, int, int]
 
 
 class Tree:
@@ -89,7 +91,7 @@ class Tree:
         words = 2 if level else self._words
         return node.cast("Q")[_WORD0 : _WORD0 + count * words : words]
 
-    def _descend(self, key: int) -> tuple[Path, memoryview, int, int]:
+    def _descend(self, key: int) -> Place:
         """Path of (page, slot) down to the leaf for ``key``; the leaf, its count, the next key.
 
         The last element's slot is that of the first key >= ``key``; the next key is the lowest
@@ -134,10 +136,15 @@ class Tree:
             yield _unpack_extent(node, _SLOTS + EXTENT_BYTES * slot)
 
     def _leaf_slots(self, key: int) -> Iterator[tuple[memoryview, int]]:
+        for node, first, count in self.leaves(key):
+            for slot in range(first, count):
+                yield node, slot
+
+    def leaves(self, key: int) -> Iterator[tuple[memoryview, int, int]]:
+        """Leaves from that of ``key`` on: the node, the first slot from ``key`` on, the count."""
         while self.root:
             path, node, count, bound = self._descend(key)
-            for slot in range(path[-1][1], count):
-                yield node, slot
+            yield node, path[-1][1], count
             if bound >= _NO_BOUND:
                 return
             key = bound
@@ -175,11 +182,17 @@ class Tree:
         found: tuple[int, int, int] = _unpack_extent(node, _SLOTS + EXTENT_BYTES * slot)
         return found
 
-    def find(self, key: int, group_bits: int) -> Iterator[tuple[int, memoryview]]:
+    def place(self, key: int) -> Place:
+        """Where ``key`` is or would be, for the calls that take it; the tree is not empty."""
+        return self._descend(key)
+
+    def find(
+        self, key: int, group_bits: int, place: Place | None = None
+    ) -> Iterator[tuple[int, memoryview]]:
         """Items whose key agrees with ``key`` but for the lowest ``group_bits`` bits."""
         if not self.root:
             return
-        path, node, count, bound = self._descend(key)
+        path, node, count, bound = place or self._descend(key)
         end = key + (1 << group_bits)
         for slot in range(path[-1][1], count):
             found = self.item(node, slot)
@@ -210,9 +223,10 @@ class Tree:
 
     def insert_extent(self, extent: tuple[int, int, int]) -> None:
         """Add an extent; its key must be new."""
-        if not self.root:
+        fresh = not self.root
+        if fresh:
             self._plant()
-        path, _node, count, _ = self._descend(extent[0]) if self._count(self.root) else self._top()
+        path, _node, count, _ = self._descend(extent[0]) if not fresh else self._top()
         page, slot = path[-1]
         if count == MAX_EXTENT_SLOTS:
             page, slot = self._split(path, extent[0])
@@ -233,11 +247,15 @@ class Tree:
         node = self._store.edit(page, MAGIC_TREE)
         EXTENT.pack_into(node, _SLOTS + EXTENT_BYTES * slot, *extent)
 
-    def insert_item(self, key: int, data: bytes) -> bool:
-        """Add an item of at most about 1300 bytes; False, and no change, if the key is taken."""
+    def insert_item(self, key: int, data: bytes, place: Place | None = None) -> bool:
+        """Add an item of at most about 1300 bytes; False, and no change, if the key is taken.
+
+        ``place`` is the key's :meth:`place`, if the tree has not changed since.
+        """
         if not self.root:
             self._plant()
-        path, found, count, _ = self._descend(key) if self._count(self.root) else self._top()
+            place = self._top()
+        path, found, count, _ = place or self._descend(key)
         page, slot = path[-1]
         if slot < count and _unpack_item(found, _SLOTS + 16 * slot)[0] == key:
             return False
@@ -271,7 +289,7 @@ class Tree:
         count: int = _unpack_node(self._store.read(page, MAGIC_TREE), _NODE_OFFSET)[3]
         return count
 
-    def _top(self) -> tuple[Path, memoryview, int, int]:
+    def _top(self) -> Place:
         """The path of an empty root, which only exists inside a transaction."""
         return [(self.root, 0)], self._store.read(self.root, MAGIC_TREE), 0, _NO_BOUND
 
@@ -377,12 +395,12 @@ class Tree:
 
     # ------------------------------------------------------------------ removing
 
-    def remove(self, key: int) -> None:
-        """Take out the item or extent at ``key``.
+    def remove(self, key: int, place: Place | None = None) -> None:
+        """Take out the item or extent at ``key``; ``place`` as in :meth:`insert_item`.
 
         :raises CorruptionError: there is none.
         """
-        path, found, count, _ = self._descend(key)
+        path, found, count, _ = place or self._descend(key)
         page, slot = path[-1]
         if slot >= count or self._keys(found, 0, count)[slot] != key:
             self._bad(page, f"no key {key:#x}")

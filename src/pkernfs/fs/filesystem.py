@@ -13,7 +13,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pkernfs.alloc.blocks import BlockAllocator, Claim, MapRange
 from pkernfs.alloc.pages import PageAllocator
@@ -39,7 +39,7 @@ from pkernfs.errors import (
 )
 from pkernfs.fs import superblock
 from pkernfs.fs.extents import LAST_PAGE, ExtentMap
-from pkernfs.fs.inodes import Inode, InodeTable
+from pkernfs.fs.inodes import Inode, InodeTable, Stat
 from pkernfs.fs.names import Names, check_name
 from pkernfs.fs.xattrs import Overflow, Xattrs, check_target
 from pkernfs.journal import PageStore, TransactionTooLarge
@@ -144,6 +144,7 @@ class FileSystem:
         self._xattrs = Xattrs(self.store, self._pages, sb.fields.hash_key, self._overflow)
         self._opens: dict[int, int] = {}
         self._lookups: dict[int, int] = {}
+        self._nameless: set[int] = set()  # in use, to be freed when they no longer are
         static = min(r.map_page // PAGES_PER_BLOCK for r in sb.ranges)
         self._static_blocks = 2 if static == 0 else static + 1
 
@@ -253,6 +254,21 @@ class FileSystem:
         """
         return self._inodes.get(ino)
 
+    def stat(self, ino: int) -> Stat:
+        """What stat(2) tells of an inode; cheaper than the inode itself if that is not in memory.
+
+        :raises NotFoundError: there is none.
+        """
+        return self._inodes.stat(ino)
+
+    @property
+    def cookies(self) -> dict[int, Any]:
+        """For the caller to keep what it made of an inode's attributes, by number.
+
+        An entry goes when the inode changes; all go when there are too many.
+        """
+        return self._inodes.cookies
+
     def remember(self, ino: int, n: int = 1) -> None:
         """The kernel knows the inode ``n`` times more."""
         self._lookups[ino] = self._lookups.get(ino, 0) + n
@@ -290,12 +306,10 @@ class FileSystem:
         return ino in self._opens or ino in self._lookups
 
     def _reclaim(self, ino: int) -> None:
-        if self.read_only or ino in self._opens or ino in self._lookups:
+        if ino not in self._nameless or self._in_use(ino) or self.read_only:
             return
-        try:
-            inode = self._inodes.get(ino)
-        except NotFoundError:
-            return
+        self._nameless.discard(ino)
+        inode = self._inodes.get(ino)
         if not inode.nlink:
             self._evict(inode)
 
@@ -345,16 +359,24 @@ class FileSystem:
         :raises NotFoundError: there is no such name.
         :raises NotDirError: ``parent`` is not a directory.
         """
+        ino = self.find(parent, name)
+        if not ino:
+            raise NotFoundError("no such name")
+        return self._named(self._inodes.get(parent), ino)
+
+    def find(self, parent: int, name: bytes) -> int:
+        """The inode number that a name in a directory means; 0 if there is no such name.
+
+        :raises NotDirError: ``parent`` is not a directory.
+        """
         self._inodes.trim()
         directory = self._directory(parent)
         if name == b".":
-            return directory
+            return parent
         if name == b"..":
-            return self._inodes.get(directory.parent)
+            return directory.parent
         found = self._names.find(directory, name)
-        if found is None:
-            raise NotFoundError("no such name")
-        return self._named(directory, found[1])
+        return found[1] if found is not None else 0
 
     def _named(self, directory: Inode, ino: int) -> Inode:
         try:
@@ -555,6 +577,7 @@ class FileSystem:
             return True
         self._blocks.forget_window(inode.ino)
         if inode.ino in self._opens:
+            self._nameless.add(inode.ino)
             self._inodes.save(inode)
             return True
         # Nobody can open it any more: its space is free at once, its number when it is forgotten.
@@ -562,6 +585,7 @@ class FileSystem:
         if whole and inode.ino not in self._lookups:
             self._free_inode(inode)
             return True
+        self._nameless.add(inode.ino)
         self._inodes.save(inode)
         return whole or inode.ino in self._lookups
 
@@ -570,6 +594,7 @@ class FileSystem:
         inode.nlink = 0
         inode.ctime = self._clock()
         if self._in_use(inode.ino):
+            self._nameless.add(inode.ino)
             self._inodes.save(inode)
         else:
             self._free_inode(inode)

@@ -7,7 +7,7 @@ import stat
 from array import array
 from functools import partial
 from struct import Struct
-from typing import Any
+from typing import Any, NamedTuple
 
 from pkernfs.alloc.pages import PageAllocator
 from pkernfs.errors import CorruptionError, NotFoundError
@@ -57,7 +57,8 @@ _TYPES = {
     stat.S_IFCHR,
     stat.S_IFBLK,
 }
-_MAX_CACHED = 16384
+_MAX_CACHED = 8192
+_MAX_COOKIES = 131072  # some 250 bytes each, if they are pyfuse3's
 _MAX_NEW_PAGES = 64
 _NO_INLINE = bytes(INODE_INLINE_BYTES)
 _SECTOR = 512
@@ -196,6 +197,23 @@ class Inode:
         return self.data_pages * (PAGE // _SECTOR)
 
 
+class Stat(NamedTuple):
+    """The attributes of an inode; times in ns, ``data_pages`` in 4 KiB."""
+
+    ino: int
+    generation: int
+    mode: int
+    uid: int
+    gid: int
+    nlink: int
+    size: int
+    atime: int
+    mtime: int
+    ctime: int
+    rdev: int
+    data_pages: int
+
+
 class InodeTable:
     """Finds, makes and frees inodes; keeps a bounded number of them in memory."""
 
@@ -203,6 +221,7 @@ class InodeTable:
         self._store = store
         self._pages = pages
         self._cache: dict[int, Inode] = {}
+        self.cookies: dict[int, Any] = {}
         self._where = array("Q")  # page number of each inode page
         state = store.read(STATE_PAGE, MAGIC_STATE)
         self._root = int.from_bytes(
@@ -260,14 +279,46 @@ class InodeTable:
             self._cache[ino] = inode
         return inode
 
-    def _load(self, inode: Inode, ino: int) -> None:
+    def stat(self, ino: int) -> Stat:
+        """The attributes of that inode, without keeping it.
+
+        :raises NotFoundError, CorruptionError: as :meth:`get`.
+        """
+        i = self._cache.get(ino)
+        if i is None:
+            page = self._page_of(ino)
+            f = _unpack(page, (ino & 15) * INODE_BYTES)
+            if f[0] == ino and not f[12] and not f[13] and f[2] & 0o170000 in _TYPES:
+                return Stat(ino, f[1], f[2], f[3], f[4], f[5], f[7], f[8], f[9], f[10], 0, f[14])
+            i = Inode()  # a device node, or something to complain about
+            self._load(i, ino)
+        return Stat(
+            ino,
+            i.generation,
+            i.mode,
+            i.uid,
+            i.gid,
+            i.nlink,
+            i.size,
+            i.atime,
+            i.mtime,
+            i.ctime,
+            i.rdev,
+            i.data_pages,
+        )
+
+    def _page_of(self, ino: int) -> memoryview:
+        """The inode page of an inode that is in use."""
         index, slot = ino >> 4, ino & 15
         if not slot or not 0 <= index < len(self._where):
             raise NotFoundError(f"inode {ino}: no such inode")
         page = self._store.read(self._where[index], MAGIC_INODES)
         if not _unpack_page(page, INODE_PAGE_OFFSET)[2] >> slot & 1:
             raise NotFoundError(f"inode {ino}: no such inode")
-        inode.load(page, slot * INODE_BYTES)
+        return page
+
+    def _load(self, inode: Inode, ino: int) -> None:
+        inode.load(self._page_of(ino), (ino & 15) * INODE_BYTES)
         if inode.ino != ino:
             raise CorruptionError(f"inode {ino}: wrong number: got {inode.ino}")
 
@@ -276,12 +327,15 @@ class InodeTable:
         if len(self._cache) > _MAX_CACHED:
             for ino in list(self._cache)[: _MAX_CACHED // 2]:
                 del self._cache[ino]
+        if len(self.cookies) > _MAX_COOKIES:
+            self.cookies.clear()
 
     # ------------------------------------------------------------------ changing
 
     def touch(self, inode: Inode) -> None:
         """From here on the inode is changed by the open transaction: put it back if that fails."""
         inode.cookie = None
+        self.cookies.pop(inode.ino, None)
         self._store.on_abort.append(partial(self._reload, inode))
 
     def _reload(self, inode: Inode) -> None:

@@ -12,21 +12,25 @@ from pkernfs.errors import (
     NameTooLongError,
     NoSpaceError,
 )
-from pkernfs.fs.btree import Tree
+from pkernfs.fs.btree import Place, Tree
 from pkernfs.fs.inodes import Inode
 from pkernfs.journal import PageStore
 from pkernfs.layout import (
     COLLISION_BITS,
     INODE_FLAG_BODY,
+    ITEM_SLOT,
     MAX_COLLISIONS,
     MAX_NAME_BYTES,
     NAME_ITEM,
     TREE_NAMES,
+    TREE_SLOTS_OFFSET,
     name_key,
 )
 
 _unpack = NAME_ITEM.unpack_from
 _HEAD = NAME_ITEM.size
+_unpack_slot = ITEM_SLOT.unpack_from
+_SLOT_BYTES = ITEM_SLOT.size
 _MAX_REMEMBERED = 16384
 _ABSENT = (0, 0, 0)
 
@@ -53,6 +57,8 @@ class Names:
         # Names looked up lately, also those that are not there: the kernel looks up first. A
         # directory is freed when its last name is gone, so its number can be used anew.
         self._remembered: dict[tuple[int, bytes], Entry] = {}
+        # The last descent: directory, name, key, transaction, and where it led.
+        self._last: tuple[int, bytes, int, int, Place] | None = None
 
     def _tree(self, directory: Inode) -> Tree:
         root = directory.body if directory.flags & INODE_FLAG_BODY else 0
@@ -76,7 +82,11 @@ class Names:
     def _look_up(self, directory: Inode, name: bytes) -> Entry:
         if directory.flags & INODE_FLAG_BODY:
             key = name_key(name, self._hash_key)
-            for found, item in self._tree(directory).find(key, COLLISION_BITS):
+            tree = self._tree(directory)
+            place = tree.place(key)
+            if not self._store.is_open:  # what a transaction shows may come to nothing
+                self._last = directory.ino, name, key, self._store.sequence, place
+            for found, item in tree.find(key, COLLISION_BITS, place):
                 if item[_HEAD:] == name:
                     ino, kind = _unpack(item)
                     if not ino:
@@ -90,16 +100,26 @@ class Names:
         self._remembered[directory.ino, name] = entry
         self._store.on_abort.append(self._remembered.clear)
 
+    def _place(self, directory: Inode, name: bytes, key: int) -> Place | None:
+        """Where a key is, if that was just looked up and nothing has changed since."""
+        last = self._last
+        self._last = None
+        if last and last[:4] == (directory.ino, name, key, self._store.sequence):
+            return last[4]
+        return None
+
     def add(self, directory: Inode, name: bytes, ino: int, kind: int) -> None:
         """Enter a new name; ``kind`` is mode >> 12. The caller saves the directory."""
         tree = self._tree(directory)
         key = name_key(name, self._hash_key)
         item = NAME_ITEM.pack(ino, kind) + name
         last = key + MAX_COLLISIONS - 1
-        while not tree.insert_item(key, item):  # another name with the same hash has it
+        place = self._place(directory, name, key)
+        while not tree.insert_item(key, item, place):  # another name with the same hash has it
             if key == last:
                 raise NoSpaceError("too many names with the same hash")
             key += 1
+            place = None
         directory.size += 1
         self._set_root(directory, tree)
         self._remember(directory, name, (key, ino, kind))
@@ -109,7 +129,7 @@ class Names:
         if not directory.size:
             raise CorruptionError(f"directory {directory.ino}: more names than its size")
         tree = self._tree(directory)
-        tree.remove(key)
+        tree.remove(key, self._place(directory, name, key))
         directory.size -= 1
         self._set_root(directory, tree)
         self._remember(directory, name, _ABSENT)
@@ -117,16 +137,18 @@ class Names:
     def replace(self, directory: Inode, name: bytes, key: int, ino: int, kind: int) -> None:
         """Let the name at ``key`` mean another inode. The caller saves the directory."""
         tree = self._tree(directory)
-        tree.remove(key)
+        tree.remove(key, self._place(directory, name, key))
         tree.insert_item(key, NAME_ITEM.pack(ino, kind) + name)
         self._set_root(directory, tree)
         self._remember(directory, name, (key, ino, kind))
 
     def entries(self, directory: Inode, key: int) -> Iterator[tuple[bytes, int, int, int]]:
         """``(name, inode number, type, key)`` of the entries from ``key`` on."""
-        for found, item in self._tree(directory).items(key):
-            ino, kind = _unpack(item)
-            yield bytes(item[_HEAD:]), ino, kind, found
+        for node, first, count in self._tree(directory).leaves(key):
+            for slot in range(first, count):
+                found, at, length, _ = _unpack_slot(node, TREE_SLOTS_OFFSET + slot * _SLOT_BYTES)
+                ino, kind = _unpack(node, at)
+                yield bytes(node[at + _HEAD : at + length]), ino, kind, found
 
     @staticmethod
     def _set_root(directory: Inode, tree: Tree) -> None:
