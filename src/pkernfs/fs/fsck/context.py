@@ -154,6 +154,8 @@ class Context:
         # Inodes made by this run.
         self.made: set[int] = set()
         self.orphans: list[int] = []
+        # Free blocks that the repair stores into.
+        self.taken_blocks: list[int] = []
         self.released_pages: list[tuple[int, int]] = []
         self.released_blocks: list[tuple[int, int]] = []
 

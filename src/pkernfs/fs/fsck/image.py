@@ -47,6 +47,7 @@ class Image:
         self._changed: dict[int, bytearray] = {}
         self._unsealed: set[int] = set()
         self._fresh: set[int] = set()
+        self._first: dict[int, bytearray] = {}
         self._zeroed: list[tuple[int, int]] = []
         self._copied: list[tuple[int, int, int]] = []
         ranges = list(region.data_ranges())
@@ -84,7 +85,8 @@ class Image:
             self.on_flip(number, magic, bit >> 3, bit & 7)
         return page
 
-    def _stored(self, number: int) -> memoryview:
+    def stored(self, number: int) -> memoryview:
+        """A page as it is in the region."""
         return self._view[number * PAGE : number * PAGE + PAGE]
 
     def is_intact(self, number: int) -> bool:
@@ -126,7 +128,7 @@ class Image:
         """The private copy of a page, to be changed."""
         page = self._changed.get(number)
         if page is None:
-            page = self._changed[number] = bytearray(self._stored(number))
+            page = self._changed[number] = bytearray(self.stored(number))
         self._unsealed.add(number)
         return page
 
@@ -139,9 +141,9 @@ class Image:
             self._fresh.add(number)
         return page
 
-    def changed_pages(self) -> list[int]:
-        """Numbers of the pages that have a private copy."""
-        return list(self._changed)
+    def store_first(self, number: int, image: bytearray) -> None:
+        """Store this for a page before all else; its private copy follows as any other."""
+        self._first[number] = image
 
     def zero_data(self, offset: int, length: int) -> None:
         """Zero a byte range when the repair is stored."""
@@ -181,7 +183,7 @@ class Image:
             length = min(PAGE - start, len(data))
             page = self._changed.get(number)
             if page is None:
-                page = self._changed[number] = bytearray(self._stored(number))
+                page = self._changed[number] = bytearray(self.stored(number))
             page[start : start + length] = data[:length]
             offset += length
             data = data[length:]
@@ -195,10 +197,12 @@ class Image:
     def store(self) -> None:
         """Bring all changes into the region; at any instant of it, fsck can start over.
 
-        Data first, into places that nothing refers to; then new pages; then the changed ones,
+        First, what is free and about to be stored into is no longer marked as zero; then data,
+        into places that nothing refers to; then new pages; then the changed ones,
         each batch as one transaction. If there are several, the state page says from the first
         one on that there is an error, and the last one takes that back.
         """
+        self._commit(sorted(self._first), self._first, fresh=False)
         for source, target, length in self._copied:
             for at in range(0, length, _MAX_COPY):
                 piece = min(_MAX_COPY, length - at)
@@ -209,11 +213,11 @@ class Image:
         fresh = sorted(self._fresh & self._changed.keys())
         changed = sorted(self._changed.keys() - self._fresh, reverse=True)
         for i in range(0, len(fresh), _BATCH):
-            self._commit(fresh[i : i + _BATCH], fresh=True)
+            self._commit(fresh[i : i + _BATCH], self._changed, fresh=True)
         if len(changed) > _BATCH:
             self._mark_error()
         for i in range(0, len(changed), _BATCH):
-            self._commit(changed[i : i + _BATCH], fresh=False)
+            self._commit(changed[i : i + _BATCH], self._changed, fresh=False)
         self.region.store_u64(_JOURNAL, 0)
         self.region.sync()
 
@@ -225,15 +229,15 @@ class Image:
         flags = int.from_bytes(marked[STATE_OFFSET + 4 : STATE_OFFSET + 8], "little")
         flags |= STATE_FLAG_ERROR
         marked[STATE_OFFSET + 4 : STATE_OFFSET + 8] = flags.to_bytes(4, "little")
-        self._changed[STATE_PAGE] = marked
-        self._commit([STATE_PAGE], fresh=False)
-        self._changed[STATE_PAGE] = final
+        self._commit([STATE_PAGE], {STATE_PAGE: marked}, fresh=False)
 
-    def _commit(self, numbers: list[int], *, fresh: bool) -> None:
+    def _commit(self, numbers: list[int], images: dict[int, bytearray], *, fresh: bool) -> None:
+        if not numbers:
+            return
         transactions = self._transactions(self.uuid)
         with transactions:
             for number in numbers:
-                transactions.put(number, self._changed[number], fresh)
+                transactions.put(number, images[number], fresh)
 
 
 class _Transactions(PageStore):

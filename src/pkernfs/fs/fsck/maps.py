@@ -24,6 +24,7 @@ from pkernfs.layout import (
     MAGIC_PAGE_MAP,
     MAP_BYTES,
     MAP_USED_OFFSET,
+    MAP_ZERO_OFFSET,
     PAGE_MAP_CLASS_OFFSET,
     PAGE_MAP_USED_BYTES,
     PAGE_MAP_USED_OFFSET,
@@ -158,10 +159,23 @@ def write(ctx: Context) -> None:
         ctx.map_zero[first : first + count] = bytes(count)
     for block in sorted(ctx.claims.pages):
         _write_page_map(ctx, block)
+    unmark_zero(ctx)
     maps = ctx.sb.map_pages()
     zero = _both(ctx.map_zero, ctx.claims.kind.translate(_TO_FREE))
     for page, first, blocks in maps:
         _write_block_map(ctx, page, first, blocks, zero)
+
+
+def unmark_zero(ctx: Context) -> None:
+    """Before anything is stored into a free block, the region must not say that it is zero."""
+    for page, first, blocks in ctx.sb.map_pages():
+        taken = [b - first for b in ctx.taken_blocks if first <= b < first + blocks]
+        if not taken or page in ctx.rewrite_maps:
+            continue
+        image = bytearray(ctx.image.stored(page))
+        for bit in taken:
+            image[MAP_ZERO_OFFSET + bit // 8] &= ~(1 << bit % 8)
+        ctx.image.store_first(page, image)
 
 
 def _write_page_map(ctx: Context, block: int) -> None:

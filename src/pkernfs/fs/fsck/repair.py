@@ -55,9 +55,12 @@ def rebuild(ctx: Context, space: Allocator) -> None:
     """Free orphans, move data, build trees anew."""
     for ino in ctx.orphans:
         _free(ctx, ino)
+    copies: dict[int, list[Extent]] = {}
     for todo in ctx.relocations:
         if ctx.inodes.type_of(todo.ino) == T_REG:
-            _relocate(ctx, space, todo)
+            copies.setdefault(todo.ino, []).extend(_relocate(ctx, space, todo))
+    for ino, copied in copies.items():
+        ctx.extents[ino] = joined(ctx, sorted(_current_extents(ctx, ino) + copied))
     files = ctx.extents.keys() | {ino for ino, kind in ctx.trees if kind == TREE_EXTENTS}
     for ino in sorted(files):
         if ctx.inodes.type_of(ino) == T_REG:
@@ -125,8 +128,11 @@ def _current_extents(ctx: Context, ino: int) -> list[Extent]:
     return inline_extents(ctx.inode_page(ino), ino & 15, f.flags)
 
 
-def _relocate(ctx: Context, space: Allocator, todo: Relocation) -> None:
-    """Copy data that lies where it cannot stay; without room, the file gets a hole there."""
+def _relocate(ctx: Context, space: Allocator, todo: Relocation) -> list[Extent]:
+    """Copy data that lies where it cannot stay; without room, the file gets a hole there.
+
+    Returns the extents of the copy.
+    """
     size = ctx.fields(todo.ino).size
     file_page, source = todo.file_page, todo.source
     # What lies behind the end of the file needs no copy.
@@ -158,7 +164,7 @@ def _relocate(ctx: Context, space: Allocator, todo: Relocation) -> None:
         tail = size - start * PAGE
         if tail < count * PAGE:
             ctx.image.zero_data(page * PAGE + tail, count * PAGE - tail)
-    ctx.extents[todo.ino] = joined(ctx, sorted(_current_extents(ctx, todo.ino) + copied))
+    return copied
 
 
 def _copy_unit(

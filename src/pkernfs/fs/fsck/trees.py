@@ -216,6 +216,7 @@ class Allocator:
                 continue
             self._next_block = block + 1
             if not (self._careful and ctx.map_used[block]):
+                ctx.taken_blocks.append(block)
                 return block
 
     def give_back(self, page: int) -> None:
