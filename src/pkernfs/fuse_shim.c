@@ -132,6 +132,19 @@ static void op_copy_file_range(fuse_req_t req, fuse_ino_t ino_in, off_t off_in,
 			       : pk_on_copy(req, ino_in, off_in, ino_out, off_out, len));
 }
 
+/*
+ * The kernel may keep what it has read of a directory: every change of it goes through the kernel,
+ * which then drops that.  pyfuse3 answers with the flags that it was handed.
+ */
+static void (*next_opendir)(fuse_req_t, fuse_ino_t, struct fuse_file_info *);
+
+static void op_opendir(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
+{
+	fi->cache_readdir = 1;
+	fi->keep_cache = 1;
+	next_opendir(req, ino, fi);
+}
+
 /* The reply to a request whose callback answered PK_LATER. */
 void pk_reply_later(void *req, int64_t result, int counted)
 {
@@ -164,6 +177,8 @@ static void fill(struct fuse_lowlevel_ops *to, const struct fuse_lowlevel_ops *f
 	to->fallocate = op_fallocate;
 	to->lseek = op_lseek;
 	to->copy_file_range = op_copy_file_range;
+	next_opendir = to->opendir;
+	to->opendir = op_opendir;
 	if (pk_take_writes) { /* the caller's buffer goes to Python as it is, without a copy */
 		to->write = op_write;
 		to->write_buf = NULL;
@@ -294,6 +309,7 @@ static ssize_t io_writev(int fd, struct iovec *iov, int count, void *userdata)
 {
 	const struct out_header *out = iov[0].iov_base;
 	struct init_out init;
+	ssize_t n;
 
 	(void)userdata;
 	if (init_unique && out->unique == init_unique) {
@@ -317,7 +333,10 @@ static ssize_t io_writev(int fd, struct iovec *iov, int count, void *userdata)
 		}
 		pk_negotiated.done = 1;
 	}
-	return writev(fd, iov, count);
+	n = writev(fd, iov, count);
+	if (n < 0 && errno == ENOENT && out->unique)
+		return out->len; /* whoever asked was interrupted, or is unmounting: no error of ours */
+	return n;
 }
 
 static void keep_message(enum fuse_log_level level, const char *format, va_list arguments)
