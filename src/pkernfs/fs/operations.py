@@ -141,6 +141,8 @@ class Operations(pyfuse3.Operations):
         self.freed: Callable[[], None] = lambda: None
         self._timeout = timeout
         self._opened = pyfuse3.FileInfo(direct_io=cache == "direct", keep_cache=False)
+        self._cookies = fs.cookies
+        self._invalidated: set[int] = set()  # the kernel knows that it does not know them
         self._without_capability: set[int] = set()  # open files known to have no such xattr
         self._absent = EntryAttributes()
         self._absent.st_ino = 0
@@ -184,45 +186,52 @@ class Operations(pyfuse3.Operations):
 
     # ------------------------------------------------------------------ attributes
 
-    def _attributes(self, inode: Any) -> EntryAttributes:
+    def _attributes(self, ino: int) -> EntryAttributes:
         """The inode's attributes as pyfuse3 wants them, made once for each change."""
-        entry: EntryAttributes = inode.cookie
+        entry: EntryAttributes | None = self._cookies.get(ino)
         if entry is None:
+            now = self.fs.stat(ino)
             entry = EntryAttributes()
-            entry.st_ino = inode.ino
-            entry.generation = inode.generation
+            entry.st_ino = ino
+            entry.generation = now.generation
             entry.entry_timeout = entry.attr_timeout = self._timeout
-            entry.st_mode = inode.mode
-            entry.st_nlink = inode.nlink
-            entry.st_uid = inode.uid
-            entry.st_gid = inode.gid
-            entry.st_rdev = inode.rdev
-            entry.st_size = inode.size
-            entry.st_blocks = inode.blocks512
+            entry.st_mode = now.mode
+            entry.st_nlink = now.nlink
+            entry.st_uid = now.uid
+            entry.st_gid = now.gid
+            entry.st_rdev = now.rdev
+            entry.st_size = now.size
+            entry.st_blocks = now.data_pages * 8
             entry.st_blksize = 4096
-            entry.st_atime_ns = inode.atime
-            entry.st_mtime_ns = inode.mtime
-            entry.st_ctime_ns = inode.ctime
-            inode.cookie = entry
+            entry.st_atime_ns = now.atime
+            entry.st_mtime_ns = now.mtime
+            entry.st_ctime_ns = now.ctime
+            self._cookies[ino] = entry
+            self._invalidated.discard(ino)
         return entry
 
     def _remembered(self, inode: Any) -> EntryAttributes:
         """The same, for a reply that gives the kernel one more reference to the inode."""
         self.fs.remember(inode.ino)
-        return self._attributes(inode)
+        return self._attributes(inode.ino)
 
     @handler
     def lookup(self, parent: int, name: bytes, ctx: Any) -> EntryAttributes:
-        try:
-            inode = self.fs.lookup(parent, name)
-        except NotFoundError:
+        ino = self.fs.find(parent, name)
+        if not ino:
             return self._absent
-        self.fs.remember(inode.ino)
-        return inode.cookie or self._attributes(inode)
+        try:
+            entry = self._attributes(ino)
+        except NotFoundError:
+            raise CorruptionError(
+                f"directory {parent}: a name for inode {ino}, which is free"
+            ) from None
+        self.fs.remember(ino)
+        return entry
 
     @handler
     def getattr(self, ino: int, ctx: Any) -> EntryAttributes:
-        return self._attributes(self.fs.inode(ino))
+        return self._attributes(ino)
 
     @handler
     def setattr(self, ino: int, attr: Any, fields: Any, fh: int | None, ctx: Any) -> Any:
@@ -240,12 +249,12 @@ class Operations(pyfuse3.Operations):
         if fields.update_size:
             changes["size"] = attr.st_size
             changes["privileged"] = not fuse_shim.request.kill
-        inode = self.fs.setattr(ino, **changes)
+        self.fs.setattr(ino, **changes)
         if fields.update_size:
             self.freed()
         if fields.update_size or fields.update_uid or fields.update_gid:
             self._drop_capability(ino)
-        return self._attributes(inode)
+        return self._attributes(ino)
 
     @handler
     def forget(self, inodes: Sequence[tuple[int, int]]) -> None:
@@ -317,8 +326,7 @@ class Operations(pyfuse3.Operations):
         taken = False
         try:
             for name, ino, _, cookie in fs.readdir(fh, start):
-                inode = fs.inode(ino)
-                if not reply(token, name, inode.cookie or attributes(inode), cookie):
+                if not reply(token, name, attributes(ino), cookie):
                     return
                 fs.remember(ino)
                 taken = True
@@ -349,7 +357,7 @@ class Operations(pyfuse3.Operations):
         fs.open(ino)
         fs.remember(ino)
         self._opened.fh = ino
-        return self._opened, self._attributes(inode)
+        return self._opened, self._attributes(ino)
 
     @handler
     def open(self, ino: int, flags: int, ctx: Any) -> pyfuse3.FileInfo:
@@ -471,9 +479,9 @@ class Operations(pyfuse3.Operations):
         fs = self.fs
         inode = fs.inode(ino)
         if writeback:  # the kernel only knows that pages went out, not that the times changed
-            known = inode.cookie is not None
             done = fs.write(ino, offset, data, True)
-            if known:
+            if ino not in self._invalidated:  # since the kernel last asked
+                self._invalidated.add(ino)
                 _invalidate(ino)
             return done
         if ino not in self._without_capability:
