@@ -48,6 +48,7 @@ class Image:
         self._unsealed: set[int] = set()
         self._fresh: set[int] = set()
         self._first: dict[int, bytearray] = {}
+        self._between: dict[int, bytearray] = {}
         self._zeroed: list[tuple[int, int]] = []
         self._copied: list[tuple[int, int, int]] = []
         ranges = list(region.data_ranges())
@@ -145,6 +146,10 @@ class Image:
         """Store this for a page before all else; its private copy follows as any other."""
         self._first[number] = image
 
+    def store_between(self, number: int, image: bytearray) -> None:
+        """Store this for a page before others lead to or away from what it tells."""
+        self._between[number] = image
+
     def zero_data(self, offset: int, length: int) -> None:
         """Zero a byte range when the repair is stored."""
         self._zeroed.append((offset, length))
@@ -197,10 +202,11 @@ class Image:
     def store(self) -> None:
         """Bring all changes into the region; at any instant of it, fsck can start over.
 
-        First, what is free and about to be stored into is no longer marked as zero; then data,
-        into places that nothing refers to; then new pages; then the changed ones,
-        each batch as one transaction. If there are several, the state page says from the first
-        one on that there is an error, and the last one takes that back.
+        First, what is free and about to be stored into is no longer marked as zero; then data and
+        new pages, into places that nothing refers to; then the changed pages, in one transaction
+        if they fit. If they do not, the state page says until the last one that there is an
+        error, and the maps first mark as in use what is so before or after: even a mount in
+        between finds nothing free that is not.
         """
         self._commit(sorted(self._first), self._first, fresh=False)
         for source, target, length in self._copied:
@@ -216,6 +222,9 @@ class Image:
             self._commit(fresh[i : i + _BATCH], self._changed, fresh=True)
         if len(changed) > _BATCH:
             self._mark_error()
+            between = sorted(self._between)
+            for i in range(0, len(between), _BATCH):
+                self._commit(between[i : i + _BATCH], self._between, fresh=False)
         for i in range(0, len(changed), _BATCH):
             self._commit(changed[i : i + _BATCH], self._changed, fresh=False)
         self.region.store_u64(_JOURNAL, 0)

@@ -185,19 +185,22 @@ def _write_page_map(ctx: Context, block: int) -> None:
     if used == 1 and (ctx.map_carved[block] != 1 or ctx.page_map(block) is None):
         ctx.claims.release_blocks(block, 1)  # nothing is left that it was carved for
         return
+    end = PAGE_MAP_USED_OFFSET + PAGE_MAP_USED_BYTES
     kind = CLASS_META if meta != 1 or used == 1 else CLASS_DATA
     known = ctx.map_carved[block] and ctx.page_map(block) is not None
     if known:
         found = parse_page_map(ctx.image.raw(number))
         if found.used == used and found.kind in (CLASS_META, CLASS_DATA):
             return
+        both = bytearray(ctx.image.raw(number))
+        both[PAGE_MAP_USED_OFFSET:end] = (used | found.used).to_bytes(PAGE_MAP_USED_BYTES, "little")
+        ctx.image.store_between(number, both)
         page = ctx.image.edit(number)
         if found.kind not in (CLASS_META, CLASS_DATA):
             page[PAGE_MAP_CLASS_OFFSET : PAGE_MAP_CLASS_OFFSET + 4] = kind.to_bytes(4, "little")
     else:
         page = ctx.image.make(number, MAGIC_PAGE_MAP, 0, fresh=not ctx.map_used[block])
         page[PAGE_MAP_CLASS_OFFSET] = kind
-    end = PAGE_MAP_USED_OFFSET + PAGE_MAP_USED_BYTES
     page[PAGE_MAP_USED_OFFSET:end] = used.to_bytes(PAGE_MAP_USED_BYTES, "little")
 
 
@@ -217,4 +220,15 @@ def _write_block_map(ctx: Context, page: int, first: int, blocks: int, zero: byt
         return
     else:
         image = ctx.image.edit(page)
+        _store_union(ctx, page, bytearray(image), body)
     image[start : start + len(body)] = body
+
+
+def _store_union(ctx: Context, page: int, image: bytearray, body: bytes) -> None:
+    """In between, what is in use before or after is marked so, and no more as zero than in both."""
+    old = int.from_bytes(image[MAP_USED_OFFSET:MAP_ZERO_OFFSET], "little")
+    new = int.from_bytes(body[: MAP_ZERO_OFFSET - MAP_USED_OFFSET], "little")
+    zero = image[MAP_ZERO_OFFSET : MAP_ZERO_OFFSET + MAP_BYTES]
+    image[MAP_USED_OFFSET:MAP_ZERO_OFFSET] = (old | new).to_bytes(2 * MAP_BYTES, "little")
+    image[MAP_ZERO_OFFSET : MAP_ZERO_OFFSET + MAP_BYTES] = _both(zero, body[2 * MAP_BYTES :])
+    ctx.image.store_between(page, image)
