@@ -226,6 +226,7 @@ class Scenario:
     populate: Operation | None = None
     journal_stride: int = 1  # words of a large record between two cuts, before its commit
     subsets: int = 8  # random subsets of each epoch
+    recoveries: int = 9  # points at which recovery is cut as well, at most
 
 
 @dataclass
@@ -555,8 +556,9 @@ class Sweep:
         picked: list[int] = []
         for low, high in zip(fences[::2], fences[1::2], strict=False):
             picked += [low, (low + high) // 2, high]
-        if len(picked) > 9:
-            picked = [picked[i * (len(picked) - 1) // 8] for i in range(9)]
+        most = self.scenario.recoveries
+        if len(picked) > most:
+            picked = [picked[i * (len(picked) - 1) // (most - 1)] for i in range(most)]
         return set(picked)
 
     def _cut_recovery(self, replay: Replay, result: Result, where: str, verdict: str) -> None:

@@ -5,6 +5,7 @@ The harness is crash.py. Environment: ``PKERNFS_SEED`` repeats the random subset
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import stat
@@ -36,7 +37,7 @@ from crash import (
     snapshot,
 )
 from pkernfs.alloc import bitmap
-from pkernfs.errors import CorruptionError, FormatError
+from pkernfs.errors import CorruptionError, FormatError, NoSpaceError
 from pkernfs.fs import fsck, mkfs, superblock
 from pkernfs.fs.filesystem import (
     FALLOC_KEEP_SIZE,
@@ -46,6 +47,7 @@ from pkernfs.fs.filesystem import (
     FileSystem,
 )
 from pkernfs.layout import (
+    BLOCK,
     CLASS_DATA,
     CLASS_META,
     FIRST_MAP_PAGE,
@@ -262,6 +264,24 @@ def in_steps(operation: Operation) -> Operation:
     return run
 
 
+def full(fs: FileSystem) -> None:
+    """No space is left but what is kept for freeing."""
+    ino, size = make(fs, "fill"), 0
+    for step in (BLOCK, PAGE):
+        with contextlib.suppress(NoSpaceError):
+            while True:
+                fs.run(lambda new=size + step: fs.setattr(ino, size=new))  # type: ignore[misc]
+                size += step
+
+
+def without_space(operation: Operation) -> Operation:
+    def run(fs: FileSystem) -> None:
+        with pytest.raises(NoSpaceError):
+            operation(fs)
+
+    return run
+
+
 def _mount_again(fs: FileSystem) -> None:
     FileSystem.mount(fs.region, clock=Clock(1 << 60)).read_only = True
 
@@ -391,6 +411,13 @@ SCENARIOS = [
         setup=each(zero_free, use_up_data),
         relaxed=(b"/d/empty",),
     ),
+    Scenario(
+        "write, no space",
+        without_space(write("d/a", 50, text(30000, 9))),
+        setup=full,
+    ),
+    Scenario("unlink, no space", unlink("d/b2"), setup=full),
+    Scenario("punch, no space", allocate("s", 3, PAGE // 2, 70000), setup=each(sparse, full)),
     Scenario("fallocate", allocate("d/a", 0, 0, 50000), relaxed=(b"/d/a",)),
     Scenario("fallocate, blocks", allocate("d/a", 0, 3 * MIB, 2 * MIB), relaxed=(b"/d/a",)),
     Scenario(
@@ -540,7 +567,9 @@ def test_sequence_cut_at_every_store(sequence: str, base: bytes, figures: Figure
     elif sequence == "directory grows":
         base = Sweep(Scenario("fill", names("d/sub", 0, 14, 200)), base).after
     for number, operation in enumerate(SEQUENCES[sequence]):
-        sweep = Sweep(Scenario(f"{sequence}, {number}", operation, subsets=1), base, SEED)
+        sweep = Sweep(
+            Scenario(f"{sequence}, {number}", operation, subsets=1, recoveries=2), base, SEED
+        )
         result = sweep.run()
         figures.add(result.figures)
         assert not result.failures, "\n".join(result.failures)
