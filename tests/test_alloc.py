@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -156,7 +157,8 @@ class SpaceMachine(RuleBasedStateMachine):
             assert not keep or bytes(sp.blocks._zero) == states[1]
             return
         except ZeroingNeeded as e:
-            assert sum(n for _, n in e.blocks) > INLINE_ZERO_BLOCKS or claimed
+            asked = sum(n for _, n in e.blocks)
+            assert asked > INLINE_ZERO_BLOCKS or claimed  # noqa: PT017 - the machine goes on
             if e.blocks:
                 self.claims.append(sp.blocks.claim(e.blocks))
             return
@@ -175,7 +177,7 @@ class SpaceMachine(RuleBasedStateMachine):
         if not self.owned:
             return
         first = sorted(self.owned)[number % len(self.owned)]
-        blocks = []
+        blocks: list[int] = []
         while first + len(blocks) in self.owned and len(blocks) < count:
             blocks.append(first + len(blocks))
         try:
@@ -362,7 +364,7 @@ def test_two_that_grow_in_turn_keep_out_of_each_others_way() -> None:
             for owner, have in files.items():
                 have += sp.alloc(1, have[-1] + 1 if have else None, owner)
         for have in files.values():
-            pieces = 1 + sum(b != a + 1 for a, b in zip(have, have[1:], strict=False))
+            pieces = 1 + sum(b != a + 1 for a, b in pairwise(have))
             assert pieces <= 27  # windows of 8 and more, and not 200
         # Nobody is refused because of what is kept.
         left = sp.blocks.free_blocks
@@ -429,9 +431,13 @@ def test_freeing_what_is_not_in_use() -> None:
                 continue
             with pytest.raises(CorruptionError), sp.store:
                 sp.blocks.free(first, count)
+
+        def twice() -> None:
+            sp.blocks.free(block, 1)
+            sp.blocks.free(block, 1)
+
         with pytest.raises(CorruptionError), sp.store:
-            sp.blocks.free(block, 1)
-            sp.blocks.free(block, 1)
+            twice()
         page = META_BLOCK * PAGES_PER_BLOCK
         for number in (page, page + 200, block * PAGES_PER_BLOCK):
             with pytest.raises(CorruptionError), sp.store:
@@ -498,7 +504,7 @@ def test_find_run_and_runs(mask: int, count: int) -> None:
     assert bitmap.find_run(mask, count) == text.find("1" * count)
     found = bitmap.runs(mask)
     assert sum(((1 << n) - 1) << at for at, n in found) == mask
-    assert all(a + n < b for (a, n), (b, _) in zip(found, found[1:], strict=False))
+    assert all(a + n < b for (a, n), (b, _) in pairwise(found))
 
 
 def test_find_run_finds_nothing_in_nothing() -> None:

@@ -172,16 +172,36 @@ class Region:
             return self._phys_base + offset
         if self._fs_magic != _HUGETLBFS:
             return None
+        with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+            return self._look_up(pagemap.fileno(), offset)
+
+    def _look_up(self, pagemap: int, offset: int) -> int | None:
         page = offset - offset % self.page_bytes
         self._view[page]  # a page that was never touched has no address yet
         virtual = int(ffi.cast("uintptr_t", self._base)) + page
-        with open("/proc/self/pagemap", "rb") as f:
-            f.seek(virtual // PAGE * 8)
-            (entry,) = struct.unpack("<Q", f.read(8))
+        (entry,) = struct.unpack("<Q", os.pread(pagemap, 8, virtual // PAGE * 8))
         frame = entry & ((1 << 55) - 1)
         if not entry >> 63 or not frame:
             return None
         return int(frame * PAGE + offset - page)
+
+    def physical_runs(self, offset: int, length: int) -> list[tuple[int, int, int | None]]:
+        """``(offset, length, physical address)`` of a range, cut where the addresses jump."""
+        if self._phys_base is not None or self._fs_magic != _HUGETLBFS:
+            return [(offset, length, self.physical(offset))]
+        runs: list[tuple[int, int, int | None]] = []
+        end = offset + length
+        with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+            while offset < end:
+                count = min(self.page_bytes - offset % self.page_bytes, end - offset)
+                address = self._look_up(pagemap.fileno(), offset)
+                last = runs[-1] if runs else None
+                if last and address == (None if last[2] is None else last[2] + last[1]):
+                    runs[-1] = (last[0], last[1] + count, last[2])
+                else:
+                    runs.append((offset, count, address))
+                offset += count
+        return runs
 
     @property
     def phys_base(self) -> int | None:

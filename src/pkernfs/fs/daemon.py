@@ -10,6 +10,7 @@ costs beyond its handler is mostly the event loop, so it is entered only when no
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import logging.handlers
 import os
@@ -82,7 +83,7 @@ def _mount_and_serve(
                 region.serving(False)
                 fs.unmount()
     except PkernfsError as e:
-        _say(e)
+        _say(e if str(e).startswith((spec, mountpoint)) else f"{spec}: {e}")
         log.debug("mount failed", exc_info=True)
         return EXIT_FAILED
     return 0
@@ -228,12 +229,20 @@ def serve(
         server.freed = session.freed
         module.trio = _FastTrio(session.idle)
         region.serving(True)
+        _calm_collector()
         trio.run(session.run, server, ready)
     finally:
         region.serving(False)
         module.trio = trio
         pyfuse3.close(unmount=False)
         _detach_what_is_left(mountpoint, region.name)
+
+
+def _calm_collector() -> None:
+    """What is here stays, and a handler makes no cycles: look for them rarely, it takes long."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)
 
 
 def _fuse_options(options: Options) -> set[str]:

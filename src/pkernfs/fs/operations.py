@@ -261,6 +261,7 @@ class Operations(pyfuse3.Operations):
         for ino, count in inodes:
             if ino != pyfuse3.ROOT_INODE:
                 self.fs.forget(ino, count)
+                self._invalidated.discard(ino)
         self.freed()
 
     @handler
@@ -452,18 +453,22 @@ class Operations(pyfuse3.Operations):
         if suffix and not (suffix[:1] == b"." and suffix[1:].isdigit() and len(suffix) < 20):
             raise NoDataError("no such virtual attribute")
         start = int(suffix[1:] or 0)
-        page = itertools.islice(self.fs.extents(ino), start, start + _EXTENTS_PER_PAGE)
-        physical = self.fs.region.physical
         answer = bytearray()
-        for extent in page:
-            address = physical(extent.region_offset) if with_addresses else None
-            answer += _EXTENT.pack(
-                extent.offset,
-                extent.length,
-                extent.region_offset,
-                _NO_ADDRESS if address is None else address,
-            )
+        for piece in itertools.islice(self._pieces(ino, with_addresses), start, None):
+            answer += _EXTENT.pack(*piece)
+            if len(answer) == _EXTENTS_PER_PAGE * _EXTENT.size:
+                break
         return bytes(answer)
+
+    def _pieces(self, ino: int, with_addresses: bool) -> Iterator[tuple[int, int, int, int]]:
+        """The extents, with addresses cut where those jump (huge pages lie anywhere)."""
+        for e in self.fs.extents(ino):
+            if not with_addresses:
+                yield e.offset, e.length, e.region_offset, _NO_ADDRESS
+                continue
+            for at, length, address in self.fs.region.physical_runs(e.region_offset, e.length):
+                offset = e.offset + at - e.region_offset
+                yield offset, length, at, _NO_ADDRESS if address is None else address
 
     def _drop_capability(self, ino: int) -> None:
         """File capabilities do not survive a change of the file or its owner (KILLPRIV_V2)."""
