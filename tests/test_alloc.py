@@ -158,7 +158,7 @@ class SpaceMachine(RuleBasedStateMachine):
             return
         except ZeroingNeeded as e:
             asked = sum(n for _, n in e.blocks)
-            assert asked > INLINE_ZERO_BLOCKS or claimed  # noqa: PT017 - the machine goes on
+            assert asked > INLINE_ZERO_BLOCKS or claimed
             if e.blocks:
                 self.claims.append(sp.blocks.claim(e.blocks))
             return

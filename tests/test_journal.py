@@ -6,10 +6,10 @@ import random
 from collections.abc import Iterator
 
 import pytest
-from checking import MemoryFile
 from hypothesis import given
 from hypothesis import strategies as st
 
+from checking import MemoryFile
 from pkernfs.errors import CorruptionError, NoSpaceError, ReadOnlyError
 from pkernfs.journal import (
     JOURNAL_DAMAGED,
@@ -43,6 +43,15 @@ CAPACITY = JOURNAL_PAGES * PAGE
 
 def open_store(region: Region) -> PageStore:
     return PageStore(region, UUID, JOURNAL_PAGE, JOURNAL_PAGES, TOTAL)
+
+
+def edit(store: PageStore, page: int, at: int, data: bytes) -> None:
+    """Change some bytes of a page inside a transaction."""
+    store.edit(page, MAGIC_TREE)[at : at + len(data)] = data
+
+
+def peek(store: PageStore, page: int, at: int, length: int) -> bytes:
+    return bytes(store.read(page, MAGIC_TREE)[at : at + length])
 
 
 def body(image: memoryview) -> bytes:
@@ -80,13 +89,13 @@ def test_a_transaction_is_seen_inside_at_once_and_outside_at_the_end(
     with store:
         image = store.edit(FIRST, MAGIC_TREE)
         image[100:103] = b"new"
-        assert store.read(FIRST, MAGIC_TREE)[100:103] == b"new"
-        assert store.edit(FIRST, MAGIC_TREE)[100:103] == b"new"
+        assert peek(store, FIRST, 100, 3) == b"new"
+        assert bytes(store.edit(FIRST, MAGIC_TREE)[100:103]) == b"new"
         assert region.read(FIRST * PAGE + 64, PAGE - 64) == before
         assert store.pages_changed == 1
-    assert store.read(FIRST, MAGIC_TREE)[100:103] == b"new"
+    assert peek(store, FIRST, 100, 3) == b"new"
     assert region.read(FIRST * PAGE + 100, 3) == b"new"
-    assert open_store(region).read(FIRST, MAGIC_TREE)[100:103] == b"new"
+    assert peek(open_store(region), FIRST, 100, 3) == b"new"
     assert store.journal_state() == JOURNAL_EMPTY
     magic, checksum, itself, owner, uuid = HEADER.unpack(region.read(FIRST * PAGE, HEADER.size))
     assert (magic, itself, owner, uuid) == (MAGIC_TREE, FIRST, 5, UUID)
@@ -97,13 +106,17 @@ def test_giving_up_changes_nothing(region: Region, store: PageStore) -> None:
     fill(store, 3)
     before = region.read(0, SIZE)
     calls: list[str] = []
-    with pytest.raises(KeyError), store:
-        store.edit(FIRST, MAGIC_TREE)[200:204] = b"lost"
+
+    def give_up() -> None:
+        edit(store, FIRST, 200, b"lost")
         store.new(FIRST + 7, MAGIC_TREE, 1)[200:204] = b"lost"
         store.on_commit.append(lambda: calls.append("commit"))
         store.on_abort.append(lambda: calls.append("first"))
         store.on_abort.append(lambda: calls.append("second"))
         raise KeyError
+
+    with pytest.raises(KeyError), store:
+        give_up()
     assert calls == ["second", "first"]
     assert region.read(0, SIZE) == before
     assert store.pages_changed == 0
@@ -117,8 +130,8 @@ def test_giving_up_changes_nothing(region: Region, store: PageStore) -> None:
 
 def test_one_at_a_time_and_only_inside(store: PageStore) -> None:
     fill(store, 1)
-    with store, pytest.raises(RuntimeError), store:
-        pass
+    with store, pytest.raises(RuntimeError):
+        store.__enter__()
     with pytest.raises(RuntimeError):
         store.edit(FIRST, MAGIC_TREE)
     with pytest.raises(RuntimeError):
@@ -140,16 +153,23 @@ def test_too_large_changes_nothing(region: Region, store: PageStore) -> None:
         fill(store, 250, first, first=FIRST + first)
     before = region.read(0, SIZE)
     calls: list[str] = []
-    with pytest.raises(TransactionTooLarge), store:
+
+    def change_all() -> None:
         store.on_abort.append(lambda: calls.append("abort"))
         for page in range(FIRST, FIRST + 1_000):
-            store.edit(page, MAGIC_TREE)[64:] = random.Random(page).randbytes(PAGE - 64)
+            edit(store, page, 64, random.Random(page).randbytes(PAGE - 64))
+
+    def make_more() -> None:
+        for page in range(FIRST, FIRST + MAX_PAGES + 1):
+            store.new(page, MAGIC_TREE, 0)
+
+    with pytest.raises(TransactionTooLarge), store:
+        change_all()
     assert calls == ["abort"]
     assert region.read(0, SIZE) == before or store.journal_state() == JOURNAL_EMPTY
     assert region.read(FIRST * PAGE, 1_000 * PAGE) == before[FIRST * PAGE :][: 1_000 * PAGE]
     with pytest.raises(TransactionTooLarge), store:
-        for page in range(FIRST, FIRST + MAX_PAGES + 1):
-            store.new(page, MAGIC_TREE, 0)
+        make_more()
     assert region.read(FIRST * PAGE, 1_000 * PAGE) == before[FIRST * PAGE :][: 1_000 * PAGE]
     assert issubclass(TransactionTooLarge, NoSpaceError)
 
@@ -190,8 +210,8 @@ def test_a_change_that_must_not_wait(region: Region, store: PageStore) -> None:
     def change(page: memoryview) -> None:
         page[300:303] = b"now"
 
-    with pytest.raises(KeyError), store:
-        store.edit(FIRST, MAGIC_TREE)[100:104] = b"lost"
+    def give_up() -> None:
+        edit(store, FIRST, 100, b"lost")
         store.change_now(FIRST, MAGIC_TREE, change)
         assert region.read(FIRST * PAGE + 300, 3) == b"now"
         assert region.read(FIRST * PAGE + 100, 4) != b"lost"
@@ -199,6 +219,9 @@ def test_a_change_that_must_not_wait(region: Region, store: PageStore) -> None:
         assert bytes(store.read(FIRST, MAGIC_TREE)[100:104]) == b"lost"
         open_store(region).read(FIRST, MAGIC_TREE)
         raise KeyError
+
+    with pytest.raises(KeyError), store:
+        give_up()
     assert bytes(store.read(FIRST, MAGIC_TREE)[300:303]) == b"now"
     assert bytes(store.read(FIRST, MAGIC_TREE)[100:104]) != b"lost"
     with store:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -99,7 +99,8 @@ class MountMachine(RuleBasedStateMachine):
         return self.pick(number, lambda node: node.is_dir)[1]
 
     def has_file(self) -> bool:
-        return bool(self.fds) or any(node.is_reg for _, node in self.model.walk())
+        nodes = [node for _, node in (*self.fds, *self.model.walk())]
+        return any(node.is_reg for node in nodes)
 
     @contextlib.contextmanager
     def file(self, number: int) -> Iterator[tuple[int, Node]]:
@@ -380,7 +381,9 @@ class MountMachine(RuleBasedStateMachine):
 TestMount = MountMachine.TestCase
 _thorough = settings.get_current_profile_name() == "thorough"
 TestMount.settings = settings(
-    max_examples=60 if _thorough else 5, stateful_step_count=100 if _thorough else 40
+    max_examples=60 if _thorough else 5,
+    stateful_step_count=100 if _thorough else 40,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],  # a mount a try is slow to shrink with
 )
 
 
