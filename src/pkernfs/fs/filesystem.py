@@ -999,9 +999,10 @@ class FileSystem:
     def write(
         self, ino: int, offset: int, data: bytes | memoryview, privileged: bool = True
     ) -> int:
-        """Write at ``offset``; all of it or nothing but for an existing range's old bytes.
+        """Write at ``offset``: all of it, or an error and nothing.
 
-        Data beyond the old end, and into holes, becomes part of the file in one step.
+        A daemon that stops in between leaves the old size or the new one with all the data; what
+        was there before the old end (holes of a file in blocks included) may be old in part.
 
         :raises NoSpaceError: nothing was written.
         :raises PermissionDeniedError: a table file.
