@@ -517,6 +517,18 @@ def pending_truncation(d: Damage) -> None:
     d.set_state(state=STATE_MOUNTED)
 
 
+@case(Code.PENDING_LEFT, Code.INODE_LINKS)
+def pending_without_links_but_with_a_name(d: Damage) -> None:
+    set_pending(d, 2 << 20, layout.PENDING_TO_END)
+    d.set_inode(d.inos["guest"], nlink=0)
+
+
+@case(Code.PENDING_LEFT, Code.ORPHAN_LEFT)
+def orphan_with_a_pending_range(d: Damage) -> None:
+    make_orphan(d, "guest")
+    set_pending(d, 2 << 20, layout.PENDING_TO_END)
+
+
 @case(Code.PENDING_LEFT)
 def pending_punch_after_unmount(d: Damage) -> None:
     set_pending(d, 100, 7 << 20)

@@ -87,7 +87,7 @@ def check_file(ctx: Context, ino: int, page: Buffer, fields: InodeFields) -> Non
     if final == stored and pages != fields.data_pages:
         ctx.report.add(Code.INODE_DATA_PAGES, ctx.file(ino), got=fields.data_pages, expected=pages)
         ctx.set_fields(ino, data_pages=pages)
-    pending = fields.flags & INODE_FLAG_PENDING and fields.nlink
+    pending = fields.flags & INODE_FLAG_PENDING
     if pending:
         _finish_pending(ctx, ino, fields, final)
     if not pending or fields.pending_start > fields.size:
