@@ -108,7 +108,12 @@ class BlockAllocator:
     # ------------------------------------------------------------------ questions
 
     def is_carved(self, block: int) -> bool:
-        """Whether the block's pages are allocated one by one."""
+        """Whether the block's pages are allocated one by one.
+
+        :raises CorruptionError: there is no such block.
+        """
+        if not 0 <= block < self.total_blocks:
+            raise CorruptionError(f"block {block}: out of the region")
         return self._state[block] == _CARVED
 
     def carved_blocks(self) -> list[int]:

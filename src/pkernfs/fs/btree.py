@@ -23,11 +23,14 @@ from pkernfs.layout import (
     MAX_EXTENT_SLOTS,
     MAX_INNER_SLOTS,
     MAX_TREE_LEVELS,
+    NAME_ITEM,
     PAGE,
     TREE,
     TREE_EXTENTS,
+    TREE_NAMES,
     TREE_OFFSET,
     TREE_SLOTS_OFFSET,
+    XATTR_ITEM,
 )
 
 # owner, then kind, level, count, heap, garbage: from offset 16 of a node
@@ -54,7 +57,7 @@ Place = tuple[Path, memoryview, int, int]
 class Tree:
     """One tree. ``root`` is 0 while it is empty; ``owner`` is the inode it belongs to."""
 
-    __slots__ = ("_pages", "_slot", "_store", "_words", "kind", "owner", "root")
+    __slots__ = ("_least", "_pages", "_slot", "_store", "_words", "kind", "owner", "root")
 
     def __init__(
         self, store: PageStore, pages: PageAllocator, kind: int, owner: int, root: int
@@ -66,6 +69,7 @@ class Tree:
         self.root = root
         self._slot = EXTENT_BYTES if kind == TREE_EXTENTS else ITEM_SLOT.size
         self._words = self._slot // 8
+        self._least = NAME_ITEM.size if kind == TREE_NAMES else XATTR_ITEM.size
 
     # ------------------------------------------------------------------ nodes
 
@@ -121,8 +125,10 @@ class Tree:
     # ------------------------------------------------------------------ reading
 
     def item(self, node: memoryview, slot: int) -> tuple[int, memoryview]:
-        """Key and bytes of an item in a leaf."""
+        """Key and bytes of an item in a leaf; there is at least one byte behind its fixed part."""
         key, offset, length, _ = _unpack_item(node, _SLOTS + 16 * slot)
+        if offset < _SLOTS or offset + length > PAGE or length <= self._least:
+            raise CorruptionError(f"inode {self.owner}: bad item at slot {slot} of a tree leaf")
         return key, node[offset : offset + length]
 
     def items(self, key: int) -> Iterator[tuple[int, memoryview]]:

@@ -62,6 +62,8 @@ _MAX_COOKIES = 131072  # some 250 bytes each, if they are pyfuse3's
 _MAX_NEW_PAGES = 64
 _NO_INLINE = bytes(INODE_INLINE_BYTES)
 _SECTOR = 512
+_MAX_MAJOR = (1 << 12) - 1
+_MAX_MINOR = (1 << 20) - 1
 
 Extent = tuple[int, int, int]
 
@@ -129,6 +131,8 @@ class Inode:
             self.data_pages, self.xattr_root, self.pending_start, self.pending_end,
             self.parent, self.body,
         ) = _unpack(page, at)  # fmt: skip
+        if major > _MAX_MAJOR or minor > _MAX_MINOR:
+            raise CorruptionError(f"inode {self.ino}: bad device number: got {major}:{minor}")
         self.rdev = os.makedev(major, minor) if major or minor else 0
         count = flags >> INODE_INLINE_SHIFT & 0xFF
         self.flags = flags & (INODE_FLAG_BODY | INODE_FLAG_PENDING | INODE_FLAG_TABLE)

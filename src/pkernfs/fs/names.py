@@ -22,6 +22,7 @@ from pkernfs.layout import (
     MAX_COLLISIONS,
     MAX_NAME_BYTES,
     NAME_ITEM,
+    PAGE,
     TREE_NAMES,
     TREE_SLOTS_OFFSET,
     name_key,
@@ -147,6 +148,8 @@ class Names:
         for node, first, count in self._tree(directory).leaves(key):
             for slot in range(first, count):
                 found, at, length, _ = _unpack_slot(node, TREE_SLOTS_OFFSET + slot * _SLOT_BYTES)
+                if at + length > PAGE or length <= _HEAD:
+                    raise CorruptionError(f"directory {directory.ino}: bad item at slot {slot}")
                 ino, kind = _unpack(node, at)
                 yield bytes(node[at + _HEAD : at + length]), ino, kind, found
 
