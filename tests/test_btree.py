@@ -199,7 +199,7 @@ class TreeMachine(RuleBasedStateMachine):
         first=st.integers(1, 1 << 20),
         step=st.sampled_from([-7, -1, 1, 3, 1 << 12]),
         count=st.integers(1, 300),
-        length=st.sampled_from([1, 12, 40, 264, 775]),
+        length=st.sampled_from([10, 12, 40, 264, 775]),
         give_up=st.booleans(),
     )
     def insert_series(self, first: int, step: int, count: int, length: int, give_up: bool) -> None:
@@ -224,7 +224,7 @@ class TreeMachine(RuleBasedStateMachine):
             for _ in range(count):
                 key = rnd.randrange(1, top)
                 if key not in grown.model:
-                    grown.insert(key, rnd.randbytes(rnd.randrange(1, 300)))
+                    grown.insert(key, rnd.randbytes(rnd.randrange(10, 300)))
 
         self.run(work, give_up)
 
@@ -347,21 +347,30 @@ def test_items_of_every_length_and_compaction(grown: Grown) -> None:
     rnd = random.Random(9)
     with grown.fs.store:
         for key in range(1, 60):
-            grown.insert(key, rnd.randbytes(rnd.randrange(1, 776)))
+            grown.insert(key, rnd.randbytes(rnd.randrange(10, 776)))
     for _ in range(30):
         with grown.fs.store:
             for key in rnd.sample(sorted(grown.model), 20):
                 grown.remove(key)
-                grown.insert(key, rnd.randbytes(rnd.randrange(1, 776)))
+                grown.insert(key, rnd.randbytes(rnd.randrange(10, 776)))
         grown.check()
 
 
 def test_a_key_that_is_not_there_cannot_be_removed(grown: Grown) -> None:
     with grown.fs.store:
-        grown.insert(5, b"a")
+        grown.insert(5, b"ten bytes.")
     with pytest.raises(CorruptionError), grown.fs.store:
         grown.tree.remove(6)
     assert [key for key, _ in grown.contents()] == [5]
+
+
+def test_an_item_without_a_name_is_damage() -> None:
+    grown = Grown(TREE_NAMES)
+    with grown.fs.store:
+        grown.insert(5, b"123456789")
+    with pytest.raises(CorruptionError):
+        grown.contents()
+    grown.close()
 
 
 def test_replace_extent_in_any_leaf() -> None:
