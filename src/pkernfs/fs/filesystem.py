@@ -375,8 +375,7 @@ class FileSystem:
             return parent
         if name == b"..":
             return directory.parent
-        found = self._names.find(directory, name)
-        return found[1] if found is not None else 0
+        return self._names.find(directory, name)
 
     def _named(self, directory: Inode, ino: int) -> Inode:
         try:
@@ -496,7 +495,7 @@ class FileSystem:
         check_name(name)
         if parent == IOMMU_INO and not (kind == stat.S_IFREG and is_table_name(name)):
             raise PermissionDeniedError("iommu: only root-pgtables and dom-N live here")
-        if self._names.find(directory, name) is not None:
+        if self._names.find(directory, name):
             raise ExistsError("name exists")
         return directory
 
@@ -522,7 +521,7 @@ class FileSystem:
         """
         self._check_writable()
         directory = self._live_directory(parent)
-        found = self._names.find(directory, name)
+        found = self._names.locate(directory, name)
         if found is None:
             raise NotFoundError("no such name")
         inode = self._named(directory, found[1])
@@ -541,7 +540,7 @@ class FileSystem:
         """
         self._check_writable()
         directory = self._live_directory(parent)
-        found = self._names.find(directory, name)
+        found = self._names.locate(directory, name)
         if found is None:
             raise NotFoundError("no such name")
         inode = self._named(directory, found[1])
@@ -613,14 +612,14 @@ class FileSystem:
             raise InvalidError(f"rename flags {flags:#x}: not supported")
         source = self._live_directory(parent)
         target = self._live_directory(new_parent)
-        found = self._names.find(source, name)
+        found = self._names.locate(source, name)
         if found is None:
             raise NotFoundError("no such name")
         if new_name in (b".", b"..") or name in (b".", b".."):
             raise BusyError("name is . or ..")
         check_name(new_name)
         inode = self._named(source, found[1])
-        taken = self._names.find(target, new_name)
+        taken = self._names.locate(target, new_name)
         if flags & RENAME_EXCHANGE:
             if taken is None:
                 raise NotFoundError("no such name")

@@ -32,8 +32,7 @@ _unpack = NAME_ITEM.unpack_from
 _HEAD = NAME_ITEM.size
 _unpack_slot = ITEM_SLOT.unpack_from
 _SLOT_BYTES = ITEM_SLOT.size
-_MAX_REMEMBERED = 16384
-_ABSENT = (0, 0, 0)
+_MAX_KNOWN = 131072  # some 200 bytes each
 
 Entry = tuple[int, int, int]
 
@@ -55,9 +54,10 @@ class Names:
         self._store = store
         self._pages = pages
         self._hash_key = hash_key
-        # Names looked up lately, also those that are not there: the kernel looks up first. A
-        # directory is freed when its last name is gone, so its number can be used anew.
-        self._remembered: dict[tuple[int, bytes], Entry] = {}
+        # Inode numbers of names used lately, by directory; 0: that name is not there. A directory
+        # is freed when its last name is gone, so what is known is true when its number is reused.
+        self._known: dict[int, dict[bytes, int]] = {}
+        self._count = 0
         # The last descent: directory, name, key, transaction, and where it led.
         self._last: tuple[int, bytes, int, int, Place] | None = None
 
@@ -65,57 +65,80 @@ class Names:
         root = directory.body if directory.flags & INODE_FLAG_BODY else 0
         return Tree(self._store, self._pages, TREE_NAMES, directory.ino, root)
 
-    def find(self, directory: Inode, name: bytes) -> Entry | None:
+    def find(self, directory: Inode, name: bytes) -> int:
+        """The inode number of a name; 0 if it is not there.
+
+        :raises NameTooLongError: no name can be that long.
+        """
+        known = self._known.get(directory.ino)
+        ino = known.get(name) if known is not None else None
+        if ino is None:
+            found = self._look_up(directory, name)
+            ino = found[1] if found is not None else 0
+            self._know(directory, name, ino)
+        return ino
+
+    def locate(self, directory: Inode, name: bytes) -> Entry | None:
         """``(key, inode number, type)`` of a name; None if it is not there.
 
         :raises NameTooLongError: no name can be that long.
         """
+        known = self._known.get(directory.ino)
+        if known is not None and known.get(name) == 0:
+            return None
+        return self._look_up(directory, name)
+
+    def _look_up(self, directory: Inode, name: bytes) -> Entry | None:
         if len(name) > MAX_NAME_BYTES:
             raise NameTooLongError(f"name of {len(name)} bytes: expected at most {MAX_NAME_BYTES}")
-        found = self._remembered.get((directory.ino, name))
-        if found is None:
-            found = self._look_up(directory, name)
-            if len(self._remembered) > _MAX_REMEMBERED:
-                self._remembered.clear()
-            self._remembered[directory.ino, name] = found
-        return found if found[1] else None
+        if not directory.flags & INODE_FLAG_BODY:
+            return None
+        key = name_key(name, self._hash_key)
+        tree = self._tree(directory)
+        place = tree.place(key)
+        if not self._store.is_open:  # what a transaction shows may come to nothing
+            self._last = directory.ino, name, key, self._store.sequence, place
+        for found, item in tree.find(key, COLLISION_BITS, place):
+            if item[_HEAD:] == name:
+                ino, kind = _unpack(item)
+                if not ino:
+                    raise CorruptionError(f"directory {directory.ino}: a name for inode 0")
+                return found, ino, kind
+        return None
 
-    def _look_up(self, directory: Inode, name: bytes) -> Entry:
-        if directory.flags & INODE_FLAG_BODY:
-            key = name_key(name, self._hash_key)
-            tree = self._tree(directory)
-            place = tree.place(key)
-            if not self._store.is_open:  # what a transaction shows may come to nothing
-                self._last = directory.ino, name, key, self._store.sequence, place
-            for found, item in tree.find(key, COLLISION_BITS, place):
-                if item[_HEAD:] == name:
-                    ino, kind = _unpack(item)
-                    if not ino:
-                        raise CorruptionError(f"directory {directory.ino}: a name for inode 0")
-                    return found, ino, kind
-        return _ABSENT
+    def _know(self, directory: Inode, name: bytes, ino: int) -> None:
+        if self._count >= _MAX_KNOWN:
+            self._forget_all()
+        known = self._known.get(directory.ino)
+        if known is None:
+            known = self._known[directory.ino] = {}
+        before = len(known)
+        known[name] = ino
+        self._count += len(known) - before
 
-    def _remember(self, directory: Inode, name: bytes, entry: Entry) -> None:
-        if len(self._remembered) > _MAX_REMEMBERED:
-            self._remembered.clear()
-        self._remembered[directory.ino, name] = entry
-        self._store.on_abort.append(self._remembered.clear)
+    def _forget_all(self) -> None:
+        self._known.clear()
+        self._count = 0
 
-    def _place(self, directory: Inode, name: bytes, key: int) -> Place | None:
-        """Where a key is, if that was just looked up and nothing has changed since."""
+    def _changed(self, directory: Inode, name: bytes, ino: int) -> None:
+        """In a transaction: from now on the name means ``ino``, unless that comes to nothing."""
+        self._know(directory, name, ino)
+        self._store.on_abort.append(self._forget_all)
+
+    def _place(self, directory: Inode, name: bytes) -> tuple[int, Place | None]:
+        """A name's first key, and where it is if that was just looked up and still is so."""
         last = self._last
         self._last = None
-        if last and last[:4] == (directory.ino, name, key, self._store.sequence):
-            return last[4]
-        return None
+        if last and last[0] == directory.ino and last[1] == name:
+            return last[2], last[4] if last[3] == self._store.sequence else None
+        return name_key(name, self._hash_key), None
 
     def add(self, directory: Inode, name: bytes, ino: int, kind: int) -> None:
         """Enter a new name; ``kind`` is mode >> 12. The caller saves the directory."""
         tree = self._tree(directory)
-        key = name_key(name, self._hash_key)
+        key, place = self._place(directory, name)
         item = NAME_ITEM.pack(ino, kind) + name
         last = key + MAX_COLLISIONS - 1
-        place = self._place(directory, name, key)
         while not tree.insert_item(key, item, place):  # another name with the same hash has it
             if key == last:
                 raise NoSpaceError("too many names with the same hash")
@@ -123,25 +146,27 @@ class Names:
             place = None
         directory.size += 1
         self._set_root(directory, tree)
-        self._remember(directory, name, (key, ino, kind))
+        self._changed(directory, name, ino)
 
     def remove(self, directory: Inode, name: bytes, key: int) -> None:
         """Take out the name at ``key``. The caller saves the directory."""
         if not directory.size:
             raise CorruptionError(f"directory {directory.ino}: more names than its size")
         tree = self._tree(directory)
-        tree.remove(key, self._place(directory, name, key))
+        first, place = self._place(directory, name)
+        tree.remove(key, place if key == first else None)
         directory.size -= 1
         self._set_root(directory, tree)
-        self._remember(directory, name, _ABSENT)
+        self._changed(directory, name, 0)
 
     def replace(self, directory: Inode, name: bytes, key: int, ino: int, kind: int) -> None:
         """Let the name at ``key`` mean another inode. The caller saves the directory."""
         tree = self._tree(directory)
-        tree.remove(key, self._place(directory, name, key))
+        self._last = None
+        tree.remove(key)
         tree.insert_item(key, NAME_ITEM.pack(ino, kind) + name)
         self._set_root(directory, tree)
-        self._remember(directory, name, (key, ino, kind))
+        self._changed(directory, name, ino)
 
     def entries(self, directory: Inode, key: int) -> Iterator[tuple[bytes, int, int, int]]:
         """``(name, inode number, type, key)`` of the entries from ``key`` on."""
