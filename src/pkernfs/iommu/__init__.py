@@ -1,1 +1,43 @@
-"""VT-d tables that live in the region; nothing here yet (a later issue)."""
+"""VT-d tables that an IOMMU walks in place: formats, builders, walkers and checks, without FUSE.
+
+docs/iommu.md says what is where, in which order it is stored, and why.
+"""
+
+from pkernfs.iommu.check import Report, check
+from pkernfs.iommu.contexts import ContextReader, Device, Mode
+from pkernfs.iommu.entries import READ, READ_WRITE, WRITE, FaultReason, parse_bdf, parse_perm
+from pkernfs.iommu.memory import Commit, Memory, store_words
+from pkernfs.iommu.pgtable import PageTable
+from pkernfs.iommu.tables import Config, RootTables, configure, load_config
+from pkernfs.iommu.trees import Code, Finding
+from pkernfs.iommu.walk import Step, Translation, translate, translate_domain
+from pkernfs.journal import Mapping
+
+__all__ = [
+    "READ",
+    "READ_WRITE",
+    "WRITE",
+    "Code",
+    "Commit",
+    "Config",
+    "ContextReader",
+    "Device",
+    "FaultReason",
+    "Finding",
+    "Mapping",
+    "Memory",
+    "Mode",
+    "PageTable",
+    "Report",
+    "RootTables",
+    "Step",
+    "Translation",
+    "check",
+    "configure",
+    "load_config",
+    "parse_bdf",
+    "parse_perm",
+    "store_words",
+    "translate",
+    "translate_domain",
+]

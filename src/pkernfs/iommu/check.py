@@ -1,0 +1,131 @@
+"""The proof that what an IOMMU can reach is right: a read-only look at every reachable entry.
+
+Each table page is looked at once, so that time and memory are bounded however the tables are
+damaged; findings are data, and the first thousand of each domain are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from pkernfs.errors import PkernfsError
+from pkernfs.iommu.contexts import ContextReader, Device
+from pkernfs.iommu.entries import MAX_PHYSICAL_BITS, bdf_text
+from pkernfs.iommu.memory import Memory, merge_ranges
+from pkernfs.iommu.tables import Config, load_config
+from pkernfs.iommu.trees import MAX_FINDINGS, Code, Finding, check_tree
+from pkernfs.journal import TablePool
+
+
+@dataclass
+class Report:
+    """What was found, and how much was looked at. ``found`` counts what is not kept as well."""
+
+    findings: list[Finding] = field(default_factory=list)
+    found: int = 0
+    tables: int = 0
+    leaves: int = 0
+    mapped_bytes: int = 0
+    devices: list[Device] = field(default_factory=list)
+
+    @property
+    def clean(self) -> bool:
+        """Nothing is wrong."""
+        return not self.found
+
+    def note(self, finding: Finding) -> None:
+        """One thing more that is wrong."""
+        self.found += 1
+        if len(self.findings) < MAX_FINDINGS:
+            self.findings.append(finding)
+
+
+def check(
+    root: Memory | None,
+    domains: dict[str, Memory],
+    allowed: Iterable[tuple[int, int]],
+    *,
+    config: Config | None = None,
+    physical_bits: int = MAX_PHYSICAL_BITS,
+) -> Report:
+    """Check root-pgtables (None: there is none) and the page tables of all domains.
+
+    :param domains: the pages of each domain file, by its name.
+    :param allowed: ``(start, end)`` of physical addresses that may be mapped: the memory of live
+        files, but not of table files, and device BARs.
+    """
+    report = Report()
+    if root is not None:
+        try:
+            config = config or load_config(root)
+        except PkernfsError as e:
+            at = root.first_page
+            report.note(Finding(Code.CONFIGURATION, at, f"root-pgtables at {at:#x}: {e}"))
+    config = config or Config()
+    memories = [*domains.values(), *([root] if root is not None else [])]
+    tables = merge_ranges(r for memory in memories for r in memory.ranges)
+    live = _without(merge_ranges(allowed), tables)
+    for name, memory in domains.items():
+        tree = check_tree(
+            TablePool(memory.region, memory.pieces),
+            memory.first_page,
+            config.levels,
+            allowed=live,
+            tables=tables,
+            physical_bits=physical_bits,
+            name=name,
+        )
+        report.found += tree.found
+        report.findings += tree.findings
+        report.tables += tree.tables
+        report.leaves += tree.leaves
+        report.mapped_bytes += tree.mapped_bytes
+    if root is not None:
+        _check_root(report, root, domains, config, physical_bits)
+    return report
+
+
+def _check_root(
+    report: Report, root: Memory, domains: dict[str, Memory], config: Config, physical_bits: int
+) -> None:
+    tops = {memory.first_page for memory in domains.values()}
+    ids: dict[int, int] = {}
+    reader = ContextReader(root, root.first_page, config.mode, report.note, physical_bits)
+    for device in reader.devices():
+        report.devices.append(device)
+        if not device.table:
+            continue
+        where = f"context entry of {bdf_text(device.source_id)} at {device.where:#x}"
+        if device.table not in tops or device.levels != config.levels:
+            report.note(
+                Finding(
+                    Code.UNKNOWN_DOMAIN,
+                    device.where,
+                    f"{where}: no domain's top-level table: got {device.table:#x}, "
+                    f"{device.levels} levels",
+                )
+            )
+        elif ids.setdefault(device.domain_id, device.table) != device.table:
+            report.note(
+                Finding(
+                    Code.DOMAIN_ID,
+                    device.where,
+                    f"{where}: domain id of other tables: got {device.domain_id}",
+                )
+            )
+    report.tables += len(reader.pages)
+
+
+def _without(ranges: list[tuple[int, int]], holes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """What is left of sorted ranges outside of sorted holes."""
+    left = []
+    for start, end in ranges:
+        for low, high in holes:
+            if low < end and high > start:
+                if low > start:
+                    left.append((start, low))
+                start = min(high, end)
+        if start < end:
+            left.append((start, end))
+    return left

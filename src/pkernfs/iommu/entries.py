@@ -1,0 +1,420 @@
+"""Entry formats of the VT-d tables, and the fault reasons: declarations and pure conversions.
+
+Field names and sections are those of the VT-d specification, revision 5.0 (*second-stage*; older
+revisions say *second-level*). A field is ``(msb, lsb)``; a bit that no field and no ``IGNORED``
+range covers is reserved. Levels count from 1: a level 1 table holds 4 KiB leaves. Nothing here
+reads or writes memory.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pkernfs.errors import CorruptionError, InvalidError
+
+PAGE_SHIFT = 12
+LEVEL_BITS = 9
+ENTRIES = 1 << LEVEL_BITS
+MAX_PHYSICAL_BITS = 52
+LARGEST_LEAF_LEVEL = 3
+LEVELS = (3, 4, 5)
+
+READ = 1
+WRITE = 2
+READ_WRITE = READ | WRITE
+
+#: DMA writes to these addresses are interrupts and are never translated (3.14).
+INTERRUPT_FIRST = 0xFEE0_0000
+INTERRUPT_LAST = 0xFEEF_FFFF
+
+
+@dataclass(frozen=True)
+class Field:
+    """Bits ``msb`` down to ``lsb``; an ``address`` keeps its place, its low bits are zero."""
+
+    msb: int
+    lsb: int
+    address: bool = False
+
+    @property
+    def mask(self) -> int:
+        """The field's bits in the entry."""
+        return (2 << self.msb) - (1 << self.lsb)
+
+    def get(self, entry: int) -> int:
+        """The field's value in an entry."""
+        value = (entry & self.mask) >> self.lsb
+        return value << self.lsb % 64 if self.address else value
+
+    def put(self, name: str, value: int) -> int:
+        """The entry that has nothing but ``value`` in this field.
+
+        :raises InvalidError: it does not fit, or is an address with low bits.
+        """
+        shift = self.lsb % 64 if self.address else 0
+        if value < 0 or value & ((1 << shift) - 1) or value >> shift << self.lsb & ~self.mask:
+            raise InvalidError(f"{name}: does not fit bits {self.msb}:{self.lsb}: got {value:#x}")
+        return value >> shift << self.lsb
+
+
+class Entry:
+    """Base of the formats: a class is never instantiated, an entry is an int of ``BITS`` bits."""
+
+    NAME: ClassVar[str] = ""
+    SECTION: ClassVar[str] = ""
+    BITS: ClassVar[int] = 64
+    IGNORED: ClassVar[tuple[tuple[int, int], ...]] = ()
+    FIELDS: ClassVar[dict[str, Field]] = {}
+    KNOWN: ClassVar[int] = 0
+
+    def __init_subclass__(cls) -> None:
+        cls.FIELDS = {k: v for k, v in vars(cls).items() if isinstance(v, Field)}
+        covers = list(cls.FIELDS.values()) + [Field(*bits) for bits in cls.IGNORED]
+        cls.KNOWN = 0
+        for field in covers:
+            assert not cls.KNOWN & field.mask, f"{cls.__name__}: bits declared twice"
+            cls.KNOWN |= field.mask
+
+    @classmethod
+    def encode(cls, **values: int) -> int:
+        """An entry with these fields; those left out are zero.
+
+        :raises InvalidError: a value does not fit its field.
+        """
+        entry = 0
+        for name, value in values.items():
+            entry |= cls.FIELDS[name].put(f"{cls.NAME} {name}", value)
+        return entry
+
+    @classmethod
+    def decode(cls, entry: int, where: str = "") -> dict[str, int]:
+        """All fields of an entry.
+
+        :raises CorruptionError: reserved bits are set.
+        """
+        if entry & cls.reserved():
+            place = f"{cls.NAME} {where}".strip()
+            raise CorruptionError(
+                f"{place}: reserved bits set: got {entry:#x}, expected no {cls.reserved():#x}"
+            )
+        return {name: field.get(entry) for name, field in cls.FIELDS.items()}
+
+    @classmethod
+    def reserved(cls, physical_bits: int = MAX_PHYSICAL_BITS) -> int:
+        """Mask of the bits that must be zero on a host of that address width."""
+        mask = (1 << cls.BITS) - 1 & ~cls.KNOWN
+        for field in cls.FIELDS.values():
+            if field.address:
+                start = field.lsb // 64 * 64
+                width = (1 << start + 64) - (1 << start + physical_bits)
+                mask |= field.mask & width
+        return mask
+
+
+class RootEntry(Entry):
+    """Legacy root entry, one per bus."""
+
+    NAME, SECTION, BITS = "root entry", "9.1", 128
+    P = Field(0, 0)
+    CTP = Field(63, 12, address=True)
+
+
+class ScalableRootEntry(Entry):
+    """Scalable-mode root entry: devices 0-15 in the lower table, 16-31 in the upper one."""
+
+    NAME, SECTION, BITS = "scalable root entry", "9.2", 128
+    LP = Field(0, 0)
+    LCTP = Field(63, 12, address=True)
+    UP = Field(64, 64)
+    UCTP = Field(127, 76, address=True)
+
+
+class ContextEntry(Entry):
+    """Legacy context entry, one per device and function."""
+
+    NAME, SECTION, BITS = "context entry", "9.3", 128
+    P = Field(0, 0)
+    FPD = Field(1, 1)
+    TT = Field(3, 2)
+    SSPTPTR = Field(63, 12, address=True)
+    AW = Field(66, 64)
+    DID = Field(87, 72)
+    IGNORED = ((70, 67),)
+
+
+class ScalableContextEntry(Entry):
+    """Scalable-mode context entry."""
+
+    NAME, SECTION, BITS = "scalable context entry", "9.4", 256
+    P = Field(0, 0)
+    FPD = Field(1, 1)
+    DTE = Field(2, 2)
+    PASIDE = Field(3, 3)
+    PRE = Field(4, 4)
+    PDTS = Field(11, 9)
+    PASIDDIRPTR = Field(63, 12, address=True)
+    RID_PASID = Field(83, 64)
+    RID_PRIV = Field(84, 84)
+
+
+class PasidDirectoryEntry(Entry):
+    """PASID directory entry, one per 64 PASIDs."""
+
+    NAME, SECTION = "PASID directory entry", "9.5"
+    P = Field(0, 0)
+    FPD = Field(1, 1)
+    SMPTBLPTR = Field(63, 12, address=True)
+
+
+class PasidTableEntry(Entry):
+    """Scalable-mode PASID table entry."""
+
+    NAME, SECTION, BITS = "PASID table entry", "9.6", 512
+    P = Field(0, 0)
+    FPD = Field(1, 1)
+    AW = Field(4, 2)
+    SSEE = Field(5, 5)
+    PGTT = Field(8, 6)
+    SSADE = Field(9, 9)
+    SSPTPTR = Field(63, 12, address=True)
+    DID = Field(79, 64)
+    PWSNP = Field(87, 87)
+    PGSNP = Field(88, 88)
+    CD = Field(89, 89)
+    EMTE = Field(90, 90)
+    PAT = Field(127, 96)
+    SRE = Field(128, 128)
+    FSPM = Field(131, 130)
+    WPE = Field(132, 132)
+    NXE = Field(133, 133)
+    SMEP = Field(134, 134)
+    EAFE = Field(135, 135)
+    FSPTPTR = Field(191, 140, address=True)
+    IGNORED = ((95, 91),)
+
+
+class SecondStageTable(Entry):
+    """Second-stage entry that refers to a table, at level 2 or above."""
+
+    NAME, SECTION = "second-stage entry", "9.8"
+    R = Field(0, 0)
+    W = Field(1, 1)
+    A = Field(8, 8)
+    ADDRESS = Field(51, 12, address=True)
+    IGNORED = ((6, 2), (10, 9), (61, 52), (63, 63))
+
+
+class SecondStageLeaf4K(Entry):
+    """Second-stage entry that maps 4 KiB (SS-PTE, level 1)."""
+
+    NAME, SECTION = "second-stage 4 KiB leaf", "9.8"
+    R = Field(0, 0)
+    W = Field(1, 1)
+    A = Field(8, 8)
+    D = Field(9, 9)
+    SNP = Field(11, 11)
+    ADDRESS = Field(51, 12, address=True)
+    IGNORED = ((7, 2), (10, 10), (61, 52), (63, 63))
+
+
+class SecondStageLeaf2M(Entry):
+    """Second-stage entry that maps 2 MiB (SS-PDE with PS, level 2)."""
+
+    NAME, SECTION = "second-stage 2 MiB leaf", "9.8"
+    R = Field(0, 0)
+    W = Field(1, 1)
+    PS = Field(7, 7)
+    A = Field(8, 8)
+    D = Field(9, 9)
+    SNP = Field(11, 11)
+    ADDRESS = Field(51, 21, address=True)
+    IGNORED = ((6, 2), (10, 10), (61, 52), (63, 63))
+
+
+class SecondStageLeaf1G(Entry):
+    """Second-stage entry that maps 1 GiB (SS-PDPTE with PS, level 3)."""
+
+    NAME, SECTION = "second-stage 1 GiB leaf", "9.8"
+    R = Field(0, 0)
+    W = Field(1, 1)
+    PS = Field(7, 7)
+    A = Field(8, 8)
+    D = Field(9, 9)
+    SNP = Field(11, 11)
+    ADDRESS = Field(51, 30, address=True)
+    IGNORED = ((6, 2), (10, 10), (61, 52), (63, 63))
+
+
+ALL_FORMATS: tuple[type[Entry], ...] = (
+    RootEntry,
+    ScalableRootEntry,
+    ContextEntry,
+    ScalableContextEntry,
+    PasidDirectoryEntry,
+    PasidTableEntry,
+    SecondStageTable,
+    SecondStageLeaf4K,
+    SecondStageLeaf2M,
+    SecondStageLeaf1G,
+)
+LEAVES: dict[int, type[Entry]] = {1: SecondStageLeaf4K, 2: SecondStageLeaf2M, 3: SecondStageLeaf1G}
+
+ADDRESS_MASK = SecondStageTable.ADDRESS.mask
+PS = SecondStageLeaf2M.PS.mask
+
+#: Context TT (9.3) and PASID PGTT (9.6).
+TT_UNTRANSLATED = 0
+TT_DEVICE_TLB = 1
+TT_PASS_THROUGH = 2
+PGTT_FIRST_STAGE = 1
+PGTT_SECOND_STAGE = 2
+PGTT_NESTED = 3
+PGTT_PASS_THROUGH = 4
+
+
+def leaf_bytes(level: int) -> int:
+    """What one entry of a table of that level maps, in bytes."""
+    return 1 << PAGE_SHIFT + LEVEL_BITS * (level - 1)
+
+
+def width_bits(levels: int) -> int:
+    """The address width of tables of so many levels: 39, 48 or 57 bits."""
+    return PAGE_SHIFT + LEVEL_BITS * levels
+
+
+def is_present(entry: int) -> bool:
+    """Whether a second-stage entry is present: it has no bit for that, R or W makes it so."""
+    return bool(entry & READ_WRITE)
+
+
+def is_leaf(entry: int, level: int) -> bool:
+    """Whether a present second-stage entry maps memory, and is no reference to a table."""
+    return level == 1 or (level <= LARGEST_LEAF_LEVEL and bool(entry & PS))
+
+
+def second_stage_format(entry: int, level: int) -> type[Entry]:
+    """The format of a present second-stage entry."""
+    return LEAVES[level] if is_leaf(entry, level) else SecondStageTable
+
+
+def aw_of(levels: int) -> int:
+    """AW of a context or PASID table entry for tables of so many levels (9.3, 9.6)."""
+    return levels - 2
+
+
+def parse_perm(text: str) -> int:
+    """``r``, ``w`` or ``rw``.
+
+    :raises InvalidError: something else.
+    """
+    perms = {"r": READ, "w": WRITE, "rw": READ_WRITE}
+    if text not in perms:
+        raise InvalidError(f"permission {text!r}: expected r, w or rw")
+    return perms[text]
+
+
+def perm_text(perm: int) -> str:
+    """``r``, ``w``, ``rw`` or ``-``."""
+    return ("r" if perm & READ else "") + ("w" if perm & WRITE else "") or "-"
+
+
+def parse_bdf(text: str) -> tuple[int, int]:
+    """Segment and source id of ``DDDD:BB:DD.F`` as in ``lspci -D``; the segment may be left out.
+
+    :raises InvalidError: not a device's address.
+    """
+    head, _, function = text.rpartition(".")
+    parts = head.split(":")
+    digits = {2: (2, 2), 3: (4, 2, 2)}.get(len(parts), ())
+    hexadecimal = set("0123456789abcdefABCDEF")
+    good = len(function) == 1 and function in "01234567" and len(digits) == len(parts)
+    if not good or any(
+        len(p) != n or set(p) - hexadecimal for p, n in zip(parts, digits, strict=True)
+    ):
+        raise InvalidError(f"device {text!r}: not a device's address: expected DDDD:BB:DD.F")
+    *segment, bus, slot = (int(p, 16) for p in parts)
+    if slot > 0x1F:
+        raise InvalidError(f"device {text!r}: no such device: got {slot:#x}, expected 0..0x1f")
+    return (segment[0] if segment else 0), bus << 8 | slot << 3 | int(function)
+
+
+def bdf_text(source_id: int, segment: int = 0) -> str:
+    """A source id as ``DDDD:BB:DD.F``."""
+    return f"{segment:04x}:{source_id >> 8:02x}:{source_id >> 3 & 31:02x}.{source_id & 7:x}"
+
+
+class FaultReason(enum.IntEnum):
+    """Fault reasons (7.1): the number that a fault record holds. ``SM_`` is scalable mode."""
+
+    ROOT_ENTRY_P = 0x01
+    CONTEXT_ENTRY_P = 0x02
+    CONTEXT_ENTRY_INV = 0x03
+    ADDR_BEYOND_MGAW = 0x04
+    WRITE = 0x05
+    READ = 0x06
+    PAGING_ENTRY_INV = 0x07
+    ROOT_TABLE_INV = 0x08
+    CONTEXT_TABLE_INV = 0x09
+    ROOT_ENTRY_RSVD = 0x0A
+    CONTEXT_ENTRY_RSVD = 0x0B
+    PAGING_ENTRY_RSVD = 0x0C
+    CONTEXT_ENTRY_TT = 0x0D
+    INTERRUPT_ADDR = 0x0E
+    SM_ROOT_TABLE_INV = 0x38
+    SM_ROOT_ENTRY_P = 0x39
+    SM_ROOT_ENTRY_RSVD = 0x3A
+    SM_CONTEXT_TABLE_INV = 0x40
+    SM_CONTEXT_ENTRY_P = 0x41
+    SM_CONTEXT_ENTRY_RSVD = 0x42
+    SM_CONTEXT_ENTRY_INV = 0x43
+    SM_PASID_DISABLED = 0x45
+    SM_PASID_TOO_LARGE = 0x46
+    SM_PASID_DIR_ACCESS = 0x50
+    SM_PASID_DIR_ENTRY_P = 0x51
+    SM_PASID_DIR_ENTRY_RSVD = 0x52
+    SM_PASID_TABLE_ACCESS = 0x58
+    SM_PASID_ENTRY_P = 0x59
+    SM_PASID_ENTRY_RSVD = 0x5A
+    SM_PASID_ENTRY_INV = 0x5B
+    SM_PAGING_ENTRY_INV = 0x78
+    SM_PAGING_ENTRY_RSVD = 0x7A
+    SM_PAGING_ROOT_INV = 0x7B
+    SM_ADDR_BEYOND_MGAW = 0x84
+    SM_WRITE = 0x85
+    SM_READ = 0x86
+    SM_INTERRUPT_ADDR = 0x87
+
+    @property
+    def text(self) -> str:
+        """What it means, in words."""
+        return _FAULT_TEXTS[self.name.removeprefix("SM_")]
+
+
+_FAULT_TEXTS = {
+    "ROOT_ENTRY_P": "root entry not present",
+    "CONTEXT_ENTRY_P": "context entry not present",
+    "CONTEXT_ENTRY_INV": "context entry invalid",
+    "ADDR_BEYOND_MGAW": "address beyond the width of the tables",
+    "WRITE": "no write permission",
+    "READ": "no read permission",
+    "PAGING_ENTRY_INV": "paging entry cannot be read",
+    "PAGING_ROOT_INV": "top-level paging entry cannot be read",
+    "ROOT_TABLE_INV": "root entry cannot be read",
+    "CONTEXT_TABLE_INV": "context entry cannot be read",
+    "ROOT_ENTRY_RSVD": "reserved bits set in the root entry",
+    "CONTEXT_ENTRY_RSVD": "reserved bits set in the context entry",
+    "PAGING_ENTRY_RSVD": "reserved bits set in a paging entry",
+    "CONTEXT_ENTRY_TT": "request blocked by the translation type",
+    "INTERRUPT_ADDR": "output address in the interrupt range",
+    "PASID_DISABLED": "request with PASID, but the context entry does not enable them",
+    "PASID_TOO_LARGE": "PASID beyond the directory",
+    "PASID_DIR_ACCESS": "PASID directory entry cannot be read",
+    "PASID_DIR_ENTRY_P": "PASID directory entry not present",
+    "PASID_DIR_ENTRY_RSVD": "reserved bits set in the PASID directory entry",
+    "PASID_TABLE_ACCESS": "PASID table entry cannot be read",
+    "PASID_ENTRY_P": "PASID table entry not present",
+    "PASID_ENTRY_RSVD": "reserved bits set in the PASID table entry",
+    "PASID_ENTRY_INV": "PASID table entry invalid",
+}

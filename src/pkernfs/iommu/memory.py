@@ -1,0 +1,141 @@
+"""Where physical addresses are in a region: of one file's pages, or of a whole region."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from pkernfs.errors import CorruptionError, InvalidError
+from pkernfs.layout import BLOCK, PAGE
+from pkernfs.region import Region
+
+#: Stores words at region offsets, in that order; as one, if there is a journal.
+Commit = Callable[[Sequence[tuple[int, int]]], object]
+
+
+class Piece(NamedTuple):
+    """Consecutive memory: physical address, region offset, length in bytes."""
+
+    physical: int
+    offset: int
+    length: int
+
+
+class Memory:
+    """Pieces of a region by physical address, each page once.
+
+    :param extents: ``(region offset, length)`` in bytes, whole pages, in the order of the file.
+    :raises InvalidError: the region has no physical addresses, or pages are not whole.
+    """
+
+    def __init__(self, region: Region, extents: Iterable[tuple[int, int]]) -> None:
+        self.region = region
+        pieces: list[Piece] = []
+        for offset, length in extents:
+            if offset % PAGE or length % PAGE:
+                raise InvalidError(f"extent at {offset:#x}: not whole pages: got {length} bytes")
+            pieces += _pieces(region, offset, length)
+        if not pieces:
+            raise InvalidError("no memory for tables: the file was never sized")
+        self._in_file_order = tuple(pieces)
+        self.pieces = _joined(pieces)
+        self._starts = [p.physical for p in self.pieces]
+
+    @classmethod
+    def whole(cls, region: Region) -> Memory:
+        """All of a region."""
+        return cls(region, [(0, region.size)])
+
+    @property
+    def first_page(self) -> int:
+        """Physical address of the file's first page."""
+        return self._in_file_order[0].physical
+
+    def page(self, number: int) -> int:
+        """Physical address of a page of the file.
+
+        :raises InvalidError: beyond its end.
+        """
+        rest = number * PAGE
+        for piece in self._in_file_order:
+            if rest < piece.length:
+                return piece.physical + rest
+            rest -= piece.length
+        raise InvalidError(f"page {number}: beyond the end: got {self.size} bytes")
+
+    @property
+    def size(self) -> int:
+        """Bytes in all pieces."""
+        return sum(p.length for p in self.pieces)
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """Sorted ``(start, end)`` of physical addresses."""
+        return merge_ranges((p.physical, p.physical + p.length) for p in self.pieces)
+
+    def offset(self, physical: int, length: int = PAGE) -> int | None:
+        """Region offset of a physical range that lies in one piece; None if there is none."""
+        at = bisect_right(self._starts, physical) - 1
+        if at < 0:
+            return None
+        piece = self.pieces[at]
+        inside = physical - piece.physical
+        return piece.offset + inside if inside + length <= piece.length else None
+
+    def words(self, physical: int, count: int) -> tuple[int, ...] | None:
+        """``count`` 8-byte words at an address; None if they are not in this memory."""
+        offset = self.offset(physical, 8 * count)
+        if offset is None or offset % 8:
+            return None
+        return tuple(self.region.view(offset, 8 * count).cast("Q"))
+
+
+def merge_ranges(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Sorted, disjoint ``(start, end)``; what touches is one."""
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted(ranges):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        elif start < end:
+            merged.append((start, end))
+    return merged
+
+
+def store_words(region: Region) -> Commit:
+    """A :data:`Commit` for a region without a journal: word by word, each an aligned store."""
+
+    def commit(words: Sequence[tuple[int, int]]) -> None:
+        for offset, word in words:
+            region.store_u64(offset, word)
+
+    return commit
+
+
+def _pieces(region: Region, offset: int, length: int) -> Iterator[Piece]:
+    step = length if region.phys_base is not None else BLOCK
+    end = offset + length
+    while offset < end:
+        count = min(step - offset % step if step == BLOCK else step, end - offset)
+        physical = region.physical(offset)
+        if physical is None:
+            raise InvalidError(f"{region.name}: no physical addresses: give phys_base=")
+        yield Piece(physical, offset, count)
+        offset += count
+
+
+def _joined(pieces: list[Piece]) -> list[Piece]:
+    joined: list[Piece] = []
+    for piece in sorted(pieces):
+        last = joined[-1] if joined else None
+        if last is not None and piece.physical < last.physical + last.length:
+            raise CorruptionError(f"memory at {piece.physical:#x}: a page twice")
+        if (
+            last is not None
+            and piece.physical == last.physical + last.length
+            and piece.offset == last.offset + last.length
+        ):
+            joined[-1] = Piece(last.physical, last.offset, last.length + piece.length)
+        else:
+            joined.append(piece)
+    return joined

@@ -1,0 +1,305 @@
+"""root-pgtables: the root table and all between it and the domains' page tables.
+
+The file's first page is the root table. The second one says in which mode and with how many levels
+the region is used (docs/iommu.md); all zero stands for legacy mode and 4 levels. Context tables,
+PASID directories and PASID tables are in the pages after it; which of them are in use is found by
+walking.
+
+Order of stores: a table is complete before the entry that refers to it; the words of an entry that
+hold no P are stored before the one that does, and after it on removal. Each change is one commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from struct import Struct
+from typing import NamedTuple
+
+from pkernfs.errors import (
+    BusyError,
+    CorruptionError,
+    ExistsError,
+    InvalidError,
+    NoSpaceError,
+    NotFoundError,
+)
+from pkernfs.iommu.contexts import ContextReader, Device, Mode
+from pkernfs.iommu.entries import (
+    LEVELS,
+    MAX_PHYSICAL_BITS,
+    PGTT_SECOND_STAGE,
+    ContextEntry,
+    PasidDirectoryEntry,
+    PasidTableEntry,
+    RootEntry,
+    ScalableContextEntry,
+    aw_of,
+    bdf_text,
+)
+from pkernfs.iommu.memory import Commit, Memory
+from pkernfs.iommu.trees import Finding
+from pkernfs.layout import PAGE
+from pkernfs.region import crc32c
+
+MAX_DOMAIN_ID = 0xFFFF
+_CONFIG = Struct("<8sHBBI")
+_CONFIG_MAGIC = b"pkiommu\0"
+_CONFIG_VERSION = 1
+_WORD_MASK = (1 << 64) - 1
+_P = 1
+
+
+class Config(NamedTuple):
+    """What a region's tables are like; decided when root-pgtables is made."""
+
+    mode: Mode = Mode.LEGACY
+    levels: int = 4
+
+
+def config_words(config: Config) -> tuple[int, int]:
+    """The two words that say so in root-pgtables.
+
+    :raises InvalidError: no such number of levels.
+    """
+    if config.levels not in LEVELS:
+        raise InvalidError(f"page tables: bad number of levels: got {config.levels}, expected 3..5")
+    fields = (_CONFIG_MAGIC, _CONFIG_VERSION, config.mode, config.levels)
+    data = _CONFIG.pack(*fields, crc32c(_CONFIG.pack(*fields, 0)))
+    return int.from_bytes(data[:8], "little"), int.from_bytes(data[8:], "little")
+
+
+def load_config(memory: Memory) -> Config:
+    """What root-pgtables says.
+
+    :raises CorruptionError: it is damaged, or of another version.
+    """
+    data = memory.region.read(_config_offset(memory), _CONFIG.size)
+    if not any(data):
+        return Config()
+    magic, version, mode, levels, crc = _CONFIG.unpack(data)
+    where = "root-pgtables configuration"
+    if magic != _CONFIG_MAGIC or crc != crc32c(data[:-4] + bytes(4)):
+        raise CorruptionError(f"{where}: bad magic or checksum: got {data.hex()}")
+    if version != _CONFIG_VERSION or mode not in list(Mode) or levels not in LEVELS:
+        raise CorruptionError(f"{where}: unknown: got version {version}, mode {mode}")
+    return Config(Mode(mode), levels)
+
+
+def configure(memory: Memory, commit: Commit, config: Config) -> None:
+    """Decide mode and levels.
+
+    :raises BusyError: the root table has entries.
+    """
+    if not memory.region.is_zero(_offset(memory, memory.first_page), PAGE):
+        raise BusyError("root-pgtables: in use: mode and levels cannot change")
+    at = _config_offset(memory)
+    first, second = config_words(config)
+    commit([(at + 8, second), (at, first)])
+
+
+class RootTables:
+    """The tables in root-pgtables; the only writer of them.
+
+    :param walked: a unit may have entries cached: pages that a change frees are put aside until
+        :meth:`invalidated`.
+    :raises CorruptionError: what is in the file is not a root table with its context tables.
+    """
+
+    def __init__(
+        self,
+        memory: Memory,
+        commit: Commit,
+        *,
+        physical_bits: int = MAX_PHYSICAL_BITS,
+        walked: bool = False,
+    ) -> None:
+        self.memory = memory
+        self.config = load_config(memory)
+        self.walked = walked
+        self._commit = commit
+        self._region = memory.region
+        self._physical_bits = physical_bits
+        reader = ContextReader(memory, self.root, self.config.mode, _refuse, physical_bits)
+        self._devices = {d.source_id: d for d in reader.devices()}
+        self._used = reader.pages | {_config_page(memory)}
+        self._aside: set[int] = set()
+
+    @property
+    def root(self) -> int:
+        """Physical address of the root table."""
+        return self.memory.first_page
+
+    @property
+    def used_pages(self) -> int:
+        """Pages that are tables, or hold the configuration."""
+        return len(self._used)
+
+    def devices(self) -> list[Device]:
+        """What is attached, by source id."""
+        return [self._devices[s] for s in sorted(self._devices)]
+
+    def invalidated(self) -> None:
+        """The unit has been told to forget what it had cached: put-aside pages are free."""
+        self._used -= self._aside
+        self._aside.clear()
+
+    # ------------------------------------------------------------------ changes
+
+    def attach(self, source_id: int, table: int, domain_id: int) -> None:
+        """Let a device's requests be translated by the page tables at ``table``.
+
+        ``table`` is the physical address of a top-level table of as many levels as the
+        configuration says.
+
+        :raises ExistsError: the device is attached already.
+        :raises NoSpaceError: too few free pages; says how many bytes root-pgtables must grow.
+        :raises InvalidError: an id out of range, or no address of a page.
+        """
+        if not 0 <= source_id <= 0xFFFF:
+            raise InvalidError(f"source id {source_id:#x}: not one: expected 0..0xffff")
+        if not 0 <= domain_id <= MAX_DOMAIN_ID:
+            raise InvalidError(f"domain id {domain_id}: not one: expected 0..{MAX_DOMAIN_ID}")
+        if table >> self._physical_bits:
+            raise InvalidError(f"page table at {table:#x}: beyond {self._physical_bits} bits")
+        if source_id in self._devices:
+            raise ExistsError(f"device {bdf_text(source_id)}: attached already: detach it first")
+        legacy = self.config.mode is Mode.LEGACY
+        _root_at, context = self._root_word(source_id)
+        pages = self._free_pages((0 if legacy else 2) + (0 if context else 1))
+        if legacy:
+            entry = self._legacy_entry(table, domain_id)
+        else:
+            entry = self._scalable_entry(table, domain_id, *pages[:2])
+        self._store_entry(source_id, entry, 0 if context else pages[-1])
+        self._used.update(pages)
+        self._devices[source_id] = self._read_back(source_id)
+
+    def detach(self, source_id: int) -> None:
+        """End that; a context table that is empty then goes as well.
+
+        :raises NotFoundError: the device is not attached.
+        """
+        device = self._devices.get(source_id)
+        if device is None:
+            raise NotFoundError(f"device {bdf_text(source_id)}: not attached")
+        freed = self._device_pages(device)
+        root_at, table = self._root_word(source_id)
+        context_at, size = self._context_place(source_id, table)
+        context = self._region.view(_offset(self.memory, table), PAGE)
+        inside = context_at - table
+        rest = bytes(context[:inside]) + bytes(context[inside + size :])
+        if any(rest[i] & _P for i in range(0, len(rest), size)):
+            at = _offset(self.memory, context_at)
+            self._commit([(at + 8 * i, 0) for i in range(size // 8)])
+        else:
+            self._commit([(_offset(self.memory, root_at), 0)])
+            freed.append(table)
+        del self._devices[source_id]
+        if self.walked:
+            self._aside.update(freed)
+        else:
+            self._used.difference_update(freed)
+
+    # ------------------------------------------------------------------ entries
+
+    def _legacy_entry(self, table: int, domain_id: int) -> list[int]:
+        entry = ContextEntry.encode(P=1, SSPTPTR=table, AW=aw_of(self.config.levels), DID=domain_id)
+        return _split(entry, ContextEntry.BITS)
+
+    def _scalable_entry(self, table: int, domain_id: int, directory: int, pasids: int) -> list[int]:
+        """The context entry, after filling two free pages: PASID directory and PASID table."""
+        entry = PasidTableEntry.encode(
+            P=1, AW=aw_of(self.config.levels), PGTT=PGTT_SECOND_STAGE, SSPTPTR=table, DID=domain_id
+        )
+        self._fill(pasids, _split(entry, PasidTableEntry.BITS))
+        self._fill(directory, [PasidDirectoryEntry.encode(P=1, SMPTBLPTR=pasids)])
+        context = ScalableContextEntry.encode(P=1, PASIDDIRPTR=directory)
+        return _split(context, ScalableContextEntry.BITS)
+
+    def _store_entry(self, source_id: int, entry: Sequence[int], new: int) -> None:
+        """Store a context entry, in the free page ``new`` if the bus has no context table yet."""
+        root_at, table = self._root_word(source_id)
+        context_at, _size = self._context_place(source_id, table or new)
+        if table:
+            at = _offset(self.memory, context_at)
+            # P is in the first word: it is stored last.
+            self._commit([(at + 8 * i, entry[i]) for i in reversed(range(len(entry)))])
+        else:
+            self._fill(new, entry, context_at - new)
+            word = RootEntry.encode(P=1, CTP=new)
+            self._commit([(_offset(self.memory, root_at), word)])
+
+    def _read_back(self, source_id: int) -> Device:
+        reader = ContextReader(self.memory, self.root, self.config.mode, _refuse)
+        return next(d for d in reader.devices() if d.source_id == source_id)
+
+    def _fill(self, page: int, words: Sequence[int], at: int = 0) -> None:
+        """Store a page that nothing reaches yet: ``words`` at byte ``at``, zeros elsewhere."""
+        data = bytearray(PAGE)
+        for i, word in enumerate(words):
+            data[at + 8 * i : at + 8 * i + 8] = word.to_bytes(8, "little")
+        self._region.copy_in(_offset(self.memory, page), data)
+
+    # ------------------------------------------------------------------ places
+
+    def _root_word(self, source_id: int) -> tuple[int, int]:
+        """Address of the root entry's word for a device, and of its context table (0: none)."""
+        at = self.root + (source_id >> 8) * 16
+        if self.config.mode is Mode.SCALABLE:
+            at += (source_id >> 7 & 1) * 8
+        words = self.memory.words(at, 1)
+        assert words is not None
+        return at, RootEntry.CTP.get(words[0]) if words[0] & _P else 0
+
+    def _context_place(self, source_id: int, table: int) -> tuple[int, int]:
+        """Address and size in bytes of a device's context entry."""
+        if self.config.mode is Mode.LEGACY:
+            return table + (source_id & 0xFF) * 16, 16
+        return table + (source_id & 0x7F) * 32, 32
+
+    def _device_pages(self, device: Device) -> list[int]:
+        if device.pasid is None:
+            return []
+        directory = ScalableContextEntry.PASIDDIRPTR.get(device.context_words[0])
+        words = self.memory.words(directory, 1)
+        return [directory, *[PasidDirectoryEntry.SMPTBLPTR.get(w) for w in words or () if w & _P]]
+
+    def _free_pages(self, count: int) -> list[int]:
+        """Pages that are not in use.
+
+        :raises NoSpaceError: there are not so many.
+        """
+        found: list[int] = []
+        for piece in self.memory.pieces:
+            for page in range(piece.physical, piece.physical + piece.length, PAGE):
+                if len(found) == count:
+                    return found
+                if page not in self._used:
+                    found.append(page)
+        if len(found) == count:
+            return found
+        missing = (count - len(found)) * PAGE
+        raise NoSpaceError(f"root-pgtables: no free page: it must grow by {missing} bytes")
+
+
+def _split(entry: int, bits: int) -> list[int]:
+    return [entry >> at & _WORD_MASK for at in range(0, bits, 64)]
+
+
+def _refuse(finding: Finding) -> None:
+    raise CorruptionError(finding.message)
+
+
+def _offset(memory: Memory, physical: int) -> int:
+    offset = memory.offset(physical, 1)
+    assert offset is not None
+    return offset
+
+
+def _config_page(memory: Memory) -> int:
+    """Physical address of the file's second page."""
+    return memory.page(1)
+
+
+def _config_offset(memory: Memory) -> int:
+    return _offset(memory, _config_page(memory))

@@ -1,0 +1,125 @@
+"""Walks over all of one domain's page tables, in C: what is mapped, and what is wrong."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from pkernfs.errors import CorruptionError
+from pkernfs.iommu.entries import LEAVES, MAX_PHYSICAL_BITS, SecondStageTable
+from pkernfs.journal import Mapping, RawFinding, TablePool
+
+MAX_FINDINGS = 1000
+_EVERYWHERE = [(0, 1 << 63)]
+_MAX_LEVEL = 5
+
+
+class Code(enum.IntEnum):
+    """What can be wrong with reachable entries."""
+
+    TABLE_OUTSIDE = 1
+    TABLE_TWICE = 2
+    RESERVED_BITS = 3
+    LEAF_OUTSIDE = 4
+    LEAF_IS_TABLE = 5
+    CONTEXT_INVALID = 6
+    UNKNOWN_DOMAIN = 7
+    DOMAIN_ID = 8
+    CONFIGURATION = 9
+
+
+_TEXTS = {
+    Code.TABLE_OUTSIDE: "refers to a table outside the domain's file",
+    Code.TABLE_TWICE: "refers to a table that was reached before (shared, or a cycle)",
+    Code.RESERVED_BITS: "reserved bits set",
+    Code.LEAF_OUTSIDE: "maps memory that is no live file's",
+    Code.LEAF_IS_TABLE: "maps memory that holds tables",
+}
+
+
+class Finding(NamedTuple):
+    """One thing that is wrong: ``where`` is the physical address of the entry."""
+
+    code: Code
+    where: int
+    message: str
+
+
+class TreeReport(NamedTuple):
+    """Findings (the first 1000; ``found`` is how many there are), and what was seen."""
+
+    findings: list[Finding]
+    found: int
+    tables: int
+    leaves: int
+    mapped_bytes: int
+
+
+def check_tree(
+    pool: TablePool,
+    root: int,
+    levels: int,
+    *,
+    allowed: Sequence[tuple[int, int]] = _EVERYWHERE,
+    tables: Sequence[tuple[int, int]] = (),
+    physical_bits: int = MAX_PHYSICAL_BITS,
+    name: str = "domain",
+) -> TreeReport:
+    """Look at every reachable entry once; afterwards the pool knows which pages are in use.
+
+    :param allowed: sorted, disjoint ranges of physical addresses that leaves may map.
+    :param tables: the same, of all memory that holds tables.
+    """
+    none = (0, 0)
+    reserved = [none] + [
+        (
+            SecondStageTable.reserved(physical_bits),
+            LEAVES[level].reserved(physical_bits) if level in LEAVES else 0,
+        )
+        for level in range(1, _MAX_LEVEL + 1)
+    ]
+    figures = pool.check(
+        root, levels, reserved=reserved, allowed=allowed, tables=tables, max_findings=MAX_FINDINGS
+    )
+    findings = [_finding(name, f) for f in figures.findings]
+    return TreeReport(findings, *figures[1:])
+
+
+def _finding(name: str, f: RawFinding) -> Finding:
+    code = Code(f.code)
+    place = f"{name} level {f.level} entry at {f.where:#x}, iova {f.iova:#x}"
+    return Finding(code, f.where, f"{place}: {_TEXTS[code]}: got {f.value:#018x}")
+
+
+def scan_tree(pool: TablePool, root: int, levels: int, start: int, end: int) -> Iterator[Mapping]:
+    """What is mapped from ``start`` to ``end``, in order, neighbours joined.
+
+    Memory does not grow with the number of leaves.
+
+    :raises CorruptionError: a table outside the pool, or more of them than it has pages.
+    """
+    at: int | None = start
+    last: Mapping | None = None
+    while at is not None:
+        batch = pool.scan(root, levels, at, end)
+        if batch is None:
+            raise CorruptionError(f"page table at {root:#x}: damaged below: run the check")
+        found, at = batch
+        for m in found:
+            if last is not None and _continues(last, m):
+                last = last._replace(length=last.length + m.length)
+                continue
+            if last is not None:
+                yield last
+            last = m
+    if last is not None:
+        yield last
+
+
+def _continues(last: Mapping, m: Mapping) -> bool:
+    return (
+        last.iova + last.length == m.iova
+        and last.physical + last.length == m.physical
+        and last.perm == m.perm
+    )
