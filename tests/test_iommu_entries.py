@@ -1,0 +1,144 @@
+"""Entry formats: every field at its bits, every level and size there and back, reserved bits."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pkernfs.errors import CorruptionError, InvalidError
+from pkernfs.iommu import entries
+from pkernfs.iommu.entries import ALL_FORMATS, LEAVES, Entry, FaultReason
+
+#: Typed out by hand from the specification (and compared with QEMU's masks): bits that are zero.
+RESERVED_64 = {
+    entries.SecondStageTable: 1 << 62 | 1 << 11 | 1 << 7,
+    entries.SecondStageLeaf4K: 1 << 62,
+    entries.SecondStageLeaf2M: 1 << 62 | 0x1FF000,
+    entries.SecondStageLeaf1G: 1 << 62 | 0x3FFFF000,
+    entries.PasidDirectoryEntry: 0xFFC | 0xFFF << 52,
+    entries.RootEntry: 0xFFE | 0xFFF << 52 | ((1 << 64) - 1) << 64,
+    entries.ContextEntry: 0xFF0 | 0xFFF << 52 | 0xFFFF_FFFF_FF00_0080 << 64,
+    entries.ScalableContextEntry: (
+        0x1E0 | 0xFFF << 52 | 0xFFFF_FFFF_FFE0_0000 << 64 | ((1 << 128) - 1) << 128
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", RESERVED_64)
+def test_reserved_bits_are_those_of_the_specification(kind: type[Entry]) -> None:
+    assert kind.reserved() == RESERVED_64[kind]
+
+
+@pytest.mark.parametrize("kind", ALL_FORMATS)
+def test_each_reserved_bit_is_refused_and_each_other_one_is_not(kind: type[Entry]) -> None:
+    reserved = kind.reserved()
+    for bit in range(kind.BITS):
+        if reserved >> bit & 1:
+            with pytest.raises(CorruptionError, match="reserved bits set"):
+                kind.decode(1 << bit)
+        else:
+            kind.decode(1 << bit)
+
+
+def test_address_bits_beyond_the_host_are_reserved() -> None:
+    assert entries.SecondStageLeaf4K.reserved(39) & 1 << 39
+    assert not entries.SecondStageLeaf4K.reserved(39) & 1 << 38
+    assert entries.ContextEntry.reserved(46) & 1 << 46
+
+
+@given(st.data())
+def test_fields_come_back(data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(ALL_FORMATS))
+    values = {}
+    for name, field in kind.FIELDS.items():
+        top = min(field.msb, 51 + field.lsb // 64 * 64) if field.address else field.msb
+        value = data.draw(st.integers(0, (1 << top - field.lsb + 1) - 1))
+        values[name] = value << field.lsb % 64 if field.address else value
+    entry = kind.encode(**values)
+    assert entry < 1 << kind.BITS
+    assert kind.decode(entry) == values
+
+
+@pytest.mark.parametrize("level", LEAVES)
+@pytest.mark.parametrize("perm", [1, 2, 3])
+def test_leaves_of_every_size_at_zero_and_at_the_top(level: int, perm: int) -> None:
+    size = entries.leaf_bytes(level)
+    for address in (0, size, (1 << 52) - size):
+        values = {"R": perm & 1, "W": perm >> 1, "ADDRESS": address}
+        if level > 1:
+            values["PS"] = 1
+        entry = LEAVES[level].encode(**values)
+        assert entry & entries.ADDRESS_MASK == address
+        assert entries.is_present(entry)
+        assert entries.is_leaf(entry, level)
+        assert entries.second_stage_format(entry, level) is LEAVES[level]
+        decoded = LEAVES[level].decode(entry)
+        assert decoded["ADDRESS"] == address
+        assert (decoded["R"], decoded["W"]) == (perm & 1, perm >> 1)
+
+
+@pytest.mark.parametrize("level", [2, 3, 4, 5])
+def test_references_to_tables(level: int) -> None:
+    for address in (0, 4096, (1 << 52) - 4096):
+        entry = entries.SecondStageTable.encode(R=1, W=1, ADDRESS=address)
+        assert not entries.is_leaf(entry, level)
+        assert entries.SecondStageTable.decode(entry)["ADDRESS"] == address
+
+
+def test_golden_words() -> None:
+    """By hand: what a unit would be given."""
+    assert entries.RootEntry.encode(P=1, CTP=0x1234000) == 0x1234001
+    context = entries.ContextEntry.encode(P=1, SSPTPTR=0x5000, AW=2, DID=0xABCD)
+    assert context == 0x5001 | 2 << 64 | 0xABCD << 72
+    assert entries.ContextEntry.encode(TT=2) == 8
+    leaf = entries.SecondStageLeaf2M.encode(R=1, W=1, PS=1, ADDRESS=0x40000000)
+    assert leaf == 0x40000083
+    pasid = entries.PasidTableEntry.encode(P=1, AW=2, PGTT=2, SSPTPTR=0x7000, DID=3)
+    assert pasid == 0x7000 | 2 << 6 | 2 << 2 | 1 | 3 << 64
+    root = entries.ScalableRootEntry.encode(LP=1, LCTP=0x1000, UP=1, UCTP=0x2000)
+    assert root == 0x1001 | 0x2001 << 64
+
+
+def test_values_that_do_not_fit() -> None:
+    with pytest.raises(InvalidError, match="DID"):
+        entries.ContextEntry.encode(DID=1 << 16)
+    with pytest.raises(InvalidError, match="ADDRESS"):
+        entries.SecondStageLeaf2M.encode(ADDRESS=4096)
+    with pytest.raises(InvalidError, match="ADDRESS"):
+        entries.SecondStageLeaf4K.encode(ADDRESS=1 << 52)
+    with pytest.raises(InvalidError, match="CTP"):
+        entries.RootEntry.encode(CTP=-4096)
+
+
+@pytest.mark.parametrize(
+    ("text", "segment", "source_id"),
+    [("0000:00:05.0", 0, 0x28), ("0001:ff:1f.7", 1, 0xFFFF), ("3a:00.1", 0, 0x3A01)],
+)
+def test_device_addresses(text: str, segment: int, source_id: int) -> None:
+    assert entries.parse_bdf(text) == (segment, source_id)
+    assert entries.bdf_text(source_id, segment).endswith(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "5", "00:05", "0:5.0", "00:20.0", "00:05.8", "0000:00:05.0.1", "0000:00:05.0 ",
+     "00000:00:05.0", "gg:00.0", "-1:00.0", "00:05.00", "1:0000:00:05.0", "\u0660\u0660:05.0"],
+)  # fmt: skip
+def test_what_is_no_device_address(text: str) -> None:
+    with pytest.raises(InvalidError, match="device"):
+        entries.parse_bdf(text)
+
+
+def test_permissions() -> None:
+    for text in ("r", "w", "rw"):
+        assert entries.perm_text(entries.parse_perm(text)) == text
+    for text in ("", "x", "wr", "rwx"):
+        with pytest.raises(InvalidError):
+            entries.parse_perm(text)
+
+
+def test_fault_reasons_have_words() -> None:
+    assert all(reason.text for reason in FaultReason)
+    assert FaultReason(5).name == "WRITE"
+    assert FaultReason(0x86).name == "SM_READ"
