@@ -82,7 +82,8 @@ class PageTable:
     :param levels: 3, 4 or 5, for addresses of 39, 48 or 57 bits.
     :param largest: level of the largest leaf that the unit knows: 1 4 KiB, 2 2 MiB, 3 1 GiB.
     :param walked: a unit may have entries of these tables cached, so that pages which a change
-        frees are put aside until :meth:`invalidated`.
+        frees are put aside until :meth:`invalidated`. What was aside before is not known: the unit
+        has to forget everything before the first change.
     :raises CorruptionError: what is in the pages is no such tree.
     """
 
