@@ -5,9 +5,9 @@ from __future__ import annotations
 from pkernfs.iommu.entries import leaf_bytes, width_bits
 from pkernfs.iommu.memory import Memory, store_words
 from pkernfs.iommu.pgtable import PageTable
+from pkernfs.iommu.pool import TablePool
 from pkernfs.iommu.trees import check_tree
 from pkernfs.iommu.walk import translate_domain
-from pkernfs.journal import TablePool
 from pkernfs.layout import PAGE
 from pkernfs.region import Region
 

@@ -29,7 +29,7 @@ LAYERS = (
 #: Not part of the running program: they build the extension modules.
 BUILDERS = {"native_build", "fuse_shim_build"}
 #: The extension modules, and who alone may use each.
-EXTENSIONS = {"_native": {"region", "journal"}, "_fuse_shim": {"fuse_shim"}}
+EXTENSIONS = {"_native": {"region", "journal", "iommu.pool"}, "_fuse_shim": {"fuse_shim"}}
 ASYNC_MODULES = {"fs.operations", "fs.daemon"}
 
 

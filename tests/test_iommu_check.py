@@ -25,10 +25,10 @@ from pkernfs.iommu.contexts import ContextReader, Mode
 from pkernfs.iommu.entries import READ, WRITE, FaultReason
 from pkernfs.iommu.memory import Memory, store_words
 from pkernfs.iommu.pgtable import PageTable
+from pkernfs.iommu.pool import TablePool
 from pkernfs.iommu.tables import Config, RootTables, configure
 from pkernfs.iommu.trees import Code, scan_tree
 from pkernfs.iommu.walk import Translation, translate
-from pkernfs.journal import TablePool
 from pkernfs.layout import PAGE
 from pkernfs.region import Region
 

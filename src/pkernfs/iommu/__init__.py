@@ -8,10 +8,10 @@ from pkernfs.iommu.contexts import ContextReader, Device, Mode
 from pkernfs.iommu.entries import READ, READ_WRITE, WRITE, FaultReason, parse_bdf, parse_perm
 from pkernfs.iommu.memory import Commit, Memory, store_words
 from pkernfs.iommu.pgtable import PageTable
+from pkernfs.iommu.pool import Mapping
 from pkernfs.iommu.tables import Config, RootTables, configure, load_config
 from pkernfs.iommu.trees import Code, Finding
 from pkernfs.iommu.walk import Step, Translation, translate, translate_domain
-from pkernfs.journal import Mapping
 
 __all__ = [
     "READ",

@@ -29,8 +29,7 @@ from pkernfs.iommu.entries import (
     width_bits,
 )
 from pkernfs.iommu.memory import Commit, Memory
-from pkernfs.iommu.trees import check_tree, scan_tree
-from pkernfs.journal import (
+from pkernfs.iommu.pool import (
     Mapping,
     TablePool,
     any_present,
@@ -38,6 +37,7 @@ from pkernfs.journal import (
     fill_entries,
     merged_entry,
 )
+from pkernfs.iommu.trees import check_tree, scan_tree
 from pkernfs.layout import PAGE
 
 #: Words of live tables that one change stores; a table with many of them is replaced instead.

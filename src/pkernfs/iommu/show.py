@@ -12,7 +12,7 @@ from pkernfs.errors import CorruptionError
 from pkernfs.iommu.contexts import Device
 from pkernfs.iommu.entries import ADDRESS_MASK, bdf_text, is_leaf, is_present, leaf_bytes, perm_text
 from pkernfs.iommu.memory import Memory
-from pkernfs.journal import Mapping
+from pkernfs.iommu.pool import Mapping
 from pkernfs.layout import PAGE
 
 _TRANSLATION_HEAD = "B.D.F\tRoot_entry\t\t\t\tContext_entry\t\t\t\tPASID\tPASID_table_entry"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from pkernfs.errors import CorruptionError
 from pkernfs.iommu.entries import LEAVES, MAX_PHYSICAL_BITS, SecondStageTable
-from pkernfs.journal import Mapping, RawFinding, TablePool
+from pkernfs.iommu.pool import Mapping, RawFinding, TablePool
 
 MAX_FINDINGS = 1000
 _EVERYWHERE = [(0, 1 << 63)]
