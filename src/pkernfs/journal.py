@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from struct import Struct
+from typing import Any
 
 from pkernfs._native import ffi, lib
 from pkernfs.errors import CorruptionError, NoSpaceError, ReadOnlyError
@@ -61,6 +62,8 @@ class PageStore:
         self._verified: dict[int, int] = {}
         self._overlay: dict[int, bytearray] = {}
         self._images: dict[int, memoryview] = {}
+        #: What callers made of unchanged pages; an entry goes when its page is changed.
+        self.decoded: dict[int, Any] = {}
         self._arena = ffi.new("uint8_t[]", MAX_PAGES * PAGE)
         self._arena_view = memoryview(ffi.buffer(self._arena))
         self._slots: list[memoryview] = []
@@ -97,6 +100,7 @@ class PageStore:
         else:
             self._replay_in_memory()
         self._verified.clear()
+        self.decoded.clear()
         return True
 
     def _replay_in_memory(self) -> None:
@@ -159,6 +163,7 @@ class PageStore:
 
     def forget(self, page: int) -> None:
         """The page is free from this transaction on: what kind it was is no longer known."""
+        self.decoded.pop(page, None)
         self.on_commit.append(lambda: self._verified.pop(page, None))
 
     def change_now(self, page: int, magic: int, change: Callable[[memoryview], object]) -> None:
@@ -229,6 +234,7 @@ class PageStore:
         if used == len(self._slots):
             self._slots.append(self._arena_view[used * PAGE : (used + 1) * PAGE])
         image = self._slots[used]
+        self.decoded.pop(page, None)
         self._numbers[used] = page
         self._fresh[used] = fresh
         self._images[page] = image

@@ -49,7 +49,11 @@ _unpack_extent = EXTENT.unpack_from
 
 _NO_BOUND = 1 << 64
 
+_MAX_DECODED = 1024  # inner nodes kept as lists, up to 16 KiB each
+
 Path = list[tuple[int, int]]
+# owner, kind, level, keys, children
+Inner = tuple[int, int, int, list[int], list[int]]
 # path, leaf, its count, the lowest key of the leaves to the right
 Place = tuple[Path, memoryview, int, int]
 
@@ -105,22 +109,39 @@ class Tree:
         page = self.root
         level = -1
         bound = _NO_BOUND
+        decoded = self._store.decoded
         while True:
-            node, level, count = self._node(page, level)
-            if not level:
-                words = self._words
-                keys = node.cast("Q")[_WORD0 : _WORD0 + count * words : words]
-                path.append((page, bisect_left(keys, key)))
-                return path, node, count, bound
-            keys = node.cast("Q")[_WORD0 : _WORD0 + 2 * count : 2]
-            slot = bisect_right(keys, key) - 1
+            inner = decoded.get(page)
+            if inner is None or inner[0] != self.owner or inner[1] != self.kind:
+                node, level, count = self._node(page, level)
+                if not level:
+                    words = self._words
+                    keys = node.cast("Q")[_WORD0 : _WORD0 + count * words : words]
+                    path.append((page, bisect_left(keys, key)))
+                    return path, node, count, bound
+                inner = self._decode(page, node, level, count)
+            elif level >= 0 and inner[2] != level:
+                self._bad(page, f"wrong level: got {inner[2]}, expected {level}")
+            level, lowest, children = inner[2], inner[3], inner[4]
+            slot = bisect_right(lowest, key) - 1
             if slot < 0:
                 slot = 0
-            if slot + 1 < count:
-                bound = keys[slot + 1]
+            if slot + 1 < len(lowest):
+                bound = lowest[slot + 1]
             path.append((page, slot))
-            page = _unpack_inner(node, _SLOTS + 16 * slot)[1]
+            page = children[slot]
             level -= 1
+
+    def _decode(self, page: int, node: memoryview, level: int, count: int) -> Inner:
+        """An inner node's keys and children as lists, kept while the node does not change."""
+        words = node.cast("Q")[_WORD0 : _WORD0 + 2 * count]
+        inner = self.owner, self.kind, level, words[::2].tolist(), words[1::2].tolist()
+        if not self._store.is_open:
+            decoded = self._store.decoded
+            if len(decoded) >= _MAX_DECODED:
+                decoded.clear()
+            decoded[page] = inner
+        return inner
 
     # ------------------------------------------------------------------ reading
 
