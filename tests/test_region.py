@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from pkernfs._native import ffi
 from checking import MemoryFile
 from pkernfs import region as region_module
 from pkernfs.errors import LockedError, RegionError
+from pkernfs.fs.filesystem import FileSystem
+from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.layout import BLOCK, PAGE
 from pkernfs.region import Region, crc32c, page_checksum, trace_start, trace_stop
 
@@ -368,3 +371,53 @@ def test_memory_files_are_regions_of_the_kernel() -> None:
             region.copy_in(7, b"kept")
         with memory.open(write=False) as region:
             assert region.read(7, 4) == b"kept"
+
+
+def test_zeroing_leaves_holes(tmp_path: Path) -> None:
+    """A sparse file on tmpfs or ext4 does not fill up when what was never written is zeroed."""
+    path = tmp_path / "region"
+    Region.create(str(path), 64 << 20)
+    with Region.open(str(path), write=True) as region:
+        region.copy_in(9 << 20, b"data")
+        before = path.stat().st_blocks
+        region.zero(0, 64 << 20)
+        assert path.stat().st_blocks <= before
+        assert region.read(9 << 20, 4) == bytes(4)
+
+
+def test_removed_sparse_file_takes_no_memory(tmp_path: Path) -> None:
+    """Blocks that a file never wrote to stay holes of the region when they are zeroed again."""
+    path = tmp_path / "region"
+    Region.create(str(path), 256 << 20)
+    with Region.open(str(path), write=True) as region:
+        make_filesystem(region)
+        fs = FileSystem.mount(region)
+        ino = fs.create(1, b"guest-ram", stat.S_IFREG | 0o600, 0, 0).ino
+        fs.setattr(ino, size=200 << 20)
+        fs.unlink(1, b"guest-ram")
+        while claim := fs.next_dirty(64 << 20):
+            for offset, length in claim.pieces():
+                region.zero(offset, length)
+            fs.finish_zeroing(claim)
+        fs.unmount()
+        assert path.stat().st_blocks * 512 < 16 << 20
+
+
+def test_bus_error_is_one_line(tmp_path: Path) -> None:
+    """A region that is cut short while it is mapped ends the process with a message."""
+    path = tmp_path / "region"
+    Region.create(str(path), 8 << 20)
+    program = (
+        "import os, sys\n"
+        "from pkernfs.region import Region, exit_on_bus_error\n"
+        "region = Region.open(sys.argv[1], write=True)\n"
+        "exit_on_bus_error('pkernfs', 32)\n"
+        "os.truncate(sys.argv[1], 0)\n"
+        "region.copy_in(4 << 20, b'x')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 32
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("pkernfs: bus error")

@@ -18,7 +18,7 @@ from importlib import import_module
 from typing import NamedTuple, NoReturn, Protocol, cast
 
 from pkernfs import __version__
-from pkernfs.errors import PkernfsError, UsageError
+from pkernfs.errors import PkernfsError, UsageError, one_line
 
 
 class Command(NamedTuple):
@@ -42,6 +42,9 @@ COMMANDS = {
     "info": Command("label, uuid, sizes, state and features of a region"),
     "extents": Command("where a file's bytes are in the region"),
 }
+
+#: What is the name of something, and so cannot be empty.
+_OPERANDS = ("region", "mount_point", "target", "file")
 
 MOUNT_FORM = "pkernfs REGION MNT [-o OPTIONS]"
 
@@ -129,8 +132,15 @@ def _run(name: str, prog: str, argv: list[str]) -> int:
     command = PROGRAMS.get(name) or COMMANDS[name]
     who = prog.split()[0]
     args = argparse.Namespace()
+    _have_standard_streams()
     try:
         build_parser(name, prog).parse_args(argv, args)
+        for operand in _OPERANDS:
+            if getattr(args, operand, None) == "":
+                raise UsageError(f"{operand.replace('_', ' ')}: it is empty")
+        from pkernfs.region import exit_on_bus_error
+
+        exit_on_bus_error(who, command.failure_status)
         with _warnings_on_stderr(who, name, args):
             status = load(name).run(args)
         sys.stdout.flush()
@@ -189,10 +199,21 @@ def _describe(error: OSError) -> str:
     return why if error.filename is None else f"{os.fsdecode(error.filename)}: {why}"
 
 
+def _have_standard_streams() -> None:
+    """Give a process that was started without one of them /dev/null in its place."""
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != fd:
+                os.dup2(null, fd)
+                os.close(null)
+            stream = open(fd, "r" if fd == 0 else "w", closefd=False)  # noqa: SIM115 - for good
+            setattr(sys, name, stream)
+
+
 def _complain(who: str, message: str) -> None:
     """One line on stderr, whatever is in the names that the message quotes."""
-    line = "".join(c if c.isprintable() or c == " " else ascii(c)[1:-1] for c in message)
-    sys.stderr.write(f"{who}: {line}\n")
+    sys.stderr.write(f"{who}: {one_line(message)}\n")
     sys.stderr.flush()
 
 

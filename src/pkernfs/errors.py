@@ -10,6 +10,11 @@ from __future__ import annotations
 import errno as _errno
 
 
+def one_line(message: str) -> str:
+    """A message as it may be shown, whatever is in the names that it quotes."""
+    return "".join(c if c.isprintable() or c == " " else ascii(c)[1:-1] for c in message)
+
+
 class PkernfsError(Exception):
     """Base of all expected failures.
 

@@ -10,6 +10,7 @@
 #define _GNU_SOURCE
 #endif
 #include <errno.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -910,6 +911,29 @@ void pk_pt_check(const uint8_t *base, struct pk_pool *pool, struct pk_check *c, 
 }
 
 /* ---------------------------------------------------------------- mapping */
+
+static char bus_line[256];
+static size_t bus_length;
+static int bus_status;
+
+static void on_bus_error(int number)
+{
+	ssize_t done = write(2, bus_line, bus_length);
+
+	(void)number, (void)done;
+	_exit(bus_status);
+}
+
+/* From here on, memory that is not there ends the process with that line and status. */
+void pk_exit_on_bus_error(const char *line, int status)
+{
+	struct sigaction action = { .sa_handler = on_bus_error };
+
+	bus_length = strnlen(line, sizeof(bus_line));
+	memcpy(bus_line, line, bus_length);
+	bus_status = status;
+	sigaction(SIGBUS, &action, NULL);
+}
 
 /*
  * Map size bytes of fd, aligned to align (a power of two, 2 MiB or more) so that huge pages are

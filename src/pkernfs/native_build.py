@@ -71,6 +71,7 @@ ffibuilder.cdef(
 
     uint8_t *pk_map(int fd, uint64_t size, uint64_t align, int writable, int *error);
     void pk_unmap(uint8_t *map, uint64_t size);
+    void pk_exit_on_bus_error(const char *line, int status);
     int pk_msync(uint8_t *map, uint64_t size);
     uint64_t pk_fs_magic(int fd);
     """

@@ -84,7 +84,7 @@ MOUNT_OPTIONS = (
     MountOption(
         "spin",
         "MICROSECONDS",
-        "how long the daemon polls for the next request before it sleeps; 50 if not given.",
+        "how long the daemon polls for the next request before it sleeps; 100 if not given.",
     ),
 )
 _CACHE_MODES = ("auto", "direct", "page")

@@ -32,6 +32,7 @@ _RAM_FILE_SYSTEMS = (_TMPFS, _HUGETLBFS, _RAMFS)
 _LOCK_OWNER = 0x7FFF_FFFF_0000_0000
 _LOCK_SERVER = _LOCK_OWNER + 1
 _CLOSING_WAIT_SECONDS = 10.0
+_LEAST_ROOM = 2 * BLOCK
 _FLOCK = struct.Struct("hhqqi4x")
 
 
@@ -111,6 +112,7 @@ class Region:
 
         :raises RegionError: the file exists, or cannot be made or sized.
         """
+        _check_room(path, size)
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except OSError as e:
@@ -232,22 +234,28 @@ class Region:
             runs.append((first, blocks - first))
         return runs
 
-    def data_ranges(self) -> Iterator[tuple[int, int]]:
-        """``(start, end)`` in bytes of what is no hole of the file; all, if it cannot be told."""
+    def data_ranges(self, first: int = 0, last: int | None = None) -> Iterator[tuple[int, int]]:
+        """``(start, end)`` in bytes of what is no hole of the file; all, if it cannot be told.
+
+        Only what lies between the offsets ``first`` and ``last`` (the end of the region).
+        """
+        limit = self.size if last is None else last
         if self._fd is None or self._fs_magic == _HUGETLBFS:
-            yield 0, self.size
+            yield first, limit
             return
-        end = 0
-        while end < self.size:
+        end = first
+        while end < limit:
             try:
                 start = os.lseek(self._fd, end, os.SEEK_DATA)
             except OSError as e:
                 if e.errno == errno.ENXIO:
                     return
-                yield end, self.size
+                yield end, limit
                 return
-            end = os.lseek(self._fd, start, os.SEEK_HOLE)
-            yield start, min(end, self.size)
+            if start >= limit:
+                return
+            end = min(os.lseek(self._fd, start, os.SEEK_HOLE), limit)
+            yield start, end
 
     # ------------------------------------------------------------------ reading and storing
 
@@ -273,9 +281,16 @@ class Region:
         lib.pk_copy(self._base, offset, ffi.from_buffer("uint8_t[]", data), length)
 
     def zero(self, offset: int, length: int) -> None:
-        """Zero ``length`` bytes at ``offset``; other threads run meanwhile."""
+        """Zero ``length`` bytes at ``offset``; other threads run meanwhile.
+
+        Where the region's file has holes, they stay: a sparse file does not fill up with zeros.
+        """
         self._check_store(offset, length)
-        lib.pk_zero(self._base, offset, length)
+        if length < BLOCK:
+            lib.pk_zero(self._base, offset, length)
+            return
+        for start, end in self.data_ranges(offset, offset + length):
+            lib.pk_zero(self._base, start, end - start)
 
     def store_u64(self, offset: int, value: int) -> None:
         """One aligned 8-byte store, after all stores before it and before all after it."""
@@ -318,6 +333,18 @@ class Region:
                 fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _flock(kind, _LOCK_SERVER))
 
 
+def exit_on_bus_error(who: str, status: int) -> None:
+    """End the process with one line if memory of a region turns out not to be there.
+
+    That is what the kernel does when a file region is shortened while it is mapped, or when the
+    file system that it is on has no room for a hole that is written (or, on tmpfs, read).
+    """
+    line = (
+        f"{who}: bus error: the region's file was cut short, or the file system it is on is full\n"
+    )
+    lib.pk_exit_on_bus_error(line.encode(), status)
+
+
 def page_checksum(page: bytes | bytearray | memoryview) -> int:
     """CRC-32C of a metadata page's image, its own field as zero (docs/format.md, section 2)."""
     return int(lib.pk_page_crc(ffi.from_buffer("uint8_t[]", page)))
@@ -348,6 +375,16 @@ def trace_stop() -> list[tuple[int, int, bytes | None]]:
             stores.append((offset, count, bytes(log[at : at + count])))
             at += count + 7 & ~7
     return stores
+
+
+def _check_room(path: str, size: int) -> None:
+    """:raises RegionError: not even the metadata of a new region would fit the file system."""
+    try:
+        room = os.statvfs(os.path.dirname(path) or ".")
+    except OSError:
+        return  # open() says it better
+    if room.f_blocks and room.f_bavail * room.f_frsize < min(size, _LEAST_ROOM):
+        raise RegionError(f"{path}: cannot create: the file system is full", errno.ENOSPC)
 
 
 def _open_file(spec: str, write: bool) -> int:

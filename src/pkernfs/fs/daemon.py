@@ -20,7 +20,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pkernfs.errors import FormatError, PkernfsError, RegionError, ZeroingNeeded
+from pkernfs.errors import FormatError, PkernfsError, RegionError, ZeroingNeeded, one_line
 from pkernfs.mounts import FSTYPE, mount_at
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def run_mount(region_spec: str, mountpoint: str, options: Options, foreground: b
 
 
 def _say(error: object) -> None:
-    print(f"pkernfs: {error}", file=sys.stderr, flush=True)
+    print(f"pkernfs: {one_line(str(error))}", file=sys.stderr, flush=True)
 
 
 def _mount_and_serve(

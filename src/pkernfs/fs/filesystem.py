@@ -91,6 +91,7 @@ class StatFs:
     block_size: int
     blocks: int
     free: int
+    available: int
     files: int
     free_files: int
 
@@ -1201,7 +1202,10 @@ class FileSystem:
     # ------------------------------------------------------------------ space
 
     def statfs(self) -> StatFs:
-        """Space in 4 KiB units; every block of the region is either free or used."""
+        """Space in 4 KiB units; every block of the region is either free or used.
+
+        A few pages are free but not available: they are kept for what frees others.
+        """
         free = self._blocks.free_blocks * PAGES_PER_BLOCK + self._pages.free_pages
         spare = len(self._inodes) - self._inodes.used
         free_files = spare + free * 15
@@ -1209,6 +1213,7 @@ class FileSystem:
             block_size=PAGE,
             blocks=(self._blocks.total_blocks - self._static_blocks) * PAGES_PER_BLOCK,
             free=free,
+            available=max(free - _RESERVED_PAGES, 0),
             files=self._inodes.used + free_files,
             free_files=free_files,
         )

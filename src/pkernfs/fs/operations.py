@@ -270,7 +270,8 @@ class Operations(pyfuse3.Operations):
         answer = pyfuse3.StatvfsData()
         answer.f_bsize = answer.f_frsize = now.block_size
         answer.f_blocks = now.blocks
-        answer.f_bfree = answer.f_bavail = now.free
+        answer.f_bfree = now.free
+        answer.f_bavail = now.available
         answer.f_files = now.files
         answer.f_ffree = answer.f_favail = now.free_files
         answer.f_namemax = 255
