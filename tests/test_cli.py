@@ -628,3 +628,8 @@ def test_progress(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         assert screen.getvalue().endswith("\r\033[K")
     else:
         assert screen.getvalue() == ""
+
+
+def test_remount_is_refused(command: Command, tmp_path: Path) -> None:
+    outcome = mounting(command, tmp_path / "region", tmp_path, "remount,ro")
+    refused(outcome, 32, "pkernfs", "cannot remount")

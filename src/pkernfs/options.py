@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from pkernfs.errors import UsageError
+from pkernfs.errors import NotSupportedError, UsageError
 
 _SIZE = re.compile(r"(0[xX][0-9a-fA-F]+|[0-9]+)([KMGTkmgt]?)", re.ASCII)
 _SHIFT = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
@@ -126,6 +126,8 @@ def parse_mount_options(texts: list[str]) -> dict[str, bool | int | str]:
             takes_value = False
         elif text.startswith(_VFS_PREFIXES):
             takes_value = True
+        elif name == "remount":
+            raise NotSupportedError("cannot remount: unmount, and mount with the other options")
         else:
             raise UsageError(f"unknown mount option: {text}")
         if takes_value != bool(equals):
