@@ -75,7 +75,6 @@ class Inode:
         "atime",
         "body",
         "btime",
-        "cookie",
         "ctime",
         "data_pages",
         "extents",
@@ -118,7 +117,6 @@ class Inode:
         self.body = 0
         self.extents: list[Extent] = []  # inline extents of a regular file
         self.target = b""  # inline target of a symlink
-        self.cookie: Any = None  # the FUSE layer's own; None after each change
 
     def load(self, page: memoryview, at: int) -> None:
         """Take every field from the inode at offset ``at`` of an inode page.
@@ -138,7 +136,6 @@ class Inode:
         self.flags = flags & (INODE_FLAG_BODY | INODE_FLAG_PENDING | INODE_FLAG_TABLE)
         self.extents = []
         self.target = b""
-        self.cookie = None
         kind = self.mode & 0o170000
         if kind not in _TYPES or self.size < 0 or self.size >> 63:
             raise CorruptionError(
@@ -338,7 +335,6 @@ class InodeTable:
 
     def touch(self, inode: Inode) -> None:
         """From here on the inode is changed by the open transaction: put it back if that fails."""
-        inode.cookie = None
         self.cookies.pop(inode.ino, None)
         self._store.on_abort.append(partial(self._reload, inode))
 

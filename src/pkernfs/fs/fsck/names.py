@@ -8,6 +8,7 @@ files that have a tree.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
 
 from pkernfs import layout
 from pkernfs.errors import CorruptionError
@@ -228,6 +229,16 @@ def entries_of(ctx: Context, ino: int, parts: TreeParts | None = None) -> list[E
         parts = parts_of(ctx, body, ino, TREE_NAMES)
     drop = ctx.directories[ino].drop if ino in ctx.directories else set()
     found: list[Entry] = []
+    for slot, key, item in _items_left(ctx, parts, drop):
+        target, kind = NAME_ITEM.unpack_from(item)
+        found.append((slot, key, target, kind, item[_HEAD:]))
+    return found
+
+
+def _items_left(
+    ctx: Context, parts: TreeParts, drop: set[tuple[int, int]]
+) -> Iterator[tuple[tuple[int, int], int, bytes]]:
+    """``((page, slot), key, item)`` of a tree's leaves, but for the slots to drop."""
     for page, _low, _end in parts.leaves:
         buffer = ctx.image.raw(page)
         count = layout.TREE.unpack_from(buffer, layout.TREE_OFFSET)[2]
@@ -237,11 +248,7 @@ def entries_of(ctx: Context, ino: int, parts: TreeParts | None = None) -> list[E
             key, offset, length, _ = layout.ITEM_SLOT.unpack_from(
                 buffer, layout.TREE_SLOTS_OFFSET + 16 * i
             )
-            target, kind = NAME_ITEM.unpack_from(buffer, offset)
-            found.append(
-                ((page, i), key, target, kind, bytes(buffer[offset + _HEAD : offset + length]))
-            )
-    return found
+            yield (page, i), key, bytes(buffer[offset : offset + length])
 
 
 # ------------------------------------------------------------------------------ attributes
@@ -316,15 +323,4 @@ def _claim_value(ctx: Context, ino: int, found: Attribute) -> bool:
 def attributes_of(ctx: Context, ino: int, parts: TreeParts) -> list[tuple[int, bytes]]:
     """``(key, item)`` of the attributes that stay."""
     drop = ctx.attributes.get(ino, set())
-    found = []
-    for page, _low, _end in parts.leaves:
-        buffer = ctx.image.raw(page)
-        count = layout.TREE.unpack_from(buffer, layout.TREE_OFFSET)[2]
-        for i in range(count):
-            if (page, i) in drop:
-                continue
-            key, offset, length, _ = layout.ITEM_SLOT.unpack_from(
-                buffer, layout.TREE_SLOTS_OFFSET + 16 * i
-            )
-            found.append((key, bytes(buffer[offset : offset + length])))
-    return found
+    return [(key, item) for _slot, key, item in _items_left(ctx, parts, drop)]
