@@ -8,16 +8,21 @@ from typing import NamedTuple
 
 FSTYPE = "fuse.pkernfs"
 
+_OWNER = re.compile(r"(?:^|,)user_id=(\d+)(?:,|$)")
 _ESCAPE = re.compile(r"\\([0-7]{3})")
 
 
 class Mount(NamedTuple):
-    """One line of mountinfo; ``device`` is the ``st_dev`` of everything in the mount."""
+    """One line of mountinfo; ``device`` is the ``st_dev`` of everything in the mount.
+
+    ``owner`` is the user who mounted it, for a FUSE mount.
+    """
 
     device: int
     mount_point: str
     fstype: str
     source: str
+    owner: int | None = None
 
 
 def read_mounts(path: str = "/proc/self/mountinfo") -> list[Mount]:
@@ -57,10 +62,17 @@ def _parse_line(line: str) -> Mount:
     # ID PARENT MAJOR:MINOR ROOT MOUNT_POINT OPTIONS [OPTIONAL ...] - FSTYPE SOURCE SUPER_OPTIONS
     left, _, right = line.rstrip("\n").partition(" - ")
     _, _, device, _, mount_point, *_ = left.split(" ")
-    fstype, source, *_ = right.split(" ")
+    fstype, source, *options = right.split(" ")
     major, minor = device.split(":")
     number = os.makedev(int(major), int(minor))
-    return Mount(number, _unescape(mount_point), fstype, _unescape(source))
+    owner = _OWNER.search(options[-1]) if options else None
+    return Mount(
+        number,
+        _unescape(mount_point),
+        fstype,
+        _unescape(source),
+        None if owner is None else int(owner[1]),
+    )
 
 
 def _unescape(text: str) -> str:

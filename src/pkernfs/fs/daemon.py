@@ -1,10 +1,10 @@
 """The daemon: mounts, serves requests on trio, cleans up, goes to the background.
 
-trio and pyfuse3 are imported here and in :mod:`pkernfs.fs.operations` only, and not before a mount
-is asked for. The session loop is pyfuse3's, single file: one task reads and handles requests, and a
-handler that must wait lets another loop take over the reading (:class:`_Session`). What a request
-costs beyond its handler is mostly the event loop, so it is entered only when no request is there
-(:class:`_FastTrio`).
+trio and pyfuse3 are imported here, in :mod:`pkernfs.fs.operations` and in :mod:`pkernfs.fs.control`
+only, and not before a mount is asked for. The session loop is pyfuse3's, single file: one task
+reads and handles requests, and a handler that must wait lets another loop take over the reading
+(:class:`_Session`). What a request costs beyond its handler is mostly the event loop, so it is
+entered only when no request is there (:class:`_FastTrio`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pkernfs.mounts import FSTYPE, mount_at
 
 if TYPE_CHECKING:
     from pkernfs.alloc.blocks import Claim
+    from pkernfs.fs.control import Handler, Listener
     from pkernfs.fs.filesystem import FileSystem
     from pkernfs.region import Region
 
@@ -222,9 +223,11 @@ def serve(
     except RuntimeError as e:
         reason = fuse_shim.last_message() or str(e)
         raise RegionError(f"{mountpoint}: cannot mount: {reason}") from e
+    listener = None
     try:
         fuse_shim.attach()
         session = _Session(fs, region, mountpoint)
+        listener = session.listener = _listen(mountpoint, region.name)
         server.waiting = session
         server.freed = session.freed
         module.trio = _FastTrio(session.idle)
@@ -233,9 +236,34 @@ def serve(
         trio.run(session.run, server, ready)
     finally:
         region.serving(False)
+        if listener is not None:
+            listener.close()
         module.trio = trio
         pyfuse3.close(unmount=False)
         _detach_what_is_left(mountpoint, region.name)
+
+
+def _listen(mountpoint: str, source: str) -> Listener | None:
+    """Open the control socket; without one the mount works all the same."""
+    from pkernfs.fs import control
+
+    try:
+        mount = control.own_mount(os.path.abspath(mountpoint), source)
+        if mount is None:
+            raise OSError("the mount is not in /proc/self/mountinfo")
+        return control.Listener(mount.device)
+    except OSError as e:
+        log.warning("%s: no control socket, so no commands but reading: %s", mountpoint, e)
+        return None
+
+
+def _handlers(fs: FileSystem, session: _Session) -> dict[str, Handler]:
+    """What may be asked through the control socket."""
+
+    async def ping(args: dict[str, Any]) -> dict[str, Any]:
+        return {"pid": os.getpid(), "region": session.region.name, "read_only": fs.read_only}
+
+    return {"ping": ping}
 
 
 def _calm_collector() -> None:
@@ -262,7 +290,7 @@ class _Session:
 
         self._trio = trio
         self._fs = fs
-        self._region = region
+        self.region = region
         self._mountpoint = os.path.abspath(mountpoint)
         self._loops = 0
         self._ended = trio.Event()
@@ -270,6 +298,7 @@ class _Session:
         self.idle = _Moment()
         self._zeroing = trio.Lock()
         self._nursery: Any = None
+        self.listener: Listener | None = None
 
     async def run(self, server: Any, ready: Callable[[], Any]) -> None:
         """Handle requests until the session ends, and whatever belongs to it."""
@@ -279,9 +308,10 @@ class _Session:
             background.start_soon(self._zero_ahead)
             background.start_soon(self._handle_signals)
             background.start_soon(self._announce, server, ready)
+            background.start_soon(self._take_orders)
             self._start_loop()
             await self._ended.wait()
-            self._region.serving(False)
+            self.region.serving(False)
             background.cancel_scope.cancel()
 
     async def _announce(self, server: Any, ready: Callable[[], Any]) -> None:
@@ -290,6 +320,13 @@ class _Session:
             await self._trio.sleep(0.001)
         ready()
         await self._trio.to_thread.run_sync(_tune_backing_device, self._mountpoint)
+
+    async def _take_orders(self) -> None:
+        """Serve the control socket."""
+        from pkernfs.fs import control
+
+        if self.listener is not None:
+            await control.Server(self._fs, _handlers(self._fs, self)).run(self.listener)
 
     # ------------------------------------------------------------------ the session loop
 
@@ -365,7 +402,7 @@ class _Session:
 
     async def _zero_claim(self, claim: Claim) -> None:
         try:
-            await self._trio.to_thread.run_sync(_zero, self._region, claim.pieces())
+            await self._trio.to_thread.run_sync(_zero, self.region, claim.pieces())
         except BaseException:
             self._fs.abandon_zeroing(claim)
             raise
