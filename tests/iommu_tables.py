@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+from pkernfs.iommu.contexts import Mode
 from pkernfs.iommu.entries import leaf_bytes, width_bits
 from pkernfs.iommu.memory import Memory, store_words
 from pkernfs.iommu.pgtable import PageTable
@@ -14,6 +17,77 @@ from pkernfs.region import Region
 PHYS_BASE = 1 << 40
 MIB = 1 << 20
 GIB = 1 << 30
+
+FAR = 1 << 41  # added to an address that an entry holds, it leads out of all memory
+
+
+class Damage(NamedTuple):
+    """Bits to clear and to set in a word of the entry that a walk reads at ``step``.
+
+    ``reason`` is what a read of an address that goes through a 4 KiB leaf then faults with.
+    """
+
+    mode: Mode
+    step: str
+    word: int
+    clear: int
+    set: int
+    reason: str
+
+
+#: What may be wrong with entries, and the fault that the specification has for it (7.1.3).
+DAMAGE = [
+    Damage(Mode.LEGACY, "root entry", 0, 1, 0, "ROOT_ENTRY_P"),
+    Damage(Mode.LEGACY, "root entry", 0, 0, 2, "ROOT_ENTRY_RSVD"),
+    Damage(Mode.LEGACY, "root entry", 1, 0, 1 << 8, "ROOT_ENTRY_RSVD"),
+    Damage(Mode.LEGACY, "root entry", 0, 0, FAR, "CONTEXT_TABLE_INV"),
+    Damage(Mode.LEGACY, "context entry", 0, 1, 0, "CONTEXT_ENTRY_P"),
+    Damage(Mode.LEGACY, "context entry", 0, 0, 1 << 5, "CONTEXT_ENTRY_RSVD"),
+    Damage(Mode.LEGACY, "context entry", 1, 0, 1 << 30, "CONTEXT_ENTRY_RSVD"),
+    Damage(Mode.LEGACY, "context entry", 0, 0, 3 << 2, "CONTEXT_ENTRY_INV"),  # TT
+    Damage(Mode.LEGACY, "context entry", 1, 7, 0, "CONTEXT_ENTRY_INV"),  # AW
+    Damage(Mode.LEGACY, "context entry", 0, 0, FAR, "CONTEXT_ENTRY_INV"),
+    Damage(Mode.SCALABLE, "root entry", 0, 1, 0, "SM_ROOT_ENTRY_P"),
+    Damage(Mode.SCALABLE, "root entry", 0, 0, 2, "SM_ROOT_ENTRY_RSVD"),
+    Damage(Mode.SCALABLE, "root entry", 0, 0, FAR, "SM_CONTEXT_TABLE_INV"),
+    Damage(Mode.SCALABLE, "context entry", 0, 1, 0, "SM_CONTEXT_ENTRY_P"),
+    Damage(Mode.SCALABLE, "context entry", 0, 0, 1 << 7, "SM_CONTEXT_ENTRY_RSVD"),
+    Damage(Mode.SCALABLE, "context entry", 1, 0, 1 << 30, "SM_CONTEXT_ENTRY_RSVD"),
+    Damage(Mode.SCALABLE, "context entry", 0, 0, 1 << 4, "SM_CONTEXT_ENTRY_INV"),  # PRE, no DTE
+    Damage(Mode.SCALABLE, "context entry", 1, 0, 1 << 13, "SM_CONTEXT_ENTRY_INV"),  # RID_PASID
+    Damage(Mode.SCALABLE, "context entry", 0, 0, FAR, "SM_PASID_DIR_ACCESS"),
+    Damage(Mode.SCALABLE, "PASID directory entry", 0, 1, 0, "SM_PASID_DIR_ENTRY_P"),
+    Damage(Mode.SCALABLE, "PASID directory entry", 0, 0, 4, "SM_PASID_DIR_ENTRY_RSVD"),
+    Damage(Mode.SCALABLE, "PASID directory entry", 0, 0, FAR, "SM_PASID_TABLE_ACCESS"),
+    Damage(Mode.SCALABLE, "PASID table entry", 0, 1, 0, "SM_PASID_ENTRY_P"),
+    Damage(Mode.SCALABLE, "PASID table entry", 0, 0, 1 << 10, "SM_PASID_ENTRY_RSVD"),
+    Damage(Mode.SCALABLE, "PASID table entry", 0, 7 << 6, 0, "SM_PASID_ENTRY_INV"),  # PGTT
+    Damage(Mode.SCALABLE, "PASID table entry", 0, 7 << 2, 0, "SM_PASID_ENTRY_INV"),  # AW
+    Damage(Mode.SCALABLE, "PASID table entry", 0, 0, FAR, "SM_PAGING_ROOT_INV"),
+    *(
+        Damage(mode, step, 0, clear, bits, reason)
+        for mode, prefix in ((Mode.LEGACY, ""), (Mode.SCALABLE, "SM_"))
+        for step, clear, bits, reason in (
+            ("PML4E", 3, 0, f"{prefix}PAGING_ENTRY_P" if prefix else "READ"),
+            ("PML4E", 0, 1 << 7, f"{prefix}PAGING_ENTRY_RSVD"),
+            ("PML4E", 0, FAR, f"{prefix}PAGING_ENTRY_INV"),
+            ("PDPE", 1, 0, f"{prefix}READ"),
+            ("PDPE", 0, 1 << 11, f"{prefix}PAGING_ENTRY_RSVD"),
+            ("PDE", 0, 1 << 62, f"{prefix}PAGING_ENTRY_RSVD"),
+            ("PDE", 0, 1 << 7 | PAGE, f"{prefix}PAGING_ENTRY_RSVD"),  # a 2 MiB leaf, unaligned
+            ("PTE", 3, 0, f"{prefix}PAGING_ENTRY_P" if prefix else "READ"),
+            ("PTE", 1, 0, f"{prefix}READ"),
+            ("PTE", 0, 1 << 62, f"{prefix}PAGING_ENTRY_RSVD"),
+            ("PTE", (1 << 52) - PAGE, 0xFEE0_0000, f"{prefix}INTERRUPT_ADDR"),
+        )
+    ),
+]
+
+
+def damage_name(damage: Damage) -> str:
+    """For the names of tests."""
+    change = f"{damage.clear:x}-{damage.set:x}"
+    return f"{damage.reason}-{damage.step.replace(' ', '_')}-{damage.word}-{change}"
 
 
 class Model:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +24,45 @@ RESERVED_64 = {
     entries.ScalableContextEntry: (
         0x1E0 | 0xFFF << 52 | 0xFFFF_FFFF_FFE0_0000 << 64 | ((1 << 128) - 1) << 128
     ),
+    entries.PasidTableEntry: (
+        (0xC20 | 0xFFF << 52)
+        | (0xF87F_0000) << 64
+        | (0x0000_0F02 | 0xFFF << 52) << 128
+        | ((1 << 320) - 1) << 192
+    ),
 }
+
+#: The specification's sections (revision 5.10, chapter 9).
+SECTIONS = {
+    "root entry": "9.1",
+    "scalable root entry": "9.2",
+    "context entry": "9.3",
+    "scalable context entry": "9.4",
+    "PASID directory entry": "9.5",
+    "PASID table entry": "9.6",
+    "second-stage entry": "9.8",
+    "second-stage 4 KiB leaf": "9.8",
+    "second-stage 2 MiB leaf": "9.8",
+    "second-stage 1 GiB leaf": "9.8",
+}
+
+#: Typed out by hand from 7.1.3, table 30: condition, number, and the name that it has here.
+FAULTS = """
+LRT.1 08 ROOT_TABLE_INV          LRT.2 01 ROOT_ENTRY_P            LRT.3 0A ROOT_ENTRY_RSVD
+LCT.1 09 CONTEXT_TABLE_INV       LCT.2 02 CONTEXT_ENTRY_P         LCT.3 0B CONTEXT_ENTRY_RSVD
+LCT.4 03 CONTEXT_ENTRY_INV       LCT.5 0D CONTEXT_ENTRY_TT        LSS.1 07 PAGING_ENTRY_INV
+LSS.2 0C PAGING_ENTRY_RSVD       LGN.1 04 ADDR_BEYOND_MGAW        LGN.2 05 WRITE
+LGN.3 06 READ                    LGN.4 0E INTERRUPT_ADDR          RTA.2 31 LEGACY_PASID
+SRT.1 38 SM_ROOT_TABLE_INV       SRT.2 39 SM_ROOT_ENTRY_P         SRT.3 3A SM_ROOT_ENTRY_RSVD
+SCT.1 40 SM_CONTEXT_TABLE_INV    SCT.2 41 SM_CONTEXT_ENTRY_P      SCT.3 42 SM_CONTEXT_ENTRY_RSVD
+SCT.4 43 SM_CONTEXT_ENTRY_INV    SCT.6 45 SM_PASID_DISABLED       SCT.7 46 SM_PASID_TOO_LARGE
+SCT.9 48 SM_PASID_IS_RID_PASID   SPD.1 50 SM_PASID_DIR_ACCESS     SPD.2 51 SM_PASID_DIR_ENTRY_P
+SPD.3 52 SM_PASID_DIR_ENTRY_RSVD SPT.1 58 SM_PASID_TABLE_ACCESS   SPT.2 59 SM_PASID_ENTRY_P
+SPT.3 5A SM_PASID_ENTRY_RSVD     SPT.4 5B SM_PASID_ENTRY_INV      SSS.1 78 SM_PAGING_ENTRY_INV
+SSS.2 79 SM_PAGING_ENTRY_P       SSS.3 7A SM_PAGING_ENTRY_RSVD    SSS.4 7B SM_PAGING_ROOT_INV
+SGN.4 83 SM_ADDR_BEYOND_HAW      SGN.5 84 SM_ADDR_BEYOND_MGAW     SGN.6 85 SM_WRITE
+SGN.7 86 SM_READ                 SGN.8 87 SM_INTERRUPT_ADDR
+""".split()
 
 
 @pytest.mark.parametrize("kind", RESERVED_64)
@@ -138,7 +178,21 @@ def test_permissions() -> None:
             entries.parse_perm(text)
 
 
-def test_fault_reasons_have_words() -> None:
+def test_fault_reasons_are_those_of_the_specification() -> None:
+    pinned = dict(zip(FAULTS[2::3], (int(number, 16) for number in FAULTS[1::3]), strict=True))
+    assert {reason.name: reason.value for reason in FaultReason} == pinned
     assert all(reason.text for reason in FaultReason)
-    assert FaultReason(5).name == "WRITE"
-    assert FaultReason(0x86).name == "SM_READ"
+
+
+def test_the_condition_beside_each_fault_reason() -> None:
+    """Comments in the source, which the next reader will believe."""
+    lines = inspect.getsource(FaultReason).splitlines()
+    written = [line.split() for line in lines if "# " in line]
+    said = [w for name, _, number, _, code in written for w in (code, number[2:], name)]
+    assert sorted(zip(said[::3], said[1::3], said[2::3], strict=True)) == sorted(
+        zip(FAULTS[::3], FAULTS[1::3], FAULTS[2::3], strict=True)
+    )
+
+
+def test_sections() -> None:
+    assert {kind.NAME: kind.SECTION for kind in ALL_FORMATS} == SECTIONS

@@ -1,9 +1,9 @@
 """Entry formats of the VT-d tables, and the fault reasons: declarations and pure conversions.
 
-Field names and sections are those of the VT-d specification, revision 5.0 (*second-stage*; older
-revisions say *second-level*). A field is ``(msb, lsb)``; a bit that no field and no ``IGNORED``
-range covers is reserved. Levels count from 1: a level 1 table holds 4 KiB leaves. Nothing here
-reads or writes memory.
+Field names and sections are those of the VT-d specification, revision 5.10 (Intel D51397-018;
+*second-stage*: older revisions say *second-level*). A field is ``(msb, lsb)``; a bit that no field
+and no ``IGNORED`` range covers is reserved. Levels count from 1: a level 1 table holds 4 KiB
+leaves. Nothing here reads or writes memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ READ = 1
 WRITE = 2
 READ_WRITE = READ | WRITE
 
-#: DMA writes to these addresses are interrupts and are never translated (3.14).
+#: Requests without PASID to these addresses are interrupts, or blocked, never translated (3.15).
 INTERRUPT_FIRST = 0xFEE0_0000
 INTERRUPT_LAST = 0xFEEF_FFFF
 
@@ -145,7 +145,7 @@ class ContextEntry(Entry):
 
 
 class ScalableContextEntry(Entry):
-    """Scalable-mode context entry."""
+    """Scalable-mode context entry. HPTE and EPTR (bits 5 and 6) are not used here: reserved."""
 
     NAME, SECTION, BITS = "scalable context entry", "9.4", 256
     P = Field(0, 0)
@@ -169,13 +169,12 @@ class PasidDirectoryEntry(Entry):
 
 
 class PasidTableEntry(Entry):
-    """Scalable-mode PASID table entry."""
+    """Scalable-mode PASID table entry. What is for host permission tables is left reserved."""
 
     NAME, SECTION, BITS = "PASID table entry", "9.6", 512
     P = Field(0, 0)
     FPD = Field(1, 1)
     AW = Field(4, 2)
-    SSEE = Field(5, 5)
     PGTT = Field(8, 6)
     SSADE = Field(9, 9)
     SSPTPTR = Field(63, 12, address=True)
@@ -188,11 +187,9 @@ class PasidTableEntry(Entry):
     SRE = Field(128, 128)
     FSPM = Field(131, 130)
     WPE = Field(132, 132)
-    NXE = Field(133, 133)
-    SMEP = Field(134, 134)
     EAFE = Field(135, 135)
     FSPTPTR = Field(191, 140, address=True)
-    IGNORED = ((95, 91),)
+    IGNORED = ((134, 133),)
 
 
 class SecondStageTable(Entry):
@@ -346,45 +343,54 @@ def bdf_text(source_id: int, segment: int = 0) -> str:
 
 
 class FaultReason(enum.IntEnum):
-    """Fault reasons (7.1): the number that a fault record holds. ``SM_`` is scalable mode."""
+    """Fault reasons: the number that a fault record holds. ``SM_`` is scalable mode.
 
-    ROOT_ENTRY_P = 0x01
-    CONTEXT_ENTRY_P = 0x02
-    CONTEXT_ENTRY_INV = 0x03
-    ADDR_BEYOND_MGAW = 0x04
-    WRITE = 0x05
-    READ = 0x06
-    PAGING_ENTRY_INV = 0x07
-    ROOT_TABLE_INV = 0x08
-    CONTEXT_TABLE_INV = 0x09
-    ROOT_ENTRY_RSVD = 0x0A
-    CONTEXT_ENTRY_RSVD = 0x0B
-    PAGING_ENTRY_RSVD = 0x0C
-    CONTEXT_ENTRY_TT = 0x0D
-    INTERRUPT_ADDR = 0x0E
-    SM_ROOT_TABLE_INV = 0x38
-    SM_ROOT_ENTRY_P = 0x39
-    SM_ROOT_ENTRY_RSVD = 0x3A
-    SM_CONTEXT_TABLE_INV = 0x40
-    SM_CONTEXT_ENTRY_P = 0x41
-    SM_CONTEXT_ENTRY_RSVD = 0x42
-    SM_CONTEXT_ENTRY_INV = 0x43
-    SM_PASID_DISABLED = 0x45
-    SM_PASID_TOO_LARGE = 0x46
-    SM_PASID_DIR_ACCESS = 0x50
-    SM_PASID_DIR_ENTRY_P = 0x51
-    SM_PASID_DIR_ENTRY_RSVD = 0x52
-    SM_PASID_TABLE_ACCESS = 0x58
-    SM_PASID_ENTRY_P = 0x59
-    SM_PASID_ENTRY_RSVD = 0x5A
-    SM_PASID_ENTRY_INV = 0x5B
-    SM_PAGING_ENTRY_INV = 0x78
-    SM_PAGING_ENTRY_RSVD = 0x7A
-    SM_PAGING_ROOT_INV = 0x7B
-    SM_ADDR_BEYOND_MGAW = 0x84
-    SM_WRITE = 0x85
-    SM_READ = 0x86
-    SM_INTERRUPT_ADDR = 0x87
+    Numbers, and the condition codes beside them, are those of 7.1.3, table 30. The strings of
+    Linux (drivers/iommu/intel/dmar.c) and the enumerations of QEMU (hw/i386/intel_iommu_internal.h)
+    and VirtualBox (include/VBox/iommu-intel.h) have the same numbers.
+    """
+
+    ROOT_ENTRY_P = 0x01  # LRT.2
+    CONTEXT_ENTRY_P = 0x02  # LCT.2
+    CONTEXT_ENTRY_INV = 0x03  # LCT.4
+    ADDR_BEYOND_MGAW = 0x04  # LGN.1
+    WRITE = 0x05  # LGN.2
+    READ = 0x06  # LGN.3
+    PAGING_ENTRY_INV = 0x07  # LSS.1
+    ROOT_TABLE_INV = 0x08  # LRT.1
+    CONTEXT_TABLE_INV = 0x09  # LCT.1
+    ROOT_ENTRY_RSVD = 0x0A  # LRT.3
+    CONTEXT_ENTRY_RSVD = 0x0B  # LCT.3
+    PAGING_ENTRY_RSVD = 0x0C  # LSS.2
+    CONTEXT_ENTRY_TT = 0x0D  # LCT.5
+    INTERRUPT_ADDR = 0x0E  # LGN.4
+    LEGACY_PASID = 0x31  # RTA.2
+    SM_ROOT_TABLE_INV = 0x38  # SRT.1
+    SM_ROOT_ENTRY_P = 0x39  # SRT.2
+    SM_ROOT_ENTRY_RSVD = 0x3A  # SRT.3
+    SM_CONTEXT_TABLE_INV = 0x40  # SCT.1
+    SM_CONTEXT_ENTRY_P = 0x41  # SCT.2
+    SM_CONTEXT_ENTRY_RSVD = 0x42  # SCT.3
+    SM_CONTEXT_ENTRY_INV = 0x43  # SCT.4
+    SM_PASID_DISABLED = 0x45  # SCT.6
+    SM_PASID_TOO_LARGE = 0x46  # SCT.7
+    SM_PASID_IS_RID_PASID = 0x48  # SCT.9
+    SM_PASID_DIR_ACCESS = 0x50  # SPD.1
+    SM_PASID_DIR_ENTRY_P = 0x51  # SPD.2
+    SM_PASID_DIR_ENTRY_RSVD = 0x52  # SPD.3
+    SM_PASID_TABLE_ACCESS = 0x58  # SPT.1
+    SM_PASID_ENTRY_P = 0x59  # SPT.2
+    SM_PASID_ENTRY_RSVD = 0x5A  # SPT.3
+    SM_PASID_ENTRY_INV = 0x5B  # SPT.4
+    SM_PAGING_ENTRY_INV = 0x78  # SSS.1
+    SM_PAGING_ENTRY_P = 0x79  # SSS.2
+    SM_PAGING_ENTRY_RSVD = 0x7A  # SSS.3
+    SM_PAGING_ROOT_INV = 0x7B  # SSS.4
+    SM_ADDR_BEYOND_HAW = 0x83  # SGN.4
+    SM_ADDR_BEYOND_MGAW = 0x84  # SGN.5
+    SM_WRITE = 0x85  # SGN.6
+    SM_READ = 0x86  # SGN.7
+    SM_INTERRUPT_ADDR = 0x87  # SGN.8
 
     @property
     def text(self) -> str:
@@ -397,9 +403,11 @@ _FAULT_TEXTS = {
     "CONTEXT_ENTRY_P": "context entry not present",
     "CONTEXT_ENTRY_INV": "context entry invalid",
     "ADDR_BEYOND_MGAW": "address beyond the width of the tables",
+    "ADDR_BEYOND_HAW": "address beyond the width of the host",
     "WRITE": "no write permission",
     "READ": "no read permission",
     "PAGING_ENTRY_INV": "paging entry cannot be read",
+    "PAGING_ENTRY_P": "neither read nor write permission",
     "PAGING_ROOT_INV": "top-level paging entry cannot be read",
     "ROOT_TABLE_INV": "root entry cannot be read",
     "CONTEXT_TABLE_INV": "context entry cannot be read",
@@ -408,6 +416,8 @@ _FAULT_TEXTS = {
     "PAGING_ENTRY_RSVD": "reserved bits set in a paging entry",
     "CONTEXT_ENTRY_TT": "request blocked by the translation type",
     "INTERRUPT_ADDR": "output address in the interrupt range",
+    "LEGACY_PASID": "request with PASID in legacy mode",
+    "PASID_IS_RID_PASID": "request with the PASID that stands for requests without one",
     "PASID_DISABLED": "request with PASID, but the context entry does not enable them",
     "PASID_TOO_LARGE": "PASID beyond the directory",
     "PASID_DIR_ACCESS": "PASID directory entry cannot be read",

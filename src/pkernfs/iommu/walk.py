@@ -85,15 +85,16 @@ def translate(
     """Translate a request of a device, through the tables that ``root`` leads to.
 
     :param memory: where tables are; an entry outside it cannot be read, which is a fault.
+    :param pasid: None: the request has none.
     :param access: READ or WRITE or both: what the request wants; 0: whatever is allowed.
     """
     walk = _Walk(memory, iova, access, physical_bits)
-    if INTERRUPT_FIRST <= iova <= INTERRUPT_LAST:
+    if pasid is None and INTERRUPT_FIRST <= iova <= INTERRUPT_LAST:
         walk.result.interrupt = True
         return walk.result
     try:
         if mode is Mode.LEGACY:
-            walk.legacy(root, source_id)
+            walk.legacy(root, source_id, pasid)
         else:
             walk.scalable(root, source_id, pasid)
     except _Fault as fault:
@@ -134,7 +135,9 @@ class _Walk:
 
     # ------------------------------------------------------------------ to the page tables
 
-    def legacy(self, root: int, source_id: int) -> None:
+    def legacy(self, root: int, source_id: int, pasid: int | None) -> None:
+        if pasid is not None:
+            raise _Fault(_Reasons.LEGACY_PASID)
         at = root + (source_id >> 8) * 16
         words = self.read("root entry", at, 2, _Reasons.ROOT_TABLE_INV)
         if not words[0] & 1:
@@ -152,7 +155,7 @@ class _Walk:
         if levels not in LEVELS or kind > TT_PASS_THROUGH:
             raise _Fault(_Reasons.CONTEXT_ENTRY_INV)
         if kind == TT_PASS_THROUGH:
-            self.pass_through(levels)
+            self.pass_through(_Reasons.ADDR_BEYOND_MGAW)
         else:
             self.second_stage(ContextEntry.SSPTPTR.get(entry), levels)
 
@@ -163,19 +166,26 @@ class _Walk:
         words = self.read("root entry", at, 2, _Reasons.SM_ROOT_TABLE_INV)
         if not words[half] & 1:
             raise _Fault(_Reasons.SM_ROOT_ENTRY_P)
-        self.check(ScalableRootEntry, join(words), _Reasons.SM_ROOT_ENTRY_RSVD)
+        self.check(ScalableRootEntry, words[half] << 64 * half, _Reasons.SM_ROOT_ENTRY_RSVD)
         at = RootEntry.CTP.get(words[half]) + (source_id & 0x7F) * 32
         words = self.read("context entry", at, 4, _Reasons.SM_CONTEXT_TABLE_INV)
         context = join(words)
         if not context & 1:
             raise _Fault(_Reasons.SM_CONTEXT_ENTRY_P)
         self.check(ScalableContextEntry, context, _Reasons.SM_CONTEXT_ENTRY_RSVD)
+        rid_pasid = ScalableContextEntry.RID_PASID.get(context)
+        limit = 1 << ScalableContextEntry.PDTS.get(context) + 13
+        dte, pre = ScalableContextEntry.DTE.get(context), ScalableContextEntry.PRE.get(context)
+        if rid_pasid >= limit or (pre and not dte):
+            raise _Fault(_Reasons.SM_CONTEXT_ENTRY_INV)
         if pasid is None:
-            pasid = ScalableContextEntry.RID_PASID.get(context)
+            pasid = rid_pasid
         elif not ScalableContextEntry.PASIDE.get(context):
             raise _Fault(_Reasons.SM_PASID_DISABLED)
-        if pasid >> 6 >= 1 << ScalableContextEntry.PDTS.get(context) + 7:
+        elif pasid >= limit:
             raise _Fault(_Reasons.SM_PASID_TOO_LARGE)
+        elif pasid == rid_pasid:
+            raise _Fault(_Reasons.SM_PASID_IS_RID_PASID)
         self.pasid_entry(ScalableContextEntry.PASIDDIRPTR.get(context), pasid)
 
     def pasid_entry(self, directory: int, pasid: int) -> None:
@@ -193,10 +203,10 @@ class _Walk:
         self.result.domain_id = PasidTableEntry.DID.get(entry)
         levels = PasidTableEntry.AW.get(entry) + 2
         kind = PasidTableEntry.PGTT.get(entry)
-        if kind not in (PGTT_SECOND_STAGE, PGTT_PASS_THROUGH) or levels not in LEVELS:
-            raise _Fault(_Reasons.SM_PASID_ENTRY_INV)
         if kind == PGTT_PASS_THROUGH:
-            self.pass_through(levels)
+            self.pass_through(_Reasons.SM_ADDR_BEYOND_HAW)  # AW is ignored
+        elif kind != PGTT_SECOND_STAGE or levels not in LEVELS:
+            raise _Fault(_Reasons.SM_PASID_ENTRY_INV)
         else:
             self.second_stage(PasidTableEntry.SSPTPTR.get(entry), levels)
 
@@ -207,10 +217,10 @@ class _Walk:
             sm = self.sm
             raise _Fault(_Reasons.SM_ADDR_BEYOND_MGAW if sm else _Reasons.ADDR_BEYOND_MGAW)
 
-    def pass_through(self, levels: int) -> None:
-        self.width(levels)
-        self.result.physical = self.result.iova
-        self.result.perm = READ_WRITE
+    def pass_through(self, beyond: FaultReason) -> None:
+        if self.result.iova >> self.physical_bits:
+            raise _Fault(beyond)
+        self.finish(self.result.iova, READ_WRITE, 0)
 
     def second_stage(self, table: int, levels: int) -> None:
         self.width(levels)
@@ -240,6 +250,8 @@ class _Walk:
 
     def permit(self, perm: int) -> None:
         """:raises _Fault: the request wants more than ``perm``, or nothing is allowed."""
+        if self.sm and not perm & READ_WRITE:
+            raise _Fault(_Reasons.SM_PAGING_ENTRY_P)
         lacks = self.access & ~perm
         if lacks & WRITE:
             raise _Fault(_Reasons.SM_WRITE if self.sm else _Reasons.WRITE)
