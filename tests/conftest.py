@@ -12,11 +12,13 @@ import os
 import random
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from checking import MemoryFile, assert_clean
+from guestlab import GuestLabError, kernel, qemu
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
 
@@ -68,6 +70,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if name in required:
             pytest.fail(f"{name} is required (PKERNFS_REQUIRE) and missing: {reason}")
         pytest.skip(f"needs {name}: {reason}")
+
+
+@pytest.fixture(scope="session")
+def new_qemu() -> Path:
+    """A QEMU that has offset= and cpr-reboot (8.2), from PATH or the cache, else by mmdebstrap."""
+    try:
+        return qemu.newer((8, 2), kernel.default_cache())
+    except GuestLabError as error:
+        if "vm" in os.environ.get("PKERNFS_REQUIRE", "").split(","):
+            pytest.fail(f"vm is required (PKERNFS_REQUIRE): {error}")
+        pytest.skip(f"no QEMU 8.2: {error}")
 
 
 @pytest.fixture

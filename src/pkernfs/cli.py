@@ -41,6 +41,7 @@ COMMANDS = {
     "mount": Command("mount a region", 1, 32, 32),
     "info": Command("label, uuid, sizes, state and features of a region"),
     "extents": Command("where a file's bytes are in the region"),
+    "qemu-args": Command("the options with which QEMU maps a file in the region"),
 }
 
 #: What is the name of something, and so cannot be empty.
@@ -69,7 +70,7 @@ class Parser(argparse.ArgumentParser):
 
 def load(name: str) -> CommandModule:
     """The module of the command ``name``."""
-    return cast(CommandModule, import_module(f"pkernfs.commands.{name}"))
+    return cast(CommandModule, import_module(f"pkernfs.commands.{name.replace('-', '_')}"))
 
 
 def build_parser(name: str, prog: str) -> argparse.ArgumentParser:

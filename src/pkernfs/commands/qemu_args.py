@@ -1,0 +1,296 @@
+"""``pkernfs qemu-args``: the options with which QEMU maps a file's bytes in the region itself.
+
+A file that QEMU opened through the mount would be guest memory in the kernel's page cache: a second
+copy, which devices and the next kernel do not see. ``memory-backend-file`` with ``offset=`` (QEMU
+8.1 and later) maps the region where the file lies in it, so the file has to be one whole piece.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+from pkernfs.commands.extents import Extent, read_extents
+from pkernfs.errors import (
+    InvalidError,
+    NotFoundError,
+    NotSupportedError,
+    ReadOnlyError,
+    UsageError,
+)
+from pkernfs.mounts import Mount, mount_of
+from pkernfs.options import format_size, parse_size
+
+QEMU = "qemu-system-x86_64"
+#: The first version whose memory-backend-file has ``offset=``.
+OLDEST = (8, 1)
+_VERSION = re.compile(r"version (\d+)\.(\d+)(\.\d+)*")
+_VERSION_SECONDS = 30
+#: What QEMU takes for the id of an object.
+_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
+_BLOCK = 2 << 20
+_PHYSICAL_SPEC = re.compile(r"\w+!(\w+)")
+
+
+class Backing(NamedTuple):
+    """A file or device that QEMU can map, and where in it the region's first byte is.
+
+    ``align`` is what offset, size and address of a mapping must be multiples of. All in bytes.
+    """
+
+    path: str
+    start: int
+    align: int
+
+
+class Piece(NamedTuple):
+    """A run of a file's bytes that is one in the region too, bytes."""
+
+    offset: int
+    length: int
+    region_offset: int
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``pkernfs qemu-args``."""
+    parser.add_argument(
+        "--id",
+        default="pkernfs",
+        metavar="ID",
+        help="the name of the memory object; pkernfs if not given.",
+    )
+    parser.add_argument(
+        "--qemu",
+        default=QEMU,
+        metavar="PATH",
+        help=f"the QEMU that will be run, to check its version; {QEMU} if not given.",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON.")
+    parser.add_argument("file", metavar="FILE", help="a file on a pkernfs mount.")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the options for ``args.file``."""
+    if not _ID.fullmatch(args.id):
+        raise UsageError(f"bad id: got {args.id!r}, expected a letter, then letters, digits, ._-")
+    facts = describe(args.file, args.id)
+    facts["qemu"], facts["qemu_version"] = check_qemu(args.qemu)
+    text = json.dumps(facts) if args.json else shlex.join(facts["args"])
+    sys.stdout.flush()
+    sys.stdout.buffer.write(os.fsencode(text) + b"\n")  # a path may be no text
+    return 0
+
+
+def describe(file: str, object_id: str) -> dict[str, Any]:
+    """The JSON of ``pkernfs qemu-args`` but for the facts about QEMU itself.
+
+    :raises PkernfsError: the file is no guest memory that could be mapped, and what to do.
+    """
+    mount, size = _check_file(file)
+    backing = backing_of(mount.source)
+    region_offset = _one_piece(file, size, backing)
+    memory = {
+        "qom-type": "memory-backend-file",
+        "id": object_id,
+        "size": size,
+        "mem-path": backing.path,
+        "offset": backing.start + region_offset,
+        "align": backing.align,
+        "share": True,
+    }
+    return {
+        "file": file,
+        "region": mount.source,
+        "region_offset": region_offset,
+        "object": memory,
+        "args": ["-object", _option(memory), "-machine", f"memory-backend={object_id}"],
+    }
+
+
+def _option(memory: dict[str, Any]) -> str:
+    """The argument of -object. A comma in a value is doubled: that is QEMU's escape."""
+    words = [str(memory["qom-type"])]
+    for name, value in memory.items():
+        if name != "qom-type":
+            text = "on" if value is True else str(value).replace(",", ",,")
+            words.append(f"{name}={text}")
+    return ",".join(words)
+
+
+# ------------------------------------------------------------------------------- the file
+
+
+def _check_file(file: str) -> tuple[Mount, int]:
+    """Its mount and its size in bytes; what mappings through the mount have stored is flushed.
+
+    :raises PkernfsError: not in a pkernfs, or nothing that could be guest memory.
+    """
+    mount = mount_of(file)
+    if mount is None:
+        raise NotSupportedError(f"{file}: cannot be mapped by QEMU: it is not on a pkernfs mount")
+    info = os.stat(file)
+    if not stat.S_ISREG(info.st_mode):
+        raise InvalidError(f"{file}: cannot be guest memory: it is not a regular file")
+    inside = os.path.relpath(os.path.realpath(file), mount.mount_point)
+    if inside.startswith("iommu/"):
+        raise InvalidError(f"{file}: cannot be guest memory: it holds the tables of an IOMMU")
+    if not info.st_size:
+        raise InvalidError(f"{file}: it is empty: truncate -s SIZE {_word(file)}")
+    if info.st_size % _BLOCK:
+        whole = -(-info.st_size // _BLOCK) * _BLOCK
+        raise InvalidError(
+            f"{file}: its size is no multiple of 2 MiB: got {info.st_size} bytes: "
+            f"truncate -s {whole} {_word(file)}"
+        )
+    if os.statvfs(file).f_flag & os.ST_RDONLY:
+        raise ReadOnlyError(f"{file}: it is mounted read-only, and a guest writes its memory")
+    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    return mount, info.st_size
+
+
+def _one_piece(file: str, size: int, backing: Backing) -> int:
+    """Where in the region the file's one piece begins.
+
+    :raises InvalidError: it has holes, is in several pieces, or is not aligned.
+    """
+    pieces = join(list(read_extents(file)))
+    allocated = sum(piece.length for piece in pieces)
+    if allocated < size:
+        raise InvalidError(
+            f"{file}: {format_size(size - allocated)} of it are holes: "
+            f"fallocate -l {size} {_word(file)}"
+        )
+    if len(pieces) > 1:
+        raise InvalidError(f"{file}: it is in {len(pieces)} pieces: {_mend(file, size)}")
+    region_offset = pieces[0].region_offset
+    where = backing.start + region_offset
+    if region_offset % _BLOCK:
+        raise InvalidError(f"{file}: it is not in 2 MiB blocks: {_mend(file, size)}")
+    if where % backing.align or size % backing.align:
+        raise NotSupportedError(
+            f"{file}: cannot be mapped in units of {format_size(backing.align)}, as "
+            f"{backing.path} needs: got {format_size(size)} at {where:#x}"
+        )
+    return region_offset
+
+
+def join(extents: list[Extent]) -> list[Piece]:
+    """Extents with neighbours put together, wherever their pages lie in physical memory."""
+    pieces: list[Piece] = []
+    for offset, length, region_offset, _ in extents:
+        last = pieces[-1] if pieces else None
+        if last and (offset, region_offset) == (
+            last.offset + last.length,
+            last.region_offset + last.length,
+        ):
+            pieces[-1] = last._replace(length=last.length + length)
+        else:
+            pieces.append(Piece(offset, length, region_offset))
+    return pieces
+
+
+def _mend(file: str, size: int) -> str:
+    """The command that puts the file into one piece, if there is room for one.
+
+    A new file that gets its size at once is laid out at once; dd must not cut it first.
+    """
+    new = f"{file}.new"
+    while os.path.lexists(new):
+        new += "~"
+    old_word, new_word = _word(file), _word(new)
+    return (
+        f"cp --attributes-only --preserve=all {old_word} {new_word} && "
+        f"truncate -s {size} {new_word} && "
+        f"dd if={old_word} of={new_word} bs=1M conv=notrunc status=none && "
+        f"mv {new_word} {old_word} (needs {format_size(size)} free in one run)"
+    )
+
+
+def _word(path: str) -> str:
+    """A path as a shell command takes it, and no option."""
+    return shlex.quote(f"./{path}" if path.startswith("-") else path)
+
+
+# ------------------------------------------------------------------------------- the region
+
+
+def backing_of(source: str) -> Backing:
+    """What QEMU has to open for the region ``source``, as the mount table names it.
+
+    :raises PkernfsError: the region is gone, or is nothing that can be mapped as one.
+    """
+    physical = _PHYSICAL_SPEC.fullmatch(source)
+    if physical:
+        return Backing("/dev/mem", parse_size(physical[1], "region"), _BLOCK)
+    try:
+        info = os.stat(source)
+    except FileNotFoundError:
+        raise NotFoundError(
+            f"{source}: cannot be mapped by QEMU: the region's file has lost its name"
+        ) from None
+    if stat.S_ISCHR(info.st_mode):
+        return Backing(source, 0, max(_BLOCK, _dax_align(info.st_rdev)))
+    # st_blksize is the page size on hugetlbfs, and 4 KiB or so elsewhere.
+    return Backing(source, 0, max(_BLOCK, info.st_blksize))
+
+
+def _dax_align(device: int) -> int:
+    path = f"/sys/dev/char/{os.major(device)}:{os.minor(device)}/align"
+    try:
+        with open(path, encoding="ascii") as file:
+            return int(file.read())
+    except FileNotFoundError:
+        return _BLOCK
+
+
+# ------------------------------------------------------------------------------- QEMU
+
+
+def check_qemu(command: str) -> tuple[str, str]:
+    """Path and version of a QEMU that is new enough.
+
+    :raises NotFoundError: it is not there or not to be run.
+    :raises NotSupportedError: it is too old, or no QEMU.
+    """
+    path = shutil.which(command)
+    if path is None:
+        raise NotFoundError(
+            f"{command}: no such program: apt-get install qemu-system-x86, or give --qemu PATH"
+        )
+    try:
+        done = subprocess.run(
+            [path, "--version"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_VERSION_SECONDS,
+            check=False,
+        )
+        said = done.stdout.partition("\n")[0]
+    except (OSError, subprocess.TimeoutExpired) as e:
+        said = str(e)
+    match = _VERSION.search(said)
+    if match is None or "QEMU" not in said:
+        raise NotSupportedError(f"{path}: does not tell a version of QEMU: got {said!r}")
+    version = match[0].removeprefix("version ")
+    if (int(match[1]), int(match[2])) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise NotSupportedError(
+            f"{path}: too old: got QEMU {version}, expected {oldest} or later (offset= of "
+            "memory-backend-file): install that of Debian 13 or of bookworm-backports, or give "
+            "--qemu PATH"
+        )
+    return path, version
