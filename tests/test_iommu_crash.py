@@ -19,11 +19,12 @@ from pkernfs import region as region_module
 from pkernfs.errors import NoSpaceError, ReadOnlyError
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
+from pkernfs.iommu.config import Config, configure
 from pkernfs.iommu.contexts import Mode
 from pkernfs.iommu.entries import leaf_bytes, width_bits
 from pkernfs.iommu.memory import Memory
 from pkernfs.iommu.pgtable import PageTable
-from pkernfs.iommu.tables import Config, RootTables, configure
+from pkernfs.iommu.tables import RootTables
 from pkernfs.iommu.walk import translate, translate_domain
 from pkernfs.journal import PageStore, TransactionTooLarge
 from pkernfs.layout import IOMMU_INO, PAGE

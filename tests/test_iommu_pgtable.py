@@ -9,7 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from iommu_tables import GIB, MIB, PHYS_BASE, Domain, Model
-from pkernfs.errors import CorruptionError, ExistsError, InvalidError, NoSpaceError
+from pkernfs.errors import (
+    CorruptionError,
+    ExistsError,
+    InvalidError,
+    NoSpaceError,
+    NoTablePagesError,
+)
 from pkernfs.iommu.entries import leaf_bytes, width_bits
 from pkernfs.iommu.walk import translate_domain
 from pkernfs.layout import PAGE
@@ -191,9 +197,9 @@ def test_out_of_pages_says_how_many_and_changes_nothing() -> None:
     small.table.map(0, HIGH, PAGE, 3)
     before, used = small.image(), small.table.used_pages
     assert used == 4
-    with pytest.raises(NoSpaceError, match=r"grow by (\d+) bytes") as error:
+    with pytest.raises(NoTablePagesError, match=r"grow by 2 MiB: truncate -s \+2M") as error:
         small.table.map(GIB, HIGH + PAGE, 40 * MIB, 3)
-    missing = int(str(error.value).split("grow by ")[1].split()[0])
+    missing = error.value.missing
     assert missing == (1 + 20 - 6) * PAGE
     assert list(small.table.mappings()) == [(0, HIGH, PAGE, 3)]
     assert small.table.used_pages == used
@@ -206,7 +212,7 @@ def test_out_of_pages_says_how_many_and_changes_nothing() -> None:
 
 def test_out_of_pages_of_something_huge_is_told_at_once() -> None:
     domain = Domain(5, pages=4)
-    with pytest.raises(NoSpaceError, match=r"grow by \d+ bytes"):
+    with pytest.raises(NoSpaceError, match=r"grow by \d+ MiB"):
         domain.table.map(0, PAGE, 1 << 51, 3)
     with pytest.raises(NoSpaceError):
         Domain(4, pages=2).table.map(0, HIGH, PAGE, 1)

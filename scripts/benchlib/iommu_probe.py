@@ -15,9 +15,9 @@ from typing import Any
 from cffi import FFI
 
 from pkernfs.iommu.check import check
+from pkernfs.iommu.config import Config
 from pkernfs.iommu.memory import Memory
 from pkernfs.iommu.pgtable import PageTable
-from pkernfs.iommu.tables import Config
 from pkernfs.journal import PageStore
 from pkernfs.layout import PAGE
 from pkernfs.region import Region

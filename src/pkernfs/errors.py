@@ -44,6 +44,21 @@ class NoSpaceError(PkernfsError):
     errno = _errno.ENOSPC
 
 
+class NoTablePagesError(NoSpaceError):
+    """Too few free pages for tables in ``what``; nothing was changed.
+
+    ``missing`` is how many bytes it lacks. A table file grows in steps of 2 MiB.
+    """
+
+    def __init__(self, what: str, missing: int) -> None:
+        steps = -(-missing // (2 << 20))
+        super().__init__(
+            f"{what}: no free page for tables: it must grow by {2 * steps} MiB: "
+            f"truncate -s +{2 * steps}M"
+        )
+        self.missing = missing
+
+
 class NotDirError(PkernfsError):
     """A directory was needed."""
 

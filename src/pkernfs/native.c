@@ -910,6 +910,109 @@ void pk_pt_check(const uint8_t *base, struct pk_pool *pool, struct pk_check *c, 
 	check_table(base, pool, c, root, levels, 0, root, root);
 }
 
+struct visit {
+	const uint8_t *base;
+	const struct pk_pool *pool;
+	uint64_t budget;
+	const struct pk_pool *memory;	/* what to mark, and where */
+	uint8_t *blocks;
+	const uint64_t *ranges;		/* or what to look for */
+	uint64_t n_ranges, found;
+	int failed;
+};
+
+/* The first piece that ends behind a physical address; NULL: none. */
+static const struct pk_piece *piece_from(const struct pk_pool *pool, uint64_t physical)
+{
+	uint64_t low = 0, high = pool->n_pieces;
+
+	while (low < high) {
+		uint64_t middle = (low + high) / 2;
+		const struct pk_piece *p = pool->pieces + middle;
+
+		if (p->physical + p->length > physical)
+			high = middle;
+		else
+			low = middle + 1;
+	}
+	return low < pool->n_pieces ? pool->pieces + low : NULL;
+}
+
+static void mark_blocks(struct visit *v, uint64_t start, uint64_t end)
+{
+	const struct pk_piece *p = piece_from(v->memory, start);
+
+	for (; p && p < v->memory->pieces + v->memory->n_pieces && p->physical < end; p++) {
+		uint64_t from = start > p->physical ? start - p->physical : 0;
+		uint64_t to = end - p->physical < p->length ? end - p->physical : p->length;
+
+		for (uint64_t i = (p->offset + from) / HUGE_PAGE;
+		     i <= (p->offset + to - 1) / HUGE_PAGE; i++)
+			v->blocks[i] = 1;
+	}
+}
+
+/* Returns 0 to stop: found, or too many tables. A table elsewhere is passed by. */
+static int visit_table(struct visit *v, uint64_t table, unsigned level, uint64_t iova)
+{
+	uint64_t page, size = pt_size(level);
+	const uint64_t *entries = table_at(v->base, v->pool, table, &page);
+
+	if (!entries) {
+		v->failed = 1;
+		return 1;
+	}
+	if (!v->budget--) {
+		v->failed = 1;
+		return 0;
+	}
+	for (uint64_t i = 0; i < WORDS; i++) {
+		uint64_t e = entries[i], at = iova + i * size, start;
+
+		if (!(e & PT_READ_WRITE))
+			continue;
+		if (!pt_is_leaf(e, level)) {
+			if (!visit_table(v, e & PT_ADDRESS, level - 1, at))
+				return 0;
+			continue;
+		}
+		start = e & PT_ADDRESS & ~(size - 1);
+		if (v->blocks) {
+			mark_blocks(v, start, start + size);
+		} else if (overlaps(v->ranges, v->n_ranges, start, start + size)) {
+			v->found = at;
+			return 0;
+		}
+	}
+	return 1;
+}
+
+/*
+ * Set blocks[n] for each 2 MiB block n of the region that a leaf maps a byte of; memory says where
+ * the region's physical addresses are.  Returns 0; -1: not all could be reached.
+ */
+int pk_pt_mark(const uint8_t *base, const struct pk_pool *pool, uint64_t root, unsigned levels,
+	       const struct pk_pool *memory, uint8_t *blocks)
+{
+	struct visit v = { base, pool, pool->n_pages + 8, memory, blocks, NULL, 0, PT_NONE, 0 };
+
+	visit_table(&v, root, levels, 0);
+	return v.failed ? -1 : 0;
+}
+
+/*
+ * The lowest address that is mapped to a byte of one of n sorted ranges (start, end; ...) of
+ * physical addresses; PT_NONE: none is.
+ */
+uint64_t pk_pt_find(const uint8_t *base, const struct pk_pool *pool, uint64_t root,
+		    unsigned levels, const uint64_t *ranges, uint64_t n)
+{
+	struct visit v = { base, pool, pool->n_pages + 8, NULL, NULL, ranges, n, PT_NONE, 0 };
+
+	visit_table(&v, root, levels, 0);
+	return v.found;
+}
+
 /* ---------------------------------------------------------------- mapping */
 
 static char bus_line[256];

@@ -205,6 +205,11 @@ class Region:
                 offset += count
         return runs
 
+    def assume_physical(self, base: int) -> None:
+        """Say which physical address offset 0 has, for a region that has none of its own."""
+        if self.physical(0) is None:
+            self._phys_base = base
+
     @property
     def phys_base(self) -> int | None:
         """Physical address of offset 0 if it was given."""

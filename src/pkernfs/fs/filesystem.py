@@ -13,7 +13,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pkernfs.alloc.blocks import BlockAllocator, Claim, MapRange
 from pkernfs.alloc.pages import PageAllocator
@@ -40,7 +40,7 @@ from pkernfs.errors import (
 from pkernfs.fs import superblock
 from pkernfs.fs.extents import LAST_PAGE, ExtentMap
 from pkernfs.fs.inodes import Inode, InodeTable, Stat
-from pkernfs.fs.names import Names, check_name
+from pkernfs.fs.names import Names, check_name, is_table_name
 from pkernfs.fs.xattrs import Overflow, Xattrs, check_target
 from pkernfs.journal import PageStore, TransactionTooLarge
 from pkernfs.layout import (
@@ -65,6 +65,9 @@ from pkernfs.layout import (
     STATE_PAGE,
 )
 from pkernfs.region import Region
+
+if TYPE_CHECKING:
+    from pkernfs.fs.tables import TableFiles
 
 log = logging.getLogger(__name__)
 
@@ -146,6 +149,7 @@ class FileSystem:
         self._opens: dict[int, int] = {}
         self._lookups: dict[int, int] = {}
         self._nameless: set[int] = set()  # in use, to be freed when they no longer are
+        self._tables: TableFiles | None = None
         static = min(r.map_page // PAGES_PER_BLOCK for r in sb.ranges)
         self._static_blocks = 2 if static == 0 else static + 1
 
@@ -190,6 +194,12 @@ class FileSystem:
             boot_id=_boot_id(),
             written_by=_VERSION_WORD,
         )
+        try:
+            if self._inodes.get(IOMMU_INO).size:
+                _ = self.tables  # from here on, what they map is known
+        except PkernfsError as e:
+            self.fail(f"iommu: what is mapped for DMA cannot be told: {e}")
+            return
         for ino in unfinished:
             self._finish_inode(self._inodes.get(ino))
 
@@ -208,8 +218,54 @@ class FileSystem:
         if self._pages.free_pages < _RESERVED_PAGES and not self._blocks.free_blocks:
             raise NoSpaceError("no space: the last pages are kept for freeing")
 
+    # ------------------------------------------------------------------ tables
+
+    @property
+    def tables(self) -> TableFiles:
+        """root-pgtables and the domains; opened when they are first asked for."""
+        if self._tables is None:
+            from pkernfs.fs.tables import TableFiles  # most mounts have none, and it takes time
+
+            self._tables = TableFiles(self)
+        return self._tables
+
+    def _tables_changed(self, directory: Inode) -> None:
+        if self._tables is not None and directory.ino == IOMMU_INO:
+            self._tables.refresh()
+
+    def _check_unpinned(self, inode: Inode, start: int = 0, end: int = LAST_PAGE + 1) -> None:
+        """:raises BusyError: a device may reach file pages start..end-1, or a table is in use."""
+        if inode.flags & INODE_FLAG_TABLE:
+            self._log_busy(inode, self.tables.check_unused)
+        elif self._pinned(inode, start, end):
+            raise BusyError("mapped for DMA")
+
+    def _pinned(self, inode: Inode, start: int, end: int) -> bool:
+        if self._tables is None or not inode.is_reg or not inode.data_pages:
+            return False
+        pages = self._map.within(inode, start, end)
+        holder = self._tables.holder((page * PAGE, count * PAGE) for _file, page, count in pages)
+        if holder is not None:
+            log.warning("inode %d: busy: %s", inode.ino, holder)
+        return holder is not None
+
+    @staticmethod
+    def _log_busy(inode: Inode, check: Callable[[int], None]) -> None:
+        try:
+            check(inode.ino)
+        except BusyError as e:
+            log.warning("%s", e)
+            raise
+
+    # ------------------------------------------------------------------ unfinished business
+
     def _finish_inode(self, inode: Inode) -> None:
         """Complete what an interrupted operation left of an inode."""
+        if (not inode.nlink or inode.flags & INODE_FLAG_PENDING) and self._pinned(
+            inode, 0, LAST_PAGE + 1
+        ):
+            log.error("inode %d: to be freed, but mapped for DMA: run fsck.pkernfs", inode.ino)
+            return
         if not inode.nlink:
             self._evict(inode)
         elif inode.flags & INODE_FLAG_PENDING:
@@ -411,6 +467,7 @@ class FileSystem:
                 inode.mode = stat.S_IFREG | 0o400
             self._inodes.save(inode)
             self._enter(directory, name, inode)
+        self._tables_changed(directory)
         return inode
 
     def mkdir(self, parent: int, name: bytes, mode: int, uid: int, gid: int) -> Inode:
@@ -528,9 +585,12 @@ class FileSystem:
         inode = self._named(directory, found[1])
         if inode.is_dir:
             raise IsDirError("is a directory")
+        if inode.nlink == 1:
+            self._check_unpinned(inode)
         with self.store:
             self._leave(directory, name, found[0])
             done = self._drop_link(inode)
+        self._tables_changed(directory)
         if not done:
             self._evict(inode)
 
@@ -630,7 +690,7 @@ class FileSystem:
             raise ExistsError("name exists")
         if taken is not None and taken[1] == inode.ino:
             return
-        self._check_move(inode, source, target, new_name)
+        self._check_move(inode, source, name, target, new_name)
         old = self._named(target, taken[1]) if taken is not None else None
         if old is not None:
             self._check_replace(inode, old)
@@ -662,20 +722,31 @@ class FileSystem:
                     self._drop_dir(old)
                 else:
                     done = self._drop_link(old)
+        self._tables_changed(target)
         if not done and old is not None:
             self._evict(old)
 
-    def _check_move(self, inode: Inode, source: Inode, target: Inode, new_name: bytes) -> None:
+    def _check_move(
+        self, inode: Inode, source: Inode, name: bytes, target: Inode, new_name: bytes
+    ) -> None:
         if inode.ino == IOMMU_INO:
             raise BusyError("iommu: always there")
         if (source.ino == IOMMU_INO) != (target.ino == IOMMU_INO):
             raise PermissionDeniedError("iommu: files do not move in or out")
-        if target.ino == IOMMU_INO and not is_table_name(new_name):
-            raise PermissionDeniedError("iommu: only root-pgtables and dom-N live here")
+        if target.ino == IOMMU_INO:
+            self._check_table_move(inode, name, new_name)
         if inode.is_dir and source is not target:
             self._check_not_below(inode, target)
             if target.nlink >= MAX_LINKS:
                 raise TooManyLinksError("too many subdirectories")
+
+    def _check_table_move(self, inode: Inode, name: bytes, new_name: bytes) -> None:
+        """A domain that nothing uses may get another number."""
+        if not is_table_name(new_name):
+            raise PermissionDeniedError("iommu: only root-pgtables and dom-N live here")
+        if not (name.startswith(b"dom-") and new_name.startswith(b"dom-")):
+            raise PermissionDeniedError("iommu: root-pgtables has no other name")
+        self._check_unpinned(inode)
 
     def _check_not_below(self, inode: Inode, directory: Inode) -> None:
         """:raises InvalidError: ``directory`` is ``inode`` or below it."""
@@ -693,6 +764,8 @@ class FileSystem:
             self._check_removable_dir(old)
         elif old.is_dir:
             raise IsDirError("is a directory")
+        elif old.nlink == 1:
+            self._check_unpinned(old)
 
     def _exchange(
         self,
@@ -714,6 +787,9 @@ class FileSystem:
                 self._check_not_below(one, to)
         if IOMMU_INO in (source.ino, target.ino) and source is not target:
             raise PermissionDeniedError("iommu: files do not move in or out")
+        if source.ino == IOMMU_INO:
+            self._check_table_move(inode, name, new_name)
+            self._check_table_move(other, new_name, name)
         with self.store:
             for touched in (source, target, inode, other):
                 self._inodes.touch(touched)
@@ -732,6 +808,7 @@ class FileSystem:
             source.mtime = source.ctime = target.mtime = target.ctime = now
             for touched in (source, target, inode, other):
                 self._inodes.save(touched)
+        self._tables_changed(target)
 
     # ------------------------------------------------------------------ directories
 
@@ -785,6 +862,8 @@ class FileSystem:
             self._check_resize(inode, size)
             if size > inode.size:
                 self._grow(inode, size)
+            elif size < inode.size:
+                self._check_unpinned(inode, size // PAGE)
         with self.store:
             self._inodes.touch(inode)
             now = self._clock()
@@ -805,6 +884,8 @@ class FileSystem:
             self._inodes.save(inode)
         if inode.flags & INODE_FLAG_PENDING:
             self._finish_pending(inode)
+        if size is not None and inode.flags & INODE_FLAG_TABLE:
+            self.tables.refresh()
         return inode
 
     def _set_mode(self, inode: Inode, mode: int, may_set_gid: bool) -> None:
@@ -884,7 +965,7 @@ class FileSystem:
 
     def _promote(self, inode: Inode, size: int) -> None:
         """Move a file that outgrows 4 KiB pages into a block."""
-        if not self._map.needs_promotion(inode, size):
+        if not self._map.needs_promotion(inode, size) or self._pinned(inode, 0, PAGES_PER_BLOCK):
             return
         try:
             with self.store:
@@ -1122,6 +1203,7 @@ class FileSystem:
             end = max(end, start)
         elif end >= inode.size:
             end = -(-max(end, inode.size) // BLOCK) * BLOCK
+        self._check_unpinned(inode, start // PAGE, -(-end // PAGE))
         with self.store:
             self._inodes.touch(inode)
             self._set_pending(inode, start, end)
@@ -1154,6 +1236,10 @@ class FileSystem:
                 return min(at, inode.size)
             raise NoSuchAddressError("no more data")
         return at if whence == os.SEEK_HOLE else file_page * PAGE
+
+    def pieces(self, ino: int, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
+        """``(file offset, region offset, length)`` in bytes of the memory of a range of a file."""
+        return self._pieces(self._inodes.get(ino), offset, offset + length)
 
     def extents(self, ino: int) -> list[Extent]:
         """Where a file's bytes are, in file order; only what lies before its end."""
@@ -1254,16 +1340,6 @@ class FileSystem:
                 for offset, length in claim.pieces():
                     self.region.zero(offset, length)
                 self.finish_zeroing(claim)
-
-
-def is_table_name(name: bytes) -> bool:
-    """Whether a name is one of those that may be in /iommu."""
-    if name == b"root-pgtables":
-        return True
-    number = name[4:]
-    if not name.startswith(b"dom-") or not number.isdigit() or len(number) > 5:
-        return False
-    return int(number) <= 65535 and str(int(number)).encode() == number
 
 
 def clear_set_id(inode: Inode) -> None:

@@ -185,3 +185,13 @@ class Names:
             directory.flags |= INODE_FLAG_BODY
         else:
             directory.flags &= ~INODE_FLAG_BODY
+
+
+def is_table_name(name: bytes) -> bool:
+    """Whether a name is one of those that may be in /iommu."""
+    if name == b"root-pgtables":
+        return True
+    number = name[4:]
+    if not name.startswith(b"dom-") or not number.isdigit() or len(number) > 5:
+        return False
+    return int(number) <= 65535 and str(int(number)).encode() == number

@@ -4,12 +4,13 @@ docs/iommu.md says what is where, in which order it is stored, and why.
 """
 
 from pkernfs.iommu.check import Report, check
+from pkernfs.iommu.config import Bar, Config, configure, load_config
 from pkernfs.iommu.contexts import ContextReader, Device, Mode
 from pkernfs.iommu.entries import READ, READ_WRITE, WRITE, FaultReason, parse_bdf, parse_perm
 from pkernfs.iommu.memory import Commit, Memory, store_words
 from pkernfs.iommu.pgtable import PageTable
 from pkernfs.iommu.pool import Mapping
-from pkernfs.iommu.tables import Config, RootTables, configure, load_config
+from pkernfs.iommu.tables import RootTables
 from pkernfs.iommu.trees import Code, Finding
 from pkernfs.iommu.walk import Step, Translation, translate, translate_domain
 
@@ -17,6 +18,7 @@ __all__ = [
     "READ",
     "READ_WRITE",
     "WRITE",
+    "Bar",
     "Code",
     "Commit",
     "Config",

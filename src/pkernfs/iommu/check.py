@@ -10,11 +10,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from pkernfs.errors import PkernfsError
+from pkernfs.iommu.config import Config, load_config
 from pkernfs.iommu.contexts import ContextReader, Device
 from pkernfs.iommu.entries import MAX_PHYSICAL_BITS, bdf_text
 from pkernfs.iommu.memory import Memory, merge_ranges
 from pkernfs.iommu.pool import TablePool
-from pkernfs.iommu.tables import Config, load_config
 from pkernfs.iommu.trees import MAX_FINDINGS, Code, Finding, check_tree
 
 

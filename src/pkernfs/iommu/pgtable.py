@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from pkernfs.errors import CorruptionError, ExistsError, InvalidError, NoSpaceError
+from pkernfs.errors import CorruptionError, ExistsError, InvalidError, NoTablePagesError
 from pkernfs.iommu.entries import (
     ADDRESS_MASK,
     ENTRIES,
@@ -37,7 +37,7 @@ from pkernfs.iommu.pool import (
     fill_entries,
     merged_entry,
 )
-from pkernfs.iommu.trees import check_tree, scan_tree
+from pkernfs.iommu.trees import Tree, check_tree, scan_tree
 from pkernfs.layout import PAGE
 
 #: Words of live tables that one change stores; a table with many of them is replaced instead.
@@ -137,6 +137,11 @@ class PageTable:
         end = 1 << width_bits(self.levels) if end is None else end
         return scan_tree(self._pool, self.root, self.levels, start, end)
 
+    @property
+    def tree(self) -> Tree:
+        """The tables, to be looked at."""
+        return Tree(self._pool, self.root, self.levels)
+
     # ------------------------------------------------------------------ changes
 
     def map(self, iova: int, physical: int, length: int, perm: int) -> None:
@@ -145,15 +150,15 @@ class PageTable:
         What is mapped already must be mapped just so.
 
         :raises ExistsError: something of it is mapped otherwise.
-        :raises NoSpaceError: too few free pages; says how many bytes the file must grow.
+        :raises NoTablePagesError: too few free pages; says how many bytes the file must grow.
         :raises InvalidError: unaligned, empty, beyond the width, or no permission.
         """
         self.map_pieces(iova, [(physical, length)], perm)
 
     def map_pieces(self, iova: int, pieces: Sequence[tuple[int, int]], perm: int) -> None:
         """As :meth:`map`, for ``(physical, length)`` one after the other, all or nothing."""
-        self._check_perm(perm)
-        self._check_range(iova, sum(length for _physical, length in pieces))
+        self.check_perm(perm)
+        self.check_range(iova, sum(length for _physical, length in pieces))
         for physical, length in pieces:
             if physical % PAGE or length % PAGE or length <= 0:
                 raise InvalidError(f"memory at {physical:#x}: unaligned: got {length:#x} bytes")
@@ -169,29 +174,31 @@ class PageTable:
     def unmap(self, iova: int, length: int) -> int:
         """Unmap all that is mapped there; returns how many bytes were.
 
-        :raises NoSpaceError: too few free pages to split a superpage.
+        :raises NoTablePagesError: too few free pages to split a superpage.
         :raises InvalidError: unaligned, empty or beyond the width.
         """
-        self._check_range(iova, length)
+        self.check_range(iova, length)
         with self._change() as root:
             return self._unmap(root, iova, iova + length)
 
     def protect(self, iova: int, length: int, perm: int) -> int:
         """Give all that is mapped there other permissions; returns how many bytes there are.
 
-        :raises NoSpaceError: too few free pages to split a superpage or to replace tables.
+        :raises NoTablePagesError: too few free pages to split a superpage or to replace tables.
         :raises InvalidError: unaligned, empty, beyond the width, or no permission.
         """
-        self._check_perm(perm)
-        self._check_range(iova, length)
+        self.check_perm(perm)
+        self.check_range(iova, length)
         with self._change() as root:
             return self._protect(root, iova, iova + length, perm)
 
-    def _check_perm(self, perm: int) -> None:
+    def check_perm(self, perm: int) -> None:
+        """:raises InvalidError: not READ, WRITE or both."""
         if not perm & READ_WRITE or perm & ~READ_WRITE:
             raise InvalidError(f"permission {perm:#x}: expected r, w or rw")
 
-    def _check_range(self, iova: int, length: int) -> None:
+    def check_range(self, iova: int, length: int) -> None:
+        """:raises InvalidError: unaligned, empty, beyond the width or not canonical for it."""
         limit = 1 << width_bits(self.levels)
         if length <= 0:
             raise InvalidError(f"iova {iova:#x}: bad length: got {length}, expected more than 0")
@@ -219,9 +226,7 @@ class PageTable:
             images = self._images(root)
             changed = self._bounded(images)
             if missing := self._pool.missing_pages:
-                raise NoSpaceError(
-                    f"page tables: no free page: the file must grow by {missing * PAGE} bytes"
-                )
+                raise NoTablePagesError("page tables", missing * PAGE)
             for image in images:
                 if image.fresh:
                     self._region.copy_in(self._offset(image.physical), image.words.cast("B"))

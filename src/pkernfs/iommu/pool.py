@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from pkernfs._native import ffi, lib
 from pkernfs.errors import CorruptionError
-from pkernfs.layout import PAGE
+from pkernfs.layout import BLOCK, PAGE
 from pkernfs.region import Region
 
 
@@ -169,6 +169,24 @@ class TablePool:
         found = [Mapping(m.iova, m.physical, m.length, m.bits) for m in out[0:count]]
         return found, None if at[0] == NO_PAGE else int(at[0])
 
+    def mark(self, root: int, levels: int, memory: TablePool, blocks: bytearray) -> bool:
+        """Set the byte of each 2 MiB block that a leaf below ``root`` maps something of.
+
+        ``memory`` says where the region's blocks are. Tables that cannot be reached are passed by:
+        False.
+        """
+        blocks_c = ffi.from_buffer("uint8_t[]", blocks)
+        done = lib.pk_pt_mark(self._base, self._pool, root, levels, memory._pool, blocks_c)
+        return bool(done == 0)
+
+    def find(self, root: int, levels: int, ranges: Sequence[tuple[int, int]]) -> int | None:
+        """The lowest address that is mapped to one of sorted ranges of physical addresses."""
+        if not ranges:
+            return None
+        ranges_c = ffi.new("uint64_t[]", [x for pair in ranges for x in pair])
+        found = int(lib.pk_pt_find(self._base, self._pool, root, levels, ranges_c, len(ranges)))
+        return None if found == NO_PAGE else found
+
     def check(
         self,
         root: int,
@@ -200,6 +218,34 @@ class TablePool:
             for f in found_c[0 : min(c.n_found, max_findings)]
         ]
         return TreeFigures(findings, c.n_found, c.n_seen, c.n_leaves, c.bytes)
+
+
+class BlockMap:
+    """Which 2 MiB blocks of a region are mapped by page tables, a byte each.
+
+    :param pieces: where the region's physical addresses are, as for :class:`TablePool`.
+    """
+
+    def __init__(self, region: Region, pieces: Sequence[tuple[int, int, int]]) -> None:
+        self._memory = TablePool(region, pieces)
+        self._blocks = bytearray(-(-region.size // BLOCK))
+
+    def clear(self) -> None:
+        """No block is mapped."""
+        self._blocks[:] = bytes(len(self._blocks))
+
+    def add_tree(self, pool: TablePool, root: int, levels: int) -> bool:
+        """Mark what the tables below ``root`` map; False if they are damaged and it is not all."""
+        return pool.mark(root, levels, self._memory, self._blocks)
+
+    def add(self, offset: int, length: int) -> None:
+        """Mark the blocks of a range of the region, in bytes."""
+        first, last = offset // BLOCK, -(-(offset + length) // BLOCK)
+        self._blocks[first:last] = bytes([1]) * (last - first)
+
+    def any(self, offset: int, length: int) -> bool:
+        """Whether a block of that range is marked."""
+        return self._blocks.find(1, offset // BLOCK, -(-(offset + length) // BLOCK)) >= 0
 
 
 def fill_entries(words: memoryview, first: int, step: int) -> None:

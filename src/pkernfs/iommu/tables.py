@@ -1,9 +1,8 @@
 """root-pgtables: the root table and all between it and the domains' page tables.
 
-The file's first page is the root table. The second one says in which mode and with how many levels
-the region is used (docs/iommu.md); all zero stands for legacy mode and 4 levels. Context tables,
-PASID directories and PASID tables are in the pages after it; which of them are in use is found by
-walking.
+The file's first page is the root table. The second one is the configuration page
+(:mod:`pkernfs.iommu.config`). Context tables, PASID directories and PASID tables are in the pages
+after it; which of them are in use is found by walking.
 
 Order of stores: a table is complete before the entry that refers to it; the words of an entry that
 hold no P are stored before the one that does, and after it on removal. Each change is one commit.
@@ -12,20 +11,17 @@ hold no P are stored before the one that does, and after it on removal. Each cha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from struct import Struct
-from typing import NamedTuple
 
 from pkernfs.errors import (
-    BusyError,
     CorruptionError,
     ExistsError,
     InvalidError,
-    NoSpaceError,
+    NoTablePagesError,
     NotFoundError,
 )
+from pkernfs.iommu.config import config_page, load_config
 from pkernfs.iommu.contexts import ContextReader, Device, Mode
 from pkernfs.iommu.entries import (
-    LEVELS,
     MAX_PHYSICAL_BITS,
     PGTT_SECOND_STAGE,
     ContextEntry,
@@ -39,62 +35,10 @@ from pkernfs.iommu.entries import (
 from pkernfs.iommu.memory import Commit, Memory
 from pkernfs.iommu.trees import Finding
 from pkernfs.layout import PAGE
-from pkernfs.region import crc32c
 
 MAX_DOMAIN_ID = 0xFFFF
-_CONFIG = Struct("<8sHBBI")
-_CONFIG_MAGIC = b"pkiommu\0"
-_CONFIG_VERSION = 1
 _WORD_MASK = (1 << 64) - 1
 _P = 1
-
-
-class Config(NamedTuple):
-    """What a region's tables are like; decided when root-pgtables is made."""
-
-    mode: Mode = Mode.LEGACY
-    levels: int = 4
-
-
-def config_words(config: Config) -> tuple[int, int]:
-    """The two words that say so in root-pgtables.
-
-    :raises InvalidError: no such number of levels.
-    """
-    if config.levels not in LEVELS:
-        raise InvalidError(f"page tables: bad number of levels: got {config.levels}, expected 3..5")
-    fields = (_CONFIG_MAGIC, _CONFIG_VERSION, config.mode, config.levels)
-    data = _CONFIG.pack(*fields, crc32c(_CONFIG.pack(*fields, 0)))
-    return int.from_bytes(data[:8], "little"), int.from_bytes(data[8:], "little")
-
-
-def load_config(memory: Memory) -> Config:
-    """What root-pgtables says.
-
-    :raises CorruptionError: it is damaged, or of another version.
-    """
-    data = memory.region.read(_config_offset(memory), _CONFIG.size)
-    if not any(data):
-        return Config()
-    magic, version, mode, levels, crc = _CONFIG.unpack(data)
-    where = "root-pgtables configuration"
-    if magic != _CONFIG_MAGIC or crc != crc32c(data[:-4] + bytes(4)):
-        raise CorruptionError(f"{where}: bad magic or checksum: got {data.hex()}")
-    if version != _CONFIG_VERSION or mode not in list(Mode) or levels not in LEVELS:
-        raise CorruptionError(f"{where}: unknown: got version {version}, mode {mode}")
-    return Config(Mode(mode), levels)
-
-
-def configure(memory: Memory, commit: Commit, config: Config) -> None:
-    """Decide mode and levels.
-
-    :raises BusyError: the root table has entries.
-    """
-    if not memory.region.is_zero(_offset(memory, memory.first_page), PAGE):
-        raise BusyError("root-pgtables: in use: mode and levels cannot change")
-    at = _config_offset(memory)
-    first, second = config_words(config)
-    commit([(at + 8, second), (at, first)])
 
 
 class RootTables:
@@ -121,7 +65,7 @@ class RootTables:
         self._physical_bits = physical_bits
         reader = ContextReader(memory, self.root, self.config.mode, _refuse, physical_bits)
         self._devices = {d.source_id: d for d in reader.devices()}
-        self._used = reader.pages | {_config_page(memory)}
+        self._used = reader.pages | {config_page(memory)}
         self._aside: set[int] = set()
 
     @property
@@ -152,7 +96,7 @@ class RootTables:
         configuration says.
 
         :raises ExistsError: the device is attached already.
-        :raises NoSpaceError: too few free pages; says how many bytes root-pgtables must grow.
+        :raises NoTablePagesError: too few free pages; says how much root-pgtables must grow.
         :raises InvalidError: an id out of range, or no address of a page.
         """
         if not 0 <= source_id <= 0xFFFF:
@@ -267,7 +211,7 @@ class RootTables:
     def _free_pages(self, count: int) -> list[int]:
         """Pages that are not in use.
 
-        :raises NoSpaceError: there are not so many.
+        :raises NoTablePagesError: there are not so many.
         """
         found: list[int] = []
         for piece in self.memory.pieces:
@@ -278,8 +222,7 @@ class RootTables:
                     found.append(page)
         if len(found) == count:
             return found
-        missing = (count - len(found)) * PAGE
-        raise NoSpaceError(f"root-pgtables: no free page: it must grow by {missing} bytes")
+        raise NoTablePagesError("root-pgtables", (count - len(found)) * PAGE)
 
 
 def _split(entry: int, bits: int) -> list[int]:
@@ -294,12 +237,3 @@ def _offset(memory: Memory, physical: int) -> int:
     offset = memory.offset(physical, 1)
     assert offset is not None
     return offset
-
-
-def _config_page(memory: Memory) -> int:
-    """Physical address of the file's second page."""
-    return memory.page(1)
-
-
-def _config_offset(memory: Memory) -> int:
-    return _offset(memory, _config_page(memory))

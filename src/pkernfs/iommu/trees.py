@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from pkernfs.errors import CorruptionError
 from pkernfs.iommu.entries import LEAVES, MAX_PHYSICAL_BITS, SecondStageTable
-from pkernfs.iommu.pool import Mapping, RawFinding, TablePool
+from pkernfs.iommu.pool import BlockMap, Mapping, RawFinding, TablePool
 
 MAX_FINDINGS = 1000
 _EVERYWHERE = [(0, 1 << 63)]
@@ -54,6 +54,22 @@ class TreeReport(NamedTuple):
     tables: int
     leaves: int
     mapped_bytes: int
+
+
+class Tree(NamedTuple):
+    """One domain's tables as they are, sound or not: what their leaves reach."""
+
+    pool: TablePool
+    root: int
+    levels: int
+
+    def mark(self, blocks: BlockMap) -> bool:
+        """Mark the 2 MiB blocks of the region that are mapped; False: not all can be reached."""
+        return blocks.add_tree(self.pool, self.root, self.levels)
+
+    def find(self, ranges: Sequence[tuple[int, int]]) -> int | None:
+        """The lowest address that is mapped to one of sorted ranges of physical addresses."""
+        return self.pool.find(self.root, self.levels, ranges)
 
 
 def check_tree(

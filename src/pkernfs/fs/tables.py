@@ -1,0 +1,531 @@
+"""root-pgtables and dom-N of a mounted file system: who changes them, and what they pin.
+
+The files are ordinary ones whose contents are :mod:`pkernfs.iommu`'s. What must not be freed is
+found by walking the tables, never from a record of its own that could disagree with them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from pkernfs.errors import (
+    BusyError,
+    CorruptionError,
+    ExistsError,
+    InvalidError,
+    NoSpaceError,
+    NoTablePagesError,
+    NotFoundError,
+    PermissionDeniedError,
+    PkernfsError,
+    ReadOnlyError,
+)
+from pkernfs.fs.names import is_table_name
+from pkernfs.iommu.config import (
+    CONFIG_BYTES,
+    Bar,
+    Config,
+    config_offset,
+    config_page,
+    configure,
+    forget_bar,
+    load_bars,
+    load_config,
+    parse_config,
+    record_bar,
+)
+from pkernfs.iommu.entries import bdf_text
+from pkernfs.iommu.memory import Memory
+from pkernfs.iommu.pgtable import PageTable
+from pkernfs.iommu.pool import BlockMap, TablePool
+from pkernfs.iommu.tables import MAX_DOMAIN_ID, RootTables
+from pkernfs.iommu.trees import Tree
+from pkernfs.layout import BLOCK, INODE_FLAG_TABLE, IOMMU_INO, PAGE
+
+if TYPE_CHECKING:
+    from pkernfs.fs.filesystem import FileSystem
+
+log = logging.getLogger(__name__)
+
+ROOT_NAME = b"root-pgtables"
+_KEEP_SIZE = 1
+_FIRST_DOMAIN_ID = 2  # 0 is reserved with CAP.CM, and the kernel keeps 0 and 1 for itself
+
+
+class TableFile(NamedTuple):
+    """A file of /iommu as it was when its tables were opened."""
+
+    ino: int
+    size: int
+
+
+class TableFiles:
+    """The tables of one mounted file system.
+
+    All of it runs to its end without giving way; what changes the tables goes through
+    :meth:`PageStore.commit_words`.
+    """
+
+    def __init__(self, fs: FileSystem) -> None:
+        self._fs = fs
+        self._files: dict[bytes, TableFile] = {}
+        self._domains: dict[int, PageTable] = {}
+        self._trees: dict[int, Tree] = {}
+        self._damaged: dict[bytes, str] = {}
+        self._root: RootTables | None = None
+        self._config = Config()
+        self._elsewhere: str | None = None
+        self._map: BlockMap | None = None
+        self._map_is_old = True
+        self._region_memory: Memory | None = None
+        #: While tables are read outside the event loop, their files stay as they are.
+        self.readers = 0
+        self.refresh()
+
+    # ------------------------------------------------------------------ the files
+
+    def refresh(self) -> None:
+        """Look at /iommu again: a file has come, gone or grown."""
+        files = {}
+        for name, ino, _kind, _cookie in list(self._fs.readdir(IOMMU_INO, 0)):
+            inode = self._fs.inode(ino)
+            if is_table_name(name) and inode.is_reg and inode.flags & INODE_FLAG_TABLE:
+                files[name] = TableFile(ino, inode.size)
+        names = files.keys() | self._files.keys()
+        changed = {n for n in names if files.get(n) != self._files.get(n)}
+        self._files = files
+        if ROOT_NAME in changed:
+            self._open_root()
+            changed |= files.keys()
+        for name in changed - {ROOT_NAME}:
+            self._open_domain(name)
+        self._map_is_old = True
+
+    def _open_root(self) -> None:
+        self._root = None
+        self._config = Config()
+        self._elsewhere = None
+        self._damaged.pop(ROOT_NAME, None)
+        file = self._files.get(ROOT_NAME)
+        if file is None or not file.size:
+            return
+        try:
+            self._adopt_addresses(file)
+            memory = self._memory(file)
+            self._config = load_config(memory)
+            if self._config.home not in (0, config_page(memory)):
+                self._elsewhere = self._say_elsewhere(memory)
+                return
+            self._root = RootTables(memory, self._fs.store.commit_words)
+        except InvalidError:
+            return  # a region without physical addresses: whoever wants to change it is told
+        except PkernfsError as e:
+            self._note_damage(ROOT_NAME, e)
+
+    def _open_domain(self, name: bytes) -> None:
+        number = domain_number(name)
+        self._domains.pop(number, None)
+        self._trees.pop(number, None)
+        self._damaged.pop(name, None)
+        file = self._files.get(name)
+        if file is None or not file.size or self._elsewhere is not None:
+            return
+        levels = self._config.levels
+        try:
+            memory = self._memory(file)
+            pool = TablePool(memory.region, memory.pieces)
+            self._trees[number] = Tree(pool, memory.first_page, levels)
+            table = PageTable(memory, self._fs.store.commit_words, levels=levels)
+            self._domains[number] = table
+        except InvalidError:
+            return
+        except PkernfsError as e:
+            self._note_damage(name, e)
+
+    def _note_damage(self, name: bytes, error: PkernfsError) -> None:
+        self._damaged[name] = str(error)
+        log.error("iommu/%s: %s: it stays as it is", name.decode(), error)
+
+    def _memory(self, file: TableFile) -> Memory:
+        extents = [(e.region_offset, e.length) for e in self._fs.extents(file.ino)]
+        return Memory(self._fs.region, extents)
+
+    def _adopt_addresses(self, file: TableFile) -> None:
+        """Give a region without addresses of its own those that its tables were made with."""
+        region = self._fs.region
+        if region.physical(0) is not None:
+            return
+        first = self._fs.extents(file.ino)[0]
+        at = first.region_offset + PAGE
+        home = parse_config(region.read(at, CONFIG_BYTES)).home
+        if home > at:
+            region.assume_physical(home - at)
+
+    def _say_elsewhere(self, memory: Memory) -> str:
+        home = self._config.home
+        reason = (
+            f"root-pgtables: its tables were made for {home:#x}, but they are at "
+            f"{config_page(memory):#x}"
+        )
+        if self._fs.region.phys_base is not None:
+            base = home - config_offset(memory)
+            return f"{reason}: mount with phys_base={base:#x}, or remove the files of iommu/"
+        return f"{reason}: the region's memory has moved: remove the files of iommu/"
+
+    # ------------------------------------------------------------------ finding tables
+
+    @property
+    def config(self) -> Config:
+        """Mode and levels."""
+        return self._config
+
+    @property
+    def root(self) -> RootTables | None:
+        """root-pgtables, if it is there, sized and sound."""
+        return self._root
+
+    @property
+    def domains(self) -> dict[int, PageTable]:
+        """The page tables of each domain that is sized and sound, by number."""
+        return self._domains
+
+    @property
+    def names(self) -> list[bytes]:
+        """The files of /iommu that are sized, domains by number."""
+        sized = (name for name, file in self._files.items() if file.size)
+        return sorted(sized, key=lambda n: -1 if n == ROOT_NAME else domain_number(n))
+
+    def memory(self, name: bytes) -> Memory:
+        """Where a table file's pages are.
+
+        :raises InvalidError: no addresses, or never sized.
+        """
+        return self._memory(self._files[name])
+
+    def check_place(self) -> None:
+        """:raises InvalidError, CorruptionError: no addresses, or tables made for another place."""
+        if self._elsewhere is not None:
+            raise CorruptionError(self._elsewhere)
+        if self._fs.region.physical(0) is None:
+            raise InvalidError(
+                f"{self._fs.region.name}: the region has no physical addresses: "
+                "mount it with phys_base="
+            )
+
+    def domain(self, number: int) -> PageTable:
+        """The page tables of dom-N.
+
+        :raises NotFoundError, InvalidError, CorruptionError: missing, never sized, or damaged.
+        """
+        name = b"dom-%d" % number
+        file = self._files.get(name)
+        if file is None:
+            raise NotFoundError(f"dom-{number}: no such domain")
+        if not file.size:
+            raise InvalidError(f"dom-{number}: it was never sized: truncate -s 2M")
+        self.check_place()
+        self._check_sound(name)
+        return self._domains[number]
+
+    def need_root(self) -> RootTables:
+        """root-pgtables.
+
+        :raises NotFoundError, InvalidError, CorruptionError: missing, never sized, or damaged.
+        """
+        file = self._files.get(ROOT_NAME)
+        if file is None:
+            raise NotFoundError("root-pgtables: there is none: no device is attached")
+        if not file.size:
+            raise InvalidError("root-pgtables: it was never sized: truncate -s 2M")
+        self.check_place()
+        self._check_sound(ROOT_NAME)
+        assert self._root is not None
+        return self._root
+
+    def _check_sound(self, name: bytes) -> None:
+        if name in self._damaged:
+            raise CorruptionError(f"iommu/{name.decode()}: damaged: {self._damaged[name]}")
+
+    # ------------------------------------------------------------------ changes
+
+    def create_root(self, config: Config = Config(), size: int = BLOCK) -> None:  # noqa: B008
+        """Make root-pgtables if it is missing, and decide mode and levels.
+
+        :raises BusyError: something is attached, or mapped with another number of levels.
+        """
+        self._check_writable()
+        if ROOT_NAME not in self._files:
+            self._fs.create(IOMMU_INO, ROOT_NAME, 0o100400, 0, 0)
+        if not self._files[ROOT_NAME].size:
+            try:
+                self._fs.setattr(self._files[ROOT_NAME].ino, size=size)
+            except NoSpaceError:
+                self._fs.unlink(IOMMU_INO, ROOT_NAME)
+                raise
+        self.need_root()
+        self._configure(config)
+
+    def _configure(self, config: Config) -> None:
+        if config.levels != self._config.levels:
+            for number, table in self._domains.items():
+                if next(table.mappings(), None) is not None:
+                    raise BusyError(f"dom-{number}: it has mappings: its levels cannot change")
+        root = self.need_root()
+        configure(root.memory, self._fs.store.commit_words, config)
+        self._open_root()
+        for name in self._files.keys() - {ROOT_NAME}:
+            self._open_domain(name)
+
+    def _have_root(self) -> RootTables:
+        """root-pgtables, made now if it is missing, with a record of where it is."""
+        if ROOT_NAME not in self._files:
+            self.create_root()
+        root = self.need_root()
+        root = self.need_root()
+        if not self._config.home and not root.devices():
+            self._configure(self._config)
+        return self.need_root()
+
+    def _check_writable(self) -> None:
+        if self._fs.read_only:
+            raise ReadOnlyError("read-only file system")
+        if self.readers:
+            raise BusyError("iommu: its tables are being checked: try again")
+
+    def map_file(
+        self, number: int, iova: int, ino: int, offset: int, length: int | None, perm: int
+    ) -> int:
+        """Map a range of a file; holes of it are allocated and zeroed. Returns the bytes.
+
+        :param length: bytes; None: to the end of the file.
+        :raises ExistsError: something of the range of addresses is mapped otherwise.
+        :raises NoTablePagesError: the domain file must grow; it is as it was.
+        :raises ZeroingNeeded: see :meth:`FileSystem.fallocate`.
+        """
+        self._check_writable()
+        table = self.domain(number)
+        length = self._check_file_range(ino, offset, length)
+        table.check_perm(perm)
+        table.check_range(iova, length)
+        self._have_root()
+        self._fill_holes(table, iova, ino, offset, length)
+        pieces = list(self._file_pieces(ino, offset, length))
+        self._map_pieces(number, iova, pieces, perm)
+        return length
+
+    def _check_file_range(self, ino: int, offset: int, length: int | None) -> int:
+        inode = self._fs.inode(ino)
+        if not inode.is_reg:
+            raise InvalidError("not a regular file")
+        if inode.flags & INODE_FLAG_TABLE:
+            raise PermissionDeniedError("a table file cannot be mapped")
+        if not inode.nlink:
+            raise NotFoundError("the file was removed")
+        if length is None:
+            length = inode.size - offset
+        if offset < 0 or offset + length > inode.size:
+            raise InvalidError(
+                f"offset {offset:#x}: beyond the end of the file: "
+                f"got {length:#x} bytes, expected an end up to {inode.size:#x}"
+            )
+        if length == 0:
+            raise InvalidError("bad length: got 0, expected more")
+        if offset % PAGE or length % PAGE:
+            raise InvalidError(
+                f"offset {offset:#x}: unaligned: got {length:#x} bytes, not whole pages"
+            )
+        return length
+
+    def _fill_holes(self, table: PageTable, iova: int, ino: int, offset: int, length: int) -> None:
+        holes = list(self._holes(ino, offset, length))
+        for start, count in holes:
+            at = iova + start - offset
+            taken = next(table.mappings(at, at + count), None)
+            if taken is not None:
+                raise ExistsError(f"iova {taken.iova:#x}: already mapped to something else")
+        if holes:
+            self._fs.fallocate(ino, _KEEP_SIZE, offset, length)
+
+    def _holes(self, ino: int, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        at, end = offset, offset + length
+        for low, _region_offset, count in self._fs.pieces(ino, offset, length):
+            if low > at:
+                yield at, low - at
+            at = low + count
+        if at < end:
+            yield at, end - at
+
+    def _file_pieces(self, ino: int, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        region = self._fs.region
+        for _low, at, count in self._fs.pieces(ino, offset, length):
+            for _offset, run, physical in region.physical_runs(at, count):
+                if physical is None:
+                    raise InvalidError(f"{region.name}: no physical address at {at:#x}")
+                yield physical, run
+
+    def map_bar(
+        self, number: int, iova: int, bar: Bar, offset: int, length: int | None, perm: int
+    ) -> int:
+        """Map a range of a device's BAR. Returns the bytes.
+
+        :raises InvalidError: beyond the BAR, or unaligned.
+        :raises ExistsError, NoTablePagesError: as :meth:`map_file`.
+        """
+        self._check_writable()
+        table = self.domain(number)
+        length = bar.length - offset if length is None else length
+        if offset < 0 or offset + length > bar.length:
+            raise InvalidError(
+                f"{bar.name}: offset {offset:#x}: beyond its end: got {length:#x} bytes, "
+                f"expected an end up to {bar.length:#x}"
+            )
+        table.check_perm(perm)
+        table.check_range(iova, length)
+        if offset % PAGE:
+            raise InvalidError(f"{bar.name}: offset {offset:#x}: unaligned: not whole pages")
+        root = self._have_root()
+        record_bar(root.memory, self._fs.store.commit_words, bar)
+        try:
+            self._map_pieces(number, iova, [(bar.start + offset, length)], perm)
+        except PkernfsError:
+            self._forget_bars()
+            raise
+        return length
+
+    def _map_pieces(self, number: int, iova: int, pieces: list[tuple[int, int]], perm: int) -> None:
+        table = self.domain(number)
+        try:
+            table.map_pieces(iova, pieces, perm)
+        except NoTablePagesError as e:
+            raise NoTablePagesError(f"dom-{number}", e.missing) from None
+        self._map_is_old = True
+
+    def unmap(self, number: int, iova: int, length: int) -> int:
+        """Unmap all that is mapped there; returns how many bytes were.
+
+        :raises NotFoundError: nothing is.
+        """
+        self._check_writable()
+        table = self.domain(number)
+        table.check_range(iova, length)
+        try:
+            done = table.unmap(iova, length)
+        except NoTablePagesError as e:
+            raise NoTablePagesError(f"dom-{number}", e.missing) from None
+        if not done:
+            raise NotFoundError(f"iova {iova:#x}: nothing is mapped there: got {length:#x} bytes")
+        self._map_is_old = True
+        self._forget_bars()
+        return done
+
+    def bars(self) -> list[Bar]:
+        """The BARs that may be mapped."""
+        return [] if self._root is None else load_bars(self._root.memory)
+
+    def _forget_bars(self) -> None:
+        """Drop the records of BARs that nothing maps any more."""
+        for bar in self.bars():
+            ranges = [(bar.start, bar.start + bar.length)]
+            if all(tree.find(ranges) is None for tree in self._trees.values()):
+                assert self._root is not None
+                forget_bar(self._root.memory, self._fs.store.commit_words, bar)
+
+    def attach(self, number: int, source_id: int) -> int:
+        """Have a device's requests translated by dom-N; returns the domain id of the entry.
+
+        :raises ExistsError: the device is attached.
+        """
+        self._check_writable()
+        table = self.domain(number)
+        root = self._have_root()
+        domain_id = self._domain_id(root, number, table.root)
+        root.attach(source_id, table.root, domain_id)
+        return domain_id
+
+    @staticmethod
+    def _domain_id(root: RootTables, number: int, table: int) -> int:
+        taken = {d.domain_id: d.table for d in root.devices()}
+        for domain_id, other in taken.items():
+            if other == table:
+                return domain_id
+        wanted = number + _FIRST_DOMAIN_ID
+        if wanted <= MAX_DOMAIN_ID and wanted not in taken:
+            return wanted
+        for domain_id in range(_FIRST_DOMAIN_ID, MAX_DOMAIN_ID + 1):
+            if domain_id not in taken:
+                return domain_id
+        raise NoSpaceError("root-pgtables: no free domain id")
+
+    def detach(self, source_id: int) -> None:
+        """End that.
+
+        :raises NotFoundError: the device is not attached.
+        """
+        self._check_writable()
+        self.need_root().detach(source_id)
+
+    # ------------------------------------------------------------------ pins
+
+    def holder(self, extents: Iterable[tuple[int, int]]) -> str | None:
+        """What maps a byte of these ``(region offset, length)``; None: nothing does."""
+        if not self._trees:
+            return None
+        blocks = self._block_map()
+        wanted = [e for e in extents if blocks.any(*e)]
+        if not wanted:
+            return None
+        ranges = Memory(self._fs.region, wanted).ranges
+        for number, tree in sorted(self._trees.items()):
+            iova = tree.find(ranges)
+            if iova is not None:
+                return f"dom-{number} maps it at iova {iova:#x}"
+        return None
+
+    def _block_map(self) -> BlockMap:
+        """Which blocks are mapped; made again after a change, when it is asked for."""
+        if self._map is None:
+            self._map = BlockMap(self._fs.region, self.region_memory().pieces)
+        if self._map_is_old:
+            self._map.clear()
+            for number, tree in self._trees.items():
+                if not tree.mark(self._map):
+                    log.error("iommu/dom-%d: damaged: not all that it maps is known", number)
+            self._map_is_old = False
+        return self._map
+
+    def region_memory(self) -> Memory:
+        """Where the region's physical addresses are."""
+        if self._region_memory is None:
+            self._region_memory = Memory.whole(self._fs.region)
+        return self._region_memory
+
+    def check_unused(self, ino: int) -> None:
+        """:raises BusyError: a table file that must stay as it is, and why."""
+        name = next((n for n, file in self._files.items() if file.ino == ino), None)
+        if name is None:
+            return
+        if self.readers:
+            raise BusyError(f"iommu/{name.decode()}: it is being checked: try again")
+        holder = self._table_holder(name)
+        if holder is not None:
+            raise BusyError(f"iommu/{name.decode()}: in use: {holder}")
+
+    def _table_holder(self, name: bytes) -> str | None:
+        if self._elsewhere is not None or self._files[name].size == 0:
+            return None  # no unit can be walking tables that are not where they say
+        if ROOT_NAME in self._damaged:
+            return "root-pgtables is damaged, and may refer to it: run fsck.pkernfs"
+        if self._root is None:
+            return None
+        devices = self._root.devices()
+        if name != ROOT_NAME:
+            top = self._memory(self._files[name]).first_page
+            devices = [d for d in devices if d.table == top]
+        return f"device {bdf_text(devices[0].source_id)} is attached" if devices else None
+
+
+def domain_number(name: bytes) -> int:
+    """N of ``dom-N``."""
+    return int(name[4:])

@@ -1,0 +1,163 @@
+"""The configuration page: the second page of root-pgtables, which no hardware reads.
+
+It says what the tables of a region are like, where they were when they were made, and which device
+BARs they may map (docs/iommu.md). All zero stands for legacy mode and 4 levels.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+from typing import NamedTuple
+
+from pkernfs.errors import BusyError, CorruptionError, InvalidError, NoSpaceError
+from pkernfs.iommu.contexts import Mode
+from pkernfs.iommu.entries import LEVELS, bdf_text
+from pkernfs.iommu.memory import Commit, Memory
+from pkernfs.layout import PAGE
+from pkernfs.region import crc32c
+
+CONFIG_BYTES = 24
+_CONFIG = Struct("<8sHBBIQ")
+_MAGIC = b"pkiommu\0"
+_VERSION = 1
+_CRC_AT = 12
+_BAR = Struct("<IHBBQQQ")  # checksum, source id, number, valid, start, length, zero
+_BARS_AT = 64
+_MAX_BARS = (PAGE - _BARS_AT) // _BAR.size
+_VALID = 1
+
+
+class Config(NamedTuple):
+    """What a region's tables are like; decided when root-pgtables is made.
+
+    ``home`` is the physical address that the configuration page had when it was stored; 0: not
+    known. Tables are good at that place only.
+    """
+
+    mode: Mode = Mode.LEGACY
+    levels: int = 4
+    home: int = 0
+
+
+class Bar(NamedTuple):
+    """A memory BAR of a device that page tables may map: physical address and length in bytes."""
+
+    source_id: int
+    number: int
+    start: int
+    length: int
+
+    @property
+    def name(self) -> str:
+        """As in a message: ``BAR 0 of 0000:00:05.0``."""
+        return f"BAR {self.number} of {bdf_text(self.source_id)}"
+
+
+def config_words(config: Config) -> tuple[int, ...]:
+    """The three words that say so, lowest first.
+
+    :raises InvalidError: no such number of levels.
+    """
+    if config.levels not in LEVELS:
+        raise InvalidError(f"page tables: bad number of levels: got {config.levels}, expected 3..5")
+    data = bytearray(_CONFIG.pack(_MAGIC, _VERSION, config.mode, config.levels, 0, config.home))
+    data[_CRC_AT : _CRC_AT + 4] = crc32c(data).to_bytes(4, "little")
+    return tuple(memoryview(data).cast("Q"))
+
+
+def load_config(memory: Memory) -> Config:
+    """What root-pgtables says.
+
+    :raises CorruptionError: it is damaged, or of another version.
+    """
+    return parse_config(memory.region.read(config_offset(memory), _CONFIG.size))
+
+
+def parse_config(data: bytes) -> Config:
+    """What the first 24 bytes of the configuration page say.
+
+    :raises CorruptionError: they are damaged, or of another version.
+    """
+    if not any(data):
+        return Config()
+    magic, version, mode, levels, crc, home = _CONFIG.unpack(data)
+    where = "root-pgtables configuration"
+    if magic != _MAGIC or crc != crc32c(data[:_CRC_AT] + bytes(4) + data[_CRC_AT + 4 :]):
+        raise CorruptionError(f"{where}: bad magic or checksum: got {data.hex()}")
+    if version != _VERSION or mode not in list(Mode) or levels not in LEVELS:
+        raise CorruptionError(f"{where}: unknown: got version {version}, mode {mode}")
+    return Config(Mode(mode), levels, home)
+
+
+def configure(memory: Memory, commit: Commit, config: Config) -> Config:
+    """Decide mode and levels; the home is where the page is now. Returns all that.
+
+    :raises BusyError: the root table has entries.
+    """
+    if not memory.region.is_zero(_offset(memory, memory.first_page), PAGE):
+        raise BusyError("root-pgtables: in use: mode and levels cannot change")
+    config = config._replace(home=config_page(memory))
+    at = config_offset(memory)
+    words = config_words(config)
+    commit([(at + 8 * i, words[i]) for i in (2, 1, 0)])
+    return config
+
+
+def load_bars(memory: Memory) -> list[Bar]:
+    """The BARs that are recorded; slots that are damaged are passed by."""
+    return [bar for bar in _slots(memory) if bar is not None]
+
+
+def record_bar(memory: Memory, commit: Commit, bar: Bar) -> None:
+    """Record a BAR, before anything of it is mapped.
+
+    :raises NoSpaceError: too many are recorded.
+    """
+    slots = _slots(memory)
+    if bar in slots:
+        return
+    if None not in slots:
+        raise NoSpaceError(f"{bar.name}: {_MAX_BARS} BARs are mapped already")
+    data = bytearray(_BAR.pack(0, bar.source_id, bar.number, _VALID, bar.start, bar.length, 0))
+    data[:4] = crc32c(data).to_bytes(4, "little")
+    _store_slot(memory, commit, slots.index(None), tuple(memoryview(data).cast("Q")))
+
+
+def forget_bar(memory: Memory, commit: Commit, bar: Bar) -> None:
+    """The record goes; nothing of the BAR is mapped any more."""
+    slots = _slots(memory)
+    if bar in slots:
+        _store_slot(memory, commit, slots.index(bar), (0, 0, 0, 0))
+
+
+def _store_slot(memory: Memory, commit: Commit, slot: int, words: tuple[int, ...]) -> None:
+    at = config_offset(memory) + _BARS_AT + slot * _BAR.size
+    # The first word has the checksum: it is stored last.
+    commit([(at + 8 * i, words[i]) for i in (3, 2, 1, 0)])
+
+
+def _slots(memory: Memory) -> list[Bar | None]:
+    page = memory.region.read(config_offset(memory), PAGE)
+    slots: list[Bar | None] = []
+    for at in range(_BARS_AT, _BARS_AT + _MAX_BARS * _BAR.size, _BAR.size):
+        data = page[at : at + _BAR.size]
+        crc, source_id, number, valid, start, length, _zero = _BAR.unpack(data)
+        good = valid == _VALID and crc == crc32c(bytes(4) + data[4:])
+        slots.append(Bar(source_id, number, start, length) if good else None)
+    return slots
+
+
+def config_page(memory: Memory) -> int:
+    """Physical address of the file's second page."""
+    return memory.page(1)
+
+
+def config_offset(memory: Memory) -> int:
+    """Region offset of that page."""
+    return _offset(memory, config_page(memory))
+
+
+def _offset(memory: Memory, physical: int) -> int:
+    offset = memory.offset(physical, 1)
+    assert offset is not None
+    return offset
