@@ -31,7 +31,7 @@ LAYERS = (
 BUILDERS = {"native_build", "fuse_shim_build"}
 #: The extension modules, and who alone may use each.
 EXTENSIONS = {"_native": {"region", "journal", "iommu.pool"}, "_fuse_shim": {"fuse_shim"}}
-ASYNC_MODULES = {"fs.operations", "fs.daemon", "fs.control"}
+ASYNC_MODULES = {"fs.requests", "fs.operations", "fs.daemon", "fs.control"}
 
 
 def module_name(path: Path) -> str:

@@ -42,10 +42,11 @@ COMMANDS = {
     "info": Command("label, uuid, sizes, state and features of a region"),
     "extents": Command("where a file's bytes are in the region"),
     "qemu-args": Command("the options with which QEMU maps a file in the region"),
+    "iommu": Command("the IOMMU's tables: map, attach, translate, show, check, export"),
 }
 
 #: What is the name of something, and so cannot be empty.
-_OPERANDS = ("region", "mount_point", "target", "file")
+_OPERANDS = ("region", "mount_point", "target", "file", "dom", "mnt")
 
 MOUNT_FORM = "pkernfs REGION MNT [-o OPTIONS]"
 
@@ -190,7 +191,7 @@ def _warnings_on_stderr(who: str, name: str, args: argparse.Namespace) -> Iterat
 
 def _with_subject(message: str, args: argparse.Namespace) -> str:
     """The message, and before it the region or file that the command is about if it is missing."""
-    subjects = [getattr(args, name, None) for name in ("region", "target", "file")]
+    subjects = [getattr(args, name, None) for name in ("region", "target", "file", "dom", "mnt")]
     subject = next((s for s in subjects if s), "")
     return message if subject in message else f"{subject}: {message}"
 

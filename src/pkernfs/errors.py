@@ -161,6 +161,15 @@ class CorruptionError(PkernfsError):
     errno = _errno.EUCLEAN
 
 
+class TableDamageError(PkernfsError):
+    """IOMMU tables that contradict their format, or are not where they were made for.
+
+    The file system itself is none the worse.
+    """
+
+    errno = _errno.EUCLEAN
+
+
 class FormatError(PkernfsError):
     """Not a pkernfs, or one that this version must not touch."""
 

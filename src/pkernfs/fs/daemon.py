@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from pkernfs.errors import FormatError, PkernfsError, RegionError, ZeroingNeeded, one_line
 from pkernfs.mounts import FSTYPE, mount_at
@@ -48,6 +48,7 @@ _FUSE_OPTIONS = frozenset(
 )
 
 Options = dict[str, Any]
+_Result = TypeVar("_Result")
 
 
 # ---------------------------------------------------------------------- the mount command
@@ -260,10 +261,12 @@ def _listen(mountpoint: str, source: str) -> Listener | None:
 def _handlers(fs: FileSystem, session: _Session) -> dict[str, Handler]:
     """What may be asked through the control socket."""
 
+    from pkernfs.fs.requests import TableRequests
+
     async def ping(args: dict[str, Any]) -> dict[str, Any]:
         return {"pid": os.getpid(), "region": session.region.name, "read_only": fs.read_only}
 
-    return {"ping": ping}
+    return {"ping": ping, **TableRequests(fs, session).handlers()}
 
 
 def _calm_collector() -> None:
@@ -367,6 +370,36 @@ class _Session:
     async def zero(self, need: ZeroingNeeded) -> None:
         """Zero what an operation needs, in a thread; inside :meth:`turn`."""
         await self._zero_claim(self._fs.claim_zeroing(need.blocks))
+
+    async def with_zeroing(self, operation: Callable[[], _Result]) -> _Result:
+        """Run an operation that may need zeroed memory; for a task beside the session loop."""
+        try:
+            return operation()
+        except ZeroingNeeded:
+            pass
+        async with self._zeroing:  # nobody else zeroes, so what is free can be allocated
+            while True:
+                try:
+                    return operation()
+                except ZeroingNeeded as need:
+                    await self.zero(need)
+
+    async def invalidate(self, ino: int) -> None:
+        """Have the kernel ask for an inode's attributes again; in a thread, as it may wait."""
+        import pyfuse3
+
+        with contextlib.suppress(OSError):  # the kernel does not know it
+            await self._trio.to_thread.run_sync(pyfuse3.invalidate_inode, ino, True)
+
+    async def invalidate_name(self, directory: int, name: bytes) -> None:
+        """Have the kernel look a name up again, and read its directory again."""
+        import pyfuse3
+
+        run = self._trio.to_thread.run_sync
+        with contextlib.suppress(OSError):
+            await run(pyfuse3.invalidate_entry, directory, name)
+        with contextlib.suppress(OSError):
+            await run(pyfuse3.invalidate_inode, directory, False)
 
     async def pause(self) -> None:
         """Let other requests be served before the caller goes on."""

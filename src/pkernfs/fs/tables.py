@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pkernfs.errors import (
     BusyError,
-    CorruptionError,
     ExistsError,
     InvalidError,
     NoSpaceError,
@@ -21,6 +20,7 @@ from pkernfs.errors import (
     PermissionDeniedError,
     PkernfsError,
     ReadOnlyError,
+    TableDamageError,
 )
 from pkernfs.fs.names import is_table_name
 from pkernfs.iommu.config import (
@@ -36,6 +36,7 @@ from pkernfs.iommu.config import (
     parse_config,
     record_bar,
 )
+from pkernfs.iommu.contexts import Device
 from pkernfs.iommu.entries import bdf_text
 from pkernfs.iommu.memory import Memory
 from pkernfs.iommu.pgtable import PageTable
@@ -187,6 +188,22 @@ class TableFiles:
         return self._root
 
     @property
+    def damaged(self) -> dict[bytes, str]:
+        """Table files whose tables are not sound, and what was found first."""
+        return self._damaged
+
+    def devices(self) -> list[Device]:
+        """What is attached, by source id."""
+        return [] if self._root is None else self._root.devices()
+
+    def root_memory(self) -> Memory:
+        """Where root-pgtables is, sound or not.
+
+        :raises NotFoundError, InvalidError, TableDamageError: missing, never sized, elsewhere.
+        """
+        return self._memory(self._sized(ROOT_NAME))
+
+    @property
     def domains(self) -> dict[int, PageTable]:
         """The page tables of each domain that is sized and sound, by number."""
         return self._domains
@@ -205,9 +222,9 @@ class TableFiles:
         return self._memory(self._files[name])
 
     def check_place(self) -> None:
-        """:raises InvalidError, CorruptionError: no addresses, or tables made for another place."""
+        """:raises InvalidError, TableDamageError: no addresses, or tables of another place."""
         if self._elsewhere is not None:
-            raise CorruptionError(self._elsewhere)
+            raise TableDamageError(self._elsewhere)
         if self._fs.region.physical(0) is None:
             raise InvalidError(
                 f"{self._fs.region.name}: the region has no physical addresses: "
@@ -217,36 +234,37 @@ class TableFiles:
     def domain(self, number: int) -> PageTable:
         """The page tables of dom-N.
 
-        :raises NotFoundError, InvalidError, CorruptionError: missing, never sized, or damaged.
+        :raises NotFoundError, InvalidError, TableDamageError: missing, never sized, or damaged.
         """
         name = b"dom-%d" % number
-        file = self._files.get(name)
-        if file is None:
-            raise NotFoundError(f"dom-{number}: no such domain")
-        if not file.size:
-            raise InvalidError(f"dom-{number}: it was never sized: truncate -s 2M")
-        self.check_place()
+        self._sized(name)
         self._check_sound(name)
         return self._domains[number]
 
     def need_root(self) -> RootTables:
         """root-pgtables.
 
-        :raises NotFoundError, InvalidError, CorruptionError: missing, never sized, or damaged.
+        :raises NotFoundError, InvalidError, TableDamageError: missing, never sized, or damaged.
         """
-        file = self._files.get(ROOT_NAME)
-        if file is None:
-            raise NotFoundError("root-pgtables: there is none: no device is attached")
-        if not file.size:
-            raise InvalidError("root-pgtables: it was never sized: truncate -s 2M")
-        self.check_place()
+        self._sized(ROOT_NAME)
         self._check_sound(ROOT_NAME)
         assert self._root is not None
         return self._root
 
+    def _sized(self, name: bytes) -> TableFile:
+        file = self._files.get(name)
+        if file is None:
+            if name == ROOT_NAME:
+                raise NotFoundError("root-pgtables: there is none: no device is attached")
+            raise NotFoundError(f"{name.decode()}: no such domain")
+        if not file.size:
+            raise InvalidError(f"{name.decode()}: it was never sized: truncate -s 2M")
+        self.check_place()
+        return file
+
     def _check_sound(self, name: bytes) -> None:
         if name in self._damaged:
-            raise CorruptionError(f"iommu/{name.decode()}: damaged: {self._damaged[name]}")
+            raise TableDamageError(f"iommu/{name.decode()}: damaged: {self._damaged[name]}")
 
     # ------------------------------------------------------------------ changes
 
@@ -482,6 +500,10 @@ class TableFiles:
             if iova is not None:
                 return f"dom-{number} maps it at iova {iova:#x}"
         return None
+
+    def may_be_mapped(self, offset: int, length: int) -> bool:
+        """Whether something of the 2 MiB blocks of a range of the region is mapped."""
+        return self._block_map().any(offset, length)
 
     def _block_map(self) -> BlockMap:
         """Which blocks are mapped; made again after a change, when it is asked for."""

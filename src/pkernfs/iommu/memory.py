@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from pkernfs.errors import CorruptionError, InvalidError
-from pkernfs.layout import BLOCK, PAGE
+from pkernfs.layout import PAGE
 from pkernfs.region import Region
 
 #: Stores words at region offsets, in that order; as one, if there is a journal.
@@ -83,6 +83,11 @@ class Memory:
         inside = physical - piece.physical
         return piece.offset + inside if inside + length <= piece.length else None
 
+    def room(self, physical: int) -> int:
+        """Bytes from an address that :meth:`offset` knows to the end of its piece."""
+        piece = self.pieces[bisect_right(self._starts, physical) - 1]
+        return piece.physical + piece.length - physical
+
     def words(self, physical: int, count: int) -> tuple[int, ...] | None:
         """``count`` 8-byte words at an address; None if they are not in this memory."""
         offset = self.offset(physical, 8 * count)
@@ -113,15 +118,10 @@ def store_words(region: Region) -> Commit:
 
 
 def _pieces(region: Region, offset: int, length: int) -> Iterator[Piece]:
-    step = length if region.phys_base is not None else BLOCK
-    end = offset + length
-    while offset < end:
-        count = min(step - offset % step if step == BLOCK else step, end - offset)
-        physical = region.physical(offset)
+    for at, count, physical in region.physical_runs(offset, length):
         if physical is None:
             raise InvalidError(f"{region.name}: no physical addresses: give phys_base=")
-        yield Piece(physical, offset, count)
-        offset += count
+        yield Piece(physical, at, count)
 
 
 def _joined(pieces: list[Piece]) -> list[Piece]:

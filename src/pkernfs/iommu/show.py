@@ -11,8 +11,10 @@ from collections.abc import Iterable, Iterator
 from pkernfs.errors import CorruptionError
 from pkernfs.iommu.contexts import Device
 from pkernfs.iommu.entries import ADDRESS_MASK, bdf_text, is_leaf, is_present, leaf_bytes, perm_text
+from pkernfs.iommu.export import Record, Target
 from pkernfs.iommu.memory import Memory
 from pkernfs.iommu.pool import Mapping
+from pkernfs.iommu.walk import Translation
 from pkernfs.layout import PAGE
 
 _TRANSLATION_HEAD = "B.D.F\tRoot_entry\t\t\t\tContext_entry\t\t\t\tPASID\tPASID_table_entry"
@@ -49,11 +51,74 @@ def domain_struct(
 
     :raises CorruptionError: a table outside ``memory``, or reached too often.
     """
-    with_pasid = "" if pasid is None else f"with pasid {pasid:x} "
-    yield f"Device {device} {with_pasid}@{table:#x}"
+    yield domain_head(device, table, pasid)
     yield _DOMAIN_HEAD
     yield from _Leaves(memory).lines(table, levels, 0, [0] * 6)
     yield ""
+
+
+def domain_head(device: str, table: int, pasid: int | None = None) -> str:
+    """The line that says whose page tables follow."""
+    with_pasid = "" if pasid is None else f"with pasid {pasid:x} "
+    return f"Device {device} {with_pasid}@{table:#x}"
+
+
+def translation(t: Translation, source_id: int, target: Target | None) -> Iterator[str]:
+    """Each entry that was read, with its physical address, and how the request ended.
+
+    ``target`` is whose memory it has come to, if it has.
+    """
+    yield f"device {bdf_text(source_id)} iova {t.iova:#x}"
+    for step in t.steps:
+        yield f"{step.name:<22}at {step.address:#014x}: {_words(step.words[::-1])}"
+    if t.fault is not None:
+        yield f"fault {int(t.fault):#04x} {t.fault.name}: {t.fault.text}"
+    elif t.interrupt:
+        yield "interrupt: a write to this address is an interrupt, and is not translated"
+    else:
+        size = f", {_size(t.level)} page" if t.level else ", passed through"
+        domain = "" if t.domain_id is None else f", domain id {t.domain_id}"
+        yield f"physical {t.physical:#x} {perm_text(t.perm)}{size}{domain}{_whose(t, target)}"
+
+
+def _size(level: int) -> str:
+    return {1: "4 KiB", 2: "2 MiB", 3: "1 GiB"}[level]
+
+
+def _whose(t: Translation, target: Target | None) -> str:
+    if target is None:
+        return ""
+    assert t.physical is not None
+    offset = target.offset + t.physical - target.physical
+    if target.bar is not None:
+        return f", {target.bar.name} + {offset:#x}"
+    if target.path is not None:
+        return f", {target.path} + {offset:#x}"
+    return ", no live file's memory"
+
+
+def device_record(d: Device) -> Record:
+    """A device for the JSON of ``show``: words as in memory, the lowest first."""
+    return {
+        "device": bdf_text(d.source_id),
+        "pasid": d.pasid,
+        "domain_id": d.domain_id,
+        "table": d.table,
+        "levels": d.levels,
+        "root_entry": list(d.root_words),
+        "context_entry": list(d.context_words),
+        "pasid_table_entry": list(d.pasid_words),
+    }
+
+
+def mapping_record(m: Mapping) -> Record:
+    """A mapping for the JSON of ``show``, in bytes."""
+    return {
+        "iova": m.iova,
+        "length": m.length,
+        "physical": m.physical,
+        "perm": perm_text(m.perm),
+    }
 
 
 def merged(mappings: Iterable[Mapping]) -> Iterator[str]:

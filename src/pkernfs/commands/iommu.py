@@ -1,0 +1,376 @@
+"""``pkernfs iommu``: the tables in ``iommu/``, changed by the daemon, read with or without one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from pkernfs.errors import InvalidError, NotFoundError, PkernfsError, UsageError
+from pkernfs.mounts import FSTYPE, Mount, canonical_spec, mount_at, mount_of
+from pkernfs.options import parse_size
+
+_MAX_DOMAIN = 65535
+
+
+class Subcommand(NamedTuple):
+    """A row of the table of subcommands."""
+
+    summary: str
+    operands: tuple[str, ...]
+
+
+SUBCOMMANDS = {
+    "create": Subcommand("make iommu/root-pgtables with other tables than the default", ("mnt",)),
+    "map": Subcommand("map a range of a file, or of a device's BAR", ("dom", "iova")),
+    "unmap": Subcommand("unmap a range of addresses", ("dom", "iova", "length")),
+    "attach": Subcommand("have a device's requests translated by a domain", ("dom", "bdf")),
+    "detach": Subcommand("end that", ("bdf",)),
+    "translate": Subcommand("walk the tables as the hardware does", ("target", "bdf", "iova")),
+    "show": Subcommand("the tables, as the kernel's debugfs shows its own", ("target",)),
+    "check": Subcommand("prove that all reachable entries are right", ("target",)),
+    "export": Subcommand("records for iommufd and VFIO, as JSON", ("target",)),
+}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommands of ``pkernfs iommu``."""
+    commands = parser.add_subparsers(dest="subcommand", metavar="COMMAND", required=True)
+    made = {
+        name: commands.add_parser(
+            name,
+            help=f"{row.summary}.",
+            description=f"{row.summary.capitalize()}.",
+            allow_abbrev=False,
+        )
+        for name, row in SUBCOMMANDS.items()
+    }
+    for name, row in SUBCOMMANDS.items():
+        for operand in row.operands:
+            _OPERANDS[operand](made[name])
+    _configure_create(made["create"])
+    _configure_map(made["map"])
+    made["detach"].add_argument(
+        "mnt", metavar="MNT", nargs="?", help="the mount; needed only if there are several."
+    )
+    for name in ("translate", "show", "check", "export"):
+        _configure_reading(made[name], name)
+
+
+def _domain_operand(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dom", metavar="DOM", help="the domain's file, MNT/iommu/dom-N.")
+
+
+def _iova_operand(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("iova", metavar="IOVA", help="the I/O virtual address.")
+
+
+def _length_operand(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("length", metavar="LENGTH", help="bytes; K, M, G, T and 0x are known.")
+
+
+def _bdf_operand(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bdf", metavar="BDF", help="the device, as lspci -D: 0000:00:05.0.")
+
+
+def _mount_operand(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("mnt", metavar="MNT", help="where the file system is mounted.")
+
+
+def _target_operand(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "target",
+        metavar="MNT|DOM|REGION",
+        help="a mount, a domain's file (show and export), or a region that is not mounted.",
+    )
+
+
+_OPERANDS = {
+    "dom": _domain_operand,
+    "iova": _iova_operand,
+    "length": _length_operand,
+    "bdf": _bdf_operand,
+    "mnt": _mount_operand,
+    "target": _target_operand,
+}
+
+
+def _configure_create(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--mode",
+        choices=("legacy", "scalable"),
+        default="legacy",
+        help="translation table mode of the unit; legacy if not given.",
+    )
+    parser.add_argument(
+        "--levels",
+        type=int,
+        choices=(3, 4, 5),
+        default=4,
+        help="levels of page tables, for addresses of 39, 48 or 57 bits; 4 if not given.",
+    )
+    parser.add_argument("--size", metavar="SIZE", default="2M", help="of the file; 2M.")
+
+
+def _configure_map(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", nargs="?", help="a file of the same mount.")
+    parser.add_argument(
+        "--bar", metavar="BDF:N", help="instead of a file: memory BAR N of a device."
+    )
+    parser.add_argument("--offset", metavar="N", default="0", help="where in it to begin; 0.")
+    parser.add_argument("--length", metavar="N", help="bytes; to the end if not given.")
+    parser.add_argument(
+        "--perm", metavar="r|w|rw", default="rw", help="what devices may do; rw if not given."
+    )
+
+
+def _configure_reading(parser: argparse.ArgumentParser, name: str) -> None:
+    if name != "translate":
+        parser.add_argument("--json", action="store_true", help="print JSON.")
+    if name in ("show", "export"):
+        parser.add_argument(
+            "--domain", metavar="N", help="only dom-N; for a region that is not mounted."
+        )
+    if name == "translate":
+        parser.add_argument("--pasid", metavar="N", help="a request with this PASID.")
+        parser.add_argument(
+            "--access", metavar="r|w|rw", help="what the request wants; what is allowed, if not."
+        )
+    parser.add_argument(
+        "--phys-base",
+        metavar="ADDR",
+        help="physical address of the region's first byte, for one that has none of its own and "
+        "is not mounted.",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the subcommand says; the exit status."""
+    return _RUN[args.subcommand](args)
+
+
+# ---------------------------------------------------------------------- changes
+
+
+def _create(args: argparse.Namespace) -> int:
+    from pkernfs.control import call
+
+    size = parse_size(args.size)
+    call(args.mnt, "iommu.create", mode=args.mode, levels=args.levels, size=size)
+    return 0
+
+
+def _map(args: argparse.Namespace) -> int:
+    from pkernfs.control import call
+    from pkernfs.iommu.bars import parse_bar
+    from pkernfs.iommu.entries import parse_perm
+
+    mount, number = _domain(args.dom)
+    request: dict[str, Any] = {
+        "domain": number,
+        "iova": parse_iova(args.iova),
+        "offset": parse_size(args.offset, "offset"),
+        "length": None if args.length is None else parse_size(args.length, "length"),
+        "perm": parse_perm(args.perm),
+    }
+    if (args.file is None) == (args.bar is None):
+        raise UsageError("map: either a file or --bar is wanted")
+    if args.bar is not None:
+        call(args.dom, "iommu.map", bar=parse_bar(args.bar), **request)
+        return 0
+    # While it is open here, its inode number cannot become another file's.
+    with _open_file(args.file) as fd:
+        found = os.fstat(fd.fileno)
+        if found.st_dev != mount.device:
+            raise InvalidError(f"{args.file}: on another mount than {args.dom}")
+        call(args.dom, "iommu.map", ino=found.st_ino, **request)
+    return 0
+
+
+class _open_file:
+    """An O_PATH descriptor: no permission but search is needed, and nothing is read."""
+
+    def __init__(self, path: str) -> None:
+        self.fileno = os.open(path, os.O_PATH | os.O_CLOEXEC)
+
+    def __enter__(self) -> _open_file:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        os.close(self.fileno)
+
+
+def _unmap(args: argparse.Namespace) -> int:
+    from pkernfs.control import call
+
+    _mount, number = _domain(args.dom)
+    length = parse_size(args.length, "length")
+    call(args.dom, "iommu.unmap", domain=number, iova=parse_iova(args.iova), length=length)
+    return 0
+
+
+def _attach(args: argparse.Namespace) -> int:
+    from pkernfs.control import call
+    from pkernfs.iommu.bars import parse_device
+
+    _mount, number = _domain(args.dom)
+    call(args.dom, "iommu.attach", domain=number, device=parse_device(args.bdf))
+    return 0
+
+
+def _detach(args: argparse.Namespace) -> int:
+    from pkernfs.control import call
+    from pkernfs.iommu.bars import parse_device
+
+    device = parse_device(args.bdf)
+    if args.mnt is not None:
+        call(args.mnt, "iommu.detach", device=device)
+        return 0
+    mounts = _all_mounts()
+    if not mounts:
+        raise NotFoundError(f"{args.bdf}: no pkernfs is mounted")
+    attached = [m for m in mounts if _is_attached(m, device)]
+    if len(attached) > 1:
+        raise UsageError(f"{args.bdf}: attached in {' and '.join(attached)}: say which one")
+    call((attached or mounts)[0], "iommu.detach", device=device)
+    return 0
+
+
+def _all_mounts() -> list[str]:
+    from pkernfs.mounts import read_mounts
+
+    return [m.mount_point for m in read_mounts() if m.fstype == FSTYPE]
+
+
+def _is_attached(mount_point: str, device: int) -> bool:
+    from pkernfs.control import call
+
+    try:
+        return device in call(mount_point, "iommu.devices")
+    except PkernfsError:
+        return False  # a dead one, or somebody else's
+
+
+def _domain(path: str) -> tuple[Mount, int]:
+    """The mount, and N of the file ``MNT/iommu/dom-N``.
+
+    :raises InvalidError, NotFoundError: it is none.
+    """
+    directory, name = os.path.split(os.path.realpath(path))
+    number = _domain_number(name)
+    mount = mount_of(directory) if os.path.isdir(directory) else None
+    if mount is None or directory != os.path.join(mount.mount_point, "iommu"):
+        raise InvalidError(f"{path}: not a domain: expected MNT/iommu/dom-N on a pkernfs mount")
+    if number is None:
+        raise InvalidError(f"{path}: not a domain: expected dom-0 to dom-{_MAX_DOMAIN}")
+    return mount, number
+
+
+def _domain_number(name: str) -> int | None:
+    digits = name.removeprefix("dom-")
+    if digits == name or not (digits.isascii() and digits.isdigit()):
+        return None
+    if str(int(digits)) != digits or int(digits) > _MAX_DOMAIN:
+        return None
+    return int(digits)
+
+
+def parse_iova(text: str) -> int:
+    """An address: a byte count, or any 64-bit number in hexadecimal.
+
+    :raises UsageError: something else.
+    """
+    try:
+        value = int(text, 16) if text[:2] in ("0x", "0X") else -1
+    except ValueError:
+        value = -1
+    if 0 <= value < 1 << 64:
+        return value
+    return parse_size(text, "iova")
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def _read(args: argparse.Namespace) -> int:
+    question = _question(args)
+    status = 0
+    records = []
+    for item in _answers(args, question):
+        if "text" in item:
+            sys.stdout.write(item["text"])
+        elif "status" in item:
+            status = item["status"]
+        else:
+            records.append(item["record"])
+    if records:
+        from pkernfs.iommu.export import assemble
+
+        print(json.dumps(assemble(records), indent=2))
+    return status
+
+
+def _question(args: argparse.Namespace) -> dict[str, Any]:
+    question: dict[str, Any] = {"what": args.subcommand, "json": getattr(args, "json", False)}
+    if getattr(args, "domain", None) is not None:
+        question["domain"] = _domain_number(f"dom-{args.domain}")
+        if question["domain"] is None:
+            raise InvalidError(f"domain {args.domain}: expected 0 to {_MAX_DOMAIN}")
+    if args.subcommand == "translate":
+        from pkernfs.iommu.bars import parse_device
+        from pkernfs.iommu.entries import parse_perm
+
+        question["device"] = parse_device(args.bdf)
+        question["iova"] = parse_iova(args.iova)
+        question["pasid"] = None if args.pasid is None else parse_size(args.pasid, "PASID")
+        question["access"] = 0 if args.access is None else parse_perm(args.access)
+    return question
+
+
+def _answers(args: argparse.Namespace, question: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    from pkernfs.control import stream
+
+    target = args.target
+    here = mount_at(target)
+    if here is not None and here.fstype == FSTYPE:
+        return stream(target, "iommu.read", **question)
+    if mount_of(target) is not None:
+        if args.subcommand not in ("show", "export"):
+            raise InvalidError(f"{target}: not a mount point")
+        _mount, question["domain"] = _domain(target)
+        return stream(target, "iommu.read", **question)
+    return _without_daemon(target, args.phys_base, question)
+
+
+def _without_daemon(
+    spec: str, phys_base: str | None, question: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Read a region that is not mounted; nothing is stored to it."""
+    from pkernfs.fs.filesystem import FileSystem
+    from pkernfs.fs.translation import Question, answer
+    from pkernfs.region import Region
+
+    base = None if phys_base is None else parse_size(phys_base, "phys-base")
+    question["as_json"] = question.pop("json")
+    with Region.open(canonical_spec(spec), write=False, phys_base=base) as region:
+        fs = FileSystem.mount(region, read_only=True)
+        for item in answer(fs, Question(**question)):
+            if isinstance(item, str):
+                yield {"text": item}
+            elif isinstance(item, int):
+                yield {"status": item}
+            elif item is not None:
+                yield {"record": item}
+
+
+_RUN = {
+    "create": _create,
+    "map": _map,
+    "unmap": _unmap,
+    "attach": _attach,
+    "detach": _detach,
+    **dict.fromkeys(("translate", "show", "check", "export"), _read),
+}

@@ -1,0 +1,190 @@
+"""What may be asked of the daemon about tables, through its control socket.
+
+Changes run to their end on the event loop, as the file system's own operations do. What takes long
+(walking all names, a check, a long listing) gives way after each step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable, Generator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import trio
+
+from pkernfs.errors import InvalidError
+from pkernfs.fs import translation
+from pkernfs.fs.tables import ROOT_NAME
+from pkernfs.fs.translation import Output, Question
+from pkernfs.iommu.bars import read_bar
+from pkernfs.iommu.config import Config
+from pkernfs.iommu.contexts import Mode
+from pkernfs.layout import IOMMU_INO
+
+if TYPE_CHECKING:
+    from pkernfs.fs.control import Handler
+    from pkernfs.fs.daemon import _Session
+    from pkernfs.fs.filesystem import FileSystem
+
+_STEP_SECONDS = 0.0005
+
+T = TypeVar("T")
+Args = dict[str, Any]
+
+
+class TableRequests:
+    """The handlers of one mount."""
+
+    def __init__(self, fs: FileSystem, session: _Session) -> None:
+        self._fs = fs
+        self._session = session
+        # Held by a change over the zeroing of what it maps, and by a check over its thread: both
+        # need tables that stay as they are. Nothing that serves the file system ever takes it.
+        self._lock = trio.Lock()
+
+    def handlers(self) -> dict[str, Handler]:
+        """The operations by name."""
+        return {
+            "iommu.create": self.create,
+            "iommu.map": self.map,
+            "iommu.unmap": self.unmap,
+            "iommu.attach": self.attach,
+            "iommu.detach": self.detach,
+            "iommu.devices": self.devices,
+            "iommu.read": self.read,
+        }
+
+    # ------------------------------------------------------------------ changes
+
+    async def create(self, args: Args) -> None:
+        """Make root-pgtables, or set mode and levels of one that is not in use."""
+        config = Config(_mode(args), _number(args, "levels"))
+        size = _number(args, "size")
+        await self._change(lambda: self._fs.tables.create_root(config, size))
+
+    async def map(self, args: Args) -> int:
+        """Map a range of a file (``ino``) or of a BAR (``bar``); the bytes."""
+        number, iova = _number(args, "domain"), _number(args, "iova")
+        offset, perm = _number(args, "offset"), _number(args, "perm")
+        length = None if args.get("length") is None else _number(args, "length")
+        if args.get("bar") is not None:
+            source_id, index = _pair(args, "bar")
+            bar = read_bar(source_id, index)
+            return await self._change(
+                lambda: self._fs.tables.map_bar(number, iova, bar, offset, length, perm)
+            )
+        ino = _number(args, "ino")
+        done = await self._change(
+            lambda: self._fs.tables.map_file(number, iova, ino, offset, length, perm)
+        )
+        await self._session.invalidate(ino)
+        return done
+
+    async def unmap(self, args: Args) -> int:
+        """Unmap a range of addresses; the bytes that were mapped."""
+        number, iova = _number(args, "domain"), _number(args, "iova")
+        length = _number(args, "length")
+        return await self._change(lambda: self._fs.tables.unmap(number, iova, length))
+
+    async def attach(self, args: Args) -> int:
+        """Attach a device; its domain id."""
+        number, source_id = _number(args, "domain"), _number(args, "device")
+        return await self._change(lambda: self._fs.tables.attach(number, source_id))
+
+    async def detach(self, args: Args) -> None:
+        """Detach a device."""
+        source_id = _number(args, "device")
+        await self._change(lambda: self._fs.tables.detach(source_id))
+
+    async def _change(self, operation: Callable[[], T]) -> T:
+        had_root = self._has_root()
+        async with self._lock:
+            done = await self._session.with_zeroing(operation)
+        if self._has_root() != had_root:  # made on the way: the kernel may know that it is missing
+            await self._session.invalidate_name(IOMMU_INO, ROOT_NAME)
+        return done
+
+    def _has_root(self) -> bool:
+        return self._fs.find(IOMMU_INO, ROOT_NAME) != 0
+
+    # ------------------------------------------------------------------ reading
+
+    async def devices(self, args: Args) -> list[int]:
+        """Source ids of the devices that are attached."""
+        return [d.source_id for d in self._fs.tables.devices()]
+
+    async def read(self, args: Args) -> AsyncIterator[Any]:
+        """``what`` is translate, show, export or check: text, records, an exit status."""
+        question = _question(args)
+        if question.what == "check":
+            output = await self._check(question.as_json)
+        else:
+            output = translation.answer(self._fs, question)
+        began = time.monotonic()
+        text: list[str] = []
+        for item in output:
+            if isinstance(item, str):
+                text.append(item)
+            elif item is not None:
+                yield {"status" if isinstance(item, int) else "record": item}
+            if time.monotonic() - began > _STEP_SECONDS:
+                if text:
+                    yield {"text": "".join(text)}
+                    text = []
+                await self._session.pause()
+                began = time.monotonic()
+        if text:
+            yield {"text": "".join(text)}
+
+    async def _check(self, as_json: bool) -> Output:
+        tables = self._fs.tables
+        async with self._lock:
+            tables.readers += 1
+            try:
+                given = await self._in_steps(translation.prepare_check(self._fs))
+                report = await trio.to_thread.run_sync(given.run)
+            finally:
+                tables.readers -= 1
+        return translation.check_text(report, as_json=as_json)
+
+    async def _in_steps(self, steps: Generator[None, None, T]) -> T:
+        while True:
+            began = time.monotonic()
+            while time.monotonic() - began < _STEP_SECONDS:
+                try:
+                    next(steps)
+                except StopIteration as end:
+                    done: T = end.value
+                    return done
+            await self._session.pause()
+
+
+def _question(args: Args) -> Question:
+    optional = {
+        name: None if args.get(name) is None else _number(args, name)
+        for name in ("domain", "device", "iova", "pasid")
+    }
+    access = 0 if args.get("access") is None else _number(args, "access")
+    what = str(args.get("what"))
+    return Question(what, access=access, as_json=bool(args.get("json")), **optional)
+
+
+def _number(args: Args, name: str) -> int:
+    value = args.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or not -(2**63) <= value < 2**65:
+        raise InvalidError(f"iommu: bad {name}: got {value!r}, expected a number")
+    return value
+
+
+def _pair(args: Args, name: str) -> tuple[int, int]:
+    match args.get(name):
+        case [int(source_id), int(number)] if 0 <= source_id <= 0xFFFF and 0 <= number <= 5:
+            return source_id, number
+    raise InvalidError(f"iommu: bad {name}: got {args.get(name)!r}")
+
+
+def _mode(args: Args) -> Mode:
+    try:
+        return Mode[str(args.get("mode")).upper()]
+    except KeyError:
+        raise InvalidError(f"iommu: bad mode: got {args.get('mode')!r}") from None

@@ -1,0 +1,371 @@
+"""What the tables of a file system say, as text: translate, show, check and export.
+
+Each of these is a generator, so that a daemon can serve others in between: it yields text to print,
+a record of a JSON document (:func:`pkernfs.iommu.export.assemble`), a number that is to be the exit
+status, or None, which is only a place to pause. A line is right for the moment at which it is made;
+between two of them the tables may change.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+from bisect import bisect_right
+from collections.abc import Generator, Iterable, Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pkernfs.errors import InvalidError, NotFoundError
+from pkernfs.fs.tables import ROOT_NAME, TableFiles
+from pkernfs.iommu import export, show
+from pkernfs.iommu.check import Report, check
+from pkernfs.iommu.config import Bar
+from pkernfs.iommu.contexts import Device
+from pkernfs.iommu.entries import bdf_text
+from pkernfs.iommu.memory import Memory
+from pkernfs.iommu.walk import Translation, translate
+from pkernfs.layout import INODE_FLAG_TABLE, PAGE, ROOT_INO
+
+if TYPE_CHECKING:
+    from pkernfs.fs.filesystem import FileSystem
+
+#: Text, a record, an exit status, or a place to pause.
+Output = Iterator[str | dict[str, Any] | int | None]
+
+_NAMES_AT_ONCE = 32
+_LINES_AT_ONCE = 128
+_MAPPINGS_AT_ONCE = 64
+FAULT = 1
+FOUND = 1
+
+
+class Owner(NamedTuple):
+    """A piece of a file: region offsets in bytes, the file's path, the offset in it."""
+
+    start: int
+    end: int
+    path: str
+    offset: int
+
+
+class Owners:
+    """Whose memory is where: the files of which something is mapped, and BARs."""
+
+    def __init__(self, memory: Memory, pieces: list[Owner], bars: list[Bar]) -> None:
+        self._memory = memory
+        self._pieces = sorted(pieces)
+        self._starts = [p.start for p in self._pieces]
+        self._bars = bars
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """``(start, end)`` of all their physical addresses."""
+        extents = [(p.start, p.end - p.start) for p in self._pieces]
+        ranges = Memory(self._memory.region, extents).ranges if extents else []
+        return ranges + [(b.start, b.start + b.length) for b in self._bars]
+
+    def split(self, physical: int, length: int) -> Iterator[export.Target]:
+        """What a range of physical memory is, piece by piece."""
+        end = physical + length
+        while physical < end:
+            target = self._at(physical, end - physical)
+            yield target
+            physical += target.length
+
+    def _at(self, physical: int, length: int) -> export.Target:
+        for bar in self._bars:
+            if bar.start <= physical < bar.start + bar.length:
+                offset = physical - bar.start
+                length = min(length, bar.length - offset)
+                return export.Target(physical, length, None, offset, None, bar)
+        at = self._memory.offset(physical, PAGE)
+        if at is None:
+            return export.Target(physical, min(length, PAGE), None, 0, None, None)
+        length = min(length, self._memory.room(physical))
+        number = bisect_right(self._starts, at) - 1
+        piece = self._pieces[number] if number >= 0 else None
+        if piece is None or at >= piece.end:
+            return export.Target(physical, min(length, PAGE), None, 0, at, None)
+        offset = piece.offset + at - piece.start
+        return export.Target(physical, min(length, piece.end - at), piece.path, offset, at, None)
+
+
+def walk_files(fs: FileSystem) -> Iterator[tuple[str, int] | None]:
+    """Path and inode number of every regular file; None is a place to pause.
+
+    Files that come and go meanwhile may be missing; those that stay are there once.
+    """
+    todo: list[tuple[int, str]] = [(ROOT_INO, "")]
+    while todo:
+        directory, path = todo.pop()
+        cookie = 0
+        while True:
+            batch = _names(fs, directory, cookie)
+            for name, ino, kind, cookie in batch:  # noqa: B007 - the last one is where to go on
+                there = f"{path}/{name.decode(errors='surrogateescape')}"
+                if kind == stat.S_IFDIR >> 12:
+                    todo.append((ino, there))
+                elif kind == stat.S_IFREG >> 12:
+                    yield there, ino
+            if len(batch) < _NAMES_AT_ONCE:
+                break
+            yield None
+        yield None
+
+
+def _names(fs: FileSystem, directory: int, cookie: int) -> list[tuple[bytes, int, int, int]]:
+    try:
+        entries = fs.readdir(directory, cookie)
+        return [entry for entry, _ in zip(entries, range(_NAMES_AT_ONCE), strict=False)]
+    except NotFoundError:
+        return []  # removed meanwhile
+
+
+def owners(fs: FileSystem) -> Generator[None, None, Owners]:
+    """Find out whose memory is mapped."""
+    pieces: list[Owner] = []
+    for found in walk_files(fs):
+        if found is None:
+            yield
+            continue
+        path, ino = found
+        pieces += _mapped_pieces(fs, path, ino)
+    return Owners(fs.tables.region_memory(), pieces, fs.tables.bars())
+
+
+def _mapped_pieces(fs: FileSystem, path: str, ino: int) -> list[Owner]:
+    try:
+        inode = fs.inode(ino)
+        if inode.flags & INODE_FLAG_TABLE or not inode.is_reg:
+            return []
+        return [
+            Owner(e.region_offset, e.region_offset + e.length, path, e.offset)
+            for e in fs.extents(ino)
+            if fs.tables.may_be_mapped(e.region_offset, e.length)
+        ]
+    except NotFoundError:
+        return []
+
+
+# ---------------------------------------------------------------------- translate
+
+
+def translate_text(
+    fs: FileSystem, source_id: int, iova: int, pasid: int | None = None, access: int = 0
+) -> Output:
+    """Translate a request as the hardware does, a line for each entry that is read."""
+    result = translation(fs, source_id, iova, pasid, access)
+    whose = yield from owners(fs)
+    target = None
+    if result.physical is not None:
+        base = result.physical - result.physical % PAGE
+        target = next(whose.split(base, PAGE))
+    yield _text(show.translation(result, source_id, target))
+    yield FAULT if result.fault is not None else 0
+
+
+def translation(
+    fs: FileSystem, source_id: int, iova: int, pasid: int | None = None, access: int = 0
+) -> Translation:
+    """Translate a request of a device through the tables of a file system.
+
+    :raises NotFoundError, InvalidError, TableDamageError: there are no tables to walk.
+    """
+    tables = fs.tables
+    return translate(
+        tables.region_memory(),
+        tables.root_memory().first_page,
+        source_id,
+        iova,
+        mode=tables.config.mode,
+        pasid=pasid,
+        access=access,
+    )
+
+
+# ---------------------------------------------------------------------- show
+
+
+def show_text(fs: FileSystem, number: int | None) -> Output:
+    """The root, context and page tables (or one domain's), as the kernel's debugfs shows its own.
+
+    :raises NotFoundError, InvalidError, TableDamageError: no such domain, or nothing to walk.
+    """
+    tables = fs.tables
+    tables.check_place()
+    devices = tables.devices()
+    if number is None and tables.root is not None:
+        yield _text(show.translation_struct("pkernfs", tables.root.root, devices))
+    for at in sorted(tables.domains) if number is None else [number]:
+        yield from _domain_text(tables, at, devices)
+    if number is None:
+        for name, reason in tables.damaged.items():
+            yield f"iommu/{name.decode()}: damaged: {reason}: run `pkernfs iommu check`\n"
+
+
+def _domain_text(tables: TableFiles, number: int, devices: list[Device]) -> Output:
+    table = tables.domain(number)
+    names = [(bdf_text(d.source_id), d.pasid) for d in devices if d.table == table.root]
+    names = names or [(f"dom-{number}", None)]
+    for name, pasid in names[:-1]:  # the tables themselves are shown once, under the last
+        yield show.domain_head(name, table.root, pasid) + "\n"
+    name, pasid = names[-1]
+    lines = show.domain_struct(name, table.memory, table.root, table.levels, pasid)
+    while batch := list(islice(lines, _LINES_AT_ONCE)):
+        yield _text(batch)
+
+
+def _text(lines: Iterable[str]) -> str:
+    return "".join(f"{line}\n" for line in lines)
+
+
+def show_records(fs: FileSystem, number: int | None) -> Output:
+    """The same as records: entries as they are, and what is mapped with neighbours joined."""
+    tables = fs.tables
+    tables.check_place()
+    root = tables.root.root if tables.root is not None else None
+    unit = export.head(tables.config, root, fs.superblock.uuid, fs.region.name)["unit"]
+    damaged = {name.decode(): reason for name, reason in tables.damaged.items()}
+    yield {"unit": unit, "damaged": damaged, "devices": [], "domains": []}
+    numbers = sorted(tables.domains) if number is None else [number]
+    shown = {tables.domain(n).root for n in numbers}
+    for d in tables.devices():
+        if number is None or d.table in shown:
+            yield {"in": "devices", "record": show.device_record(d)}
+    for n in numbers:
+        table = tables.domain(n)
+        record = {"id": f"dom-{n}", "table": table.root, "levels": table.levels}
+        yield {"in": "domains", "record": {**record, "mappings": []}}
+        for at, m in enumerate(table.mappings()):
+            yield {"in": "mappings", "record": show.mapping_record(m)}
+            if at % _MAPPINGS_AT_ONCE == 0:
+                yield None
+
+
+# ---------------------------------------------------------------------- export
+
+
+def export_records(fs: FileSystem, number: int | None) -> Output:
+    """The records of :mod:`pkernfs.iommu.export`.
+
+    :raises NotFoundError, InvalidError, TableDamageError: as :func:`show_text`.
+    """
+    tables = fs.tables
+    tables.check_place()
+    numbers = sorted(tables.domains) if number is None else [number]
+    names = {tables.domain(n).root: f"dom-{n}" for n in numbers}
+    devices = [d for d in tables.devices() if number is None or d.table in names]
+    whose = yield from owners(fs)
+    root = tables.root.root if tables.root is not None else None
+    yield export.head(tables.config, root, fs.superblock.uuid, fs.region.name)
+    for top, name in names.items():
+        hwpt = export.hwpt(name, top, tables.config.levels, devices)
+        yield {"in": "hwpt", "record": hwpt}
+        container = export.container(name, top, devices)
+        yield {"in": "vfio_containers", "record": container}
+    for d in devices:
+        yield {"in": "devices", "record": export.device(d, names.get(d.table))}
+    for n in numbers:
+        yield {"in": "ioas", "record": {"id": f"dom-{n}", "mappings": []}}
+        for at, m in enumerate(export.mappings(tables.domain(n).mappings(), whose.split)):
+            yield {"in": "mappings", "record": m}
+            if at % _MAPPINGS_AT_ONCE == 0:
+                yield None
+
+
+# ---------------------------------------------------------------------- check
+
+
+class CheckInput(NamedTuple):
+    """All that a check needs beside the tables themselves."""
+
+    root: Memory | None
+    domains: dict[str, Memory]
+    allowed: list[tuple[int, int]]
+
+    def run(self) -> Report:
+        """Check; in any thread, while the tables do not change."""
+        return check(self.root, self.domains, self.allowed)
+
+
+def prepare_check(fs: FileSystem) -> Generator[None, None, CheckInput]:
+    """Find the tables, and what they may map: memory of live files and recorded BARs.
+
+    :raises InvalidError, TableDamageError: no addresses, or tables of another place.
+    """
+    tables = fs.tables
+    tables.check_place()
+    whose = yield from owners(fs)
+    memories = {name: tables.memory(name) for name in tables.names}
+    root = memories.pop(ROOT_NAME, None)
+    domains = {name.decode(): memory for name, memory in memories.items()}
+    return CheckInput(root, domains, whose.ranges())
+
+
+def check_text(report: Report, *, as_json: bool) -> Output:
+    """The findings, one a line, and what was looked at."""
+    if as_json:
+        yield json.dumps(_check_json(report), indent=2) + "\n"
+    else:
+        for finding in report.findings:
+            yield f"{finding.code.name}: {finding.message}\n"
+        if report.found > len(report.findings):
+            yield f"... and {report.found - len(report.findings)} more\n"
+        verdict = "clean" if report.clean else f"{report.found} problems"
+        yield (
+            f"{len(report.devices)} devices, {report.tables} tables, {report.leaves} leaves, "
+            f"{report.mapped_bytes} bytes mapped: {verdict}\n"
+        )
+    yield 0 if report.clean else FOUND
+
+
+def _check_json(report: Report) -> dict[str, Any]:
+    findings = [
+        {"code": f.code.name, "where": f.where, "message": f.message} for f in report.findings
+    ]
+    return {
+        "clean": report.clean,
+        "found": report.found,
+        "findings": findings,
+        "devices": [bdf_text(d.source_id) for d in report.devices],
+        "tables": report.tables,
+        "leaves": report.leaves,
+        "mapped_bytes": report.mapped_bytes,
+    }
+
+
+# ---------------------------------------------------------------------- questions
+
+
+class Question(NamedTuple):
+    """What a command wants to read. ``domain`` is N of dom-N, ``device`` a source id."""
+
+    what: str
+    domain: int | None = None
+    device: int | None = None
+    iova: int | None = None
+    pasid: int | None = None
+    access: int = 0
+    as_json: bool = False
+
+
+def answer(fs: FileSystem, question: Question) -> Output:
+    """The output of translate, show, export or check.
+
+    :raises InvalidError: another question.
+    """
+    if question.what == "translate" and None not in (question.device, question.iova):
+        assert question.device is not None
+        assert question.iova is not None
+        return translate_text(fs, question.device, question.iova, question.pasid, question.access)
+    if question.what == "show":
+        return (show_records if question.as_json else show_text)(fs, question.domain)
+    if question.what == "export":
+        return export_records(fs, question.domain)
+    if question.what == "check":
+        return _check(fs, as_json=question.as_json)
+    raise InvalidError(f"iommu: cannot read {question.what!r}")
+
+
+def _check(fs: FileSystem, *, as_json: bool) -> Output:
+    given = yield from prepare_check(fs)
+    yield from check_text(given.run(), as_json=as_json)

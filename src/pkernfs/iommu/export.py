@@ -1,0 +1,165 @@
+"""Records from which a VMM rebuilds the state that the tables hold, with iommufd or VFIO.
+
+For each domain an IOAS (what to map), a HWPT (the page tables that stand for it now) and a VFIO
+container; for each device what it is attached to. docs/iommu-export.schema.json is the schema.
+Numbers of flags are those of Linux's include/uapi/linux/iommufd.h and vfio.h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+from pkernfs.iommu.config import Bar, Config
+from pkernfs.iommu.contexts import Device
+from pkernfs.iommu.entries import READ, WRITE, bdf_text, width_bits
+from pkernfs.iommu.pool import Mapping
+
+VERSION = 1
+_IOAS_FIXED_IOVA, _IOAS_WRITEABLE, _IOAS_READABLE = 1, 2, 4
+_DMA_READ, _DMA_WRITE = 1, 2
+_TYPE1_V2 = 3
+
+Record = dict[str, Any]
+
+
+class Target(NamedTuple):
+    """A piece of physical memory: what it is of, and where in it. All in bytes.
+
+    ``path`` is that of a file in the mount, or None; ``region_offset`` None if it is elsewhere.
+    """
+
+    physical: int
+    length: int
+    path: str | None
+    offset: int
+    region_offset: int | None
+    bar: Bar | None
+
+    def record(self) -> Record:
+        """``{"file", "offset"}`` or ``{"bar", "offset"}``; empty if it is nobody's."""
+        if self.bar is not None:
+            bar = {"device": bdf_text(self.bar.source_id), "number": self.bar.number}
+            return {"bar": bar, "offset": self.offset}
+        if self.path is not None:
+            return {"file": self.path, "offset": self.offset}
+        return {}
+
+
+Split = Callable[[int, int], Iterator[Target]]
+
+
+def head(config: Config, root: int | None, uuid: bytes, region: str) -> Record:
+    """What is said once: of the region, and of the unit that is to walk its tables."""
+    return {
+        "version": VERSION,
+        "region": {"name": region, "uuid": uuid.hex()},
+        "unit": {
+            "mode": config.mode.name.lower(),
+            "levels": config.levels,
+            "address_width": width_bits(config.levels),
+            "root_table": root,
+        },
+        "ioas": [],
+        "hwpt": [],
+        "devices": [],
+        "vfio_containers": [],
+    }
+
+
+def hwpt(name: str, table: int, levels: int, devices: Iterable[Device]) -> Record:
+    """The page tables of a domain; ``domain_id`` is None while no device is attached."""
+    return {
+        "id": name,
+        "ioas": name,
+        "file": f"/iommu/{name}",
+        "table": table,
+        "levels": levels,
+        "domain_id": next((d.domain_id for d in devices if d.table == table), None),
+    }
+
+
+def device(d: Device, name: str | None) -> Record:
+    """What a device is attached to; ``name`` is None if that is no domain of the region."""
+    return {
+        "device": bdf_text(d.source_id),
+        "pasid": d.pasid,
+        "hwpt": name,
+        "domain_id": d.domain_id,
+    }
+
+
+def container(name: str, table: int, devices: Iterable[Device]) -> Record:
+    """The VFIO container for a domain: its type, its devices, and the IOAS to map in it."""
+    names = [bdf_text(d.source_id) for d in devices if d.table == table]
+    return {"id": name, "type": _TYPE1_V2, "ioas": name, "devices": names}
+
+
+def mappings(found: Iterable[Mapping], split: Split) -> Iterator[Record]:
+    """What to map, in order of the addresses; pieces of one file that follow each other are one."""
+    last: Record | None = None
+    for m in found:
+        iova = m.iova
+        for target in split(m.physical, m.length):
+            record = _mapping(iova, target, m.perm)
+            iova += target.length
+            if last is not None and _follows(last, record):
+                last["length"] += record["length"]
+                continue
+            if last is not None:
+                yield last
+            last = record
+    if last is not None:
+        yield last
+
+
+def _mapping(iova: int, target: Target, perm: int) -> Record:
+    flags = _IOAS_FIXED_IOVA
+    flags |= _IOAS_READABLE if perm & READ else 0
+    flags |= _IOAS_WRITEABLE if perm & WRITE else 0
+    vfio = (_DMA_READ if perm & READ else 0) | (_DMA_WRITE if perm & WRITE else 0)
+    return {
+        "iova": iova,
+        "length": target.length,
+        "readable": bool(perm & READ),
+        "writeable": bool(perm & WRITE),
+        "iommufd_flags": flags,
+        "vfio_flags": vfio,
+        **target.record(),
+        "physical": target.physical,
+    }
+
+
+def _follows(last: Record, record: Record) -> bool:
+    """Whether a VMM maps both with one call: virtually consecutive, wherever the memory is."""
+    if last["iova"] + last["length"] != record["iova"]:
+        return False
+    if last["iommufd_flags"] != record["iommufd_flags"]:
+        return False
+    if "offset" not in last or "offset" not in record:
+        return False
+    same = last.get("file") == record.get("file") and last.get("bar") == record.get("bar")
+    return bool(same and last["offset"] + last["length"] == record["offset"])
+
+
+def assemble(records: Iterable[Record]) -> Record:
+    """The whole document, from records as they come.
+
+    The first is the head; each other is ``{"in": LIST, "record": ...}``, and ``mappings`` are those
+    of the last IOAS or domain.
+    """
+    whole: Record | None = None
+    owner: Record | None = None
+    for record in records:
+        if whole is None:
+            whole = record
+            continue
+        kind, item = record["in"], record["record"]
+        if kind == "mappings":
+            assert owner is not None
+            owner["mappings"].append(item)
+            continue
+        whole[kind].append(item)
+        if "mappings" in item:
+            owner = item
+    return whole or {}
