@@ -6,7 +6,8 @@ pages (:mod:`.image`); a repair stores it at the end, through the journal, so th
 stopped at any instant and be run again.
 
 Passes, a module each: superblocks, journal, state and block maps; the inode table; trees; data;
-what damaged trees led to; maps; the tree of directories; building anew.
+what damaged trees led to; maps; the tree of directories; building anew;
+the IOMMU's tables, which have a checker of their own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pkernfs.errors import ReadOnlyError
-from pkernfs.fs.fsck import data, maps, names, scavenge, superblocks, table
+from pkernfs.fs.fsck import data, maps, names, scavenge, superblocks, table, tables
 from pkernfs.fs.fsck import repair as repairs
 from pkernfs.fs.fsck.connect import Connector
 from pkernfs.fs.fsck.context import Context
@@ -111,3 +112,4 @@ def _run(ctx: Context) -> None:
     repairs.rebuild(ctx, space)
     repairs.write_counts(ctx)
     maps.write(ctx)
+    tables.check_tables(ctx)

@@ -126,6 +126,10 @@ class Code(Enum):
     PAGE_LOST = Rule("page marked as in use, used by nothing", "freed")
     PAGE_UNMARKED = Rule("page in use, not marked so", "marked")
 
+    # the IOMMU's tables
+    TABLES_BAD = Rule("{reason}", "left as it is: detach, unmap, or remove the domain's file")
+    TABLES_UNCHECKED = Rule("tables not checked: {reason}", "left as it is", note=True)
+
 
 @dataclass
 class Problem:

@@ -1,0 +1,111 @@
+"""Last pass: the IOMMU's tables in /iommu, checked by the code that `pkernfs iommu check` uses.
+
+Nothing of them is repaired: what a table should say cannot be guessed, and a device may be using
+it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pkernfs.errors import CorruptionError, InvalidError
+from pkernfs.fs.fsck.context import Context
+from pkernfs.fs.fsck.data import extents_of
+from pkernfs.fs.fsck.names import entries_of
+from pkernfs.fs.fsck.problems import Code
+from pkernfs.fs.fsck.structures import T_REG
+from pkernfs.iommu.check import Report, check
+from pkernfs.iommu.config import CONFIG_BYTES, config_page, load_bars, load_config, parse_config
+from pkernfs.iommu.memory import Memory, merge_ranges
+from pkernfs.layout import INODE_FLAG_TABLE, IOMMU_INO, PAGE
+from pkernfs.region import Region
+
+_ROOT = b"root-pgtables"
+_WHERE = "iommu"
+
+Pieces = list[tuple[int, int]]
+
+
+def check_tables(ctx: Context) -> None:
+    """Check every table that a device, or a domain's first page, leads to."""
+    files = _table_files(ctx)
+    if not files or all(_is_empty(ctx, pieces) for pieces in files.values()):
+        return
+    try:
+        report = _check(ctx, files)
+    except (InvalidError, CorruptionError) as e:
+        ctx.report.add(Code.TABLES_UNCHECKED, _WHERE, reason=str(e))
+        return
+    for finding in report.findings:
+        ctx.report.add(
+            Code.TABLES_BAD,
+            _WHERE,
+            fixable=False,
+            reason=f"{finding.code.name}: {finding.message}",
+        )
+
+
+def _table_files(ctx: Context) -> dict[bytes, Pieces]:
+    """Where each sized file of /iommu is: ``(region offset, bytes)``, by its name."""
+    found: dict[bytes, Pieces] = {}
+    if not ctx.inodes.type_of(IOMMU_INO):
+        return found
+    for _slot, _key, ino, _kind, name in entries_of(ctx, IOMMU_INO):
+        if ctx.inodes.type_of(ino) == T_REG and ctx.fields(ino).flags & INODE_FLAG_TABLE:
+            pieces = list(_pieces(ctx, ino))
+            if pieces:
+                found[name] = pieces
+    return found
+
+
+def _pieces(ctx: Context, ino: int) -> Iterator[tuple[int, int]]:
+    extents = ctx.extents.get(ino)
+    if extents is None:
+        extents = extents_of(ctx, ino, ctx.inode_page(ino), ctx.fields(ino))
+    for _file_page, page, count in extents:
+        yield page * PAGE, count * PAGE
+
+
+def _is_empty(ctx: Context, pieces: Pieces) -> bool:
+    return ctx.image.region.is_zero(pieces[0][0], PAGE)
+
+
+def _check(ctx: Context, files: dict[bytes, Pieces]) -> Report:
+    region = ctx.image.region
+    root_pieces = files.get(_ROOT)
+    if root_pieces is not None and region.physical(0) is None:
+        at = root_pieces[0][0] + PAGE
+        home = parse_config(region.read(at, CONFIG_BYTES)).home
+        if home > at:
+            region.assume_physical(home - at)
+    memories = {name: Memory(region, pieces) for name, pieces in files.items()}
+    root = memories.pop(_ROOT, None)
+    ranges = merge_ranges(_live_ranges(ctx, region))
+    if root is not None:
+        _check_home(root)
+        ranges += [(b.start, b.start + b.length) for b in load_bars(root)]
+    domains = {name.decode(errors="replace"): memory for name, memory in memories.items()}
+    return check(root, domains, ranges)
+
+
+def _check_home(root: Memory) -> None:
+    """:raises InvalidError: the tables were made for another place."""
+    try:
+        home = load_config(root).home
+    except CorruptionError:
+        return  # the check says so
+    if home not in (0, config_page(root)):
+        raise InvalidError(
+            f"they were made for {home:#x}, but root-pgtables is at {config_page(root):#x}"
+        )
+
+
+def _live_ranges(ctx: Context, region: Region) -> Iterator[tuple[int, int]]:
+    """Physical ranges of the data of files that have a name and are no tables."""
+    for ino in ctx.inodes.of_type(T_REG):
+        if not ctx.inodes.names[ctx.inodes.row(ino)] or ctx.fields(ino).flags & INODE_FLAG_TABLE:
+            continue
+        for offset, length in _pieces(ctx, ino):
+            for _at, count, physical in region.physical_runs(offset, length):
+                if physical is not None:
+                    yield physical, physical + count

@@ -1,0 +1,122 @@
+"""fsck on the IOMMU's tables: what it says of them, and that it leaves them alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from pkernfs.fs import fsck
+from pkernfs.fs.filesystem import FileSystem
+from pkernfs.fs.fsck import Code
+from pkernfs.fs.mkfs import make_filesystem
+from pkernfs.iommu.config import config_offset
+from pkernfs.layout import IOMMU_INO, PAGE, ROOT_INO
+from pkernfs.region import Region
+
+MIB = 1 << 20
+BASE = 1 << 40
+DEVICE = 0x28
+
+
+@pytest.fixture
+def region() -> Iterator[Region]:
+    """A file system with a mapped file and an attached device, unmounted."""
+    with Region.anonymous(64 * MIB, phys_base=BASE) as region:
+        make_filesystem(region)
+        fs = FileSystem.mount(region)
+        ram = fs.create(ROOT_INO, b"ram", 0o100600, 0, 0).ino
+        fs.setattr(ram, size=8 * MIB)
+        dom = fs.create(IOMMU_INO, b"dom-0", 0o100400, 0, 0).ino
+        fs.setattr(dom, size=2 * MIB)
+        fs.tables.map_file(0, PAGE, ram, 0, None, 3)
+        fs.tables.attach(0, DEVICE)
+        fs.unmount()
+        yield region
+
+
+def leaf_of(region: Region) -> int:
+    """Region offset of the leaf that maps address 0x1000."""
+    fs = FileSystem.mount(region, read_only=True)
+    table = fs.tables.domain(0)
+    at = table.root
+    for _level in range(4, 1, -1):
+        offset = table.memory.offset(at)
+        assert offset is not None
+        at = region.view(offset, PAGE).cast("Q")[0] & ~0xFFF
+    offset = table.memory.offset(at)
+    assert offset is not None
+    return offset + 8
+
+
+def test_sound_tables_are_clean(region: Region) -> None:
+    report = fsck.check(region, repair=False)
+    assert report.clean
+    assert not report.notes
+
+
+@pytest.mark.parametrize(
+    ("entry", "finding"),
+    [
+        (BASE - (1 << 30) | 3, "LEAF_OUTSIDE"),
+        (BASE + 60 * MIB | 3, "LEAF_OUTSIDE"),  # free memory of the region
+        (1 << 51 | 3 | 1 << 8, "LEAF_OUTSIDE"),
+    ],
+)
+def test_a_stray_leaf_is_found_and_stays(region: Region, entry: int, finding: str) -> None:
+    at = leaf_of(region)
+    region.store_u64(at, entry)
+    for repair in (False, True):
+        report = fsck.check(region, repair=repair)
+        assert [p.code for p in report.problems] == [Code.TABLES_BAD]
+        assert finding in report.problems[0].message
+        assert "dom-0" in report.problems[0].message
+        assert report.left == 1
+        assert region.view(at, 8).cast("Q")[0] == entry
+
+
+def test_a_removed_file_s_memory_is_not_live(region: Region) -> None:
+    """What a file of another kernel's daemon might have left: a leaf to memory that was freed."""
+    fs = FileSystem.mount(region)
+    target = fs.create(ROOT_INO, b"other", 0o100600, 0, 0).ino
+    fs.setattr(target, size=4 * MIB)
+    physical = BASE + fs.extents(target)[0].region_offset
+    fs.unlink(ROOT_INO, b"other")
+    fs.unmount()
+    region.store_u64(leaf_of(region), physical | 3)
+    report = fsck.check(region, repair=False)
+    assert [p.code for p in report.problems] == [Code.TABLES_BAD]
+
+
+def test_a_table_as_data_is_found(region: Region) -> None:
+    fs = FileSystem.mount(region, read_only=True)
+    table = fs.tables.domain(0).root
+    region.store_u64(leaf_of(region), table | 3)
+    report = fsck.check(region, repair=False)
+    assert "LEAF_IS_TABLE" in report.problems[0].message
+
+
+def test_tables_of_another_place_are_not_checked(region: Region) -> None:
+    with Region.anonymous(region.size, phys_base=BASE + (1 << 30)) as moved:
+        moved.copy_in(0, region.view(0, region.size))
+        report = fsck.check(moved, repair=False)
+        assert report.clean
+        assert [n.code for n in report.notes] == [Code.TABLES_UNCHECKED]
+
+
+def test_addresses_are_found_in_the_tables(region: Region) -> None:
+    """A copy without addresses of its own is checked with those that the tables were made for."""
+    region.store_u64(leaf_of(region), BASE - (1 << 30) | 3)
+    with Region.anonymous(region.size) as copy:
+        copy.copy_in(0, region.view(0, region.size))
+        report = fsck.check(copy, repair=False)
+        assert [p.code for p in report.problems] == [Code.TABLES_BAD]
+
+
+def test_a_damaged_configuration_is_told(region: Region) -> None:
+    fs = FileSystem.mount(region, read_only=True)
+    at = config_offset(fs.tables.root_memory())
+    region.store_u64(at, 1)
+    report = fsck.check(region, repair=False)
+    assert [p.code for p in report.problems] == [Code.TABLES_BAD]
+    assert "CONFIGURATION" in report.problems[0].message
