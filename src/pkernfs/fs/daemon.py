@@ -384,12 +384,15 @@ class _Session:
                 except ZeroingNeeded as need:
                     await self.zero(need)
 
-    async def invalidate(self, ino: int) -> None:
-        """Have the kernel ask for an inode's attributes again; in a thread, as it may wait."""
+    async def invalidate(self, ino: int, *, data: bool = False) -> None:
+        """Have the kernel ask for an inode's attributes, and ``data``, again.
+
+        In a thread: the kernel may have to wait for one of our answers.
+        """
         import pyfuse3
 
         with contextlib.suppress(OSError):  # the kernel does not know it
-            await self._trio.to_thread.run_sync(pyfuse3.invalidate_inode, ino, True)
+            await self._trio.to_thread.run_sync(pyfuse3.invalidate_inode, ino, not data)
 
     async def invalidate_name(self, directory: int, name: bytes) -> None:
         """Have the kernel look a name up again, and read its directory again."""

@@ -71,11 +71,11 @@ class TableRequests:
             source_id, index = _pair(args, "bar")
             bar = read_bar(source_id, index)
             return await self._change(
-                lambda: self._fs.tables.map_bar(number, iova, bar, offset, length, perm)
+                lambda: self._fs.tables.map_bar(number, iova, bar, offset, length, perm), number
             )
         ino = _number(args, "ino")
         done = await self._change(
-            lambda: self._fs.tables.map_file(number, iova, ino, offset, length, perm)
+            lambda: self._fs.tables.map_file(number, iova, ino, offset, length, perm), number
         )
         await self._session.invalidate(ino)
         return done
@@ -84,7 +84,7 @@ class TableRequests:
         """Unmap a range of addresses; the bytes that were mapped."""
         number, iova = _number(args, "domain"), _number(args, "iova")
         length = _number(args, "length")
-        return await self._change(lambda: self._fs.tables.unmap(number, iova, length))
+        return await self._change(lambda: self._fs.tables.unmap(number, iova, length), number)
 
     async def attach(self, args: Args) -> int:
         """Attach a device; its domain id."""
@@ -96,16 +96,22 @@ class TableRequests:
         source_id = _number(args, "device")
         await self._change(lambda: self._fs.tables.detach(source_id))
 
-    async def _change(self, operation: Callable[[], T]) -> T:
-        had_root = self._has_root()
+    async def _change(self, operation: Callable[[], T], number: int | None = None) -> T:
+        """Change root-pgtables, and dom-``number``."""
+        had_root = self._root_ino()
         async with self._lock:
             done = await self._session.with_zeroing(operation)
-        if self._has_root() != had_root:  # made on the way: the kernel may know that it is missing
+        # What the kernel has of these files, or knows to be missing, is old.
+        if not had_root and self._root_ino():
             await self._session.invalidate_name(IOMMU_INO, ROOT_NAME)
+        names = [ROOT_NAME] if number is None else [ROOT_NAME, b"dom-%d" % number]
+        for name in names:
+            if ino := self._fs.find(IOMMU_INO, name):
+                await self._session.invalidate(ino, data=True)
         return done
 
-    def _has_root(self) -> bool:
-        return self._fs.find(IOMMU_INO, ROOT_NAME) != 0
+    def _root_ino(self) -> int:
+        return self._fs.find(IOMMU_INO, ROOT_NAME)
 
     # ------------------------------------------------------------------ reading
 
