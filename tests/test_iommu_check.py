@@ -12,12 +12,12 @@ import pytest
 from iommu_tables import DAMAGE, GIB, MIB, PHYS_BASE, Damage, damage_name
 from pkernfs.errors import (
     BusyError,
-    CorruptionError,
     ExistsError,
     InvalidError,
     NoSpaceError,
     NotFoundError,
     PkernfsError,
+    TableDamageError,
 )
 from pkernfs.iommu import entries, show
 from pkernfs.iommu.check import Report, check
@@ -131,7 +131,7 @@ def test_reserved_bits(host: Host, level: int) -> None:
     fault = host.walk(0).fault
     assert fault is not None
     assert fault.name.endswith("PAGING_ENTRY_RSVD")
-    with pytest.raises(CorruptionError, match="reserved bits"):
+    with pytest.raises(TableDamageError, match="reserved bits"):
         host.table("dom-0")
 
 
@@ -141,7 +141,7 @@ def test_a_table_elsewhere(host: Host, level: int) -> None:
     for target in (PHYS_BASE + DATA, host.domains["dom-1"].first_page, 0, (1 << 52) - PAGE):
         host.store(at, target | 3)
         assert Code.TABLE_OUTSIDE in codes(host.check())
-        with pytest.raises(CorruptionError, match="damaged below"):
+        with pytest.raises(TableDamageError, match="damaged below"):
             list(host.first.mappings())
 
 
@@ -188,7 +188,7 @@ def test_damaged_root_and_context_entries(host: Host) -> None:
     ):
         host.store(ROOT, word)
         assert code in codes(host.check())
-        with pytest.raises(CorruptionError):
+        with pytest.raises(TableDamageError):
             RootTables(host.root, host.commit)
     host.store(ROOT, root_word)
     device = host.tables.devices()[0]
@@ -213,7 +213,7 @@ def test_damaged_root_and_context_entries(host: Host) -> None:
 def test_a_damaged_configuration(host: Host) -> None:
     host.store(ROOT + PAGE + 8, host.word(ROOT + PAGE + 8) ^ 1 << 20)
     assert Code.CONFIGURATION in codes(host.check())
-    with pytest.raises(CorruptionError, match="configuration"):
+    with pytest.raises(TableDamageError, match="configuration"):
         RootTables(host.root, host.commit)
 
 

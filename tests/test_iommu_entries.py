@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pkernfs.errors import CorruptionError, InvalidError
+from pkernfs.errors import InvalidError, TableDamageError
 from pkernfs.iommu import entries
 from pkernfs.iommu.entries import ALL_FORMATS, LEAVES, Entry, FaultReason
 
@@ -75,7 +75,7 @@ def test_each_reserved_bit_is_refused_and_each_other_one_is_not(kind: type[Entry
     reserved = kind.reserved()
     for bit in range(kind.BITS):
         if reserved >> bit & 1:
-            with pytest.raises(CorruptionError, match="reserved bits set"):
+            with pytest.raises(TableDamageError, match="reserved bits set"):
                 kind.decode(1 << bit)
         else:
             kind.decode(1 << bit)

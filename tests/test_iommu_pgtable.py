@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from iommu_tables import GIB, MIB, PHYS_BASE, Domain, Model
 from pkernfs.errors import (
-    CorruptionError,
     ExistsError,
     InvalidError,
     NoSpaceError,
     NoTablePagesError,
+    TableDamageError,
 )
 from pkernfs.iommu.entries import leaf_bytes, width_bits
 from pkernfs.iommu.walk import translate_domain
@@ -286,10 +286,10 @@ def test_damaged_tables_are_not_opened() -> None:
     domain = Domain(4)
     domain.table.map(0, HIGH, PAGE, 3)
     domain.region.store_u64(8 * MIB + 8, domain.table.root | 3)
-    with pytest.raises(CorruptionError, match="reached before"):
+    with pytest.raises(TableDamageError, match="reached before"):
         domain.open()
     domain.region.store_u64(8 * MIB + 8, HIGH | 3)
-    with pytest.raises(CorruptionError, match="outside the domain's file"):
+    with pytest.raises(TableDamageError, match="outside the domain's file"):
         domain.open()
 
 
@@ -309,9 +309,9 @@ def test_tables_that_are_damaged_later_are_noticed(target: int) -> None:
         old = int(domain.region.view(offset, 8).cast("Q")[0])
         domain.region.store_u64(offset, target | 3)
         before = domain.image()
-        with pytest.raises(CorruptionError):
+        with pytest.raises(TableDamageError):
             domain.table.protect(GIB, GIB, 1)
-        with pytest.raises((CorruptionError, ExistsError)):
+        with pytest.raises((TableDamageError, ExistsError)):
             domain.table.map(GIB + 8 * PAGE, HIGH + GIB, PAGE, 3)
         assert domain.image() == before
         domain.region.store_u64(offset, old)

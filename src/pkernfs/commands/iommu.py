@@ -134,6 +134,12 @@ def _configure_reading(parser: argparse.ArgumentParser, name: str) -> None:
         parser.add_argument(
             "--domain", metavar="N", help="only dom-N; for a region that is not mounted."
         )
+    if name == "show":
+        parser.add_argument(
+            "--merge",
+            action="store_true",
+            help="a line for each run of addresses of consecutive memory, not for each leaf.",
+        )
     if name == "translate":
         parser.add_argument("--pasid", metavar="N", help="a request with this PASID.")
         parser.add_argument(
@@ -319,6 +325,8 @@ def _question(args: argparse.Namespace) -> dict[str, Any]:
         question["domain"] = _domain_number(f"dom-{args.domain}")
         if question["domain"] is None:
             raise InvalidError(f"domain {args.domain}: expected 0 to {_MAX_DOMAIN}")
+    if getattr(args, "merge", False):
+        question["merge"] = True
     if args.subcommand == "translate":
         from pkernfs.iommu.bars import parse_device
         from pkernfs.iommu.entries import parse_perm

@@ -172,7 +172,17 @@ def _question(args: Args) -> Question:
     }
     access = 0 if args.get("access") is None else _number(args, "access")
     what = str(args.get("what"))
-    return Question(what, access=access, as_json=bool(args.get("json")), **optional)
+    as_json, merge = bool(args.get("json")), bool(args.get("merge"))
+    return Question(
+        what,
+        optional["domain"],
+        optional["device"],
+        optional["iova"],
+        optional["pasid"],
+        access,
+        as_json,
+        merge,
+    )
 
 
 def _number(args: Args, name: str) -> int:

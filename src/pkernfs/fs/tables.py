@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from pkernfs.errors import (
@@ -40,7 +41,7 @@ from pkernfs.iommu.contexts import Device
 from pkernfs.iommu.entries import bdf_text
 from pkernfs.iommu.memory import Memory
 from pkernfs.iommu.pgtable import PageTable
-from pkernfs.iommu.pool import BlockMap, TablePool
+from pkernfs.iommu.pool import BlockMap, Mapping, TablePool
 from pkernfs.iommu.tables import MAX_DOMAIN_ID, RootTables
 from pkernfs.iommu.trees import Tree
 from pkernfs.layout import BLOCK, INODE_FLAG_TABLE, IOMMU_INO, PAGE
@@ -52,6 +53,7 @@ log = logging.getLogger(__name__)
 
 ROOT_NAME = b"root-pgtables"
 _KEEP_SIZE = 1
+_MAPPINGS_AT_ONCE = 256
 _FIRST_DOMAIN_ID = 2  # 0 is reserved with CAP.CM, and the kernel keeps 0 and 1 for itself
 
 
@@ -240,6 +242,13 @@ class TableFiles:
         self._sized(name)
         self._check_sound(name)
         return self._domains[number]
+
+    def mappings(self, number: int) -> Iterator[Mapping]:
+        """What dom-N maps, neighbours joined; its tables may change between two of them."""
+        at = 0
+        while batch := list(islice(self.domain(number).mappings(at), _MAPPINGS_AT_ONCE)):
+            yield from batch
+            at = batch[-1].iova + batch[-1].length
 
     def need_root(self) -> RootTables:
         """root-pgtables.

@@ -185,8 +185,10 @@ def translation(
 # ---------------------------------------------------------------------- show
 
 
-def show_text(fs: FileSystem, number: int | None) -> Output:
+def show_text(fs: FileSystem, number: int | None, *, merge: bool = False) -> Output:
     """The root, context and page tables (or one domain's), as the kernel's debugfs shows its own.
+
+    ``merge``: a line for each run of addresses that maps consecutive memory, not for each leaf.
 
     :raises NotFoundError, InvalidError, TableDamageError: no such domain, or nothing to walk.
     """
@@ -196,22 +198,41 @@ def show_text(fs: FileSystem, number: int | None) -> Output:
     if number is None and tables.root is not None:
         yield _text(show.translation_struct("pkernfs", tables.root.root, devices))
     for at in sorted(tables.domains) if number is None else [number]:
-        yield from _domain_text(tables, at, devices)
+        yield from _domain_text(tables, at, devices, merge=merge)
     if number is None:
         for name, reason in tables.damaged.items():
             yield f"iommu/{name.decode()}: damaged: {reason}: run `pkernfs iommu check`\n"
 
 
-def _domain_text(tables: TableFiles, number: int, devices: list[Device]) -> Output:
+def _domain_text(tables: TableFiles, number: int, devices: list[Device], *, merge: bool) -> Output:
     table = tables.domain(number)
     names = [(bdf_text(d.source_id), d.pasid) for d in devices if d.table == table.root]
     names = names or [(f"dom-{number}", None)]
     for name, pasid in names[:-1]:  # the tables themselves are shown once, under the last
         yield show.domain_head(name, table.root, pasid) + "\n"
     name, pasid = names[-1]
-    lines = show.domain_struct(name, table.memory, table.root, table.levels, pasid)
-    while batch := list(islice(lines, _LINES_AT_ONCE)):
-        yield _text(batch)
+    yield show.domain_head(name, table.root, pasid) + "\n"
+    if merge:
+        lines = show.merged(tables.mappings(number))
+        while batch := list(islice(lines, _LINES_AT_ONCE)):
+            yield _text(batch)
+    else:
+        yield show.DOMAIN_COLUMNS + "\n"
+        yield from _leaves_text(tables, number)
+    yield "\n"
+
+
+def _leaves_text(tables: TableFiles, number: int) -> Output:
+    """A line for each leaf. Every batch is a walk of its own: the tables may change in between."""
+    at = 0
+    while True:
+        table = tables.domain(number)
+        lines = show.leaf_lines(table.memory, table.root, table.levels, at)
+        batch = list(islice(lines, _LINES_AT_ONCE))
+        if not batch:
+            return
+        yield _text(line for _end, line in batch)
+        at = batch[-1][0]
 
 
 def _text(lines: Iterable[str]) -> str:
@@ -235,7 +256,7 @@ def show_records(fs: FileSystem, number: int | None) -> Output:
         table = tables.domain(n)
         record = {"id": f"dom-{n}", "table": table.root, "levels": table.levels}
         yield {"in": "domains", "record": {**record, "mappings": []}}
-        for at, m in enumerate(table.mappings()):
+        for at, m in enumerate(tables.mappings(n)):
             yield {"in": "mappings", "record": show.mapping_record(m)}
             if at % _MAPPINGS_AT_ONCE == 0:
                 yield None
@@ -266,7 +287,7 @@ def export_records(fs: FileSystem, number: int | None) -> Output:
         yield {"in": "devices", "record": export.device(d, names.get(d.table))}
     for n in numbers:
         yield {"in": "ioas", "record": {"id": f"dom-{n}", "mappings": []}}
-        for at, m in enumerate(export.mappings(tables.domain(n).mappings(), whose.split)):
+        for at, m in enumerate(export.mappings(tables.mappings(n), whose.split)):
             yield {"in": "mappings", "record": m}
             if at % _MAPPINGS_AT_ONCE == 0:
                 yield None
@@ -346,6 +367,7 @@ class Question(NamedTuple):
     pasid: int | None = None
     access: int = 0
     as_json: bool = False
+    merge: bool = False
 
 
 def answer(fs: FileSystem, question: Question) -> Output:
@@ -358,7 +380,9 @@ def answer(fs: FileSystem, question: Question) -> Output:
         assert question.iova is not None
         return translate_text(fs, question.device, question.iova, question.pasid, question.access)
     if question.what == "show":
-        return (show_records if question.as_json else show_text)(fs, question.domain)
+        if question.as_json:
+            return show_records(fs, question.domain)
+        return show_text(fs, question.domain, merge=question.merge)
     if question.what == "export":
         return export_records(fs, question.domain)
     if question.what == "check":

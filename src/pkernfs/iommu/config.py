@@ -9,7 +9,7 @@ from __future__ import annotations
 from struct import Struct
 from typing import NamedTuple
 
-from pkernfs.errors import BusyError, CorruptionError, InvalidError, NoSpaceError
+from pkernfs.errors import BusyError, InvalidError, NoSpaceError, TableDamageError
 from pkernfs.iommu.contexts import Mode
 from pkernfs.iommu.entries import LEVELS, bdf_text
 from pkernfs.iommu.memory import Commit, Memory
@@ -68,7 +68,7 @@ def config_words(config: Config) -> tuple[int, ...]:
 def load_config(memory: Memory) -> Config:
     """What root-pgtables says.
 
-    :raises CorruptionError: it is damaged, or of another version.
+    :raises TableDamageError: it is damaged, or of another version.
     """
     return parse_config(memory.region.read(config_offset(memory), _CONFIG.size))
 
@@ -76,16 +76,16 @@ def load_config(memory: Memory) -> Config:
 def parse_config(data: bytes) -> Config:
     """What the first 24 bytes of the configuration page say.
 
-    :raises CorruptionError: they are damaged, or of another version.
+    :raises TableDamageError: they are damaged, or of another version.
     """
     if not any(data):
         return Config()
     magic, version, mode, levels, crc, home = _CONFIG.unpack(data)
     where = "root-pgtables configuration"
     if magic != _MAGIC or crc != crc32c(data[:_CRC_AT] + bytes(4) + data[_CRC_AT + 4 :]):
-        raise CorruptionError(f"{where}: bad magic or checksum: got {data.hex()}")
+        raise TableDamageError(f"{where}: bad magic or checksum: got {data.hex()}")
     if version != _VERSION or mode not in list(Mode) or levels not in LEVELS:
-        raise CorruptionError(f"{where}: unknown: got version {version}, mode {mode}")
+        raise TableDamageError(f"{where}: unknown: got version {version}, mode {mode}")
     return Config(Mode(mode), levels, home)
 
 

@@ -12,7 +12,7 @@ import enum
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pkernfs.errors import CorruptionError, InvalidError
+from pkernfs.errors import InvalidError, TableDamageError
 
 PAGE_SHIFT = 12
 LEVEL_BITS = 9
@@ -92,11 +92,11 @@ class Entry:
     def decode(cls, entry: int, where: str = "") -> dict[str, int]:
         """All fields of an entry.
 
-        :raises CorruptionError: reserved bits are set.
+        :raises TableDamageError: reserved bits are set.
         """
         if entry & cls.reserved():
             place = f"{cls.NAME} {where}".strip()
-            raise CorruptionError(
+            raise TableDamageError(
                 f"{place}: reserved bits set: got {entry:#x}, expected no {cls.reserved():#x}"
             )
         return {name: field.get(entry) for name, field in cls.FIELDS.items()}

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from pkernfs.errors import CorruptionError, InvalidError
+from pkernfs.errors import InvalidError, TableDamageError
 from pkernfs.layout import PAGE
 from pkernfs.region import Region
 
@@ -129,7 +129,7 @@ def _joined(pieces: list[Piece]) -> list[Piece]:
     for piece in sorted(pieces):
         last = joined[-1] if joined else None
         if last is not None and piece.physical < last.physical + last.length:
-            raise CorruptionError(f"memory at {piece.physical:#x}: a page twice")
+            raise TableDamageError(f"memory at {piece.physical:#x}: a page twice")
         if (
             last is not None
             and piece.physical == last.physical + last.length

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from pkernfs.errors import CorruptionError, ExistsError, InvalidError, NoTablePagesError
+from pkernfs.errors import ExistsError, InvalidError, NoTablePagesError, TableDamageError
 from pkernfs.iommu.entries import (
     ADDRESS_MASK,
     ENTRIES,
@@ -84,7 +84,7 @@ class PageTable:
     :param walked: a unit may have entries of these tables cached, so that pages which a change
         frees are put aside until :meth:`invalidated`. What was aside before is not known: the unit
         has to forget everything before the first change.
-    :raises CorruptionError: what is in the pages is no such tree.
+    :raises TableDamageError: what is in the pages is no such tree.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class PageTable:
         self._pool = TablePool(memory.region, memory.pieces)
         figures = check_tree(self._pool, self.root, levels, physical_bits=physical_bits)
         if figures.findings:
-            raise CorruptionError(figures.findings[0].message)
+            raise TableDamageError(figures.findings[0].message)
 
     @property
     def root(self) -> int:
@@ -273,7 +273,7 @@ class PageTable:
     def _offset(self, physical: int) -> int:
         offset = self.memory.offset(physical)
         if offset is None:
-            raise CorruptionError(f"page table at {physical:#x}: outside the domain's file")
+            raise TableDamageError(f"page table at {physical:#x}: outside the domain's file")
         return offset
 
     def _read(self, physical: int) -> bytes:
@@ -285,7 +285,7 @@ class PageTable:
         if child is None:
             at = image.words[index] & ADDRESS_MASK
             if not self._pool.is_live(at):
-                raise CorruptionError(f"page table at {at:#x}: not one of this domain's tables")
+                raise TableDamageError(f"page table at {at:#x}: not one of this domain's tables")
             child = _Image(at, image.level - 1, self._read(at), image, index, fresh=False)
             image.children[index] = child
         return child

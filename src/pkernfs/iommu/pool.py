@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from pkernfs._native import ffi, lib
-from pkernfs.errors import CorruptionError
+from pkernfs.errors import TableDamageError
 from pkernfs.layout import BLOCK, PAGE
 from pkernfs.region import Region
 
@@ -149,12 +149,12 @@ class TablePool:
     def copy(self, table: int, level: int, perm: int) -> tuple[int, int]:
         """A copy with other permissions, for the old one: its address or ``NO_PAGE``, and bytes.
 
-        :raises CorruptionError: something below the table is no live table.
+        :raises TableDamageError: something below the table is no live table.
         """
         mapped = ffi.new("uint64_t *")
         new = int(lib.pk_pt_copy(self._base, self._pool, table, level, perm, mapped))
         if new == _BROKEN:
-            raise CorruptionError(f"page table at {table:#x}: damaged below: run the check")
+            raise TableDamageError(f"page table at {table:#x}: damaged below: run the check")
         return new, int(mapped[0])
 
     def scan(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from pkernfs.errors import CorruptionError
+from pkernfs.errors import TableDamageError
 from pkernfs.iommu.contexts import Device
 from pkernfs.iommu.entries import ADDRESS_MASK, bdf_text, is_leaf, is_present, leaf_bytes, perm_text
 from pkernfs.iommu.export import Record, Target
@@ -18,7 +18,7 @@ from pkernfs.iommu.walk import Translation
 from pkernfs.layout import PAGE
 
 _TRANSLATION_HEAD = "B.D.F\tRoot_entry\t\t\t\tContext_entry\t\t\t\tPASID\tPASID_table_entry"
-_DOMAIN_HEAD = "{:<17}\t{:<18}\t{:<18}\t{:<18}\t{:<18}\t{}".format(
+DOMAIN_COLUMNS = "{:<17}\t{:<18}\t{:<18}\t{:<18}\t{:<18}\t{}".format(
     "IOVA_PFN", "PML5E", "PML4E", "PDPE", "PDE", "PTE"
 )
 
@@ -49,12 +49,25 @@ def domain_struct(
 
     ``device`` is what the kernel has as ``DDDD:BB:DD.F``.
 
-    :raises CorruptionError: a table outside ``memory``, or reached too often.
+    :raises TableDamageError: a table outside ``memory``, or reached too often.
     """
     yield domain_head(device, table, pasid)
-    yield _DOMAIN_HEAD
-    yield from _Leaves(memory).lines(table, levels, 0, [0] * 6)
+    yield DOMAIN_COLUMNS
+    for _end, line in leaf_lines(memory, table, levels):
+        yield line
     yield ""
+
+
+def leaf_lines(
+    memory: Memory, table: int, levels: int, start: int = 0
+) -> Iterator[tuple[int, str]]:
+    """The end of what each leaf maps, and its line, from address ``start`` on.
+
+    The tables must not change meanwhile; afterwards one may go on from the last end.
+
+    :raises TableDamageError: a table outside ``memory``, or reached too often.
+    """
+    return _Leaves(memory, start).lines(table, levels, 0, [0] * 6)
 
 
 def domain_head(device: str, table: int, pasid: int | None = None) -> str:
@@ -131,23 +144,27 @@ def merged(mappings: Iterable[Mapping]) -> Iterator[str]:
 
 
 class _Leaves:
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self, memory: Memory, first: int) -> None:
         self._memory = memory
+        self._first = first
         self._left = memory.size // PAGE
 
-    def lines(self, table: int, level: int, start: int, path: list[int]) -> Iterator[str]:
+    def lines(
+        self, table: int, level: int, start: int, path: list[int]
+    ) -> Iterator[tuple[int, str]]:
         self._left -= 1
         words = self._memory.words(table, PAGE // 8)
         if words is None or self._left < 0:
-            raise CorruptionError(f"page table at {table:#x}: damaged: run the check")
+            raise TableDamageError(f"page table at {table:#x}: damaged: run the check")
         size = leaf_bytes(level)
-        for index, entry in enumerate(words):
+        skip = max(0, self._first - start) // size
+        for index, entry in enumerate(words[skip:], skip):
             if not is_present(entry):
                 continue
             path[level] = entry
             at = start + index * size
             if is_leaf(entry, level):
-                yield _leaf_line(at, path)
+                yield at + size, _leaf_line(at, path)
             else:
                 yield from self.lines(entry & ADDRESS_MASK, level - 1, at, path)
             path[level] = 0

@@ -13,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pkernfs.errors import (
-    CorruptionError,
     ExistsError,
     InvalidError,
     NoTablePagesError,
     NotFoundError,
+    TableDamageError,
 )
 from pkernfs.iommu.config import config_page, load_config
 from pkernfs.iommu.contexts import ContextReader, Device, Mode
@@ -46,7 +46,7 @@ class RootTables:
 
     :param walked: a unit may have entries cached: pages that a change frees are put aside until
         :meth:`invalidated`.
-    :raises CorruptionError: what is in the file is not a root table with its context tables.
+    :raises TableDamageError: what is in the file is not a root table with its context tables.
     """
 
     def __init__(
@@ -230,7 +230,7 @@ def _split(entry: int, bits: int) -> list[int]:
 
 
 def _refuse(finding: Finding) -> None:
-    raise CorruptionError(finding.message)
+    raise TableDamageError(finding.message)
 
 
 def _offset(memory: Memory, physical: int) -> int:

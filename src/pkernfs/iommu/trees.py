@@ -6,7 +6,7 @@ import enum
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from pkernfs.errors import CorruptionError
+from pkernfs.errors import TableDamageError
 from pkernfs.iommu.entries import LEAVES, MAX_PHYSICAL_BITS, SecondStageTable
 from pkernfs.iommu.pool import BlockMap, Mapping, RawFinding, TablePool
 
@@ -113,14 +113,14 @@ def scan_tree(pool: TablePool, root: int, levels: int, start: int, end: int) -> 
 
     Memory does not grow with the number of leaves.
 
-    :raises CorruptionError: a table outside the pool, or more of them than it has pages.
+    :raises TableDamageError: a table outside the pool, or more of them than it has pages.
     """
     at: int | None = start
     last: Mapping | None = None
     while at is not None:
         batch = pool.scan(root, levels, at, end)
         if batch is None:
-            raise CorruptionError(f"page table at {root:#x}: damaged below: run the check")
+            raise TableDamageError(f"page table at {root:#x}: damaged below: run the check")
         found, at = batch
         for m in found:
             if last is not None and _continues(last, m):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pkernfs.errors import CorruptionError, InvalidError
+from pkernfs.errors import InvalidError, TableDamageError
 from pkernfs.fs.fsck.context import Context
 from pkernfs.fs.fsck.data import extents_of
 from pkernfs.fs.fsck.names import entries_of
@@ -33,7 +33,7 @@ def check_tables(ctx: Context) -> None:
         return
     try:
         report = _check(ctx, files)
-    except (InvalidError, CorruptionError) as e:
+    except (InvalidError, TableDamageError) as e:
         ctx.report.add(Code.TABLES_UNCHECKED, _WHERE, reason=str(e))
         return
     for finding in report.findings:
@@ -92,7 +92,7 @@ def _check_home(root: Memory) -> None:
     """:raises InvalidError: the tables were made for another place."""
     try:
         home = load_config(root).home
-    except CorruptionError:
+    except TableDamageError:
         return  # the check says so
     if home not in (0, config_page(root)):
         raise InvalidError(
