@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, settings
 
 from checking import MemoryFile, assert_clean
 from guestlab import GuestLabError, kernel, qemu
+from kexeclab.runner import Lab
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
 
@@ -58,7 +59,15 @@ def _missing_vm() -> str | None:
     return None if shutil.which("qemu-system-x86_64") else "no qemu-system-x86_64"
 
 
-_CAPABILITIES = {"fuse": _missing_fuse, "vm": _missing_vm}
+def _missing_lab() -> str | None:
+    if os.geteuid() != 0:
+        return "not root"
+    tools = ("qemu-system-x86_64", "mmdebstrap", "apt-get", "mke2fs", "unshare")
+    absent = [tool for tool in tools if shutil.which(tool) is None]
+    return f"no {', '.join(absent)} (scripts/setup --lab)" if absent else None
+
+
+_CAPABILITIES = {"fuse": _missing_fuse, "vm": _missing_vm, "lab": _missing_lab}
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -81,6 +90,20 @@ def new_qemu() -> Path:
         if "vm" in os.environ.get("PKERNFS_REQUIRE", "").split(","):
             pytest.fail(f"vm is required (PKERNFS_REQUIRE): {error}")
         pytest.skip(f"no QEMU 8.2: {error}")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """For ``scripts/lab list``: each test with what it shows."""
+    if os.environ.get("PKERNFS_LAB_LIST"):
+        for item in session.items:
+            doc = getattr(getattr(item, "function", None), "__doc__", None) or ""
+            print(f"  {item.name:<40} {doc.partition(chr(10))[0]}")
+
+
+@pytest.fixture(scope="session")
+def lab() -> Lab:
+    """Machines in QEMU that a test's stages run in (marker ``lab``)."""
+    return Lab()
 
 
 @pytest.fixture

@@ -1,12 +1,22 @@
-"""The guest's initramfs: init.c beside this file, compiled statically, in a cpio archive."""
+"""An initramfs: members packed into a cpio archive, and the one of a guest whose init is init.c."""
 
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from guestlab import GuestLabError
 
 _INIT_SOURCE = Path(__file__).with_name("init.c")
-_EXECUTABLE_FILE = 0o100755
+FILE, EXECUTABLE, DIRECTORY = 0o100644, 0o100755, 0o040755
+
+
+class Member(NamedTuple):
+    """A file or directory of an archive, with its mode as stat(2) gives it."""
+
+    name: str
+    mode: int
+    content: bytes
 
 
 def build(scratch: Path) -> Path:
@@ -24,9 +34,13 @@ def build(scratch: Path) -> Path:
         reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         raise GuestLabError(f"cc: cannot compile the guest's init: {reason}")
     archive = scratch / "initramfs.cpio"
-    members = (("init", _EXECUTABLE_FILE, init.read_bytes()), ("TRAILER!!!", 0, b""))
-    archive.write_bytes(b"".join(_cpio_member(*member) for member in members))
+    archive.write_bytes(pack([Member("init", EXECUTABLE, init.read_bytes())]))
     return archive
+
+
+def pack(members: Iterable[Member]) -> bytes:
+    """A cpio archive of ``members``; a directory comes before what is in it."""
+    return b"".join(_cpio_member(*member) for member in (*members, Member("TRAILER!!!", 0, b"")))
 
 
 def _cpio_member(name: str, mode: int, content: bytes) -> bytes:

@@ -1,0 +1,226 @@
+"""A lab machine: what it is made of, and QEMU running it, its console and side channel watched."""
+
+import json
+import selectors
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from guestlab.machine import QEMU, accelerators
+from kexeclab import LabError, LostMachine, cache, kernels, project, rootfs
+from kexeclab.agent import PORT
+from kexeclab.debian import run
+
+_UPPER_BYTES = 1 << 30
+_SYSTEMD = "/lib/systemd/systemd"
+_COMMON = ("console=ttyS0", "oops=panic", "panic=-1", "net.ifnames=0")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What to boot.
+
+    :ivar kernel: the first kernel, a key of kernels.SUITES
+    :ivar memory: MiB
+    :ivar cmdline: kernel parameters, beside the lab's own
+    :ivar devices: QEMU options (``-device``, ``edu,addr=05.0``, ...)
+    :ivar kernels: further kernels that kexec is to find
+    :ivar systemd: boot systemd instead of the lab's own init
+    :ivar persistent: what is written to the root file system is there after a kexec as well
+    """
+
+    kernel: str = kernels.DEFAULT
+    memory: int = 1024
+    cpus: int = 2
+    cmdline: Sequence[str] = ()
+    devices: Sequence[str] = ()
+    kernels: Sequence[str] = ()
+    systemd: bool = False
+    persistent: bool = False
+    machine: str = "q35"
+
+    def parameters(self, *more: str) -> str:
+        """The kernel command line of the first boot."""
+        init = (f"lab.init={_SYSTEMD}",) if self.systemd else ()
+        return " ".join((*_COMMON, *init, *self.cmdline, *more))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The files that a machine is started from."""
+
+    kernel: kernels.Kernel
+    disks: dict[str, Path]
+
+
+def prepare(machine: Machine) -> Parts:
+    """Have everything in the cache that ``machine`` needs.
+
+    :raises LabError: something cannot be downloaded or built.
+    """
+    with cache.locked():
+        chosen = kernels.fetch(machine.kernel)
+        disks = {"root": rootfs.fetch().image, "project": project.fetch()}
+        disks[f"kernel-{chosen.name}"] = chosen.disk
+        for name in machine.kernels:
+            disks[f"kernel-{name}"] = kernels.fetch(name).disk
+    return Parts(chosen, disks)
+
+
+def command(
+    machine: Machine, parts: Parts, scratch: Path, parameters: Sequence[str], accelerator: str
+) -> list[str]:
+    """The QEMU command line, without a console and a side channel."""
+    words = [
+        QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+        "-accel", accelerator, "-cpu", "max", "-machine", machine.machine,
+        "-m", str(machine.memory), "-smp", str(machine.cpus), "-kernel", str(parts.kernel.image),
+        "-initrd", str(parts.kernel.initramfs), "-append", machine.parameters(*parameters),
+        "-device", "virtio-serial-pci",
+    ]  # fmt: skip
+    for serial, path in parts.disks.items():
+        words += _disk(serial, path, "readonly=on")
+    if machine.persistent:
+        upper = scratch / "upper.ext4"
+        run("mke2fs", "-q", "-t", "ext4", str(upper), f"{_UPPER_BYTES >> 10}k")
+        words += _disk("upper", upper, "cache=unsafe")
+    return [*words, *machine.devices]
+
+
+def _disk(serial: str, path: Path, option: str) -> list[str]:
+    name = serial.replace(".", "-")
+    file = str(path).replace(",", ",,")
+    return [
+        "-drive", f"if=none,id={name},format=raw,{option},file={file}",
+        "-device", f"virtio-blk-pci,drive={name},serial={serial}",
+    ]  # fmt: skip
+
+
+@dataclass
+class Running:
+    """A QEMU at work. ``receive`` returns the machine's messages, one after the other."""
+
+    process: subprocess.Popen[bytes]
+    channel: socket.socket
+    accelerator: str
+    echo: bool
+    console: list[str] = field(default_factory=list)
+    _messages: list[dict[str, Any]] = field(default_factory=list)
+    _partial: dict[str, bytes] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        assert self.process.stdout is not None
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self.process.stdout, selectors.EVENT_READ, "console")
+        self._selector.register(self.channel, selectors.EVENT_READ, "channel")
+
+    def receive(self, deadline: float) -> dict[str, Any] | None:
+        """The next message, or None when ``deadline`` (time.monotonic) has passed.
+
+        :raises LostMachine: QEMU ended.
+        """
+        while not self._messages:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return None
+            for key, _ in self._selector.select(left):
+                self._read(key.data)
+        return self._messages.pop(0)
+
+    def send(self, **message: Any) -> None:
+        """Answer the machine."""
+        self.channel.sendall(json.dumps(message).encode() + b"\n")
+
+    def last_words(self, lines: int = 30) -> str:
+        """The end of the console."""
+        return "\n".join(self.console[-lines:]) if self.console else "(nothing on the console)"
+
+    def close(self) -> None:
+        """End QEMU, whatever it is doing."""
+        self._selector.close()
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            if self.process.poll() is None:
+                self.process.send_signal(number)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(10)
+                break
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        self.channel.close()
+
+    def _read(self, source: str) -> None:
+        if source == "console":
+            assert self.process.stdout is not None
+            data = self.process.stdout.read1(65536)  # type: ignore[attr-defined]
+        else:
+            data = self.channel.recv(1 << 20)
+        if not data:
+            if source == "channel":
+                self._selector.unregister(self.channel)
+                return
+            raise LostMachine(f"{QEMU} ended (exit status {self.process.wait(10)})")
+        *lines, rest = (self._partial.get(source, b"") + data).split(b"\n")
+        self._partial[source] = rest
+        for line in lines:
+            if source == "console":
+                self._heard(line)
+            else:
+                self._messages.append(json.loads(line))
+
+    def _heard(self, raw: bytes) -> None:
+        line = raw.decode(errors="replace").rstrip()
+        self.console.append(line)
+        if self.echo:
+            print(line, flush=True)
+
+
+@contextmanager
+def running(machine: Machine, parts: Parts, echo: bool = False) -> Iterator[Running]:
+    """Start QEMU; whatever happens, it is gone when the block is left.
+
+    :param echo: print the console as it comes
+    :raises LabError: QEMU does not start.
+    """
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pkernfs-lab.")))
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(str(scratch / "channel"))
+        listener.listen(1)
+        accelerator = accelerators()[0]
+        words = [
+            *command(machine, parts, scratch, ("lab.stage=1",), accelerator),
+            "-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console",
+            "-chardev", f"socket,id=lab,path={scratch / 'channel'}",
+            "-device", f"virtserialport,chardev=lab,name={PORT}",
+        ]  # fmt: skip
+        try:
+            process = subprocess.Popen(
+                words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+        except FileNotFoundError as error:
+            raise LabError(f"{QEMU}: command not found") from error
+        stack.callback(_end, process)
+        listener.settimeout(30)
+        try:
+            channel, _ = listener.accept()
+        except TimeoutError as error:
+            process.kill()
+            said = process.communicate()[0].decode(errors="replace").strip().splitlines()
+            raise LabError(f"{QEMU}: does not start: {(said or ['no message'])[-1]}") from error
+        alive = Running(process, channel, accelerator, echo)
+        stack.callback(alive.close)
+        yield alive
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.kill()
+        process.wait()

@@ -1,0 +1,109 @@
+"""The root file system that all machines share: Debian 13, made by mmdebstrap, read only.
+
+mmdebstrap takes one command, no daemon and half a minute, and gives plain Debian: the guest is what
+a user has, whatever the host is. (virtme-ng shares the host's own root instead, through 9p, which
+Debian's cloud kernels lack, or virtiofs, which needs a daemon beside QEMU and shared guest memory;
+and the guest is then as old or new as the host.)
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from kexeclab import LabError, cache
+from kexeclab.debian import proxy_options, run, source_line
+
+SUITE = "trixie"
+PROJECT = "/opt/pkernfs"  # where a project disk is mounted
+LAB = f"{PROJECT}/scripts/lib/kexeclab"
+_PACKAGES = """
+    fuse3 kexec-tools kmod util-linux procps udev systemd systemd-sysv strace pciutils less
+    python3 python3-venv python3-dev python3-setuptools python3-pytest
+    python3-pyfuse3 python3-trio python3-cffi
+    gcc libc6-dev libfuse3-dev pkg-config
+    qemu-system-x86 busybox-static
+""".split()
+_LEAVE_OUT = ("man", "locale", "doc", "info")
+# Changes to how the tree is made that its packages do not show.
+_REVISION = "3"
+
+
+@dataclass(frozen=True)
+class Root:
+    """The tree, for working in it with chroot, and the disk made of it."""
+
+    tree: Path
+    image: Path
+
+
+def fetch() -> Root:
+    """The root file system, from the cache or made now.
+
+    :raises LabError: it cannot be made.
+    """
+    name = cache.key(_REVISION, SUITE, *sorted(_PACKAGES))
+    place = cache.entry("root", name, _build)
+    return Root(place / "tree", place / "root.ext4")
+
+
+def _build(scratch: Path) -> None:
+    cache.require_root()
+    tree = scratch / "tree"
+    run(
+        "mmdebstrap", "--mode=root", "--variant=minbase", "--architectures=amd64",
+        f"--include={','.join(_PACKAGES)}",
+        *(f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in _LEAVE_OUT),
+        *(f"--aptopt={_statement(option)}" for option in proxy_options()),
+        SUITE, str(tree), source_line(SUITE),
+    )  # fmt: skip
+    _arrange(tree)
+    cache.make_image(tree, scratch / "root.ext4", "lab-root")
+
+
+def _statement(option: str) -> str:
+    name, value = option.split("=", 1)
+    return f'{name} "{value}";'
+
+
+def _arrange(tree: Path) -> None:
+    """What a freshly set-up machine has beside its packages."""
+    (tree / "etc/hostname").write_text("lab\n")
+    (tree / "etc/hosts").write_text("127.0.0.1 localhost lab\n::1 localhost\n")
+    (tree / "etc/fstab").write_text("")
+    for directory in (PROJECT, "/lab/kernels", "/mnt/pkernfs"):
+        (tree / directory.lstrip("/")).mkdir(parents=True)
+    # As scripts/setup links them: mount(8) looks only in the standard places.
+    for command, kind in (("pkernfs", "bin"), ("mkfs.pkernfs", "sbin"), ("fsck.pkernfs", "sbin")):
+        link = tree / "usr/local" / kind / command
+        link.symlink_to(f"{PROJECT}/.venv/bin/{command}")
+    (tree / "usr/local/bin/lab-kexec").symlink_to(f"{LAB}/lab-kexec")
+    units = tree / "etc/systemd/system"
+    for place in (units, units / "multi-user.target.wants"):
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "lab-agent.service").symlink_to(f"{LAB}/lab-agent.service")
+    # The machine's modules are on its kernel's disk.
+    modules = tree / "usr/lib/modules"
+    if modules.exists():
+        shutil.rmtree(modules)
+    modules.mkdir()
+
+
+def chroot(tree: Path, mounts: dict[str, Path], *command: str) -> str:
+    """Run a command in ``tree``, with directories of the host's mounted at paths inside it.
+
+    The mounts are in a mount namespace of the command's own, and end with it.
+
+    :raises LabError: it failed.
+    """
+    script = ["set -e", "mount --make-rprivate /"]
+    script.append(f"mount -t tmpfs tmpfs {tree}/tmp")
+    script.append(f"mount -t proc proc {tree}/proc")
+    for inside, outside in mounts.items():
+        script.append(f"mount --bind {outside} {tree}{inside}")
+    script.append(f'exec chroot {tree} env -i HOME=/tmp PATH={_PATH} LC_ALL=C.UTF-8 "$@"')
+    if any(set(str(path)) & set(" '\"$\\;&|") for path in (tree, *mounts.values())):
+        raise LabError(f"{tree}: the cache's path has characters that a shell takes for its own")
+    return run("unshare", "-m", "-p", "-f", "sh", "-c", "\n".join(script), "chroot", *command)
+
+
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"

@@ -1,0 +1,186 @@
+"""Run a test's stages in a machine: one function after each start of a kernel.
+
+A stage that fails is StageFailed; a machine that panics, hangs, ends or goes silent is LostMachine,
+which says nothing of the project; what cannot be set up is LabError.
+"""
+
+import inspect
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from kexeclab import LostMachine, StageFailed, kernels
+from kexeclab.guest import Guest
+from kexeclab.machine import Machine, Running, prepare, running
+from kexeclab.project import CHECKOUT
+
+Stage = Callable[[Guest], None]
+BOOT_SECONDS = 120.0
+STAGE_SECONDS = 180.0
+SILENT_SECONDS = 60.0
+_PANIC = re.compile(r"Kernel panic - not syncing")
+
+
+@dataclass
+class Result:
+    """What a test's stages have told.
+
+    :ivar figures: name to value and unit
+    :ivar console: all the lines of the serial console
+    """
+
+    figures: dict[str, tuple[float, str]] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+    log: list[str] = field(default_factory=list)
+    console: list[str] = field(default_factory=list)
+    stages: list[str] = field(default_factory=list)
+
+
+def run_stages(
+    *stages: Stage,
+    machine: Machine,
+    parameters: dict[str, Any] | None = None,
+    seconds: float = STAGE_SECONDS,
+    echo: bool = False,
+) -> Result:
+    """Boot ``machine`` and run ``stages``, functions of a test file in this checkout.
+
+    Each stage but the last ends by starting the next kernel (Guest.kexec, Guest.panic).
+
+    :param parameters: what the stages find in Guest.parameters; JSON
+    :param seconds: the time limit of each stage
+    :raises StageFailed: a stage failed, with its report.
+    :raises LostMachine: the machine is gone, or nobody knows what it does.
+    :raises LabError: the machine cannot be set up.
+    """
+    parts = prepare(machine)
+    result = Result()
+    with running(machine, parts, echo) as alive:
+        result.console = alive.console
+        play = _Play(alive, result, parameters or {}, seconds, time.monotonic())
+        try:
+            for number, stage in enumerate(stages, 1):
+                play.stage(number, stage, last=number == len(stages))
+        except (LostMachine, StageFailed) as error:
+            raise type(error)(f"{error}\n--- console:\n{alive.last_words()}") from None
+    return result
+
+
+class Lab:
+    """What a test is given to run its stages with (the fixture ``lab``).
+
+    PKERNFS_LAB_KERNEL chooses the kernel of machines for which the test names none, and with
+    PKERNFS_LAB_CONSOLE=1 the consoles are printed.
+    """
+
+    def machine(self, **settings: Any) -> Machine:
+        """A machine; ``settings`` are fields of Machine."""
+        chosen = os.environ.get("PKERNFS_LAB_KERNEL") or kernels.DEFAULT
+        return replace(Machine(kernel=chosen), **settings)
+
+    def run(
+        self,
+        *stages: Stage,
+        machine: Machine | None = None,
+        parameters: dict[str, Any] | None = None,
+        seconds: float = STAGE_SECONDS,
+    ) -> Result:
+        """Run ``stages``, one after each start of a kernel: see run_stages."""
+        return run_stages(
+            *stages,
+            machine=machine or self.machine(),
+            parameters=parameters,
+            seconds=seconds,
+            echo=bool(os.environ.get("PKERNFS_LAB_CONSOLE")),
+        )
+
+
+@dataclass
+class _Play:
+    alive: Running
+    result: Result
+    parameters: dict[str, Any]
+    seconds: float
+    left_at: float
+
+    def stage(self, number: int, stage: Stage, last: bool) -> None:
+        hello = self._hello(number)
+        booted = time.monotonic()
+        self._say(
+            f"stage {number}, {stage.__name__}: Linux {hello['release']} "
+            f"up {booted - self.left_at:.1f} s after {'its start' if number == 1 else 'kexec'}"
+        )
+        self.alive.send(
+            file=str(Path(inspect.getfile(stage)).resolve().relative_to(CHECKOUT)),
+            function=stage.__name__,
+            notes=self.result.notes,
+            parameters=self.parameters,
+            seconds=self.seconds,
+        )
+        ended = self._until_it_ends(number, booted + self.seconds)
+        self.result.stages.append(stage.__name__)
+        self.left_at = time.monotonic()
+        if last and ended != "passed":
+            raise StageFailed(f"stage {number}: left by {ended}, but there is no later stage")
+        if not last and ended == "passed":
+            raise StageFailed(f"stage {number}: ended without starting the next kernel")
+        if not last:
+            self.alive.send(go=True)
+
+    def _hello(self, number: int) -> dict[str, Any]:
+        message = self._receive(time.monotonic() + BOOT_SECONDS)
+        while message is not None and "hello" not in message:
+            message = self._receive(time.monotonic() + BOOT_SECONDS)  # beats of the last kernel
+        if message is None:
+            raise LostMachine(f"stage {number}: not up within {BOOT_SECONDS:g} s")
+        if message["hello"] != number:
+            raise LostMachine(f"stage {number}: the machine came up in stage {message['hello']}")
+        return message
+
+    def _until_it_ends(self, number: int, deadline: float) -> str:
+        """Take messages until the stage is over; return how it left."""
+        while True:
+            limit = min(deadline, time.monotonic() + SILENT_SECONDS)
+            message = self._receive(limit)
+            if message is None and limit < deadline:
+                raise LostMachine(f"stage {number}: silent for {SILENT_SECONDS:g} s")
+            if message is None or time.monotonic() > deadline:
+                raise StageFailed(f"stage {number}: not done in {self.seconds:g} s")
+            match message:
+                case {"hello": _}:
+                    raise LostMachine(f"stage {number}: the machine started anew")
+                case {"failed": report}:
+                    raise StageFailed(f"stage {number}:\n{report}")
+                case {"passed": True}:
+                    return "passed"
+                case {"leaving": how}:
+                    return str(how)
+                case _:
+                    self._take(message)
+
+    def _take(self, message: dict[str, Any]) -> None:
+        match message:
+            case {"log": text}:
+                self._say(str(text))
+            case {"figure": name, "value": value, "unit": unit}:
+                self.result.figures[name] = (value, unit)
+                self._say(f"{name}: {value:g} {unit}")
+            case {"note": key, "value": value}:
+                self.result.notes[key] = value
+                self.alive.send(noted=key)
+
+    def _receive(self, deadline: float) -> dict[str, Any] | None:
+        try:
+            return self.alive.receive(deadline)
+        except LostMachine as error:
+            panics = [line for line in self.alive.console if _PANIC.search(line)]
+            why = f"{error}; {panics[-1]}" if panics else str(error)
+            raise LostMachine(why) from None
+
+    def _say(self, text: str) -> None:
+        self.result.log.append(text)
+        print(text, flush=True)
