@@ -42,6 +42,7 @@ COMMANDS = {
     "info": Command("label, uuid, sizes, state and features of a region"),
     "extents": Command("where a file's bytes are in the region"),
     "qemu-args": Command("the options with which QEMU maps a file in the region"),
+    "install-units": Command("install systemd's units"),
     "iommu": Command("the IOMMU's tables: map, attach, translate, show, check, export"),
 }
 
@@ -93,7 +94,7 @@ def build_parser(name: str, prog: str) -> argparse.ArgumentParser:
 def top_level_help() -> str:
     """What ``pkernfs --help`` prints."""
     lines = [f"usage: {MOUNT_FORM}", "       pkernfs COMMAND ...", "", "commands:"]
-    lines += [f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:<13} {command.summary}" for name, command in COMMANDS.items()]
     lines += [
         "",
         "pkernfs COMMAND --help explains a command. See also mkfs.pkernfs and fsck.pkernfs.",
