@@ -17,6 +17,7 @@ ROOT = Path(pkernfs.__file__).parent
 LAYERS = (
     ("errors",),
     ("layout",),
+    ("backing",),
     ("region",),
     ("journal",),
     ("alloc",),
@@ -30,7 +31,10 @@ LAYERS = (
 #: Not part of the running program: they build the extension modules.
 BUILDERS = {"native_build", "fuse_shim_build"}
 #: The extension modules, and who alone may use each.
-EXTENSIONS = {"_native": {"region", "journal", "iommu.pool"}, "_fuse_shim": {"fuse_shim"}}
+EXTENSIONS = {
+    "_native": {"backing.files", "region", "journal", "iommu.pool"},
+    "_fuse_shim": {"fuse_shim"},
+}
 ASYNC_MODULES = {"fs.requests", "fs.operations", "fs.daemon", "fs.control"}
 
 

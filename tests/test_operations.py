@@ -375,7 +375,7 @@ def test_extents_come_in_pages(
     ino = make(ops)
     many = [SimpleNamespace(offset=i, length=1, region_offset=2 * i) for i in range(5000)]
     monkeypatch.setattr(fs, "extents", lambda _: many)
-    monkeypatch.setattr(fs.region, "physical", lambda offset: 1 << 40 | offset)
+    monkeypatch.setattr(fs.region, "physical_runs", lambda at, length: [(at, length, 1 << 40 | at)])
     found: list[tuple[int, ...]] = []
     while page := do(ops.getxattr(ino, EXTENTS_XATTR + b".%d" % len(found), AS_ROOT)):
         assert len(page) <= 65536

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pkernfs._native import ffi
 
 from checking import MemoryFile
-from pkernfs import region as region_module
+from pkernfs.backing import locks
 from pkernfs.errors import LockedError, RegionError
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
@@ -210,7 +210,7 @@ def end(process: subprocess.Popen[str]) -> None:
 def test_a_region_is_locked_against_this_process_too(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(region_module, "_CLOSING_WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(locks, "_CLOSING_WAIT_SECONDS", 0.05)
     with Region.open(path, write=True):
         for write in (True, False):
             with pytest.raises(LockedError) as caught:
@@ -230,7 +230,7 @@ def test_a_region_is_locked_against_this_process_too(
 def test_a_region_is_locked_against_other_processes(
     path: str, theirs: str, ours: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(region_module, "_CLOSING_WAIT_SECONDS", 0.2)
+    monkeypatch.setattr(locks, "_CLOSING_WAIT_SECONDS", 0.2)
     process = holder(path, theirs)
     try:
         with pytest.raises(LockedError):

@@ -6,6 +6,8 @@ import os
 import re
 from typing import NamedTuple
 
+from pkernfs.backing import resolve
+
 FSTYPE = "fuse.pkernfs"
 
 _OWNER = re.compile(r"(?:^|,)user_id=(\d+)(?:,|$)")
@@ -52,10 +54,13 @@ def mounts_of_region(spec: str) -> list[str]:
 
 
 def canonical_spec(spec: str) -> str:
-    """A region spec that stays right in another directory: file names become absolute."""
-    if spec == "none" or re.fullmatch(r"\w+!\w+(,\w+!\w+)*", spec):
-        return spec
-    return os.path.realpath(spec)
+    """A region spec as it is in mountinfo: that of a region has one form only.
+
+    File names become absolute, ``none`` what ``pkernfs=`` on the kernel command line names.
+
+    :raises RegionError: there is nothing of that kind.
+    """
+    return resolve(spec)
 
 
 def _parse_line(line: str) -> Mount:

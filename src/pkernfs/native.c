@@ -1042,7 +1042,7 @@ void pk_exit_on_bus_error(const char *line, int status)
  * Map size bytes of fd, aligned to align (a power of two, 2 MiB or more) so that huge pages are
  * used; fd -1 maps anonymous memory.  Returns NULL and the reason in *error.
  */
-uint8_t *pk_map(int fd, uint64_t size, uint64_t align, int writable, int *error)
+uint8_t *pk_map(int fd, uint64_t offset, uint64_t size, uint64_t align, int writable, int *error)
 {
 	int prot = PROT_READ | (writable ? PROT_WRITE : 0);
 	int flags = fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE : MAP_SHARED;
@@ -1058,7 +1058,7 @@ uint8_t *pk_map(int fd, uint64_t size, uint64_t align, int writable, int *error)
 		return NULL;
 	}
 	at = (uint8_t *)(((uintptr_t)room + align - 1) & ~(uintptr_t)(align - 1));
-	map = mmap(at, size, prot, flags | MAP_FIXED, fd, 0);
+	map = mmap(at, size, prot, flags | MAP_FIXED, fd, (off_t)offset);
 	if (map == MAP_FAILED) {
 		*error = errno;
 		munmap(room, span);

@@ -74,7 +74,8 @@ ffibuilder.cdef(
     uint64_t pk_pt_find(const uint8_t *base, const struct pk_pool *pool, uint64_t root,
                         unsigned levels, const uint64_t *ranges, uint64_t n);
 
-    uint8_t *pk_map(int fd, uint64_t size, uint64_t align, int writable, int *error);
+    uint8_t *pk_map(int fd, uint64_t offset, uint64_t size, uint64_t align, int writable,
+                    int *error);
     void pk_unmap(uint8_t *map, uint64_t size);
     void pk_exit_on_bus_error(const char *line, int status);
     int pk_msync(uint8_t *map, uint64_t size);

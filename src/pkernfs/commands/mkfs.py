@@ -10,6 +10,7 @@ import argparse
 import os
 import stat
 
+from pkernfs.backing import is_file_spec
 from pkernfs.errors import ExistsError, RegionError, UsageError
 from pkernfs.layout import MIN_REGION_BYTES, PAGE
 from pkernfs.options import format_size, parse_size
@@ -41,13 +42,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="format even what holds a pkernfs, another file system or other data; never what is "
         "mounted.",
     )
-    parser.add_argument("region", metavar="REGION", help="a file on hugetlbfs, tmpfs or a disk.")
+    parser.add_argument(
+        "region",
+        metavar="REGION",
+        help="SIZE!START, none, or a file on hugetlbfs, tmpfs or a disk; see pkernfs(8).",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Format ``args.region`` and say what was made."""
     label = _checked_label(args.label)
     size = None if args.size is None else _checked_size(args.size)
+    if not is_file_spec(args.region):
+        if size is not None:
+            raise UsageError(f"-s: {args.region} has a size of its own; -s is for files")
+        return _report(args.region, _format(args.region, label, args.force), label)
     before = _file_size(args.region)
     _resize(args.region, before, size, args.force)
     try:
@@ -55,7 +64,11 @@ def run(args: argparse.Namespace) -> int:
     except BaseException:
         _restore(args.region, before)
         raise
-    print(f"{args.region}: {format_size(made)}" + (f", label {label}" if label else ""))
+    return _report(args.region, made, label)
+
+
+def _report(region: str, made: int, label: str) -> int:
+    print(f"{region}: {format_size(made)}" + (f", label {label}" if label else ""))
     return 0
 
 

@@ -277,7 +277,7 @@ class _Maker:
                 phys_base=NO_PHYSICAL if base is None else base,
                 map_page=self.map_page,
                 map_pages=self.map_pages,
-                node=NO_NODE,
+                node=NO_NODE if self.region.node is None else self.region.node,
             )
         ]
         fields = SuperblockFields(

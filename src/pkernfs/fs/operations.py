@@ -381,7 +381,8 @@ class Operations(pyfuse3.Operations):
 
     @handler
     def read(self, fh: int, offset: int, length: int) -> Any:  # bytes, or the region's own memory
-        return self.fs.read(fh, offset, length)
+        data = self.fs.read(fh, offset, length)
+        return data if self.fs.region.has_pages else bytes(data)
 
     @handler
     def write(self, fh: int, offset: int, data: bytes) -> int:

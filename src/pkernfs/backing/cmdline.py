@@ -1,0 +1,206 @@
+"""The kernel's command line: what ``memmap=`` reserves, and what ``pkernfs=`` names.
+
+Texts are parsed as the kernel parses them (memparse(), parse_memmap_one(), next_arg()); whether the
+kernel that runs has obeyed them is another module's question.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+import re
+from typing import NamedTuple
+
+from pkernfs.errors import RegionError
+
+_NUMBER = re.compile(r"(0[xX][0-9a-fA-F]+|[0-9]+)([KMGTPEkmgtpe]?)", re.ASCII)
+_SHIFT = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
+_MEMMAP = re.compile(r"([^@#$!%]+)([@#$!%])(.*)", re.ASCII)
+_CHANGE = re.compile(r"(?:-(\w+))?(?:\+(\w+))?", re.ASCII)
+_NAMED = re.compile(r"([A-Za-z_][\w.-]*):(.+)", re.ASCII)
+
+# Types of the BIOS's memory map, as memmap=...-OLD+NEW has them (asm/e820/types.h).
+_E820_RAM = 1
+_E820_RESERVED = 2
+_E820_PMEM = (7, 12)
+_E820_SOFT_RESERVED = 0xEFFFFFFF
+
+
+class Kind(enum.Enum):
+    """What a memmap= parameter makes of its range."""
+
+    REMOVED = "removed"
+    RESERVED = "reserved"
+    SOFT = "soft-reserved"
+    PMEM = "persistent memory"
+    OTHER = "something else"
+
+
+class Reservation(NamedTuple):
+    """One range of one memmap= parameter; bytes, ``end`` is not part of it."""
+
+    start: int
+    end: int
+    kind: Kind
+    parameter: str
+
+
+def parse_number(text: str) -> int:
+    """A number as the kernel's memparse() takes it: 0x is hexadecimal, 0 octal, K to E suffixes.
+
+    :raises ValueError: it is none, or there is more behind it.
+    """
+    match = _NUMBER.fullmatch(text)
+    if match is None:
+        raise ValueError(f"not a number: {text!r}")
+    digits, suffix = match.groups()
+    value = int(digits, 16 if digits[:2] in ("0x", "0X") else 8 if digits[0] == "0" else 10)
+    return value << _SHIFT[suffix.lower()]
+
+
+def format_number(number: int) -> str:
+    """A number of bytes in the largest unit that divides it, as :func:`parse_number` takes it."""
+    for suffix, shift in (("T", 40), ("G", 30), ("M", 20), ("K", 10)):
+        if number and number % (1 << shift) == 0:
+            return f"{number >> shift}{suffix}"
+    return str(number)
+
+
+def words(command_line: str) -> list[str]:
+    """The parameters, without quotes; those behind ``--`` are not the kernel's."""
+    found = []
+    for match in re.finditer(r'(?:[^\s"]|"[^"]*(?:"|$))+', command_line):
+        word = match[0]
+        if word == "--":
+            break
+        found.append(word.replace('"', ""))
+    return found
+
+
+def values(command_line: str, name: str) -> list[str]:
+    """What the parameter ``name`` is given, each time that it is there."""
+    return [w[len(name) + 1 :] for w in words(command_line) if w.startswith(f"{name}=")]
+
+
+# ---------------------------------------------------------------------------- memmap=
+
+
+def reservations(command_line: str) -> list[Reservation]:
+    """The ranges that memmap= parameters change, in order; a later one overrides."""
+    found = []
+    for value in values(command_line, "memmap"):
+        for text in value.split(","):
+            one = _parse_memmap(text)
+            if one is not None:
+                found.append(one)
+    return found
+
+
+def _parse_memmap(text: str) -> Reservation | None:
+    match = _MEMMAP.fullmatch(text)
+    if match is None:
+        return None  # exactmap, or a limit
+    size_text, sign, rest = match.groups()
+    kind: Kind | None
+    try:
+        size = parse_number(size_text)
+        if sign == "%":
+            place = re.split(r"[-+]", rest, maxsplit=1)[0]
+            start = parse_number(place)
+            kind = _kind_of_change(rest[len(place) :])
+        else:
+            start = parse_number(rest)
+            kind = {"$": Kind.RESERVED, "!": Kind.PMEM}.get(sign, Kind.OTHER)
+    except ValueError:
+        return None
+    if kind is None or not size:
+        return None
+    return Reservation(start, start + size, kind, f"memmap={text}")
+
+
+def _kind_of_change(change: str) -> Kind | None:
+    """Of the ``-OLD+NEW`` behind ``SIZE%START``; None if RAM stays what it is."""
+    match = _CHANGE.fullmatch(change)
+    if match is None:
+        raise ValueError(f"not a change: {change!r}")
+    old, new = (0 if number is None else int(number, 0) for number in match.groups())
+    if old not in (0, _E820_RAM):
+        return None
+    if not new:
+        return Kind.REMOVED
+    if new == _E820_RESERVED:
+        return Kind.RESERVED
+    if new == _E820_SOFT_RESERVED:
+        return Kind.SOFT
+    return Kind.PMEM if new in _E820_PMEM else Kind.OTHER
+
+
+def coverage(
+    found: list[Reservation], start: int, end: int
+) -> list[tuple[int, int, Reservation | None]]:
+    """``start`` to ``end`` in pieces, each with the reservation that is in force there."""
+    edges = {start, end}
+    edges.update(e for r in found for e in (r.start, r.end) if start < e < end)
+    pieces: list[tuple[int, int, Reservation | None]] = []
+    cuts = sorted(edges)
+    for low, high in itertools.pairwise(cuts):
+        holder = next((r for r in reversed(found) if r.start <= low and high <= r.end), None)
+        if pieces and pieces[-1][2] == holder:
+            pieces[-1] = (pieces[-1][0], high, holder)
+        else:
+            pieces.append((low, high, holder))
+    return pieces
+
+
+# ---------------------------------------------------------------------------- pkernfs=
+
+
+class Named(NamedTuple):
+    """One region of pkernfs=; ``name`` is None where it has none."""
+
+    name: str | None
+    spec: str
+
+
+def named_regions(command_line: str) -> list[Named]:
+    """The regions that pkernfs= parameters name, in order.
+
+    :raises RegionError: a parameter without a value, or two regions of one name.
+    """
+    found: list[Named] = []
+    for value in values(command_line, "pkernfs"):
+        match = _NAMED.fullmatch(value)
+        one = Named(match[1], match[2]) if match else Named(None, value)
+        if not one.spec:
+            raise RegionError("pkernfs=: empty on the kernel command line: expected SIZE!START")
+        if one.name is not None and any(other.name == one.name for other in found):
+            raise RegionError(f"pkernfs={value}: the name is there twice")
+        found.append(one)
+    return found
+
+
+def resolve_none(spec: str, command_line: str) -> str:
+    """The region spec that ``none`` or ``none:NAME`` stands for.
+
+    :raises RegionError: there is no such region on the command line, or several for ``none``.
+    """
+    found = named_regions(command_line)
+    if not found:
+        raise RegionError(
+            f"{spec}: no pkernfs= on the kernel command line: "
+            "boot with pkernfs=SIZE!START memmap=SIZE%START"
+        )
+    if spec != "none":
+        name = spec.removeprefix("none:")
+        for one in found:
+            if one.name == name:
+                return one.spec
+        raise RegionError(f"{spec}: no region of that name in pkernfs=: expected {_choices(found)}")
+    candidates = found if len(found) == 1 else [one for one in found if one.name is None]
+    if len(candidates) != 1:
+        raise RegionError(f"none: pkernfs= names {len(found)} regions: expected {_choices(found)}")
+    return candidates[0].spec
+
+
+def _choices(found: list[Named]) -> str:
+    return " or ".join(one.spec if one.name is None else f"none:{one.name}" for one in found)

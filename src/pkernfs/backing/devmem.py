@@ -1,0 +1,134 @@
+"""Physical memory through /dev/mem: ``SIZE!START``.
+
+The range is checked against what the kernel and the firmware say (:mod:`pkernfs.backing.iomem`)
+before /dev/mem is opened, and the mapping's memory type before anything is stored.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import time
+from collections.abc import Callable
+
+from pkernfs.backing import iomem
+from pkernfs.backing.base import Backing
+from pkernfs.backing.host import Host
+from pkernfs.backing.iomem import Span
+from pkernfs.backing.locks import lock_physical
+from pkernfs.errors import RegionError
+from pkernfs.layout import PAGE
+
+log = logging.getLogger(__name__)
+
+_PAT_LIST = "sys/kernel/debug/x86/pat_memtype_list"
+_PAT_LINE = re.compile(r"PAT: \[mem 0x([0-9a-f]+)-0x([0-9a-f]+)\] (\S+)")
+_CACHED = "write-back"
+#: Reading memory that is not cached takes a hundred times as long as memory that is.
+_UNCACHED_RATIO = 10
+_ROUNDS = 5
+_RAM_BUFFER_BYTES = 64 << 20  # RAM is rounded up to this, by the kernel's "RAM buffer"
+
+
+class DevMemBacking(Backing):
+    """A range of physical memory, locked against every other that overlaps it.
+
+    :raises RegionError: the range is not free for a region, or the kernel gives no access to it.
+    :raises LockedError: a part of it is in use.
+    """
+
+    has_pages = False
+
+    def __init__(self, spec: str, *, write: bool, lock: bool, host: Host) -> None:
+        span = iomem.parse_span(spec)
+        iomem.check(spec, span, host)
+        super().__init__(str(span), span.size, [span])
+        if lock:
+            self._lock, fd = lock_physical(spec, [span], host, exclusive=write)
+            self._fds.append(fd)
+            if not write:
+                self._lock = None
+        try:
+            self.fd = _open(spec, write, host)
+        except BaseException:
+            self.close()
+            raise
+        self._fds.append(self.fd)
+        self.map_offset = span.start
+        self._span = span
+        self._host = host
+        nodes = iomem.nodes_of(span, host)
+        if len(nodes) > 1:
+            log.warning("%s: lies in NUMA nodes %s", spec, " and ".join(map(str, nodes)))
+        self.node = nodes[0] if len(nodes) == 1 else None
+
+    def verify_mapping(self, read: Callable[[], object]) -> None:
+        """Refuse a mapping that goes round the processor's caches."""
+        types = _memory_types(self._span, self._host)
+        if types:
+            wrong = next((t for t in types if t != _CACHED), None)
+        else:  # no debugfs, or PAT is off
+            wrong = "uncached, by its speed" if _is_slow(read) else None
+        if wrong is not None:
+            raise RegionError(
+                f"{self.name}: the kernel maps it {wrong}, not {_CACHED}: end what else has "
+                "mapped it through /dev/mem, or boot with nopat",
+                errno.EIO,
+            )
+
+    def refused(self, number: int) -> str:
+        """Why mmap() may have failed with this errno, for the message."""
+        if number != errno.EPERM:
+            return ""
+        if self._span.start % _RAM_BUFFER_BYTES:
+            return " (STRICT_DEVMEM): choose a START that is a multiple of 64M"
+        return " (STRICT_DEVMEM): boot with iomem=relaxed"
+
+
+def _open(spec: str, write: bool, host: Host) -> int:
+    path = host.path("dev/mem")
+    try:
+        return os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC)
+    except OSError as e:
+        why = _why_not(e.errno, host)
+        message = f"{spec}: cannot open {path}: {e.strerror}{f': {why}' if why else ''}"
+        raise RegionError(message, e.errno or errno.EIO) from e
+
+
+def _why_not(number: int | None, host: Host) -> str:
+    if number in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
+        return "a kernel without CONFIG_DEVMEM, or a container; use device-dax"
+    if number not in (errno.EPERM, errno.EACCES):
+        return ""
+    lockdown = re.search(r"\[(\w+)\]", host.find("sys/kernel/security/lockdown") or "")
+    if lockdown and lockdown[1] != "none":
+        return f"kernel lockdown ({lockdown[1]}, by Secure Boot or lockdown=): use device-dax"
+    return "root is needed (CAP_SYS_RAWIO)"
+
+
+def _memory_types(span: Span, host: Host) -> set[str]:
+    """How the range is mapped, by the kernel's list of memory types; empty if there is none."""
+    text = host.find(_PAT_LIST) or ""
+    found = [(int(m[1], 16), int(m[2], 16), m[3]) for m in _PAT_LINE.finditer(text)]
+    return {kind for start, end, kind in found if start < span.end and span.start < end}
+
+
+def _is_slow(read: Callable[[], object]) -> bool:
+    """Whether reading the mapping is much slower than reading memory of this process."""
+    own = memoryview(bytearray(b"\1") * (4 * PAGE))
+
+    def read_own() -> None:
+        bytes(own)
+
+    return _fastest(read) > _UNCACHED_RATIO * _fastest(read_own)
+
+
+def _fastest(read: Callable[[], object]) -> float:
+    times = []
+    for _ in range(_ROUNDS):
+        start = time.perf_counter()
+        read()
+        times.append(time.perf_counter() - start)
+    return min(times)

@@ -1,0 +1,49 @@
+"""Where the kernel tells of this machine: files of /proc, /sys, /dev and /run, under one root.
+
+Tests make a root of their own; everything else uses :data:`HOST`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Host:
+    """Names are relative to ``root``: ``proc/iomem``."""
+
+    root: str = "/"
+
+    def path(self, name: str) -> str:
+        """The whole path of a file."""
+        return os.path.join(self.root, name)
+
+    def read(self, name: str) -> str:
+        """The text of a file, without white space at its end.
+
+        :raises OSError: it cannot be read.
+        """
+        with open(self.path(name), encoding="utf-8", errors="surrogateescape") as file:
+            return file.read().rstrip()
+
+    def find(self, name: str) -> str | None:
+        """The text of a file, or None where it cannot be read."""
+        try:
+            return self.read(name)
+        except OSError:
+            return None
+
+    def list(self, name: str) -> list[str]:
+        """The names in a directory, sorted; none where there is no such directory."""
+        try:
+            return sorted(os.listdir(self.path(name)))
+        except OSError:
+            return []
+
+    def command_line(self) -> str:
+        """The kernel's command line; empty where there is no /proc."""
+        return self.find("proc/cmdline") or ""
+
+
+HOST = Host()

@@ -1,0 +1,28 @@
+"""Opening the backing of a region spec."""
+
+from __future__ import annotations
+
+from pkernfs.backing import iomem, is_file_spec, resolve
+from pkernfs.backing.base import Backing
+from pkernfs.backing.devmem import DevMemBacking
+from pkernfs.backing.files import FileBacking
+from pkernfs.backing.host import HOST, Host
+from pkernfs.errors import UsageError
+
+
+def open_backing(
+    spec: str, *, write: bool, phys_base: int | None, lock: bool, host: Host = HOST
+) -> Backing:
+    """What ``spec`` names, checked, open, and locked if asked; nothing of it was read or stored.
+
+    :raises RegionError: there is no such region, or it is not one's to have.
+    :raises LockedError: it is in use, or a part of it is.
+    :raises UsageError: ``phys_base`` for memory that has an address of its own.
+    """
+    if not is_file_spec(spec):
+        spec = resolve(spec, host)
+    if iomem.looks_physical(spec):
+        if phys_base is not None:
+            raise UsageError(f"{spec}: phys_base= is for files: this region has its own address")
+        return DevMemBacking(spec, write=write, lock=lock, host=host)
+    return FileBacking(spec, write=write, phys_base=phys_base, lock=lock)

@@ -1,0 +1,163 @@
+"""The kernel's command line: numbers, memmap=, pkernfs=."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pkernfs.backing.cmdline import (
+    Kind,
+    Named,
+    Reservation,
+    coverage,
+    format_number,
+    named_regions,
+    parse_number,
+    reservations,
+    resolve_none,
+    words,
+)
+from pkernfs.errors import RegionError
+
+G = 1 << 30
+M = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("0", 0),
+        ("1G", G),
+        ("1g", G),
+        ("0x40000000", G),
+        ("0X10M", 16 * M),
+        ("010", 8),  # octal, as the kernel has it
+        ("2T", 2 << 40),
+        ("1P", 1 << 50),
+        ("1E", 1 << 60),
+        ("4096", 4096),
+    ],
+)
+def test_numbers(text: str, number: int) -> None:
+    assert parse_number(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "G", "1GB", "0x", "-1", "+1", "1.5G", "1 G", "08", "\u0661"])
+def test_no_numbers(text: str) -> None:
+    with pytest.raises(ValueError, match=r"not a number|invalid literal"):
+        parse_number(text)
+
+
+@given(st.integers(0, 1 << 62))
+def test_a_number_is_read_as_it_was_written(number: int) -> None:
+    assert parse_number(format_number(number)) == number
+
+
+def test_words() -> None:
+    assert words('a=1  "b=2 3" c="4 5"\td -- e memmap=1G%1G') == ["a=1", "b=2 3", "c=4 5", "d"]
+    assert words("") == []
+    assert words('open="quote') == ["open=quote"]
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("1G%4G", Kind.REMOVED),
+        ("1G%4G-1", Kind.REMOVED),
+        ("1G%4G-1+2", Kind.RESERVED),
+        ("1G%4G+0x2", Kind.RESERVED),
+        ("1G$4G", Kind.RESERVED),
+        ("1G!4G", Kind.PMEM),
+        ("1G%4G+12", Kind.PMEM),
+        ("1G%4G-1+0xefffffff", Kind.SOFT),
+        ("1G@4G", Kind.OTHER),
+        ("1G#4G", Kind.OTHER),
+        ("1G%4G+1", Kind.OTHER),
+        ("0x40000000%0x100000000", Kind.REMOVED),
+    ],
+)
+def test_kinds_of_memmap(text: str, kind: Kind) -> None:
+    parameter = f"memmap={text}"
+    assert reservations(f"quiet {parameter} ro") == [Reservation(4 * G, 5 * G, kind, parameter)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["exactmap", "1G", "", "1G%", "%1G", "x%1G", "1G%1G-x", "1G%1G-2", "1G%1G-2+3", "0%1G", "1G%y"],
+)
+def test_memmap_that_reserves_nothing(text: str) -> None:
+    assert reservations(f"memmap={text}") == []
+
+
+def test_several_in_one_parameter_and_later_ones_win() -> None:
+    found = reservations("memmap=1G%4G,512M$4G memmap=256M@4G -- memmap=8G%4G")
+    assert [r.kind for r in found] == [Kind.REMOVED, Kind.RESERVED, Kind.OTHER]
+    pieces = [
+        (start, end, None if r is None else r.kind)
+        for start, end, r in coverage(found, 4 * G - 2 * M, 5 * G + 2 * M)
+    ]
+    assert pieces == [
+        (4 * G - 2 * M, 4 * G, None),
+        (4 * G, 4 * G + 256 * M, Kind.OTHER),
+        (4 * G + 256 * M, 4 * G + 512 * M, Kind.RESERVED),
+        (4 * G + 512 * M, 5 * G, Kind.REMOVED),
+        (5 * G, 5 * G + 2 * M, None),
+    ]
+
+
+def test_named_regions() -> None:
+    line = "pkernfs=1G!1G quiet pkernfs=b.2:/dev/dax0.0 pkernfs=c-d:2G!8G"
+    found = named_regions(line)
+    assert found == [
+        Named(None, "1G!1G"),
+        Named("b.2", "/dev/dax0.0"),
+        Named("c-d", "2G!8G"),
+    ]
+    assert named_regions("quiet") == []
+    assert resolve_none("none", line) == "1G!1G"
+    assert resolve_none("none:b.2", line) == "/dev/dax0.0"
+    assert resolve_none("none", "pkernfs=only:2G!8G") == "2G!8G"
+
+
+@pytest.mark.parametrize(
+    ("spec", "line", "message"),
+    [
+        (
+            "none",
+            "quiet",
+            "none: no pkernfs= on the kernel command line: "
+            "boot with pkernfs=SIZE!START memmap=SIZE%START",
+        ),
+        (
+            "none",
+            "pkernfs=a:1G!1G pkernfs=b:1G!2G",
+            "none: pkernfs= names 2 regions: expected none:a or none:b",
+        ),
+        (
+            "none",
+            "pkernfs=1G!1G pkernfs=1G!2G",
+            "none: pkernfs= names 2 regions: expected 1G!1G or 1G!2G",
+        ),
+        (
+            "none:c",
+            "pkernfs=a:1G!1G pkernfs=1G!2G",
+            "none:c: no region of that name in pkernfs=: expected none:a or 1G!2G",
+        ),
+        ("none:", "pkernfs=1G!1G", "none:: no region of that name in pkernfs=: expected 1G!1G"),
+        (
+            "none",
+            "pkernfs=a:1G!1G pkernfs=a:1G!2G",
+            "pkernfs=a:1G!2G: the name is there twice",
+        ),
+        (
+            "none",
+            "pkernfs=",
+            "pkernfs=: empty on the kernel command line: expected SIZE!START",
+        ),
+    ],
+)
+def test_what_none_cannot_be(spec: str, line: str, message: str) -> None:
+    with pytest.raises(RegionError) as caught:
+        resolve_none(spec, line)
+    assert str(caught.value) == message
