@@ -43,6 +43,7 @@ COMMANDS = {
     "extents": Command("where a file's bytes are in the region"),
     "qemu-args": Command("the options with which QEMU maps a file in the region"),
     "install-units": Command("install systemd's units"),
+    "doctor": Command("what this host can do, and what is missing"),
     "iommu": Command("the IOMMU's tables: map, attach, translate, show, check, export"),
 }
 

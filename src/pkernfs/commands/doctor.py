@@ -1,0 +1,45 @@
+"""``pkernfs doctor``: what this host can do, what is missing, and the remedy."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from pkernfs import doctor
+
+_AREAS = {
+    "mount": "mount a file system",
+    "region": "keep a region in reserved memory",
+    "guest": "run guests in it, and save them",
+    "kexec": "replace the kernel",
+    "dma": "leave devices running meanwhile",
+    "units": "do it with systemd",
+}
+_MARKS = {doctor.OK: "ok", doctor.WARNING: "!", doctor.MISSING: "MISSING", doctor.UNKNOWN: "?"}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``pkernfs doctor``."""
+    parser.add_argument("--json", action="store_true", help="print JSON.")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what was found; 0 if a file system can be mounted, else 1."""
+    results = list(doctor.examine())
+    able = {area: doctor.able(results, area) for area in _AREAS}
+    if args.json:
+        checks = [r._asdict() for r in results]
+        print(json.dumps({"able": able, "checks": checks}, indent=2))
+    else:
+        _print(results, able)
+    return 0 if able["mount"] else 1
+
+
+def _print(results: list[doctor.Result], able: dict[str, bool]) -> None:
+    for area, purpose in _AREAS.items():
+        print(f"{purpose}: {'yes' if able[area] else 'no'}")
+        for r in results:
+            if r.area == area:
+                print(f"  {_MARKS[r.status]:<8}{r.name}: {r.detail}")
+                if r.remedy:
+                    print(f"          remedy: {r.remedy}")

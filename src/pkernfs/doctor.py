@@ -1,0 +1,374 @@
+"""What this host can do of what pkernfs is for, what is missing, and the remedy for each.
+
+A check looks at the host (:class:`pkernfs.backing.host.Host`) and says what it has found; nothing
+is changed, loaded or opened for writing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gzip
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from typing import NamedTuple
+
+from pkernfs.backing import cmdline, iomem
+from pkernfs.backing.host import HOST, Host
+from pkernfs.errors import RegionError
+
+OK, WARNING, MISSING, UNKNOWN = "ok", "warning", "missing", "unknown"
+
+_OLDEST_KERNEL = (6, 1)
+_SHARED_DIRECT_KERNEL = (6, 6)  # FUSE_DIRECT_IO_ALLOW_MMAP
+_OLDEST_QEMU = (8, 1)  # memory-backend-file,offset=
+_OLDEST_CPR = (8, 2)  # cpr-reboot
+_KASLR_RANGES = 4  # arch/x86/boot/compressed/kaslr.c, MAX_MEMMAP_REGIONS
+_DAX = "sys/bus/dax/devices"
+_UNITS = "usr/local/lib/systemd/system/pkernfs.target"
+
+
+class Result(NamedTuple):
+    """What a check found: ``area`` says what it is needed for."""
+
+    area: str
+    name: str
+    status: str
+    detail: str
+    remedy: str = ""
+
+
+def examine(host: Host = HOST) -> Iterator[Result]:
+    """All checks, in the order in which one sets a host up."""
+    config = kernel_config(host)
+    for check in _CHECKS:
+        yield from check(host, config)
+
+
+def able(results: list[Result], area: str) -> bool:
+    """Whether nothing is missing for ``area``."""
+    return not any(r.area == area and r.status == MISSING for r in results)
+
+
+def kernel_config(host: Host) -> dict[str, str] | None:
+    """The running kernel's configuration; None: it is nowhere to be found."""
+    release = host.find("proc/sys/kernel/osrelease") or ""
+    text = None
+    try:
+        with gzip.open(host.path("proc/config.gz"), "rt") as file:
+            text = file.read()
+    except OSError:
+        for name in (f"boot/config-{release}", f"lib/modules/{release}/config"):
+            text = text or host.find(name)
+    if text is None:
+        return None
+    return dict(re.findall(r"^CONFIG_(\w+)=(.*)$", text, re.MULTILINE))
+
+
+Config = dict[str, str] | None
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", text)[:2])
+
+
+# ---------------------------------------------------------------------- mount
+
+
+def _check_kernel(host: Host, config: Config) -> Iterator[Result]:
+    release = host.find("proc/sys/kernel/osrelease") or "unknown"
+    version = _version(release)
+    if version < _OLDEST_KERNEL:
+        yield Result("mount", "kernel", MISSING, release, "a kernel of 6.1 or newer")
+    elif version < _SHARED_DIRECT_KERNEL:
+        detail = f"{release}: files go through the page cache (docs/coherence.md)"
+        yield Result("mount", "kernel", WARNING, detail, "6.6 or newer maps files without it")
+    else:
+        yield Result("mount", "kernel", OK, release)
+
+
+def _check_fuse(host: Host, config: Config) -> Iterator[Result]:
+    if os.path.exists(host.path("dev/fuse")):
+        yield Result("mount", "/dev/fuse", OK, "there")
+    else:
+        yield Result("mount", "/dev/fuse", MISSING, "not there", "modprobe fuse")
+    library = libfuse_version()
+    if library is None:
+        yield Result("mount", "libfuse", MISSING, "libfuse3 not found", "apt install libfuse3-3")
+    else:
+        yield Result("mount", "libfuse", OK, library)
+    for name in ("pyfuse3", "trio", "cffi"):
+        try:
+            yield Result("mount", name, OK, metadata.version(name))
+        except metadata.PackageNotFoundError:
+            yield Result("mount", name, MISSING, "not installed", "scripts/setup")
+
+
+def libfuse_version() -> str | None:
+    """Version of the libfuse3 that would be loaded; None: there is none."""
+    for name in ("libfuse3.so.4", "libfuse3.so.3"):
+        try:
+            library = ctypes.CDLL(name)
+        except OSError:
+            continue
+        try:
+            library.fuse_pkgversion.restype = ctypes.c_char_p
+            return str(library.fuse_pkgversion().decode())
+        except AttributeError:
+            return str(library.fuse_version())
+    return None
+
+
+def _check_mount8(host: Host, config: Config) -> Iterator[Result]:
+    places = ("usr/local/sbin", "usr/local/bin", "usr/sbin", "usr/bin", "sbin", "bin")
+    found = [p for p in places if os.path.exists(host.path(f"{p}/pkernfs"))]
+    if found:
+        yield Result("mount", "mount -t fuse.pkernfs", OK, f"/{found[0]}/pkernfs")
+    else:
+        yield Result(
+            "mount", "mount -t fuse.pkernfs", WARNING,
+            "pkernfs is in no standard place, where mount(8) looks for it",
+            "scripts/setup; `pkernfs mount` works without",
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------------- region
+
+
+def _check_huge_pages(host: Host, config: Config) -> Iterator[Result]:
+    count = host.find("sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
+    if count and int(count):
+        yield Result("region", "huge pages", OK, f"{count} of 2 MiB")
+    else:
+        yield Result(
+            "region", "huge pages", WARNING, "none are reserved: no region on hugetlbfs",
+            "hugepages=N on the kernel command line, or vm.nr_hugepages",
+        )  # fmt: skip
+
+
+def _check_dev_mem(host: Host, config: Config) -> Iterator[Result]:
+    lockdown = _lockdown(host)
+    without = WARNING if host.list(_DAX) else MISSING  # one of the two will do
+    if lockdown not in (None, "none"):
+        yield Result(
+            "region", "/dev/mem", without, f"lockdown: {lockdown}",
+            "boot without lockdown=, secure boot off; or use device-dax",
+        )  # fmt: skip
+    elif not os.path.exists(host.path("dev/mem")):
+        yield Result(
+            "region", "/dev/mem", without, "not there",
+            "a kernel with CONFIG_DEVMEM=y; or use device-dax",
+        )  # fmt: skip
+    else:
+        yield Result("region", "/dev/mem", OK, "there")
+
+
+def _lockdown(host: Host) -> str | None:
+    found = re.search(r"\[(\w+)\]", host.find("sys/kernel/security/lockdown") or "")
+    return found[1] if found else None
+
+
+def _check_reservation(host: Host, config: Config) -> Iterator[Result]:
+    line = host.command_line()
+    reserved = cmdline.reservations(line)
+    if not reserved:
+        yield Result(
+            "region", "reserved memory", WARNING, "no memmap= on the kernel command line",
+            "memmap=1G%4G pkernfs=1G!4G, or what docs/operations.md says of device-dax",
+        )  # fmt: skip
+    else:
+        text = ", ".join(f"{r.end - r.start:#x} at {r.start:#x}, {r.kind.value}" for r in reserved)
+        yield Result("region", "reserved memory", OK, text)
+    yield from _named_regions(host, line, bool(reserved))
+    if "nokaslr" not in line.split() and (config or {}).get("RANDOMIZE_BASE", "y") == "y":
+        yield from _kaslr(line)
+
+
+def _named_regions(host: Host, line: str, has_memory: bool) -> Iterator[Result]:
+    try:
+        named = cmdline.named_regions(line)
+    except RegionError as e:
+        yield Result("region", "pkernfs=", MISSING, str(e), "pkernfs=SIZE!START")
+        return
+    if has_memory and not named:
+        yield Result(
+            "region", "pkernfs=", WARNING, "the kernel command line names no region for `none`",
+            "pkernfs=SIZE!START beside memmap=",
+        )  # fmt: skip
+    for region in named:
+        if not iomem.looks_physical(region.spec):
+            continue
+        try:
+            iomem.check(region.spec, iomem.parse_span(region.spec), host)
+        except RegionError as e:
+            what, _, why = str(e).partition(": ")
+            yield Result("region", f"pkernfs={what}", MISSING, why, "docs/operations.md")
+        else:
+            yield Result("region", f"pkernfs={region.spec}", OK, "reserved, and nobody else's")
+
+
+def _kaslr(line: str) -> Iterator[Result]:
+    """KASLR takes memmap=SIZE%START for a limit of SIZE (parse_memmap of kaslr.c)."""
+    limits = [
+        match
+        for value in cmdline.values(line, "memmap")
+        if (match := re.match(r"(\w+)%(\w+)", value))
+    ]
+    for match in limits:
+        size, start = cmdline.parse_number(match[1]), cmdline.parse_number(match[2])
+        if size > start:
+            yield Result(
+                "region", "KASLR", WARNING,
+                f"the next kernel may be put into memmap={match[0]}: its size is above its start",
+                "nokaslr, or a region that starts above its size",
+            )  # fmt: skip
+            return
+    if len(cmdline.values(line, "memmap")) > _KASLR_RANGES:
+        yield Result("region", "KASLR", OK, "off: more than 4 memmap= ranges")
+
+
+def _check_dax(host: Host, config: Config) -> Iterator[Result]:
+    devices = host.list(_DAX)
+    if devices:
+        yield Result("region", "device-dax", OK, ", ".join(devices))
+    elif config is not None and "DEV_DAX" not in config:
+        yield Result("region", "device-dax", WARNING, "not in this kernel", "CONFIG_DEV_DAX")
+    else:
+        yield Result(
+            "region", "device-dax", WARNING, "no device",
+            "memmap=SIZE%START-1+0xefffffff, modprobe dax_hmem (docs/operations.md)",
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------------- guests
+
+
+def _check_qemu(host: Host, config: Config) -> Iterator[Result]:
+    version = qemu_version()
+    if version is None:
+        yield Result(
+            "guest", "QEMU", MISSING, "qemu-system-x86_64 not found",
+            "apt install qemu-system-x86",
+        )  # fmt: skip
+    elif _version(version) < _OLDEST_QEMU:
+        yield Result(
+            "guest", "QEMU", MISSING, f"{version} cannot map a region at an offset",
+            "8.1 or newer; 8.2 for live update (Debian 12: from backports)",
+        )  # fmt: skip
+    elif _version(version) < _OLDEST_CPR:
+        yield Result("guest", "QEMU", WARNING, f"{version} has no cpr-reboot", "8.2 or newer")
+    else:
+        yield Result("guest", "QEMU", OK, version)
+
+
+def qemu_version(program: str = "qemu-system-x86_64") -> str | None:
+    """Version of a QEMU; None: there is none, or it does not say."""
+    path = shutil.which(program)
+    if path is None:
+        return None
+    try:
+        done = subprocess.run(
+            [path, "--version"], capture_output=True, text=True, timeout=20, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = re.search(r"version (\d+\.\d+[.\d]*)", done.stdout)
+    return found[1] if found else None
+
+
+# ---------------------------------------------------------------------- kexec
+
+
+def _check_kexec(host: Host, config: Config) -> Iterator[Result]:
+    if shutil.which("kexec") is None and not os.path.exists("/sbin/kexec"):
+        yield Result("kexec", "kexec-tools", MISSING, "no kexec", "apt install kexec-tools")
+    else:
+        yield Result("kexec", "kexec-tools", OK, "there")
+    if host.find("proc/sys/kernel/kexec_load_disabled") == "1":
+        yield Result(
+            "kexec", "kexec_load", MISSING, "disabled until the next boot",
+            "remove kernel.kexec_load_disabled=1 from sysctl's configuration, and boot",
+        )  # fmt: skip
+    elif config is not None and "KEXEC" not in config and "KEXEC_FILE" not in config:
+        yield Result("kexec", "kexec_load", MISSING, "not in this kernel", "CONFIG_KEXEC=y")
+    else:
+        yield Result("kexec", "kexec_load", OK, "allowed")
+
+
+def _check_crash_kernel(host: Host, config: Config) -> Iterator[Result]:
+    size = int(host.find("sys/kernel/kexec_crash_size") or 0)
+    if size:
+        yield Result("dma", "crashkernel", OK, f"{size >> 20} MiB reserved")
+    else:
+        yield Result(
+            "dma", "crashkernel", MISSING,
+            "none: no kexec that leaves devices running",
+            "crashkernel=256M on the kernel command line",
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------------- DMA
+
+
+def _check_iommu(host: Host, config: Config) -> Iterator[Result]:
+    if not os.path.exists(host.path("sys/firmware/acpi/tables/DMAR")):
+        yield Result(
+            "dma", "DMAR", MISSING, "the firmware describes no VT-d unit",
+            "switch VT-d on in the firmware's set-up; AMD's IOMMU is not supported",
+        )  # fmt: skip
+    else:
+        owned = [n for n in host.list("sys/class/iommu") if n.startswith("dmar")]
+        if owned:
+            detail = f"{', '.join(owned)}: driven by this kernel"
+            remedy = "intel_iommu=off to put the region's tables in force now"
+            yield Result("dma", "DMAR", WARNING, detail, remedy)
+        else:
+            yield Result("dma", "DMAR", OK, "there, and no driver has the units")
+    if config is None:
+        return
+    for option, why in (
+        ("INTEL_IOMMU", "no kernel without it adopts the tables"),
+        ("CRASH_DUMP", "only a kdump kernel adopts tables that are in force"),
+        ("VFIO_PCI", "a VMM takes devices over through it"),
+    ):
+        status = OK if option in config else MISSING
+        remedy = "" if option in config else f"a kernel with CONFIG_{option}"
+        yield Result("dma", option, status, "in this kernel" if not remedy else why, remedy)
+    if "IOMMUFD" not in config:
+        yield Result(
+            "dma", "IOMMUFD", WARNING, "not in this kernel: VFIO containers only",
+            "a kernel with CONFIG_IOMMUFD",
+        )  # fmt: skip
+    if "STRICT_DEVMEM" in config and "iomem=relaxed" not in host.command_line().split():
+        yield Result(
+            "dma", "iomem=", WARNING, "registers that a driver has claimed cannot be reached",
+            "iomem=relaxed on the kernel command line",
+        )  # fmt: skip
+
+
+def _check_units(host: Host, config: Config) -> Iterator[Result]:
+    if not os.path.isdir(host.path("run/systemd/system")):
+        yield Result("units", "systemd", MISSING, "not running here", "boot with systemd")
+    elif os.path.exists(host.path(_UNITS)):
+        yield Result("units", "systemd", OK, f"/{_UNITS}")
+    else:
+        yield Result("units", "systemd", WARNING, "no units", "pkernfs install-units")
+
+
+_CHECKS: tuple[Callable[[Host, Config], Iterator[Result]], ...] = (
+    _check_kernel,
+    _check_fuse,
+    _check_mount8,
+    _check_huge_pages,
+    _check_dev_mem,
+    _check_reservation,
+    _check_dax,
+    _check_qemu,
+    _check_kexec,
+    _check_crash_kernel,
+    _check_iommu,
+    _check_units,
+)

@@ -1,0 +1,126 @@
+"""pkernfs doctor on made-up machines: each thing that can be missing, with its remedy."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from machine import Machine, make_machine
+from mounting import run_pkernfs
+from pkernfs import doctor
+from pkernfs.doctor import MISSING, OK, WARNING, Result
+
+GOOD = {
+    "DEVMEM": "y", "STRICT_DEVMEM": "y", "DEV_DAX": "m", "KEXEC": "y", "INTEL_IOMMU": "y",
+    "CRASH_DUMP": "y", "VFIO_PCI": "m", "IOMMUFD": "m", "RANDOMIZE_BASE": "y",
+}  # fmt: skip
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    """A machine that can do everything."""
+    line = "memmap=512M%1G pkernfs=512M!1G crashkernel=256M iomem=relaxed"
+    machine = make_machine(tmp_path, command_line=line)
+    machine.write("proc/sys/kernel/osrelease", "7.3.4-cloud-amd64")
+    machine.write("proc/sys/kernel/kexec_load_disabled", "0")
+    machine.write("sys/kernel/kexec_crash_size", str(256 << 20))
+    machine.write("sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages", "64")
+    machine.write("sys/kernel/security/lockdown", "[none] integrity confidentiality")
+    machine.write("sys/firmware/acpi/tables/DMAR", b"DMAR")
+    machine.write("sys/bus/dax/devices/dax0.0/size", "1")
+    machine.write("usr/local/bin/pkernfs", "")
+    machine.write("usr/local/lib/systemd/system/pkernfs.target", "")
+    machine.write("run/systemd/system/x", "")
+    for device in ("fuse", "mem"):
+        machine.write(f"dev/{device}", "")
+    configure(machine, GOOD)
+    return machine
+
+
+def configure(machine: Machine, config: dict[str, str]) -> None:
+    text = "".join(f"CONFIG_{name}={value}\n" for name, value in config.items())
+    machine.write("proc/config.gz", gzip.compress(text.encode()))
+
+
+def results(machine: Machine) -> dict[str, Result]:
+    return {r.name: r for r in doctor.examine(machine)}
+
+
+def test_nothing_is_missing_on_a_good_machine(machine: Machine) -> None:
+    of_the_machine = [
+        r for r in results(machine).values() if r.name not in ("QEMU", "kexec-tools")
+    ]  # the two are looked for in PATH
+    assert [r for r in of_the_machine if r.status != OK] == []
+    for area in ("mount", "region", "dma", "units"):
+        assert doctor.able(of_the_machine, area)
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "name", "status", "remedy"),
+    [
+        ("proc/sys/kernel/osrelease", "5.10.0", "kernel", MISSING, "6.1"),
+        ("proc/sys/kernel/osrelease", "6.1.0-28", "kernel", WARNING, "6.6"),
+        ("dev/fuse", None, "/dev/fuse", MISSING, "modprobe fuse"),
+        ("usr/local/bin/pkernfs", None, "mount -t fuse.pkernfs", WARNING, "scripts/setup"),
+        ("sys/kernel/security/lockdown", "none [integrity]", "/dev/mem", WARNING, "lockdown"),
+        ("dev/mem", None, "/dev/mem", WARNING, "CONFIG_DEVMEM"),
+        ("sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages", "0", "huge pages", WARNING,
+         "hugepages="),
+        ("proc/cmdline", "quiet", "reserved memory", WARNING, "memmap="),
+        ("proc/cmdline", "memmap=512M%1G", "pkernfs=", WARNING, "pkernfs=SIZE!START"),
+        ("proc/cmdline", "memmap=512M%1G pkernfs=", "pkernfs=", MISSING, "SIZE!START"),
+        ("proc/cmdline", "memmap=512M%1G pkernfs=1G!1G", "pkernfs=1G!1G", MISSING, "docs"),
+        ("proc/cmdline", "memmap=2G%1G", "KASLR", WARNING, "nokaslr"),
+        ("proc/cmdline", "memmap=512M%1G pkernfs=512M!1G", "iomem=", WARNING, "iomem=relaxed"),
+        ("proc/sys/kernel/kexec_load_disabled", "1", "kexec_load", MISSING, "sysctl"),
+        ("sys/kernel/kexec_crash_size", "0", "crashkernel", MISSING, "crashkernel="),
+        ("sys/firmware/acpi/tables/DMAR", None, "DMAR", MISSING, "VT-d"),
+        ("sys/class/iommu/dmar0/x", "", "DMAR", WARNING, "intel_iommu=off"),
+        ("usr/local/lib/systemd/system/pkernfs.target", None, "systemd", WARNING, "install-units"),
+    ],
+)  # fmt: skip
+def test_what_is_missing_is_said(
+    machine: Machine, path: str, text: str | None, name: str, status: str, remedy: str
+) -> None:
+    if text is None:
+        Path(machine.path(path)).unlink()
+    else:
+        machine.write(path, text)
+    result = results(machine)[name]
+    assert result.status == status
+    assert remedy in result.remedy
+
+
+@pytest.mark.parametrize("option", ["INTEL_IOMMU", "CRASH_DUMP", "VFIO_PCI"])
+def test_a_kernel_without_an_option_is_said(machine: Machine, option: str) -> None:
+    configure(machine, {name: value for name, value in GOOD.items() if name != option})
+    result = results(machine)[option]
+    assert (result.status, result.remedy) == (MISSING, f"a kernel with CONFIG_{option}")
+
+
+def test_neither_dev_mem_nor_dax(machine: Machine) -> None:
+    Path(machine.path("dev/mem")).unlink()
+    Path(machine.path("sys/bus/dax/devices/dax0.0/size")).unlink()
+    Path(machine.path("sys/bus/dax/devices/dax0.0")).rmdir()
+    assert not doctor.able(list(results(machine).values()), "region")
+
+
+def test_the_configuration_is_found_elsewhere(machine: Machine) -> None:
+    Path(machine.path("proc/config.gz")).unlink()
+    assert doctor.kernel_config(machine) is None
+    machine.write("boot/config-7.3.4-cloud-amd64", "CONFIG_KEXEC=y\n# CONFIG_DEVMEM is not set\n")
+    assert doctor.kernel_config(machine) == {"KEXEC": "y"}
+
+
+def test_the_command_on_this_machine() -> None:
+    done = run_pkernfs("doctor", "--json")
+    found = json.loads(done.stdout)
+    assert done.returncode == (0 if found["able"]["mount"] else 1)
+    assert {c["name"] for c in found["checks"]} >= {"kernel", "/dev/fuse", "libfuse", "DMAR"}
+    assert all(c["remedy"] for c in found["checks"] if c["status"] == "missing")
+    plain = run_pkernfs("doctor")
+    assert plain.stdout.startswith("mount a file system: ")
+    assert not plain.stderr
