@@ -122,7 +122,7 @@ def test_missing_qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [("1G!1G", "/dev/mem", 1 << 30), ("512M!0x140000000", "/dev/mem", 0x140000000)],
 )
 def test_physical_regions(source: str, path: str, start: int) -> None:
-    assert qemu_args.backing_of(source) == (path, start, BLOCK)
+    assert qemu_args.mem_path_of(source) == (path, start, BLOCK)
 
 
 def test_not_on_a_mount(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

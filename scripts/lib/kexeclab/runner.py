@@ -31,6 +31,8 @@ class Result:
 
     :ivar figures: name to value and unit
     :ivar console: all the lines of the serial console
+    :ivar boots: for each stage the seconds from the machine's start, or from the end of the stage
+        before, to the agent's first word
     """
 
     figures: dict[str, tuple[float, str]] = field(default_factory=dict)
@@ -38,6 +40,7 @@ class Result:
     log: list[str] = field(default_factory=list)
     console: list[str] = field(default_factory=list)
     stages: list[str] = field(default_factory=list)
+    boots: list[float] = field(default_factory=list)
 
 
 def run_stages(
@@ -110,6 +113,7 @@ class _Play:
     def stage(self, number: int, stage: Stage, last: bool) -> None:
         hello = self._hello(number)
         booted = time.monotonic()
+        self.result.boots.append(booted - self.left_at)
         self._say(
             f"stage {number}, {stage.__name__}: Linux {hello['release']} "
             f"up {booted - self.left_at:.1f} s after {'its start' if number == 1 else 'kexec'}"

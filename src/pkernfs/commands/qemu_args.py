@@ -18,6 +18,7 @@ import subprocess
 import sys
 from typing import Any, NamedTuple
 
+from pkernfs.backing import iomem
 from pkernfs.commands.extents import Extent, read_extents
 from pkernfs.errors import (
     InvalidError,
@@ -27,7 +28,7 @@ from pkernfs.errors import (
     UsageError,
 )
 from pkernfs.mounts import Mount, mount_of
-from pkernfs.options import format_size, parse_size
+from pkernfs.options import format_size
 
 QEMU = "qemu-system-x86_64"
 #: The first version whose memory-backend-file has ``offset=``.
@@ -37,10 +38,9 @@ _VERSION_SECONDS = 30
 #: What QEMU takes for the id of an object.
 _ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 _BLOCK = 2 << 20
-_PHYSICAL_SPEC = re.compile(r"\w+!(\w+)")
 
 
-class Backing(NamedTuple):
+class MemPath(NamedTuple):
     """A file or device that QEMU can map, and where in it the region's first byte is.
 
     ``align`` is what offset, size and address of a mapping must be multiples of. All in bytes.
@@ -95,15 +95,15 @@ def describe(file: str, object_id: str) -> dict[str, Any]:
     :raises PkernfsError: the file is no guest memory that could be mapped, and what to do.
     """
     mount, size = _check_file(file)
-    backing = backing_of(mount.source)
-    region_offset = _one_piece(file, size, backing)
+    place = mem_path_of(mount.source)
+    region_offset = _one_piece(file, size, place)
     memory = {
         "qom-type": "memory-backend-file",
         "id": object_id,
         "size": size,
-        "mem-path": backing.path,
-        "offset": backing.start + region_offset,
-        "align": backing.align,
+        "mem-path": place.path,
+        "offset": place.start + region_offset,
+        "align": place.align,
         "share": True,
     }
     return {
@@ -160,7 +160,7 @@ def _check_file(file: str) -> tuple[Mount, int]:
     return mount, info.st_size
 
 
-def _one_piece(file: str, size: int, backing: Backing) -> int:
+def _one_piece(file: str, size: int, place: MemPath) -> int:
     """Where in the region the file's one piece begins.
 
     :raises InvalidError: it has holes, is in several pieces, or is not aligned.
@@ -175,13 +175,13 @@ def _one_piece(file: str, size: int, backing: Backing) -> int:
     if len(pieces) > 1:
         raise InvalidError(f"{file}: it is in {len(pieces)} pieces: {_mend(file, size)}")
     region_offset = pieces[0].region_offset
-    where = backing.start + region_offset
+    where = place.start + region_offset
     if region_offset % _BLOCK:
         raise InvalidError(f"{file}: it is not in 2 MiB blocks: {_mend(file, size)}")
-    if where % backing.align or size % backing.align:
+    if where % place.align or size % place.align:
         raise NotSupportedError(
-            f"{file}: cannot be mapped in units of {format_size(backing.align)}, as "
-            f"{backing.path} needs: got {format_size(size)} at {where:#x}"
+            f"{file}: cannot be mapped in units of {format_size(place.align)}, as "
+            f"{place.path} needs: got {format_size(size)} at {where:#x}"
         )
     return region_offset
 
@@ -226,14 +226,13 @@ def _word(path: str) -> str:
 # ------------------------------------------------------------------------------- the region
 
 
-def backing_of(source: str) -> Backing:
+def mem_path_of(source: str) -> MemPath:
     """What QEMU has to open for the region ``source``, as the mount table names it.
 
     :raises PkernfsError: the region is gone, or is nothing that can be mapped as one.
     """
-    physical = _PHYSICAL_SPEC.fullmatch(source)
-    if physical:
-        return Backing("/dev/mem", parse_size(physical[1], "region"), _BLOCK)
+    if iomem.looks_physical(source):
+        return MemPath("/dev/mem", iomem.parse_span(source).start, _BLOCK)
     try:
         info = os.stat(source)
     except FileNotFoundError:
@@ -241,9 +240,9 @@ def backing_of(source: str) -> Backing:
             f"{source}: cannot be mapped by QEMU: the region's file has lost its name"
         ) from None
     if stat.S_ISCHR(info.st_mode):
-        return Backing(source, 0, max(_BLOCK, _dax_align(info.st_rdev)))
+        return MemPath(source, 0, max(_BLOCK, _dax_align(info.st_rdev)))
     # st_blksize is the page size on hugetlbfs, and 4 KiB or so elsewhere.
-    return Backing(source, 0, max(_BLOCK, info.st_blksize))
+    return MemPath(source, 0, max(_BLOCK, info.st_blksize))
 
 
 def _dax_align(device: int) -> int:

@@ -215,7 +215,10 @@ def test_refusals(live: LiveMount, vm: Counting, tmp_path: Path) -> None:
         run(str(SCRIPT), "start", str(tmp_path))
     assert not (tmp_path / "ram").exists()
     vm.start()
+    before = {path.name: path.stat().st_ctime_ns for path in vm.directory.glob("[!s]*")}
+    assert set(before) == {"ram", "boot.img", "vm.json"}
     with pytest.raises(CommandError, match="there is a machine"):
         vm.start()
+    assert before == {path.name: path.stat().st_ctime_ns for path in vm.directory.glob("[!s]*")}
     vm.wait_for(10)
     vm("save")
