@@ -72,19 +72,24 @@ class Owners:
             physical += target.length
 
     def _at(self, physical: int, length: int) -> export.Target:
+        """What is there, as far as it goes; what is nobody's goes up to the next that is."""
         for bar in self._bars:
-            if bar.start <= physical < bar.start + bar.length:
-                offset = physical - bar.start
+            offset = physical - bar.start
+            if 0 <= offset < bar.length:
                 length = min(length, bar.length - offset)
                 return export.Target(physical, length, None, offset, None, bar)
+            if offset < 0:
+                length = min(length, -offset)
         at = self._memory.offset(physical, PAGE)
         if at is None:
-            return export.Target(physical, min(length, PAGE), None, 0, None, None)
+            length = min(length, self._memory.gap(physical) or length)
+            return export.Target(physical, length, None, 0, None, None)
         length = min(length, self._memory.room(physical))
         number = bisect_right(self._starts, at) - 1
         piece = self._pieces[number] if number >= 0 else None
         if piece is None or at >= piece.end:
-            return export.Target(physical, min(length, PAGE), None, 0, at, None)
+            length = min([length, *(start - at for start in self._starts[number + 1 : number + 2])])
+            return export.Target(physical, length, None, 0, at, None)
         offset = piece.offset + at - piece.start
         return export.Target(physical, min(length, piece.end - at), piece.path, offset, at, None)
 
@@ -95,6 +100,7 @@ def walk_files(fs: FileSystem) -> Iterator[tuple[str, int] | None]:
     Files that come and go meanwhile may be missing; those that stay are there once.
     """
     todo: list[tuple[int, str]] = [(ROOT_INO, "")]
+    seen: set[int] = {ROOT_INO}  # a damaged directory may lead back
     while todo:
         directory, path = todo.pop()
         cookie = 0
@@ -103,7 +109,9 @@ def walk_files(fs: FileSystem) -> Iterator[tuple[str, int] | None]:
             for name, ino, kind, cookie in batch:  # noqa: B007 - the last one is where to go on
                 there = f"{path}/{name.decode(errors='surrogateescape')}"
                 if kind == stat.S_IFDIR >> 12:
-                    todo.append((ino, there))
+                    if ino not in seen:
+                        seen.add(ino)
+                        todo.append((ino, there))
                 elif kind == stat.S_IFREG >> 12:
                     yield there, ino
             if len(batch) < _NAMES_AT_ONCE:

@@ -88,6 +88,11 @@ class Memory:
         piece = self.pieces[bisect_right(self._starts, physical) - 1]
         return piece.physical + piece.length - physical
 
+    def gap(self, physical: int) -> int | None:
+        """Bytes from an address in no piece to the next piece; None: there is none behind it."""
+        at = bisect_right(self._starts, physical)
+        return self._starts[at] - physical if at < len(self._starts) else None
+
     def words(self, physical: int, count: int) -> tuple[int, ...] | None:
         """``count`` 8-byte words at an address; None if they are not in this memory."""
         offset = self.offset(physical, 8 * count)
