@@ -15,6 +15,7 @@ from pkernfs.layout import PAGE
 
 _BARS = 6
 _IORESOURCE_MEM = 0x200
+_IORESOURCE_UNSET = 0x2000_0000
 _DEVICES = "/sys/bus/pci/devices"
 
 
@@ -58,6 +59,8 @@ def read_bar(source_id: int, number: int, devices: str = _DEVICES) -> Bar:
         raise NotFoundError(f"{name}: there is none")
     if not flags & _IORESOURCE_MEM:
         raise InvalidError(f"{name}: not memory: it is a range of ports")
+    if flags & _IORESOURCE_UNSET or not start:
+        raise NotFoundError(f"{name}: it has no address")
     if start % PAGE or (end + 1 - start) % PAGE:
         raise InvalidError(f"{name}: not whole pages: got {start:#x}-{end:#x}")
     return Bar(source_id, number, start, end + 1 - start)

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 from pkernfs.errors import BusyError, InvalidError, NoSpaceError, TableDamageError
 from pkernfs.iommu.contexts import Mode
-from pkernfs.iommu.entries import LEVELS, bdf_text
+from pkernfs.iommu.entries import LEVELS, MAX_PHYSICAL_BITS, bdf_text
 from pkernfs.iommu.memory import Commit, Memory
 from pkernfs.layout import PAGE
-from pkernfs.region import crc32c
+from pkernfs.region import Region, crc32c
 
 CONFIG_BYTES = 24
 _CONFIG = Struct("<8sHBBIQ")
@@ -89,6 +89,20 @@ def parse_config(data: bytes) -> Config:
     return Config(Mode(mode), levels, home)
 
 
+def adopt_addresses(region: Region, at: int) -> None:
+    """Give a region without addresses of its own those that its tables were made with.
+
+    :param at: region offset of the configuration page. What it says is not trusted: an address that
+        no region can have is passed by.
+    :raises CorruptionError: the configuration is damaged.
+    """
+    if region.physical(0) is not None:
+        return
+    base = parse_config(region.read(at, CONFIG_BYTES)).home - at
+    if base > 0 and not base % PAGE and base + region.size <= 1 << MAX_PHYSICAL_BITS:
+        region.assume_physical(base)
+
+
 def configure(memory: Memory, commit: Commit, config: Config) -> Config:
     """Decide mode and levels; the home is where the page is now. Returns all that.
 
@@ -142,9 +156,16 @@ def _slots(memory: Memory) -> list[Bar | None]:
     for at in range(_BARS_AT, _BARS_AT + _MAX_BARS * _BAR.size, _BAR.size):
         data = page[at : at + _BAR.size]
         crc, source_id, number, valid, start, length, _zero = _BAR.unpack(data)
+        bar = Bar(source_id, number, start, length)
         good = valid == _VALID and crc == crc32c(bytes(4) + data[4:])
-        slots.append(Bar(source_id, number, start, length) if good else None)
+        slots.append(bar if good and _can_be(bar) else None)
     return slots
+
+
+def _can_be(bar: Bar) -> bool:
+    """Whether a device can have such a BAR."""
+    whole = bar.length > 0 and not (bar.start | bar.length) % PAGE
+    return whole and bar.start + bar.length <= 1 << MAX_PHYSICAL_BITS
 
 
 def config_page(memory: Memory) -> int:

@@ -20,6 +20,8 @@ ENTRIES = 1 << LEVEL_BITS
 MAX_PHYSICAL_BITS = 52
 LARGEST_LEAF_LEVEL = 3
 LEVELS = (3, 4, 5)
+MAX_SOURCE_ID = 0xFFFF
+MAX_PASID = 0xFFFFF
 
 READ = 1
 WRITE = 2
@@ -335,6 +337,12 @@ def parse_bdf(text: str) -> tuple[int, int]:
     if slot > 0x1F:
         raise InvalidError(f"device {text!r}: no such device: got {slot:#x}, expected 0..0x1f")
     return (segment[0] if segment else 0), bus << 8 | slot << 3 | int(function)
+
+
+def check_source_id(source_id: int) -> None:
+    """:raises InvalidError: not one."""
+    if not 0 <= source_id <= MAX_SOURCE_ID:
+        raise InvalidError(f"source id {source_id:#x}: not one: expected 0..{MAX_SOURCE_ID:#x}")
 
 
 def bdf_text(source_id: int, segment: int = 0) -> str:

@@ -31,6 +31,7 @@ from pkernfs.iommu.entries import (
     ScalableContextEntry,
     aw_of,
     bdf_text,
+    check_source_id,
 )
 from pkernfs.iommu.memory import Commit, Memory
 from pkernfs.iommu.trees import Finding
@@ -99,8 +100,7 @@ class RootTables:
         :raises NoTablePagesError: too few free pages; says how much root-pgtables must grow.
         :raises InvalidError: an id out of range, or no address of a page.
         """
-        if not 0 <= source_id <= 0xFFFF:
-            raise InvalidError(f"source id {source_id:#x}: not one: expected 0..0xffff")
+        check_source_id(source_id)
         if not 0 <= domain_id <= MAX_DOMAIN_ID:
             raise InvalidError(f"domain id {domain_id}: not one: expected 0..{MAX_DOMAIN_ID}")
         if table >> self._physical_bits:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from pkernfs.errors import InvalidError
 from pkernfs.iommu.contexts import Mode, join
 from pkernfs.iommu.entries import (
     ADDRESS_MASK,
@@ -12,6 +13,7 @@ from pkernfs.iommu.entries import (
     INTERRUPT_FIRST,
     INTERRUPT_LAST,
     LEVELS,
+    MAX_PASID,
     MAX_PHYSICAL_BITS,
     PGTT_PASS_THROUGH,
     PGTT_SECOND_STAGE,
@@ -27,6 +29,7 @@ from pkernfs.iommu.entries import (
     RootEntry,
     ScalableContextEntry,
     ScalableRootEntry,
+    check_source_id,
     is_leaf,
     leaf_bytes,
     second_stage_format,
@@ -87,7 +90,15 @@ def translate(
     :param memory: where tables are; an entry outside it cannot be read, which is a fault.
     :param pasid: None: the request has none.
     :param access: READ or WRITE or both: what the request wants; 0: whatever is allowed.
+    :raises InvalidError: no request can be like that.
     """
+    check_source_id(source_id)
+    if not 0 <= iova < 1 << 64:
+        raise InvalidError(f"iova {iova:#x}: not an address of 64 bits")
+    if pasid is not None and not 0 <= pasid <= MAX_PASID:
+        raise InvalidError(f"PASID {pasid:#x}: not one: expected 0..{MAX_PASID:#x}")
+    if access & ~READ_WRITE:
+        raise InvalidError(f"access {access:#x}: expected r, w or rw")
     walk = _Walk(memory, iova, access, physical_bits)
     if pasid is None and INTERRUPT_FIRST <= iova <= INTERRUPT_LAST:
         walk.result.interrupt = True

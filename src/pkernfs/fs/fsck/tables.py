@@ -15,7 +15,7 @@ from pkernfs.fs.fsck.names import entries_of
 from pkernfs.fs.fsck.problems import Code
 from pkernfs.fs.fsck.structures import T_REG
 from pkernfs.iommu.check import Report, check
-from pkernfs.iommu.config import CONFIG_BYTES, config_page, load_bars, load_config, parse_config
+from pkernfs.iommu.config import adopt_addresses, config_page, load_bars, load_config
 from pkernfs.iommu.memory import Memory, merge_ranges
 from pkernfs.layout import INODE_FLAG_TABLE, IOMMU_INO, PAGE
 from pkernfs.region import Region
@@ -73,11 +73,8 @@ def _is_empty(ctx: Context, pieces: Pieces) -> bool:
 def _check(ctx: Context, files: dict[bytes, Pieces]) -> Report:
     region = ctx.image.region
     root_pieces = files.get(_ROOT)
-    if root_pieces is not None and region.physical(0) is None:
-        at = root_pieces[0][0] + PAGE
-        home = parse_config(region.read(at, CONFIG_BYTES)).home
-        if home > at:
-            region.assume_physical(home - at)
+    if root_pieces is not None:
+        adopt_addresses(region, root_pieces[0][0] + PAGE)
     memories = {name: Memory(region, pieces) for name, pieces in files.items()}
     root = memories.pop(_ROOT, None)
     ranges = merge_ranges(_live_ranges(ctx, region))
