@@ -241,13 +241,17 @@ class FileSystem:
             raise BusyError("mapped for DMA")
 
     def _pinned(self, inode: Inode, start: int, end: int) -> bool:
-        if self._tables is None or not inode.is_reg or not inode.data_pages:
-            return False
-        pages = self._map.within(inode, start, end)
-        holder = self._tables.holder((page * PAGE, count * PAGE) for _file, page, count in pages)
+        holder = self._holder(inode, start, end)
         if holder is not None:
             log.warning("inode %d: busy: %s", inode.ino, holder)
         return holder is not None
+
+    def _holder(self, inode: Inode, start: int, end: int) -> str | None:
+        """What maps one of file pages start..end-1 for devices."""
+        if self._tables is None or not inode.is_reg or not inode.data_pages:
+            return None
+        pages = self._map.within(inode, start, end)
+        return self._tables.holder((page * PAGE, count * PAGE) for _file, page, count in pages)
 
     @staticmethod
     def _log_busy(inode: Inode, check: Callable[[int], None]) -> None:
@@ -965,8 +969,10 @@ class FileSystem:
 
     def _promote(self, inode: Inode, size: int) -> None:
         """Move a file that outgrows 4 KiB pages into a block."""
-        if not self._map.needs_promotion(inode, size) or self._pinned(inode, 0, PAGES_PER_BLOCK):
+        if not self._map.needs_promotion(inode, size):
             return
+        if self._holder(inode, 0, PAGES_PER_BLOCK) is not None:
+            return  # a device would go on using the pages
         try:
             with self.store:
                 block = self._blocks.choose(-(-size // BLOCK), inode.ino)

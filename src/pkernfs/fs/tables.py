@@ -22,23 +22,24 @@ from pkernfs.errors import (
     PkernfsError,
     ReadOnlyError,
     TableDamageError,
+    TooBigError,
 )
 from pkernfs.fs.names import is_table_name
 from pkernfs.iommu.config import (
-    CONFIG_BYTES,
     Bar,
     Config,
+    adopt_addresses,
     config_offset,
     config_page,
+    config_words,
     configure,
     forget_bar,
     load_bars,
     load_config,
-    parse_config,
     record_bar,
 )
 from pkernfs.iommu.contexts import Device
-from pkernfs.iommu.entries import bdf_text
+from pkernfs.iommu.entries import bdf_text, check_source_id
 from pkernfs.iommu.memory import Memory
 from pkernfs.iommu.pgtable import PageTable
 from pkernfs.iommu.pool import BlockMap, Mapping, TablePool
@@ -153,18 +154,14 @@ class TableFiles:
 
     def _memory(self, file: TableFile) -> Memory:
         extents = [(e.region_offset, e.length) for e in self._fs.extents(file.ino)]
+        if sum(length for _at, length in extents) != file.size:
+            raise TableDamageError(f"inode {file.ino}: a table file with holes")
         return Memory(self._fs.region, extents)
 
     def _adopt_addresses(self, file: TableFile) -> None:
         """Give a region without addresses of its own those that its tables were made with."""
-        region = self._fs.region
-        if region.physical(0) is not None:
-            return
-        first = self._fs.extents(file.ino)[0]
-        at = first.region_offset + PAGE
-        home = parse_config(region.read(at, CONFIG_BYTES)).home
-        if home > at:
-            region.assume_physical(home - at)
+        for first in self._fs.extents(file.ino)[:1]:
+            adopt_addresses(self._fs.region, first.region_offset + PAGE)
 
     def _say_elsewhere(self, memory: Memory) -> str:
         home = self._config.home
@@ -173,7 +170,7 @@ class TableFiles:
             f"{config_page(memory):#x}"
         )
         if self._fs.region.phys_base is not None:
-            base = home - config_offset(memory)
+            base = max(home - config_offset(memory), 0)
             return f"{reason}: mount with phys_base={base:#x}, or remove the files of iommu/"
         return f"{reason}: the region's memory has moved: remove the files of iommu/"
 
@@ -283,22 +280,29 @@ class TableFiles:
         :raises BusyError: something is attached, or mapped with another number of levels.
         """
         self._check_writable()
+        config_words(config)
+        if size <= 0 or size % BLOCK:
+            raise InvalidError(f"root-pgtables: bad size: got {size:#x}, expected steps of 2 MiB")
+        self.check_place()
         if ROOT_NAME not in self._files:
             self._fs.create(IOMMU_INO, ROOT_NAME, 0o100400, 0, 0)
         if not self._files[ROOT_NAME].size:
-            try:
-                self._fs.setattr(self._files[ROOT_NAME].ino, size=size)
-            except NoSpaceError:
-                self._fs.unlink(IOMMU_INO, ROOT_NAME)
-                raise
+            self._size_root(size)
         self.need_root()
         self._configure(config)
 
+    def _size_root(self, size: int) -> None:
+        try:
+            self._fs.setattr(self._files[ROOT_NAME].ino, size=size)
+        except (NoSpaceError, TooBigError):
+            self._fs.unlink(IOMMU_INO, ROOT_NAME)
+            raise
+
     def _configure(self, config: Config) -> None:
         if config.levels != self._config.levels:
-            for number, table in self._domains.items():
-                if next(table.mappings(), None) is not None:
-                    raise BusyError(f"dom-{number}: it has mappings: its levels cannot change")
+            mapped = self._mapped_domain()
+            if mapped is not None:
+                raise BusyError(f"{mapped}: its levels cannot change")
         root = self.need_root()
         configure(root.memory, self._fs.store.commit_words, config)
         self._open_root()
@@ -309,7 +313,6 @@ class TableFiles:
         """root-pgtables, made now if it is missing, with a record of where it is."""
         if ROOT_NAME not in self._files:
             self.create_root()
-        root = self.need_root()
         root = self.need_root()
         if not self._config.home and not root.devices():
             self._configure(self._config)
@@ -351,8 +354,8 @@ class TableFiles:
         if not inode.nlink:
             raise NotFoundError("the file was removed")
         if length is None:
-            length = inode.size - offset
-        if offset < 0 or offset + length > inode.size:
+            length = max(inode.size - offset, 0)
+        if offset < 0 or offset > inode.size or offset + length > inode.size:
             raise InvalidError(
                 f"offset {offset:#x}: beyond the end of the file: "
                 f"got {length:#x} bytes, expected an end up to {inode.size:#x}"
@@ -413,7 +416,11 @@ class TableFiles:
         if offset % PAGE:
             raise InvalidError(f"{bar.name}: offset {offset:#x}: unaligned: not whole pages")
         root = self._have_root()
-        record_bar(root.memory, self._fs.store.commit_words, bar)
+        try:
+            record_bar(root.memory, self._fs.store.commit_words, bar)
+        except NoSpaceError:  # some may be of domains that were removed
+            self._forget_bars()
+            record_bar(root.memory, self._fs.store.commit_words, bar)
         try:
             self._map_pieces(number, iova, [(bar.start + offset, length)], perm)
         except PkernfsError:
@@ -466,6 +473,7 @@ class TableFiles:
         """
         self._check_writable()
         table = self.domain(number)
+        check_source_id(source_id)
         root = self._have_root()
         domain_id = self._domain_id(root, number, table.root)
         root.attach(source_id, table.root, domain_id)
@@ -554,7 +562,16 @@ class TableFiles:
         if name != ROOT_NAME:
             top = self._memory(self._files[name]).first_page
             devices = [d for d in devices if d.table == top]
-        return f"device {bdf_text(devices[0].source_id)} is attached" if devices else None
+        if devices:
+            return f"device {bdf_text(devices[0].source_id)} is attached"
+        return self._mapped_domain() if name == ROOT_NAME else None
+
+    def _mapped_domain(self) -> str | None:
+        """A domain with mappings: without root-pgtables it is not known where and what they are."""
+        for number, tree in sorted(self._trees.items()):
+            if not tree.is_empty:
+                return f"dom-{number} has mappings"
+        return None
 
 
 def domain_number(name: bytes) -> int:

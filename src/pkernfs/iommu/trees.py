@@ -63,6 +63,11 @@ class Tree(NamedTuple):
     root: int
     levels: int
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is mapped."""
+        return self.find(_EVERYWHERE) is None
+
     def mark(self, blocks: BlockMap) -> bool:
         """Mark the 2 MiB blocks of the region that are mapped; False: not all can be reached."""
         return blocks.add_tree(self.pool, self.root, self.levels)
