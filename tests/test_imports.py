@@ -19,7 +19,7 @@ LAYERS = (
     ("layout",),
     ("backing",),
     ("region",),
-    ("journal",),
+    ("journal", "digest"),
     ("alloc",),
     ("iommu",),
     ("fuse_shim", "options", "mounts", "progress"),
@@ -32,10 +32,10 @@ LAYERS = (
 BUILDERS = {"native_build", "fuse_shim_build"}
 #: The extension modules, and who alone may use each.
 EXTENSIONS = {
-    "_native": {"backing.files", "region", "journal", "iommu.pool"},
+    "_native": {"backing.files", "region", "journal", "digest", "iommu.pool"},
     "_fuse_shim": {"fuse_shim"},
 }
-ASYNC_MODULES = {"fs.requests", "fs.operations", "fs.daemon", "fs.control"}
+ASYNC_MODULES = {"fs.requests", "fs.operations", "fs.daemon", "fs.control", "fs.handover_ops"}
 
 
 def module_name(path: Path) -> str:

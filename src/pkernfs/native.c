@@ -193,6 +193,158 @@ uint32_t pk_page_crc(const uint8_t *page)
 	return pk_crc32c(pk_crc32c(0, head, 8), page + 8, PAGE - 8);
 }
 
+/* ---------------------------------------------------------------- crc64 */
+
+/*
+ * CRC-64/NVME: reflected, all ones in and out.  With carry-less multiplication eight lanes of 16
+ * bytes are folded 128 bytes ahead each; what is left of them is a short message with the same CRC.
+ */
+#define CRC64_POLY 0x9a6c9329ac4bc9b5ull
+#define LANES 8
+#define STRIDE (16 * LANES)
+
+static uint64_t crc64_table[8][256];
+static uint64_t fold_low, fold_high;
+
+/* x^n modulo the polynomial, reflected. */
+static uint64_t crc64_power(unsigned n)
+{
+	uint64_t v = 1ull << 63;
+
+	while (n--)
+		v = v >> 1 ^ (v & 1 ? CRC64_POLY : 0);
+	return v;
+}
+
+__attribute__((constructor)) static void crc64_init(void)
+{
+	for (unsigned i = 0; i < 256; i++) {
+		uint64_t c = i;
+
+		for (int k = 0; k < 8; k++)
+			c = c >> 1 ^ (c & 1 ? CRC64_POLY : 0);
+		crc64_table[0][i] = c;
+	}
+	for (unsigned t = 1; t < 8; t++)
+		for (unsigned i = 0; i < 256; i++) {
+			uint64_t c = crc64_table[t - 1][i];
+
+			crc64_table[t][i] = c >> 8 ^ crc64_table[0][c & 0xff];
+		}
+	fold_low = crc64_power(8 * STRIDE + 63);
+	fold_high = crc64_power(8 * STRIDE - 1);
+}
+
+static uint64_t crc64_soft(uint64_t c, const uint8_t *p, uint64_t n)
+{
+	for (; n >= 8; n -= 8, p += 8) {
+		uint64_t w;
+
+		memcpy(&w, p, 8);
+		c ^= w;
+		c = crc64_table[7][c & 0xff] ^ crc64_table[6][c >> 8 & 0xff] ^
+		    crc64_table[5][c >> 16 & 0xff] ^ crc64_table[4][c >> 24 & 0xff] ^
+		    crc64_table[3][c >> 32 & 0xff] ^ crc64_table[2][c >> 40 & 0xff] ^
+		    crc64_table[1][c >> 48 & 0xff] ^ crc64_table[0][c >> 56];
+	}
+	while (n--)
+		c = c >> 8 ^ crc64_table[0][(c ^ *p++) & 0xff];
+	return c;
+}
+
+#if defined(__x86_64__)
+typedef long long vec __attribute__((vector_size(16), aligned(1), may_alias));
+
+__attribute__((target("pclmul,sse2")))
+static uint64_t crc64_hard(uint64_t crc, const uint8_t *p, uint64_t n)
+{
+	const vec fold = { (long long)fold_low, (long long)fold_high };
+	uint8_t rest[STRIDE];
+	vec lane[LANES];
+
+	if (n < 2 * STRIDE)
+		return crc64_soft(crc, p, n);
+	memcpy(lane, p, STRIDE);
+	lane[0][0] ^= (long long)crc;
+	for (p += STRIDE, n -= STRIDE; n >= STRIDE; p += STRIDE, n -= STRIDE) {
+		__builtin_prefetch(p + 16 * STRIDE);
+		__builtin_prefetch(p + 16 * STRIDE + 64);
+		for (unsigned i = 0; i < LANES; i++)
+			lane[i] = (vec)__builtin_ia32_pclmulqdq128(lane[i], fold, 0x00) ^
+				  (vec)__builtin_ia32_pclmulqdq128(lane[i], fold, 0x11) ^
+				  *(const vec *)(p + 16 * i);
+	}
+	memcpy(rest, lane, STRIDE);
+	return crc64_soft(crc64_soft(0, rest, STRIDE), p, n);
+}
+#endif
+
+/* Pass 0 to start, a former result to go on. */
+uint64_t pk_crc64(uint64_t crc, const uint8_t *p, uint64_t n)
+{
+#if defined(__x86_64__)
+	if (__builtin_cpu_supports("pclmul"))
+		return ~crc64_hard(~crc, p, n);
+#endif
+	return ~crc64_soft(~crc, p, n);
+}
+
+/*
+ * CRC-64 of n chunks, each of several parts of a region.  parts holds {offset, length} pairs, an
+ * offset of ~0 standing for that many zeros; chunk i ends before part ends[i].  Returns the number
+ * of the first chunk that is not inside size bytes, n if all are.
+ */
+uint64_t pk_digest(const uint8_t *base, uint64_t size, const uint64_t *parts,
+		   const uint64_t *ends, uint64_t n, uint64_t *digests)
+{
+	static const uint8_t zeros[16 * PAGE];
+	uint64_t part = 0;
+
+	for (uint64_t i = 0; i < n; i++) {
+		uint64_t crc = 0;
+
+		for (; part < ends[i]; part++) {
+			uint64_t offset = parts[2 * part], left = parts[2 * part + 1];
+
+			if (offset != ~0ull) {
+				if (offset > size || left > size - offset)
+					return i;
+				crc = pk_crc64(crc, base + offset, left);
+				continue;
+			}
+			while (left) {
+				uint64_t step = left < sizeof(zeros) ? left : sizeof(zeros);
+
+				crc = pk_crc64(crc, zeros, step);
+				left -= step;
+			}
+		}
+		digests[i] = crc;
+	}
+	return n;
+}
+
+/*
+ * Checksums of n metadata pages, or unless slots is 0 of the sixteen 256-byte slots of each.  Where a
+ * page says another one in its header it is the complement.  The caller has checked the numbers.
+ */
+void pk_page_sums(const uint8_t *base, const uint64_t *numbers, uint64_t n, int slots,
+		  uint32_t *sums)
+{
+	for (uint64_t i = 0; i < n; i++) {
+		const uint8_t *page = base + numbers[i] * PAGE;
+
+		if (!slots) {
+			uint32_t crc = pk_page_crc(page), said;
+
+			memcpy(&said, page + 4, 4);
+			*sums++ = said == crc ? crc : ~crc;
+		}
+		for (unsigned s = 0; slots && s < 16; s++)
+			*sums++ = pk_crc32c(0, page + s * (PAGE / 16), PAGE / 16);
+	}
+}
+
 /* ---------------------------------------------------------------- journal */
 
 /* docs/format.md, "Journal".  The record starts the journal area; runs follow the header. */

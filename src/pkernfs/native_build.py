@@ -19,6 +19,11 @@ ffibuilder.cdef(
 
     uint32_t pk_crc32c(uint32_t crc, const uint8_t *p, uint64_t n);
     uint32_t pk_page_crc(const uint8_t *page);
+    uint64_t pk_crc64(uint64_t crc, const uint8_t *p, uint64_t n);
+    uint64_t pk_digest(const uint8_t *base, uint64_t size, const uint64_t *parts,
+                       const uint64_t *ends, uint64_t n, uint64_t *digests);
+    void pk_page_sums(const uint8_t *base, const uint64_t *numbers, uint64_t n, int slots,
+                      uint32_t *sums);
 
     int64_t pk_commit(uint8_t *base, uint64_t journal, uint64_t capacity, uint64_t sequence,
                       const uint8_t *uuid, uint8_t *images, const uint64_t *numbers,
