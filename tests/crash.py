@@ -23,6 +23,7 @@ from unittest import mock
 
 import pytest
 
+from handing import verify
 from pkernfs import region as region_module
 from pkernfs.errors import NoSpaceError
 from pkernfs.fs import fsck, mkfs
@@ -304,6 +305,16 @@ def check_zero_blocks(region: Region) -> None:
             assert region.is_zero(block * BLOCK, BLOCK), f"block {block}: not zero, as it is said"
 
 
+def check_handover(fs: FileSystem) -> None:
+    """:raises AssertionError: a handover came before this mount, and something has changed."""
+    arrival = fs.arrival
+    assert arrival is not None
+    if arrival.record is not None and arrival.record.list_ino:
+        found = verify(fs)
+        assert not found.trouble, f"handover: {found.trouble}"
+        assert not len(found.changes), f"handover: {[c.text() for c in found.changes.all()]}"
+
+
 def check_growth(fs: FileSystem, path: bytes, ino: int) -> None:
     """Extend a file to the end of what it may hold already.
 
@@ -497,6 +508,7 @@ class Sweep:
         def look(region: Region) -> None:
             fs = FileSystem.mount(region, clock=Clock(1 << 61))
             verdict.append(self.oracle.judge(fs))
+            check_handover(fs)
             if number % 8 == 0:
                 self._fsck(region)
             check_zero_blocks(region)

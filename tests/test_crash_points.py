@@ -36,6 +36,7 @@ from crash import (
     say,
     snapshot,
 )
+from handing import hand_over, verify
 from pkernfs.alloc import bitmap
 from pkernfs.errors import CorruptionError, FormatError, NoSpaceError
 from pkernfs.fs import fsck, mkfs, superblock
@@ -286,7 +287,20 @@ def _mount_again(fs: FileSystem) -> None:
     FileSystem.mount(fs.region, clock=Clock(1 << 60)).read_only = True
 
 
+def _arrive(fs: FileSystem) -> None:
+    """The first mount after a handover, and the end of its verification."""
+    again = FileSystem.mount(fs.region, clock=Clock(1 << 60))
+    verify(again)
+    again.read_only = True
+
+
 SCENARIOS = [
+    Scenario("hand over", hand_over),
+    Scenario("hand over, large files", hand_over, setup=each(big(5 * MIB), zero_free)),
+    Scenario("hand over, inode table grows", hand_over, setup=inode_page_full),
+    Scenario("hand over, with an orphan", hand_over, setup=orphan),
+    Scenario("abort a handover", lambda fs: fs.thaw(), setup=hand_over),
+    Scenario("first mount after a handover", _arrive, setup=hand_over),
     Scenario("create", lambda fs: fs.create(at(fs, "d"), b"new", REG, 1, 1)),
     Scenario("create, first name", lambda fs: fs.create(at(fs, "d/sub"), b"new", REG, 1, 1)),
     Scenario("create a device", lambda fs: fs.create(1, b"dev", stat.S_IFBLK | 0o600, 0, 0, 2049)),

@@ -39,6 +39,7 @@ from pkernfs.layout import (
     ROOT_INO,
     RUN,
     STATE_FLAG_ERROR,
+    STATE_FROZEN,
     STATE_MOUNTED,
     STATE_PAGE,
     TREE_OFFSET,
@@ -189,6 +190,41 @@ def error_flag(d: Damage) -> None:
 @case(Code.NOT_UNMOUNTED)
 def not_unmounted(d: Damage) -> None:
     d.set_state(state=STATE_MOUNTED)
+
+
+@case(Code.HANDOVER_STRAY)
+def record_without_a_handover(d: Damage) -> None:
+    with d.edit(STATE_PAGE) as page:
+        page[160:168] = (1).to_bytes(8, "little")
+
+
+def frozen_with_list(d: Damage, ino: int, size: int, crc: int) -> None:
+    d.set_state(state=STATE_FROZEN)
+    record = layout.HandoverFields(1, 5, bytes(16), ino, size, crc, 0, layout.NO_PHYSICAL)
+    with d.edit(STATE_PAGE) as page:
+        layout.HANDOVER.pack_into(page, layout.HANDOVER_OFFSET, *record)
+
+
+@case(Code.HANDOVER_LIST)
+def list_of_no_inode(d: Damage) -> None:
+    frozen_with_list(d, 16 * 3000 + 1, 64, 0)
+
+
+@case(Code.HANDOVER_LIST)
+def list_with_a_name(d: Damage) -> None:
+    frozen_with_list(d, d.inos["guest"], 64, 0)
+
+
+@case(Code.HANDOVER_LIST)
+def list_of_another_length(d: Damage) -> None:
+    make_orphan(d, "other")
+    frozen_with_list(d, d.inos["other"], 64, 0)
+
+
+@case(Code.HANDOVER_LIST)
+def list_with_another_digest(d: Damage) -> None:
+    make_orphan(d, "other")
+    frozen_with_list(d, d.inos["other"], d.inode(d.inos["other"]).size, 12345)
 
 
 @case(Code.BIT_FLIPPED)

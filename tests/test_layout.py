@@ -58,7 +58,37 @@ STATE: list[Row] = [
     (120, 8, "inode_pages"),
     (128, 8, "free_inode_page"),
     (136, 8, "inodes_used"),
+    (144, 8, "arrival"),
     (152, 8, "written_by"),
+]
+HANDOVER: list[Row] = [
+    (0, 8, "number"),
+    (8, 8, "handed_over_at"),
+    (16, 16, "boot_id"),
+    (32, 8, "list_ino"),
+    (40, 8, "list_bytes"),
+    (48, 8, "list_digest"),
+    (56, 8, "flags"),
+    (64, 8, "phys_base"),
+]
+HISTORY: list[Row] = [
+    (0, 8, "number"),
+    (8, 8, "handed_over_at"),
+    (16, 8, "mounted_at"),
+    (24, 16, "boot_id_before"),
+    (40, 16, "boot_id_after"),
+    (56, 4, "arrival"),
+    (60, 4, "result"),
+    (64, 8, "changed"),
+]
+LIST: list[Row] = [
+    (0, 8, "signature"),
+    (8, 8, "number"),
+    (16, 8, "pages"),
+    (24, 8, "inode_pages"),
+    (32, 8, "files"),
+    (40, 8, "chunks"),
+    (48, 16, "uuid"),
 ]
 BLOCK_MAP: list[Row] = [(40, 8, "first_block"), (48, 8, "blocks")]
 INODE_PAGE: list[Row] = [
@@ -121,6 +151,9 @@ XATTR_ITEM: list[Row] = [
     (4, 4, "value_length"),
 ]
 RUN: list[Row] = [(0, 8, "offset"), (8, 8, "words")]
+LIST_PAGE: list[Row] = [(0, 8, "page"), (8, 8, "owner"), (16, 4, "magic"), (20, 4, "checksum")]
+LIST_FILE: list[Row] = [(0, 8, "ino"), (8, 8, "chunks")]
+LIST_CHUNK: list[Row] = [(0, 8, "number"), (8, 8, "digest")]
 
 TABLES = {
     "HEADER": (layout.HEADER, 0, HEADER),
@@ -139,8 +172,15 @@ TABLES = {
     "NAME_ITEM": (layout.NAME_ITEM, 0, NAME_ITEM),
     "XATTR_ITEM": (layout.XATTR_ITEM, 0, XATTR_ITEM),
     "RUN": (layout.RUN, 0, RUN),
+    "HANDOVER": (layout.HANDOVER, 0, HANDOVER),
+    "HISTORY": (layout.HISTORY, 0, HISTORY),
+    "LIST": (layout.LIST, 0, LIST),
+    "LIST_PAGE": (layout.LIST_PAGE, 0, LIST_PAGE),
+    "LIST_FILE": (layout.LIST_FILE, 0, LIST_FILE),
+    "LIST_CHUNK": (layout.LIST_CHUNK, 0, LIST_CHUNK),
 }
 IN_TEXT = {"EXTENT", "INNER_SLOT", "ITEM_SLOT", "NAME_ITEM", "XATTR_ITEM", "RUN"}
+IN_TEXT |= {"LIST_PAGE", "LIST_FILE", "LIST_CHUNK"}
 
 
 def _spans(structure: Struct) -> list[tuple[int, int]]:
@@ -188,6 +228,9 @@ def test_the_document_says_the_same(name: str) -> None:
         (layout.RangeFields, RANGE),
         (layout.StateFields, STATE),
         (layout.InodeFields, INODE),
+        (layout.HandoverFields, HANDOVER),
+        (layout.HistoryFields, HISTORY),
+        (layout.ListFields, LIST),
     ],
 )
 def test_names_of_fields(fields: type, rows: list[Row]) -> None:
@@ -207,6 +250,11 @@ def test_sizes() -> None:
     assert layout.NAME_ITEM.size == 9
     assert layout.XATTR_ITEM.size == 8
     assert layout.RECORD.size == 64
+    assert layout.STATE_OFFSET + layout.STATE.size == layout.HANDOVER_OFFSET
+    assert layout.HANDOVER_OFFSET + layout.HANDOVER.size <= layout.HISTORY_OFFSET == 256
+    assert layout.HISTORY.size <= layout.HISTORY_BYTES == 80
+    assert layout.HISTORY_OFFSET + layout.HISTORY_ENTRIES * layout.HISTORY_BYTES <= layout.PAGE
+    assert (layout.LIST.size, layout.LIST_SLOTS.size, layout.LIST_PAGE.size) == (64, 64, 24)
 
 
 def test_constants() -> None:
@@ -232,6 +280,21 @@ def test_constants() -> None:
     assert (layout.CLASS_META, layout.CLASS_DATA) == (1, 2)
     assert (layout.STATE_CLEAN, layout.STATE_MOUNTED, layout.STATE_FROZEN) == (1, 2, 3)
     assert layout.STATE_FLAG_ERROR == 1
+    assert (
+        layout.ARRIVAL_FIRST_BOOT,
+        layout.ARRIVAL_LIVE_UPDATE,
+        layout.ARRIVAL_REMOUNT,
+    ) == (1, 2, 3)
+    assert (
+        layout.RESULT_UNKNOWN,
+        layout.RESULT_METADATA,
+        layout.RESULT_EVERYTHING,
+        layout.RESULT_CHANGED,
+    ) == (0, 1, 2, 3)
+    assert layout.HANDOVER_FLAG_DIGESTS == 1
+    assert layout.HISTORY_ENTRIES == 16
+    assert layout.LIST_SIGNATURE == b"pkernfsH"
+    assert layout.LIST_CHUNK_BYTES == 2 << 20
     assert (layout.STATE_INODE_ROOT_OFFSET, layout.STATE_INODE_PAGES_OFFSET) == (112, 120)
     assert layout.STATE_FREE_INODE_PAGE_OFFSET == 128
     assert (layout.ROOT_INO, layout.IOMMU_INO) == (1, 2)

@@ -64,6 +64,8 @@ class PageStore:
         self._images: dict[int, memoryview] = {}
         #: What callers made of unchanged pages; an entry goes when its page is changed.
         self.decoded: dict[int, Any] = {}
+        #: Gets the numbers of the pages that transactions change, if it is a set.
+        self.touched: set[int] | None = None
         self._arena = ffi.new("uint8_t[]", MAX_PAGES * PAGE)
         self._arena_view = memoryview(ffi.buffer(self._arena))
         self._slots: list[memoryview] = []
@@ -314,6 +316,8 @@ class PageStore:
                 self._verified.clear()
             for page, image in self._images.items():
                 self._verified[page] = _unpack_magic(image)[0]
+            if self.touched is not None:
+                self.touched.update(self._images)
         self._images.clear()
         self._used = 0
         self._open = False

@@ -117,7 +117,7 @@ class RangeFields(NamedTuple):
 
 # ------------------------------------------------------------------------------ state page
 
-STATE = Struct("<IIQQQ16sQQQQ8xQ")
+STATE = Struct("<IIQQQ16sQQQQQQ")
 STATE_OFFSET = 64
 STATE_CLEAN = 1
 STATE_MOUNTED = 2
@@ -138,13 +138,82 @@ class StateFields(NamedTuple):
     inode_pages: int
     free_inode_page: int
     inodes_used: int
+    arrival: int
     written_by: int
 
+
+ARRIVAL_FIRST_BOOT = 1
+ARRIVAL_LIVE_UPDATE = 2
+ARRIVAL_REMOUNT = 3
 
 # Offsets of single fields that are stored on their own.
 STATE_INODE_ROOT_OFFSET = 112
 STATE_INODE_PAGES_OFFSET = 120
 STATE_FREE_INODE_PAGE_OFFSET = 128
+
+HANDOVER = Struct("<QQ16sQQQQQ")
+HANDOVER_OFFSET = 160
+HANDOVER_FLAG_DIGESTS = 1
+
+
+class HandoverFields(NamedTuple):
+    """Handover record in the state page (section 4); all zero: none."""
+
+    number: int
+    handed_over_at: int
+    boot_id: bytes
+    list_ino: int
+    list_bytes: int
+    list_digest: int
+    flags: int
+    phys_base: int
+
+
+NO_HANDOVER = HandoverFields(0, 0, bytes(16), 0, 0, 0, 0, 0)
+
+HISTORY = Struct("<QQQ16s16sIIQ")  # and 8 reserved bytes
+HISTORY_OFFSET = 256
+HISTORY_BYTES = 80
+HISTORY_ENTRIES = 16
+RESULT_UNKNOWN = 0
+RESULT_METADATA = 1
+RESULT_EVERYTHING = 2
+RESULT_CHANGED = 3
+
+
+class HistoryFields(NamedTuple):
+    """Entry of the history in the state page (section 4)."""
+
+    number: int
+    handed_over_at: int
+    mounted_at: int
+    boot_id_before: bytes
+    boot_id_after: bytes
+    arrival: int
+    result: int
+    changed: int
+
+
+LIST = Struct("<8sQQQQQ16s")
+LIST_SIGNATURE = b"pkernfsH"
+LIST_PAGE = Struct("<QQII")
+LIST_SLOTS = Struct("<16I")
+LIST_FILE = Struct("<QQ")
+LIST_CHUNK = Struct("<QQ")
+LIST_CHUNK_BYTES = BLOCK
+
+
+class ListFields(NamedTuple):
+    """Head of a handover's list (section 11)."""
+
+    signature: bytes
+    number: int
+    pages: int
+    inode_pages: int
+    files: int
+    chunks: int
+    uuid: bytes
+
 
 # ------------------------------------------------------------------------------ free space
 

@@ -32,6 +32,9 @@ def _set_bit(buffer: memoryview | bytearray, bit: int, value: bool) -> None:
 def expand(buffer: memoryview | bytes, count: int) -> bytearray:
     """The first ``count`` bits, one byte (0 or 1) each."""
     data = bytes(buffer[: -(-count // 8)])
+    for byte, bit in ((0, 0), (255, 1)):  # most of a large region is alike
+        if data.count(byte) == len(data):
+            return bytearray([bit]) * count
     out = bytearray().join([_EXPANDED[b] for b in data])
     del out[count:]
     return out

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pkernfs import digest
 from pkernfs.alloc.blocks import BlockAllocator, Claim, MapRange
 from pkernfs.alloc.pages import PageAllocator
 from pkernfs.errors import (
@@ -37,13 +38,16 @@ from pkernfs.errors import (
     TooManyLinksError,
     ZeroingNeeded,
 )
-from pkernfs.fs import superblock
+from pkernfs.fs import handover, superblock
 from pkernfs.fs.extents import LAST_PAGE, ExtentMap
 from pkernfs.fs.inodes import Inode, InodeTable, Stat
 from pkernfs.fs.names import Names, check_name, is_table_name
 from pkernfs.fs.xattrs import Overflow, Xattrs, check_target
 from pkernfs.journal import PageStore, TransactionTooLarge
 from pkernfs.layout import (
+    ARRIVAL_FIRST_BOOT,
+    ARRIVAL_LIVE_UPDATE,
+    ARRIVAL_REMOUNT,
     BLOCK,
     INODE_FLAG_BODY,
     INODE_FLAG_PENDING,
@@ -53,6 +57,8 @@ from pkernfs.layout import (
     MAGIC_STATE,
     MAX_FILE_BYTES,
     MAX_LINKS,
+    NO_HANDOVER,
+    NO_PHYSICAL,
     PAGE,
     PAGES_PER_BLOCK,
     PENDING_TO_END,
@@ -60,9 +66,13 @@ from pkernfs.layout import (
     STATE,
     STATE_CLEAN,
     STATE_FLAG_ERROR,
+    STATE_FROZEN,
     STATE_MOUNTED,
     STATE_OFFSET,
     STATE_PAGE,
+    HandoverFields,
+    HistoryFields,
+    StateFields,
 )
 from pkernfs.region import Region
 
@@ -121,6 +131,9 @@ class FileSystem:
         self.region = region
         self.superblock = sb
         self.read_only = not may_write
+        self.frozen = False  # for a handover; read_only as well then
+        self.arrival: handover.Arrival | None = None
+        self._list_ino = 0  # of the handover that is under way
         self._clock = clock
         self.store = PageStore(
             region,
@@ -182,16 +195,22 @@ class FileSystem:
             unfinished: list[int] = []
         else:
             unfinished = self._inodes.count_used()
+        for reason in self._inodes.damaged:  # what is in there is lost, and nothing else
+            log.error("%s: %s: run fsck.pkernfs", self.region.name, reason)
         root = self._inodes.get(ROOT_INO)
         if not root.is_dir:
             raise CorruptionError("root inode: not a directory")
+        boot_id = _boot_id()
+        arrival = self._arrive(state, boot_id)
         if self.read_only:
             return
         self._set_state(
+            arrival=arrival,
             state=STATE_MOUNTED,
+            flags=state.flags | (STATE_FLAG_ERROR if self._inodes.damaged else 0),
             mounts=state.mounts + 1,
-            mounted_at=self._clock(),
-            boot_id=_boot_id(),
+            mounted_at=arrival.mounted_at,
+            boot_id=boot_id,
             written_by=_VERSION_WORD,
         )
         try:
@@ -202,11 +221,189 @@ class FileSystem:
             return
         for ino in unfinished:
             self._finish_inode(self._inodes.get(ino))
+        if arrival.verifier is not None:
+            self._inodes.watch = arrival.verifier.changed_meanwhile
 
-    def _set_state(self, **changes: int | bytes) -> None:
+    def _set_state(
+        self,
+        *,
+        record: HandoverFields | None = None,
+        arrival: handover.Arrival | None = None,
+        **changes: int | bytes,
+    ) -> None:
+        """Change fields of the state page, and the handover record and history if given."""
         with self.store:
             page = self.store.edit(STATE_PAGE, MAGIC_STATE)
-            STATE.pack_into(page, STATE_OFFSET, *superblock.load_state(page)._replace(**changes))  # type: ignore[arg-type]
+            before = superblock.load_state(page)
+            if arrival is not None:
+                changes["arrival"] = arrival.kind
+                entry = _history_entry(before, arrival, changes["boot_id"])
+                if entry is not None:
+                    handover.push_history(page, entry)
+                record = NO_HANDOVER
+            STATE.pack_into(page, STATE_OFFSET, *before._replace(**changes))  # type: ignore[arg-type]
+            if record is not None:
+                handover.write_record(page, record)
+
+    # ------------------------------------------------------------------ handover
+
+    def _arrive(self, state: StateFields, boot_id: bytes) -> handover.Arrival:
+        """See what kind of mount this is, and compare with the handover before it."""
+        kind = ARRIVAL_REMOUNT if state.boot_id == boot_id else ARRIVAL_LIVE_UPDATE
+        if not state.mounts:
+            kind = ARRIVAL_FIRST_BOOT
+        arrival = self.arrival = handover.Arrival(kind, self._clock())
+        if state.state != STATE_FROZEN:
+            return arrival
+        record = handover.read_record(self.store.read(STATE_PAGE, MAGIC_STATE))
+        arrival.record = record
+        if not record.list_ino:
+            arrival.trouble = "the handover has left no list to compare with"
+            return arrival
+        try:
+            handover.load(self, record, self._read_list(record), arrival)
+        except PkernfsError as e:
+            arrival.trouble = str(e)
+        base = NO_PHYSICAL if self.region.phys_base is None else self.region.phys_base
+        if base != record.phys_base:
+            arrival.changes.add_structure(
+                f"physical address: {_address(base)}, {_address(record.phys_base)} at the handover"
+            )
+        return arrival
+
+    def _read_list(self, record: HandoverFields) -> bytes:
+        inode = self._inodes.get(record.list_ino)
+        if not inode.is_reg or inode.nlink or inode.size != record.list_bytes:
+            raise CorruptionError(f"the handover's list: inode {inode.ino} is something else")
+        data = bytearray(inode.size)
+        for offset, at, length in self._pieces(inode, 0, inode.size):
+            data[offset : offset + length] = self.region.view(at, length)
+        return bytes(data)
+
+    def index_of_inode_pages(self) -> dict[int, int]:
+        """Index of each page of the inode table."""
+        return {page: index for index, page in enumerate(self._inodes.where)}
+
+    def freeze(self) -> None:
+        """Refuse every change from here on, until :meth:`thaw`. Nothing is stored.
+
+        :raises ReadOnlyError: read-only, or frozen.
+        """
+        self._check_writable()
+        self.read_only = self.frozen = True
+
+    def thaw(self) -> None:
+        """End :meth:`freeze`, and the handover that it was for if there is one."""
+        if not self.frozen:
+            raise InvalidError("there is no handover to undo")
+        self.read_only = self.frozen = False
+        page = self.store.read(STATE_PAGE, MAGIC_STATE)
+        record = handover.read_record(page)
+        if superblock.load_state(page).state == STATE_FROZEN:
+            self._set_state(state=STATE_MOUNTED, record=NO_HANDOVER)
+        for ino in {record.list_ino, self._list_ino} - {0}:
+            self._drop_list(ino)
+        self._list_ino = 0
+        for ino in list(self._nameless):
+            self._reclaim(ino)
+
+    def _drop_list(self, ino: int) -> None:
+        try:
+            inode = self._inodes.get(ino)
+            if inode.is_reg and not inode.nlink:
+                self._evict(inode)
+        except NotFoundError:
+            pass
+
+    def make_list(self, size: int) -> tuple[int, set[int]]:
+        """Make room for a handover's list while frozen.
+
+        Returns its inode and the metadata pages that this has changed.
+
+        :raises NoSpaceError: there is none; nothing was changed.
+        """
+        if not self.frozen:
+            raise InvalidError("not frozen")
+        touched: set[int] = set()
+        self.store.touched = touched
+        self.read_only = False
+        ino = 0
+        try:
+            with self.store:
+                inode = self._new_inode(stat.S_IFREG | 0o600, 0, 0)
+                self._inodes.save(inode)
+            ino = inode.ino
+            self.run(lambda: self._grow(inode, size))
+            with self.store:
+                self._inodes.touch(inode)
+                self._set_size(inode, size)
+                self._inodes.save(inode)
+        except BaseException:
+            if ino:
+                self._drop_list(ino)
+            raise
+        finally:
+            self.read_only = True
+            self.store.touched = None
+        self._list_ino = ino
+        return ino, touched
+
+    def write_list(self, ino: int, offset: int, data: bytes) -> None:
+        """Fill a part of the list; no metadata changes.
+
+        :raises InvalidError: not the list that :meth:`make_list` made, or beyond its end.
+        """
+        inode = self._inodes.get(ino)
+        if not self.frozen or inode.nlink or offset < 0 or offset + len(data) > inode.size:
+            raise InvalidError(f"the handover's list: cannot store {len(data)} bytes at {offset}")
+        for low, at, length in self._pieces(inode, offset, offset + len(data)):
+            self.region.copy_in(at, data[low - offset : low - offset + length])
+
+    def hand_over(self, list_ino: int, list_bytes: int, list_digest: int, flags: int) -> int:
+        """Record that the frozen file system is handed over; the handover's number.
+
+        :raises CorruptionError: the list is not what it should be.
+        """
+        if not self.frozen:
+            raise InvalidError("not frozen")
+        page = self.store.read(STATE_PAGE, MAGIC_STATE)
+        record = HandoverFields(
+            self.next_handover,
+            self._clock(),
+            _boot_id(),
+            list_ino,
+            list_bytes,
+            list_digest,
+            flags,
+            NO_PHYSICAL if self.region.phys_base is None else self.region.phys_base,
+        )
+        if superblock.load_state(page).state == STATE_FROZEN:
+            raise InvalidError("handed over already")
+        if list_ino and digest.crc64(self._read_list(record)) != list_digest:
+            raise CorruptionError("the handover's list: its bytes did not arrive")
+        self._set_state(state=STATE_FROZEN, record=record)
+        self.region.sync()
+        return record.number
+
+    @property
+    def next_handover(self) -> int:
+        """The number of the next handover."""
+        entries = handover.read_history(self.store.read(STATE_PAGE, MAGIC_STATE))
+        return 1 + max((entry.number for entry in entries), default=0)
+
+    def end_verification(self) -> None:
+        """The verifier has finished: note the result in the history."""
+        self._inodes.watch = None
+        arrival = self.arrival
+        if arrival is None or self.read_only:
+            return
+        with self.store:
+            page = self.store.edit(STATE_PAGE, MAGIC_STATE)
+            entries = handover.read_history(page)
+            if entries and entries[0].mounted_at == arrival.mounted_at:
+                handover.set_newest(
+                    page, entries[0]._replace(result=arrival.result, changed=len(arrival.changes))
+                )
 
     def _leave_reserve(self) -> None:
         """At the end of a transaction that takes space: freeing must stay possible.
@@ -276,13 +473,21 @@ class FileSystem:
             self._finish_pending(inode)
 
     def unmount(self) -> None:
-        """Reclaim what was unlinked but open, and mark the region clean."""
+        """Reclaim what was unlinked but open, and mark the region clean.
+
+        One that was handed over stays as it is.
+        """
+        if self.frozen:
+            self.region.sync()
         if self.read_only:
             return
         self._opens.clear()
         self._lookups.clear()
         for ino in self._inodes.count_used():
             self._finish_inode(self._inodes.get(ino))
+        if self._inodes.damaged:
+            self.fail(self._inodes.damaged[0])
+            return
         self._set_state(
             state=STATE_CLEAN, unmounted_at=self._clock(), inodes_used=self._inodes.used
         )
@@ -290,6 +495,8 @@ class FileSystem:
 
     def fail(self, reason: str) -> None:
         """Something in the region is wrong: note it there, and change nothing more."""
+        if self.frozen:
+            log.error("%s: %s: run fsck.pkernfs", self.region.name, reason)
         if self.read_only:
             return
         log.error("%s: %s: read-only from here on; run fsck.pkernfs", self.region.name, reason)
@@ -397,6 +604,8 @@ class FileSystem:
         self._inodes.free(inode)
 
     def _check_writable(self) -> None:
+        if self.frozen:
+            raise ReadOnlyError("frozen by pkernfs handover")
         if self.read_only:
             raise ReadOnlyError("read-only file system")
 
@@ -1079,7 +1288,7 @@ class FileSystem:
         if atime > inode.mtime and atime > inode.ctime and self._clock() - atime < _DAY_NS:
             return
         with self.store:
-            self._inodes.touch(inode)
+            self._inodes.touch(inode, content=False)
             inode.atime = self._clock()
             self._inodes.save(inode)
 
@@ -1353,6 +1562,30 @@ def clear_set_id(inode: Inode) -> None:
     inode.mode &= ~stat.S_ISUID
     if inode.mode & stat.S_IXGRP:
         inode.mode &= ~stat.S_ISGID
+
+
+def _history_entry(
+    before: StateFields, arrival: handover.Arrival, boot_id: int | bytes
+) -> HistoryFields | None:
+    """What the history is told of a mount; None if it is an ordinary one."""
+    record = arrival.record
+    if record is None and arrival.kind != ARRIVAL_LIVE_UPDATE:
+        return None
+    assert isinstance(boot_id, bytes)
+    return HistoryFields(
+        record.number if record else 0,
+        record.handed_over_at if record else 0,
+        arrival.mounted_at,
+        record.boot_id if record else before.boot_id,
+        boot_id,
+        arrival.kind,
+        arrival.result,
+        len(arrival.changes),
+    )
+
+
+def _address(physical: int) -> str:
+    return "none" if physical == NO_PHYSICAL else f"{physical:#x}"
 
 
 def _clamp(ns: int) -> int:

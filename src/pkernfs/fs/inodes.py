@@ -223,7 +223,8 @@ class InodeTable:
         self._pages = pages
         self._cache: dict[int, Inode] = {}
         self.cookies: dict[int, Any] = {}
-        self._where = array("Q")  # page number of each inode page
+        #: Page number of each inode page.
+        self.where = array("Q")
         state = store.read(STATE_PAGE, MAGIC_STATE)
         self._root = int.from_bytes(
             state[STATE_INODE_ROOT_OFFSET : STATE_INODE_ROOT_OFFSET + 8], "little"
@@ -233,28 +234,39 @@ class InodeTable:
         )
         self._load_where(count)
         self.used = 0
+        self.damaged: list[str] = []
+        #: Gets the number of each inode whose file is changed, if it is a set.
+        self.watch: set[int] | None = None
 
     def _load_where(self, count: int) -> None:
         tree = Tree(self._store, self._pages, TREE_EXTENTS, 0, self._root)
         for index, page, length in tree.extents(0):
-            if index != len(self._where) or length > count - index:
+            if index != len(self.where) or length > count - index:
                 raise CorruptionError(f"inode table at index {index}: out of order")
-            self._where.extend(range(page, page + length))
-        if len(self._where) != count:
+            self.where.extend(range(page, page + length))
+        if len(self.where) != count:
             raise CorruptionError(
-                f"inode table: wrong size: got {len(self._where)}, expected {count}"
+                f"inode table: wrong size: got {len(self.where)}, expected {count}"
             )
 
     def __len__(self) -> int:
         """Number of inode slots in the table."""
-        return len(self._where) * (SLOTS_PER_INODE_PAGE - 1)
+        return len(self.where) * (SLOTS_PER_INODE_PAGE - 1)
 
     def count_used(self) -> list[int]:
-        """Count the inodes in use into :attr:`used`; returns those with work left (see format)."""
+        """Count the inodes in use into :attr:`used`; returns those with work left (see format).
+
+        Pages that cannot be read are left out, and told in :attr:`damaged`.
+        """
         self.used = 0
+        self.damaged = []
         left = []
-        for index, number in enumerate(self._where):
-            page = self._store.read(number, MAGIC_INODES)
+        for index, number in enumerate(self.where):
+            try:
+                page = self._store.read(number, MAGIC_INODES)
+            except CorruptionError as e:
+                self.damaged.append(str(e))
+                continue
             used, pending = _unpack_masks(page, _MASKS_OFFSET)
             self.used += used.bit_count()
             if pending:
@@ -311,9 +323,9 @@ class InodeTable:
     def _page_of(self, ino: int) -> memoryview:
         """The inode page of an inode that is in use."""
         index, slot = ino >> 4, ino & 15
-        if not slot or not 0 <= index < len(self._where):
+        if not slot or not 0 <= index < len(self.where):
             raise NotFoundError(f"inode {ino}: no such inode")
-        page = self._store.read(self._where[index], MAGIC_INODES)
+        page = self._store.read(self.where[index], MAGIC_INODES)
         if not _unpack_page(page, INODE_PAGE_OFFSET)[2] >> slot & 1:
             raise NotFoundError(f"inode {ino}: no such inode")
         return page
@@ -333,8 +345,13 @@ class InodeTable:
 
     # ------------------------------------------------------------------ changing
 
-    def touch(self, inode: Inode) -> None:
-        """From here on the inode is changed by the open transaction: put it back if that fails."""
+    def touch(self, inode: Inode, content: bool = True) -> None:
+        """From here on the inode is changed by the open transaction: put it back if that fails.
+
+        ``content``: what users call the file changes, not only when it was read.
+        """
+        if self.watch is not None and content:
+            self.watch.add(inode.ino)
         self.cookies.pop(inode.ino, None)
         self._store.on_abort.append(partial(self._reload, inode))
 
@@ -348,7 +365,7 @@ class InodeTable:
         """Store a changed inode in the open transaction."""
         ino = inode.ino
         slot = ino & 15
-        page = self._store.edit(self._where[ino >> 4], MAGIC_INODES)
+        page = self._store.edit(self.where[ino >> 4], MAGIC_INODES)
         inode.store(page, slot * INODE_BYTES)
         used, pending = _unpack_masks(page, _MASKS_OFFSET)
         bit = 1 << slot
@@ -367,9 +384,9 @@ class InodeTable:
         if not head:
             head = self._grow(self._store.edit(STATE_PAGE, MAGIC_STATE)) + 1
         index = head - 1
-        if index >= len(self._where):
+        if index >= len(self.where):
             raise CorruptionError(f"inode table: bad free list: got {index}")
-        page = self._store.edit(self._where[index], MAGIC_INODES)
+        page = self._store.edit(self.where[index], MAGIC_INODES)
         got, following, used, pending, listed, generation = _unpack_page(page, INODE_PAGE_OFFSET)
         if got != index or used & FULL_INODE_PAGE == FULL_INODE_PAGE:
             raise CorruptionError(f"inode page {index}: full or misplaced, but in the free list")
@@ -415,9 +432,9 @@ class InodeTable:
 
     def _grow(self, state: memoryview) -> int:
         """Add inode pages (more the larger the table is); returns the index of the first."""
-        first = len(self._where)
+        first = len(self.where)
         want = min(max(1, first // 8), _MAX_NEW_PAGES)
-        goal = self._where[-1] + 1 if first else None
+        goal = self.where[-1] + 1 if first else None
         runs = self._pages.alloc(want, CLASS_META, goal)
         tree = Tree(self._store, self._pages, TREE_EXTENTS, 0, self._root)
         index = first
@@ -427,7 +444,7 @@ class InodeTable:
                 image = self._store.new(page, MAGIC_INODES, 0)
                 following = index + 2 if index + 1 < first + want else 0
                 _pack_page(image, INODE_PAGE_OFFSET, index, following, 0, 0, 1, 1)
-                self._where.append(page)
+                self.where.append(page)
                 index += 1
         self._store.on_abort.append(partial(self._ungrow, first, self._root))
         self._root = tree.root
@@ -435,7 +452,7 @@ class InodeTable:
             8, "little"
         )
         at = STATE_INODE_PAGES_OFFSET
-        state[at : at + 8] = len(self._where).to_bytes(8, "little")
+        state[at : at + 8] = len(self.where).to_bytes(8, "little")
         self._set_free_head(first + 1)
         return first
 
@@ -448,14 +465,14 @@ class InodeTable:
             tree.insert_extent((index, start, count))
 
     def _ungrow(self, count: int, root: int) -> None:
-        del self._where[count:]
+        del self.where[count:]
         self._root = root
 
     def free(self, inode: Inode) -> None:
         """Give the slot back; what the inode referred to is the caller's to free."""
         ino = inode.ino
         slot = ino & 15
-        page = self._store.edit(self._where[ino >> 4], MAGIC_INODES)
+        page = self._store.edit(self.where[ino >> 4], MAGIC_INODES)
         page[slot * INODE_BYTES : (slot + 1) * INODE_BYTES] = bytes(INODE_BYTES)
         index, following, used, pending, listed, generation = _unpack_page(page, INODE_PAGE_OFFSET)
         if not listed:

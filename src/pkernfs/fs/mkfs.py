@@ -245,6 +245,7 @@ class _Maker:
             inode_pages=1,
             free_inode_page=1,
             inodes_used=2,
+            arrival=0,
             written_by=0,
         )
         STATE.pack_into(image, STATE_OFFSET, *state)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pkernfs.errors import CorruptionError, FormatError
+from pkernfs.fs import handover
 from pkernfs.layout import (
     BACKUP_PAGE,
     BLOCK,
@@ -202,7 +203,7 @@ def describe(region: Region) -> dict[str, Any]:
     magic, checksum, *_ = HEADER.unpack_from(page)
     info: dict[str, Any] = {
         "label": sb.label,
-        "uuid": _uuid_text(sb.uuid),
+        "uuid": handover.uuid_text(sb.uuid),
         "version": f"{sb.fields.version_major}.{sb.fields.version_minor}",
         "region_bytes": sb.fields.region_bytes,
         "page_bytes": PAGE,
@@ -224,7 +225,9 @@ def describe(region: Region) -> dict[str, Any]:
             "mounts": state.mounts,
             "mounted_ns": state.mounted_at,
             "unmounted_ns": state.unmounted_at,
-            "boot_id": _uuid_text(state.boot_id),
+            "boot_id": handover.uuid_text(state.boot_id),
+            "arrival": handover.ARRIVALS.get(state.arrival),
+            **handover.describe(page, state.state == STATE_FROZEN),
         }
     else:
         info["state"] = "damaged"
@@ -240,8 +243,3 @@ def _describe_range(region: Region, r: RangeFields) -> dict[str, Any]:
         "physical_at_mkfs": None if r.phys_base == NO_PHYSICAL else r.phys_base,
         "node": None if r.node == NO_NODE else r.node,
     }
-
-
-def _uuid_text(uuid: bytes) -> str:
-    h = uuid.hex()
-    return f"{h[:8]}-{h[8:12]}-{h[12:16]}-{h[16:20]}-{h[20:]}"

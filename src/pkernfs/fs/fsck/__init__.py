@@ -5,9 +5,7 @@ journal: own walk, own bitmaps. A check and a repair are the same work on an ove
 pages (:mod:`.image`); a repair stores it at the end, through the journal, so that fsck may be
 stopped at any instant and be run again.
 
-Passes, a module each: superblocks, journal, state and block maps; the inode table; trees; data;
-what damaged trees led to; maps; the tree of directories; building anew;
-the IOMMU's tables, which have a checker of their own.
+from pkernfs.fs.fsck import data, handover, maps, names, scavenge, superblocks, table, tables
 """
 
 from __future__ import annotations
@@ -15,15 +13,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pkernfs.errors import ReadOnlyError
-from pkernfs.fs.fsck import data, maps, names, scavenge, superblocks, table, tables
+from pkernfs.fs.fsck import data, handover, maps, names, scavenge, superblocks, table, tables
 from pkernfs.fs.fsck import repair as repairs
 from pkernfs.fs.fsck.connect import Connector
 from pkernfs.fs.fsck.context import Context
 from pkernfs.fs.fsck.problems import Code, Problem, Report
+from pkernfs.fs.fsck.survey import Survey
 from pkernfs.fs.fsck.trees import Allocator, NoRoomError
+from pkernfs.layout import STATE_FROZEN
 from pkernfs.region import Region
 
-__all__ = ["Code", "Problem", "Report", "check"]
+__all__ = ["Code", "Problem", "Report", "Survey", "check", "survey"]
 
 _TOTAL = 1000
 # Where on the way of the progress each stage starts; a stage without an entry stays where it was.
@@ -50,6 +50,35 @@ def check(
     """
     if repair and not region.writable:
         raise ReadOnlyError(f"{region.name}: cannot repair a region that was opened read-only")
+    ctx = _examine(region, repair=repair, verify_zero=verify_zero, progress=progress)
+    report = ctx.report
+    if repair and not report.counts[Code.NO_ROOM]:
+        # What is only noted is for the mount after a handover, which compares before it mends.
+        frozen = ctx.state is not None and ctx.state.state == STATE_FROZEN
+        if report.problems or (report.notes and not frozen):
+            ctx.image.store()
+            report.set_fixed()
+        report.repaired = True
+    return report
+
+
+def survey(region: Region, *, progress: Callable[[int, int], None] | None = None) -> Survey:
+    """Check a region that is mounted and frozen, and tell what is in it.
+
+    Contents of files and of free blocks are not read.
+
+    :raises FormatError: as :func:`check`.
+    """
+    return Survey(_examine(region, repair=False, verify_zero=False, progress=progress))
+
+
+def _examine(
+    region: Region,
+    *,
+    repair: bool,
+    verify_zero: bool | None,
+    progress: Callable[[int, int], None] | None,
+) -> Context:
     report = Report()
     told = 0
 
@@ -70,14 +99,9 @@ def check(
             _run(ctx)
     except NoRoomError:
         ctx.report.add(Code.NO_ROOM, "file system", fixable=False)
-        return ctx.report
-    report = ctx.report
-    report.summary = repairs.summarize(ctx)
-    if repair:
-        if report.problems or report.notes:
-            ctx.image.store()
-        report.set_fixed()
-    return report
+        return ctx
+    ctx.report.summary = repairs.summarize(ctx)
+    return ctx
 
 
 def _without_copies(before: Context) -> Context:
@@ -102,6 +126,7 @@ def _run(ctx: Context) -> None:
     table.check_inodes(ctx)
     names.check_trees(ctx)
     data.check_data(ctx)
+    handover.check_record(ctx)
     scavenge.find_leaves(ctx)
     maps.compare(ctx)
     repairs.check_counts(ctx)

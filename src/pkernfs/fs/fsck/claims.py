@@ -14,6 +14,8 @@ OUTSIDE = 4
 
 ALL_PAGES = (1 << PAGES_PER_BLOCK) - 1
 
+_STRIDE = 8192
+_NO_FLAGS = bytes(_STRIDE)
 _SET = re.compile(rb"[^\0]+")
 
 
@@ -94,4 +96,15 @@ class Claims:
 
 def flag_runs(flags: bytes | bytearray) -> list[tuple[int, int]]:
     """``(first, count)`` of the bytes that are not zero."""
-    return [(m.start(), m.end() - m.start()) for m in _SET.finditer(flags)]
+    runs: list[tuple[int, int]] = []
+    for start in range(0, len(flags), _STRIDE):  # most of a large region is free
+        piece = flags[start : start + _STRIDE]
+        if piece == _NO_FLAGS[: len(piece)]:
+            continue
+        for match in _SET.finditer(piece):
+            first, count = start + match.start(), match.end() - match.start()
+            if runs and sum(runs[-1]) == first:
+                runs[-1] = (runs[-1][0], runs[-1][1] + count)
+            else:
+                runs.append((first, count))
+    return runs

@@ -136,6 +136,8 @@ class Connector:
                 if not kind or kind == T_DIR or inodes.names[row + slot]:
                     continue
                 ino = index * SLOTS_PER_INODE_PAGE + slot
+                if ino == self._ctx.list_ino:
+                    continue
                 if self._is_orphan(ino):
                     self._ctx.orphans.append(ino)
                 else:

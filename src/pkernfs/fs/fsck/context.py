@@ -154,6 +154,7 @@ class Context:
         # Inodes made by this run.
         self.made: set[int] = set()
         self.orphans: list[int] = []
+        self.list_ino = 0  # of a handover: without a name, and not to be freed
         # Free blocks that the repair stores into.
         self.taken_blocks: list[int] = []
         self.released_pages: list[tuple[int, int]] = []

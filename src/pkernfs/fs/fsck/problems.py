@@ -39,6 +39,8 @@ class Code(Enum):
     STATE_DAMAGED = Rule("{reason}", "made anew from the inode pages found")
     STATE_ERROR_FLAG = Rule("an error was found while mounted", "flag cleared", note=True)
     NOT_UNMOUNTED = Rule("was not unmounted", "marked clean", note=True)
+    HANDOVER_STRAY = Rule("there is one, but nothing was handed over", "cleared")
+    HANDOVER_LIST = Rule("{reason}", "list dropped: the next mount cannot compare")
     BIT_FLIPPED = Rule("a bit is flipped: byte {byte}, bit {bit}", "flipped back")
 
     # block maps

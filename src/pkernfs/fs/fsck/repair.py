@@ -327,8 +327,12 @@ def write_counts(ctx: Context) -> None:
     for index, used in masks.items():
         number = inodes.page_of[index]
         old = parse_inode_page(ctx.image.raw(number))
+        of_list = ctx.list_ino and ctx.list_ino // SLOTS_PER_INODE_PAGE == index
         new = old._replace(
-            next_free=following.get(index, 0), used=used, pending=0, listed=int(index in listed)
+            next_free=following.get(index, 0),
+            used=used,
+            pending=1 << ctx.list_ino % SLOTS_PER_INODE_PAGE if of_list else 0,
+            listed=int(index in listed),
         )
         if new != old:
             layout.INODE_PAGE.pack_into(ctx.image.edit(number), layout.INODE_PAGE_OFFSET, *new)
@@ -338,7 +342,7 @@ def write_counts(ctx: Context) -> None:
 def _write_state(ctx: Context, free: int, used: int) -> None:
     old = ctx.state
     if old is None:
-        old = layout.StateFields(STATE_CLEAN, 0, 0, 0, 0, bytes(16), 0, 0, 0, 0, 0)
+        old = layout.StateFields(STATE_CLEAN, 0, 0, 0, 0, bytes(16), 0, 0, 0, 0, 0, 0)
         ctx.image.make(STATE_PAGE, layout.MAGIC_STATE, 0, fresh=False)
     new = old._replace(
         state=STATE_FROZEN if old.state == STATE_FROZEN else STATE_CLEAN,

@@ -1,0 +1,56 @@
+"""What a check has learned of a healthy file system, for who needs to know it all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pkernfs.fs.fsck.context import Context
+from pkernfs.fs.fsck.data import extents_of
+from pkernfs.fs.fsck.problems import Report
+from pkernfs.fs.fsck.structures import T_REG
+from pkernfs.layout import BACKUP_PAGE, PAGE, PAGES_PER_BLOCK, SUPERBLOCK_PAGE
+
+
+class Survey:
+    """The outcome of a check. What it tells is right if the report is clean."""
+
+    def __init__(self, ctx: Context) -> None:
+        self._ctx = ctx
+
+    @property
+    def report(self) -> Report:
+        """What was found wrong."""
+        return self._ctx.report
+
+    @property
+    def uuid(self) -> bytes:
+        """The file system's."""
+        return self._ctx.sb.uuid
+
+    def metadata_pages(self) -> list[int]:
+        """Every metadata page in use but the state page and the journal."""
+        ctx = self._ctx
+        pages = [SUPERBLOCK_PAGE, BACKUP_PAGE, *(page for page, _, _ in ctx.sb.map_pages())]
+        for block, mask in ctx.claims.meta.items():
+            first = block * PAGES_PER_BLOCK
+            while mask:
+                pages.append(first + (mask & -mask).bit_length() - 1)
+                mask &= mask - 1
+        return sorted(pages)
+
+    def files(self) -> Iterator[tuple[int, list[tuple[int, int, int]]]]:
+        """Inode number and extents of each regular file that has a name.
+
+        Extents are ``(file offset, length, region offset)`` in bytes, up to the file's last page.
+        """
+        ctx = self._ctx
+        for ino in ctx.inodes.of_type(T_REG):
+            fields = ctx.fields(ino)
+            if not fields.nlink:
+                continue
+            spans = []
+            for file_page, page, count in extents_of(ctx, ino, ctx.inode_page(ino), fields):
+                pages = min(count, -(-fields.size // PAGE) - file_page)
+                if pages > 0:
+                    spans.append((file_page * PAGE, pages * PAGE, page * PAGE))
+            yield ino, spans
