@@ -13,7 +13,7 @@ import json
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import IO, Any
 
 from pkernfs import errors
@@ -56,7 +56,7 @@ def call(path: str, op: str, **args: Any) -> Any:
     return result
 
 
-def stream(path: str, op: str, **args: Any) -> Iterator[Any]:
+def stream(path: str, op: str, **args: Any) -> Generator[Any, None, None]:
     """The same for an operation that yields items, as they come. Ending early cancels it.
 
     :raises PkernfsError: as :func:`call`, also between items.
@@ -92,7 +92,12 @@ def _read_answers(path: str, lines: IO[bytes]) -> Iterator[tuple[str, Any]]:
     raise NoDaemonError(f"{path}: the daemon ended before it had answered")
 
 
-def _mount(path: str) -> Mount:
+def find_mount(path: str) -> Mount:
+    """The pkernfs mount that ``path`` is in.
+
+    :raises InvalidError: it is in none.
+    :raises NoDaemonError: its daemon has died.
+    """
     try:
         mount = mount_of(path)
     except OSError as e:
@@ -111,7 +116,7 @@ def _connect(path: str) -> socket.socket:
 
     :raises PkernfsError: there is none, it does not listen, or it is somebody else's.
     """
-    mount = _mount(path)
+    mount = find_mount(path)
     owner = mount.owner or 0
     address = os.path.join(runtime_directory(owner), socket_name(mount.device))
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

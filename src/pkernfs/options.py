@@ -59,6 +59,12 @@ MOUNT_OPTIONS = (
         "zero). A damaged pkernfs, another file system or other data is never formatted.",
     ),
     MountOption(
+        "verify",
+        None,
+        "after a handover with digests: compare the data of all files before the mount answers, "
+        "not while it is used.",
+    ),
+    MountOption(
         "phys_base",
         "ADDR",
         "the physical address of the region's first byte, for a region that has none of its own "

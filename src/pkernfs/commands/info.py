@@ -6,12 +6,14 @@ A mounted region is read without its lock and never stored to.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import time
 from typing import Any
 
-from pkernfs.errors import InvalidError
+from pkernfs import control
+from pkernfs.errors import InvalidError, PkernfsError, one_line
 from pkernfs.mounts import FSTYPE, canonical_spec, mount_at, mount_of, mounts_of_region
 from pkernfs.options import format_size
 
@@ -56,6 +58,10 @@ def describe(spec: str) -> dict[str, Any]:
     with Region.open(spec, write=False, lock=False) as region:
         facts: dict[str, Any] = {"region": spec, **superblock.describe(region)}
     facts["mount_points"] = mounts_of_region(spec)
+    facts["verification"] = None
+    if facts.get("history") and facts["mount_points"]:
+        with contextlib.suppress(PkernfsError, OSError):  # not for us to ask, or nobody answers
+            facts["verification"] = control.call(facts["mount_points"][0], "handover_status")
     return facts
 
 
@@ -68,6 +74,13 @@ def _print_facts(facts: dict[str, Any]) -> None:
                 print(f"range {number}: {_range(entry)}")
         elif name == "features":
             print("features:", ", ".join(f"{kind} {word:#x}" for kind, word in value.items()))
+        elif name == "handover":
+            print(f"handover: {_handover(value)}")
+        elif name == "history":
+            for entry in value:
+                print(f"history: {_history(entry)}")
+        elif name == "verification":
+            _print_verification(value)
         elif name.endswith("_bytes"):
             print(f"{label.removesuffix(' bytes')}: {value} bytes ({format_size(value)})")
         elif name.endswith("_ns"):
@@ -75,7 +88,7 @@ def _print_facts(facts: dict[str, Any]) -> None:
         elif isinstance(value, list):
             print(f"{label}: {', '.join(value) or '-'}")
         else:
-            print(f"{label}: {value if value != '' else '-'}")
+            print(f"{label}: {'-' if value in ('', None) else value}")
 
 
 def _range(entry: dict[str, Any]) -> str:
@@ -83,6 +96,36 @@ def _range(entry: dict[str, Any]) -> str:
     if entry["physical"] is not None:
         text += f", physical {entry['physical']:#x}"
     return text
+
+
+def _handover(record: dict[str, Any] | None) -> str:
+    if record is None:
+        return "-"
+    digests = "with digests" if record["digests"] else "without digests"
+    return f"number {record['number']}, {_time(record['handed_over_ns'])}, {digests}"
+
+
+def _history(entry: dict[str, Any]) -> str:
+    text = f"{entry['arrival']}, mounted {_time(entry['mounted_ns'])}"
+    if entry["handover"] is None:
+        return f"{text}, without a handover"
+    text += f", {entry['gap_ns'] / 1e9:.3f} s after handover {entry['handover']}: {entry['result']}"
+    return f"{text} ({entry['changed']})" if entry["changed"] else text
+
+
+def _print_verification(found: dict[str, Any] | None) -> None:
+    if found is None or found["state"] == "none":
+        return
+    text = found["state"]
+    if found["state"] == "running":
+        text += f", {found['done_bytes'] / max(found['total_bytes'], 1):.0%}"
+    if found["not_verified"]:
+        text += f", {found['not_verified']} files not, for they were changed meanwhile"
+    if found["trouble"]:
+        text += f", {found['trouble']}"
+    print(f"verification: {text}")
+    for change in found["changes"]:
+        print(f"changed: {one_line(change['path'] or 'file system')}: {one_line(change['what'])}")
 
 
 def _time(nanoseconds: int) -> str:

@@ -80,6 +80,7 @@ def _mount_and_serve(
         with _open_region(spec, options) as region:
             fs = _open_filesystem(region, options)
             try:
+                _tell_arrival(fs, options)
                 serve(fs, region, mountpoint, options, ready)
             finally:
                 region.serving(False)
@@ -109,6 +110,19 @@ def _open_filesystem(region: Region, options: Options) -> FileSystem:
         elif found.content is not mkfs.Content.PKERNFS:
             raise FormatError(f"{region.name}: not formatted: it holds {found.what}")
     return FileSystem.mount(region, read_only="ro" in options)
+
+
+def _tell_arrival(fs: FileSystem, options: Options) -> None:
+    """After a handover: how long ago it was, and what has changed since."""
+    arrival = fs.arrival
+    if arrival is None or arrival.record is None:
+        return
+    from pkernfs.fs import handover_ops
+
+    if "verify" in options:
+        handover_ops.verify_now(fs)
+    for line in handover_ops.lines(fs):
+        _say(line)
 
 
 # ---------------------------------------------------------------------- going to the background
@@ -227,7 +241,7 @@ def serve(
     listener = None
     try:
         fuse_shim.attach()
-        session = _Session(fs, region, mountpoint)
+        session = _Session(fs, region, mountpoint, server)
         listener = session.listener = _listen(mountpoint, region.name)
         server.waiting = session
         server.freed = session.freed
@@ -261,12 +275,17 @@ def _listen(mountpoint: str, source: str) -> Listener | None:
 def _handlers(fs: FileSystem, session: _Session) -> dict[str, Handler]:
     """What may be asked through the control socket."""
 
+    from pkernfs.fs import handover_ops
     from pkernfs.fs.requests import TableRequests
 
     async def ping(args: dict[str, Any]) -> dict[str, Any]:
         return {"pid": os.getpid(), "region": session.region.name, "read_only": fs.read_only}
 
-    return {"ping": ping, **TableRequests(fs, session).handlers()}
+    return {
+        "ping": ping,
+        **handover_ops.handlers(fs, session),
+        **TableRequests(fs, session).handlers(),
+    }
 
 
 def _calm_collector() -> None:
@@ -288,11 +307,12 @@ def _fuse_options(options: Options) -> set[str]:
 class _Session:
     """The tasks of one mount; also the :class:`pkernfs.fs.operations.Waiting` of its handlers."""
 
-    def __init__(self, fs: FileSystem, region: Region, mountpoint: str) -> None:
+    def __init__(self, fs: FileSystem, region: Region, mountpoint: str, server: Any) -> None:
         import trio
 
         self._trio = trio
         self._fs = fs
+        self._server = server
         self.region = region
         self._mountpoint = os.path.abspath(mountpoint)
         self._loops = 0
@@ -312,6 +332,7 @@ class _Session:
             background.start_soon(self._handle_signals)
             background.start_soon(self._announce, server, ready)
             background.start_soon(self._take_orders)
+            background.start_soon(self._verify)
             self._start_loop()
             await self._ended.wait()
             self.region.serving(False)
@@ -330,6 +351,17 @@ class _Session:
 
         if self.listener is not None:
             await control.Server(self._fs, _handlers(self._fs, self)).run(self.listener)
+
+    async def _verify(self) -> None:
+        """After a handover with digests: compare the files with them."""
+        if self._fs.arrival is not None and self._fs.arrival.verifier is not None:
+            from pkernfs.fs import handover_ops
+
+            await handover_ops.verify(self._fs)
+
+    def writers(self) -> dict[int, int]:
+        """How often each inode is open for writing."""
+        return dict(self._server.writers)
 
     # ------------------------------------------------------------------ the session loop
 
@@ -359,6 +391,12 @@ class _Session:
     async def turn(self) -> AsyncIterator[None]:
         """Others are served meanwhile, but nobody else zeroes: what is free can be allocated."""
         self._start_loop()
+        async with self._zeroing:
+            yield
+
+    @contextlib.asynccontextmanager
+    async def quiet(self) -> AsyncIterator[None]:
+        """No operation waits for memory to be zeroed."""
         async with self._zeroing:
             yield
 
@@ -422,7 +460,7 @@ class _Session:
     async def _zero_ahead(self) -> None:
         """Zero freed blocks before anyone asks for them, a batch at a time."""
         trio = self._trio
-        while not self._fs.read_only:
+        while not self._fs.read_only or self._fs.frozen:
             try:
                 async with self._zeroing:
                     claim = self._fs.next_dirty(_ZERO_BATCH_BYTES)

@@ -32,6 +32,7 @@ from pkernfs.errors import (
     NotFoundError,
     NotSupportedError,
     PkernfsError,
+    ReadOnlyError,
     ZeroingNeeded,
 )
 from pkernfs.fuse_shim import LATER
@@ -54,6 +55,10 @@ EXTENTS_XATTR = b"system.pkernfs.extents"
 _EXTENT = struct.Struct("<QQQQ")
 _EXTENTS_PER_PAGE = 65536 // _EXTENT.size
 _NO_ADDRESS = 2**64 - 1
+
+#: Bit of a file handle that was opened for writing, and the rest of it.
+WRITER = 1 << 62
+_INO = WRITER - 1
 
 _COPY_BYTES = 1 << 20  # of one copy_file_range: as much as a write
 _END = object()
@@ -120,10 +125,10 @@ def handler(
 class Operations(pyfuse3.Operations):
     """pyfuse3's handlers, and the added ones of :class:`pkernfs.fuse_shim.Server`.
 
-    File handles are inode numbers. ``cache`` says how files are opened: ``direct`` I/O, through the
-    ``page`` cache, or ``auto``: direct if the kernel has shared mappings of such files.
-    ``timeout`` is how long (seconds) the kernel may keep names and attributes. :attr:`freed` is
-    called when memory may have become free.
+    File handles are inode numbers, with a bit more for those that may write. ``cache`` says how
+    files are opened: ``direct`` I/O, through the ``page`` cache, or ``auto``: direct if the kernel
+    has shared mappings of such files. ``timeout`` is how long (seconds) the kernel may keep names
+    and attributes. :attr:`freed` is called when memory may have become free.
     """
 
     supports_dot_lookup = True
@@ -139,6 +144,7 @@ class Operations(pyfuse3.Operations):
         self._cache = cache
         self.waiting: Waiting | None = None
         self.freed: Callable[[], None] = lambda: None
+        self.writers: dict[int, int] = {}  # how often each inode is open for writing
         self._timeout = timeout
         self._opened = pyfuse3.FileInfo(direct_io=cache == "direct", keep_cache=False)
         self._cookies = fs.cookies
@@ -356,18 +362,28 @@ class Operations(pyfuse3.Operations):
             if flags & os.O_TRUNC:
                 inode = self._truncate(inode.ino)
         ino = inode.ino
-        fs.open(ino)
+        self._open(ino, flags)
         fs.remember(ino)
-        self._opened.fh = ino
         return self._opened, self._attributes(ino)
 
     @handler
     def open(self, ino: int, flags: int, ctx: Any) -> pyfuse3.FileInfo:
         if flags & os.O_TRUNC:
             self._truncate(ino)
-        self.fs.open(ino)
-        self._opened.fh = ino
+        self._open(ino, flags)
         return self._opened
+
+    def _open(self, ino: int, flags: int) -> None:
+        """Count a handle and put it into the answer."""
+        if not flags & os.O_ACCMODE:
+            self.fs.open(ino)
+            self._opened.fh = ino
+            return
+        if self.fs.read_only:  # what a mapping wrote could not be stored: refuse it in time
+            raise ReadOnlyError("read-only file system")
+        self.fs.open(ino)
+        self.writers[ino] = self.writers.get(ino, 0) + 1
+        self._opened.fh = ino | WRITER
 
     def _truncate(self, ino: int) -> Any:
         """What O_TRUNC does; the kernel invalidates its own size, but not the mode."""
@@ -381,13 +397,13 @@ class Operations(pyfuse3.Operations):
 
     @handler
     def read(self, fh: int, offset: int, length: int) -> Any:  # bytes, or the region's own memory
-        data = self.fs.read(fh, offset, length)
+        data = self.fs.read(fh & _INO, offset, length)
         return data if self.fs.region.has_pages else bytes(data)
 
     @handler
     def write(self, fh: int, offset: int, data: bytes) -> int:
         """Only called where the shim does not serve writes."""
-        return self._write(fh, data, offset, False, fuse_shim.request.kill)
+        return self._write(fh & _INO, data, offset, False, fuse_shim.request.kill)
 
     @handler
     def flush(self, fh: int) -> None:
@@ -395,8 +411,15 @@ class Operations(pyfuse3.Operations):
 
     @handler
     def release(self, fh: int) -> None:
-        self._without_capability.discard(fh)
-        self.fs.release(fh)
+        ino = fh & _INO
+        if fh & WRITER:
+            left = self.writers.get(ino, 0) - 1
+            if left > 0:
+                self.writers[ino] = left
+            else:
+                self.writers.pop(ino, None)
+        self._without_capability.discard(ino)
+        self.fs.release(ino)
         self.freed()
 
     async def fsync(self, fh: int, datasync: bool) -> None:
