@@ -62,3 +62,43 @@ def make_machine(
         machine.write(f"{base}/type", f"{kind}\n")
     (root / "run").mkdir()
     return machine
+
+
+def add_dax(
+    machine: Machine,
+    name: str,
+    *pieces: tuple[int, int],
+    driver: str | None = "device_dax",
+    size: int | None = None,
+    align: int = 2 << 20,
+) -> Path:
+    """A dax device of these ``(start, size)``, as sysfs shows it; the file that stands for it."""
+    number = name[3:].split(".")[0]
+    home = f"sys/devices/platform/hmem.{number}"
+    base = f"{home}/{name}"
+    total = sum(length for _, length in pieces) if size is None else size
+    machine.write(f"{base}/size", f"{total}\n")
+    machine.write(f"{base}/align", f"{align}\n")
+    machine.write(f"{base}/numa_node", "1\n")
+    machine.write(f"{base}/resource", f"{pieces[0][0] if pieces else 0:#x}\n")
+    machine.write(f"{home}/dax_region/id", f"{number}\n")
+    offset = 0
+    # The kernel numbers mappings as they were made; after some have gone, in any order.
+    for i, (start, length) in enumerate(pieces):
+        mapping = f"{base}/mapping{len(pieces) - 1 - i}"
+        machine.write(f"{mapping}/start", f"{start:#x}\n")
+        machine.write(f"{mapping}/end", f"{start + length - 1:#x}\n")
+        machine.write(f"{mapping}/page_offset", f"{offset // 4096:#x}\n")
+        offset += length
+    drivers = Path(machine.path("sys/bus/dax/drivers"))
+    for each in {"device_dax", driver or "device_dax"}:
+        (drivers / each).mkdir(parents=True, exist_ok=True)
+    if driver is not None:
+        Path(machine.path(base), "driver").symlink_to(drivers / driver)
+    devices = Path(machine.path("sys/bus/dax/devices"))
+    devices.mkdir(parents=True, exist_ok=True)
+    (devices / name).symlink_to(machine.path(base))
+    node = machine.write(f"dev/{name}", b"")
+    with node.open("r+b") as file:
+        file.truncate(total)
+    return node

@@ -71,9 +71,9 @@ def test_words() -> None:
         ("1G!4G", Kind.PMEM),
         ("1G%4G+12", Kind.PMEM),
         ("1G%4G-1+0xefffffff", Kind.SOFT),
-        ("1G@4G", Kind.OTHER),
+        ("1G@4G", Kind.RAM),
         ("1G#4G", Kind.OTHER),
-        ("1G%4G+1", Kind.OTHER),
+        ("1G%4G+1", Kind.RAM),
         ("0x40000000%0x100000000", Kind.REMOVED),
     ],
 )
@@ -92,14 +92,14 @@ def test_memmap_that_reserves_nothing(text: str) -> None:
 
 def test_several_in_one_parameter_and_later_ones_win() -> None:
     found = reservations("memmap=1G%4G,512M$4G memmap=256M@4G -- memmap=8G%4G")
-    assert [r.kind for r in found] == [Kind.REMOVED, Kind.RESERVED, Kind.OTHER]
+    assert [r.kind for r in found] == [Kind.REMOVED, Kind.RESERVED, Kind.RAM]
     pieces = [
         (start, end, None if r is None else r.kind)
         for start, end, r in coverage(found, 4 * G - 2 * M, 5 * G + 2 * M)
     ]
     assert pieces == [
         (4 * G - 2 * M, 4 * G, None),
-        (4 * G, 4 * G + 256 * M, Kind.OTHER),
+        (4 * G, 4 * G + 256 * M, Kind.RAM),
         (4 * G + 256 * M, 4 * G + 512 * M, Kind.RESERVED),
         (4 * G + 512 * M, 5 * G, Kind.REMOVED),
         (5 * G, 5 * G + 2 * M, None),

@@ -29,6 +29,7 @@ _E820_SOFT_RESERVED = 0xEFFFFFFF
 class Kind(enum.Enum):
     """What a memmap= parameter makes of its range."""
 
+    RAM = "ordinary memory"
     REMOVED = "removed"
     RESERVED = "reserved"
     SOFT = "soft-reserved"
@@ -110,7 +111,7 @@ def _parse_memmap(text: str) -> Reservation | None:
             kind = _kind_of_change(rest[len(place) :])
         else:
             start = parse_number(rest)
-            kind = {"$": Kind.RESERVED, "!": Kind.PMEM}.get(sign, Kind.OTHER)
+            kind = {"$": Kind.RESERVED, "!": Kind.PMEM, "@": Kind.RAM}.get(sign, Kind.OTHER)
     except ValueError:
         return None
     if kind is None or not size:
@@ -128,11 +129,8 @@ def _kind_of_change(change: str) -> Kind | None:
         return None
     if not new:
         return Kind.REMOVED
-    if new == _E820_RESERVED:
-        return Kind.RESERVED
-    if new == _E820_SOFT_RESERVED:
-        return Kind.SOFT
-    return Kind.PMEM if new in _E820_PMEM else Kind.OTHER
+    kinds = {_E820_RAM: Kind.RAM, _E820_RESERVED: Kind.RESERVED, _E820_SOFT_RESERVED: Kind.SOFT}
+    return kinds.get(new, Kind.PMEM if new in _E820_PMEM else Kind.OTHER)
 
 
 def coverage(

@@ -10,25 +10,17 @@ import errno
 import logging
 import os
 import re
-import time
 from collections.abc import Callable
 
 from pkernfs.backing import iomem
 from pkernfs.backing.base import Backing
+from pkernfs.backing.caching import check_cached
 from pkernfs.backing.host import Host
-from pkernfs.backing.iomem import Span
 from pkernfs.backing.locks import lock_physical
 from pkernfs.errors import RegionError
-from pkernfs.layout import PAGE
 
 log = logging.getLogger(__name__)
 
-_PAT_LIST = "sys/kernel/debug/x86/pat_memtype_list"
-_PAT_LINE = re.compile(r"PAT: \[mem 0x([0-9a-f]+)-0x([0-9a-f]+)\] (\S+)")
-_CACHED = "write-back"
-#: Reading memory that is not cached takes a hundred times as long as memory that is.
-_UNCACHED_RATIO = 10
-_ROUNDS = 5
 _RAM_BUFFER_BYTES = 64 << 20  # RAM is rounded up to this, by the kernel's "RAM buffer"
 
 
@@ -66,17 +58,7 @@ class DevMemBacking(Backing):
 
     def verify_mapping(self, read: Callable[[], object]) -> None:
         """Refuse a mapping that goes round the processor's caches."""
-        types = _memory_types(self._span, self._host)
-        if types:
-            wrong = next((t for t in types if t != _CACHED), None)
-        else:  # no debugfs, or PAT is off
-            wrong = "uncached, by its speed" if _is_slow(read) else None
-        if wrong is not None:
-            raise RegionError(
-                f"{self.name}: the kernel maps it {wrong}, not {_CACHED}: end what else has "
-                "mapped it through /dev/mem, or boot with nopat",
-                errno.EIO,
-            )
+        check_cached(self.name, [self._span], read, self._host)
 
     def refused(self, number: int) -> str:
         """Why mmap() may have failed with this errno, for the message."""
@@ -106,29 +88,3 @@ def _why_not(number: int | None, host: Host) -> str:
     if lockdown and lockdown[1] != "none":
         return f"kernel lockdown ({lockdown[1]}, by Secure Boot or lockdown=): use device-dax"
     return "root is needed (CAP_SYS_RAWIO)"
-
-
-def _memory_types(span: Span, host: Host) -> set[str]:
-    """How the range is mapped, by the kernel's list of memory types; empty if there is none."""
-    text = host.find(_PAT_LIST) or ""
-    found = [(int(m[1], 16), int(m[2], 16), m[3]) for m in _PAT_LINE.finditer(text)]
-    return {kind for start, end, kind in found if start < span.end and span.start < end}
-
-
-def _is_slow(read: Callable[[], object]) -> bool:
-    """Whether reading the mapping is much slower than reading memory of this process."""
-    own = memoryview(bytearray(b"\1") * (4 * PAGE))
-
-    def read_own() -> None:
-        bytes(own)
-
-    return _fastest(read) > _UNCACHED_RATIO * _fastest(read_own)
-
-
-def _fastest(read: Callable[[], object]) -> float:
-    times = []
-    for _ in range(_ROUNDS):
-        start = time.perf_counter()
-        read()
-        times.append(time.perf_counter() - start)
-    return min(times)

@@ -108,15 +108,24 @@ def check(spec: str, span: Span, host: Host) -> None:
     :raises RegionError: with the parameter to add to the kernel command line, where that helps.
     """
     command_line = host.command_line()
-    resources = _read_iomem(spec, host)
-    _check_memory(spec, span, host, command_line)
-    _check_reserved(spec, span, cmdline.reservations(command_line), resources)
+    resources = read_iomem(spec, host)
+    reserved = cmdline.reservations(command_line)
+    if not cmdline.values(command_line, "elfcorehdr") and not any(
+        r.kind is Kind.RAM for r in reserved
+    ):  # the kernel of a crash, and those after it, are told of little memory
+        _check_memory(spec, span, _firmware_map(host))
+    _check_kernel(spec, span, resources)
+    _check_reserved(spec, span, reserved, resources)
     for resource in resources:
-        if resource.start < span.end and span.start < resource.end:
+        if overlap(span, resource):
             _check_resource(spec, span, resource)
 
 
-def _read_iomem(spec: str, host: Host) -> list[Resource]:
+def read_iomem(spec: str, host: Host) -> list[Resource]:
+    """Every line of /proc/iomem, parents before children.
+
+    :raises RegionError: it cannot be read, or shows no addresses to this process.
+    """
     try:
         found = parse_iomem(host.read("proc/iomem"))
     except OSError as e:
@@ -128,11 +137,10 @@ def _read_iomem(spec: str, host: Host) -> list[Resource]:
     return found
 
 
-def _check_memory(spec: str, span: Span, host: Host, command_line: str) -> None:
+def _check_memory(spec: str, span: Span, firmware: list[tuple[int, int, str]]) -> None:
     """The firmware's own map, which memmap= does not change."""
-    firmware = _firmware_map(host)
-    if not firmware or cmdline.values(command_line, "elfcorehdr"):
-        return  # the kernel of a crash is told of its own memory only
+    if not firmware:
+        return
     at = span.start
     for start, end, kind in sorted(firmware):
         if start <= at < end and kind in _MEMORY:
@@ -146,6 +154,20 @@ def _check_memory(spec: str, span: Span, host: Host, command_line: str) -> None:
     raise RegionError(
         f"{spec}: no memory at {at:#x}: the firmware reports {there} there, and memory at {ram}"
     )
+
+
+def _check_kernel(spec: str, span: Span, resources: list[Resource]) -> None:
+    for resource in resources:
+        if resource.name.startswith("Kernel ") and overlap(span, resource):
+            raise RegionError(
+                f"{spec}: the running kernel was put into it, at {resource.start:#x}: what it held "
+                "is lost: load kernels with kexec -s, and choose a START below other memory"
+            )
+
+
+def overlap(span: Span, resource: Resource) -> bool:
+    """Whether they have a byte in common."""
+    return resource.start < span.end and span.start < resource.end
 
 
 def _firmware_map(host: Host) -> list[tuple[int, int, str]]:

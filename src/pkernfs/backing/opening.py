@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from pkernfs.backing import iomem, is_file_spec, resolve
+import os
+
+from pkernfs.backing import dax, iomem, is_file_spec, resolve
 from pkernfs.backing.base import Backing
+from pkernfs.backing.dax import DaxBacking
 from pkernfs.backing.devmem import DevMemBacking
 from pkernfs.backing.files import FileBacking
 from pkernfs.backing.host import HOST, Host
@@ -25,4 +28,9 @@ def open_backing(
         if phys_base is not None:
             raise UsageError(f"{spec}: phys_base= is for files: this region has its own address")
         return DevMemBacking(spec, write=write, lock=lock, host=host)
+    name = dax.device_name(os.path.realpath(spec), host)
+    if name is not None:
+        if phys_base is not None:
+            raise UsageError(f"{spec}: phys_base= is for files: this region has its own address")
+        return DaxBacking(os.path.realpath(spec), name, write=write, lock=lock, host=host)
     return FileBacking(spec, write=write, phys_base=phys_base, lock=lock)

@@ -45,7 +45,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "region",
         metavar="REGION",
-        help="SIZE!START, none, or a file on hugetlbfs, tmpfs or a disk; see pkernfs(8).",
+        help="SIZE!START, /dev/daxX.Y, none, or a file on hugetlbfs, tmpfs or a disk; see "
+        "pkernfs(8).",
     )
 
 
