@@ -29,6 +29,7 @@ SUBCOMMANDS = {
     "unmap": Subcommand("unmap a range of addresses", ("dom", "iova", "length")),
     "attach": Subcommand("have a device's requests translated by a domain", ("dom", "bdf")),
     "detach": Subcommand("end that", ("bdf",)),
+    "persist": Subcommand("whether a handover keeps a device's entries", ("bdf",)),
     "translate": Subcommand("walk the tables as the hardware does", ("target", "bdf", "iova")),
     "show": Subcommand("the tables, as the kernel's debugfs shows its own", ("target",)),
     "check": Subcommand("prove that all reachable entries are right", ("target",)),
@@ -53,9 +54,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
             _OPERANDS[operand](made[name])
     _configure_create(made["create"])
     _configure_map(made["map"])
-    made["detach"].add_argument(
-        "mnt", metavar="MNT", nargs="?", help="the mount; needed only if there are several."
+    made["persist"].add_argument(
+        "switch", metavar="on|off", choices=("on", "off"), help="on, unless it was switched off."
     )
+    for name in ("detach", "persist"):
+        made[name].add_argument(
+            "mnt", metavar="MNT", nargs="?", help="the mount; needed only if there are several."
+        )
     for name in ("translate", "show", "check", "export"):
         _configure_reading(made[name], name)
 
@@ -232,17 +237,34 @@ def _detach(args: argparse.Namespace) -> int:
     from pkernfs.iommu.bars import parse_device
 
     device = parse_device(args.bdf)
+    call(_mount_with(args, device), "iommu.detach", device=device)
+    return 0
+
+
+def _persist(args: argparse.Namespace) -> int:
+    from pkernfs.control import call
+    from pkernfs.iommu.bars import parse_device
+
+    device = parse_device(args.bdf)
+    call(_mount_with(args, device), "iommu.persist", device=device, on=args.switch == "on")
+    return 0
+
+
+def _mount_with(args: argparse.Namespace, device: int) -> str:
+    """The mount that is meant: named, the only one, or the one that the device is attached in."""
     if args.mnt is not None:
-        call(args.mnt, "iommu.detach", device=device)
-        return 0
+        return str(args.mnt)
     mounts = _all_mounts()
     if not mounts:
         raise NotFoundError(f"{args.bdf}: no pkernfs is mounted")
+    if len(mounts) == 1:
+        return mounts[0]
     attached = [m for m in mounts if _is_attached(m, device)]
+    if not attached:
+        raise NotFoundError(f"{args.bdf}: attached in none of {', '.join(mounts)}")
     if len(attached) > 1:
         raise UsageError(f"{args.bdf}: attached in {' and '.join(attached)}: say which one")
-    call((attached or mounts)[0], "iommu.detach", device=device)
-    return 0
+    return attached[0]
 
 
 def _all_mounts() -> list[str]:
@@ -380,5 +402,6 @@ _RUN = {
     "unmap": _unmap,
     "attach": _attach,
     "detach": _detach,
+    "persist": _persist,
     **dict.fromkeys(("translate", "show", "check", "export"), _read),
 }

@@ -50,6 +50,7 @@ class TableRequests:
             "iommu.unmap": self.unmap,
             "iommu.attach": self.attach,
             "iommu.detach": self.detach,
+            "iommu.persist": self.persist,
             "iommu.devices": self.devices,
             "iommu.read": self.read,
         }
@@ -95,6 +96,11 @@ class TableRequests:
         """Detach a device."""
         source_id = _number(args, "device")
         await self._change(lambda: self._fs.tables.detach(source_id))
+
+    async def persist(self, args: Args) -> None:
+        """Whether a handover keeps a device's entries."""
+        source_id, on = _number(args, "device"), bool(args.get("on"))
+        await self._change(lambda: self._fs.tables.persist(source_id, on))
 
     async def _change(self, operation: Callable[[], T], number: int | None = None) -> T:
         """Change root-pgtables, and dom-``number``."""

@@ -36,7 +36,9 @@ from pkernfs.iommu.config import (
     forget_bar,
     load_bars,
     load_config,
+    load_transient,
     record_bar,
+    set_transient,
 )
 from pkernfs.iommu.contexts import Device
 from pkernfs.iommu.entries import bdf_text, check_source_id
@@ -500,6 +502,23 @@ class TableFiles:
         """
         self._check_writable()
         self.need_root().detach(source_id)
+
+    def persist(self, source_id: int, on: bool) -> None:
+        """Whether a handover keeps a device's entries (as it does unless told otherwise)."""
+        self._check_writable()
+        root = self._have_root()
+        set_transient(root.memory, self._fs.store.commit_words, source_id, not on)
+
+    def transient(self) -> set[int]:
+        """Source ids of the devices whose entries a handover clears."""
+        return set() if self._root is None else load_transient(self._root.memory)
+
+    def zap(self) -> list[int]:
+        """Detach the devices that are not to outlive a handover; their source ids."""
+        gone = [d.source_id for d in self.devices() if d.source_id in self.transient()]
+        for source_id in gone:
+            self.detach(source_id)
+        return gone
 
     # ------------------------------------------------------------------ pins
 

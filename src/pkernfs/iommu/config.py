@@ -1,7 +1,7 @@
 """The configuration page: the second page of root-pgtables, which no hardware reads.
 
-It says what the tables of a region are like, where they were when they were made, and which device
-BARs they may map (docs/iommu.md). All zero stands for legacy mode and 4 levels.
+It says what the tables of a region are like, where they were when they were made, which device BARs
+they may map, and which devices a handover cuts off (docs/iommu.md). All zero stands for legacy mode and 4 levels.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ _VERSION = 1
 _CRC_AT = 12
 _BAR = Struct("<IHBBQQQ")  # checksum, source id, number, valid, start, length, zero
 _BARS_AT = 64
-_MAX_BARS = (PAGE - _BARS_AT) // _BAR.size
+_TRANSIENT_AT = PAGE // 2
+_MAX_BARS = (_TRANSIENT_AT - _BARS_AT) // _BAR.size
+_TRANSIENT = Struct("<HHI")  # source id, valid, checksum
+_MAX_TRANSIENT = (PAGE - _TRANSIENT_AT) // _TRANSIENT.size
 _VALID = 1
 
 
@@ -142,6 +145,39 @@ def forget_bar(memory: Memory, commit: Commit, bar: Bar) -> None:
     slots = _slots(memory)
     if bar in slots:
         _store_slot(memory, commit, slots.index(bar), (0, 0, 0, 0))
+
+
+def load_transient(memory: Memory) -> set[int]:
+    """Source ids of the devices whose entries a handover clears; damaged slots are passed by."""
+    return {source_id for source_id in _transient_slots(memory) if source_id is not None}
+
+
+def set_transient(memory: Memory, commit: Commit, source_id: int, on: bool) -> None:
+    """Have a handover clear a device's entries, or keep them, which is how it is without this.
+
+    :raises NoSpaceError: it is set for too many devices.
+    """
+    slots = _transient_slots(memory)
+    if (source_id in slots) == on:
+        return
+    if on and None not in slots:
+        raise NoSpaceError(f"persist: {_MAX_TRANSIENT} devices are switched off already")
+    slot = slots.index(None if on else source_id)
+    word = int.from_bytes(_transient(source_id), "little") if on else 0
+    commit([(config_offset(memory) + _TRANSIENT_AT + slot * _TRANSIENT.size, word)])
+
+
+def _transient(source_id: int) -> bytes:
+    return _TRANSIENT.pack(source_id, _VALID, crc32c(_TRANSIENT.pack(source_id, _VALID, 0)))
+
+
+def _transient_slots(memory: Memory) -> list[int | None]:
+    page = memory.region.read(config_offset(memory), PAGE)
+    slots: list[int | None] = []
+    for at in range(_TRANSIENT_AT, _TRANSIENT_AT + _MAX_TRANSIENT * _TRANSIENT.size, 8):
+        source_id = _TRANSIENT.unpack_from(page, at)[0]
+        slots.append(source_id if page[at : at + 8] == _transient(source_id) else None)
+    return slots
 
 
 def _store_slot(memory: Memory, commit: Commit, slot: int, words: tuple[int, ...]) -> None:
