@@ -1,7 +1,8 @@
 """The configuration page: the second page of root-pgtables, which no hardware reads.
 
 It says what the tables of a region are like, where they were when they were made, which device BARs
-they may map, and which devices a handover cuts off (docs/iommu.md). All zero stands for legacy mode and 4 levels.
+they may map, and which devices a handover cuts off (docs/iommu.md). All zero stands for legacy mode
+and 4 levels.
 """
 
 from __future__ import annotations
