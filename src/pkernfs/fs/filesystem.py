@@ -385,6 +385,16 @@ class FileSystem:
         self.region.sync()
         return record.number
 
+    def cut_off_transient(self) -> list[int]:
+        """Detach the devices whose entries a handover clears, while frozen; their source ids."""
+        if self._tables is None:
+            return []
+        self.read_only = False
+        try:
+            return self._tables.zap()
+        finally:
+            self.read_only = True
+
     @property
     def next_handover(self) -> int:
         """The number of the next handover."""

@@ -18,6 +18,7 @@ import trio
 from pkernfs.errors import BusyError, InvalidError, PkernfsError
 from pkernfs.fs import handover
 from pkernfs.fs.control import Handler
+from pkernfs.iommu.entries import bdf_text
 
 if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
@@ -126,6 +127,8 @@ class _Desk:
         self._check_lease()
         assert self._committed is not None
         ino = _number(args, "ino")
+        for source_id in self._fs.cut_off_transient():
+            log.warning("device %s: detached: it is not to persist", bdf_text(source_id))
         number = self._fs.hand_over(
             ino, self._list_bytes if ino else 0, _number(args, "digest"), _number(args, "flags")
         )

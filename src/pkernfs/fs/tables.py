@@ -583,10 +583,12 @@ class TableFiles:
             devices = [d for d in devices if d.table == top]
         if devices:
             return f"device {bdf_text(devices[0].source_id)} is attached"
-        return self._mapped_domain() if name == ROOT_NAME else None
+        if name == ROOT_NAME and (self._config.levels != Config().levels or self.bars()):
+            return self._mapped_domain()  # what its tables are like is told nowhere else
+        return None
 
     def _mapped_domain(self) -> str | None:
-        """A domain with mappings: without root-pgtables it is not known where and what they are."""
+        """A domain that has mappings, in words."""
         for number, tree in sorted(self._trees.items()):
             if not tree.is_empty:
                 return f"dom-{number} has mappings"

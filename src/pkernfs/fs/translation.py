@@ -256,10 +256,11 @@ def show_records(fs: FileSystem, number: int | None) -> Output:
     damaged = {name.decode(): reason for name, reason in tables.damaged.items()}
     yield {"unit": unit, "damaged": damaged, "devices": [], "domains": []}
     numbers = sorted(tables.domains) if number is None else [number]
+    transient = tables.transient()
     shown = {tables.domain(n).root for n in numbers}
     for d in tables.devices():
         if number is None or d.table in shown:
-            yield {"in": "devices", "record": show.device_record(d)}
+            yield {"in": "devices", "record": show.device_record(d, d.source_id not in transient)}
     for n in numbers:
         table = tables.domain(n)
         record = {"id": f"dom-{n}", "table": table.root, "levels": table.levels}

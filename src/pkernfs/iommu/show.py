@@ -110,10 +110,11 @@ def _whose(t: Translation, target: Target | None) -> str:
     return ", no live file's memory"
 
 
-def device_record(d: Device) -> Record:
+def device_record(d: Device, persistent: bool) -> Record:
     """A device for the JSON of ``show``: words as in memory, the lowest first."""
     return {
         "device": bdf_text(d.source_id),
+        "persistent": persistent,
         "pasid": d.pasid,
         "domain_id": d.domain_id,
         "table": d.table,

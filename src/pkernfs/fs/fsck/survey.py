@@ -8,7 +8,13 @@ from pkernfs.fs.fsck.context import Context
 from pkernfs.fs.fsck.data import extents_of
 from pkernfs.fs.fsck.problems import Report
 from pkernfs.fs.fsck.structures import T_REG
-from pkernfs.layout import BACKUP_PAGE, PAGE, PAGES_PER_BLOCK, SUPERBLOCK_PAGE
+from pkernfs.layout import (
+    BACKUP_PAGE,
+    INODE_FLAG_TABLE,
+    PAGE,
+    PAGES_PER_BLOCK,
+    SUPERBLOCK_PAGE,
+)
 
 
 class Survey:
@@ -39,14 +45,16 @@ class Survey:
         return sorted(pages)
 
     def files(self) -> Iterator[tuple[int, list[tuple[int, int, int]]]]:
-        """Inode number and extents of each regular file that has a name.
+        """Inode number and extents of each regular file that has a name, but for tables.
+
+        Tables are proved right by their own check, and a unit may set bits in them meanwhile.
 
         Extents are ``(file offset, length, region offset)`` in bytes, up to the file's last page.
         """
         ctx = self._ctx
         for ino in ctx.inodes.of_type(T_REG):
             fields = ctx.fields(ino)
-            if not fields.nlink:
+            if not fields.nlink or fields.flags & INODE_FLAG_TABLE:
                 continue
             spans = []
             for file_page, page, count in extents_of(ctx, ino, ctx.inode_page(ino), fields):
