@@ -32,7 +32,7 @@ LAYERS = (
 BUILDERS = {"native_build", "fuse_shim_build"}
 #: The extension modules, and who alone may use each.
 EXTENSIONS = {
-    "_native": {"backing.files", "region", "journal", "digest", "iommu.pool"},
+    "_native": {"backing.files", "region", "journal", "digest", "iommu.mmio", "iommu.pool"},
     "_fuse_shim": {"fuse_shim"},
 }
 ASYNC_MODULES = {"fs.requests", "fs.operations", "fs.daemon", "fs.control", "fs.handover_ops"}

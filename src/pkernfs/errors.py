@@ -170,6 +170,10 @@ class TableDamageError(PkernfsError):
     errno = _errno.EUCLEAN
 
 
+class UnitError(PkernfsError):
+    """An IOMMU unit does not do what it was told, or says that something is wrong."""
+
+
 class FormatError(PkernfsError):
     """Not a pkernfs, or one that this version must not touch."""
 

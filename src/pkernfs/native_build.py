@@ -79,6 +79,14 @@ ffibuilder.cdef(
     uint64_t pk_pt_find(const uint8_t *base, const struct pk_pool *pool, uint64_t root,
                         unsigned levels, const uint64_t *ranges, uint64_t n);
 
+    struct pk_step { uint64_t kind, offset, value, mask; };
+    uint32_t pk_mmio_read32(const uint8_t *registers, uint64_t offset);
+    uint64_t pk_mmio_read64(const uint8_t *registers, uint64_t offset);
+    int pk_mmio_run(uint8_t *registers, const uint8_t *memory, const struct pk_step *steps,
+                    uint64_t n, const struct pk_step *last, uint64_t n_last,
+                    uint64_t nanoseconds);
+    void pk_flush_lines(const uint8_t *p, uint64_t n);
+
     uint8_t *pk_map(int fd, uint64_t offset, uint64_t size, uint64_t align, int writable,
                     int *error);
     void pk_unmap(uint8_t *map, uint64_t size);

@@ -261,6 +261,11 @@ class Region:
             raise RegionError(f"{self.name} at {offset:#x}: unaligned store", errno.EIO)
         lib.pk_store_u64(self._base, offset, value)
 
+    def flush_lines(self, offset: int, length: int) -> None:
+        """Write the processor's cache lines back, for hardware that reads past the caches."""
+        self.view(offset, length)
+        lib.pk_flush_lines(self._base + offset, length)
+
     def is_zero(self, offset: int, length: int) -> bool:
         """Whether all of the bytes are zero."""
         self.view(offset, length)

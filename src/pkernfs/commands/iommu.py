@@ -34,6 +34,7 @@ SUBCOMMANDS = {
     "show": Subcommand("the tables, as the kernel's debugfs shows its own", ("target",)),
     "check": Subcommand("prove that all reachable entries are right", ("target",)),
     "export": Subcommand("records for iommufd and VFIO, as JSON", ("target",)),
+    "units": Subcommand("the machine's IOMMU units: state, capabilities, faults", ()),
 }
 
 
@@ -63,6 +64,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         )
     for name in ("translate", "show", "check", "export"):
         _configure_reading(made[name], name)
+    made["units"].add_argument("--json", action="store_true", help="print JSON.")
 
 
 def _domain_operand(parser: argparse.ArgumentParser) -> None:
@@ -396,7 +398,37 @@ def _without_daemon(
                 yield {"record": item}
 
 
+# ---------------------------------------------------------------------- units
+
+
+def _units(args: argparse.Namespace) -> int:
+    from pkernfs.backing.host import HOST
+    from pkernfs.iommu.discovery import find_units, read_dmar, unit_lines, unit_record
+
+    roots = {root: mount for mount in _all_mounts() if (root := _root_of(mount)) is not None}
+    found = find_units(HOST, read_dmar(HOST), write=False)
+    records = [unit_record(HOST, f, roots) for f in found]
+    if args.json:
+        print(json.dumps({"units": records}, indent=2))
+    else:
+        for record in records:
+            print("\n".join(unit_lines(record)))
+    return 0
+
+
+def _root_of(mount_point: str) -> int | None:
+    """Physical address of a mount's root table, if its daemon tells."""
+    from pkernfs.control import call
+
+    try:
+        root = call(mount_point, "iommu.root")
+    except PkernfsError:
+        return None
+    return root if isinstance(root, int) else None
+
+
 _RUN = {
+    "units": _units,
     "create": _create,
     "map": _map,
     "unmap": _unmap,

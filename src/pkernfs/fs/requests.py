@@ -52,6 +52,7 @@ class TableRequests:
             "iommu.detach": self.detach,
             "iommu.persist": self.persist,
             "iommu.devices": self.devices,
+            "iommu.root": self.root,
             "iommu.read": self.read,
         }
 
@@ -124,6 +125,11 @@ class TableRequests:
     async def devices(self, args: Args) -> list[int]:
         """Source ids of the devices that are attached."""
         return [d.source_id for d in self._fs.tables.devices()]
+
+    async def root(self, args: Args) -> int | None:
+        """Physical address of the root table; None: there is none."""
+        root = self._fs.tables.root
+        return None if root is None else root.root
 
     async def read(self, args: Args) -> AsyncIterator[Any]:
         """``what`` is translate, show, export or check: text, records, an exit status."""
