@@ -100,6 +100,8 @@ def hand_over(mnt: str, digests: bool) -> Outcome:
     :raises BusyError: files are open for writing, or it was handed over already.
     :raises CorruptionError: the check found something wrong; the file system is thawed.
     """
+    from pkernfs.fs import fsck, handover  # noqa: F401 - loaded before anything is frozen
+
     start = time.monotonic()
     mount = control.find_mount(mnt)
     write_back(mount.mount_point)

@@ -6,6 +6,7 @@ region itself has wrong is reported.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from pkernfs.alloc.bitmap import runs
@@ -37,13 +38,18 @@ _ONLY_ONE = bytes([0, 1] + [0] * 254)
 _TO_CARVED = bytes(int(kind == CARVED) for kind in range(256))
 # Blocks whose zero mark is checked in one piece.
 _MANY = 64
+_STRIDE = 8192  # blocks
 
 
 def compare(ctx: Context) -> None:
     """Report every difference between the maps and the claims."""
     _keep_empty_carved(ctx)
-    _compare_blocks(ctx)
-    _compare_zero(ctx)
+    spans = list(_spans(ctx))
+    for first, end in spans:
+        _compare_blocks(ctx, first, end)
+    for first, end in spans:
+        _compare_zero(ctx, first, end)
+    _verify_zero(ctx)
     blocks = sorted(ctx.claims.pages)
     for done, block in enumerate(blocks):
         if not done % 64:
@@ -64,8 +70,28 @@ def _keep_empty_carved(ctx: Context) -> None:
         block = ctx.map_carved.find(1, block + 1)
 
 
-def _report_runs(ctx: Context, code: Code, flags: bytes, **words: Any) -> None:
+def _spans(ctx: Context) -> Iterator[tuple[int, int]]:
+    """``(first, end)`` of the blocks but for long runs that are free and not marked otherwise.
+
+    Most of a large region is: looking at it more closely would take most of the time.
+    """
+    nothing = bytes(_STRIDE)
+    start = -1
+    for first in range(0, ctx.blocks, _STRIDE):
+        end = min(first + _STRIDE, ctx.blocks)
+        maps = (ctx.claims.kind, ctx.map_used, ctx.map_carved)
+        if any(flags[first:end] != nothing[: end - first] for flags in maps):
+            start = first if start < 0 else start
+        elif start >= 0:
+            yield start, first
+            start = -1
+    if start >= 0:
+        yield start, ctx.blocks
+
+
+def _report_runs(ctx: Context, code: Code, base: int, flags: bytes, **words: Any) -> None:
     for first, count in flag_runs(flags):
+        first += base
         last = f"..{first + count - 1}" if count > 1 else ""
         ctx.report.add(code, f"block {first}{last} at {first * BLOCK:#x}", **words)
 
@@ -76,34 +102,39 @@ def _both(a: bytes | bytearray, b: bytes | bytearray) -> bytes:
     return value.to_bytes(len(a), "little")
 
 
-def _compare_blocks(ctx: Context) -> None:
-    kind = ctx.claims.kind
+def _compare_blocks(ctx: Context, first: int, end: int) -> None:
+    kind = ctx.claims.kind[first:end]
+    map_used, map_carved = ctx.map_used[first:end], ctx.map_carved[first:end]
     in_use, free = kind.translate(_TO_USED), kind.translate(_TO_FREE)
-    marked = ctx.map_used.translate(_ONLY_ONE)
-    unmarked = ctx.map_used.translate(_TO_FREE)
-    _report_runs(ctx, Code.BLOCK_LOST, _both(marked, free))
-    _report_runs(ctx, Code.BLOCK_UNMARKED, _both(unmarked, in_use))
+    marked = map_used.translate(_ONLY_ONE)
+    unmarked = map_used.translate(_TO_FREE)
+    _report_runs(ctx, Code.BLOCK_LOST, first, _both(marked, free))
+    _report_runs(ctx, Code.BLOCK_UNMARKED, first, _both(unmarked, in_use))
     carved = kind.translate(_TO_CARVED)
     whole = _both(in_use, carved.translate(_TO_FREE))
-    marked_carved = ctx.map_carved.translate(_ONLY_ONE)
-    not_carved = ctx.map_carved.translate(_TO_FREE)
-    _report_runs(ctx, Code.BLOCK_CARVED, _both(marked_carved, whole), got=1, expected=0)
-    _report_runs(ctx, Code.BLOCK_CARVED, _both(not_carved, carved), got=0, expected=1)
+    marked_carved = map_carved.translate(_ONLY_ONE)
+    not_carved = map_carved.translate(_TO_FREE)
+    _report_runs(ctx, Code.BLOCK_CARVED, first, _both(marked_carved, whole), got=1, expected=0)
+    _report_runs(ctx, Code.BLOCK_CARVED, first, _both(not_carved, carved), got=0, expected=1)
     stray = _both(_both(marked_carved, free), unmarked)
-    _report_runs(ctx, Code.BLOCK_CARVED, stray, got=1, expected=0)
+    _report_runs(ctx, Code.BLOCK_CARVED, first, stray, got=1, expected=0)
 
 
-def _compare_zero(ctx: Context) -> None:
-    """Marks on blocks in use; then what is in the blocks marked, where that can be told."""
-    kind = ctx.claims.kind
-    marked = ctx.map_used.translate(_ONLY_ONE)
-    free = _both(kind.translate(_TO_FREE), marked.translate(_TO_FREE))
+def _compare_zero(ctx: Context, first: int, end: int) -> None:
+    """Marks on blocks in use."""
+    map_used = ctx.map_used[first:end]
+    marked = map_used.translate(_ONLY_ONE)
+    free = _both(ctx.claims.kind[first:end].translate(_TO_FREE), marked.translate(_TO_FREE))
     in_use = free.translate(_TO_FREE)
-    wrong = _both(ctx.map_zero, in_use)
-    known = ctx.map_used.translate(bytes([1, 1, 0] + [0] * 253))
-    _report_runs(ctx, Code.ZERO_IN_USE, _both(wrong, known))
-    for first, count in flag_runs(wrong):
-        ctx.map_zero[first : first + count] = bytes(count)
+    wrong = _both(ctx.map_zero[first:end], in_use)
+    known = map_used.translate(bytes([1, 1, 0] + [0] * 253))
+    _report_runs(ctx, Code.ZERO_IN_USE, first, _both(wrong, known))
+    for block, count in flag_runs(wrong):
+        ctx.map_zero[first + block : first + block + count] = bytes(count)
+
+
+def _verify_zero(ctx: Context) -> None:
+    """What is in the blocks that are marked as zero, where that can be told."""
     if ctx.verify_zero is False or (ctx.verify_zero is None and not ctx.image.tells_holes):
         return
     not_zero = bytearray(ctx.blocks)
@@ -113,7 +144,7 @@ def _compare_zero(ctx: Context) -> None:
             length = min(_MANY, first + count - start)
             for offset, size in ctx.image.data_in(start * BLOCK, length * BLOCK):
                 _find_dirty(ctx, offset, size, not_zero)
-    _report_runs(ctx, Code.ZERO_NOT_ZERO, bytes(not_zero))
+    _report_runs(ctx, Code.ZERO_NOT_ZERO, 0, bytes(not_zero))
     for first, count in flag_runs(not_zero):
         ctx.map_zero[first : first + count] = bytes(count)
 
@@ -161,9 +192,8 @@ def write(ctx: Context) -> None:
         _write_page_map(ctx, block)
     unmark_zero(ctx)
     maps = ctx.sb.map_pages()
-    zero = _both(ctx.map_zero, ctx.claims.kind.translate(_TO_FREE))
     for page, first, blocks in maps:
-        _write_block_map(ctx, page, first, blocks, zero)
+        _write_block_map(ctx, page, first, blocks)
 
 
 def unmark_zero(ctx: Context) -> None:
@@ -204,12 +234,13 @@ def _write_page_map(ctx: Context, block: int) -> None:
     page[PAGE_MAP_USED_OFFSET:end] = used.to_bytes(PAGE_MAP_USED_BYTES, "little")
 
 
-def _write_block_map(ctx: Context, page: int, first: int, blocks: int, zero: bytes) -> None:
+def _write_block_map(ctx: Context, page: int, first: int, blocks: int) -> None:
     end = first + blocks
     kind = ctx.claims.kind[first:end]
+    zero = _both(ctx.map_zero[first:end], kind.translate(_TO_FREE))
     bitmaps = [
         pack_bits(flags).ljust(MAP_BYTES, b"\0")
-        for flags in (kind.translate(_TO_USED), kind.translate(_TO_CARVED), zero[first:end])
+        for flags in (kind.translate(_TO_USED), kind.translate(_TO_CARVED), zero)
     ]
     body = b"".join(bitmaps)
     start = MAP_USED_OFFSET

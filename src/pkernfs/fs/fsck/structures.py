@@ -210,6 +210,8 @@ class BlockMap:
 
 def pack_bits(flags: Buffer) -> bytes:
     """The bitmap (whole bytes) of one byte, 0 or 1, for each bit."""
+    if flags == bytes(len(flags)):
+        return bytes(-(-len(flags) // 8))
     text = bytes(flags[::-1]).translate(bytes([48, 49]) + bytes(254))
     return int(text or b"0", 2).to_bytes(-(-len(flags) // 8), "little")
 

@@ -7,6 +7,7 @@ it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from pkernfs.errors import InvalidError, TableDamageError
 from pkernfs.fs.fsck.context import Context
@@ -14,11 +15,12 @@ from pkernfs.fs.fsck.data import extents_of
 from pkernfs.fs.fsck.names import entries_of
 from pkernfs.fs.fsck.problems import Code
 from pkernfs.fs.fsck.structures import T_REG
-from pkernfs.iommu.check import Report, check
-from pkernfs.iommu.config import adopt_addresses, config_page, load_bars, load_config
-from pkernfs.iommu.memory import Memory, merge_ranges
 from pkernfs.layout import INODE_FLAG_TABLE, IOMMU_INO, PAGE
 from pkernfs.region import Region
+
+if TYPE_CHECKING:
+    from pkernfs.iommu.check import Report
+    from pkernfs.iommu.memory import Memory
 
 _ROOT = b"root-pgtables"
 _WHERE = "iommu"
@@ -71,6 +73,11 @@ def _is_empty(ctx: Context, pieces: Pieces) -> bool:
 
 
 def _check(ctx: Context, files: dict[bytes, Pieces]) -> Report:
+    # Loaded where there are tables only: a handover is in a hurry.
+    from pkernfs.iommu.check import check
+    from pkernfs.iommu.config import adopt_addresses, load_bars
+    from pkernfs.iommu.memory import Memory, merge_ranges
+
     region = ctx.image.region
     root_pieces = files.get(_ROOT)
     if root_pieces is not None:
@@ -87,6 +94,8 @@ def _check(ctx: Context, files: dict[bytes, Pieces]) -> Report:
 
 def _check_home(root: Memory) -> None:
     """:raises InvalidError: the tables were made for another place."""
+    from pkernfs.iommu.config import config_page, load_config
+
     try:
         home = load_config(root).home
     except TableDamageError:
