@@ -42,6 +42,7 @@ COMMANDS = {
     "info": Command("label, uuid, sizes, state and features of a region"),
     "extents": Command("where a file's bytes are in the region"),
     "qemu-args": Command("the options with which QEMU maps a file in the region"),
+    "kexec": Command("load the next kernel, hand over, and start it"),
     "handover": Command("freeze, check and record a file system before a kexec"),
     "install-units": Command("install systemd's units"),
     "doctor": Command("what this host can do, and what is missing"),
