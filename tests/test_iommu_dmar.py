@@ -176,7 +176,12 @@ def test_any_damage_is_a_message_or_a_table(at: int, value: int, cut: int) -> No
 
 
 def config(
-    *, command: int = 0, kind: int = 0, express: int | None = None, ats: bool = False
+    *,
+    command: int = 0,
+    kind: int = 0,
+    express: int | None = None,
+    ats: bool = False,
+    pasid: bool = False,
 ) -> bytes:
     """Configuration space of 4096 bytes; ``express`` is a device and port type."""
     data = bytearray(4096)
@@ -187,7 +192,7 @@ def config(
         data[0x34] = 0x40
         data[0x40:0x44] = bytes([0x05, 0x50, 0, 0])  # MSI, then PCI Express
         data[0x50:0x54] = bytes([0x10, 0, express << 4, 0])
-        data[0x100:0x108] = struct.pack("<HHHH", 0x1B, 0x110 << 4 | 1, 0, 1)
+        data[0x100:0x108] = struct.pack("<HHHH", 0x1B, 0x110 << 4 | 1, 0, pasid)
         data[0x110:0x118] = struct.pack("<HHHH", 0x0F, 1, 0, ats << 15)
     return bytes(data)
 
@@ -208,7 +213,9 @@ def test_devices_as_sysfs_has_them(tmp_path: Path) -> None:
     host = Host(str(tmp_path))
     add_device(tmp_path, "0000:00:05.0", config(command=4), "edu")
     add_device(tmp_path, "0000:00:1c.0", config(kind=6, express=4), "pcieport")
-    add_device(tmp_path, "0000:00:1c.0/0000:01:00.0", config(express=0, ats=True), "nvme")
+    add_device(
+        tmp_path, "0000:00:1c.0/0000:01:00.0", config(express=0, ats=True, pasid=True), "nvme"
+    )
     add_device(tmp_path, "0000:00:1e.0", config(kind=6, express=7))
     add_device(tmp_path, "0000:00:1e.0/0000:02:01.0", config(command=4))
     add_device(tmp_path, "0000:00:1f.0", config(kind=6))

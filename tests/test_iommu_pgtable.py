@@ -19,6 +19,7 @@ from pkernfs.errors import (
 from pkernfs.iommu.entries import leaf_bytes, width_bits
 from pkernfs.iommu.walk import translate_domain
 from pkernfs.layout import PAGE
+from pkernfs.region import Region
 
 HIGH = 1 << 45  # physical memory that is mapped
 
@@ -242,6 +243,58 @@ def test_freed_pages_wait_for_the_invalidation() -> None:
     domain.table.invalidated()
     domain.table.map(0, HIGH, PAGE, 3)
     assert domain.open().free_pages == 4
+
+
+@pytest.mark.parametrize("coherent", [True, False])
+def test_what_is_stored_is_written_back_in_order(
+    coherent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For units that read past the caches: new tables before what refers to them."""
+    domain = Domain(4, pages=64)
+    log: list[tuple[str, int, int]] = []
+
+    def commit(words: list[tuple[int, int]]) -> None:
+        for offset, word in words:
+            domain.region.store_u64(offset, word)
+            log.append(("store", offset, 8))
+
+    def flush(_region: Region, offset: int, length: int) -> None:
+        log.append(("flush", offset, length))
+
+    domain.table = domain.open(commit)
+    domain.table.coherent = coherent
+    monkeypatch.setattr(Region, "flush_lines", flush)
+    for change in (
+        lambda: domain.table.map(0, HIGH, 8 * PAGE, 3),
+        lambda: domain.table.map(GIB, HIGH, GIB, 3),
+        lambda: domain.table.unmap(GIB + 5 * PAGE, PAGE),
+        lambda: domain.table.unmap(0, 4 * PAGE),
+    ):
+        before = domain.table.used_pages
+        log.clear()
+        change()
+        stores = [entry for entry in log if entry[0] == "store"]
+        if not coherent:
+            first = log.index(stores[0])
+            new = max(0, domain.table.used_pages - before)
+            assert [length for _kind, _at, length in log[:first]] == [PAGE] * new
+            assert log[first + len(stores) :] == [("flush", at, 8) for _kind, at, _8 in stores]
+        else:
+            assert log == stores
+
+
+def test_a_table_tells_whether_a_unit_may_have_cached_what_changed() -> None:
+    domain = Domain(4, pages=64)
+    table = domain.table
+    table.map(0, HIGH, 511 * PAGE, 3)
+    table.map(GIB, HIGH, PAGE, 3)
+    assert not table.stale
+    table.map(511 * PAGE, HIGH + 511 * PAGE, PAGE, 3)  # a superpage instead of a table
+    assert table.stale
+    table.invalidated()
+    assert not table.stale
+    table.unmap(GIB, PAGE)
+    assert table.stale
 
 
 def test_a_huge_protect_replaces_tables_and_stores_few_words() -> None:

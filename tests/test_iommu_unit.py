@@ -34,7 +34,6 @@ from pkernfs.region import Region
 
 QUEUE = 14 * MIB  # of ours, in QEMU's memory
 KERNEL_QUEUE = 15 * MIB
-KERNEL_STATUS = KERNEL_QUEUE + 2 * PAGE
 
 #: Typed out by hand from chapter 11 (and compared with Linux, drivers/iommu/intel/iommu.h).
 FIELDS = """
@@ -179,15 +178,15 @@ class Kernel:
     A descriptor to wait for stores a word of its own, which the kernel has cleared before.
     """
 
-    def __init__(self, lab: Lab, unit: Unit) -> None:
-        self.region = lab.region
-        self.window = QtestWindow(lab.machine)
-        wide = bool(unit.capabilities.ecap >> 43 & 1)
+    def __init__(self, region: Region, window: QtestWindow, queue: int, *, wide: bool) -> None:
+        self.region = region
+        self.window = window
+        self.queue = queue
         self.size = 32 if wide else 16
         self.slots = 256
         self.place = 0
         self.window.write64(0x88, 0)
-        self.window.write64(0x90, KERNEL_QUEUE | (wide << 11) | wide)
+        self.window.write64(0x90, queue | (wide << 11) | wide)
         assert self.window.run(
             [
                 Step(Kind.COMMAND, Command.OFFSET, Command.QIE.mask),
@@ -206,17 +205,23 @@ class Kernel:
 
     def begin(self) -> int:
         """The same, but do not wait; where the word is that says when it is done."""
-        status = KERNEL_STATUS + 8 * self.place
+        status = self.queue + 2 * PAGE + 8 * self.place
         self.region.store_u64(status, 0)
         for words in ((4, 0), wait_descriptor(status, 2)):
             for at, word in enumerate((*words, 0, 0)[: self.size // 8]):
-                self.region.store_u64(KERNEL_QUEUE + self.tail + 8 * at, word)
+                self.region.store_u64(self.queue + self.tail + 8 * at, word)
             self.place = (self.place + 1) % self.slots
         self.window.write64(0x88, self.tail)
         return status
 
     def done(self, status: int) -> bool:
         return bool(self.region.view(status, 8).cast("Q")[0] == 2)
+
+
+def kernel_of(lab: Lab) -> Kernel:
+    """A kernel that remaps interrupts, and with them has its queue in force."""
+    window = QtestWindow(lab.machine)
+    return Kernel(lab.region, window, KERNEL_QUEUE, wide=lab.mode is Mode.SCALABLE)
 
 
 def test_on_and_off(lab: Lab, unit: Unit) -> None:
@@ -279,7 +284,7 @@ def test_what_a_unit_has_cached_is_forgotten(lab: Lab, unit: Unit) -> None:
         lab.first.unmap(0x10_0000, PAGE)
         unit.invalidate(domain(2), queue)
         if kernel is None:
-            kernel = Kernel(lab, unit)
+            kernel = kernel_of(lab)
             kernel.submit()
 
 
@@ -288,7 +293,7 @@ def test_the_kernels_queue_is_given_back_wherever_its_tail_is(
     lab: Lab, unit: Unit, place: int
 ) -> None:
     """Also at its begin, after a whole lap; and the kernel goes on as if nothing had been."""
-    kernel = Kernel(lab, unit)
+    kernel = kernel_of(lab)
     kernel.submit()
     while kernel.place != place:
         kernel.submit()
@@ -319,7 +324,7 @@ def test_what_the_kernel_adds_while_its_queue_is_lent_is_run(
             self.left -= 1
             return super()._do(step, memory, seconds)
 
-    kernel = Kernel(lab, unit)
+    kernel = kernel_of(lab)
     kernel.submit()
     while kernel.place != 0:
         kernel.submit()
@@ -355,7 +360,7 @@ def test_a_loan_that_was_cut_short_is_ended(lab: Lab, unit: Unit, place: int) ->
             self.left -= 1
             return super()._do(step, memory, seconds)
 
-    kernel = Kernel(lab, unit)
+    kernel = kernel_of(lab)
     kernel.submit()
     while kernel.place != 0:
         kernel.submit()
@@ -383,7 +388,7 @@ def test_a_loan_that_was_cut_short_is_ended(lab: Lab, unit: Unit, place: int) ->
 
 def test_a_queue_that_is_too_small_or_unaligned(lab: Lab, unit: Unit) -> None:
     assert unit.queue_bytes() == 2 * PAGE
-    Kernel(lab, unit).submit()
+    kernel_of(lab).submit()
     assert unit.queue_bytes() == (4 if lab.mode is Mode.SCALABLE else 2) * PAGE
     for queue in (
         QueueMemory(lab.region, QUEUE, QUEUE, PAGE),
@@ -399,7 +404,7 @@ def test_a_descriptor_that_the_unit_refuses(
     lab: Lab, unit: Unit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error is told and cleared, and the kernel's queue works on."""
-    kernel = Kernel(lab, unit)
+    kernel = kernel_of(lab)
     kernel.submit()
     monkeypatch.setattr("pkernfs.iommu.unit.descriptor_of", lambda what: (0xF, 0))
     with pytest.raises(UnitError, match=r"invalidation .IOTLB, domain.: got FSTS 0x"):

@@ -136,6 +136,11 @@ class Region:
                 raise RegionError(f"{self.name}: cannot sync: {os.strerror(error)}", error)
 
     @property
+    def real_addresses(self) -> bool:
+        """Whether :meth:`physical` tells where the memory is in this machine, for its devices."""
+        return self._backing.real_addresses
+
+    @property
     def node(self) -> int | None:
         """The NUMA node that all of the region is in, if that is known."""
         return self._backing.node

@@ -24,6 +24,8 @@ class Backing:
     page_bytes = PAGE
     #: Whether /proc/self/pagemap tells the addresses of its pages for good: they do not move.
     in_pagemap = False
+    #: Whether addresses are those of the machine, and not what somebody says for tests and images.
+    real_addresses = False
     #: Whether the kernel can take the bytes from where they are (O_DIRECT, an answer to FUSE).
     has_pages = True
     #: Whether the bytes are cached for a disk, so that a sync has something to do.

@@ -193,6 +193,8 @@ class DaxBacking(Backing):
     :raises LockedError: a part of its memory is in use.
     """
 
+    real_addresses = True
+
     def __init__(self, path: str, name: str, *, write: bool, lock: bool, host: Host) -> None:
         bind(read_device(name, host), host)
         device = read_device(name, host)

@@ -32,6 +32,7 @@ class DevMemBacking(Backing):
     """
 
     has_pages = False
+    real_addresses = True
 
     def __init__(self, spec: str, *, write: bool, lock: bool, host: Host) -> None:
         span = iomem.parse_span(spec)

@@ -44,6 +44,7 @@ class FileBacking(Backing):
         self.fd = fd
         self.page_bytes = page_bytes
         self.in_pagemap = self._is_huge = magic == _HUGETLBFS
+        self.real_addresses = self._is_huge and phys_base is None
         self.needs_sync = magic not in _RAM_FILE_SYSTEMS
         self._lock = held if write else None
         self._fds = [fd]

@@ -34,6 +34,8 @@ SUBCOMMANDS = {
     "show": Subcommand("the tables, as the kernel's debugfs shows its own", ("target",)),
     "check": Subcommand("prove that all reachable entries are right", ("target",)),
     "export": Subcommand("records for iommufd and VFIO, as JSON", ("target",)),
+    "activate": Subcommand("have the machine's IOMMU units walk these tables", ("mnt",)),
+    "deactivate": Subcommand("have them translate no more", ("mnt",)),
     "units": Subcommand("the machine's IOMMU units: state, capabilities, faults", ()),
 }
 
@@ -64,6 +66,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         )
     for name in ("translate", "show", "check", "export"):
         _configure_reading(made[name], name)
+    _configure_units(made["activate"], made["deactivate"])
     made["units"].add_argument("--json", action="store_true", help="print JSON.")
 
 
@@ -157,6 +160,32 @@ def _configure_reading(parser: argparse.ArgumentParser, name: str) -> None:
         metavar="ADDR",
         help="physical address of the region's first byte, for one that has none of its own and "
         "is not mounted.",
+    )
+
+
+def _configure_units(
+    activate: argparse.ArgumentParser, deactivate: argparse.ArgumentParser
+) -> None:
+    for parser, default in (
+        (activate, "those that attached devices are below"),
+        (deactivate, "all that walk the tables"),
+    ):
+        parser.add_argument(
+            "--unit",
+            metavar="dmarN|all",
+            action="append",
+            default=[],
+            help=f"which unit; may be repeated; {default}, if not given.",
+        )
+    activate.add_argument(
+        "--cut-off",
+        action="store_true",
+        help="let the DMA of devices fail that are at work and not attached.",
+    )
+    deactivate.add_argument(
+        "--force",
+        action="store_true",
+        help="although attached devices are bus masters, whose DMA would then go anywhere.",
     )
 
 
@@ -401,6 +430,22 @@ def _without_daemon(
 # ---------------------------------------------------------------------- units
 
 
+def _activate(args: argparse.Namespace) -> int:
+    from pkernfs.control import call
+
+    names = call(args.mnt, "iommu.activate", units=args.unit, cut_off=args.cut_off)
+    print("\n".join(f"{name}: in force" for name in names or ()))
+    return 0
+
+
+def _deactivate(args: argparse.Namespace) -> int:
+    from pkernfs.control import call
+
+    names = call(args.mnt, "iommu.deactivate", units=args.unit, force=args.force)
+    print("\n".join(f"{name}: off" for name in names or ()))
+    return 0
+
+
 def _units(args: argparse.Namespace) -> int:
     from pkernfs.backing.host import HOST
     from pkernfs.iommu.discovery import find_units, read_dmar, unit_lines, unit_record
@@ -428,6 +473,8 @@ def _root_of(mount_point: str) -> int | None:
 
 
 _RUN = {
+    "activate": _activate,
+    "deactivate": _deactivate,
     "units": _units,
     "create": _create,
     "map": _map,

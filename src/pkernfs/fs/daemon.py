@@ -109,7 +109,24 @@ def _open_filesystem(region: Region, options: Options) -> FileSystem:
             mkfs.make_filesystem(region)
         elif found.content is not mkfs.Content.PKERNFS:
             raise FormatError(f"{region.name}: not formatted: it holds {found.what}")
-    return FileSystem.mount(region, read_only="ro" in options)
+    fs = FileSystem.mount(region, read_only="ro" in options)
+    _adopt_units(fs)
+    return fs
+
+
+def _adopt_units(fs: FileSystem) -> None:
+    """Units may be walking the tables: before anything changes, they are told to forget."""
+    from pkernfs.fs.tables import ROOT_NAME
+    from pkernfs.layout import IOMMU_INO
+
+    if os.geteuid() or not fs.find(IOMMU_INO, ROOT_NAME):
+        return
+    from pkernfs.fs.activation import Activation
+
+    try:
+        Activation(fs).adopt()
+    except PkernfsError as e:
+        fs.fail(f"units walk the tables: {e}")
 
 
 def _tell_arrival(fs: FileSystem, options: Options) -> None:

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
-from pkernfs.errors import InvalidError
+from pkernfs.errors import InvalidError, TableDamageError
 from pkernfs.fs import translation
+from pkernfs.fs.activation import Activation
 from pkernfs.fs.tables import ROOT_NAME
 from pkernfs.fs.translation import Output, Question
 from pkernfs.iommu.bars import read_bar
+from pkernfs.iommu.check import Report
 from pkernfs.iommu.config import Config
 from pkernfs.iommu.contexts import Mode
 from pkernfs.layout import IOMMU_INO
@@ -51,6 +53,8 @@ class TableRequests:
             "iommu.attach": self.attach,
             "iommu.detach": self.detach,
             "iommu.persist": self.persist,
+            "iommu.activate": self.activate,
+            "iommu.deactivate": self.deactivate,
             "iommu.devices": self.devices,
             "iommu.root": self.root,
             "iommu.read": self.read,
@@ -102,6 +106,24 @@ class TableRequests:
         """Whether a handover keeps a device's entries."""
         source_id, on = _number(args, "device"), bool(args.get("on"))
         await self._change(lambda: self._fs.tables.persist(source_id, on))
+
+    async def activate(self, args: Args) -> list[str]:
+        """Put the tables in force in ``units``; the names of the units that walk them then."""
+        names, cutting_off = _names(args), bool(args.get("cut_off"))
+        async with self._lock:
+            report = await self._examine()
+            if not report.clean:
+                raise TableDamageError(
+                    f"activate: the tables are not sound: {report.found} problems, the first: "
+                    f"{report.findings[0].message}: see pkernfs iommu check"
+                )
+            return Activation(self._fs).activate(names, cutting_off=cutting_off)
+
+    async def deactivate(self, args: Args) -> list[str]:
+        """Have ``units`` translate no more; their names."""
+        names, forced = _names(args), bool(args.get("force"))
+        async with self._lock:
+            return Activation(self._fs).deactivate(names, forced=forced)
 
     async def _change(self, operation: Callable[[], T], number: int | None = None) -> T:
         """Change root-pgtables, and dom-``number``."""
@@ -155,15 +177,19 @@ class TableRequests:
             yield {"text": "".join(text)}
 
     async def _check(self, as_json: bool) -> Output:
-        tables = self._fs.tables
         async with self._lock:
-            tables.readers += 1
-            try:
-                given = await self._in_steps(translation.prepare_check(self._fs))
-                report = await trio.to_thread.run_sync(given.run)
-            finally:
-                tables.readers -= 1
+            report = await self._examine()
         return translation.check_text(report, as_json=as_json)
+
+    async def _examine(self) -> Report:
+        """Check the tables in a thread, while they do not change."""
+        tables = self._fs.tables
+        tables.readers += 1
+        try:
+            given = await self._in_steps(translation.prepare_check(self._fs))
+            return await trio.to_thread.run_sync(given.run)
+        finally:
+            tables.readers -= 1
 
     async def _in_steps(self, steps: Generator[None, None, T]) -> T:
         while True:
@@ -202,6 +228,13 @@ def _number(args: Args, name: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not -(2**63) <= value < 2**65:
         raise InvalidError(f"iommu: bad {name}: got {value!r}, expected a number")
     return value
+
+
+def _names(args: Args) -> list[str]:
+    names = args.get("units") or []
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise InvalidError(f"iommu: bad units: got {names!r}")
+    return names
 
 
 def _pair(args: Args, name: str) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,6 +24,7 @@ from pkernfs.errors import (
     ReadOnlyError,
     TableDamageError,
     TooBigError,
+    UnitError,
 )
 from pkernfs.fs.names import is_table_name
 from pkernfs.iommu.config import (
@@ -41,12 +43,13 @@ from pkernfs.iommu.config import (
     set_transient,
 )
 from pkernfs.iommu.contexts import Device
-from pkernfs.iommu.entries import bdf_text, check_source_id
+from pkernfs.iommu.entries import LARGEST_LEAF_LEVEL, bdf_text, check_source_id
 from pkernfs.iommu.memory import Memory
 from pkernfs.iommu.pgtable import PageTable
 from pkernfs.iommu.pool import BlockMap, Mapping, TablePool
 from pkernfs.iommu.tables import MAX_DOMAIN_ID, RootTables
 from pkernfs.iommu.trees import Tree
+from pkernfs.iommu.walking import Walking
 from pkernfs.layout import BLOCK, INODE_FLAG_TABLE, IOMMU_INO, PAGE
 
 if TYPE_CHECKING:
@@ -86,6 +89,8 @@ class TableFiles:
         self._map: BlockMap | None = None
         self._map_is_old = True
         self._region_memory: Memory | None = None
+        #: The units that walk the tables now. They are told of each change before it returns.
+        self._walking: Walking | None = None
         #: While tables are read outside the event loop, their files stay as they are.
         self.readers = 0
         self.refresh()
@@ -124,7 +129,12 @@ class TableFiles:
             if self._config.home not in (0, config_page(memory)):
                 self._elsewhere = self._say_elsewhere(memory)
                 return
-            self._root = RootTables(memory, self._fs.store.commit_words)
+            self._root = RootTables(
+                memory,
+                self._fs.store.commit_words,
+                walked=self._walking is not None,
+                coherent=self._coherent,
+            )
         except InvalidError:
             return  # a region without physical addresses: whoever wants to change it is told
         except PkernfsError as e:
@@ -139,12 +149,19 @@ class TableFiles:
         if file is None or not file.size or self._elsewhere is not None:
             return
         levels = self._config.levels
+        walking = self._walking
         try:
             memory = self._memory(file)
             pool = TablePool(memory.region, memory.pieces)
             self._trees[number] = Tree(pool, memory.first_page, levels)
-            table = PageTable(memory, self._fs.store.commit_words, levels=levels)
-            self._domains[number] = table
+            self._domains[number] = PageTable(
+                memory,
+                self._fs.store.commit_words,
+                levels=levels,
+                largest=LARGEST_LEAF_LEVEL if walking is None else walking.largest_leaf,
+                walked=walking is not None,
+                coherent=self._coherent,
+            )
         except InvalidError:
             return
         except PkernfsError as e:
@@ -175,6 +192,58 @@ class TableFiles:
             base = max(home - config_offset(memory), 0)
             return f"{reason}: mount with phys_base={base:#x}, or remove the files of iommu/"
         return f"{reason}: the region's memory has moved: remove the files of iommu/"
+
+    # ------------------------------------------------------------------ units that walk them
+
+    @property
+    def walking(self) -> Walking | None:
+        """The units that walk these tables now; None: none does, as far as is known."""
+        return self._walking
+
+    @property
+    def _coherent(self) -> bool:
+        return self._walking is None or self._walking.coherent
+
+    def set_walking(self, walking: Walking | None) -> None:
+        """Units walk the tables from now on, and have nothing cached; or none does any more."""
+        self._walking = walking
+        self._open_root()
+        for name in self._files.keys() - {ROOT_NAME}:
+            self._open_domain(name)
+
+    def ready_for_units(self) -> None:
+        """Record in root-pgtables where it is, if that was not done: it cannot be done later."""
+        self._check_writable()
+        self._have_root()
+
+    def memories(self) -> list[Memory]:
+        """Where the pages of all table files are."""
+        return [self.memory(name) for name in self.names]
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Units are told of a change; if one does not obey, nothing is changed any more.
+
+        Memory that it may still reach would be used for something else otherwise.
+        """
+        try:
+            yield
+        except UnitError as e:
+            self._fs.fail(str(e))
+            raise
+
+    def _tell_mapped(self, number: int) -> None:
+        """Have the units forget what a change of dom-N has taken away, if it has."""
+        walking, root, table = self._walking, self._root, self._domains[number]
+        if walking is None or root is None:
+            return
+        ids = sorted({d.domain_id for d in root.devices() if d.table == table.root})
+        with self._telling():
+            if ids and (table.stale or walking.caches_absent):
+                walking.forget_domains(root, ids)
+            else:
+                walking.written()
+        table.invalidated()
 
     # ------------------------------------------------------------------ finding tables
 
@@ -301,6 +370,8 @@ class TableFiles:
             raise
 
     def _configure(self, config: Config) -> None:
+        if self._walking is not None:
+            raise BusyError(f"root-pgtables: in use: {self._walking.names} walks it")
         if config.levels != self._config.levels:
             mapped = self._mapped_domain()
             if mapped is not None:
@@ -437,6 +508,7 @@ class TableFiles:
         except NoTablePagesError as e:
             raise NoTablePagesError(f"dom-{number}", e.missing) from None
         self._map_is_old = True
+        self._tell_mapped(number)
 
     def unmap(self, number: int, iova: int, length: int) -> int:
         """Unmap all that is mapped there; returns how many bytes were.
@@ -450,6 +522,7 @@ class TableFiles:
             done = table.unmap(iova, length)
         except NoTablePagesError as e:
             raise NoTablePagesError(f"dom-{number}", e.missing) from None
+        self._tell_mapped(number)
         if not done:
             raise NotFoundError(f"iova {iova:#x}: nothing is mapped there: got {length:#x} bytes")
         self._map_is_old = True
@@ -476,21 +549,29 @@ class TableFiles:
         self._check_writable()
         table = self.domain(number)
         check_source_id(source_id)
+        if self._walking is not None:
+            self._walking.admit(source_id)
         root = self._have_root()
         domain_id = self._domain_id(root, number, table.root)
         root.attach(source_id, table.root, domain_id)
+        if self._walking is not None:
+            with self._telling():
+                if self._walking.caches_absent:
+                    self._walking.forget_everything(root)
+                else:
+                    self._walking.written()
         return domain_id
 
-    @staticmethod
-    def _domain_id(root: RootTables, number: int, table: int) -> int:
+    def _domain_id(self, root: RootTables, number: int, table: int) -> int:
         taken = {d.domain_id: d.table for d in root.devices()}
         for domain_id, other in taken.items():
             if other == table:
                 return domain_id
+        limit = MAX_DOMAIN_ID + 1 if self._walking is None else self._walking.domain_ids
         wanted = number + _FIRST_DOMAIN_ID
-        if wanted <= MAX_DOMAIN_ID and wanted not in taken:
+        if wanted < limit and wanted not in taken:
             return wanted
-        for domain_id in range(_FIRST_DOMAIN_ID, MAX_DOMAIN_ID + 1):
+        for domain_id in range(_FIRST_DOMAIN_ID, limit):
             if domain_id not in taken:
                 return domain_id
         raise NoSpaceError("root-pgtables: no free domain id")
@@ -501,7 +582,17 @@ class TableFiles:
         :raises NotFoundError: the device is not attached.
         """
         self._check_writable()
-        self.need_root().detach(source_id)
+        root = self.need_root()
+        device = next((d for d in root.devices() if d.source_id == source_id), None)
+        table_gone = root.detach(source_id)
+        if self._walking is None or device is None:
+            return
+        with self._telling():
+            if table_gone:
+                self._walking.forget_everything(root)
+            else:
+                self._walking.forget_device(root, source_id, device.domain_id)
+        root.invalidated()
 
     def persist(self, source_id: int, on: bool) -> None:
         """Whether a handover keeps a device's entries (as it does unless told otherwise)."""
@@ -581,6 +672,8 @@ class TableFiles:
         if name != ROOT_NAME:
             top = self._memory(self._files[name]).first_page
             devices = [d for d in devices if d.table == top]
+        if name == ROOT_NAME and self._walking is not None:
+            return f"{self._walking.names} walks it"
         if devices:
             return f"device {bdf_text(devices[0].source_id)} is attached"
         if name == ROOT_NAME and (self._config.levels != Config().levels or self.bars()):

@@ -84,6 +84,8 @@ class PageTable:
     :param walked: a unit may have entries of these tables cached, so that pages which a change
         frees are put aside until :meth:`invalidated`. What was aside before is not known: the unit
         has to forget everything before the first change.
+    :param coherent: units see what is in the processor's caches; else what is stored is written
+        back as well, new tables before what refers to them.
     :raises TableDamageError: what is in the pages is no such tree.
     """
 
@@ -96,6 +98,7 @@ class PageTable:
         largest: int = LARGEST_LEAF_LEVEL,
         physical_bits: int = MAX_PHYSICAL_BITS,
         walked: bool = False,
+        coherent: bool = True,
         record_words: int = RECORD_WORDS,
     ) -> None:
         if levels not in LEVELS:
@@ -105,6 +108,9 @@ class PageTable:
         self.largest = largest
         self.physical_bits = physical_bits
         self.walked = walked
+        self.coherent = coherent
+        #: A unit may have cached what has been changed since :meth:`invalidated`.
+        self.stale = False
         self._commit = commit
         self._record_words = record_words
         self._region = memory.region
@@ -131,6 +137,7 @@ class PageTable:
     def invalidated(self) -> None:
         """The unit has been told to forget what it had cached: put-aside pages are free."""
         self._pool.release()
+        self.stale = False
 
     def mappings(self, start: int = 0, end: int | None = None) -> Iterator[Mapping]:
         """What is mapped, in order, neighbours joined; cut at leaves, not at start and end."""
@@ -230,8 +237,15 @@ class PageTable:
             for image in images:
                 if image.fresh:
                     self._region.copy_in(self._offset(image.physical), image.words.cast("B"))
+            if not self.coherent:
+                for offset in self._pool.new_pages():
+                    self._region.flush_lines(offset, PAGE)
             if changed:
+                self.stale = self.stale or any(is_present(self._word(at)) for at, _new in changed)
                 self._commit(changed)
+            if not self.coherent:
+                for offset, _new in changed:
+                    self._region.flush_lines(offset, 8)
         except BaseException:
             self._pool.abort()
             raise
@@ -275,6 +289,9 @@ class PageTable:
         if offset is None:
             raise TableDamageError(f"page table at {physical:#x}: outside the domain's file")
         return offset
+
+    def _word(self, offset: int) -> int:
+        return int.from_bytes(self._region.view(offset, 8), "little")
 
     def _read(self, physical: int) -> bytes:
         return self._region.read(self._offset(physical), PAGE)

@@ -6,7 +6,7 @@ Everything of :mod:`pkernfs.iommu` that touches cffi pointers is here; what the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from pkernfs._native import ffi, lib
@@ -130,6 +130,14 @@ class TablePool:
     def give_back(self, physical: int) -> None:
         """The table there is no longer wanted."""
         lib.pk_pt_give_back(self._pool, physical)
+
+    def new_pages(self) -> Iterator[int]:
+        """Region offsets of the pages that the change has taken."""
+        at = self._state.find(_NEW)
+        for piece in self._pieces:
+            while 0 <= at < piece.first + piece.length // PAGE:
+                yield int(piece.offset) + (at - int(piece.first)) * PAGE
+                at = self._state.find(_NEW, at + 1)
 
     # ------------------------------------------------------------------ tables
 

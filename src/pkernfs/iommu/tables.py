@@ -33,7 +33,7 @@ from pkernfs.iommu.entries import (
     bdf_text,
     check_source_id,
 )
-from pkernfs.iommu.memory import Commit, Memory
+from pkernfs.iommu.memory import Commit, Memory, Piece
 from pkernfs.iommu.trees import Finding
 from pkernfs.layout import PAGE
 
@@ -47,6 +47,7 @@ class RootTables:
 
     :param walked: a unit may have entries cached: pages that a change frees are put aside until
         :meth:`invalidated`.
+    :param coherent: as for :class:`~pkernfs.iommu.pgtable.PageTable`.
     :raises TableDamageError: what is in the file is not a root table with its context tables.
     """
 
@@ -57,17 +58,28 @@ class RootTables:
         *,
         physical_bits: int = MAX_PHYSICAL_BITS,
         walked: bool = False,
+        coherent: bool = True,
     ) -> None:
         self.memory = memory
         self.config = load_config(memory)
         self.walked = walked
-        self._commit = commit
+        self.coherent = coherent
+        self._commit = self._committing(commit)
         self._region = memory.region
         self._physical_bits = physical_bits
         reader = ContextReader(memory, self.root, self.config.mode, _refuse, physical_bits)
         self._devices = {d.source_id: d for d in reader.devices()}
         self._used = reader.pages | {config_page(memory)}
         self._aside: set[int] = set()
+
+    def _committing(self, commit: Commit) -> Commit:
+        def store(words: Sequence[tuple[int, int]]) -> None:
+            commit(words)
+            if not self.coherent:
+                for offset, _word in words:
+                    self._region.flush_lines(offset, 8)
+
+        return store
 
     @property
     def root(self) -> int:
@@ -118,8 +130,8 @@ class RootTables:
         self._used.update(pages)
         self._devices[source_id] = self._read_back(source_id)
 
-    def detach(self, source_id: int) -> None:
-        """End that; a context table that is empty then goes as well.
+    def detach(self, source_id: int) -> bool:
+        """End that; a context table that is empty then goes as well, which is what is returned.
 
         :raises NotFoundError: the device is not attached.
         """
@@ -132,7 +144,8 @@ class RootTables:
         context = self._region.view(_offset(self.memory, table), PAGE)
         inside = context_at - table
         rest = bytes(context[:inside]) + bytes(context[inside + size :])
-        if any(rest[i] & _P for i in range(0, len(rest), size)):
+        stays = any(rest[i] & _P for i in range(0, len(rest), size))
+        if stays:
             at = _offset(self.memory, context_at)
             self._commit([(at + 8 * i, 0) for i in range(size // 8)])
         else:
@@ -143,6 +156,7 @@ class RootTables:
             self._aside.update(freed)
         else:
             self._used.difference_update(freed)
+        return not stays
 
     # ------------------------------------------------------------------ entries
 
@@ -183,6 +197,8 @@ class RootTables:
         for i, word in enumerate(words):
             data[at + 8 * i : at + 8 * i + 8] = word.to_bytes(8, "little")
         self._region.copy_in(_offset(self.memory, page), data)
+        if not self.coherent:
+            self._region.flush_lines(_offset(self.memory, page), PAGE)
 
     # ------------------------------------------------------------------ places
 
@@ -207,6 +223,19 @@ class RootTables:
         directory = ScalableContextEntry.PASIDDIRPTR.get(device.context_words[0])
         words = self.memory.words(directory, 1)
         return [directory, *[PasidDirectoryEntry.SMPTBLPTR.get(w) for w in words or () if w & _P]]
+
+    def spare(self, length: int, alignment: int) -> Piece:
+        """Consecutive memory near the end of the file that is no table now; it stays free.
+
+        :param length: bytes; ``alignment`` is that of its physical address. Whole pages.
+        :raises NoTablePagesError: there is none.
+        """
+        for piece in sorted(self.memory.pieces, reverse=True):
+            end = (piece.physical + piece.length - length) // alignment * alignment
+            for at in range(end, piece.physical - 1, -alignment):
+                if self._used.isdisjoint(range(at, at + length, PAGE)):
+                    return Piece(at, piece.offset + at - piece.physical, length)
+        raise NoTablePagesError("root-pgtables", length)
 
     def _free_pages(self, count: int) -> list[int]:
         """Pages that are not in use.

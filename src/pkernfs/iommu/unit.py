@@ -320,9 +320,9 @@ class Unit:
                 self._replace_refused(memory, ours, last)
             if place == _ON and self._tail() < tail:
                 self._window.run(self._lap(theirs))
-            self._end_loan(memory)
             if self.state().queue_on != (place != _OFF):
                 raise UnitError(f"{self.name}: invalidation queue: the unit does not switch it")
+            self._end_loan(memory)
             if refused:
                 raise UnitError(f"{self.name}: invalidation ({what}): got FSTS {refused:#x}")
             if done:
