@@ -3,7 +3,8 @@
 import os
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -48,6 +49,13 @@ class Guest:
     def figure(self, name: str, value: float, unit: str = "") -> None:
         """Have a figure in the test's result."""
         self._channel.send(figure=name, value=value, unit=unit)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Have the seconds that the block takes as a figure ``name`` in the test's result."""
+        started = time.monotonic()
+        yield
+        self.figure(name, time.monotonic() - started, "s")
 
     def note(self, key: str, value: Any) -> None:
         """Tell later stages something (what JSON can hold); it is on the host when this returns."""

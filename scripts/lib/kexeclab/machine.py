@@ -1,6 +1,7 @@
 """A lab machine: what it is made of, and QEMU running it, its console and side channel watched."""
 
 import json
+import os
 import selectors
 import signal
 import socket
@@ -137,6 +138,11 @@ class Running:
     def send(self, **message: Any) -> None:
         """Answer the machine."""
         self.channel.sendall(json.dumps(message).encode() + b"\n")
+
+    def cpu_seconds(self) -> float:
+        """What QEMU has used of the processors so far: unlike time, comparable on a busy machine."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def last_words(self, lines: int = 30) -> str:
         """The end of the console."""

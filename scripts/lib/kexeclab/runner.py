@@ -109,14 +109,15 @@ class _Play:
     parameters: dict[str, Any]
     seconds: float
     left_at: float
+    cpu_before: float = 0.0
 
     def stage(self, number: int, stage: Stage, last: bool) -> None:
         hello = self._hello(number)
         booted = time.monotonic()
         self.result.boots.append(booted - self.left_at)
         self._say(
-            f"stage {number}, {stage.__name__}: Linux {hello['release']} "
-            f"up {booted - self.left_at:.1f} s after {'its start' if number == 1 else 'kexec'}"
+            f"stage {number}, {stage.__name__}: Linux {hello['release']} up after "
+            f"{booted - self.left_at:.1f} s, {self._cpu():.1f} s of CPU time"
         )
         self.alive.send(
             file=str(Path(inspect.getfile(stage)).resolve().relative_to(CHECKOUT)),
@@ -128,6 +129,10 @@ class _Play:
         ended = self._until_it_ends(number, booted + self.seconds)
         self.result.stages.append(stage.__name__)
         self.left_at = time.monotonic()
+        self._say(
+            f"stage {number}, {stage.__name__}: {ended} after {self.left_at - booted:.1f} s, "
+            f"{self._cpu():.1f} s of CPU time"
+        )
         if last and ended != "passed":
             raise StageFailed(f"stage {number}: left by {ended}, but there is no later stage")
         if not last and ended == "passed":
@@ -184,6 +189,12 @@ class _Play:
             panics = [line for line in self.alive.console if _PANIC.search(line)]
             why = f"{error}; {panics[-1]}" if panics else str(error)
             raise LostMachine(why) from None
+
+    def _cpu(self) -> float:
+        """QEMU's CPU time since the last call."""
+        now = self.alive.cpu_seconds()
+        since, self.cpu_before = now - self.cpu_before, now
+        return since
 
     def _say(self, text: str) -> None:
         self.result.log.append(text)
