@@ -41,7 +41,7 @@ def key(*parts: str | bytes) -> str:
     return digest.hexdigest()[:16]
 
 
-def entry(kind: str, name: str, build: Callable[[Path], None], keep: int = 1) -> Path:
+def entry(kind: str, name: str, build: Callable[[Path], None], keep: int = 2) -> Path:
     """The directory ``kind``/``name`` of the cache, made by ``build`` unless it is there and whole.
 
     Its regular files are recorded with their checksums, and checked once in each process. Of the

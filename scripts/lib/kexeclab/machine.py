@@ -39,7 +39,7 @@ class Machine:
 
     kernel: str = kernels.DEFAULT
     memory: int = 1024
-    cpus: int = 2
+    cpus: int = 1
     cmdline: Sequence[str] = ()
     devices: Sequence[str] = ()
     kernels: Sequence[str] = ()
@@ -140,7 +140,7 @@ class Running:
         self.channel.sendall(json.dumps(message).encode() + b"\n")
 
     def cpu_seconds(self) -> float:
-        """What QEMU has used of the processors so far: unlike time, comparable on a busy machine."""
+        """What QEMU has used of the processors so far: unlike time, the same on a busy machine."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
