@@ -54,6 +54,8 @@ def entry(kind: str, name: str, build: Callable[[Path], None], keep: int = 2) ->
         if place.exists():
             shutil.rmtree(place)
         place.parent.mkdir(parents=True, exist_ok=True)
+        for remnant in place.parent.glob(".*"):  # of a builder that was killed: we have the lock
+            shutil.rmtree(remnant, ignore_errors=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=place.parent))
         try:
             scratch.chmod(0o755)
@@ -93,7 +95,7 @@ def _record(place: Path) -> None:
 
 
 def _whole(place: Path) -> bool:
-    if place in _checked:
+    if place in _checked and place.exists():
         return True
     try:
         sums = json.loads((place / _MANIFEST).read_text())

@@ -1,5 +1,6 @@
 """A lab machine: what it is made of, and QEMU running it, its console and side channel watched."""
 
+import ctypes
 import json
 import os
 import selectors
@@ -19,6 +20,7 @@ from kexeclab import LabError, LostMachine, cache, kernels, project, rootfs
 from kexeclab.agent import PORT
 from kexeclab.debian import run
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _UPPER_BYTES = 1 << 30
 _SYSTEMD = "/lib/systemd/systemd"
 _COMMON = ("console=ttyS0", "oops=panic", "panic=-1", "net.ifnames=0")
@@ -209,7 +211,7 @@ def running(machine: Machine, parts: Parts, echo: bool = False) -> Iterator[Runn
         try:
             process = subprocess.Popen(
                 words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                start_new_session=True,
+                start_new_session=True, preexec_fn=_end_with_parent,
             )  # fmt: skip
         except FileNotFoundError as error:
             raise LabError(f"{QEMU}: command not found") from error
@@ -224,6 +226,11 @@ def running(machine: Machine, parts: Parts, echo: bool = False) -> Iterator[Runn
         alive = Running(process, channel, accelerator, echo)
         stack.callback(alive.close)
         yield alive
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end QEMU if this process is killed, which no ``finally`` notices."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

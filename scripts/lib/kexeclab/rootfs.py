@@ -53,7 +53,7 @@ def fetch() -> Root:
     :raises LabError: it cannot be made.
     """
     name = cache.key(_REVISION, SUITE, *sorted(_PACKAGES))
-    place = cache.entry("root", name, _build)
+    place = cache.entry("rootfs", name, _build)
     return Root(place / "tree", place / "root.ext4")
 
 
