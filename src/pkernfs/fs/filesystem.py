@@ -539,6 +539,14 @@ class FileSystem:
         """
         return self._inodes.stat(ino)
 
+    def numbers(self) -> Iterator[int]:
+        """Every inode number in use, ascending. Others may run in between: what is there all the
+        time is returned once, whatever name it has.
+        """
+        for ino in self._inodes.numbers():
+            yield ino
+            self._inodes.trim()
+
     @property
     def cookies(self) -> dict[int, Any]:
         """For the caller to keep what it made of an inode's attributes, by number.

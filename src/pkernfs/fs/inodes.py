@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from array import array
+from collections.abc import Iterator
 from functools import partial
 from struct import Struct
 from typing import Any, NamedTuple
@@ -276,6 +277,14 @@ class InodeTable:
                     if pending >> slot & 1
                 ]
         return left
+
+    def numbers(self) -> Iterator[int]:
+        """The numbers in use, ascending; those that come or go meanwhile may be among them."""
+        for index, number in enumerate(self.where):
+            used, _pending = _unpack_masks(self._store.read(number, MAGIC_INODES), _MASKS_OFFSET)
+            for slot in range(1, SLOTS_PER_INODE_PAGE):
+                if used >> slot & 1:
+                    yield index * SLOTS_PER_INODE_PAGE + slot
 
     # ------------------------------------------------------------------ finding
 

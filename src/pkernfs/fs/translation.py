@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 Output = Iterator[str | dict[str, Any] | int | None]
 
 _NAMES_AT_ONCE = 32
+_WALKS = 3  # a file that is renamed while its name is looked for is missed
 _LINES_AT_ONCE = 128
 _MAPPINGS_AT_ONCE = 64
 FAULT = 1
@@ -40,28 +41,28 @@ FOUND = 1
 
 
 class Owner(NamedTuple):
-    """A piece of a file: region offsets in bytes, the file's path, the offset in it."""
+    """A piece of a file: region offsets in bytes, the inode, the offset in the file."""
 
     start: int
     end: int
-    path: str
+    ino: int
     offset: int
 
 
 class Owners:
-    """Whose memory is where: the files of which something is mapped, and BARs."""
+    """Whose memory is where: the files of which something is mapped, and BARs.
 
-    def __init__(self, memory: Memory, pieces: list[Owner], bars: list[Bar]) -> None:
+    ``paths`` has a name of each inode.
+    """
+
+    def __init__(
+        self, memory: Memory, pieces: list[Owner], bars: list[Bar], paths: dict[int, str]
+    ) -> None:
         self._memory = memory
         self._pieces = sorted(pieces)
         self._starts = [p.start for p in self._pieces]
         self._bars = bars
-
-    def ranges(self) -> list[tuple[int, int]]:
-        """``(start, end)`` of all their physical addresses."""
-        extents = [(p.start, p.end - p.start) for p in self._pieces]
-        ranges = Memory(self._memory.region, extents).ranges if extents else []
-        return ranges + [(b.start, b.start + b.length) for b in self._bars]
+        self._paths = paths
 
     def split(self, physical: int, length: int) -> Iterator[export.Target]:
         """What a range of physical memory is, piece by piece."""
@@ -91,13 +92,15 @@ class Owners:
             length = min([length, *(start - at for start in self._starts[number + 1 : number + 2])])
             return export.Target(physical, length, None, 0, at, None)
         offset = piece.offset + at - piece.start
-        return export.Target(physical, min(length, piece.end - at), piece.path, offset, at, None)
+        path = self._paths.get(piece.ino)
+        return export.Target(physical, min(length, piece.end - at), path, offset, at, None)
 
 
 def walk_files(fs: FileSystem) -> Iterator[tuple[str, int] | None]:
     """Path and inode number of every regular file; None is a place to pause.
 
-    Files that come and go meanwhile may be missing; those that stay are there once.
+    Files that come, go or get another name meanwhile may be missing; one that has several names is
+    there for each.
     """
     todo: list[tuple[int, str]] = [(ROOT_INO, "")]
     seen: set[int] = {ROOT_INO}  # a damaged directory may lead back
@@ -128,30 +131,50 @@ def _names(fs: FileSystem, directory: int, cookie: int) -> list[tuple[bytes, int
         return []  # removed meanwhile
 
 
-def owners(fs: FileSystem) -> Generator[None, None, Owners]:
-    """Find out whose memory is mapped."""
+def mapped_pieces(fs: FileSystem) -> Generator[None, None, list[Owner]]:
+    """Where files are of which something is mapped, or something close by.
+
+    By inode, not by name: a file that is renamed meanwhile is not missed.
+    """
     pieces: list[Owner] = []
-    for found in walk_files(fs):
-        if found is None:
+    for at, ino in enumerate(fs.numbers()):
+        pieces += _mapped_pieces(fs, ino)
+        if at % _NAMES_AT_ONCE == 0:
             yield
-            continue
-        path, ino = found
-        pieces += _mapped_pieces(fs, path, ino)
-    return Owners(fs.tables.region_memory(), pieces, fs.tables.bars())
+    return pieces
 
 
-def _mapped_pieces(fs: FileSystem, path: str, ino: int) -> list[Owner]:
+def _mapped_pieces(fs: FileSystem, ino: int) -> list[Owner]:
     try:
-        inode = fs.inode(ino)
-        if inode.flags & INODE_FLAG_TABLE or not inode.is_reg:
+        found = fs.stat(ino)
+        if not stat.S_ISREG(found.mode) or not found.nlink or not found.data_pages:
+            return []
+        if fs.inode(ino).flags & INODE_FLAG_TABLE:
             return []
         return [
-            Owner(e.region_offset, e.region_offset + e.length, path, e.offset)
+            Owner(e.region_offset, e.region_offset + e.length, ino, e.offset)
             for e in fs.extents(ino)
             if fs.tables.may_be_mapped(e.region_offset, e.length)
         ]
     except NotFoundError:
-        return []
+        return []  # removed meanwhile
+
+
+def owners(fs: FileSystem) -> Generator[None, None, Owners]:
+    """Find out whose memory is mapped."""
+    pieces = yield from mapped_pieces(fs)
+    paths: dict[int, str] = {}
+    wanted = {p.ino for p in pieces}
+    for _ in range(_WALKS):
+        for found in walk_files(fs) if wanted else ():
+            if found is None:
+                yield
+            elif found[1] in wanted:
+                wanted.remove(found[1])
+                paths[found[1]] = found[0]
+                if not wanted:
+                    break
+    return Owners(fs.tables.region_memory(), pieces, fs.tables.bars(), paths)
 
 
 # ---------------------------------------------------------------------- translate
@@ -324,11 +347,18 @@ def prepare_check(fs: FileSystem) -> Generator[None, None, CheckInput]:
     """
     tables = fs.tables
     tables.check_place()
-    whose = yield from owners(fs)
+    pieces = yield from mapped_pieces(fs)
+    allowed = [
+        (physical, physical + count)
+        for piece in pieces
+        for _at, count, physical in fs.region.physical_runs(piece.start, piece.end - piece.start)
+        if physical is not None
+    ]
+    allowed += [(b.start, b.start + b.length) for b in tables.bars()]
     memories = {name: tables.memory(name) for name in tables.names}
     root = memories.pop(ROOT_NAME, None)
     domains = {name.decode(): memory for name, memory in memories.items()}
-    return CheckInput(root, domains, whose.ranges())
+    return CheckInput(root, domains, allowed)
 
 
 def check_text(report: Report, *, as_json: bool) -> Output:
