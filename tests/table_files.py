@@ -25,11 +25,12 @@ POISON = b"\xdb" * MIB
 T = TypeVar("T")
 
 
-def drain(steps: Generator[Any, None, T]) -> T:
-    """What a generator returns."""
+def drain(steps: Generator[Any, None, T], between: Callable[[], object] = int) -> T:
+    """What a generator returns; ``between`` runs at each of its pauses."""
     while True:
         try:
             next(steps)
+            between()
         except StopIteration as end:
             done: T = end.value
             return done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,7 @@ from pkernfs.iommu.contexts import Mode
 from pkernfs.iommu.trees import Code
 from pkernfs.layout import BLOCK, IOMMU_INO, PAGE, ROOT_INO
 from pkernfs.region import crc32c
-from table_files import DEVICE, MIB, PHYS_BASE, READ, RW, WRITE, Host
+from table_files import DEVICE, MIB, PHYS_BASE, READ, RW, WRITE, Host, drain
 
 GIB = 1 << 30
 PUNCH = FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE
@@ -1026,6 +1027,30 @@ def test_walk_ends_where_directories_are_a_loop(mapped: Host) -> None:
         assert found_name is not None
         mapped.fs._names.remove(directory, b"back", found_name[0])
         mapped.fs._inodes.save(directory)
+
+
+def test_two_names_are_one_file(mapped: Host) -> None:
+    mapped.fs.link(ino_of(mapped, "guest"), ROOT_INO, b"second")
+    mapped.assert_check_clean()
+    _text, whole, _status = mapped.answer("export")
+    (mapping,) = whole["ioas"][0]["mappings"]
+    assert mapping["file"] in ("/guest", "/second")
+
+
+def test_a_rename_does_not_hide_a_file(mapped: Host) -> None:
+    """A check goes by inodes: a name that moves from where it has not looked to where it has."""
+    for at in range(100):
+        mapped.fs.mkdir(ROOT_INO, b"%d" % at, 0o755, 0, 0)
+    first, last = mapped.fs.find(ROOT_INO, b"0"), mapped.fs.find(ROOT_INO, b"99")
+    homes = itertools.cycle([ROOT_INO, first, last])
+    moves = itertools.pairwise(homes)
+
+    def move() -> None:
+        source, target = next(moves)
+        mapped.fs.rename(source, b"guest", target, b"guest", 0)
+
+    assert drain(translation.prepare_check(mapped.fs), move).run().clean
+    assert next(moves)[0] != ROOT_INO  # it has moved
 
 
 @pytest.mark.parametrize(
