@@ -16,7 +16,12 @@ from pathlib import Path
 
 from pkernfs.errors import NotFoundError, PkernfsError
 
-UNITS = ("pkernfs@.service", "pkernfs-handover@.service", "pkernfs.target")
+UNITS = (
+    "pkernfs@.service",
+    "pkernfs-handover@.service",
+    "pkernfs-kexec-refused.service",
+    "pkernfs.target",
+)
 DIRECTORY = "usr/local/lib/systemd/system"
 #: In a unit, where it runs this program.
 _PLACEHOLDER = "@PKERNFS@"
