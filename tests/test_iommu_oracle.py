@@ -13,18 +13,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from iommu_machine import (
-    BUFFER,
-    DATA,
-    GIB,
-    MIB,
-    RAM,
-    ROOT,
-    SCRATCH_PAGE,
-    Fault,
-    Lab,
-)
+from iommu_machine import DATA, GIB, MIB, RAM, ROOT, SCRATCH_PAGE, Lab
 from iommu_tables import DAMAGE, Damage, damage_name
+from iommu_unit import BUFFER, Fault
 from pkernfs.errors import ExistsError, NoSpaceError
 from pkernfs.iommu import (
     READ,
