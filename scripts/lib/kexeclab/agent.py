@@ -75,7 +75,8 @@ def stage_number() -> int:
 def stage_function(file: str, name: str) -> Callable[[Guest], None]:
     """The function ``name`` of the test file ``file``, a path inside the checkout."""
     path = PROJECT / file
-    sys.path[:0] = [str(path.parent), str(PROJECT / "tests")]
+    installed = PROJECT.glob(".venv/lib/python3*/site-packages")  # the project and its extensions
+    sys.path[:0] = [str(path.parent), str(PROJECT / "tests"), *map(str, installed)]
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
