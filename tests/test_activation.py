@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from iommu_machine import BUFFER, MIB, RAM, Machine
+from iommu_machine import MIB, RAM, Machine
+from iommu_unit import BUFFER
 from iommu_window import UNIT, QtestWindow
 from mounting import Mounted, run_pkernfs
 from pkernfs.backing.host import Host
