@@ -409,8 +409,8 @@ def is_fence(store: Store) -> bool:
 class Replay:
     """A region at some point of a trace, and its image in memory to go back to."""
 
-    def __init__(self, image: bytes) -> None:
-        self.region = Region.anonymous(len(image))
+    def __init__(self, image: bytes, phys_base: int | None = None) -> None:
+        self.region = Region.anonymous(len(image), phys_base=phys_base)
         self.region.copy_in(0, image)
         self.image = bytearray(image)
 

@@ -15,6 +15,7 @@ from pkernfs.iommu.export import assemble
 from pkernfs.iommu.memory import Memory
 from pkernfs.iommu.walk import translate_domain
 from pkernfs.layout import BLOCK, IOMMU_INO, PAGE, ROOT_INO
+from pkernfs.region import Region
 
 MIB = 1 << 20
 PHYS_BASE = 1 << 33
@@ -47,6 +48,14 @@ class Host:
                 self.region.copy_in(at, POISON)
         make_filesystem(self.region)
         self.fs = FileSystem.mount(self.region)
+
+    @classmethod
+    def over(cls, region: Region) -> Host:
+        """One in a region that has a file system; it is mounted now, and the caller's to close."""
+        host = cls.__new__(cls)
+        host.region = region
+        host.fs = FileSystem.mount(region)
+        return host
 
     def close(self) -> None:
         self.region.close()

@@ -384,7 +384,8 @@ class TableFiles:
 
     def _have_root(self) -> RootTables:
         """root-pgtables, made now if it is missing, with a record of where it is."""
-        if ROOT_NAME not in self._files:
+        file = self._files.get(ROOT_NAME)
+        if file is None or not file.size:  # a daemon that was stopped may have left an empty one
             self.create_root()
         root = self.need_root()
         if not self._config.home and not root.devices():
