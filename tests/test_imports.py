@@ -23,7 +23,7 @@ LAYERS = (
     ("alloc",),
     ("iommu",),
     ("fuse_shim", "options", "mounts", "progress"),
-    ("control", "doctor", "kexec"),
+    ("control", "doctor", "kexec", "loaded"),
     ("fs",),
     ("commands",),
     ("cli",),

@@ -212,20 +212,14 @@ def _named_regions(host: Host, line: str, has_memory: bool) -> Iterator[Result]:
 
 def _kaslr(line: str) -> Iterator[Result]:
     """KASLR takes memmap=SIZE%START for a limit of SIZE (parse_memmap of kaslr.c)."""
-    limits = [
-        match
-        for value in cmdline.values(line, "memmap")
-        if (match := re.match(r"(\w+)%(\w+)", value))
-    ]
-    for match in limits:
-        size, start = cmdline.parse_number(match[1]), cmdline.parse_number(match[2])
-        if size > start:
-            yield Result(
-                "region", "KASLR", WARNING,
-                f"the next kernel may be put into memmap={match[0]}: its size is above its start",
-                "nokaslr, or a region that starts above its size",
-            )  # fmt: skip
-            return
+    danger = cmdline.kaslr_danger(line)
+    if danger is not None:
+        yield Result(
+            "region", "KASLR", WARNING,
+            f"the next kernel may be put into {danger}: its size is above its start",
+            "nokaslr, or a region that starts above its size",
+        )  # fmt: skip
+        return
     if len(cmdline.values(line, "memmap")) > _KASLR_RANGES:
         yield Result("region", "KASLR", OK, "off: more than 4 memmap= ranges")
 

@@ -19,6 +19,8 @@ _MEMMAP = re.compile(r"([^@#$!%]+)([@#$!%])(.*)", re.ASCII)
 _CHANGE = re.compile(r"(?:-(\w+))?(?:\+(\w+))?", re.ASCII)
 _NAMED = re.compile(r"([A-Za-z_][\w.-]*):(.+)", re.ASCII)
 
+_KASLR_RANGES = 4  # MAX_MEMMAP_REGIONS of the kernel's decompressor
+
 # Types of the BIOS's memory map, as memmap=...-OLD+NEW has them (asm/e820/types.h).
 _E820_RAM = 1
 _E820_RESERVED = 2
@@ -148,6 +150,30 @@ def coverage(
         else:
             pieces.append((low, high, holder))
     return pieces
+
+
+def kaslr_danger(command_line: str) -> str | None:
+    """The memmap= parameter into whose range KASLR may put the kernel; None: it cannot.
+
+    It takes memmap=SIZE%START for a limit of SIZE, and gives up with more than four ranges
+    (parse_memmap() and mem_avoid_memmap() in arch/x86/boot/compressed/kaslr.c).
+    """
+    found = values(command_line, "memmap")
+    ranges = [text for value in found for text in value.split(",")]
+    if "nokaslr" in words(command_line) or len(ranges) > _KASLR_RANGES:
+        return None
+    for text in ranges:
+        match = _MEMMAP.fullmatch(text)
+        if match is None or match[2] != "%":
+            continue
+        try:
+            size = parse_number(match[1])
+            start = parse_number(re.split(r"[-+]", match[3], maxsplit=1)[0])
+        except ValueError:
+            continue
+        if size > start:
+            return f"memmap={text}"
+    return None
 
 
 # ---------------------------------------------------------------------------- pkernfs=

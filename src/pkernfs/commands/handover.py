@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pkernfs import control
+from pkernfs import control, loaded
 from pkernfs.errors import BusyError, CorruptionError, NoSpaceError, PkernfsError, RegionError
 from pkernfs.mounts import Mount
 from pkernfs.options import format_size
@@ -45,6 +45,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument(
         "--abort", action="store_true", help="undo a handover: changes are accepted again."
+    )
+    parser.add_argument(
+        "--cmdline",
+        metavar="TEXT",
+        help="the next kernel's command line, where it is not that of a kernel loaded for kexec "
+        "or cannot be read. It must keep the region apart as the running kernel's does.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON.")
     parser.add_argument("mnt", metavar="MNT", help="where the file system is mounted.")
@@ -72,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             print(f"{args.mnt}: thawed: there is no handover any more")
         return 0
-    outcome = hand_over(args.mnt, args.digest)
+    outcome = hand_over(args.mnt, args.digest, args.cmdline)
     if args.json:
         print(json.dumps(outcome.__dict__, indent=2))
     else:
@@ -94,9 +100,10 @@ def _print(mnt: str, outcome: Outcome) -> None:
     print(f"{mnt}: every change is refused now; kexec, or pkernfs handover --abort {mnt}")
 
 
-def hand_over(mnt: str, digests: bool) -> Outcome:
+def hand_over(mnt: str, digests: bool, command_line: str | None = None) -> Outcome:
     """Freeze, check, record.
 
+    :raises KexecError: the next kernel would take the region for ordinary memory.
     :raises BusyError: files are open for writing, or it was handed over already.
     :raises CorruptionError: the check found something wrong; the file system is thawed.
     """
@@ -104,6 +111,7 @@ def hand_over(mnt: str, digests: bool) -> Outcome:
 
     start = time.monotonic()
     mount = control.find_mount(mnt)
+    loaded.check(mount.source, command_line)
     write_back(mount.mount_point)
     outcome = Outcome()
     lease = control.stream(mnt, "handover_freeze")

@@ -1,0 +1,291 @@
+"""The kernel that is loaded for kexec: whether it leaves a region alone, as the running one does.
+
+A kernel that is not told about a region takes its memory for ordinary RAM and stores into it. What
+it will be told is its command line, which the running kernel keeps in memory only: it is read
+there, through /proc/kcore (:class:`LoadedKernel`), as arch/x86/kernel/kexec-bzimage64.c and
+kexec-tools have put it. Nothing is changed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
+
+from pkernfs.backing import cmdline, dax, iomem, is_file_spec
+from pkernfs.backing.cmdline import Kind
+from pkernfs.backing.host import HOST, Host
+from pkernfs.backing.iomem import Span
+from pkernfs.errors import PkernfsError, RegionError
+
+_PAGE = 4096
+_ELF_HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
+_PROGRAM_HEADER = struct.Struct("<IIQQQQQQ")
+_PT_LOAD = 1
+_NO_PHYSICAL = (1 << 64) - 1
+# kimage_entry_t, include/linux/kexec.h: a page's address, and in its low bits what it is.
+_DESTINATION, _INDIRECTION, _DONE, _SOURCE = 1, 2, 4, 8
+_MAX_PAGES = 1 << 22
+# struct boot_params, Documentation/arch/x86/boot.rst.
+_SIGNATURE, _SIGNATURE_AT = b"HdrS", 0x202
+_COMMAND_LINE_AT, _COMMAND_LINE_HIGH_AT = 0x228, 0xC8
+_MAX_COMMAND_LINE = 64 << 10
+_HEXADECIMAL = re.compile(rb"[0-9a-f]+")
+
+
+class KexecError(PkernfsError):
+    """The next kernel would take the region, or it cannot be seen that it would not."""
+
+
+class _UnreadableError(Exception):
+    """What is loaded cannot be read; the message says why."""
+
+
+def physical_spans(spec: str, host: Host = HOST) -> list[Span]:
+    """The physical memory that a region spec names; none for a file."""
+    if iomem.looks_physical(spec):
+        return [iomem.parse_span(spec)]
+    if not is_file_spec(spec):
+        return []
+    name = dax.device_name(os.path.realpath(spec), host)
+    return [] if name is None else list(dax.read_device(name, host).pieces)
+
+
+def check(spec: str, given: str | None = None, host: Host = HOST) -> None:
+    """Refuse a kexec after which the region would be lost.
+
+    Whatever of the running kernel's command line keeps the region apart (memmap=) and names it
+    (pkernfs=) must be on the next kernel's too: ``given``, or that of the kernel loaded for kexec.
+
+    :raises KexecError: it is not, no kernel is loaded, or its command line cannot be read.
+    """
+    spans = physical_spans(spec, host)
+    needed = list(_needed(spans, host.command_line()))
+    if not needed:
+        return
+    if given is None:
+        given = command_line_of_loaded(spec, host)
+    missing = [parameter for parameter, is_there in needed if not is_there(given)]
+    if missing:
+        raise KexecError(
+            f"{spec}: the kernel loaded for kexec is not told {' '.join(missing)}: it would take "
+            f"the region for ordinary memory: load it again with that on its command line"
+        )
+    danger = cmdline.kaslr_danger(given)
+    if danger is not None:
+        raise KexecError(
+            f"{spec}: the next kernel may put itself into {danger} (KASLR takes a size above the "
+            "start for a limit): load it again with nokaslr"
+        )
+
+
+class _Reserves(NamedTuple):
+    """Asks of a command line whether it keeps a range apart as another one does."""
+
+    start: int
+    end: int
+    kind: Kind
+
+    def __call__(self, command_line: str) -> bool:
+        pieces = cmdline.coverage(cmdline.reservations(command_line), self.start, self.end)
+        return all(holder is not None and holder.kind is self.kind for _, _, holder in pieces)
+
+
+class _Names(NamedTuple):
+    """Asks of a command line whether it names a region as another one does."""
+
+    named: cmdline.Named
+
+    def __call__(self, command_line: str) -> bool:
+        try:
+            found = cmdline.named_regions(command_line)
+        except RegionError:
+            return False
+        return any(
+            one.name == self.named.name and _spans_of(one.spec) == _spans_of(self.named.spec)
+            for one in found
+        )
+
+
+def _needed(spans: list[Span], running: str) -> Iterator[tuple[str, _Reserves | _Names]]:
+    """Parameters of the running kernel that a region depends on, and how to look for each."""
+    reserved = cmdline.reservations(running)
+    for span in spans:
+        for start, end, holder in cmdline.coverage(reserved, span.start, span.end):
+            if holder is not None and holder.kind is not Kind.RAM:
+                yield holder.parameter, _Reserves(start, end, holder.kind)
+    for one in cmdline.named_regions(running):
+        if any(a.start < b.end and b.start < a.end for a in _spans_of(one.spec) for b in spans):
+            name = "" if one.name is None else f"{one.name}:"
+            yield f"pkernfs={name}{one.spec}", _Names(one)
+
+
+def _spans_of(spec: str) -> list[Span]:
+    try:
+        return [iomem.parse_span(spec)] if iomem.looks_physical(spec) else []
+    except RegionError:
+        return []
+
+
+def command_line_of_loaded(spec: str, host: Host = HOST) -> str:
+    """The command line of the kernel that is loaded for kexec; ``spec`` is for messages.
+
+    :raises KexecError: there is none, or it cannot be read.
+    """
+    if host.find("sys/kernel/kexec_loaded") != "1":
+        raise KexecError(
+            f"{spec}: no kernel is loaded for kexec: load one first (kexec -l KERNEL "
+            "--initrd=INITRD --reuse-cmdline), or say with --cmdline what the next kernel is told"
+        )
+    try:
+        with LoadedKernel(host) as kernel:
+            return kernel.command_line()
+    except (_UnreadableError, OSError) as e:
+        raise KexecError(
+            f"{spec}: cannot read the command line of the kernel loaded for kexec ({e}): say it "
+            "with --cmdline"
+        ) from None
+
+
+class LoadedKernel:
+    """The image that kexec(8) has loaded, in the running kernel's memory.
+
+    :raises OSError: /proc/kcore cannot be opened.
+    """
+
+    def __init__(self, host: Host = HOST) -> None:
+        self._host = host
+        self._core: BinaryIO = open(host.path("proc/kcore"), "rb", buffering=0)  # noqa: SIM115
+        self._by_address: list[tuple[int, int, int]] = []  # start, end, offset in the file
+        self._by_physical: list[tuple[int, int, int]] = []
+        try:
+            self._read_headers()
+        except BaseException:
+            self._core.close()
+            raise
+
+    def __enter__(self) -> LoadedKernel:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._core.close()
+
+    def command_line(self) -> str:
+        """What the loaded kernel will be told.
+
+        :raises _UnreadableError: it is not where Linux on x86-64 has it.
+        """
+        pages, firsts = self._pages()
+        for first in firsts:
+            head = self._read_physical(pages[first], 0x300)
+            if head[_SIGNATURE_AT : _SIGNATURE_AT + 4] != _SIGNATURE:
+                continue
+            low, high = (
+                int.from_bytes(head[at : at + 4], "little")
+                for at in (_COMMAND_LINE_AT, _COMMAND_LINE_HIGH_AT)
+            )
+            text = self._text(pages, high << 32 | low)
+            if text is not None:
+                return text
+        raise _UnreadableError("it has no boot parameters")
+
+    # ------------------------------------------------------------------ the image's pages
+
+    def _pages(self) -> tuple[dict[int, int], list[int]]:
+        """Where each page of the image is now, by its address to be; the first of each segment."""
+        pages: dict[int, int] = {}
+        firsts = []
+        destination = 0
+        entries = self._entries()
+        for entry in entries:
+            address = entry & ~(_PAGE - 1)
+            if entry & _DESTINATION:
+                destination = address
+                firsts.append(address)
+            elif entry & _SOURCE:
+                pages[destination] = address
+                destination += _PAGE
+        return pages, [first for first in firsts if first in pages]
+
+    def _entries(self) -> Iterator[int]:
+        """The list of struct kimage: its first field, and pages of more of them."""
+        image = self._word(self._symbol("kexec_image"))
+        if not image:
+            raise _UnreadableError("there is none")
+        entry = self._word(image)
+        for _ in range(_MAX_PAGES // 512):
+            if entry & _DONE or not entry:
+                return
+            if not entry & _INDIRECTION:
+                yield entry
+                return
+            words = struct.unpack("<512Q", self._read_physical(entry & ~(_PAGE - 1), _PAGE))
+            entry = 0
+            for word in words:
+                if word & (_INDIRECTION | _DONE) or not word:
+                    entry = word
+                    break
+                yield word
+        raise _UnreadableError("its list of pages has no end")
+
+    def _text(self, pages: dict[int, int], address: int) -> str | None:
+        """The text at an address to be, up to its zero byte."""
+        found = bytearray()
+        while len(found) < _MAX_COMMAND_LINE:
+            page, skip = address & ~(_PAGE - 1), address % _PAGE
+            if page not in pages:
+                return None
+            found += self._read_physical(pages[page] + skip, _PAGE - skip)
+            end = found.find(0)
+            if end >= 0:
+                text = found[:end].decode("utf-8", "replace")
+                return text if text.isprintable() else None
+            address = page + _PAGE
+        return None
+
+    # ------------------------------------------------------------------ the kernel's memory
+
+    def _symbol(self, name: str) -> int:
+        """Address of a variable of the kernel."""
+        wanted = f" {name}\n".encode()
+        with open(self._host.path("proc/kallsyms"), "rb") as symbols:
+            text = symbols.read()
+        at = text.find(wanted)
+        if at >= 0:
+            word = text[text.rfind(b"\n", 0, at) + 1 :].split(maxsplit=1)[0]
+            address = int(word, 16) if _HEXADECIMAL.fullmatch(word) else 0
+            if address:  # zeros are what others than root are told
+                return address
+        raise _UnreadableError(f"the kernel does not tell where its {name} is")
+
+    def _read_headers(self) -> None:
+        header = self._core.read(_ELF_HEADER.size)
+        if len(header) < _ELF_HEADER.size or header[:5] != b"\x7fELF\x02":
+            raise _UnreadableError("/proc/kcore is not what it should be")
+        fields = _ELF_HEADER.unpack(header)
+        at, size, count = fields[5], fields[9], fields[10]
+        if size != _PROGRAM_HEADER.size:
+            raise _UnreadableError("/proc/kcore is not what it should be")
+        table = os.pread(self._core.fileno(), size * count, at)
+        for kind, _, offset, address, physical, _, length, _ in _PROGRAM_HEADER.iter_unpack(table):
+            if kind != _PT_LOAD:
+                continue
+            self._by_address.append((address, address + length, offset))
+            if physical != _NO_PHYSICAL:
+                self._by_physical.append((physical, physical + length, offset))
+
+    def _read(self, places: list[tuple[int, int, int]], at: int, length: int) -> bytes:
+        for start, end, offset in places:
+            if start <= at and at + length <= end:
+                data = os.pread(self._core.fileno(), length, offset + at - start)
+                if len(data) == length:
+                    return data
+        raise _UnreadableError(f"{at:#x} is not in /proc/kcore")
+
+    def _read_physical(self, at: int, length: int) -> bytes:
+        return self._read(self._by_physical, at, length)
+
+    def _word(self, address: int) -> int:
+        return int.from_bytes(self._read(self._by_address, address, 8), "little")

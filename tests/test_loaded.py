@@ -1,0 +1,243 @@
+"""The kernel loaded for kexec: what must be repeated, and reading it from a made-up /proc/kcore."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import struct
+from pathlib import Path
+
+import pytest
+
+from pkernfs import loaded
+from pkernfs.backing import cmdline
+from pkernfs.backing.host import Host
+from pkernfs.loaded import KexecError
+
+SPEC = "512M!1G"
+RUNNING = "root=/dev/sda quiet memmap=512M%1G pkernfs=512M!1G"
+
+VIRTUAL = 0xFFFF_8880_0000_0000  # where the made-up kernel has its memory
+TEXT = 0xFFFF_FFFF_8100_0000
+SYMBOL = TEXT + 0x1238
+IMAGE = 0x5000  # physical address of struct kimage
+PAGES = 0x10_0000  # where pages are taken from
+
+
+class Memory:
+    """The physical memory of a machine, and its /proc."""
+
+    def __init__(self, root: Path, running: str = RUNNING) -> None:
+        self.root = root
+        self.bytes = bytearray(4 << 20)
+        self._next = PAGES
+        self.host = Host(str(root))
+        for name, text in (
+            ("proc/cmdline", running),
+            ("sys/kernel/kexec_loaded", "1"),
+            ("proc/kallsyms", f"{TEXT:016x} T _text\n{SYMBOL:016x} B kexec_image\n"),
+        ):
+            self.write(name, text)
+
+    def write(self, name: str, text: str) -> None:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n" if not text.endswith("\n") else text)
+
+    def page(self, data: bytes = b"") -> int:
+        """A page with those bytes; its address."""
+        at = self._next
+        self._next += 4096
+        self.bytes[at : at + len(data)] = data
+        return at
+
+    def word(self, at: int, value: int) -> None:
+        self.bytes[at : at + 8] = value.to_bytes(8, "little")
+
+    def load(self, command_line: str, *, before: int = 300, skip: int = 0x800) -> None:
+        """Load a kernel: so many pages of something, then boot parameters, text behind them."""
+        text = command_line.encode() + b"\0"
+        segments = [(0x100_0000, [self.page(b"kernel") for _ in range(before)])]
+        place = 0x9_0000
+        head = bytearray(0x1000)
+        head[0x202:0x206] = b"HdrS"
+        head[0x228:0x22C] = (place + skip).to_bytes(4, "little")
+        whole = bytes(head[:skip]) + text
+        pages = [self.page(whole[at : at + 4096]) for at in range(0, len(whole), 4096)]
+        # In the region the pages are anywhere: not one after the other.
+        segments.append((place, pages))
+        entries = []
+        for destination, sources in segments:
+            entries.append(destination | 1)
+            entries += [source | 8 for source in sources]
+        self.link([*entries, 4])
+        self.save()
+
+    def link(self, entries: list[int]) -> None:
+        """Entries of struct kimage, in as many pages as they need."""
+        at = IMAGE
+        limit = 1
+        while True:
+            if len(entries) <= limit:
+                for i, entry in enumerate(entries):
+                    self.word(at + 8 * i, entry)
+                break
+            page = self.page()
+            for i, entry in enumerate(entries[: limit - 1]):
+                self.word(at + 8 * i, entry)
+            self.word(at + 8 * (limit - 1), page | 2)
+            entries = entries[limit - 1 :]
+            at, limit = page, 512
+        self.word(0x1238, VIRTUAL + IMAGE)
+
+    def save(self) -> None:
+        """Write /proc/kcore: text, a hole, memory, and something that is not memory."""
+        headers = [
+            (TEXT, 0, 0x3000),
+            (VIRTUAL, 0, len(self.bytes)),
+            (0xFFFF_C900_0000_0000, (1 << 64) - 1, 1 << 32),
+        ]
+        offset = 64 + 56 * len(headers)
+        head = struct.pack(
+            "<16sHHIQQQIHHHHHH",
+            b"\x7fELF\x02\x01\x01", 4, 62, 1, 0, 64, 0, 0, 64, 56, len(headers), 0, 0, 0,
+        )  # fmt: skip
+        body = b""
+        for address, physical, length in headers:
+            place = offset if physical != (1 << 64) - 1 else 1 << 50
+            head += struct.pack("<IIQQQQQQ", 1, 7, place, address, physical, length, length, 0)
+        body = bytes(self.bytes)
+        (self.root / "proc/kcore").write_bytes(head + body)
+
+
+@pytest.fixture
+def memory(tmp_path: Path) -> Memory:
+    return Memory(tmp_path)
+
+
+# ---------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("length", [1, 100, 2047, 2048, 2049, 6000, 20_000])
+@pytest.mark.parametrize("before", [0, 1, 509, 510, 511, 1500])
+def test_reads_the_command_line(memory: Memory, length: int, before: int) -> None:
+    text = "".join(random.Random(length).choices("abc =/!%", k=length)).strip() or "x"
+    if before > 500 and length > 6000:
+        return  # no room
+    memory.bytes = bytearray(16 << 20)
+    memory.load(text, before=before)
+    assert loaded.command_line_of_loaded(SPEC, memory.host) == text
+
+
+@pytest.mark.parametrize(
+    ("break_it", "reason"),
+    [
+        (lambda m: m.write("sys/kernel/kexec_loaded", "0"), "no kernel is loaded for kexec"),
+        (lambda m: (m.root / "sys/kernel/kexec_loaded").unlink(), "no kernel is loaded"),
+        (lambda m: (m.root / "proc/kcore").unlink(), "No such file"),
+        (lambda m: (m.root / "proc/kcore").write_bytes(b"\x7fELF\x01"), "not what it should be"),
+        (lambda m: m.write("proc/kallsyms", "0000000000000000 B kexec_image"), "does not tell"),
+        (lambda m: m.write("proc/kallsyms", "zzz B kexec_image"), "does not tell"),
+        (lambda m: m.write("proc/kallsyms", "ff B kexec_image"), "is not in /proc/kcore"),
+        (lambda m: m.write("proc/kallsyms", f"{TEXT:x} T _text"), "does not tell"),
+        (lambda m: (m.word(0x1238, 0), m.save()), "there is none"),
+        (lambda m: (m.word(IMAGE, 4), m.save()), "no boot parameters"),
+        (lambda m: (m.word(IMAGE, IMAGE | 2), m.save()), "no end"),
+        (lambda m: (m.word(IMAGE, 1 << 45 | 2), m.save()), "is not in /proc/kcore"),
+    ],
+)
+def test_what_cannot_be_read_is_said(memory: Memory, break_it: object, reason: str) -> None:
+    memory.load(RUNNING)
+    break_it(memory)  # type: ignore[operator]
+    with pytest.raises(KexecError, match=reason) as failure:
+        loaded.command_line_of_loaded(SPEC, memory.host)
+    assert "--cmdline" in str(failure.value)
+    assert "\n" not in str(failure.value)
+
+
+def test_garbage_in_memory_is_an_error(memory: Memory) -> None:
+    memory.load(RUNNING, before=5)
+    good = bytes(memory.bytes)
+    used = [IMAGE, *range(PAGES, memory._next, 4096)]
+    for seed in range(300):
+        rng = random.Random(seed)
+        memory.bytes[:] = good
+        for _ in range(rng.randrange(1, 12)):
+            at = rng.choice(used) + 8 * rng.randrange(0, 40)
+            memory.word(at, rng.choice([rng.getrandbits(64), rng.randrange(1 << 22), 0]))
+        memory.save()
+        with contextlib.suppress(KexecError):
+            loaded.command_line_of_loaded(SPEC, memory.host)
+
+
+# ---------------------------------------------------------------------- what must be repeated
+
+
+@pytest.mark.parametrize(
+    ("running", "following"),
+    [
+        (RUNNING, RUNNING),
+        (RUNNING, "pkernfs=0x20000000!0x40000000 console=ttyS0 memmap=0x20000000%1024M"),
+        (RUNNING, "memmap=1G%1G pkernfs=512M!1G"),
+        (RUNNING, "memmap=4G%8G memmap=256M%1G,256M%1280M pkernfs=512M!1G nokaslr"),
+        ("memmap=512M!1G", "memmap=512M!1G"),
+        ("memmap=512M$1G pkernfs=a:512M!1G", "memmap=512M$1G pkernfs=a:512M!1G"),
+        ("quiet", "anything: the firmware keeps the memory apart"),
+        ("memmap=1G%8G pkernfs=1G!8G", "another region is none of this one's business"),
+        ("memmap=512M@1G", "given as RAM: it is not kept apart"),
+    ],
+)
+def test_repeated(memory: Memory, running: str, following: str) -> None:
+    memory.write("proc/cmdline", running)
+    loaded.check(SPEC, following, memory.host)
+    memory.load(following)
+    loaded.check(SPEC, None, memory.host)
+
+
+@pytest.mark.parametrize(
+    ("running", "following", "missing"),
+    [
+        (RUNNING, "quiet", "memmap=512M%1G pkernfs=512M!1G"),
+        (RUNNING, "quiet pkernfs=512M!1G", "memmap=512M%1G"),
+        (RUNNING, "quiet memmap=512M%1G", "pkernfs=512M!1G"),
+        (RUNNING, "memmap=256M%1G pkernfs=512M!1G", "memmap=512M%1G"),
+        (RUNNING, "memmap=512M%2G pkernfs=512M!1G", "memmap=512M%1G"),
+        (RUNNING, "memmap=512M!1G pkernfs=512M!1G", "memmap=512M%1G"),
+        (RUNNING, "memmap=512M%1G memmap=1M@1G pkernfs=512M!1G", "memmap=512M%1G"),
+        (RUNNING, "memmap=512M%1G -- pkernfs=512M!1G", "pkernfs=512M!1G"),
+        (RUNNING, "memmap=512M%1G pkernfs=b:512M!1G", "pkernfs=512M!1G"),
+        (RUNNING, "memmap=512M%1G pkernfs=256M!1G", "pkernfs=512M!1G"),
+        (RUNNING, "memmap=512M%1G pkernfs=", "pkernfs=512M!1G"),
+        (
+            "memmap=256M%1G memmap=256M$1280M",
+            "memmap=256M%1G",
+            "memmap=256M$1280M",
+        ),
+    ],
+)
+def test_not_repeated(memory: Memory, running: str, following: str, missing: str) -> None:
+    memory.write("proc/cmdline", running)
+    memory.load(following)
+    for given in (None, following):
+        with pytest.raises(KexecError) as failure:
+            loaded.check(SPEC, given, memory.host)
+        assert f"is not told {missing}: it would take" in str(failure.value)
+
+
+def test_files_need_nothing(memory: Memory, tmp_path: Path) -> None:
+    memory.write("sys/kernel/kexec_loaded", "0")
+    loaded.check(str(tmp_path / "region"), None, memory.host)
+    loaded.check(str(tmp_path / "region"), "quiet", memory.host)
+
+
+def test_kaslr(memory: Memory) -> None:
+    """A region that is larger than its start is no place that KASLR keeps clear of."""
+    line = "memmap=2G%1G pkernfs=2G!1G"
+    memory.write("proc/cmdline", line + " nokaslr")
+    with pytest.raises(KexecError, match="may put itself into memmap=2G%1G"):
+        loaded.check("2G!1G", line, memory.host)
+    loaded.check("2G!1G", line + " nokaslr", memory.host)
+    many = " ".join(f"memmap=1M%{4 + i}G" for i in range(5))
+    loaded.check("2G!1G", f"{line} {many}", memory.host)
+    assert cmdline.kaslr_danger("memmap=1G%1G,2G%1G-1+2") == "memmap=2G%1G-1+2"
+    assert cmdline.kaslr_danger("memmap=exactmap memmap=x%y memmap=2G!1G") is None
