@@ -283,30 +283,46 @@ def _busy(mnt: str, mount: Mount, inos: set[int]) -> BusyError:
 
 
 def users_of(mount: Mount, inos: set[int]) -> Iterator[str]:
-    """Who has inodes of a mount open for writing or mapped: ``PATH by PID (COMMAND)``."""
+    """Who has inodes of a mount open for writing or mapped: ``PATH by PID (COMMAND)``.
+
+    No file is looked at, only what /proc tells of it: some other file system may not answer.
+    """
     number = f"{os.major(mount.device):02x}:{os.minor(mount.device):02x}"
+    ids: dict[str, set[str]] = {}
     for pid in _processes():
-        for path in dict.fromkeys([*_open_files(pid, mount, inos), *_mapped(pid, number, inos)]):
+        opened = _open_files(pid, _mount_ids(pid, mount, ids), inos)
+        for path in dict.fromkeys([*opened, *_mapped(pid, number, inos)]):
             yield f"{path} by {_name(pid)}"
-    for path in _loop_devices(mount):
-        yield path
+    yield from _loop_devices(mount)
 
 
-def _open_files(pid: int, mount: Mount, inos: set[int]) -> Iterator[str]:
-    directory = f"/proc/{pid}/fd"
+def _mount_ids(pid: int, mount: Mount, known: dict[str, set[str]]) -> set[str]:
+    """Numbers of the mounts of this file system that a process sees; by mount namespace."""
     try:
-        names = os.listdir(directory)
+        namespace = os.readlink(f"/proc/{pid}/ns/mnt")
+    except OSError:
+        return set()
+    if namespace not in known:
+        device = f"{os.major(mount.device)}:{os.minor(mount.device)}"
+        fields = [line.split(" ", 3) for line in _lines(f"/proc/{pid}/mountinfo")]
+        known[namespace] = {field[0] for field in fields if field[2] == device}
+    return known[namespace]
+
+
+def _open_files(pid: int, mounts: set[str], inos: set[int]) -> Iterator[str]:
+    directory = f"/proc/{pid}/fdinfo"
+    try:
+        names = os.listdir(directory) if mounts else []
     except OSError:
         return
     for name in names:
+        told = dict(line.split(None, 1) for line in _lines(f"{directory}/{name}") if ":\t" in line)
         try:
-            found = os.stat(f"{directory}/{name}")
-            if found.st_dev != mount.device or found.st_ino not in inos:
+            if told["mnt_id:"].strip() not in mounts or int(told["ino:"]) not in inos:
                 continue
-            flags = next(x for x in _lines(f"/proc/{pid}/fdinfo/{name}") if x.startswith("flags:"))
-            if int(flags.split()[1], 8) & os.O_ACCMODE:
-                yield os.readlink(f"{directory}/{name}")
-        except (OSError, StopIteration, ValueError):
+            if int(told["flags:"], 8) & os.O_ACCMODE:
+                yield os.readlink(f"/proc/{pid}/fd/{name}")
+        except (OSError, KeyError, ValueError):
             continue
 
 
