@@ -68,6 +68,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         _configure_reading(made[name], name)
     _configure_units(made["activate"], made["deactivate"])
     made["units"].add_argument("--json", action="store_true", help="print JSON.")
+    made["units"].add_argument(
+        "--clear",
+        action="store_true",
+        help="free the fault records that were printed; but not of units that the kernel has.",
+    )
 
 
 def _domain_operand(parser: argparse.ArgumentParser) -> None:
@@ -451,13 +456,16 @@ def _units(args: argparse.Namespace) -> int:
     from pkernfs.iommu.discovery import find_units, read_dmar, unit_lines, unit_record
 
     roots = {root: mount for mount in _all_mounts() if (root := _root_of(mount)) is not None}
-    found = find_units(HOST, read_dmar(HOST), write=False)
+    found = find_units(HOST, read_dmar(HOST), write=args.clear)
     records = [unit_record(HOST, f, roots) for f in found]
     if args.json:
         print(json.dumps({"units": records}, indent=2))
     else:
         for record in records:
             print("\n".join(unit_lines(record)))
+    for one in found if args.clear else ():
+        if one.unit is not None and not one.driven:
+            one.unit.clear_faults()
     return 0
 
 
