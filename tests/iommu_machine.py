@@ -49,8 +49,10 @@ DATA = 16 * MIB  # from here on, memory is free for tests
 class Machine:
     """QEMU, spoken to by qtest's line protocol; QMP stops its clock."""
 
-    def __init__(self, memory: Path, *, width: int = 48, scalable: bool = False) -> None:
-        unit = f"intel-iommu,aw-bits={width},intremap=off"
+    def __init__(
+        self, memory: Path, *, width: int = 48, scalable: bool = False, options: str = ""
+    ) -> None:
+        unit = f"intel-iommu,aw-bits={width},intremap=off{options}"
         unit += ",x-scalable-mode=on" if scalable else ""
         backend = f"memory-backend-file,id=ram,size={RAM},mem-path={memory},share=on"
         firmware = memory.with_name("firmware")

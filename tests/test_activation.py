@@ -52,14 +52,14 @@ BUS_MASTER = 4
 class Rig:
     """A mounted file system in QEMU's memory, with two domains, and a host to activate it on."""
 
-    def __init__(self, path: Path, mode: Mode) -> None:
+    def __init__(self, path: Path, mode: Mode, options: str = "") -> None:
         self.mode = mode
         memory = path / "memory"
         Region.create(str(memory), RAM)
         with self._region(memory) as region:
             make_filesystem(region)
         self.memory = memory
-        self.machine = Machine(memory, scalable=mode is Mode.SCALABLE)
+        self.machine = Machine(memory, scalable=mode is Mode.SCALABLE, options=options)
         self.window = QtestWindow(self.machine)
         self.host = Host(str(path / "host"))
         self.write_table(drhd(UNIT, flags=1), drhd(UNIT + PAGE, scope(BRIDGE, 0, (0x1C, 0))))
@@ -313,6 +313,35 @@ def test_a_unit_that_does_not_obey_ends_all_changes(legacy: Rig) -> None:
     assert legacy.fs.read_only
     with pytest.raises(ReadOnlyError):
         legacy.fs.unlink(ROOT_INO, b"ram")
+
+
+def test_a_unit_that_caches_what_is_absent_is_told_of_every_change(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, Mode.LEGACY, ",caching-mode=on")
+
+    class Counting(QtestWindow):
+        told = 0
+
+        def _do(self, step: Step, memory: Region | None, seconds: float) -> bool:
+            self.told += step.kind is Kind.WRITE_64
+            return super()._do(step, memory, seconds)
+
+    try:
+        window = Counting(rig.machine)
+        rig.activation(window).activate([], cutting_off=False)
+        ram = rig.file("ram", PAGE)
+        rig.put(ram, 0, 5)
+        before = window.told
+        rig.fs.tables.map_file(0, AT, ram, 0, None, 3)
+        assert window.told == before + 1  # the IOTLB, of one domain
+        assert rig.load(FIRST, AT) == 5
+        rig.fs.tables.detach(SECOND)
+        before = window.told
+        rig.fs.tables.attach(0, SECOND)
+        assert window.told == before + 2  # context cache and IOTLB
+        rig.fs.tables.unmap(0, AT, PAGE)
+        assert rig.load(FIRST, AT) is None
+    finally:
+        rig.close()
 
 
 @pytest.mark.fuse
