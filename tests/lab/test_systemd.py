@@ -11,14 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import regions
+from regions import MOUNT
 
 from kexeclab.guest import Guest
 from kexeclab.runner import Lab
 
 pytestmark = pytest.mark.lab
 
-RESERVE = ("memmap=256M%1G", "pkernfs=256M!1G")
-MOUNT = Path("/mnt/pkernfs")
 LOG = MOUNT / "vm.log"
 UNIT = "pkernfs@mnt-pkernfs.service"
 HANDOVER_UNIT = "pkernfs-handover@mnt-pkernfs.service"
@@ -151,5 +151,10 @@ def come_back(guest: Guest) -> None:
 
 def test_systemctl_kexec_hands_over(lab: Lab) -> None:
     """Mounted early, restarted when killed, handed over at `systemctl kexec`, or no kexec."""
-    machine = lab.machine(memory=1536, cmdline=RESERVE, systemd=True, persistent=True)
+    machine = lab.machine(
+        memory=regions.MEMORY_MIB,
+        cmdline=regions.PARAMETERS["devmem"],
+        systemd=True,
+        persistent=True,
+    )
     lab.run(hand_over, come_back, machine=machine, seconds=400)
