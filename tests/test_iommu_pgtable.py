@@ -286,6 +286,7 @@ def test_what_is_stored_is_written_back_in_order(
 def test_a_table_tells_whether_a_unit_may_have_cached_what_changed() -> None:
     domain = Domain(4, pages=64)
     table = domain.table
+    table.walked = True
     table.map(0, HIGH, 511 * PAGE, 3)
     table.map(GIB, HIGH, PAGE, 3)
     assert not table.stale

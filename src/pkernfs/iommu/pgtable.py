@@ -241,7 +241,8 @@ class PageTable:
                 for offset in self._pool.new_pages():
                     self._region.flush_lines(offset, PAGE)
             if changed:
-                self.stale = self.stale or any(is_present(self._word(at)) for at, _new in changed)
+                if self.walked and not self.stale:
+                    self.stale = any(is_present(self._word(at)) for at, _new in changed)
                 self._commit(changed)
             if not self.coherent:
                 for offset, _new in changed:

@@ -433,6 +433,9 @@ class Unit:
     def end_interrupted_loan(self, page: QueueMemory) -> bool:
         """Give the kernel its queue back if we were killed before that; False: nothing to do.
 
+        What a note says is believed only where the unit shows that a queue is missing, or is the
+        one before the note: a region could hold anything.
+
         :param page: one that may have the note that :meth:`_lend` left.
         :raises UnitError: the unit does not take it.
         """
@@ -441,13 +444,23 @@ class Unit:
         magic, theirs, base, place, tail, crc = _LOAN.unpack(data)
         if magic != _LOAN_MAGIC or base != self.base or crc != crc32c(data[:-4] + bytes(4)):
             return False
-        steps = self._give_back(theirs, place)
-        if place == _ON and self._tail() < tail:
-            steps += self._lap(theirs)
-        if not self._window.run(steps):
-            raise UnitError(f"{self.name}: the kernel's queue: the unit does not take it back")
+        missing = self._queue_is_missing(page.physical)
+        if missing:
+            steps = self._give_back(theirs, place)
+            if place == _ON and self._tail() < tail:
+                steps += self._lap(theirs)
+            if not self._window.run(steps):
+                raise UnitError(f"{self.name}: the kernel's queue: the unit does not take it back")
         page.region.store_u64(at, 0)
-        return True
+        return missing
+
+    def _queue_is_missing(self, note: int) -> bool:
+        """Whether interrupts are remapped without a queue, or by the queue before that page."""
+        state = self.state()
+        if not state.queue_on:
+            return state.remaps_interrupts
+        iqa = self._window.read64(QueueAddress.OFFSET)
+        return QueueAddress.IQA.get(iqa) + (PAGE << QueueAddress.QS.get(iqa)) == note
 
     def _queue_errors(self) -> int:
         """FSTS if the unit has refused a descriptor, or waits for a device in vain; else 0."""
