@@ -239,6 +239,25 @@ def test_not_guest_memory(mounted: Mounted, qemu: Callable[[str], str]) -> None:
 
 
 @pytest.mark.fuse
+def test_tables_are_not_guest_memory(mounted: Mounted, qemu: Callable[[str], str]) -> None:
+    """Through QEMU a guest could write what the IOMMU walks."""
+    tables = sized(mounted.path / "iommu" / "dom-0", BLOCK)
+    said = refused("--qemu", qemu("QEMU emulator version 8.1.0"), str(tables))
+    assert "the tables of an IOMMU" in said
+
+
+@pytest.mark.fuse
+def test_large_pages(mounted: Mounted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A region whose pages are of 1 GiB can be mapped in whole ones only."""
+    ram = sized(mounted.path / "ram", 2 * BLOCK)
+    assert qemu_args.describe(str(ram), "ram")["object"]["align"] == BLOCK
+    place = qemu_args.MemPath(str(mounted.region), 0, 1 << 30)
+    monkeypatch.setattr(qemu_args, "mem_path_of", lambda source: place)
+    with pytest.raises(PkernfsError, match="in units of 1 GiB"):
+        qemu_args.describe(str(ram), "ram")
+
+
+@pytest.mark.fuse
 def test_read_only_mount(qemu: Callable[[str], str]) -> None:
     with Mounted() as mounted:
         ram = sized(mounted.path / "ram", BLOCK)

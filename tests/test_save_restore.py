@@ -197,7 +197,7 @@ def test_a_restore_that_fails_can_be_done_again(live: LiveMount, vm: Counting) -
     state = vm.directory / "state"
     right = state.read_bytes()
     state.write_bytes(b"QEVM" + bytes(1000))
-    with pytest.raises(CommandError, match="state: not restored: QEMU: it has ended"):
+    with pytest.raises(CommandError, match="state: not restored: QEMU: "):
         vm("restore")
     state.write_bytes(right)
     vm("restore")
