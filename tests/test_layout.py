@@ -39,6 +39,16 @@ SUPERBLOCK: list[Row] = [
     (144, 16, "hash_key"),
     (160, 64, "label"),
 ]
+PLACEMENT: list[Row] = [
+    (224, 2, "placement"),
+    (226, 2, "pieces"),
+    (228, 4, "align"),
+    (232, 24, "device"),
+]
+PIECE: list[Row] = [
+    (0, 8, "start"),
+    (8, 8, "bytes"),
+]
 RANGE: list[Row] = [
     (0, 8, "first_block"),
     (8, 8, "blocks"),
@@ -158,6 +168,8 @@ LIST_CHUNK: list[Row] = [(0, 8, "number"), (8, 8, "digest")]
 TABLES = {
     "HEADER": (layout.HEADER, 0, HEADER),
     "SUPERBLOCK": (layout.SUPERBLOCK, layout.SUPERBLOCK_OFFSET, SUPERBLOCK),
+    "PLACEMENT": (layout.PLACEMENT, layout.PLACEMENT_OFFSET, PLACEMENT),
+    "PIECE": (layout.PIECE, 0, PIECE),
     "RANGE": (layout.RANGE, 0, RANGE),
     "STATE": (layout.STATE, layout.STATE_OFFSET, STATE),
     "BLOCK_MAP": (layout.BLOCK_MAP, layout.BLOCK_MAP_OFFSET, BLOCK_MAP),
@@ -179,7 +191,7 @@ TABLES = {
     "LIST_FILE": (layout.LIST_FILE, 0, LIST_FILE),
     "LIST_CHUNK": (layout.LIST_CHUNK, 0, LIST_CHUNK),
 }
-IN_TEXT = {"EXTENT", "INNER_SLOT", "ITEM_SLOT", "NAME_ITEM", "XATTR_ITEM", "RUN"}
+IN_TEXT = {"PIECE", "EXTENT", "INNER_SLOT", "ITEM_SLOT", "NAME_ITEM", "XATTR_ITEM", "RUN"}
 IN_TEXT |= {"LIST_PAGE", "LIST_FILE", "LIST_CHUNK"}
 
 
@@ -242,6 +254,9 @@ def test_sizes() -> None:
     assert layout.RANGE.size == 64
     assert layout.RANGES_OFFSET + layout.MAX_RANGES * layout.RANGE.size <= layout.PAGE
     assert layout.SUPERBLOCK_OFFSET + layout.SUPERBLOCK.size == 224
+    assert layout.PLACEMENT_OFFSET == 224
+    assert layout.PLACEMENT_OFFSET + layout.PLACEMENT.size == layout.PIECES_OFFSET
+    assert layout.PIECES_OFFSET + layout.MAX_PIECES * layout.PIECE.size == layout.RANGES_OFFSET
     assert layout.STATE_OFFSET + layout.STATE.size == 160
     assert layout.INODE.size == 128 == layout.INODE_INLINE_OFFSET
     assert layout.INODE_INLINE_OFFSET + layout.INODE_INLINE_BYTES == 256 == layout.INODE_BYTES

@@ -81,6 +81,14 @@ RANGES_OFFSET = 512
 RANGE = Struct("<QQQQQI20x")
 MAX_RANGES = 50
 NO_PHYSICAL = (1 << 64) - 1
+
+# Where the region was: kind, number of pieces, alignment, name of the device; then the pieces
+PLACEMENT = Struct("<HHI24s")
+PLACEMENT_OFFSET = 224
+PLACEMENT_DAX = 1
+PIECE = Struct("<QQ")
+PIECES_OFFSET = 256
+MAX_PIECES = 16
 NO_NODE = (1 << 32) - 1
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from pkernfs._native import ffi, lib
 from pkernfs.backing import files
 from pkernfs.backing.base import Backing, given_pieces
+from pkernfs.backing.dax import Device
 from pkernfs.backing.host import HOST, Host
 from pkernfs.backing.iomem import Span
 from pkernfs.backing.opening import open_backing
@@ -139,6 +140,11 @@ class Region:
     def real_addresses(self) -> bool:
         """Whether :meth:`physical` tells where the memory is in this machine, for its devices."""
         return self._backing.real_addresses
+
+    @property
+    def dax(self) -> Device | None:
+        """The dax device that the region is, if it is one."""
+        return self._backing.dax
 
     @property
     def node(self) -> int | None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from pkernfs.backing.iomem import Span
 from pkernfs.backing.locks import RegionLock
 from pkernfs.errors import RegionError
 from pkernfs.layout import PAGE
+
+if TYPE_CHECKING:
+    from pkernfs.backing.dax import Device
 
 
 class Backing:
@@ -30,6 +34,8 @@ class Backing:
     has_pages = True
     #: Whether the bytes are cached for a disk, so that a sync has something to do.
     needs_sync = False
+    #: The dax device that it is.
+    dax: Device | None = None
     #: NUMA node, if all of it is in one that is known.
     node: int | None = None
 

@@ -212,6 +212,7 @@ class DaxBacking(Backing):
         self._fds.append(self.fd)
         self.page_bytes = device.align
         self.node = device.node
+        self.dax = device
         self._host = host
 
     def verify_mapping(self, read: Callable[[], object]) -> None:

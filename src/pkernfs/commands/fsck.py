@@ -46,10 +46,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check ``args.region`` and print the report; the status of fsck(8)."""
     from pkernfs.fs.fsck import check
-    from pkernfs.region import Region
+    from pkernfs.fs.placement import open_region
 
     with (
-        Region.open(args.region, write=args.repair) as region,
+        open_region(args.region, write=args.repair) as region,
         Progress(args.region) as progress,
     ):
         report = check(region, repair=args.repair, progress=progress)

@@ -93,12 +93,13 @@ def _mount_and_serve(
 
 
 def _open_region(spec: str, options: Options) -> Region:
-    from pkernfs.region import Region
+    from pkernfs.fs.placement import open_region
 
-    return Region.open(spec, write="ro" not in options, phys_base=options.get("phys_base"))
+    return open_region(spec, write="ro" not in options, phys_base=options.get("phys_base"))
 
 
 def _open_filesystem(region: Region, options: Options) -> FileSystem:
+    from pkernfs.fs import placement
     from pkernfs.fs.filesystem import FileSystem
 
     if "mkfs" in options:
@@ -110,6 +111,7 @@ def _open_filesystem(region: Region, options: Options) -> FileSystem:
         elif found.content is not mkfs.Content.PKERNFS:
             raise FormatError(f"{region.name}: not formatted: it holds {found.what}")
     fs = FileSystem.mount(region, read_only="ro" in options)
+    placement.record(fs)
     _adopt_units(fs)
     return fs
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from pkernfs.alloc import bitmap
 from pkernfs.errors import CorruptionError, FormatError, RegionError, UsageError
-from pkernfs.fs import superblock
+from pkernfs.fs import placement, superblock
 from pkernfs.fs.inodes import Inode
 from pkernfs.layout import (
     BACKUP_PAGE,
@@ -152,7 +152,7 @@ def make_filesystem(
     Only metadata is written: free blocks are zeroed later, unless the region knows that they are
     zero. The superblock is stored last; a region whose formatting was cut short is no file system.
 
-    :raises RegionError: smaller than 8 MiB, or not writable.
+    :raises RegionError: smaller than 8 MiB, not writable, or a dax device of too many ranges.
     :raises UsageError: the label has more than 64 bytes.
     """
     blocks = region.size // BLOCK
@@ -164,9 +164,9 @@ def make_filesystem(
     if len(label.encode()) > 64:
         raise UsageError(f"label too long: got {len(label.encode())} bytes, expected at most 64")
     known_zero = region.known_zero()
+    maker = _Maker(region, blocks, uuid or uuid_module.uuid4().bytes, clock())
     for page in (SUPERBLOCK_PAGE, BACKUP_PAGE):
         region.zero(page * PAGE, PAGE)
-    maker = _Maker(region, blocks, uuid or uuid_module.uuid4().bytes, clock())
     region.zero(JOURNAL_PAGE * PAGE, PAGE)
     maker.write_metadata()
     maker.write_block_maps(known_zero)
@@ -180,6 +180,8 @@ class _Maker:
         self.uuid = uuid
         self.now = now
         self.hash_key = os.urandom(16)
+        device = region.dax
+        self.placement = placement.encode(None if device is None else placement.of_device(device))
         self.map_pages = -(-blocks // MAP_BLOCKS)
         in_block_0 = self.map_pages <= MAX_MAP_PAGES_IN_BLOCK_0
         self.map_page = FIRST_MAP_PAGE if in_block_0 else 2 * PAGES_PER_BLOCK
@@ -299,4 +301,5 @@ class _Maker:
             label=label.encode(),
         )
         for page in (BACKUP_PAGE, SUPERBLOCK_PAGE):
-            self.region.copy_in(page * PAGE, superblock.encode(self.uuid, fields, ranges, page))
+            image = superblock.encode(self.uuid, fields, ranges, page, self.placement)
+            self.region.copy_in(page * PAGE, image)

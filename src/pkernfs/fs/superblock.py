@@ -23,6 +23,7 @@ from pkernfs.layout import (
     NO_NODE,
     NO_PHYSICAL,
     PAGE,
+    PLACEMENT_OFFSET,
     RANGE,
     RANGES_OFFSET,
     SIGNATURE,
@@ -68,11 +69,21 @@ class Superblock:
         return sum(r.blocks for r in self.ranges)
 
 
-def encode(uuid: bytes, fields: SuperblockFields, ranges: list[RangeFields], page: int) -> bytes:
-    """The image of a superblock for page ``page``, checksum included."""
+def encode(
+    uuid: bytes,
+    fields: SuperblockFields,
+    ranges: list[RangeFields],
+    page: int,
+    placement: bytes = b"",
+) -> bytes:
+    """The image of a superblock for page ``page``, checksum included.
+
+    ``placement`` is the record of :mod:`pkernfs.fs.placement`.
+    """
     image = bytearray(PAGE)
     HEADER.pack_into(image, 0, MAGIC_SUPERBLOCK, 0, page, 0, uuid)
     SUPERBLOCK.pack_into(image, SUPERBLOCK_OFFSET, *fields)
+    image[PLACEMENT_OFFSET : PLACEMENT_OFFSET + len(placement)] = placement
     for i, r in enumerate(ranges):
         RANGE.pack_into(image, RANGES_OFFSET + i * RANGE.size, *r)
     image[4:8] = page_checksum(image).to_bytes(4, "little")

@@ -1,0 +1,234 @@
+"""Which dax device a file system is in, as its superblock has it (docs/format.md, section 3).
+
+A kexec forgets how soft-reserved memory was divided into devices. The record in the superblock
+says it, and lies in the memory itself: it is found by looking at all memory of the dax regions.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pkernfs.backing import dax, daxlayout, is_file_spec, resolve
+from pkernfs.backing.dax import Device
+from pkernfs.backing.host import HOST, Host
+from pkernfs.backing.iomem import Span
+from pkernfs.errors import CorruptionError, FormatError, PkernfsError, RegionError
+from pkernfs.fs import superblock
+from pkernfs.layout import (
+    BACKUP_PAGE,
+    BLOCK,
+    MAGIC_SUPERBLOCK,
+    MAX_PIECES,
+    PAGE,
+    PIECE,
+    PIECES_OFFSET,
+    PLACEMENT,
+    PLACEMENT_DAX,
+    PLACEMENT_OFFSET,
+    RANGES_OFFSET,
+    SUPERBLOCK_PAGE,
+)
+from pkernfs.region import Region
+
+if TYPE_CHECKING:
+    from pkernfs.fs.filesystem import FileSystem
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A dax device: name, alignment in bytes, ranges in the order of its offsets."""
+
+    name: str
+    align: int
+    pieces: tuple[Span, ...]
+
+    def __str__(self) -> str:
+        return f"/dev/{self.name} at {' and '.join(map(str, self.pieces))}"
+
+    def covers(self, older: Placement) -> bool:
+        """Whether this is the older one, or that with more memory at its end."""
+        last = len(older.pieces) - 1
+        same = self.pieces[:last] == older.pieces[:last] and len(self.pieces) > last
+        return (
+            same
+            and self.pieces[last].start == older.pieces[last].start
+            and self.pieces[last].size >= older.pieces[last].size
+        )
+
+
+def of_device(device: Device) -> Placement:
+    """Where a device is now."""
+    return Placement(device.name, device.align, device.pieces)
+
+
+def encode(placement: Placement | None) -> bytes:
+    """The record, for offset 224 of a superblock.
+
+    :raises RegionError: too many ranges.
+    """
+    image = bytearray(RANGES_OFFSET - PLACEMENT_OFFSET)
+    if placement is None:
+        return bytes(image)
+    if len(placement.pieces) > MAX_PIECES:
+        raise RegionError(
+            f"/dev/{placement.name}: too many ranges: got {len(placement.pieces)}, "
+            f"expected up to {MAX_PIECES}"
+        )
+    name = placement.name.encode()
+    PLACEMENT.pack_into(image, 0, PLACEMENT_DAX, len(placement.pieces), placement.align, name)
+    for i, piece in enumerate(placement.pieces):
+        PIECE.pack_into(image, PIECES_OFFSET - PLACEMENT_OFFSET + i * PIECE.size, *piece)
+    return bytes(image)
+
+
+def parse(page: bytes) -> Placement | None:
+    """The record in a superblock, whose checksum was found good; None without one, or a bad one."""
+    kind, count, align, name = PLACEMENT.unpack_from(page, PLACEMENT_OFFSET)
+    if kind != PLACEMENT_DAX or not 0 < count <= MAX_PIECES:
+        return None
+    pieces = tuple(
+        Span(*PIECE.unpack_from(page, PIECES_OFFSET + i * PIECE.size)) for i in range(count)
+    )
+    text = name.rstrip(b"\0").decode("ascii", "replace")
+    try:
+        dax.name_key(text)
+    except ValueError:
+        return None
+    good = all(p.size and not p.start % BLOCK and not p.size % BLOCK for p in pieces)
+    if not good or align < PAGE or align & (align - 1) or max(p.end for p in pieces) >> 52:
+        return None
+    return Placement(text, align, pieces)
+
+
+def read(region: Region, offset: int = 0) -> Placement | None:
+    """The record of the superblock at an offset; None without a superblock or a record."""
+    page = region.read(offset, PAGE)
+    try:
+        superblock.parse(page, SUPERBLOCK_PAGE)
+    except PkernfsError:
+        return None
+    return parse(page)
+
+
+# ---------------------------------------------------------------------------- opening
+
+
+def open_region(
+    spec: str, *, write: bool, phys_base: int | None = None, host: Host = HOST
+) -> Region:
+    """Open a region that has a file system; a dax device is put back first if a kexec forgot it.
+
+    :raises RegionError, LockedError: as :meth:`Region.open`; or the device is not what it was.
+    """
+    if not is_file_spec(spec):
+        spec = resolve(spec, host)
+        name = dax.device_name(spec, host)
+        if name is not None:
+            spec = _put_back(spec, name, host)
+    region = Region.open(spec, write=write, phys_base=phys_base, host=host)
+    try:
+        _check(region)
+    except BaseException:
+        region.close()
+        raise
+    return region
+
+
+def _check(region: Region) -> None:
+    """Refuse a device that has only a part of what its file system was in."""
+    recorded = read(region) if region.dax is not None else None
+    if recorded is None or region.dax is None:
+        return
+    now = of_device(region.dax)
+    if recorded.pieces == now.pieces or (recorded.name == now.name and now.covers(recorded)):
+        return
+    if recorded.pieces[0].start == now.pieces[0].start:
+        raise RegionError(f"{now}: the file system in it is that of {recorded}")
+
+
+def record(fs: FileSystem) -> None:
+    """Keep the superblocks' record right, after a mount for writing."""
+    device = fs.region.dax
+    if device is None or fs.read_only or read(fs.region) == of_device(device):
+        return
+    image = encode(of_device(device))
+    try:
+        with fs.store:
+            for number in (SUPERBLOCK_PAGE, BACKUP_PAGE):
+                page = fs.store.edit(number, MAGIC_SUPERBLOCK)
+                page[PLACEMENT_OFFSET:RANGES_OFFSET] = image
+    except (CorruptionError, FormatError) as e:
+        log.warning("%s: where it is was not recorded: %s: run fsck.pkernfs", fs.region.name, e)
+
+
+# ---------------------------------------------------------------------------- after a kexec
+
+
+def _put_back(path: str, name: str, host: Host) -> str:
+    """Make the device that ``path`` names again if it was forgotten; its path."""
+    if name in dax.device_names(host) and _is_itself(path, name, host):
+        return path
+    found = [(p, region) for p, region in _find_all(host) if p.name == name]
+    if not found:
+        return path
+    if len(found) > 1:
+        raise RegionError(
+            f"{path}: more than one file system claims it: "
+            f"{', '.join(str(p) for p, _ in found)}: make it with daxctl create-device"
+        )
+    placement, region = found[0]
+    made = daxlayout.rebuild(name, placement.align, placement.pieces, region, host)
+    log.warning("%s: put back as it was, at %s", path, " and ".join(map(str, placement.pieces)))
+    return host.path(f"dev/{made}")
+
+
+def _is_itself(path: str, name: str, host: Host) -> bool:
+    """Whether the file system of a device is in it, or none that has a record is."""
+    device = dax.read_device(name, host)
+    if not device.size or device.driver not in (None, os.path.basename(dax.DRIVER)):
+        return False
+    with Region.open(path, write=False, lock=False, host=host) as region:
+        if not superblock.is_trace(region.view(0, PAGE)):
+            return False
+        recorded = read(region)
+    if recorded is None:
+        return True  # of an older pkernfs, or damaged: mount says it
+    return recorded.pieces == device.pieces or (
+        recorded.name == name and of_device(device).covers(recorded)
+    )
+
+
+def _find_all(host: Host) -> list[tuple[Placement, str]]:
+    """Every record that lies where it says, with the dax region it is in."""
+    found: list[tuple[Placement, str]] = []
+    for region in daxlayout.regions(host):
+        for device in daxlayout.region_devices(region, host):
+            if device.size and device.driver in (None, os.path.basename(dax.DRIVER)):
+                found += [(p, region) for p in _search(device, host)]
+        with daxlayout.free_memory(region, host) as rest:
+            if rest is not None:
+                found += [(p, region) for p in _search(rest, host)]
+    return found
+
+
+def _search(device: Device, host: Host) -> Iterator[Placement]:
+    """The records in a device. What a file system has is not looked at: files may look like one."""
+    path = host.path(f"dev/{device.name}")
+    with Region.open(path, write=False, lock=False, host=host) as region:
+        taken: list[Span] = []
+        for offset in range(0, region.size, BLOCK):
+            address = region.physical(offset)
+            if address is None or any(t.start <= address < t.end for t in taken):
+                continue
+            if not superblock.is_trace(region.view(offset, PAGE)):
+                continue
+            recorded = read(region, offset)
+            if recorded is not None and recorded.pieces[0].start == address:
+                taken += recorded.pieces
+                yield recorded
