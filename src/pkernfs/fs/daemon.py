@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import logging
 import logging.handlers
 import os
@@ -291,9 +292,13 @@ def _listen(mountpoint: str, source: str) -> Listener | None:
         return None
 
 
+def _load_handlers() -> None:
+    for name in ("handover_ops", "requests"):
+        importlib.import_module(f"pkernfs.fs.{name}")
+
+
 def _handlers(fs: FileSystem, session: _Session) -> dict[str, Handler]:
     """What may be asked through the control socket."""
-
     from pkernfs.fs import handover_ops
     from pkernfs.fs.requests import TableRequests
 
@@ -337,6 +342,7 @@ class _Session:
         self._loops = 0
         self._ended = trio.Event()
         self._dirty = trio.Event()
+        self._ready = trio.Event()
         self.idle = _Moment()
         self._zeroing = trio.Lock()
         self._nursery: Any = None
@@ -362,13 +368,19 @@ class _Session:
         while not server.initialized:
             await self._trio.sleep(0.001)
         ready()
+        self._ready.set()
         await self._trio.to_thread.run_sync(_tune_backing_device, self._mountpoint)
 
     async def _take_orders(self) -> None:
-        """Serve the control socket."""
-        from pkernfs.fs import control
+        """Serve the control socket, when nobody waits for the mount any more.
 
+        Its modules are loaded in a thread: that takes as long as hundreds of requests.
+        """
         if self.listener is not None:
+            await self._ready.wait()
+            await self._trio.to_thread.run_sync(_load_handlers)
+            from pkernfs.fs import control
+
             await control.Server(self._fs, _handlers(self._fs, self)).run(self.listener)
 
     async def _verify(self) -> None:
