@@ -17,6 +17,7 @@ from pkernfs.errors import (
     CorruptionError,
     InvalidError,
     NoSpaceError,
+    PkernfsError,
     ReadOnlyError,
 )
 from pkernfs.fs import fsck, handover, superblock
@@ -599,3 +600,48 @@ def test_pages_of_the_list(fs: FileSystem) -> None:
     assert sorted(listed.pages) == sorted(image.metadata_pages())
     assert listed.magics.count(MAGIC_INODES) * 16 == len(listed.slots)
     fs.thaw()
+
+
+# ---------------------------------------------------------------------- anything at all
+
+
+def test_no_changed_byte_goes_unnoticed(request: pytest.FixtureRequest) -> None:
+    """Bits flipped anywhere in metadata or data: the mount is refused, or tells of it."""
+    rng = random.Random(request.config.getoption("hypothesis_seed"))
+    with Region.anonymous(32 * MIB) as region:
+        make_filesystem(region)
+        fs = FileSystem.mount(region)
+        for i in range(30):
+            make(fs, f"f{i}", rng.randbytes(rng.randrange(1, 30_000)))
+        directory = fs.mkdir(ROOT_INO, b"d", 0o755, 0, 0).ino
+        for i in range(30):
+            make(fs, f"g{i}", rng.randbytes(100), directory)
+        make(fs, "large", rng.randbytes(3 * MIB))
+        hand_over(fs)
+        places = [page * PAGE for page in fsck.survey(region).metadata_pages()]
+        places.append(STATE_PAGE * PAGE)
+        metadata = len(places)
+        for _, extents in fsck.survey(region).files():
+            places += [start for _, _, start in extents]
+        fs.unmount()
+        image = region.read(0, region.size)
+        seen = {"refused": 0, "trouble": 0, "told": 0}
+        for number in range(400):
+            at = rng.choice(places[:metadata] if number % 2 else places[metadata:])
+            offset = at + rng.randrange(PAGE if number % 2 else 100) // 8 * 8
+            flipped = rng.randrange(1, 1 << 64)
+            word = int.from_bytes(image[offset : offset + 8], "little") ^ flipped
+            region.store_u64(offset, word)
+            try:
+                mounted = FileSystem.mount(region)
+                arrival = verify(mounted)
+                handover.tell(mounted, arrival.changes)
+                if arrival.trouble:
+                    seen["trouble"] += 1
+                else:
+                    assert arrival.changes.all(), f"{offset:#x}: {flipped:#x} went unnoticed"
+                    seen["told"] += 1
+            except PkernfsError:
+                seen["refused"] += 1
+            region.copy_in(0, image)
+        assert seen["told"] > 200, seen

@@ -151,9 +151,19 @@ def test_tables_are_frozen_as_well() -> None:
             assert (
                 "Read-only" in done.stderr or "frozen" in done.stderr or "read-only" in done.stderr
             )
+        at = place(m, "ram")
         m.unmount()
         m.start()
         assert verified(m)["changes"] == []
+        hand_over(m, "--digest")
+        m.unmount()
+        scribble(m, at, b"by a device")
+        m.start()
+        (change,) = verified(m)["changes"]
+        assert change["path"] == "/ram"
+        assert change["what"] == (
+            "bytes 0x0..0x200000 (dom-0 maps it at iova 0x0: a device may write there)"
+        )
 
 
 # ---------------------------------------------------------------------- who is in the way

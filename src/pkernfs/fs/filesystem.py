@@ -453,6 +453,10 @@ class FileSystem:
             log.warning("inode %d: busy: %s", inode.ino, holder)
         return holder is not None
 
+    def holder(self, ino: int) -> str | None:
+        """What maps a file's bytes for devices; None: nothing does."""
+        return self._holder(self._inodes.get(ino), 0, LAST_PAGE + 1)
+
     def _holder(self, inode: Inode, start: int, end: int) -> str | None:
         """What maps one of file pages start..end-1 for devices."""
         if self._tables is None or not inode.is_reg or not inode.data_pages:

@@ -576,8 +576,23 @@ def tell(fs: FileSystem, changes: Changes) -> list[dict[str, str]]:
             path = paths.get(change.ino, b"inode %d" % change.ino).decode(
                 "utf-8", "backslashreplace"
             )
-        told.append({"path": path, "what": change.text()})
+        what = change.text()
+        holder = _device_access(fs, change)
+        told.append(
+            {
+                "path": path,
+                "what": f"{what} ({holder}: a device may write there)" if holder else what,
+            }
+        )
     return told
+
+
+def _device_access(fs: FileSystem, change: Change) -> str | None:
+    """What lets a device write to a file whose data has changed; None: nothing does."""
+    try:
+        return fs.holder(change.ino) if change.chunks else None
+    except PkernfsError:
+        return None
 
 
 __all__ = ["NO_HANDOVER", "Arrival", "Change", "Changes", "HandoverList", "Verifier"]
