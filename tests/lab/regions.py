@@ -1,4 +1,4 @@
-"""Regions of a lab machine: how the kernel is told of them, and what they are called.
+"""Regions of a lab machine: how the kernel is told of them, and mounts of them.
 
 Runs on both sides.
 """
@@ -14,33 +14,41 @@ REGION_MIB = 512
 START_MIB = 1024
 #: Memory of a machine with such a region (MiB): below it and above it there is room for Linux.
 MEMORY_MIB = START_MIB + REGION_MIB + 512
-SPEC = f"{REGION_MIB}M!{START_MIB}M"
-MEMMAP = f"memmap={REGION_MIB}M%{START_MIB}M"
+SPEC = "512M!1G"
+MEMMAP = "memmap=512M%1G"
 
-#: Kernel parameters for each kind of region.
+#: Kernel parameters for each kind of region. Soft-reserved memory is what becomes a dax device;
+#: asked for in this way it is one in a crash kernel as well.
 PARAMETERS = {
     "devmem": [MEMMAP, f"pkernfs={SPEC}"],
+    "dax": [f"{MEMMAP}+0xefffffff", "pkernfs=/dev/dax0.0"],
 }
 
 
-def source(guest: Guest) -> str:
-    """What to give to mount(8) and mkfs.pkernfs in this machine."""
-    return {"devmem": "none"}[guest.parameters["kind"]]
-
-
 def mkfs(guest: Guest) -> None:
-    """Format the region and mount it."""
-    guest.run("mkfs.pkernfs", source(guest))
+    """Format the region that the kernel command line names, and mount it."""
+    _find_devices(guest)
+    guest.run("mkfs.pkernfs", "none")
     mount(guest)
 
 
-def mount(guest: Guest, *options: str) -> str:
-    """Mount the region, by mount(8); what it said."""
+def mount(guest: Guest, *options: str, seconds: float = 120) -> str:
+    """Mount that region by mount(8); what it said."""
+    _find_devices(guest)
     words = [word for option in options for word in ("-o", option)]
-    return guest.run("mount", "-t", "fuse.pkernfs", source(guest), str(MOUNT), *words)
+    said = guest.run("mount", "-t", "fuse.pkernfs", "none", str(MOUNT), *words, seconds=seconds)
+    for line in said.splitlines():
+        guest.log(f"  {line}")
+    return said
 
 
 def unmount_and_check(guest: Guest) -> None:
     """Unmount, and have fsck look for anything to complain of."""
     guest.run("umount", str(MOUNT))
-    guest.run("fsck.pkernfs", "-n", source(guest))
+    guest.run("fsck.pkernfs", "-n", "none")
+
+
+def _find_devices(guest: Guest) -> None:
+    """What udev does where it runs: load the drivers of a dax device."""
+    if guest.parameters.get("kind") == "dax":
+        guest.run("modprobe", "-a", "dax_hmem", "device_dax")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import random
+from pathlib import Path
+
 import pytest
 import regions
 import trees
+import writers
 from regions import MOUNT
 
 from kexeclab.guest import Guest
@@ -12,32 +16,36 @@ from kexeclab.runner import Lab
 
 pytestmark = pytest.mark.lab
 
-RAM_BYTES = 256 << 20
 _TREE = MOUNT / "tree"
 _RAM = MOUNT / "guest-ram"
 
 
+# ---------------------------------------------------------------------------- with a handover
+
+
 def fill(guest: Guest) -> None:
-    """A tree of 1,000 files and a guest's memory; describe them, and go."""
+    """Make a tree and a guest's memory; describe them, hand over, and go."""
+    seed = guest.parameters["seed"]
     regions.mkfs(guest)
-    _TREE.mkdir()
-    with guest.step("make 1,000 files"):
-        trees.make(_TREE, guest.parameters["seed"])
+    with guest.step("make the tree"):
+        trees.make(_TREE, seed, guest.parameters["files"])
     with guest.step("fill guest memory"):
-        guest.note("ram", trees.fill_ram(_RAM, RAM_BYTES, guest.parameters["seed"]))
+        guest.note("ram", trees.fill_ram(_RAM, guest.parameters["ram"] << 20, seed))
     guest.note("extents", guest.run("pkernfs", "extents", str(_RAM), "--json"))
-    guest.load()
-    with guest.step("describe 1,000 files"):
+    with guest.step("describe the tree"):
         guest.note("tree", trees.describe(_TREE))
-    guest.run("umount", str(MOUNT))
+    guest.load(guest.parameters.get("kernel"))
+    with guest.step("handover"):
+        guest.run("pkernfs", "handover", "--digest", str(MOUNT))
     guest.execute()
 
 
 def compare(guest: Guest) -> None:
     """Everything is there, to the byte and the attribute."""
     with guest.step("mount"):
-        regions.mount(guest)
-    with guest.step("compare 1,000 files"):
+        said = regions.mount(guest)
+    assert "after handover 1" in said
+    with guest.step("compare the tree"):
         assert trees.difference(_TREE, guest.notes["tree"]) == ""
     assert guest.run("pkernfs", "extents", str(_RAM), "--json") == guest.notes["extents"]
     with guest.step("compare guest memory"):
@@ -47,7 +55,159 @@ def compare(guest: Guest) -> None:
 
 
 @pytest.mark.parametrize("kind", regions.PARAMETERS)
-def test_survives_a_kexec(lab: Lab, kind: str) -> None:
+def test_everything_survives_a_kexec(lab: Lab, kind: str) -> None:
     """1,000 files of all kinds and 256 MiB of guest memory are the same, byte and attribute."""
     machine = lab.machine(memory=regions.MEMORY_MIB, cmdline=regions.PARAMETERS[kind])
-    lab.run(fill, compare, machine=machine, parameters={"kind": kind, "seed": 7}, seconds=400)
+    what = {"kind": kind, "seed": 7, "files": trees.FILES, "ram": 256}
+    lab.run(fill, compare, machine=machine, parameters=what, seconds=400)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "kind"), [("6.1", "7", "devmem"), ("6.12", "7", "dax"), ("7", "6.1", "dax")]
+)
+def test_another_kernel_version(lab: Lab, first: str, second: str, kind: str) -> None:
+    """A kexec into a newer and into an older kernel: the files and the memory are the same."""
+    machine = lab.machine(
+        kernel=first,
+        kernels=[second],
+        memory=regions.MEMORY_MIB,
+        cmdline=regions.PARAMETERS[kind],
+    )
+    what = {"kind": kind, "seed": 8, "files": 60, "ram": 32, "kernel": second}
+    lab.run(fill, compare, machine=machine, parameters=what)
+
+
+# ---------------------------------------------------------------------------- without a word
+
+
+def go_on(guest: Guest) -> None:
+    """Add a tree to those of the kernels before; leave it mounted, its data just written."""
+    if guest.stage == 1:
+        regions.mkfs(guest)
+    else:
+        regions.mount(guest)
+    so_far = guest.notes.get("trees", {})
+    for name, described in so_far.items():
+        assert trees.difference(MOUNT / name, described) == ""
+    name = f"stage-{guest.stage}"
+    trees.make(MOUNT / name, guest.stage, files=40)
+    # All of them anew: comparing was an access, and changed times.
+    guest.note("trees", {one: trees.describe(MOUNT / one) for one in [*so_far, name]})
+    if guest.stage < 4:
+        guest.kexec()
+    regions.unmount_and_check(guest)
+
+
+def test_three_kexecs_without_a_handover(lab: Lab) -> None:
+    """Three kexecs with the file system mounted, two processors: what each has written stays."""
+    cmdline = regions.PARAMETERS["devmem"]
+    machine = lab.machine(cpus=2, memory=regions.MEMORY_MIB, cmdline=cmdline)
+    lab.run(go_on, go_on, go_on, go_on, machine=machine)
+
+
+# ---------------------------------------------------------------------------- damage
+
+
+def scribble(guest: Guest) -> None:
+    """After the handover somebody writes to one file's memory, behind everybody's back."""
+    regions.mkfs(guest)
+    for name in ("good", "victim", "last"):
+        (MOUNT / name).write_bytes(name.encode() * 600_000)
+    address = trees.physical(guest, MOUNT / "victim") + 2345
+    guest.load()
+    guest.run("pkernfs", "handover", "--digest", str(MOUNT))
+    guest.run("umount", str(MOUNT))
+    with open("/dev/mem", "r+b", buffering=0) as memory:
+        memory.seek(address)
+        memory.write(b"\xff")
+    guest.execute()
+
+
+def find_it(guest: Guest) -> None:
+    """The mount names that file, and it alone; all can be read."""
+    said = regions.mount(guest, "verify")
+    assert "/victim" in said
+    assert "/good" not in said
+    assert "/last" not in said
+    assert (MOUNT / "good").read_bytes() == b"good" * 600_000
+    victim = (MOUNT / "victim").read_bytes()
+    assert len(victim) == 6 * 600_000
+    assert victim.count(0xFF) == 1
+    regions.unmount_and_check(guest)
+
+
+def test_changed_bytes_are_found(lab: Lab) -> None:
+    """A byte of a file is changed between handover and mount: the mount names the file."""
+    machine = lab.machine(memory=regions.MEMORY_MIB, cmdline=regions.PARAMETERS["devmem"])
+    lab.run(scribble, find_it, machine=machine)
+
+
+def shorten(guest: Guest) -> None:
+    """Start a kernel that takes a half of the region for ordinary RAM."""
+    regions.mkfs(guest)
+    (MOUNT / "file").write_bytes(b"kept" * 1000)
+    guest.run("umount", str(MOUNT))
+    guest.kexec(remove=["memmap"], add=["memmap=256M%1G"])
+
+
+def refuse_it(guest: Guest) -> None:
+    """The region reaches past what is reserved: refused with the parameter that is missing."""
+    mount = ("mount", "-t", "fuse.pkernfs")
+    refusal = guest.run(*mount, "none", str(MOUNT), status=32)
+    assert f"boot with {regions.MEMMAP}" in refusal, refusal
+    refuse_overlaps(guest)
+
+
+def refuse_overlaps(guest: Guest) -> None:
+    """What is left of the reservation may be a region, but no part of it twice."""
+    mount = ("mount", "-t", "fuse.pkernfs")
+    guest.run("mkfs.pkernfs", "-f", "128M!1G")
+    guest.run(*mount, "128M!1G", str(MOUNT))
+    Path("/mnt/other").mkdir()
+    for spec in ("64M!1088M", "192M!1G"):
+        refusal = guest.run(*mount, spec, "/mnt/other", status=32)
+        assert "in use: it overlaps 128M!1G" in refusal, refusal
+    guest.run("umount", str(MOUNT))
+
+
+def test_reservations_that_do_not_fit(lab: Lab) -> None:
+    """A memmap= shorter than the region is refused at mount, and a region over a mounted one."""
+    machine = lab.machine(memory=regions.MEMORY_MIB, cmdline=regions.PARAMETERS["devmem"])
+    lab.run(shorten, refuse_it, machine=machine)
+
+
+# ---------------------------------------------------------------------------- a panic
+
+
+def write_until_it_panics(guest: Guest) -> None:
+    """Four writers at work, and a panic at a random moment."""
+    regions.mkfs(guest)
+    guest.load(panic=True, add=["nr_cpus=1"], remove=["crashkernel"])
+    rng = random.Random(guest.parameters["seed"])
+    writers.work_until_panic(guest, MOUNT, rng.uniform(2.0, 10.0))
+
+
+def look_at_promises(guest: Guest) -> None:
+    """In the crash kernel: all that was fsynced is there, and fsck is content."""
+    regions.mount(guest)
+    promised = guest.notes["promised"]
+    guest.log(f"fsynced before the panic: {promised}")
+    assert writers.broken_promises(MOUNT, promised) == []
+    (MOUNT / "new").write_bytes(b"goes on")
+    regions.unmount_and_check(guest)
+
+
+@pytest.mark.parametrize("kind", regions.PARAMETERS)
+def test_panic_under_load(lab: Lab, kind: str) -> None:
+    """A panic at a random moment under write load: what was fsynced is there, fsck is clean."""
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    machine = lab.machine(
+        memory=regions.MEMORY_MIB, cmdline=[*regions.PARAMETERS[kind], "crashkernel=256M"]
+    )
+    lab.run(
+        write_until_it_panics,
+        look_at_promises,
+        machine=machine,
+        parameters={"kind": kind, "seed": seed},
+    )

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from kexeclab.guest import Guest
+
 MIB = 1 << 20
 FILES = 1000
 _SIZES = [0, 1, 60, 100, 511, 4095, 4096, 4097, 9000, 65536, 65537, 200_000, MIB - 1]
@@ -23,13 +25,14 @@ _XATTRS = [("user.one", b"1"), ("user.empty", b""), ("trusted.long", b"v" * 300)
 _PATTERN_BYTES = 64 << 10
 
 
-def make(root: Path, seed: int) -> None:
-    """Fill ``root`` (an empty directory) with FILES files, directories among them."""
+def make(root: Path, seed: int, files: int = FILES) -> None:
+    """Make ``root`` a directory and fill it with ``files`` files, directories among them."""
+    root.mkdir()
     rng = random.Random(seed)
     directories = [root]
     plain: list[Path] = []
     pattern = rng.randbytes(_PATTERN_BYTES)
-    for number in range(FILES - len(_LARGE)):
+    for number in range(files - len(_LARGE)):
         path = rng.choice(directories) / _name(rng, number)
         maker = rng.choices(
             [_regular, _directory, _symlink, _fifo, _socket, _device, _hard_link, _sparse],
@@ -215,3 +218,9 @@ def ram_digest(path: Path) -> str:
     """The digest of such a file as it is now."""
     with path.open("rb", buffering=0) as file:
         return hashlib.file_digest(file, "md5").hexdigest()
+
+
+def physical(guest: Guest, path: Path) -> int:
+    """The physical address at which a file begins."""
+    extents = json.loads(guest.run("pkernfs", "extents", "--json", str(path)))["extents"]
+    return int(extents[0]["physical"])

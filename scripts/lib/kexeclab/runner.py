@@ -141,14 +141,19 @@ class _Play:
             self.alive.send(go=True)
 
     def _hello(self, number: int) -> dict[str, Any]:
-        message = self._receive(time.monotonic() + BOOT_SECONDS)
-        while message is not None and "hello" not in message:
-            message = self._receive(time.monotonic() + BOOT_SECONDS)  # beats of the last kernel
-        if message is None:
-            raise LostMachine(f"stage {number}: not up within {BOOT_SECONDS:g} s")
-        if message["hello"] != number:
-            raise LostMachine(f"stage {number}: the machine came up in stage {message['hello']}")
-        return message
+        """Wait for the next kernel's first message; the last one may still say something."""
+        deadline = time.monotonic() + BOOT_SECONDS
+        while message := self._receive(deadline):
+            match message:
+                case {"hello": arrived}:
+                    if arrived != number:
+                        raise LostMachine(f"stage {number}: it came up in stage {arrived}")
+                    return message
+                case {"failed": report}:
+                    raise StageFailed(f"stage {number - 1}:\n{report}")
+                case _:
+                    self._take(message)
+        raise LostMachine(f"stage {number}: not up within {BOOT_SECONDS:g} s")
 
     def _until_it_ends(self, number: int, deadline: float) -> str:
         """Take messages until the stage is over; return how it left."""
