@@ -92,6 +92,14 @@ def new_qemu() -> Path:
         pytest.skip(f"no QEMU 8.2: {error}")
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the lab's stages have told: figures are for people, also when all is well."""
+    for report in terminalreporter.stats.get("passed", []):
+        if report.when == "call" and "lab" in report.keywords and report.capstdout:
+            terminalreporter.section(report.nodeid, sep="-")
+            terminalreporter.write(report.capstdout)
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """For ``scripts/lab list``: each test with what it shows."""
     if os.environ.get("PKERNFS_LAB_LIST"):

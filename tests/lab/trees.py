@@ -77,7 +77,7 @@ def _regular(path: Path, rng: random.Random, _plain: list[Path], pattern: bytes)
 def _sparse(path: Path, rng: random.Random, _plain: list[Path], pattern: bytes) -> None:
     with path.open("wb") as file:
         for _ in range(rng.randrange(1, 4)):
-            file.seek(rng.randrange(8 * MIB))
+            file.seek(rng.randrange(2 * MIB))
             file.write(_content(rng.randrange(1, 20_000), rng, pattern))
 
 

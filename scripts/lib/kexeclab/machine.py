@@ -21,6 +21,7 @@ from kexeclab.agent import PORT
 from kexeclab.debian import run
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_CPU = "max,la57=off"  # page tables of five levels cost a fifth more time without KVM
 _UPPER_BYTES = 1 << 30
 _SYSTEMD = "/lib/systemd/systemd"
 _COMMON = ("console=ttyS0", "oops=panic", "panic=-1", "net.ifnames=0")
@@ -83,7 +84,7 @@ def command(
     """The QEMU command line, without a console and a side channel."""
     words = [
         QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-        "-accel", accelerator, "-cpu", "max", "-machine", machine.machine,
+        "-accel", accelerator, "-cpu", _CPU, "-machine", machine.machine,
         "-m", str(machine.memory), "-smp", str(machine.cpus), "-kernel", str(parts.kernel.image),
         "-initrd", str(parts.kernel.initramfs), "-append", machine.parameters(*parameters),
         "-device", "virtio-serial-pci",
