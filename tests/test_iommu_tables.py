@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from pkernfs.fs.filesystem import (
     RENAME_EXCHANGE,
     FileSystem,
 )
+from pkernfs.fs.quiet import BURST, SECONDS, Quiet
 from pkernfs.fs.tables import ROOT_NAME, TableFiles
 from pkernfs.iommu.bars import parse_bar, read_bar
 from pkernfs.iommu.config import Bar, Config
@@ -601,6 +603,26 @@ def test_pinned(mapped: Host, what: str, again: bool, caplog: pytest.LogCaptureF
     mapped.tables.detach(DEVICE)
     mapped.tables.unmap(0, 0, 1 << 48)
     mapped.run(lambda: PINNED[what](mapped))
+
+
+def test_refusals_do_not_fill_the_log(mapped: Host, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(300):
+        with pytest.raises(BusyError):
+            mapped.fs.unlink(ROOT_INO, b"guest")
+    assert len(caplog.records) == BURST + 1
+    assert caplog.records[-1].getMessage() == "more of these: not logged for up to 10 seconds"
+
+
+def test_the_log_goes_on_later(caplog: pytest.LogCaptureFixture) -> None:
+    now = 0.0
+    quiet = Quiet(logging.getLogger("pkernfs.test"), lambda: now)
+    for number in range(BURST + 5):
+        quiet.warning(f"first {number}")
+    now = SECONDS
+    quiet.warning("second")
+    said = [r.getMessage() for r in caplog.records]
+    assert said[:BURST] == [f"first {number}" for number in range(BURST)]
+    assert said[BURST + 1 :] == ["second"]
 
 
 def test_the_last_of_two_names_is_pinned(mapped: Host) -> None:

@@ -42,6 +42,7 @@ from pkernfs.fs import handover, superblock
 from pkernfs.fs.extents import LAST_PAGE, ExtentMap
 from pkernfs.fs.inodes import Inode, InodeTable, Stat
 from pkernfs.fs.names import Names, check_name, is_table_name
+from pkernfs.fs.quiet import Quiet
 from pkernfs.fs.xattrs import Overflow, Xattrs, check_target
 from pkernfs.journal import PageStore, TransactionTooLarge
 from pkernfs.layout import (
@@ -163,6 +164,7 @@ class FileSystem:
         self._lookups: dict[int, int] = {}
         self._nameless: set[int] = set()  # in use, to be freed when they no longer are
         self._tables: TableFiles | None = None
+        self._refusals = Quiet(log)
         static = min(r.map_page // PAGES_PER_BLOCK for r in sb.ranges)
         self._static_blocks = 2 if static == 0 else static + 1
 
@@ -450,7 +452,7 @@ class FileSystem:
     def _pinned(self, inode: Inode, start: int, end: int) -> bool:
         holder = self._holder(inode, start, end)
         if holder is not None:
-            log.warning("inode %d: busy: %s", inode.ino, holder)
+            self._refusals.warning(f"inode {inode.ino}: busy: {holder}")
         return holder is not None
 
     def holder(self, ino: int) -> str | None:
@@ -464,12 +466,11 @@ class FileSystem:
         pages = self._map.within(inode, start, end)
         return self._tables.holder((page * PAGE, count * PAGE) for _file, page, count in pages)
 
-    @staticmethod
-    def _log_busy(inode: Inode, check: Callable[[int], None]) -> None:
+    def _log_busy(self, inode: Inode, check: Callable[[int], None]) -> None:
         try:
             check(inode.ino)
         except BusyError as e:
-            log.warning("%s", e)
+            self._refusals.warning(str(e))
             raise
 
     # ------------------------------------------------------------------ unfinished business
