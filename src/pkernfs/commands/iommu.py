@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import json
 import os
 import sys
@@ -229,7 +231,7 @@ def _map(args: argparse.Namespace) -> int:
         call(args.dom, "iommu.map", bar=parse_bar(args.bar), **request)
         return 0
     # While it is open here, its inode number cannot become another file's.
-    with _open_file(args.file) as fd:
+    with _alive(args.file), _open_file(args.file) as fd:
         found = os.fstat(fd.fileno)
         if found.st_dev != mount.device:
             raise InvalidError(f"{args.file}: on another mount than {args.dom}")
@@ -323,14 +325,34 @@ def _domain(path: str) -> tuple[Mount, int]:
 
     :raises InvalidError, NotFoundError: it is none.
     """
-    directory, name = os.path.split(os.path.realpath(path))
+    directory, name = os.path.split(os.path.abspath(path))
     number = _domain_number(name)
-    mount = mount_of(directory) if os.path.isdir(directory) else None
-    if mount is None or directory != os.path.join(mount.mount_point, "iommu"):
+    mount = _mount_of(directory)
+    if mount is None or os.path.realpath(directory) != os.path.join(mount.mount_point, "iommu"):
         raise InvalidError(f"{path}: not a domain: expected MNT/iommu/dom-N on a pkernfs mount")
     if number is None:
         raise InvalidError(f"{path}: not a domain: expected dom-0 to dom-{_MAX_DOMAIN}")
     return mount, number
+
+
+def _mount_of(path: str) -> Mount | None:
+    """The mount that ``path`` is in, if it is a pkernfs."""
+    with _alive(path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return mount_of(path)
+    return None
+
+
+@contextlib.contextmanager
+def _alive(path: str) -> Iterator[None]:
+    """:raises NoDaemonError: nobody serves the mount of ``path`` any more."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in (errno.ENOTCONN, errno.ECONNABORTED):
+            raise
+        from pkernfs.control import NoDaemonError
+
+        raise NoDaemonError(f"{path}: its daemon has died: mount the region again") from None
 
 
 def _domain_number(name: str) -> int | None:
@@ -403,7 +425,7 @@ def _answers(args: argparse.Namespace, question: dict[str, Any]) -> Iterator[dic
     here = mount_at(target)
     if here is not None and here.fstype == FSTYPE:
         return stream(target, "iommu.read", **question)
-    if mount_of(target) is not None:
+    if _mount_of(target) is not None:
         if args.subcommand not in ("show", "export"):
             raise InvalidError(f"{target}: not a mount point")
         _mount, question["domain"] = _domain(target)

@@ -598,6 +598,7 @@ class TableFiles:
     def persist(self, source_id: int, on: bool) -> None:
         """Whether a handover keeps a device's entries (as it does unless told otherwise)."""
         self._check_writable()
+        check_source_id(source_id)
         root = self._have_root()
         set_transient(root.memory, self._fs.store.commit_words, source_id, not on)
 
