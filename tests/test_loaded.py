@@ -12,6 +12,7 @@ import pytest
 from pkernfs import loaded
 from pkernfs.backing import cmdline
 from pkernfs.backing.host import Host
+from pkernfs.backing.iomem import Span
 from pkernfs.loaded import KexecError
 
 SPEC = "512M!1G"
@@ -153,6 +154,23 @@ def test_what_cannot_be_read_is_said(memory: Memory, break_it: object, reason: s
         loaded.command_line_of_loaded(SPEC, memory.host)
     assert "--cmdline" in str(failure.value)
     assert "\n" not in str(failure.value)
+
+
+def test_a_kernel_that_would_be_put_into_the_region(memory: Memory) -> None:
+    memory.load(RUNNING, before=8)
+    kernel = 0x100_0000
+    for start, size, at in (
+        (kernel, 0x8000, kernel),
+        (kernel + 0x7000, 0x8000, kernel + 0x7000),
+        (kernel - 0x2000, 0x3000, kernel),
+    ):
+        with pytest.raises(
+            KexecError, match=rf"into the region, at {at:#x}: load it with kexec -s"
+        ):
+            loaded.command_line_of_loaded(SPEC, memory.host, [Span(0, 4096), Span(start, size)])
+    for start in (kernel - 0x8000, kernel + 0x8000):
+        near = [Span(start, 0x8000)]
+        assert loaded.command_line_of_loaded(SPEC, memory.host, near) == RUNNING
 
 
 def test_garbage_in_memory_is_an_error(memory: Memory) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
 from pkernfs.backing import cmdline, dax, iomem, is_file_spec
@@ -59,6 +59,9 @@ def check(spec: str, given: str | None = None, host: Host = HOST) -> None:
     Whatever of the running kernel's command line keeps the region apart (memmap=) and names it
     (pkernfs=) must be on the next kernel's too: ``given``, or that of the kernel loaded for kexec.
 
+    Nor may the loaded one be put into the region: ``kexec -c`` chooses places from the firmware's
+    memory map, which knows nothing of memmap=.
+
     :raises KexecError: it is not, no kernel is loaded, or its command line cannot be read.
     """
     spans = physical_spans(spec, host)
@@ -66,7 +69,7 @@ def check(spec: str, given: str | None = None, host: Host = HOST) -> None:
     if not needed:
         return
     if given is None:
-        given = command_line_of_loaded(spec, host)
+        given = command_line_of_loaded(spec, host, spans)
     missing = [parameter for parameter, is_there in needed if not is_there(given)]
     if missing:
         raise KexecError(
@@ -129,10 +132,10 @@ def _spans_of(spec: str) -> list[Span]:
         return []
 
 
-def command_line_of_loaded(spec: str, host: Host = HOST) -> str:
+def command_line_of_loaded(spec: str, host: Host = HOST, spans: Sequence[Span] = ()) -> str:
     """The command line of the kernel that is loaded for kexec; ``spec`` is for messages.
 
-    :raises KexecError: there is none, or it cannot be read.
+    :raises KexecError: there is none, it cannot be read, or kexec would put it into ``spans``.
     """
     if host.find("sys/kernel/kexec_loaded") != "1":
         raise KexecError(
@@ -141,12 +144,19 @@ def command_line_of_loaded(spec: str, host: Host = HOST) -> str:
         )
     try:
         with LoadedKernel(host) as kernel:
-            return kernel.command_line()
+            inside = kernel.put_into(spans)
+            text = kernel.command_line()
     except (_UnreadableError, OSError) as e:
         raise KexecError(
             f"{spec}: cannot read the command line of the kernel loaded for kexec ({e}): say it "
             "with --cmdline"
         ) from None
+    if inside is not None:
+        raise KexecError(
+            f"{spec}: kexec would put the next kernel into the region, at {inside:#x}: load it "
+            "with kexec -s"
+        )
+    return text
 
 
 class LoadedKernel:
@@ -190,6 +200,14 @@ class LoadedKernel:
             if text is not None:
                 return text
         raise _UnreadableError("it has no boot parameters")
+
+    def put_into(self, spans: Sequence[Span]) -> int | None:
+        """The first address in ``spans`` that starting the image stores to; None: it keeps off.
+
+        :raises _UnreadableError: it is not where Linux on x86-64 has it.
+        """
+        pages, _ = self._pages() if spans else ({}, [])
+        return min((at for at in pages if any(s.start <= at < s.end for s in spans)), default=None)
 
     # ------------------------------------------------------------------ the image's pages
 
