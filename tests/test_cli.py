@@ -5,6 +5,7 @@ They run in this process wherever no daemon is needed. Real mounts are in test_s
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import io
 import json
@@ -569,7 +570,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def test_manual_pages_have_every_option(pages: dict[str, str]) -> None:
-    assert set(pages) == {"pkernfs.8", "mkfs.pkernfs.8", "fsck.pkernfs.8"}
+    assert set(pages) == {"pkernfs.8", "pkernfs-iommu.8", "mkfs.pkernfs.8", "fsck.pkernfs.8"}
     for name in [*cli.COMMANDS, *cli.PROGRAMS]:
         page = pages[f"{name}.pkernfs.8" if name in cli.PROGRAMS else "pkernfs.8"]
         for action in cli.build_parser(name, name)._actions:
@@ -577,6 +578,22 @@ def test_manual_pages_have_every_option(pages: dict[str, str]) -> None:
                 assert f"\\fB{option}\\fR" in page, (name, option)
     for mount_option in MOUNT_OPTIONS:
         assert f"\\fB{mount_option.name}\\fR" in pages["pkernfs.8"]
+
+
+def test_the_manual_page_of_iommu_has_every_option(pages: dict[str, str]) -> None:
+    page = pages["pkernfs-iommu.8"]
+    (subcommands,) = [
+        a
+        for a in cli.build_parser("iommu", "pkernfs iommu")._actions
+        if isinstance(a, argparse._SubParsersAction)
+    ]
+    for name, parser in subcommands.choices.items():
+        assert f".B pkernfs iommu {name}\n" in page
+        assert parser.format_help().startswith(f"usage: pkernfs iommu {name} ")
+        for action in parser._actions:
+            for option in action.option_strings:
+                assert f"\\fB{option}\\fR" in page, (name, option)
+            assert action.help, (name, action.dest)
 
 
 def test_documents_have_every_mount_option() -> None:

@@ -32,9 +32,9 @@ SUBCOMMANDS = {
     "attach": Subcommand("have a device's requests translated by a domain", ("dom", "bdf")),
     "detach": Subcommand("end that", ("bdf",)),
     "persist": Subcommand("whether a handover keeps a device's entries", ("bdf",)),
-    "translate": Subcommand("walk the tables as the hardware does", ("target", "bdf", "iova")),
+    "translate": Subcommand("walk the tables as the hardware does", ("whole", "bdf", "iova")),
     "show": Subcommand("the tables, as the kernel's debugfs shows its own", ("target",)),
-    "check": Subcommand("prove that all reachable entries are right", ("target",)),
+    "check": Subcommand("prove that all reachable entries are right", ("whole",)),
     "export": Subcommand("records for iommufd and VFIO, as JSON", ("target",)),
     "activate": Subcommand("have the machine's IOMMU units walk these tables", ("mnt",)),
     "deactivate": Subcommand("have them translate no more", ("mnt",)),
@@ -49,14 +49,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
         name: commands.add_parser(
             name,
             help=f"{row.summary}.",
-            description=f"{row.summary.capitalize()}.",
+            description=f"{row.summary[:1].upper()}{row.summary[1:]}.",
             allow_abbrev=False,
+            add_help=False,
         )
         for name, row in SUBCOMMANDS.items()
     }
     for name, row in SUBCOMMANDS.items():
         for operand in row.operands:
             _OPERANDS[operand](made[name])
+        made[name].add_argument("-h", "--help", action="help", help="print a summary.")
     _configure_create(made["create"])
     _configure_map(made["map"])
     made["persist"].add_argument(
@@ -101,7 +103,13 @@ def _target_operand(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "target",
         metavar="MNT|DOM|REGION",
-        help="a mount, a domain's file (show and export), or a region that is not mounted.",
+        help="a mount, a domain's file, or a region that is not mounted.",
+    )
+
+
+def _whole_operand(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "target", metavar="MNT|REGION", help="a mount, or a region that is not mounted."
     )
 
 
@@ -112,6 +120,7 @@ _OPERANDS = {
     "bdf": _bdf_operand,
     "mnt": _mount_operand,
     "target": _target_operand,
+    "whole": _whole_operand,
 }
 
 
