@@ -19,6 +19,11 @@ OPEN = Workload("iommu-open", "mount-time walk over 4 million leaves", "ms", Fal
 CHECK = Workload("iommu-check", "check of 4 million leaves", "ms", higher_is_better=False)
 SCAN = Workload("iommu-scan", "what 4 million leaves map, joined", "ms", higher_is_better=False)
 GROWTH = Workload("iommu-growth", "memory that those three took", "KiB", higher_is_better=False)
+FILE_2M = Workload("iommu-file-2m", "a file of 64 GiB, in 2 MiB leaves", "ms", False)
+FILE_4K = Workload("iommu-file-4k", "16 GiB of it, in 4 KiB leaves", "ms", higher_is_better=False)
+MOUNT = Workload("iommu-mount", "mount with those leaves", "ms", higher_is_better=False)
+FIRST = Workload("iommu-unlink-first", "the first unlink of another file", "ms", False)
+UNLINK = Workload("iommu-unlink", "the next ones", "ms", higher_is_better=False)
 UNMAP = Workload("iommu-unmap-4k", "unmap 16 GiB of 4 KiB leaves", "ms", higher_is_better=False)
 
 
@@ -41,6 +46,11 @@ def record(results: Results, lines: str) -> None:
             (SCAN, "scan"),
             (GROWTH, "growth"),
             (UNMAP, "unmap-4k"),
+            (FILE_2M, "file-map-2m"),
+            (FILE_4K, "file-map-4k"),
+            (MOUNT, "mount"),
+            (FIRST, "unlink-first"),
+            (UNLINK, "unlink"),
         ):
             results.add(workload, "pkernfs", turn, found[key])
         results.add(FILL_4K, "pkernfs", turn, LEAVES / found["map-4k"] / 1e3)
@@ -55,4 +65,6 @@ def targets(results: Results) -> list[Target]:
         at_least(results, "16 GiB in 4 KiB leaves", 0.5, (key, "pkernfs"), (key, PLAIN_C)),
         below(results, "check of 4 million leaves", CHECK.key, 1000, "ms"),
         below(results, "mount-time walk over them", OPEN.key, 1000, "ms"),
+        below(results, "a file of 64 GiB in 2 MiB leaves", FILE_2M.key, 10, "ms"),
+        below(results, "mount with 4 million leaves", MOUNT.key, 1000, "ms"),
     ]

@@ -4,27 +4,35 @@ Run by benchlib.iommu with pkernfs's own Python; by hand: ``python iommu_probe.p
 yardstick is a C loop that fills the very same bytes with consecutive 8-byte entries.
 """
 
+import contextlib
 import json
+import os
 import resource
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from cffi import FFI
 
+from pkernfs.errors import BusyError
+from pkernfs.fs.filesystem import FileSystem
+from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.iommu.check import check
 from pkernfs.iommu.config import Config
 from pkernfs.iommu.memory import Memory
 from pkernfs.iommu.pgtable import PageTable
 from pkernfs.journal import PageStore
-from pkernfs.layout import PAGE
+from pkernfs.layout import IOMMU_INO, PAGE, ROOT_INO
 from pkernfs.region import Region
 
 MIB = 1 << 20
 GIB = 1 << 30
 REGION_BYTES = 64 * MIB
+FILES_BYTES = 68 * GIB
+UNLINKS = 51
 PHYS_BASE = 1 << 40
 POOL = (16 * MIB, 40 * MIB)
 DATA = 1 << 45
@@ -83,6 +91,53 @@ def _round(
     return found
 
 
+def _files_round() -> dict[str, float]:
+    """The same through the files of a file system, in a sparse region: no data page is touched."""
+    found = {}
+    fd = os.memfd_create("pkernfs-bench", os.MFD_CLOEXEC)
+    os.ftruncate(fd, FILES_BYTES)
+    region = Region.open(f"/proc/self/fd/{fd}", write=True, phys_base=PHYS_BASE)
+    make_filesystem(region)
+    fs = FileSystem.mount(region)
+    guest = _file(fs, ROOT_INO, b"guest", 64 * GIB)
+    for name, size in ((b"dom-0", 2 * MIB), (b"dom-1", 64 * MIB)):
+        _file(fs, IOMMU_INO, name, size)
+    fs.tables.create_root()
+    for number in range(UNLINKS):
+        _file(fs, ROOT_INO, b"%d" % number, 4 * MIB)
+    (_low, at, _length), *_ = fs.pieces(guest, 0, PAGE)
+    start = (PHYS_BASE + at) % GIB  # as aligned as memory is: 1 GiB leaves
+    found["file-map-2m"] = _milliseconds(
+        lambda: fs.tables.map_file(0, GIB + start + 2 * MIB, guest, 0, 64 * GIB, 3)
+    )
+    found["file-map-4k"] = _milliseconds(
+        lambda: fs.tables.map_file(1, GIB + start + PAGE, guest, 0, 16 * GIB, 3)
+    )
+    fs.unmount()
+    found["mount"] = _milliseconds(lambda: FileSystem.mount(region))
+    fs = FileSystem.mount(region)
+    found["unlink-first"] = _milliseconds(lambda: fs.unlink(ROOT_INO, b"0"))
+    rest = [
+        _milliseconds(partial(fs.unlink, ROOT_INO, b"%d" % number)) for number in range(1, UNLINKS)
+    ]
+    found["unlink"] = sorted(rest)[len(rest) // 2]
+    with contextlib.suppress(BusyError):
+        fs.unlink(ROOT_INO, b"guest")
+        sys.exit("unlink of a mapped file")
+    leaves = {n: table.used_pages for n, table in fs.tables.domains.items()}
+    if leaves[0] < 64 or leaves[1] < 16 * 512:
+        sys.exit(f"other leaves than wanted: {leaves}")
+    region.close()
+    os.close(fd)
+    return found
+
+
+def _file(fs: FileSystem, directory: int, name: bytes, size: int) -> int:
+    ino = fs.create(directory, name, 0o100600, 0, 0).ino
+    fs.run(lambda: fs.setattr(ino, size=size))
+    return int(ino)
+
+
 def main() -> int:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     with tempfile.TemporaryDirectory() as directory:
@@ -93,7 +148,7 @@ def main() -> int:
     region.zero(0, REGION_BYTES)
     store = PageStore(region, bytes(16), 512, 511, REGION_BYTES // PAGE)
     for _ in range(rounds):
-        print(json.dumps(_round(region, store, fill)), flush=True)
+        print(json.dumps(_round(region, store, fill) | _files_round()), flush=True)
     return 0
 
 

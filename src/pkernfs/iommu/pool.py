@@ -58,16 +58,19 @@ class TablePool:
     commit, and those that it gives back stay as they are until then.
 
     :param pieces: ``(physical address, region offset, length)`` in bytes, sorted.
+    :param tables: False: nothing in there will be walked or taken; it costs no byte for each page.
     """
 
-    def __init__(self, region: Region, pieces: Sequence[tuple[int, int, int]]) -> None:
+    def __init__(
+        self, region: Region, pieces: Sequence[tuple[int, int, int]], *, tables: bool = True
+    ) -> None:
         self._base = region.base
         self._pieces = ffi.new("struct pk_piece[]", len(pieces))
         first = 0
         for at, (physical, offset, length) in enumerate(pieces):
             self._pieces[at] = (physical, offset, length, first)
             first += length // PAGE
-        self._state = bytearray(first)
+        self._state = bytearray(first if tables else 0)
         self._state_c = ffi.from_buffer("uint8_t[]", self._state)
         self._pool = ffi.new("struct pk_pool *")
         self._pool.pieces = self._pieces
@@ -235,7 +238,7 @@ class BlockMap:
     """
 
     def __init__(self, region: Region, pieces: Sequence[tuple[int, int, int]]) -> None:
-        self._memory = TablePool(region, pieces)
+        self._memory = TablePool(region, pieces, tables=False)
         self._blocks = bytearray(-(-region.size // BLOCK))
 
     def clear(self) -> None:
