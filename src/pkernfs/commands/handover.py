@@ -92,10 +92,10 @@ def _print(mnt: str, outcome: Outcome) -> None:
         f"{outcome.inodes} inodes, {outcome.metadata_pages} pages of metadata checked"
     )
     if outcome.digest_bytes:
-        rate = outcome.digest_bytes / max(outcome.digest_seconds, 1e-9) / 1e9
+        rate = int(outcome.digest_bytes / max(outcome.digest_seconds, 1e-9))
         print(
             f"{mnt}: digests of {format_size(outcome.digest_bytes)} in "
-            f"{outcome.digest_seconds:.2f} s ({rate:.1f} GB/s)"
+            f"{outcome.digest_seconds:.2f} s ({format_size(rate)}/s)"
         )
     print(f"{mnt}: every change is refused now; kexec, or pkernfs handover --abort {mnt}")
 

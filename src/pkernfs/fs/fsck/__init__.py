@@ -69,16 +69,17 @@ def survey(region: Region, *, progress: Callable[[int, int], None] | None = None
 
     :raises FormatError: as :func:`check`.
     """
-    return Survey(_examine(region, repair=False, verify_zero=False, progress=progress))
+    return Survey(_examine(region, repair=None, verify_zero=False, progress=progress))
 
 
 def _examine(
     region: Region,
     *,
-    repair: bool,
+    repair: bool | None,
     verify_zero: bool | None,
     progress: Callable[[int, int], None] | None,
 ) -> Context:
+    """All passes. ``repair`` None: not even the work of one is done where nothing is wrong."""
     report = Report()
     told = 0
 
@@ -89,7 +90,8 @@ def _examine(
         if progress is not None:
             progress(told, _TOTAL)
 
-    ctx = superblocks.open_image(region, report, tell, repair=repair)
+    ctx = superblocks.open_image(region, report, tell, repair=bool(repair))
+    ctx.only_look = repair is None
     ctx.verify_zero = verify_zero
     try:
         try:
@@ -134,7 +136,8 @@ def _run(ctx: Context) -> None:
     scavenge.fill_gaps(ctx, space)
     scavenge.put_back(ctx)
     Connector(ctx, space).run()
-    repairs.rebuild(ctx, space)
-    repairs.write_counts(ctx)
-    maps.write(ctx)
+    if not ctx.only_look or ctx.report.problems:
+        repairs.rebuild(ctx, space)
+        repairs.write_counts(ctx)
+        maps.write(ctx)
     tables.check_tables(ctx)

@@ -126,6 +126,7 @@ class Context:
         self.map_zero = bytearray(sb.blocks)
         self.rewrite_maps: set[int] = set()
         self.verify_zero: bool | None = None
+        self.only_look = False
         # Whether data that cannot stay where it is may be copied; else it is lost.
         self.may_copy = True
         self._page_maps: dict[int, int] = {}
