@@ -104,6 +104,19 @@ def test_a_contender_waits_for_one_that_is_closing(host: Host) -> None:
     process.stdout.close()
 
 
+def test_a_contender_waits_a_moment_for_one_that_serves(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "_SERVED_WAIT_SECONDS", 10.0)
+    process = holder(host, "s", Span(G, 512 * M))  # unmounted, but does not know yet
+    assert process.stdin
+    process.stdin.close()
+    attempt(host, Span(G, G))
+    process.wait(timeout=20)
+    assert process.stdout
+    process.stdout.close()
+
+
 def test_where_the_locks_are(host: Host) -> None:
     attempt(host, Span(G, G))
     directory = Path(host.path("run/pkernfs"))

@@ -22,6 +22,7 @@ from pkernfs.errors import LockedError, RegionError
 
 _FLOCK = struct.Struct("hhqqi4x")
 _CLOSING_WAIT_SECONDS = 10.0
+_SERVED_WAIT_SECONDS = 0.5  # a daemon may learn later than umount(8) that it serves no more
 _FILE_OWNER = Span(0x7FFF_FFFF_0000_0000, 1)  # far beyond any data
 _FILE_SERVER_SHIFT = 1
 _PHYSICAL_SERVER_SHIFT = 1 << 60  # beyond any address
@@ -43,11 +44,13 @@ class RegionLock:
         :raises LockedError: it is in use.
         :raises RegionError: the kernel refuses.
         """
+        served = time.monotonic() + _SERVED_WAIT_SECONDS
         deadline = time.monotonic() + _CLOSING_WAIT_SECONDS
         kind = fcntl.F_WRLCK if exclusive else fcntl.F_RDLCK
         for span in self._owned:
             while not self._try(kind, span):
-                if self._is_served(span) or time.monotonic() > deadline:
+                limit = served if self._is_served(span) else deadline
+                if time.monotonic() > limit:
                     raise LockedError(f"{self._spec}: {self._in_use(kind, span)}")
                 time.sleep(0.01)
 
