@@ -101,11 +101,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """For ``scripts/lab list``: each test with what it shows."""
-    if os.environ.get("PKERNFS_LAB_LIST"):
-        for item in session.items:
-            doc = getattr(getattr(item, "function", None), "__doc__", None) or ""
-            print(f"  {item.name:<40} {doc.partition(chr(10))[0]}")
+    """For ``scripts/lab list``: write each test, with what it shows, to the file that it names."""
+    if listing := os.environ.get("PKERNFS_LAB_LIST"):
+        functions = [item for item in session.items if isinstance(item, pytest.Function)]
+        shows = {item.originalname: item.function.__doc__ or "" for item in functions}
+        lines = [f"{name}\t{text.partition(chr(10))[0]}\n" for name, text in shows.items()]
+        Path(listing).write_text("".join(lines))
 
 
 @pytest.fixture(scope="session")
