@@ -87,10 +87,11 @@ def dawdle(_guest: Guest) -> None:
     time.sleep(60)
 
 
-def test_stage_that_is_never_done_fails(lab: Lab) -> None:
-    """A live machine whose test does not end is a failing test."""
+def test_stage_that_is_never_done_fails(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    """A live machine whose test does not end is a failing test; where it was is told."""
     with pytest.raises(StageFailed, match="not done in 8 s"):
         lab.run(dawdle, seconds=8)
+    assert "in dawdle" in capsys.readouterr().out
 
 
 def crash(guest: Guest) -> None:

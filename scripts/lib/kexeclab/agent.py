@@ -4,7 +4,6 @@ Messages are lines of JSON on a virtio port. Started by init or by systemd; the 
 the kernel command line, which each kexec sets.
 """
 
-import faulthandler
 import importlib.util
 import json
 import os
@@ -20,6 +19,7 @@ from kexeclab.guest import STAGE_PARAMETER, Guest, GuestError
 
 PORT = "pkernfs.lab"
 PROJECT = Path("/opt/pkernfs")
+_MAIN = threading.get_ident()
 _BEAT_SECONDS = 2.0
 _PORT_SECONDS = 30.0
 
@@ -88,11 +88,16 @@ def stage_function(file: str, name: str) -> Callable[[Guest], None]:
     return function  # type: ignore[no-any-return]
 
 
-def beat(port: Port) -> None:
-    """Tell the host now and then that the machine is alive."""
+def beat(port: Port, deadline: float) -> None:
+    """Tell the host now and then that the machine is alive, and near the end where the stage is."""
+    told = False
     while True:
         time.sleep(_BEAT_SECONDS)
         port.send(beat=time.monotonic())
+        if not told and time.monotonic() > deadline:
+            told = True
+            frame = sys._current_frames()[_MAIN]
+            port.send(log="nearly out of time:\n" + "".join(traceback.format_stack(frame)))
 
 
 def main() -> int:
@@ -100,8 +105,8 @@ def main() -> int:
     port = Port(find_port())
     stage = stage_number()
     task = port.ask(hello=stage, release=os.uname().release, uptime=time.monotonic())
-    threading.Thread(target=beat, args=(port,), daemon=True).start()
-    faulthandler.dump_traceback_later(max(1.0, task["seconds"] - 5))  # to the console
+    deadline = time.monotonic() + task["seconds"] - 2 * _BEAT_SECONDS
+    threading.Thread(target=beat, args=(port, deadline), daemon=True).start()
     try:
         function = stage_function(task["file"], task["function"])
         function(Guest(port, stage, task["notes"], task["parameters"]))
