@@ -21,6 +21,8 @@ from kexeclab.project import CHECKOUT
 Stage = Callable[[Guest], None]
 BOOT_SECONDS = 120.0
 STAGE_SECONDS = 180.0
+#: How often a machine may be started that is lost before its first word.
+BOOTS = 3
 SILENT_SECONDS = 60.0
 _PANIC = re.compile(r"Kernel panic - not syncing")
 
@@ -61,15 +63,22 @@ def run_stages(
     :raises LabError: the machine cannot be set up.
     """
     parts = prepare(machine)
-    result = Result()
-    with running(machine, parts, echo) as alive:
-        result.console = alive.console
-        play = _Play(alive, result, parameters or {}, seconds, time.monotonic())
-        try:
-            for number, stage in enumerate(stages, 1):
-                play.stage(number, stage, last=number == len(stages))
-        except (LostMachine, StageFailed) as error:
-            raise type(error)(f"{error}\n--- console:\n{alive.last_words()}") from None
+    for attempt in range(1, BOOTS + 1):
+        result = Result()
+        with running(machine, parts, echo) as alive:
+            result.console = alive.console
+            play = _Play(alive, result, parameters or {}, seconds, time.monotonic())
+            try:
+                for number, stage in enumerate(stages, 1):
+                    play.stage(number, stage, last=number == len(stages))
+                break
+            except (LostMachine, StageFailed) as error:
+                # Nothing of the test has run before the first word. With several emulated
+                # processors, a kernel that patches its own code now and then trips over that.
+                early = isinstance(error, LostMachine) and not result.boots
+                if not early or attempt == BOOTS:
+                    raise type(error)(f"{error}\n--- console:\n{alive.last_words()}") from None
+                print(f"lost before its first word, booted again: {error}", flush=True)
     return result
 
 
