@@ -4,7 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,10 +52,10 @@ def entry(kind: str, name: str, build: Callable[[Path], None], keep: int = 2) ->
     place = directory() / kind / name
     if not _whole(place):
         if place.exists():
-            shutil.rmtree(place)
+            _remove(place)
         place.parent.mkdir(parents=True, exist_ok=True)
         for remnant in place.parent.glob(".*"):  # of a builder that was killed: we have the lock
-            shutil.rmtree(remnant, ignore_errors=True)
+            _remove(remnant)
         scratch = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=place.parent))
         try:
             scratch.chmod(0o755)
@@ -63,7 +63,7 @@ def entry(kind: str, name: str, build: Callable[[Path], None], keep: int = 2) ->
             _record(scratch)
             scratch.rename(place)
         except BaseException:
-            shutil.rmtree(scratch, ignore_errors=True)
+            _remove(scratch)
             raise
         _checked.add(place)
     os.utime(place)
@@ -112,6 +112,11 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def _remove(tree: Path) -> None:
+    """Remove a tree, but nothing of another file system that is mounted in it."""
+    subprocess.run(["rm", "-rf", "--one-file-system", str(tree)], check=False, capture_output=True)
+
+
 def _drop_old(kind: Path, keep: int) -> None:
     entries = sorted(
         (path for path in kind.iterdir() if not path.name.startswith(".")),
@@ -119,7 +124,7 @@ def _drop_old(kind: Path, keep: int) -> None:
         reverse=True,
     )
     for path in entries[keep:]:
-        shutil.rmtree(path, ignore_errors=True)
+        _remove(path)
 
 
 def require_root() -> None:

@@ -60,8 +60,9 @@ def fetch() -> Root:
 def _build(scratch: Path) -> None:
     cache.require_root()
     tree = scratch / "tree"
+    # In a mount namespace of its own: what it mounts in the tree goes, also if it is killed.
     run(
-        "mmdebstrap", "--mode=root", "--variant=minbase", "--architectures=amd64",
+        "unshare", "-m", "mmdebstrap", "--mode=root", "--variant=minbase", "--architectures=amd64",
         f"--include={','.join(_PACKAGES)}",
         *(f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in _LEAVE_OUT),
         *(f"--aptopt={_statement(option)}" for option in proxy_options()),
