@@ -5,6 +5,7 @@ The same over a real kexec is in tests/lab.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import select
 import signal
@@ -83,7 +84,7 @@ class Counting:
 
     def end(self) -> None:
         """No QEMU of this machine is left, whatever happened."""
-        name = "-".join(self.directory.resolve().parts[1:])
+        name = hashlib.sha256(os.fsencode(self.directory.resolve())).hexdigest()[:16]
         pid_file = Path(f"/run/live-update-{name}.pid")
         if pid_file.exists():
             process = os.pidfd_open(int(pid_file.read_text()))
