@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import subprocess
+import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,13 @@ from pkernfs.fs import control as server_side
 from pkernfs.fs.filesystem import FileSystem
 
 fuse = pytest.mark.fuse
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A directory with a short name: that of a socket has room for 107 bytes."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
+        yield Path(directory)
 
 
 def socket_of(path: Path) -> Path:
