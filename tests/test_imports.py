@@ -23,6 +23,7 @@ LAYERS = (
     ("alloc",),
     ("iommu",),
     ("fuse_shim", "options", "mounts", "progress"),
+    ("qemu",),
     ("control", "doctor", "kexec", "loaded"),
     ("fs",),
     ("commands",),

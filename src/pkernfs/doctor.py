@@ -11,12 +11,12 @@ import gzip
 import os
 import re
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import NamedTuple
 
-from pkernfs.backing import cmdline, iomem
+from pkernfs import qemu
+from pkernfs.backing import cmdline, dax, iomem
 from pkernfs.backing.host import HOST, Host
 from pkernfs.errors import RegionError
 
@@ -24,10 +24,6 @@ OK, WARNING, MISSING, UNKNOWN = "ok", "warning", "missing", "unknown"
 
 _OLDEST_KERNEL = (6, 1)
 _SHARED_DIRECT_KERNEL = (6, 6)  # FUSE_DIRECT_IO_ALLOW_MMAP
-_OLDEST_QEMU = (8, 1)  # memory-backend-file,offset=
-_OLDEST_CPR = (8, 2)  # cpr-reboot
-_KASLR_RANGES = 4  # arch/x86/boot/compressed/kaslr.c, MAX_MEMMAP_REGIONS
-_DAX = "sys/bus/dax/devices"
 _UNITS = "usr/local/lib/systemd/system/pkernfs.target"
 
 
@@ -150,9 +146,9 @@ def _check_huge_pages(host: Host, config: Config) -> Iterator[Result]:
 
 
 def _check_dev_mem(host: Host, config: Config) -> Iterator[Result]:
-    lockdown = _lockdown(host)
-    without = WARNING if host.list(_DAX) else MISSING  # one of the two will do
-    if lockdown not in (None, "none"):
+    lockdown = host.lockdown()
+    without = WARNING if dax.device_names(host) else MISSING  # one of the two will do
+    if lockdown is not None:
         yield Result(
             "region", "/dev/mem", without, f"lockdown: {lockdown}",
             "boot without lockdown=, secure boot off; or use device-dax",
@@ -164,11 +160,6 @@ def _check_dev_mem(host: Host, config: Config) -> Iterator[Result]:
         )  # fmt: skip
     else:
         yield Result("region", "/dev/mem", OK, "there")
-
-
-def _lockdown(host: Host) -> str | None:
-    found = re.search(r"\[(\w+)\]", host.find("sys/kernel/security/lockdown") or "")
-    return found[1] if found else None
 
 
 def _check_reservation(host: Host, config: Config) -> Iterator[Result]:
@@ -220,12 +211,12 @@ def _kaslr(line: str) -> Iterator[Result]:
             "nokaslr, or a region that starts above its size",
         )  # fmt: skip
         return
-    if len(cmdline.values(line, "memmap")) > _KASLR_RANGES:
+    if len(cmdline.values(line, "memmap")) > cmdline.KASLR_RANGES:
         yield Result("region", "KASLR", OK, "off: more than 4 memmap= ranges")
 
 
 def _check_dax(host: Host, config: Config) -> Iterator[Result]:
-    devices = host.list(_DAX)
+    devices = dax.device_names(host)
     if devices:
         yield Result("region", "device-dax", OK, ", ".join(devices))
     elif config is not None and "DEV_DAX" not in config:
@@ -241,36 +232,22 @@ def _check_dax(host: Host, config: Config) -> Iterator[Result]:
 
 
 def _check_qemu(host: Host, config: Config) -> Iterator[Result]:
-    version = qemu_version()
+    path = shutil.which("qemu-system-x86_64")
+    version = qemu.version_in(qemu.what_it_says(path)) if path is not None else None
     if version is None:
         yield Result(
             "guest", "QEMU", MISSING, "qemu-system-x86_64 not found",
             "apt install qemu-system-x86",
         )  # fmt: skip
-    elif _version(version) < _OLDEST_QEMU:
+    elif _version(version) < qemu.OLDEST:
         yield Result(
             "guest", "QEMU", MISSING, f"{version} cannot map a region at an offset",
             "8.1 or newer; 8.2 for live update (Debian 12: from backports)",
         )  # fmt: skip
-    elif _version(version) < _OLDEST_CPR:
+    elif _version(version) < qemu.OLDEST_CPR:
         yield Result("guest", "QEMU", WARNING, f"{version} has no cpr-reboot", "8.2 or newer")
     else:
         yield Result("guest", "QEMU", OK, version)
-
-
-def qemu_version(program: str = "qemu-system-x86_64") -> str | None:
-    """Version of a QEMU; None: there is none, or it does not say."""
-    path = shutil.which(program)
-    if path is None:
-        return None
-    try:
-        done = subprocess.run(
-            [path, "--version"], capture_output=True, text=True, timeout=20, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    found = re.search(r"version (\d+\.\d+[.\d]*)", done.stdout)
-    return found[1] if found else None
 
 
 # ---------------------------------------------------------------------- kexec

@@ -6,7 +6,6 @@ Planning only: nothing is loaded and nothing is started here.
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass, field
 
 from pkernfs.backing import cmdline, iomem
@@ -30,7 +29,6 @@ class Plan:
     initrd: str | None
     append: str
     added: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
     commands: list[list[str]] = field(default_factory=list)
 
 
@@ -83,8 +81,7 @@ def find_kernel(kernel: str | None, initrd: str | None, host: Host) -> tuple[str
 
 def without_boot_loader(line: str) -> str:
     """A command line without what the boot loader has put there for itself."""
-    words = re.findall(r'(?:[^\s"]|"[^"]*(?:"|$))+', line)  # as they are, quotes included
-    return " ".join(w for w in words if not w.startswith(_BOOT_LOADER))
+    return " ".join(w for w in cmdline.quoted_words(line) if not w.startswith(_BOOT_LOADER))
 
 
 def _keep_parameters(plan: Plan, running: str) -> None:
@@ -97,20 +94,10 @@ def _keep_parameters(plan: Plan, running: str) -> None:
 
 
 def _keep_out_of(plan: Plan, spans: list[Span]) -> None:
-    """Have the next kernel not place itself into a region.
-
-    KASLR takes ``memmap=SIZE%START`` for the end of memory at SIZE, and so may choose a place in a
-    region whose size is larger than its start (parse_memmap of arch/x86/boot/compressed/kaslr.c).
-    """
-    words = cmdline.words(plan.append)
-    if "nokaslr" in words:
-        return
-    for word in words:
-        found = re.fullmatch(r"memmap=(\w+)%(\w+)\S*", word)
-        if found and cmdline.parse_number(found[1]) > cmdline.parse_number(found[2]) and spans:
-            plan.append += " nokaslr"
-            plan.added.append("nokaslr")
-            return
+    """Have the next kernel not place itself into a region."""
+    if spans and cmdline.kaslr_danger(plan.append) is not None:
+        plan.append += " nokaslr"
+        plan.added.append("nokaslr")
 
 
 def check_command_line(line: str, spans: list[Span]) -> None:

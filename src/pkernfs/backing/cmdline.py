@@ -19,7 +19,7 @@ _MEMMAP = re.compile(r"([^@#$!%]+)([@#$!%])(.*)", re.ASCII)
 _CHANGE = re.compile(r"(?:-(\w+))?(?:\+(\w+))?", re.ASCII)
 _NAMED = re.compile(r"([A-Za-z_][\w.-]*):(.+)", re.ASCII)
 
-_KASLR_RANGES = 4  # MAX_MEMMAP_REGIONS of the kernel's decompressor
+KASLR_RANGES = 4  # MAX_MEMMAP_REGIONS of the kernel's decompressor
 
 # Types of the BIOS's memory map, as memmap=...-OLD+NEW has them (asm/e820/types.h).
 _E820_RAM = 1
@@ -72,12 +72,16 @@ def format_number(number: int) -> str:
 def words(command_line: str) -> list[str]:
     """The parameters, without quotes; those behind ``--`` are not the kernel's."""
     found = []
-    for match in re.finditer(r'(?:[^\s"]|"[^"]*(?:"|$))+', command_line):
-        word = match[0]
+    for word in quoted_words(command_line):
         if word == "--":
             break
         found.append(word.replace('"', ""))
     return found
+
+
+def quoted_words(command_line: str) -> list[str]:
+    """All words as they stand there, quotes included."""
+    return re.findall(r'(?:[^\s"]|"[^"]*(?:"|$))+', command_line)
 
 
 def values(command_line: str, name: str) -> list[str]:
@@ -160,7 +164,7 @@ def kaslr_danger(command_line: str) -> str | None:
     """
     found = values(command_line, "memmap")
     ranges = [text for value in found for text in value.split(",")]
-    if "nokaslr" in words(command_line) or len(ranges) > _KASLR_RANGES:
+    if "nokaslr" in words(command_line) or len(ranges) > KASLR_RANGES:
         return None
     for text in ranges:
         match = _MEMMAP.fullmatch(text)

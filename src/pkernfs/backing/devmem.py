@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import re
 from collections.abc import Callable
 
 from pkernfs.backing import iomem
@@ -85,7 +84,7 @@ def _why_not(number: int | None, host: Host) -> str:
         return "a kernel without CONFIG_DEVMEM, or a container; use device-dax"
     if number not in (errno.EPERM, errno.EACCES):
         return ""
-    lockdown = re.search(r"\[(\w+)\]", host.find("sys/kernel/security/lockdown") or "")
-    if lockdown and lockdown[1] != "none":
-        return f"kernel lockdown ({lockdown[1]}, by Secure Boot or lockdown=): use device-dax"
+    lockdown = host.lockdown()
+    if lockdown is not None:
+        return f"kernel lockdown ({lockdown}, by Secure Boot or lockdown=): use device-dax"
     return "root is needed (CAP_SYS_RAWIO)"

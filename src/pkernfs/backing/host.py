@@ -6,6 +6,7 @@ Tests make a root of their own; everything else uses :data:`HOST`.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 
 
@@ -40,6 +41,11 @@ class Host:
             return sorted(os.listdir(self.path(name)))
         except OSError:
             return []
+
+    def lockdown(self) -> str | None:
+        """``integrity`` or ``confidentiality``; None if the kernel is not locked down."""
+        found = re.search(r"\[(\w+)\]", self.find("sys/kernel/security/lockdown") or "")
+        return found[1] if found and found[1] != "none" else None
 
     def command_line(self) -> str:
         """The kernel's command line; empty where there is no /proc."""

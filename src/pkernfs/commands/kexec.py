@@ -9,14 +9,12 @@ import shutil
 import subprocess
 import sys
 
-from pkernfs import kexec
-from pkernfs.backing import dax, iomem
-from pkernfs.backing.host import HOST, Host
-from pkernfs.backing.iomem import Span
+from pkernfs import kexec, loaded
+from pkernfs.backing.host import HOST
 from pkernfs.commands.handover import hand_over
 from pkernfs.control import call
 from pkernfs.errors import NotFoundError, PkernfsError
-from pkernfs.mounts import FSTYPE, Mount, read_mounts
+from pkernfs.mounts import FSTYPE, read_mounts
 
 _UNLOAD = ["kexec", "-u"]
 
@@ -41,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     mounts = [m for m in read_mounts() if m.fstype == FSTYPE]
     ours = [m.mount_point for m in mounts if not handed_over_by_systemd(m.mount_point)]
     plan = kexec.make_plan(
-        [span for m in mounts for span in spans_of(m)],
+        [span for m in mounts for span in loaded.physical_spans(m.source)],
         ours,
         kernel=args.kernel,
         initrd=args.initrd,
@@ -55,21 +53,6 @@ def run(args: argparse.Namespace) -> int:
         return 0
     _carry_out(plan, ours)
     return 0
-
-
-def spans_of(mount: Mount) -> list[Span]:
-    """The physical memory that a mounted region has for itself: none for a file."""
-    if iomem.looks_physical(mount.source):
-        return [iomem.parse_span(mount.source)]
-    if mount.source.startswith("/dev/dax"):
-        return dax_spans(mount.source)
-    return []
-
-
-def dax_spans(path: str, host: Host = HOST) -> list[Span]:
-    """Physical ranges of a device-dax device."""
-    name = dax.device_name(path, host)
-    return [] if name is None else list(dax.read_device(name, host).pieces)
 
 
 def handed_over_by_systemd(mount_point: str) -> bool:

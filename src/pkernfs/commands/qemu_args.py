@@ -14,10 +14,10 @@ import re
 import shlex
 import shutil
 import stat
-import subprocess
 import sys
 from typing import Any, NamedTuple
 
+from pkernfs import qemu
 from pkernfs.backing import iomem
 from pkernfs.commands.extents import Extent, read_extents
 from pkernfs.errors import (
@@ -32,9 +32,6 @@ from pkernfs.options import format_size
 
 QEMU = "qemu-system-x86_64"
 #: The first version whose memory-backend-file has ``offset=``.
-OLDEST = (8, 1)
-_VERSION = re.compile(r"version (\d+)\.(\d+)(\.\d+)*")
-_VERSION_SECONDS = 30
 #: What QEMU takes for the id of an object.
 _ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 _BLOCK = 2 << 20
@@ -268,25 +265,13 @@ def check_qemu(command: str) -> tuple[str, str]:
         raise NotFoundError(
             f"{command}: no such program: apt-get install qemu-system-x86, or give --qemu PATH"
         )
-    try:
-        done = subprocess.run(
-            [path, "--version"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_VERSION_SECONDS,
-            check=False,
-        )
-        said = done.stdout.partition("\n")[0]
-    except (OSError, subprocess.TimeoutExpired) as e:
-        said = str(e)
-    match = _VERSION.search(said)
-    if match is None or "QEMU" not in said:
+    said = qemu.what_it_says(path)
+    version = qemu.version_in(said)
+    if version is None:
         raise NotSupportedError(f"{path}: does not tell a version of QEMU: got {said!r}")
-    version = match[0].removeprefix("version ")
-    if (int(match[1]), int(match[2])) < OLDEST:
-        oldest = ".".join(map(str, OLDEST))
+    major, minor, *_ = map(int, version.split("."))
+    if (major, minor) < qemu.OLDEST:
+        oldest = ".".join(map(str, qemu.OLDEST))
         raise NotSupportedError(
             f"{path}: too old: got QEMU {version}, expected {oldest} or later (offset= of "
             "memory-backend-file): install that of Debian 13 or of bookworm-backports, or give "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -98,13 +97,13 @@ def _map(fd: int, base: int, length: int, write: bool) -> mmap.mmap:
 
 def _refused(base: int, path: str, error: OSError, host: Host) -> PermissionDeniedError:
     message = f"registers at {base:#x}: {path}: {error.strerror}"
-    lockdown = re.search(r"\[(\w+)\]", host.find("sys/kernel/security/lockdown") or "")
+    lockdown = host.lockdown()
     if error.errno in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
         why = "a kernel without CONFIG_DEVMEM, or a container"
     elif os.geteuid():
         why = "root is needed"
-    elif lockdown and lockdown[1] != "none":
-        why = f"kernel lockdown ({lockdown[1]}): boot without Secure Boot and lockdown="
+    elif lockdown is not None:
+        why = f"kernel lockdown ({lockdown}): boot without Secure Boot and lockdown="
     elif "iomem=relaxed" not in host.command_line().split():
         why = "boot with iomem=relaxed"
     else:

@@ -1,0 +1,35 @@
+"""Which QEMU a program is."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+
+#: The first with memory-backend-file,offset=, and the first with cpr-reboot.
+OLDEST = (8, 1)
+OLDEST_CPR = (8, 2)
+_VERSION = re.compile(r"QEMU.*version (\d+\.\d+(?:\.\d+)*)")
+_SECONDS = 30
+
+
+def what_it_says(path: str) -> str:
+    """The first line of ``--version``, or why there is none."""
+    try:
+        done = subprocess.run(
+            [path, "--version"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as e:
+        return str(e)
+    return done.stdout.partition("\n")[0]
+
+
+def version_in(said: str) -> str | None:
+    """The version of QEMU that such a line names, as ``8.2.1``; None: it names none."""
+    found = _VERSION.search(said)
+    return found[1] if found else None
