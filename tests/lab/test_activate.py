@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from words import read_word, write_word
 
 from kexeclab.guest import Guest
 from kexeclab.runner import Lab
@@ -90,19 +91,6 @@ class Edu:
         write_word(MOUNT / "scratch", 0, word)
         self.transfer(SCRATCH, BUFFER, 1)
         self.transfer(BUFFER, iova, 3)
-
-
-def read_word(path: Path, offset: int) -> int:
-    """A word of a file, which is opened for that: see docs/coherence.md."""
-    with path.open("rb", buffering=0) as file:
-        return int.from_bytes(os.pread(file.fileno(), 8, offset), "little")
-
-
-def write_word(path: Path, offset: int, word: int) -> None:
-    """Write a word to a file, for all to see."""
-    with path.open("r+b", buffering=0) as file:
-        os.pwrite(file.fileno(), word.to_bytes(8, "little"), offset)
-        os.fsync(file.fileno())
 
 
 def make_file(name: str, size: int) -> Path:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from words import read_word, write_word
 
 from guestlab.machine import accelerators
 from iommu_unit import BUFFER, Edu, Fault, Unit, reasons_in_qemu
@@ -213,19 +214,6 @@ def _bar(device: str) -> int:
         config.seek(4)
         config.write(bytes([command]))
     return int((there / "resource").read_text().split()[0], 16)
-
-
-def read_word(path: Path, offset: int) -> int:
-    """A word of a file, through the mount. It is opened for that: see docs/coherence.md."""
-    with path.open("rb", buffering=0) as file:
-        return int.from_bytes(os.pread(file.fileno(), 8, offset), "little")
-
-
-def write_word(path: Path, offset: int, word: int) -> None:
-    """Write a word to a file through the mount, for all to see."""
-    with path.open("r+b", buffering=0) as file:
-        os.pwrite(file.fileno(), word.to_bytes(8, "little"), offset)
-        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
