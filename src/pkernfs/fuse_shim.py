@@ -174,11 +174,6 @@ def took_a_break() -> bool:
     return False
 
 
-def set_spin(spin_us: float) -> None:
-    """Change how long (microseconds) a read looks for a request before it gives up."""
-    lib.pk_spin_ns = int(spin_us * 1000)
-
-
 def reply_later(req: Any, result: int, *, counted: bool) -> None:
     """Answer a request for which :data:`LATER` was returned.
 

@@ -613,11 +613,6 @@ void pk_journal_replay(uint8_t *base, uint64_t journal)
 	pk_store_u64(base, journal, 0);
 }
 
-void pk_journal_clear(uint8_t *base, uint64_t journal)
-{
-	pk_store_u64(base, journal, 0);
-}
-
 /* ---------------------------------------------------------------- page tables */
 
 /*

@@ -34,7 +34,6 @@ ffibuilder.cdef(
     int pk_journal_state(const uint8_t *base, uint64_t size, uint64_t journal,
                          uint64_t capacity, const uint8_t *uuid);
     void pk_journal_replay(uint8_t *base, uint64_t journal);
-    void pk_journal_clear(uint8_t *base, uint64_t journal);
 
     struct pk_piece { uint64_t physical, offset, length, first; };
     struct pk_pool {

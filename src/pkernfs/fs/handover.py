@@ -304,14 +304,6 @@ def _spans(region: Region, extents: Iterable[Span]) -> Iterator[tuple[int, int, 
             yield offset + at - start, at, start + length - at, False
 
 
-def digest_file(
-    region: Region, ino: int, extents: Iterable[Span]
-) -> Iterator[tuple[int, int, list[digest.Part]]]:
-    """``(inode, number, parts)`` of the chunks of a file."""
-    for number, parts in chunks_of(region, extents):
-        yield ino, number, parts
-
-
 # ------------------------------------------------------------------------------ comparing
 
 

@@ -90,11 +90,6 @@ class TablePool:
         """Pages that are reachable from the top-level table."""
         return self._state.count(_LIVE)
 
-    @property
-    def pages_aside(self) -> int:
-        """Pages that are free but may not be taken yet."""
-        return self._state.count(_ASIDE)
-
     def begin(self) -> None:
         """Start a change."""
         pool = self._pool
@@ -248,11 +243,6 @@ class BlockMap:
     def add_tree(self, pool: TablePool, root: int, levels: int) -> bool:
         """Mark what the tables below ``root`` map; False if they are damaged and it is not all."""
         return pool.mark(root, levels, self._memory, self._blocks)
-
-    def add(self, offset: int, length: int) -> None:
-        """Mark the blocks of a range of the region, in bytes."""
-        first, last = offset // BLOCK, -(-(offset + length) // BLOCK)
-        self._blocks[first:last] = bytes([1]) * (last - first)
 
     def any(self, offset: int, length: int) -> bool:
         """Whether a block of that range is marked."""

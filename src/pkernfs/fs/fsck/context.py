@@ -15,7 +15,6 @@ from pkernfs.fs.fsck.problems import Code, Report
 from pkernfs.fs.fsck.structures import Extent, Superblock, parse_inode, parse_page_map
 from pkernfs.layout import (
     INODE_BYTES,
-    MAGIC_INODES,
     MAGIC_NAMES,
     MAGIC_PAGE_MAP,
     PAGE,
@@ -253,7 +252,3 @@ class Context:
         if page is None:
             return f"inode {ino}"
         return f"inode {ino} at {page * PAGE + (ino & 15) * INODE_BYTES:#x}"
-
-    def load_inodes_page(self, number: int) -> Buffer:
-        """A checked inode page."""
-        return self.image.load(number, MAGIC_INODES)
