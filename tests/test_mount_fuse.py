@@ -22,6 +22,7 @@ import pytest
 pytestmark = pytest.mark.fuse
 
 from mounting import MIB, Mapper, Mounted, child, is_mounted, libc, run_as, run_pkernfs, wait_until  # noqa: E402
+from pkernfs import control  # noqa: E402
 
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
 KEEP_SIZE, PUNCH_HOLE, COLLAPSE_RANGE, ZERO_RANGE = 1, 2, 8, 16
@@ -728,6 +729,53 @@ def test_the_background_begins_when_the_mount_answers(mounted: Mounted) -> None:
     assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
     assert sorted(os.listdir(mounted.path)) == ["iommu"]
     subprocess.run(["umount", mounted.path], check=True)
+
+
+#: The command, and a line on stderr for each look of the process at what is mounted on the last
+#: argument.
+_WATCHED = """
+import os, sys
+from pkernfs.cli import main
+from pkernfs.mounts import read_mounts
+def watch(name):
+    real = getattr(os, name)
+    def watched(path, *rest, **more):
+        if path == sys.argv[-1] and any(m.mount_point == path for m in read_mounts()):
+            print(f"os.{name} of its own mount", file=sys.stderr)
+        return real(path, *rest, **more)
+    setattr(os, name, watched)
+for name in ("stat", "lstat", "statvfs", "open", "listdir", "scandir", "getxattr"):
+    watch(name)
+sys.exit(main())
+"""
+
+
+def test_a_daemon_does_not_hold_its_own_mount(mounted: Mounted) -> None:
+    """Whatever it asked of the mount would make it busy for an umount(8) at that moment."""
+    mounted.unmount()
+    command = [sys.executable, "-c", _WATCHED, "mount", "-f"]
+    command += [str(mounted.region), str(mounted.path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as daemon:
+        try:
+            wait_until(lambda: is_mounted(mounted.path), "the mount")
+            os.statvfs(mounted.path)  # answered, so it listens
+            assert control.call(str(mounted.path), "ping")["pid"] == daemon.pid
+            device = os.stat(mounted.path).st_dev
+            settings = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}")
+            assert (settings / "read_ahead_kb").read_text() == "1024\n"
+            assert (settings / "max_ratio").read_text() == "100\n"
+            subprocess.run(["umount", mounted.path], check=True)
+            assert daemon.communicate(timeout=20)[1] == ""
+        finally:
+            daemon.kill()
+
+
+def test_umount_right_after_mount(mounted: Mounted) -> None:
+    """Nothing that comes after the mount makes it busy, at whatever moment it is unmounted."""
+    for i in range(10):
+        mounted.unmount()
+        mounted.start()
+        time.sleep(i * 4e-4)  # the moment
 
 
 def test_truncate_waits_for_zeroing_beside_others() -> None:

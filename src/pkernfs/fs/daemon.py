@@ -22,7 +22,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Itera
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from pkernfs.errors import FormatError, PkernfsError, RegionError, ZeroingNeeded, one_line
-from pkernfs.mounts import FSTYPE, mount_at
+from pkernfs.mounts import FSTYPE, Mount, mount_at
 
 if TYPE_CHECKING:
     from pkernfs.alloc.blocks import Claim
@@ -261,8 +261,9 @@ def serve(
     listener = None
     try:
         fuse_shim.attach()
-        session = _Session(fs, region, mountpoint, server)
-        listener = session.listener = _listen(mountpoint, region.name)
+        mount = _own_mount(mountpoint, region.name)
+        session = _Session(fs, region, mountpoint, server, mount.device if mount else None)
+        listener = session.listener = _listen(mountpoint, mount)
         server.waiting = session
         server.freed = session.freed
         module.trio = _FastTrio(session.idle)
@@ -278,12 +279,17 @@ def serve(
         _detach_what_is_left(mountpoint, region.name)
 
 
-def _listen(mountpoint: str, source: str) -> Listener | None:
+def _own_mount(mountpoint: str, source: str) -> Mount | None:
+    from pkernfs.fs import control
+
+    return control.own_mount(os.path.abspath(mountpoint), source)
+
+
+def _listen(mountpoint: str, mount: Mount | None) -> Listener | None:
     """Open the control socket; without one the mount works all the same."""
     from pkernfs.fs import control
 
     try:
-        mount = control.own_mount(os.path.abspath(mountpoint), source)
         if mount is None:
             raise OSError("the mount is not in /proc/self/mountinfo")
         return control.Listener(mount.device)
@@ -331,7 +337,9 @@ def _fuse_options(options: Options) -> set[str]:
 class _Session:
     """The tasks of one mount; also the :class:`pkernfs.fs.operations.Waiting` of its handlers."""
 
-    def __init__(self, fs: FileSystem, region: Region, mountpoint: str, server: Any) -> None:
+    def __init__(
+        self, fs: FileSystem, region: Region, mountpoint: str, server: Any, device: int | None
+    ) -> None:
         import trio
 
         self._trio = trio
@@ -339,6 +347,7 @@ class _Session:
         self._server = server
         self.region = region
         self._mountpoint = os.path.abspath(mountpoint)
+        self._device = device
         self._loops = 0
         self._ended = trio.Event()
         self._dirty = trio.Event()
@@ -364,12 +373,13 @@ class _Session:
             background.cancel_scope.cancel()
 
     async def _announce(self, server: Any, ready: Callable[[], Any]) -> None:
-        """Call ``ready`` when FUSE_INIT has been answered; what root may tune comes after."""
+        """Tune what root may tune, and call ``ready``, when FUSE_INIT has been answered."""
         while not server.initialized:
             await self._trio.sleep(0.001)
+        if self._device is not None:
+            _tune_backing_device(self._device)
         ready()
         self._ready.set()
-        await self._trio.to_thread.run_sync(_tune_backing_device, self._mountpoint)
 
     async def _take_orders(self) -> None:
         """Serve the control socket, when nobody waits for the mount any more.
@@ -536,14 +546,16 @@ def _zero(region: Region, pieces: Iterable[tuple[int, int]]) -> None:
         region.zero(offset, length)
 
 
-def _tune_backing_device(mountpoint: str) -> None:
-    """Larger read-ahead, and no strict limit on what shared mappings may have dirty (root)."""
-    with contextlib.suppress(OSError):
-        device = os.stat(mountpoint).st_dev
-        bdi = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/"
-        for name, value in (("read_ahead_kb", 1024), ("strict_limit", 0), ("max_ratio", 100)):
-            with contextlib.suppress(OSError), open(bdi + name, "w") as f:
-                f.write(str(value))
+def _tune_backing_device(device: int) -> None:
+    """Larger read-ahead, and no strict limit on what shared mappings may have dirty (root).
+
+    ``device`` is the mount's ``st_dev``, from mountinfo: a stat of the mount would hold it for a
+    moment, in which umount(8) finds it busy.
+    """
+    bdi = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/"
+    for name, value in (("read_ahead_kb", 1024), ("strict_limit", 0), ("max_ratio", 100)):
+        with contextlib.suppress(OSError), open(bdi + name, "w") as f:
+            f.write(str(value))
 
 
 def _sync_and_unmount(mountpoint: str) -> str | None:
