@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import socket
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from guestlab import initramfs
-from kexeclab import LabError, cache, debian, kernels
+from kexeclab import LabError, LostMachine, cache, debian, kernels
+from kexeclab.machine import Clock, Running
 
 
 @pytest.fixture(autouse=True)
@@ -132,3 +136,71 @@ def test_archive_is_cpio(tmp_path: Path) -> None:
     assert archive.startswith(b"070701")
     assert archive.endswith(b"TRAILER!!!\0\0\0\0")
     assert len(archive) % 4 == 0
+
+
+# ---------------------------------------------------------------------------- the machine watched
+
+
+def clock(*looks: tuple[float, float]) -> list[float]:
+    """What a clock shows that is asked at these times, the machine having waited so long."""
+    times, waits = zip((100.0, 5.0), *looks, strict=True)
+    one = Clock(iter(waits).__next__, iter(times).__next__)
+    return [one.now() for _ in looks]
+
+
+def test_clock_shows_what_passes() -> None:
+    assert clock((101, 5), (101.5, 5), (103, 5)) == [1, 1.5, 3]
+
+
+def test_clock_stands_while_the_machine_waits_for_a_processor() -> None:
+    assert clock((101, 5.5), (102, 6)) == [0.5, 1]
+
+
+def test_clock_goes_on_however_long_the_machine_waits() -> None:
+    starved = clock(*((101.0 + i, 6.0 + i) for i in range(400)))
+    assert starved[-1] == 100
+    assert all(a < b for a, b in itertools.pairwise(starved))
+
+
+def test_clock_stands_while_its_watcher_sleeps() -> None:
+    assert clock((101, 5), (1000, 5), (1001, 5)) == [1, 3, 4]
+
+
+@pytest.fixture
+def watched() -> Iterator[tuple[Running, socket.socket]]:
+    """A machine that is a ``cat``, and its end of the channel."""
+    ours, theirs = socket.socketpair()
+    process = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin
+    machine = Running(process, ours, "tcg", echo=False)
+    with theirs, process.stdin:
+        yield machine, theirs
+    machine.close()
+
+
+def test_message_that_came_before_anybody_looked(watched: tuple[Running, socket.socket]) -> None:
+    machine, channel = watched
+    channel.sendall(b'{"beat": 1}\n{"beat"')
+    assert machine.receive(machine.clock.now() - 60) == {"beat": 1}
+    assert machine.receive(machine.clock.now() + 0.01) is None
+    channel.sendall(b": 2}\n")
+    assert machine.receive(machine.clock.now() + 20) == {"beat": 2}
+
+
+def test_answer_to_a_machine_that_is_gone(watched: tuple[Running, socket.socket]) -> None:
+    machine, channel = watched
+    channel.close()
+    machine.process.kill()
+    machine.send(go=True)
+    with pytest.raises(LostMachine, match=r"ended \(exit status -9\)"):
+        machine.receive(machine.clock.now() + 20)
+
+
+def test_machine_that_waits_for_a_processor_is_known(
+    watched: tuple[Running, socket.socket],
+) -> None:
+    machine, _ = watched
+    assert machine.waited_seconds() >= 0
+    machine.process.kill()
+    machine.process.wait()
+    assert machine.waited_seconds() == 0

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from kexeclab.debian import run
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _CPU = "max,la57=off"  # page tables of five levels cost a fifth more time without KVM
 _UPPER_BYTES = 1 << 30
+_LOOK_SECONDS = 1.0  # how often a machine is looked at that says nothing
 _SYSTEMD = "/lib/systemd/systemd"
 _COMMON = ("console=ttyS0", "oops=panic", "panic=-1", "net.ifnames=0")
 
@@ -107,6 +108,33 @@ def _disk(serial: str, path: Path, option: str) -> list[str]:
     ]  # fmt: skip
 
 
+class Clock:
+    """A machine's time, in seconds: what limits are counted in.
+
+    It stands while the machine waits for a processor, which says nothing of the machine, and while
+    its watcher does; but it does no less than a quarter of the time that really passes, for a limit
+    has to come.
+
+    :param waited: how long the machine has waited so far
+    """
+
+    def __init__(
+        self, waited: Callable[[], float], time_now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._waited = waited
+        self._time_now = time_now
+        self._last = time_now(), waited()
+        self._reading = 0.0
+
+    def now(self) -> float:
+        """What it shows; to be asked every second or so, a longer time is one in which we slept."""
+        before, self._last = self._last, (self._time_now(), self._waited())
+        passed, waited = (new - old for new, old in zip(self._last, before, strict=True))
+        seen = min(passed, 2 * _LOOK_SECONDS)
+        self._reading += max(seen - max(waited, 0.0), seen / 4)
+        return self._reading
+
+
 @dataclass
 class Running:
     """A QEMU at work. ``receive`` returns the machine's messages, one after the other."""
@@ -121,31 +149,42 @@ class Running:
 
     def __post_init__(self) -> None:
         assert self.process.stdout is not None
+        self.clock = Clock(self.waited_seconds)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self.process.stdout, selectors.EVENT_READ, "console")
         self._selector.register(self.channel, selectors.EVENT_READ, "channel")
 
     def receive(self, deadline: float) -> dict[str, Any] | None:
-        """The next message, or None when ``deadline`` (time.monotonic) has passed.
+        """The next message, or None when ``deadline`` (of :attr:`clock`) has passed.
 
         :raises LostMachine: QEMU ended.
         """
         while not self._messages:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return None
-            for key, _ in self._selector.select(left):
+            left = deadline - self.clock.now()
+            ready = self._selector.select(min(max(left, 0.0), _LOOK_SECONDS))
+            for key, _ in ready:
                 self._read(key.data)
+            if left <= 0 and not ready:
+                return None
         return self._messages.pop(0)
 
     def send(self, **message: Any) -> None:
-        """Answer the machine."""
-        self.channel.sendall(json.dumps(message).encode() + b"\n")
+        """Answer the machine. If it is gone, ``receive`` says so."""
+        with suppress(BrokenPipeError, ConnectionResetError):
+            self.channel.sendall(json.dumps(message).encode() + b"\n")
 
     def cpu_seconds(self) -> float:
         """What QEMU has used of the processors so far: unlike time, the same on a busy machine."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def waited_seconds(self) -> float:
+        """How long QEMU has been kept waiting for a processor: that of its threads most kept."""
+        waited = 0
+        for path in Path(f"/proc/{self.process.pid}/task").glob("*/schedstat"):
+            with suppress(OSError, IndexError):  # a thread that ends; a kernel without the figures
+                waited = max(waited, int(path.read_text().split()[1]))
+        return waited / 1e9
 
     def last_words(self, lines: int = 30) -> str:
         """The end of the console."""

@@ -77,9 +77,16 @@ def run_stages(
                 # processors, a kernel that patches its own code now and then trips over that.
                 early = isinstance(error, LostMachine) and not result.boots
                 if not early or attempt == BOOTS:
-                    raise type(error)(f"{error}\n--- console:\n{alive.last_words()}") from None
+                    raise type(error)(_report(error, alive)) from None
                 print(f"lost before its first word, booted again: {error}", flush=True)
     return result
+
+
+def _report(error: Exception, alive: Running) -> str:
+    """What went wrong, the end of the console, and again in short what went wrong."""
+    reason = str(error).splitlines()
+    short = reason[0] if len(reason) == 1 else f"{reason[0]} {reason[-1]}"
+    return f"{error}\n--- console:\n{alive.last_words()}\n--- {short}"
 
 
 class Lab:
@@ -119,6 +126,7 @@ class _Play:
     seconds: float
     left_at: float
     cpu_before: float = 0.0
+    waited_before: float = 0.0
 
     def stage(self, number: int, stage: Stage, last: bool) -> None:
         hello = self._hello(number)
@@ -126,8 +134,9 @@ class _Play:
         self.result.boots.append(booted - self.left_at)
         self._say(
             f"stage {number}, {stage.__name__}: Linux {hello['release']} up after "
-            f"{booted - self.left_at:.1f} s, {self._cpu():.1f} s of CPU time"
+            f"{booted - self.left_at:.1f} s, {self._cpu()}"
         )
+        limit = self.alive.clock.now() + self.seconds
         self.alive.send(
             file=str(Path(inspect.getfile(stage)).resolve().relative_to(CHECKOUT)),
             function=stage.__name__,
@@ -135,12 +144,12 @@ class _Play:
             parameters=self.parameters,
             seconds=self.seconds,
         )
-        ended = self._until_it_ends(number, booted + self.seconds)
+        ended = self._until_it_ends(number, limit)
         self.result.stages.append(stage.__name__)
         self.left_at = time.monotonic()
         self._say(
             f"stage {number}, {stage.__name__}: {ended} after {self.left_at - booted:.1f} s, "
-            f"{self._cpu():.1f} s of CPU time"
+            f"{self._cpu()}"
         )
         if last and ended != "passed":
             raise StageFailed(f"stage {number}: left by {ended}, but there is no later stage")
@@ -151,7 +160,7 @@ class _Play:
 
     def _hello(self, number: int) -> dict[str, Any]:
         """Wait for the next kernel's first message; the last one may still say something."""
-        deadline = time.monotonic() + BOOT_SECONDS
+        deadline = self.alive.clock.now() + BOOT_SECONDS
         while message := self._receive(deadline):
             match message:
                 case {"hello": arrived}:
@@ -162,17 +171,19 @@ class _Play:
                     raise StageFailed(f"stage {number - 1}:\n{report}")
                 case _:
                     self._take(message)
-        raise LostMachine(f"stage {number}: not up within {BOOT_SECONDS:g} s")
+        raise LostMachine(f"stage {number}: not up within {BOOT_SECONDS:g} s ({self._cpu()})")
 
     def _until_it_ends(self, number: int, deadline: float) -> str:
         """Take messages until the stage is over; return how it left."""
         while True:
-            limit = min(deadline, time.monotonic() + SILENT_SECONDS)
+            limit = min(deadline, self.alive.clock.now() + SILENT_SECONDS)
             message = self._receive(limit)
             if message is None and limit < deadline:
-                raise LostMachine(f"stage {number}: silent for {SILENT_SECONDS:g} s")
-            if message is None or time.monotonic() > deadline:
-                raise StageFailed(f"stage {number}: not done in {self.seconds:g} s")
+                raise LostMachine(
+                    f"stage {number}: silent for {SILENT_SECONDS:g} s ({self._cpu()})"
+                )
+            if message is None or self.alive.clock.now() > deadline:
+                raise StageFailed(f"stage {number}: not done in {self.seconds:g} s ({self._cpu()})")
             match message:
                 case {"hello": _}:
                     raise LostMachine(f"stage {number}: the machine started anew")
@@ -204,11 +215,14 @@ class _Play:
             why = f"{error}; {panics[-1]}" if panics else str(error)
             raise LostMachine(why) from None
 
-    def _cpu(self) -> float:
-        """QEMU's CPU time since the last call."""
-        now = self.alive.cpu_seconds()
-        since, self.cpu_before = now - self.cpu_before, now
-        return since
+    def _cpu(self) -> str:
+        """QEMU's CPU time since the last call, and how long it waited for a processor."""
+        cpu, waited = self.alive.cpu_seconds(), self.alive.waited_seconds()
+        text = f"{cpu - self.cpu_before:.1f} s of CPU time"
+        if waited - self.waited_before >= 1:
+            text += f", {waited - self.waited_before:.1f} s waiting for a processor"
+        self.cpu_before, self.waited_before = cpu, waited
+        return text
 
     def _say(self, text: str) -> None:
         self.result.log.append(text)
