@@ -52,6 +52,14 @@ def test_parameters_that_are_missing_are_added(machine: Machine) -> None:
     assert plan(machine, made.append).added == []
 
 
+def test_what_keeps_dax_devices_from_the_kernel_is_added(machine: Machine) -> None:
+    line = "memmap=512M%1G-1+0xefffffff"
+    keep = "modprobe.blacklist=kmem"
+    machine.write("proc/cmdline", f"{line} {keep}")
+    assert plan(machine, line).added == [keep]
+    assert plan(machine, f"{line} dax_hmem.region_idle=1").added == []
+
+
 def test_systemd_shuts_down_in_its_own_way(machine: Machine) -> None:
     machine.write("run/systemd/system/x", "")
     assert plan(machine).commands[-1] == ["systemctl", "kexec"]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from machine import Machine, add_dax, make_machine
 from pkernfs import loaded
 from pkernfs.backing import cmdline
 from pkernfs.backing.host import Host
@@ -16,6 +17,7 @@ from pkernfs.backing.iomem import Span
 from pkernfs.loaded import KexecError
 
 SPEC = "512M!1G"
+SOFT = "memmap=512M%1G-1+0xefffffff"
 RUNNING = "root=/dev/sda quiet memmap=512M%1G pkernfs=512M!1G"
 
 VIRTUAL = 0xFFFF_8880_0000_0000  # where the made-up kernel has its memory
@@ -240,6 +242,46 @@ def test_not_repeated(memory: Memory, running: str, following: str, missing: str
         with pytest.raises(KexecError) as failure:
             loaded.check(SPEC, given, memory.host)
         assert f"is not told {missing}: it would take" in str(failure.value)
+
+
+def dax_line(machine: Machine, *more: str) -> str:
+    """A command line that names the device of a made-up machine."""
+    return " ".join((f"{SOFT} pkernfs=guests:{machine.path('dev/dax0.0')}", *more))
+
+
+def test_a_dax_device_is_repeated(tmp_path: Path) -> None:
+    machine = make_machine(tmp_path)
+    add_dax(machine, "dax0.0", (1 << 30, 512 << 20))
+    spec = machine.path("dev/dax0.0")
+    named = f"pkernfs=guests:{spec}"
+    keep = "modprobe.blacklist=floppy,kmem"
+    for running, following, missing in (
+        (dax_line(machine), dax_line(machine, "quiet"), ""),
+        (dax_line(machine), f"memmap=1G%1G-1+0xefffffff {named}", ""),
+        (dax_line(machine), named, SOFT),
+        (dax_line(machine), f"memmap=512M%1G {named}", SOFT),
+        (dax_line(machine), SOFT, named),
+        (dax_line(machine), f"{SOFT} pkernfs={spec}", named),
+        (dax_line(machine), dax_line(machine).replace("dax0.0", "dax0.1"), named),
+        (dax_line(machine, keep), dax_line(machine, "dax_hmem.region_idle=1"), ""),
+        (dax_line(machine, keep), dax_line(machine, "module_blacklist=kmem"), ""),
+        (dax_line(machine, keep), dax_line(machine), keep),
+        (dax_line(machine, keep), dax_line(machine, "dax_hmem.region_idle=0"), keep),
+        (dax_line(machine, keep), dax_line(machine, "modprobe.blacklist=kmem2"), keep),
+        (f"{SOFT} {named} dax_hmem.region_idle", dax_line(machine), "dax_hmem.region_idle"),
+    ):
+        machine.write("proc/cmdline", running)
+        if not missing:
+            loaded.check(spec, following, machine)
+            continue
+        with pytest.raises(KexecError) as failure:
+            loaded.check(spec, following, machine)
+        assert f"is not told {missing}: it would take" in str(failure.value), following
+
+
+def test_memory_in_dev_mem_is_not_kmems(memory: Memory) -> None:
+    memory.write("proc/cmdline", f"{RUNNING} modprobe.blacklist=kmem")
+    loaded.check(SPEC, RUNNING, memory.host)
 
 
 def test_files_need_nothing(memory: Memory, tmp_path: Path) -> None:

@@ -85,10 +85,11 @@ def without_boot_loader(line: str) -> str:
 
 
 def _keep_parameters(plan: Plan, running: str) -> None:
-    """Add the memmap= and pkernfs= parameters of the running kernel that are missing."""
+    """Add the parameters of the running kernel that keep regions, and are missing."""
     present = set(cmdline.words(plan.append))
+    spares_dax = [] if cmdline.spares_dax(plan.append) else cmdline.spares_dax(running)
     for word in cmdline.words(running):
-        if word.partition("=")[0] in _KEPT and word not in present:
+        if word not in present and (word.partition("=")[0] in _KEPT or word in spares_dax):
             plan.added.append(word)
     plan.append = " ".join([plan.append, *plan.added]).strip()
 

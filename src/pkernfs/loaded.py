@@ -56,8 +56,9 @@ def physical_spans(spec: str, host: Host = HOST) -> list[Span]:
 def check(spec: str, given: str | None = None, host: Host = HOST) -> None:
     """Refuse a kexec after which the region would be lost.
 
-    Whatever of the running kernel's command line keeps the region apart (memmap=) and names it
-    (pkernfs=) must be on the next kernel's too: ``given``, or that of the kernel loaded for kexec.
+    Whatever of the running kernel's command line keeps the region apart (memmap=, and what keeps
+    kmem from dax devices) and names it (pkernfs=) must be on the next kernel's too: ``given``, or
+    that of the kernel loaded for kexec.
 
     Nor may the loaded one be put into the region: ``kexec -c`` chooses places from the firmware's
     memory map, which knows nothing of memmap=.
@@ -65,7 +66,7 @@ def check(spec: str, given: str | None = None, host: Host = HOST) -> None:
     :raises KexecError: it is not, no kernel is loaded, or its command line cannot be read.
     """
     spans = physical_spans(spec, host)
-    needed = list(_needed(spans, host.command_line()))
+    needed = list(_needed(spans, host))
     if not needed:
         return
     if given is None:
@@ -100,34 +101,52 @@ class _Names(NamedTuple):
     """Asks of a command line whether it names a region as another one does."""
 
     named: cmdline.Named
+    host: Host
 
     def __call__(self, command_line: str) -> bool:
         try:
             found = cmdline.named_regions(command_line)
         except RegionError:
             return False
+        spans = _spans_of(self.named.spec, self.host)
         return any(
-            one.name == self.named.name and _spans_of(one.spec) == _spans_of(self.named.spec)
-            for one in found
+            one.name == self.named.name and _spans_of(one.spec, self.host) == spans for one in found
         )
 
 
-def _needed(spans: list[Span], running: str) -> Iterator[tuple[str, _Reserves | _Names]]:
+class _SparesDax(NamedTuple):
+    """Asks of a command line whether it keeps dax devices from becoming ordinary memory."""
+
+    def __call__(self, command_line: str) -> bool:
+        return bool(cmdline.spares_dax(command_line))
+
+
+_Needed = _Reserves | _Names | _SparesDax
+
+
+def _needed(spans: list[Span], host: Host) -> Iterator[tuple[str, _Needed]]:
     """Parameters of the running kernel that a region depends on, and how to look for each."""
+    running = host.command_line()
     reserved = cmdline.reservations(running)
+    is_soft = False
     for span in spans:
         for start, end, holder in cmdline.coverage(reserved, span.start, span.end):
             if holder is not None and holder.kind is not Kind.RAM:
                 yield holder.parameter, _Reserves(start, end, holder.kind)
+                is_soft = is_soft or holder.kind is Kind.SOFT
+    if is_soft and (spares := cmdline.spares_dax(running)):
+        yield spares[0], _SparesDax()
     for one in cmdline.named_regions(running):
-        if any(a.start < b.end and b.start < a.end for a in _spans_of(one.spec) for b in spans):
+        named = _spans_of(one.spec, host)
+        if any(a.start < b.end and b.start < a.end for a in named for b in spans):
             name = "" if one.name is None else f"{one.name}:"
-            yield f"pkernfs={name}{one.spec}", _Names(one)
+            yield f"pkernfs={name}{one.spec}", _Names(one, host)
 
 
-def _spans_of(spec: str) -> list[Span]:
+def _spans_of(spec: str, host: Host) -> list[Span]:
+    """The physical memory of a spec on a command line; none if it has none here."""
     try:
-        return [iomem.parse_span(spec)] if iomem.looks_physical(spec) else []
+        return physical_spans(spec, host)
     except RegionError:
         return []
 

@@ -180,6 +180,22 @@ def kaslr_danger(command_line: str) -> str | None:
     return None
 
 
+def spares_dax(command_line: str) -> list[str]:
+    """The parameters that keep the kernel from making ordinary memory of dax devices.
+
+    Soft-reserved memory is meant for the module kmem, which takes it as soon as it is loaded.
+    """
+    found = []
+    for word in words(command_line):
+        name, _, value = word.partition("=")
+        listed = value.replace("-", "_").split(",")
+        if (name in ("modprobe.blacklist", "module_blacklist") and "kmem" in listed) or (
+            name == "dax_hmem.region_idle" and value[:1] in ("", *"1yYtT")
+        ):
+            found.append(word)
+    return found
+
+
 # ---------------------------------------------------------------------------- pkernfs=
 
 
