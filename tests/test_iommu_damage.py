@@ -217,6 +217,26 @@ def test_a_damaged_domain(
     host.assert_check_clean()
 
 
+@pytest.mark.parametrize("levels", [3, 4, 5])
+def test_what_is_behind_cycles_is_pinned(levels: int) -> None:
+    """However often a walk comes back to the top before it, and in little time."""
+    host = Damaged(levels=levels)
+    host.stop()
+    top = host.at_name[b"dom-0"]
+    good = host.word(top + 8 * (levels == 3))
+    for index in range(512):
+        host.region.store_u64(top + 8 * index, PHYS_BASE + top | 3)
+    host.region.store_u64(top + 8 * 511, good)
+    began = time.monotonic()
+    host.start()
+    assert pinned(host, b"guest")
+    assert list(host.tables.domains) == [1]
+    host.ask_everything()
+    host.use_everything()
+    assert time.monotonic() - began < BOUND_SECONDS
+    host.close()
+
+
 def test_a_domain_with_a_hole(host: Damaged) -> None:
     """A table file lacks memory: its inode is damaged, or says more than it has."""
     ino = host.fs.find(IOMMU_INO, b"dom-0")
@@ -229,6 +249,7 @@ def test_a_domain_with_a_hole(host: Damaged) -> None:
     host.start()
     said = host.ask_everything()
     assert "a table file with holes" in said[0]
+    assert pinned(host, b"guest")  # by the tables that are there
     with pytest.raises(TableDamageError):
         host.map(0, 8 * GIB, host.fs.find(ROOT_INO, b"other"))
     host.use_everything()
@@ -287,6 +308,32 @@ def test_damaged_root_pgtables(host: Damaged, damage: Callable[[Damaged], None])
         with pytest.raises(BusyError, match="root-pgtables"):
             host.fs.unlink(IOMMU_INO, name)
     assert host.region.read(host.at_name[ROOT_NAME], 2 * MIB) == raw
+
+
+@pytest.mark.parametrize("levels", [3, 4, 5])
+def test_what_is_mapped_is_pinned_although_nothing_tells_the_levels(levels: int) -> None:
+    host = Damaged(levels=levels)
+    host.stop()
+    bad_configuration(host)
+    host.start()
+    assert pinned(host, b"guest")
+    assert pinned(host, b"other")
+    host.ask_everything()
+    host.use_everything()
+    host.close()
+
+
+def test_a_domain_of_which_a_context_entry_has_another_page(host: Damaged) -> None:
+    """A unit would walk it from there on."""
+    host.stop()
+    at = host.table(ROOT_NAME, 0, 2 * DEVICE)
+    host.region.store_u64(at, host.word(at) + PAGE)
+    host.start()
+    assert [f.code.name for f in host.check().findings] == ["UNKNOWN_DOMAIN"]
+    with pytest.raises(BusyError, match=r"00:05\.0 is attached"):
+        host.fs.unlink(IOMMU_INO, b"dom-0")
+    host.tables.detach(DEVICE)
+    host.fs.unlink(IOMMU_INO, b"dom-0")
 
 
 def hostile_config(home: int, levels: int = 4) -> tuple[int, ...]:

@@ -1098,7 +1098,7 @@ void pk_pt_check(const uint8_t *base, struct pk_pool *pool, struct pk_check *c, 
 struct visit {
 	const uint8_t *base;
 	const struct pk_pool *pool;
-	uint64_t budget;
+	uint8_t *seen;			/* of each page, a bit for each level that it was visited as */
 	const struct pk_pool *memory;	/* what to mark, and where */
 	uint8_t *blocks;
 	const uint64_t *ranges;		/* or what to look for */
@@ -1130,14 +1130,17 @@ static void mark_blocks(struct visit *v, uint64_t start, uint64_t end)
 	for (; p && p < v->memory->pieces + v->memory->n_pieces && p->physical < end; p++) {
 		uint64_t from = start > p->physical ? start - p->physical : 0;
 		uint64_t to = end - p->physical < p->length ? end - p->physical : p->length;
+		uint64_t first = (p->offset + from) / HUGE_PAGE;
+		uint64_t last = (p->offset + to - 1) / HUGE_PAGE;
 
-		for (uint64_t i = (p->offset + from) / HUGE_PAGE;
-		     i <= (p->offset + to - 1) / HUGE_PAGE; i++)
-			v->blocks[i] = 1;
+		memset(v->blocks + first, 1, last - first + 1);
 	}
 }
 
-/* Returns 0 to stop: found, or too many tables. A table elsewhere is passed by. */
+/*
+ * Returns 0 to stop: found. A table elsewhere is passed by, and one that was visited as a table of
+ * this level before: so all that can be reached is visited, and it ends, whatever refers to what.
+ */
 static int visit_table(struct visit *v, uint64_t table, unsigned level, uint64_t iova)
 {
 	uint64_t page, size = pt_size(level);
@@ -1147,10 +1150,9 @@ static int visit_table(struct visit *v, uint64_t table, unsigned level, uint64_t
 		v->failed = 1;
 		return 1;
 	}
-	if (!v->budget--) {
-		v->failed = 1;
-		return 0;
-	}
+	if (v->seen[page] & 1u << level)
+		return 1;
+	v->seen[page] |= (uint8_t)(1u << level);
 	for (uint64_t i = 0; i < WORDS; i++) {
 		uint64_t e = entries[i], at = iova + i * size, start;
 
@@ -1174,12 +1176,13 @@ static int visit_table(struct visit *v, uint64_t table, unsigned level, uint64_t
 
 /*
  * Set blocks[n] for each 2 MiB block n of the region that a leaf maps a byte of; memory says where
- * the region's physical addresses are.  Returns 0; -1: not all could be reached.
+ * the region's physical addresses are, seen has a zero for each page of the pool.  Returns 0; -1:
+ * not all could be reached.
  */
 int pk_pt_mark(const uint8_t *base, const struct pk_pool *pool, uint64_t root, unsigned levels,
-	       const struct pk_pool *memory, uint8_t *blocks)
+	       const struct pk_pool *memory, uint8_t *blocks, uint8_t *seen)
 {
-	struct visit v = { base, pool, pool->n_pages + 8, memory, blocks, NULL, 0, PT_NONE, 0 };
+	struct visit v = { base, pool, seen, memory, blocks, NULL, 0, PT_NONE, 0 };
 
 	visit_table(&v, root, levels, 0);
 	return v.failed ? -1 : 0;
@@ -1187,12 +1190,12 @@ int pk_pt_mark(const uint8_t *base, const struct pk_pool *pool, uint64_t root, u
 
 /*
  * The lowest address that is mapped to a byte of one of n sorted ranges (start, end; ...) of
- * physical addresses; PT_NONE: none is.
+ * physical addresses; PT_NONE: none is.  seen is as for pk_pt_mark().
  */
 uint64_t pk_pt_find(const uint8_t *base, const struct pk_pool *pool, uint64_t root,
-		    unsigned levels, const uint64_t *ranges, uint64_t n)
+		    unsigned levels, const uint64_t *ranges, uint64_t n, uint8_t *seen)
 {
-	struct visit v = { base, pool, pool->n_pages + 8, NULL, NULL, ranges, n, PT_NONE, 0 };
+	struct visit v = { base, pool, seen, NULL, NULL, ranges, n, PT_NONE, 0 };
 
 	visit_table(&v, root, levels, 0);
 	return v.found;

@@ -74,9 +74,10 @@ ffibuilder.cdef(
                      uint64_t root, unsigned levels);
 
     int pk_pt_mark(const uint8_t *base, const struct pk_pool *pool, uint64_t root,
-                   unsigned levels, const struct pk_pool *memory, uint8_t *blocks);
+                   unsigned levels, const struct pk_pool *memory, uint8_t *blocks,
+                   uint8_t *seen);
     uint64_t pk_pt_find(const uint8_t *base, const struct pk_pool *pool, uint64_t root,
-                        unsigned levels, const uint64_t *ranges, uint64_t n);
+                        unsigned levels, const uint64_t *ranges, uint64_t n, uint8_t *seen);
 
     struct pk_step { uint64_t kind, offset, value, mask; };
     uint32_t pk_mmio_read32(const uint8_t *registers, uint64_t offset);

@@ -43,7 +43,7 @@ from pkernfs.iommu.config import (
     set_transient,
 )
 from pkernfs.iommu.contexts import Device
-from pkernfs.iommu.entries import LARGEST_LEAF_LEVEL, bdf_text, check_source_id
+from pkernfs.iommu.entries import LARGEST_LEAF_LEVEL, LEVELS, bdf_text, check_source_id
 from pkernfs.iommu.memory import Memory
 from pkernfs.iommu.pgtable import PageTable
 from pkernfs.iommu.pool import BlockMap, Mapping, TablePool
@@ -85,6 +85,8 @@ class TableFiles:
         self._damaged: dict[bytes, str] = {}
         self._root: RootTables | None = None
         self._config = Config()
+        #: How many levels the domains' tables have; all that there are, if that is not known.
+        self._levels: tuple[int, ...] = (self._config.levels,)
         self._elsewhere: str | None = None
         self._map: BlockMap | None = None
         self._map_is_old = True
@@ -117,15 +119,18 @@ class TableFiles:
     def _open_root(self) -> None:
         self._root = None
         self._config = Config()
+        self._levels = (self._config.levels,)
         self._elsewhere = None
         self._damaged.pop(ROOT_NAME, None)
         file = self._files.get(ROOT_NAME)
         if file is None or not file.size:
             return
+        self._levels = LEVELS
         try:
             self._adopt_addresses(file)
             memory = self._memory(file)
             self._config = load_config(memory)
+            self._levels = (self._config.levels,)
             if self._config.home not in (0, config_page(memory)):
                 self._elsewhere = self._say_elsewhere(memory)
                 return
@@ -148,16 +153,16 @@ class TableFiles:
         file = self._files.get(name)
         if file is None or not file.size or self._elsewhere is not None:
             return
-        levels = self._config.levels
         walking = self._walking
         try:
-            memory = self._memory(file)
-            pool = TablePool(memory.region, memory.pieces)
-            self._trees[number] = Tree(pool, memory.first_page, levels)
+            if extents := self._extents(file):
+                there = Memory(self._fs.region, extents)
+                pool = TablePool(there.region, there.pieces)
+                self._trees[number] = Tree(pool, there.first_page, self._levels)
             self._domains[number] = PageTable(
-                memory,
+                self._memory(file),
                 self._fs.store.commit_words,
-                levels=levels,
+                levels=self._config.levels,
                 largest=LARGEST_LEAF_LEVEL if walking is None else walking.largest_leaf,
                 walked=walking is not None,
                 coherent=self._coherent,
@@ -172,10 +177,13 @@ class TableFiles:
         log.error("iommu/%s: %s: it stays as it is", name.decode(), error)
 
     def _memory(self, file: TableFile) -> Memory:
-        extents = [(e.region_offset, e.length) for e in self._fs.extents(file.ino)]
+        extents = self._extents(file)
         if sum(length for _at, length in extents) != file.size:
             raise TableDamageError(f"inode {file.ino}: a table file with holes")
         return Memory(self._fs.region, extents)
+
+    def _extents(self, file: TableFile) -> list[tuple[int, int]]:
+        return [(e.region_offset, e.length) for e in self._fs.extents(file.ino)]
 
     def _adopt_addresses(self, file: TableFile) -> None:
         """Give a region without addresses of its own those that its tables were made with."""
@@ -672,8 +680,8 @@ class TableFiles:
             return None
         devices = self._root.devices()
         if name != ROOT_NAME:
-            top = self._memory(self._files[name]).first_page
-            devices = [d for d in devices if d.table == top]
+            memory = Memory(self._fs.region, self._extents(self._files[name]))
+            devices = [d for d in devices if memory.offset(d.table) is not None]
         if name == ROOT_NAME and self._walking is not None:
             return f"{self._walking.names} walks it"
         if devices:

@@ -37,7 +37,7 @@ from pkernfs.iommu.pool import (
     fill_entries,
     merged_entry,
 )
-from pkernfs.iommu.trees import Tree, check_tree, scan_tree
+from pkernfs.iommu.trees import check_tree, scan_tree
 from pkernfs.layout import PAGE
 
 #: Words of live tables that one change stores; a table with many of them is replaced instead.
@@ -143,11 +143,6 @@ class PageTable:
         """What is mapped, in order, neighbours joined; cut at leaves, not at start and end."""
         end = 1 << width_bits(self.levels) if end is None else end
         return scan_tree(self._pool, self.root, self.levels, start, end)
-
-    @property
-    def tree(self) -> Tree:
-        """The tables, to be looked at."""
-        return Tree(self._pool, self.root, self.levels)
 
     # ------------------------------------------------------------------ changes
 

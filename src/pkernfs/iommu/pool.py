@@ -182,7 +182,8 @@ class TablePool:
         False.
         """
         blocks_c = ffi.from_buffer("uint8_t[]", blocks)
-        done = lib.pk_pt_mark(self._base, self._pool, root, levels, memory._pool, blocks_c)
+        seen = ffi.new("uint8_t[]", len(self._state))
+        done = lib.pk_pt_mark(self._base, self._pool, root, levels, memory._pool, blocks_c, seen)
         return bool(done == 0)
 
     def find(self, root: int, levels: int, ranges: Sequence[tuple[int, int]]) -> int | None:
@@ -190,7 +191,10 @@ class TablePool:
         if not ranges:
             return None
         ranges_c = ffi.new("uint64_t[]", [x for pair in ranges for x in pair])
-        found = int(lib.pk_pt_find(self._base, self._pool, root, levels, ranges_c, len(ranges)))
+        seen = ffi.new("uint8_t[]", len(self._state))
+        found = int(
+            lib.pk_pt_find(self._base, self._pool, root, levels, ranges_c, len(ranges), seen)
+        )
         return None if found == NO_PAGE else found
 
     def check(

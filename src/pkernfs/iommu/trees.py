@@ -57,11 +57,14 @@ class TreeReport(NamedTuple):
 
 
 class Tree(NamedTuple):
-    """One domain's tables as they are, sound or not: what their leaves reach."""
+    """One domain's tables as they are, sound or not: what their leaves reach.
+
+    ``levels`` are the numbers of levels that they may have: several, if that is not known.
+    """
 
     pool: TablePool
     root: int
-    levels: int
+    levels: tuple[int, ...]
 
     @property
     def is_empty(self) -> bool:
@@ -70,11 +73,13 @@ class Tree(NamedTuple):
 
     def mark(self, blocks: BlockMap) -> bool:
         """Mark the 2 MiB blocks of the region that are mapped; False: not all can be reached."""
-        return blocks.add_tree(self.pool, self.root, self.levels)
+        done = [blocks.add_tree(self.pool, self.root, levels) for levels in self.levels]
+        return all(done)
 
     def find(self, ranges: Sequence[tuple[int, int]]) -> int | None:
         """The lowest address that is mapped to one of sorted ranges of physical addresses."""
-        return self.pool.find(self.root, self.levels, ranges)
+        found = (self.pool.find(self.root, levels, ranges) for levels in self.levels)
+        return min((iova for iova in found if iova is not None), default=None)
 
 
 def check_tree(
