@@ -13,6 +13,7 @@ from pkernfs.errors import NotSupportedError, UsageError
 _SIZE = re.compile(r"(0[xX][0-9a-fA-F]+|[0-9]+)([KMGTkmgt]?)", re.ASCII)
 _SHIFT = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 _MAX_SIZE = (1 << 63) - 1
+_MAX_DIGITS = 100
 _ADDRESS_BITS = 52  # as many physical address bits as a page-table entry has
 _PAGE = 4096
 
@@ -26,10 +27,11 @@ def parse_size(text: str, what: str = "size") -> int:
     if match is None:
         raise UsageError(f"bad {what}: got {text!r}, expected a number with K, M, G or T, or 0x")
     number, suffix = match.groups()
-    size = int(number, 16 if number[:2] in ("0x", "0X") else 10) << _SHIFT[suffix.lower()]
-    if size > _MAX_SIZE:
-        raise UsageError(f"bad {what}: got {text!r}, expected less than 2^63")
-    return size
+    if len(number) <= _MAX_DIGITS:  # int() has a limit of its own
+        size = int(number, 16 if number[:2] in ("0x", "0X") else 10) << _SHIFT[suffix.lower()]
+        if size <= _MAX_SIZE:
+            return size
+    raise UsageError(f"bad {what}: got {text!r}, expected less than 2^63")
 
 
 def format_size(size: int) -> str:

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from pkernfs.mounts import FSTYPE, Mount, canonical_spec, mount_at, mount_of
 from pkernfs.options import parse_size
 
 _MAX_DOMAIN = 65535
+_HEXADECIMAL = re.compile(r"0[xX][0-9a-fA-F]+")
 
 
 class Subcommand(NamedTuple):
@@ -368,9 +370,9 @@ def _domain_number(name: str) -> int | None:
     digits = name.removeprefix("dom-")
     if digits == name or not (digits.isascii() and digits.isdigit()):
         return None
-    if str(int(digits)) != digits or int(digits) > _MAX_DOMAIN:
+    if len(digits) > len(str(_MAX_DOMAIN)) or str(int(digits)) != digits:
         return None
-    return int(digits)
+    return int(digits) if int(digits) <= _MAX_DOMAIN else None
 
 
 def parse_iova(text: str) -> int:
@@ -378,13 +380,12 @@ def parse_iova(text: str) -> int:
 
     :raises UsageError: something else.
     """
-    try:
-        value = int(text, 16) if text[:2] in ("0x", "0X") else -1
-    except ValueError:
-        value = -1
-    if 0 <= value < 1 << 64:
-        return value
-    return parse_size(text, "iova")
+    if not _HEXADECIMAL.fullmatch(text):
+        return parse_size(text, "iova")
+    value = int(text, 16)
+    if value >> 64:
+        raise UsageError(f"bad iova: got {text!r}, expected less than 2^64")
+    return value
 
 
 # ---------------------------------------------------------------------- reading
