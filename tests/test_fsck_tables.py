@@ -120,3 +120,23 @@ def test_a_damaged_configuration_is_told(region: Region) -> None:
     report = fsck.check(region, repair=False)
     assert [p.code for p in report.problems] == [Code.TABLES_BAD]
     assert "CONFIGURATION" in report.problems[0].message
+
+
+def test_a_damaged_configuration_is_told_where_nothing_else_tells_addresses(region: Region) -> None:
+    fs = FileSystem.mount(region, read_only=True)
+    region.store_u64(config_offset(fs.tables.root_memory()), 1)
+    with Region.anonymous(region.size) as copy:
+        copy.copy_in(0, region.view(0, region.size))
+        report = fsck.check(copy, repair=False)
+    assert [p.code for p in report.problems] == [Code.TABLES_BAD]
+    assert "configuration" in report.problems[0].message
+
+
+def test_a_damaged_configuration_is_told_where_no_device_is_attached(region: Region) -> None:
+    fs = FileSystem.mount(region)
+    fs.tables.detach(DEVICE)
+    fs.tables.unmap(0, 0, 1 << 40)
+    region.store_u64(config_offset(fs.tables.root_memory()), 1)
+    fs.unmount()
+    report = fsck.check(region, repair=False)
+    assert [p.code for p in report.problems] == [Code.TABLES_BAD]

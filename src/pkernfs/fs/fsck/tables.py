@@ -31,12 +31,15 @@ Pieces = list[tuple[int, int]]
 def check_tables(ctx: Context) -> None:
     """Check every table that a device, or a domain's first page, leads to."""
     files = _table_files(ctx)
-    if not files or all(_is_empty(ctx, pieces) for pieces in files.values()):
+    if not files or all(_is_empty(ctx, name, pieces) for name, pieces in files.items()):
         return
     try:
         report = _check(ctx, files)
-    except (InvalidError, TableDamageError) as e:
+    except InvalidError as e:
         ctx.report.add(Code.TABLES_UNCHECKED, _WHERE, reason=str(e))
+        return
+    except TableDamageError as e:  # such that nothing tells where the tables are good
+        ctx.report.add(Code.TABLES_BAD, _WHERE, fixable=False, reason=str(e))
         return
     for finding in report.findings:
         ctx.report.add(
@@ -68,8 +71,10 @@ def _pieces(ctx: Context, ino: int) -> Iterator[tuple[int, int]]:
         yield page * PAGE, count * PAGE
 
 
-def _is_empty(ctx: Context, pieces: Pieces) -> bool:
-    return ctx.image.region.is_zero(pieces[0][0], PAGE)
+def _is_empty(ctx: Context, name: bytes, pieces: Pieces) -> bool:
+    at, length = pieces[0]
+    pages = 2 if name == _ROOT else 1  # the root table, and the configuration
+    return ctx.image.region.is_zero(at, min(pages * PAGE, length))
 
 
 def _check(ctx: Context, files: dict[bytes, Pieces]) -> Report:
