@@ -179,6 +179,28 @@ def test_a_superpage_that_spans_a_gap(host: Host) -> None:
     assert check(host.root, host.domains, whole).clean
 
 
+def test_tables_between_files_in_many_pieces() -> None:
+    """What may be mapped is what is left of the files; in little time, however many pieces."""
+    count = 20000
+    with Region.anonymous(2 * count * PAGE, phys_base=PHYS_BASE) as region:
+        pieces = [(2 * i * PAGE, PAGE) for i in range(count)]
+        domains = {"dom-0": Memory(region, pieces)}
+        table = PageTable(domains["dom-0"], store_words(region))
+        table.map(0, PHYS_BASE + PAGE, PAGE, 3)
+        table.map(GIB, PHYS_BASE + 7 * PAGE, PAGE, 3)
+        odd = [
+            (PHYS_BASE + (2 * i + 1) * PAGE, PHYS_BASE + (2 * i + 2) * PAGE) for i in range(count)
+        ]
+        everything = [(PHYS_BASE, PHYS_BASE + region.size)]
+        began = time.monotonic()
+        assert check(None, domains, odd).clean
+        assert check(None, domains, everything).clean
+        table.map(2 * GIB, PHYS_BASE + 6 * PAGE, 2 * PAGE, 3)
+        for allowed in (odd, everything):
+            assert codes(check(None, domains, allowed)) == {Code.LEAF_IS_TABLE}
+        assert time.monotonic() - began < 5
+
+
 def test_damaged_root_and_context_entries(host: Host) -> None:
     root_word = host.word(ROOT)
     for word, code in (

@@ -118,14 +118,18 @@ def _check_root(
 
 
 def _without(ranges: list[tuple[int, int]], holes: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """What is left of sorted ranges outside of sorted holes."""
+    """What is left of sorted, disjoint ranges outside of sorted, disjoint holes."""
     left = []
+    at = 0
     for start, end in ranges:
-        for low, high in holes:
-            if low < end and high > start:
-                if low > start:
-                    left.append((start, low))
-                start = min(high, end)
+        while at < len(holes) and holes[at][0] < end:
+            low, high = holes[at]
+            if start < low:
+                left.append((start, low))
+            start = max(start, min(high, end))
+            if high > end:
+                break  # it may reach into the next range
+            at += 1
         if start < end:
             left.append((start, end))
     return left
