@@ -189,6 +189,10 @@ def test_a_damaged_domain(
     assert list(host.tables.domains) == [1]
     said = host.ask_everything()
     assert "iommu/dom-0: damaged: " in said[0]
+    _text, whole, status = host.answer("export")
+    assert (list(whole["damaged"]), status) == (["dom-0"], 1)
+    _text, whole, status = host.answer("export", domain=1)
+    assert (whole["damaged"], status) == ({}, 0)
     report = host.check()
     assert report.found
     assert all("dom-0" in f.message for f in report.findings)
@@ -293,6 +297,8 @@ def test_damaged_root_pgtables(host: Damaged, damage: Callable[[Damaged], None])
     host.start()
     said = host.ask_everything()
     assert "iommu/root-pgtables: damaged: " in said[0]
+    _text, whole, status = host.answer("export", domain=1)  # who is attached is not known
+    assert (list(whole["damaged"]), status) == (["root-pgtables"], 1)
     assert host.check().found
     operations: list[Callable[[], object]] = [
         lambda: host.attach(1, 0x99),

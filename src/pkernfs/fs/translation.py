@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 #: Text, a record, an exit status, or a place to pause.
 Output = Iterator[str | dict[str, Any] | int | None]
 
+_ROOT = ROOT_NAME.decode()
 _NAMES_AT_ONCE = 32
 _WALKS = 3  # a file that is renamed while its name is looked for is missed
 _LINES_AT_ONCE = 128
@@ -275,9 +276,8 @@ def show_records(fs: FileSystem, number: int | None) -> Output:
     tables = fs.tables
     tables.check_place()
     root = tables.root.root if tables.root is not None else None
-    unit = export.head(tables.config, root, fs.superblock.uuid, fs.region.name)["unit"]
-    damaged = {name.decode(): reason for name, reason in tables.damaged.items()}
-    yield {"unit": unit, "damaged": damaged, "devices": [], "domains": []}
+    head = export.head(tables.config, root, fs.superblock.uuid, fs.region.name, _damaged(tables))
+    yield {"unit": head["unit"], "damaged": head["damaged"], "devices": [], "domains": []}
     numbers = sorted(tables.domains) if number is None else [number]
     transient = tables.transient()
     shown = {tables.domain(n).root for n in numbers}
@@ -294,11 +294,15 @@ def show_records(fs: FileSystem, number: int | None) -> Output:
                 yield None
 
 
+def _damaged(tables: TableFiles) -> dict[str, str]:
+    return {name.decode(): reason for name, reason in tables.damaged.items()}
+
+
 # ---------------------------------------------------------------------- export
 
 
 def export_records(fs: FileSystem, number: int | None) -> Output:
-    """The records of :mod:`pkernfs.iommu.export`.
+    """The records of :mod:`pkernfs.iommu.export`; status 1 if damaged tables are missing in them.
 
     :raises NotFoundError, InvalidError, TableDamageError: as :func:`show_text`.
     """
@@ -309,7 +313,8 @@ def export_records(fs: FileSystem, number: int | None) -> Output:
     devices = [d for d in tables.devices() if number is None or d.table in names]
     whose = yield from owners(fs)
     root = tables.root.root if tables.root is not None else None
-    yield export.head(tables.config, root, fs.superblock.uuid, fs.region.name)
+    damaged = {k: v for k, v in _damaged(tables).items() if number is None or k == _ROOT}
+    yield export.head(tables.config, root, fs.superblock.uuid, fs.region.name, damaged)
     for top, name in names.items():
         hwpt = export.hwpt(name, top, tables.config.levels, devices)
         yield {"in": "hwpt", "record": hwpt}
@@ -323,6 +328,8 @@ def export_records(fs: FileSystem, number: int | None) -> Output:
             yield {"in": "mappings", "record": m}
             if at % _MAPPINGS_AT_ONCE == 0:
                 yield None
+    if damaged:
+        yield FOUND
 
 
 # ---------------------------------------------------------------------- check

@@ -49,8 +49,13 @@ class Target(NamedTuple):
 Split = Callable[[int, int], Iterator[Target]]
 
 
-def head(config: Config, root: int | None, uuid: bytes, region: str) -> Record:
-    """What is said once: of the region, and of the unit that is to walk its tables."""
+def head(
+    config: Config, root: int | None, uuid: bytes, region: str, damaged: dict[str, str]
+) -> Record:
+    """What is said once: of the region, and of the unit that is to walk its tables.
+
+    ``damaged`` has the reason for each file whose tables the document lacks.
+    """
     return {
         "version": VERSION,
         "region": {"name": region, "uuid": uuid.hex()},
@@ -60,6 +65,7 @@ def head(config: Config, root: int | None, uuid: bytes, region: str) -> Record:
             "address_width": width_bits(config.levels),
             "root_table": root,
         },
+        "damaged": damaged,
         "ioas": [],
         "hwpt": [],
         "devices": [],
