@@ -285,6 +285,40 @@ def test_holes_beside_something_mapped_stay_holes(mapped: Host) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("at", "offset", "perm"),
+    [
+        (0, 6 * MIB, RW),
+        (6 * MIB, 2 * MIB, RW),
+        (6 * MIB, 6 * MIB, READ),
+        (6 * MIB - PAGE, 6 * MIB, RW),
+    ],
+)
+def test_holes_behind_something_mapped_stay_holes(
+    mapped: Host, at: int, offset: int, perm: int
+) -> None:
+    """Blocks of a file are mapped: in each other's place, otherwise, or beside their place."""
+    ino = mapped.sparse("sparse", 8 * MIB)
+    base = 4 * GIB
+    mapped.map(0, base + at, ino, offset, 2 * MIB, perm)
+    refused(
+        mapped,
+        ExistsError,
+        lambda: mapped.tables.map_file(0, base, ino, 0, None, RW),
+        f"iova {base + at:#x}: already mapped",
+    )
+
+
+def test_holes_beside_what_is_mapped_just_so_are_filled(mapped: Host) -> None:
+    ino = mapped.sparse("sparse", 8 * MIB)
+    mapped.map(0, 4 * GIB + 7 * MIB, ino, 7 * MIB, MIB)
+    mapped.map(0, 4 * GIB, ino)
+    assert sum(e.length for e in mapped.fs.extents(ino)) == 8 * MIB
+    for at in range(0, 8 * MIB, PAGE):
+        assert mapped.at(0, 4 * GIB + at) == mapped.physical(ino, at)
+    mapped.assert_check_clean()
+
+
 def test_a_full_file_system_fills_no_holes(host: Host) -> None:
     host.dom(0)
     host.tables.create_root()

@@ -7,6 +7,7 @@ found by walking the tables, never from a record of its own that could disagree 
 from __future__ import annotations
 
 import logging
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -422,8 +423,10 @@ class TableFiles:
         table.check_perm(perm)
         table.check_range(iova, length)
         self._have_root()
-        self._fill_holes(table, iova, ino, offset, length)
-        pieces = list(self._file_pieces(ino, offset, length))
+        if any(self._holes(ino, offset, length)):
+            self._check_overlap(table, iova, ino, offset, length, perm)
+            self._fs.fallocate(ino, _KEEP_SIZE, offset, length)
+        pieces = [(at, count) for _low, at, count in self._file_pieces(ino, offset, length)]
         self._map_pieces(number, iova, pieces, perm)
         return length
 
@@ -450,15 +453,25 @@ class TableFiles:
             )
         return length
 
-    def _fill_holes(self, table: PageTable, iova: int, ino: int, offset: int, length: int) -> None:
-        holes = list(self._holes(ino, offset, length))
-        for start, count in holes:
-            at = iova + start - offset
-            taken = next(table.mappings(at, at + count), None)
-            if taken is not None:
-                raise ExistsError(f"iova {taken.iova:#x}: already mapped to something else")
-        if holes:
-            self._fs.fallocate(ino, _KEEP_SIZE, offset, length)
+    def _check_overlap(
+        self, table: PageTable, iova: int, ino: int, offset: int, length: int, perm: int
+    ) -> None:
+        """Look at a range of addresses before the file gets memory for it.
+
+        :raises ExistsError: something there is mapped, and not just so.
+        """
+        pieces = list(self._file_pieces(ino, offset, length))
+        starts = [low for low, _physical, _count in pieces]
+        for m in table.mappings(iova, iova + length):
+            at, end = max(m.iova, iova), min(m.iova + m.length, iova + length)
+            while at < end:
+                in_file = at - iova + offset
+                number = bisect_right(starts, in_file) - 1
+                low, physical, count = pieces[number] if number >= 0 else (0, 0, 0)
+                same = physical + in_file - low == m.physical + at - m.iova and perm == m.perm
+                if in_file >= low + count or not same:
+                    raise ExistsError(f"iova {at:#x}: already mapped to something else")
+                at += low + count - in_file
 
     def _holes(self, ino: int, offset: int, length: int) -> Iterator[tuple[int, int]]:
         at, end = offset, offset + length
@@ -469,13 +482,14 @@ class TableFiles:
         if at < end:
             yield at, end - at
 
-    def _file_pieces(self, ino: int, offset: int, length: int) -> Iterator[tuple[int, int]]:
+    def _file_pieces(self, ino: int, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
+        """Offset in the file, physical address and length of what it has there."""
         region = self._fs.region
-        for _low, at, count in self._fs.pieces(ino, offset, length):
-            for _offset, run, physical in region.physical_runs(at, count):
+        for low, at, count in self._fs.pieces(ino, offset, length):
+            for start, run, physical in region.physical_runs(at, count):
                 if physical is None:
                     raise InvalidError(f"{region.name}: no physical address at {at:#x}")
-                yield physical, run
+                yield low + start - at, physical, run
 
     def map_bar(
         self, number: int, iova: int, bar: Bar, offset: int, length: int | None, perm: int
