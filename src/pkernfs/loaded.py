@@ -2,29 +2,25 @@
 
 A kernel that is not told about a region takes its memory for ordinary RAM and stores into it. What
 it will be told is its command line, which the running kernel keeps in memory only: it is read
-there, through /proc/kcore (:class:`LoadedKernel`), as arch/x86/kernel/kexec-bzimage64.c and
+there (:class:`LoadedKernel`), as arch/x86/kernel/kexec-bzimage64.c and
 kexec-tools have put it. Nothing is changed.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import struct
 from collections.abc import Iterator, Sequence
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from pkernfs.backing import cmdline, dax, iomem, is_file_spec
 from pkernfs.backing.cmdline import Kind
 from pkernfs.backing.host import HOST, Host
 from pkernfs.backing.iomem import Span
+from pkernfs.backing.kcore import Kcore, KcoreError
 from pkernfs.errors import PkernfsError, RegionError
 
 _PAGE = 4096
-_ELF_HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
-_PROGRAM_HEADER = struct.Struct("<IIQQQQQQ")
-_PT_LOAD = 1
-_NO_PHYSICAL = (1 << 64) - 1
 # kimage_entry_t, include/linux/kexec.h: a page's address, and in its low bits what it is.
 _DESTINATION, _INDIRECTION, _DONE, _SOURCE = 1, 2, 4, 8
 _MAX_PAGES = 1 << 22
@@ -32,15 +28,10 @@ _MAX_PAGES = 1 << 22
 _SIGNATURE, _SIGNATURE_AT = b"HdrS", 0x202
 _COMMAND_LINE_AT, _COMMAND_LINE_HIGH_AT = 0x228, 0xC8
 _MAX_COMMAND_LINE = 64 << 10
-_HEXADECIMAL = re.compile(rb"[0-9a-f]+")
 
 
 class KexecError(PkernfsError):
     """The next kernel would take the region, or it cannot be seen that it would not."""
-
-
-class _UnreadableError(Exception):
-    """What is loaded cannot be read; the message says why."""
 
 
 def physical_spans(spec: str, host: Host = HOST) -> list[Span]:
@@ -165,7 +156,7 @@ def command_line_of_loaded(spec: str, host: Host = HOST, spans: Sequence[Span] =
         with LoadedKernel(host) as kernel:
             inside = kernel.put_into(spans)
             text = kernel.command_line()
-    except (_UnreadableError, OSError) as e:
+    except (KcoreError, OSError) as e:
         raise KexecError(
             f"{spec}: cannot read the command line of the kernel loaded for kexec ({e}): say it "
             "with --cmdline"
@@ -181,19 +172,11 @@ def command_line_of_loaded(spec: str, host: Host = HOST, spans: Sequence[Span] =
 class LoadedKernel:
     """The image that kexec(8) has loaded, in the running kernel's memory.
 
-    :raises OSError: /proc/kcore cannot be opened.
+    :raises OSError, KcoreError: /proc/kcore cannot be opened, or makes no sense.
     """
 
     def __init__(self, host: Host = HOST) -> None:
-        self._host = host
-        self._core: BinaryIO = open(host.path("proc/kcore"), "rb", buffering=0)  # noqa: SIM115
-        self._by_address: list[tuple[int, int, int]] = []  # start, end, offset in the file
-        self._by_physical: list[tuple[int, int, int]] = []
-        try:
-            self._read_headers()
-        except BaseException:
-            self._core.close()
-            raise
+        self._core = Kcore(host)
 
     def __enter__(self) -> LoadedKernel:
         return self
@@ -204,11 +187,11 @@ class LoadedKernel:
     def command_line(self) -> str:
         """What the loaded kernel will be told.
 
-        :raises _UnreadableError: it is not where Linux on x86-64 has it.
+        :raises KcoreError: it is not where Linux on x86-64 has it.
         """
         pages, firsts = self._pages()
         for first in firsts:
-            head = self._read_physical(pages[first], 0x300)
+            head = self._core.read_physical(pages[first], 0x300)
             if head[_SIGNATURE_AT : _SIGNATURE_AT + 4] != _SIGNATURE:
                 continue
             low, high = (
@@ -218,12 +201,12 @@ class LoadedKernel:
             text = self._text(pages, high << 32 | low)
             if text is not None:
                 return text
-        raise _UnreadableError("it has no boot parameters")
+        raise KcoreError("it has no boot parameters")
 
     def put_into(self, spans: Sequence[Span]) -> int | None:
         """The first address in ``spans`` that starting the image stores to; None: it keeps off.
 
-        :raises _UnreadableError: it is not where Linux on x86-64 has it.
+        :raises KcoreError: it is not where Linux on x86-64 has it.
         """
         pages, _ = self._pages() if spans else ({}, [])
         return min((at for at in pages if any(s.start <= at < s.end for s in spans)), default=None)
@@ -248,24 +231,24 @@ class LoadedKernel:
 
     def _entries(self) -> Iterator[int]:
         """The list of struct kimage: its first field, and pages of more of them."""
-        image = self._word(self._symbol("kexec_image"))
+        image = self._core.word(self._core.symbol("kexec_image"))
         if not image:
-            raise _UnreadableError("there is none")
-        entry = self._word(image)
+            raise KcoreError("there is none")
+        entry = self._core.word(image)
         for _ in range(_MAX_PAGES // 512):
             if entry & _DONE or not entry:
                 return
             if not entry & _INDIRECTION:
                 yield entry
                 return
-            words = struct.unpack("<512Q", self._read_physical(entry & ~(_PAGE - 1), _PAGE))
+            words = struct.unpack("<512Q", self._core.read_physical(entry & ~(_PAGE - 1), _PAGE))
             entry = 0
             for word in words:
                 if word & (_INDIRECTION | _DONE) or not word:
                     entry = word
                     break
                 yield word
-        raise _UnreadableError("its list of pages has no end")
+        raise KcoreError("its list of pages has no end")
 
     def _text(self, pages: dict[int, int], address: int) -> str | None:
         """The text at an address to be, up to its zero byte."""
@@ -274,55 +257,10 @@ class LoadedKernel:
             page, skip = address & ~(_PAGE - 1), address % _PAGE
             if page not in pages:
                 return None
-            found += self._read_physical(pages[page] + skip, _PAGE - skip)
+            found += self._core.read_physical(pages[page] + skip, _PAGE - skip)
             end = found.find(0)
             if end >= 0:
                 text = found[:end].decode("utf-8", "replace")
                 return text if text.isprintable() else None
             address = page + _PAGE
         return None
-
-    # ------------------------------------------------------------------ the kernel's memory
-
-    def _symbol(self, name: str) -> int:
-        """Address of a variable of the kernel."""
-        wanted = f" {name}\n".encode()
-        with open(self._host.path("proc/kallsyms"), "rb") as symbols:
-            text = symbols.read()
-        at = text.find(wanted)
-        if at >= 0:
-            word = text[text.rfind(b"\n", 0, at) + 1 :].split(maxsplit=1)[0]
-            address = int(word, 16) if _HEXADECIMAL.fullmatch(word) else 0
-            if address:  # zeros are what others than root are told
-                return address
-        raise _UnreadableError(f"the kernel does not tell where its {name} is")
-
-    def _read_headers(self) -> None:
-        header = self._core.read(_ELF_HEADER.size)
-        if len(header) < _ELF_HEADER.size or header[:5] != b"\x7fELF\x02":
-            raise _UnreadableError("/proc/kcore is not what it should be")
-        fields = _ELF_HEADER.unpack(header)
-        at, size, count = fields[5], fields[9], fields[10]
-        if size != _PROGRAM_HEADER.size:
-            raise _UnreadableError("/proc/kcore is not what it should be")
-        table = os.pread(self._core.fileno(), size * count, at)
-        for kind, _, offset, address, physical, _, length, _ in _PROGRAM_HEADER.iter_unpack(table):
-            if kind != _PT_LOAD:
-                continue
-            self._by_address.append((address, address + length, offset))
-            if physical != _NO_PHYSICAL:
-                self._by_physical.append((physical, physical + length, offset))
-
-    def _read(self, places: list[tuple[int, int, int]], at: int, length: int) -> bytes:
-        for start, end, offset in places:
-            if start <= at and at + length <= end:
-                data = os.pread(self._core.fileno(), length, offset + at - start)
-                if len(data) == length:
-                    return data
-        raise _UnreadableError(f"{at:#x} is not in /proc/kcore")
-
-    def _read_physical(self, at: int, length: int) -> bytes:
-        return self._read(self._by_physical, at, length)
-
-    def _word(self, address: int) -> int:
-        return int.from_bytes(self._read(self._by_address, address, 8), "little")
