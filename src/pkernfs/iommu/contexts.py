@@ -7,11 +7,13 @@ caller, who may go on.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 from pkernfs.iommu.entries import (
     MAX_PHYSICAL_BITS,
+    PGTT_FIRST_STAGE,
+    PGTT_NESTED,
     PGTT_PASS_THROUGH,
     PGTT_SECOND_STAGE,
     TT_PASS_THROUGH,
@@ -24,12 +26,15 @@ from pkernfs.iommu.entries import (
     ScalableRootEntry,
     bdf_text,
 )
-from pkernfs.iommu.memory import Memory
+from pkernfs.iommu.memory import Words
 from pkernfs.iommu.trees import Code, Finding
 from pkernfs.layout import PAGE
 
 BUSES = 256
 PASIDS_PER_TABLE = 64
+#: What pkernfs makes, and what a kernel may make.
+OURS = (PGTT_SECOND_STAGE, PGTT_PASS_THROUGH)
+ANYBODYS = (PGTT_FIRST_STAGE, PGTT_SECOND_STAGE, PGTT_NESTED, PGTT_PASS_THROUGH)
 Note = Callable[[Finding], object]
 
 
@@ -44,7 +49,7 @@ class Device(NamedTuple):
     """A present context entry (scalable mode: PASID table entry), and what leads to it.
 
     Words are as in memory, the lowest first. ``pasid`` is None in legacy mode. ``table`` is 0 if
-    requests pass through untranslated.
+    requests pass through untranslated, and the first-stage one where there is one.
     """
 
     source_id: int
@@ -57,6 +62,14 @@ class Device(NamedTuple):
     domain_id: int
     where: int
 
+    @property
+    def kind(self) -> int:
+        """PGTT of the PASID table entry, or what it would be for the context entry."""
+        if self.pasid_words:
+            return PasidTableEntry.PGTT.get(self.pasid_words[0])
+        through = ContextEntry.TT.get(self.context_words[0]) == TT_PASS_THROUGH
+        return PGTT_PASS_THROUGH if through else PGTT_SECOND_STAGE
+
 
 def join(words: tuple[int, ...]) -> int:
     """An entry of several 8-byte words, as one int."""
@@ -67,15 +80,21 @@ class ContextReader:
     """Walks what a root table leads to, down to the page tables, which it leaves alone.
 
     ``pages`` are the physical addresses of the tables that have been seen.
+
+    :param kinds: PGTT of the PASID table entries that are expected.
+    :param place: what the tables are expected to be in, for messages.
     """
 
     def __init__(
         self,
-        memory: Memory,
+        memory: Words,
         root: int,
         mode: Mode,
         note: Note,
         physical_bits: int = MAX_PHYSICAL_BITS,
+        *,
+        kinds: Collection[int] = OURS,
+        place: str = "root-pgtables",
     ) -> None:
         self.pages: set[int] = set()
         self._memory = memory
@@ -83,6 +102,8 @@ class ContextReader:
         self._mode = mode
         self._note = note
         self._physical_bits = physical_bits
+        self._kinds = kinds
+        self._place = place
 
     def devices(self) -> Iterator[Device]:
         """Every present entry, by source id and PASID."""
@@ -173,11 +194,11 @@ class ContextReader:
             self._check(PasidTableEntry, value, here)
             kind = PasidTableEntry.PGTT.get(value)
             levels = PasidTableEntry.AW.get(value) + 2
-            known = kind in (PGTT_SECOND_STAGE, PGTT_PASS_THROUGH)
-            if not known or not 3 <= levels <= 5:
+            wide = kind == PGTT_FIRST_STAGE or 3 <= levels <= 5
+            if kind not in self._kinds or not wide:
                 self._invalid("PASID table entry", source_id, here, value)
                 continue
-            pointer = PasidTableEntry.SSPTPTR.get(value) if kind == PGTT_SECOND_STAGE else 0
+            pointer = _pointer(kind, value)
             did = PasidTableEntry.DID.get(value)
             number = pasid + at // 8
             yield Device(source_id, number, root, context, entry, pointer, levels, did, here)
@@ -186,7 +207,7 @@ class ContextReader:
         """The words of a table page, unless it is elsewhere or was seen before."""
         words = self._memory.words(address, PAGE // 8) if address % PAGE == 0 else None
         if words is None:
-            self._found(Code.TABLE_OUTSIDE, where, f"{what}: table outside root-pgtables", address)
+            self._found(Code.TABLE_OUTSIDE, where, f"{what}: table outside {self._place}", address)
             return ()
         if address in self.pages:
             self._found(Code.TABLE_TWICE, where, f"{what}: table reached before", address)
@@ -205,3 +226,12 @@ class ContextReader:
     def _found(self, code: Code, where: int, message: str, got: int) -> None:
         what, _, reason = message.rpartition(": ")
         self._note(Finding(code, where, f"{what} at {where:#x}: {reason}: got {got:#x}"))
+
+
+def _pointer(kind: int, entry: int) -> int:
+    """The page tables that a PASID table entry refers to first; 0: none."""
+    if kind == PGTT_PASS_THROUGH:
+        return 0
+    if kind == PGTT_SECOND_STAGE:
+        return PasidTableEntry.SSPTPTR.get(entry)
+    return PasidTableEntry.FSPTPTR.get(entry)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from pkernfs.errors import InvalidError, TableDamageError
 from pkernfs.layout import PAGE
@@ -12,6 +12,13 @@ from pkernfs.region import Region
 
 #: Stores words at region offsets, in that order; as one, if there is a journal.
 Commit = Callable[[Sequence[tuple[int, int]]], object]
+
+
+class Words(Protocol):
+    """Where tables are read: a region's memory, or a running kernel's."""
+
+    def words(self, physical: int, count: int) -> tuple[int, ...] | None:
+        """``count`` 8-byte words at a physical address; None if they are not in there."""
 
 
 class Piece(NamedTuple):

@@ -149,3 +149,27 @@ def _continues(last: Mapping, m: Mapping) -> bool:
         and last.physical + last.length == m.physical
         and last.perm == m.perm
     )
+
+
+def without(these: Sequence[Mapping], those: Sequence[Mapping]) -> Iterator[Mapping]:
+    """The parts of ``these`` that ``those`` do not map just so; both are in order."""
+    first = 0
+    for m in these:
+        at, end = m.iova, m.iova + m.length
+        while first < len(those) and those[first].iova + those[first].length <= at:
+            first += 1
+        here = first
+        while here < len(those) and those[here].iova < end:
+            other = those[here]
+            here += 1
+            if other.physical - other.iova != m.physical - m.iova or other.perm != m.perm:
+                continue
+            if other.iova > at:
+                yield _part(m, at, other.iova)
+            at = max(at, min(other.iova + other.length, end))
+        if at < end:
+            yield _part(m, at, end)
+
+
+def _part(m: Mapping, start: int, end: int) -> Mapping:
+    return Mapping(start, m.physical + start - m.iova, end - start, m.perm)

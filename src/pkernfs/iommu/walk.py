@@ -35,7 +35,7 @@ from pkernfs.iommu.entries import (
     second_stage_format,
     width_bits,
 )
-from pkernfs.iommu.memory import Memory
+from pkernfs.iommu.memory import Words
 
 LEVEL_NAMES = {5: "PML5E", 4: "PML4E", 3: "PDPE", 2: "PDE", 1: "PTE"}
 
@@ -75,7 +75,7 @@ _Reasons = FaultReason
 
 
 def translate(
-    memory: Memory,
+    memory: Words,
     root: int,
     source_id: int,
     iova: int,
@@ -114,7 +114,7 @@ def translate(
 
 
 def translate_domain(
-    memory: Memory, table: int, levels: int, iova: int, *, access: int = 0
+    memory: Words, table: int, levels: int, iova: int, *, access: int = 0
 ) -> Translation:
     """As :func:`translate`, from a domain's top-level table on."""
     walk = _Walk(memory, iova, access, MAX_PHYSICAL_BITS)
@@ -126,7 +126,7 @@ def translate_domain(
 
 
 class _Walk:
-    def __init__(self, memory: Memory, iova: int, access: int, physical_bits: int) -> None:
+    def __init__(self, memory: Words, iova: int, access: int, physical_bits: int) -> None:
         self.memory = memory
         self.result = Translation(iova)
         self.access = access
