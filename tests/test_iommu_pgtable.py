@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 from hypothesis import given
@@ -17,6 +17,8 @@ from pkernfs.errors import (
     TableDamageError,
 )
 from pkernfs.iommu.entries import leaf_bytes, width_bits
+from pkernfs.iommu.memory import store_words
+from pkernfs.iommu.pool import Mapping
 from pkernfs.iommu.walk import translate_domain
 from pkernfs.layout import PAGE
 from pkernfs.region import Region
@@ -438,3 +440,94 @@ def _run(domain: Domain, data: st.DataObject, levels: int) -> None:
     domain.table.unmap(0, 1 << width_bits(levels))
     assert domain.table.used_pages == 1
     assert not any(domain.region.view(8 * MIB, PAGE))
+
+
+# ---------------------------------------------------------------------- all at once
+
+
+@pytest.mark.parametrize("levels", [3, 4, 5])
+@given(data=st.data())
+def test_any_replacement(levels: int, data: st.DataObject) -> None:
+    """From any state to any other in one commit, after each store of which tables are sound."""
+    record_words = data.draw(st.sampled_from([16384, 3]), label="record_words")
+    domain = Domain(levels, pages=600, record_words=record_words)
+    try:
+        model = Model()
+        for _ in range(data.draw(st.integers(1, 3), label="replacements")):
+            _replace(domain, model, data, levels)
+            if data.draw(st.booleans(), label="remount"):
+                domain.table = domain.open()
+    finally:
+        domain.close()
+
+
+def _replace(domain: Domain, model: Model, data: st.DataObject, levels: int) -> None:
+    wanted = Model()
+    if data.draw(st.booleans(), label="like before"):
+        wanted.pieces = list(model.pieces)
+    for _ in range(data.draw(st.integers(0, 5), label="pieces")):
+        kind, iova, length, physical, perm = data.draw(operations(levels))
+        if physical + length > 1 << 52:
+            continue
+        if kind == "unmap":
+            wanted.unmap(iova, length)
+        else:
+            wanted.map(iova, physical, length, perm)
+    before = [tuple(m) for m in domain.table.mappings()]
+    try:
+        domain.table.replace([Mapping(*piece) for piece in wanted.joined()])
+        model.pieces = list(wanted.pieces)
+    except NoSpaceError:
+        assert [tuple(m) for m in domain.table.mappings()] == before
+    domain.verify(model, _addresses(levels))
+
+
+def test_a_replacement_is_one_commit_of_what_differs() -> None:
+    domain = Domain(4)
+    commits: list[int] = []
+
+    def commit(words: Sequence[tuple[int, int]]) -> None:
+        commits.append(len(words))
+        store_words(domain.region)(words)
+
+    domain.table.map(0, HIGH, 4 * MIB, 3)
+    domain.table.map(GIB, HIGH + GIB, 7 * PAGE, 3)
+    domain.table = domain.open(commit)
+    now = list(domain.table.mappings())
+    domain.table.replace(now)
+    assert commits == []
+    domain.table.replace([now[0], Mapping(GIB, HIGH + GIB, 6 * PAGE, 3)])
+    assert commits == [1]
+    domain.table.replace([Mapping(2 * MIB, HIGH + 2 * MIB, 4 * MIB, 1)])
+    assert len(commits) == 2
+    domain.table.replace([])
+    assert domain.table.used_pages == 1
+    domain.close()
+
+
+def test_a_replacement_with_smaller_leaves() -> None:
+    domain = Domain(4)
+    domain.table.replace([Mapping(0, HIGH, GIB, 3)], largest=2)
+    assert domain.leaf_levels(0, GIB) == {2: 512}
+    domain.close()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ([(0, HIGH, 2 * PAGE, 3), (PAGE, HIGH, PAGE, 3)], "iova 0x1000: mapped twice"),
+        ([(PAGE, HIGH, PAGE, 3), (0, HIGH, PAGE, 3)], "iova 0x0: mapped twice"),
+        ([(0, HIGH, PAGE, 0)], "permission 0x0"),
+        ([(0, HIGH + 1, PAGE, 3)], "unaligned"),
+        ([(0, 1 << 52, PAGE, 3)], "beyond 52 address bits"),
+        ([(1 << 48, HIGH, PAGE, 3)], "beyond 48 bits|not canonical"),
+    ],
+)
+def test_bad_replacements(wanted: list[tuple[int, int, int, int]], message: str) -> None:
+    domain = Domain(4)
+    domain.table.map(0, HIGH, PAGE, 3)
+    before = domain.image()
+    with pytest.raises(InvalidError, match=message):
+        domain.table.replace([Mapping(*one) for one in wanted])
+    assert domain.image() == before
+    domain.close()

@@ -28,7 +28,7 @@ from pkernfs.iommu.entries import (
     leaf_bytes,
     width_bits,
 )
-from pkernfs.iommu.memory import Commit, Memory
+from pkernfs.iommu.memory import Commit, Memory, merge_ranges
 from pkernfs.iommu.pool import (
     Mapping,
     TablePool,
@@ -37,7 +37,7 @@ from pkernfs.iommu.pool import (
     fill_entries,
     merged_entry,
 )
-from pkernfs.iommu.trees import check_tree, scan_tree
+from pkernfs.iommu.trees import Tree, check_tree, scan_tree, without
 from pkernfs.layout import PAGE
 
 #: Words of live tables that one change stores; a table with many of them is replaced instead.
@@ -162,12 +162,7 @@ class PageTable:
         self.check_perm(perm)
         self.check_range(iova, sum(length for _physical, length in pieces))
         for physical, length in pieces:
-            if physical % PAGE or length % PAGE or length <= 0:
-                raise InvalidError(f"memory at {physical:#x}: unaligned: got {length:#x} bytes")
-            if physical < 0 or physical + length > 1 << self.physical_bits:
-                raise InvalidError(
-                    f"memory at {physical:#x}: beyond {self.physical_bits} address bits"
-                )
+            self._check_memory(physical, length)
         with self._change() as root:
             for physical, length in _coalesced(pieces):
                 self._map(root, iova, iova + length, physical, perm)
@@ -193,6 +188,39 @@ class PageTable:
         self.check_range(iova, length)
         with self._change() as root:
             return self._protect(root, iova, iova + length, perm)
+
+    def replace(self, wanted: Sequence[Mapping], largest: int = LARGEST_LEAF_LEVEL) -> None:
+        """Map ``wanted``, which is in order and does not overlap, and nothing else.
+
+        It is one change, of what differs: what is mapped just so already stays as it is.
+
+        :param largest: level of the largest leaf from now on, as for the class.
+        :raises NoTablePagesError: too few free pages; says how many bytes the file must grow.
+        :raises InvalidError: unaligned, beyond the width, no permission, not in order.
+        """
+        end = 0
+        for m in wanted:
+            self.check_perm(m.perm)
+            self.check_range(m.iova, m.length)
+            self._check_memory(m.physical, m.length)
+            if m.iova < end:
+                raise InvalidError(f"iova {m.iova:#x}: mapped twice")
+            end = m.iova + m.length
+        self.largest = min(self.largest, largest)
+        now = list(self.mappings())
+        gone = merge_ranges((m.iova, m.iova + m.length) for m in without(now, wanted))
+        with self._change() as root:
+            # All of these first: what is mapped then meets nothing that has to go.
+            for start, stop in gone:
+                self._unmap(root, start, stop)
+            for m in without(wanted, now):
+                self._map(root, m.iova, m.iova + m.length, m.physical, m.perm)
+
+    def _check_memory(self, physical: int, length: int) -> None:
+        if physical % PAGE or length % PAGE or length <= 0:
+            raise InvalidError(f"memory at {physical:#x}: unaligned: got {length:#x} bytes")
+        if physical < 0 or physical + length > 1 << self.physical_bits:
+            raise InvalidError(f"memory at {physical:#x}: beyond {self.physical_bits} address bits")
 
     def check_perm(self, perm: int) -> None:
         """:raises InvalidError: not READ, WRITE or both."""
