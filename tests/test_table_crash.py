@@ -18,21 +18,26 @@ import pytest
 
 from checking import assert_clean
 from crash import JOURNAL, JOURNAL_END, MIB, Piece, Replay, Store, cut, is_fence, recorded
+from pkernfs.backing.host import Host as Machine
 from pkernfs.errors import BusyError, ExistsError, NotFoundError, PkernfsError
+from pkernfs.fs import snapshot
 from pkernfs.fs.filesystem import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FileSystem
 from pkernfs.fs.tables import ROOT_NAME
 from pkernfs.iommu.config import Bar, Config
 from pkernfs.iommu.contexts import Mode
+from pkernfs.iommu.live import Shape
 from pkernfs.iommu.memory import Memory
+from pkernfs.iommu.pool import Mapping
 from pkernfs.iommu.walk import translate, translate_domain
 from pkernfs.layout import BLOCK, IOMMU_INO, PAGE, ROOT_INO
 from pkernfs.region import Region, crc32c
-from table_files import DEVICE, PHYS_BASE, READ, RW, Host
+from table_files import DEVICE, PHYS_BASE, READ, RW, Host, drain
 
 pytestmark = pytest.mark.crash
 
 GIB = 1 << 30
 REGION_BYTES = 24 * MIB
+NOWHERE = Machine("/nowhere")  # no device is there
 BAR = Bar(0x30, 0, 1 << 40, 4 * MIB)
 DEVICES = (DEVICE, 0x29, 0x30, 0x2A80)
 MOUNT_STRIDE = 40  # of the steps that fill a record or a new table: nobody reads them yet
@@ -118,7 +123,49 @@ def grow(h: Host, name: bytes, size: int) -> None:
     h.run(partial(h.fs.setattr, ino, size=size))
 
 
+def reading(h: Host) -> snapshot.Reading:
+    """What a kernel would have mapped for the device: all that both files have."""
+    places = [(0, small(h)), (2 * GIB, large(h))]
+    mappings = [
+        Mapping(iova + low, PHYS_BASE + at, length, RW)
+        for iova, ino in places
+        for low, at, length in h.fs.pieces(ino, 0, 6 * MIB)
+    ]
+    return snapshot.Reading(
+        DEVICE,
+        Shape(Mode.LEGACY, 4),
+        7,
+        0x123000,
+        mappings,
+        same=frozenset([DEVICE]),
+        taken=frozenset([3]),
+        domain_ids=256,
+        largest=3,
+    )
+
+
+def take(read: Callable[[Host], snapshot.Reading]) -> Change:
+    """Make a snapshot of it in dom-0."""
+
+    def run(h: Host) -> None:
+        plan = drain(snapshot.plan(h.fs, NOWHERE, read(h)))
+        h.run(lambda: snapshot.apply(h.fs, plan, 0))
+
+    return run
+
+
 CASES = [
+    Case("snapshot, first of all", take(reading)),
+    Case("snapshot in scalable mode, first of all",
+         take(lambda h: reading(h)._replace(shape=Shape(Mode.SCALABLE, 4)))),
+    Case("snapshot in place of what was mapped", take(reading),
+         lambda h: h.map(0, PAGE, large(h), 0, BLOCK)),
+    Case("snapshot in place of another", take(reading), both(some_mapped, second_domain)),
+    Case("snapshot in place of another, of some pages",
+         take(lambda h: reading(h)._replace(mappings=reading(h).mappings[:1])),
+         take(reading)),
+    Case("snapshot of nothing", take(lambda h: reading(h)._replace(mappings=[])),
+         take(reading)),
     Case("map a small file with holes, first of all", lambda h: h.map(0, 0, small(h))),
     Case("map blocks with a hole, first of all", lambda h: h.map(0, 0, large(h))),
     Case("map a small file with holes beside others",

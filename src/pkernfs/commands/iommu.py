@@ -33,6 +33,7 @@ SUBCOMMANDS = {
     "unmap": Subcommand("unmap a range of addresses", ("dom", "iova", "length")),
     "attach": Subcommand("have a device's requests translated by a domain", ("dom", "bdf")),
     "detach": Subcommand("end that", ("bdf",)),
+    "snapshot": Subcommand("a device's live domain, as a complete one in DOM", ("bdf", "dom")),
     "persist": Subcommand("whether a handover keeps a device's entries", ("bdf",)),
     "translate": Subcommand("walk the tables as the hardware does", ("whole", "bdf", "iova")),
     "show": Subcommand("the tables, as the kernel's debugfs shows its own", ("target",)),
@@ -281,6 +282,15 @@ def _attach(args: argparse.Namespace) -> int:
     return 0
 
 
+def _snapshot(args: argparse.Namespace) -> int:
+    from pkernfs.control import call
+    from pkernfs.iommu.bars import parse_device
+
+    _mount, number = _domain(args.dom)
+    call(args.dom, "iommu.snapshot", domain=number, device=parse_device(args.bdf))
+    return 0
+
+
 def _detach(args: argparse.Namespace) -> int:
     from pkernfs.control import call
     from pkernfs.iommu.bars import parse_device
@@ -521,6 +531,7 @@ _RUN = {
     "unmap": _unmap,
     "attach": _attach,
     "detach": _detach,
+    "snapshot": _snapshot,
     "persist": _persist,
     **dict.fromkeys(("translate", "show", "check", "export"), _read),
 }

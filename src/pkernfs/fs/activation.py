@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -21,10 +22,12 @@ from pkernfs.errors import (
     PermissionDeniedError,
     PkernfsError,
 )
+from pkernfs.fs.live import Finder, LiveTables
 from pkernfs.fs.tables import TableFiles
 from pkernfs.iommu.devices import PciDevice, all_devices, read_device, unit_of
-from pkernfs.iommu.discovery import FoundUnit, find_units, need_unit, read_dmar
-from pkernfs.iommu.dmar import Dmar
+from pkernfs.iommu.discovery import FoundUnit, find_units, need_unit, reach_unit, read_dmar
+from pkernfs.iommu.dmar import Dmar, UnitStructure
+from pkernfs.iommu.entries import bdf_text
 from pkernfs.iommu.fitness import Demands, cut_off, largest_leaf, shortcomings, unfit
 from pkernfs.iommu.tables import RootTables
 from pkernfs.iommu.unit import Unit
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Finder = Callable[[Host, Dmar], list[FoundUnit]]
+Reach = Callable[[Host, UnitStructure], Unit]
 
 
 def _find(host: Host, dmar: Dmar) -> list[FoundUnit]:
@@ -45,13 +48,21 @@ def _find(host: Host, dmar: Dmar) -> list[FoundUnit]:
 class Activation:
     """The units of the machine and the tables of one file system.
 
-    :param find: how units are found; tests reach theirs otherwise.
+    :param find: how units are found, and ``reach`` how one that the kernel's driver has is changed;
+        tests reach theirs otherwise.
     """
 
-    def __init__(self, fs: FileSystem, host: Host = HOST, find: Finder = _find) -> None:
+    def __init__(
+        self,
+        fs: FileSystem,
+        host: Host = HOST,
+        find: Finder = _find,
+        reach: Reach = reach_unit,
+    ) -> None:
         self._fs = fs
         self._host = host
         self._find = find
+        self._reach = reach
 
     @property
     def _tables(self) -> TableFiles:
@@ -245,6 +256,88 @@ class Activation:
         others = [] if before is None else [u for u in before.units if u.name not in names]
         self._walk(dmar, [*others, *units])
         return names
+
+    # ------------------------------------------------------------------ from the kernel's tables
+
+    def live(self) -> LiveTables:
+        """What units translate for the running kernel now; to be closed.
+
+        :raises PkernfsError: see :class:`LiveTables`.
+        """
+        return LiveTables(self._fs, self._host, self._find)
+
+    def check_live(self) -> None:
+        """Devices that are attached and persist have what their live domains have.
+
+        It is so for a unit that walks these tables already, and of no matter for one that the
+        running kernel does not drive.
+
+        :raises PkernfsError: of which device something differs, what, and the remedy.
+        """
+        with self.live() as live:
+            live.check()
+
+    def switch_units(self) -> list[str]:
+        """Have the units that the running kernel drives walk these tables: the last step of all.
+
+        What the kernel maps or attaches from then on is not seen by any unit.
+
+        :raises PkernfsError: why not; the kernel's tables are in force everywhere, as far as the
+            units obey.
+        """
+        self._check_switch()
+        with self.live() as live:
+            live.check()
+            chosen = self._to_switch(live)
+        root, mode = self._tables.need_root(), self._tables.config.mode
+        units = [self._reach(self._host, f.structure) for f in chosen]
+        end_interrupted_loans(units, root)
+        if units:
+            Walking(units, mode).write_back(self._tables.memories())
+        done: list[tuple[Unit, int]] = []
+        try:
+            for unit in units:
+                before = unit.state().root
+                with_queue(unit, mode, root, partial(unit.replace_root, root.root, mode))
+                done.append((unit, before))
+        except PkernfsError:
+            for unit, before in reversed(done):
+                with suppress(PkernfsError):
+                    with_queue(unit, mode, root, partial(unit.replace_root, before, mode))
+            raise
+        return [u.name for u in units]
+
+    def _check_switch(self) -> None:
+        if os.geteuid():
+            raise PermissionDeniedError("switch: the daemon is not root's")
+        if self._fs.read_only and not self._fs.frozen:
+            raise PermissionDeniedError("switch: the file system is read-only")
+        for name, reason in self._tables.damaged.items():
+            raise InvalidError(f"iommu/{name.decode()}: damaged: {reason}: run the check")
+        transient = self._tables.transient()
+        for d in self._tables.devices():
+            if d.source_id in transient:
+                raise BusyError(
+                    f"device {bdf_text(d.source_id)}: attached, and not to persist: hand over first"
+                )
+
+    def _to_switch(self, live: LiveTables) -> list[FoundUnit]:
+        """The units above attached devices that do not walk the tables yet."""
+        root = self._tables.need_root()
+        above = [live.above(live.device(d.source_id)) for d in self._tables.devices()]
+        names = {f.structure.name for f in above if not need_unit(f).walks(root.root)}
+        chosen = [f for name, f in live.found.items() if name in names]
+        for found in chosen:
+            name = found.structure.name
+            if not found.driven:
+                raise BusyError(
+                    f"{name}: it does not walk the region's tables: pkernfs iommu activate"
+                )
+            able = need_unit(found).capabilities
+            reasons = list(shortcomings(able, self._demands(), live.dmar.host_bits))
+            if reasons:
+                raise NotSupportedError(f"{name}: {'; '.join(reasons)}")
+        return chosen
 
     # ------------------------------------------------------------------ off
 

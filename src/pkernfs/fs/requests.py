@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
+from pkernfs.backing.host import HOST
 from pkernfs.errors import InvalidError, TableDamageError
-from pkernfs.fs import translation
+from pkernfs.fs import snapshot, translation
 from pkernfs.fs.activation import Activation
 from pkernfs.fs.tables import ROOT_NAME
 from pkernfs.fs.translation import Output, Question
@@ -21,6 +22,7 @@ from pkernfs.iommu.bars import read_bar
 from pkernfs.iommu.check import Report
 from pkernfs.iommu.config import Config
 from pkernfs.iommu.contexts import Mode
+from pkernfs.iommu.entries import check_source_id
 from pkernfs.layout import IOMMU_INO
 
 if TYPE_CHECKING:
@@ -53,6 +55,9 @@ class TableRequests:
             "iommu.attach": self.attach,
             "iommu.detach": self.detach,
             "iommu.persist": self.persist,
+            "iommu.snapshot": self.snapshot,
+            "iommu.check_live": self.check_live,
+            "iommu.switch": self.switch,
             "iommu.activate": self.activate,
             "iommu.deactivate": self.deactivate,
             "iommu.devices": self.devices,
@@ -106,6 +111,30 @@ class TableRequests:
         """Whether a handover keeps a device's entries."""
         source_id, on = _number(args, "device"), bool(args.get("on"))
         await self._change(lambda: self._fs.tables.persist(source_id, on))
+
+    async def snapshot(self, args: Args) -> int:
+        """Have dom-``domain`` be the live domain of ``device``, which is attached; its id."""
+        number, source_id = _number(args, "domain"), _number(args, "device")
+        check_source_id(source_id)
+        tables = self._fs.tables
+        tables.domain(number)
+        kept = {d.source_id for d in tables.devices()} - tables.transient()
+        async with self._lock:
+            with Activation(self._fs).live() as live:
+                # Only memory that does not change hands meanwhile is read there.
+                reading = await trio.to_thread.run_sync(snapshot.read, live, source_id, kept)
+            plan = await self._in_steps(snapshot.plan(self._fs, HOST, reading))
+        return await self._change(lambda: snapshot.apply(self._fs, plan, number), number)
+
+    async def check_live(self, args: Args) -> None:
+        """See :meth:`Activation.check_live`."""
+        async with self._lock:
+            Activation(self._fs).check_live()
+
+    async def switch(self, args: Args) -> list[str]:
+        """See :meth:`Activation.switch_units`; nothing but the jump may follow."""
+        async with self._lock:
+            return Activation(self._fs).switch_units()
 
     async def activate(self, args: Args) -> list[str]:
         """Put the tables in force in ``units``; the names of the units that walk them then."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
@@ -61,7 +61,8 @@ log = logging.getLogger(__name__)
 ROOT_NAME = b"root-pgtables"
 _KEEP_SIZE = 1
 _MAPPINGS_AT_ONCE = 256
-_FIRST_DOMAIN_ID = 2  # 0 is reserved with CAP.CM, and the kernel keeps 0 and 1 for itself
+#: 0 is reserved with CAP.CM, and the kernel keeps 0 and 1 for itself.
+FIRST_DOMAIN_ID = 2
 
 
 class TableFile(NamedTuple):
@@ -426,7 +427,7 @@ class TableFiles:
         if any(self._holes(ino, offset, length)):
             self._check_overlap(table, iova, ino, offset, length, perm)
             self._fs.fallocate(ino, _KEEP_SIZE, offset, length)
-        pieces = [(at, count) for _low, at, count in self._file_pieces(ino, offset, length)]
+        pieces = [(at, count) for _low, at, count in self.file_pieces(ino, offset, length)]
         self._map_pieces(number, iova, pieces, perm)
         return length
 
@@ -460,7 +461,7 @@ class TableFiles:
 
         :raises ExistsError: something there is mapped, and not just so.
         """
-        pieces = list(self._file_pieces(ino, offset, length))
+        pieces = list(self.file_pieces(ino, offset, length))
         starts = [low for low, _physical, _count in pieces]
         for m in table.mappings(iova, iova + length):
             at, end = max(m.iova, iova), min(m.iova + m.length, iova + length)
@@ -482,8 +483,8 @@ class TableFiles:
         if at < end:
             yield at, end - at
 
-    def _file_pieces(self, ino: int, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
-        """Offset in the file, physical address and length of what it has there."""
+    def file_pieces(self, ino: int, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
+        """Offset in the file, physical address and bytes of what is allocated, in order."""
         region = self._fs.region
         for low, at, count in self._fs.pieces(ino, offset, length):
             for start, run, physical in region.physical_runs(at, count):
@@ -511,18 +512,41 @@ class TableFiles:
         table.check_range(iova, length)
         if offset % PAGE:
             raise InvalidError(f"{bar.name}: offset {offset:#x}: unaligned: not whole pages")
-        root = self._have_root()
-        try:
-            record_bar(root.memory, self._fs.store.commit_words, bar)
-        except NoSpaceError:  # some may be of domains that were removed
-            self._forget_bars()
-            record_bar(root.memory, self._fs.store.commit_words, bar)
+        self._record_bar(self._have_root(), bar)
         try:
             self._map_pieces(number, iova, [(bar.start + offset, length)], perm)
         except PkernfsError:
             self._forget_bars()
             raise
         return length
+
+    def _record_bar(self, root: RootTables, bar: Bar) -> None:
+        try:
+            record_bar(root.memory, self._fs.store.commit_words, bar)
+        except NoSpaceError:  # some may be of domains that were removed
+            self._forget_bars()
+            record_bar(root.memory, self._fs.store.commit_words, bar)
+
+    def replace(
+        self, number: int, wanted: Sequence[Mapping], bars: Sequence[Bar], largest: int
+    ) -> None:
+        """Have dom-N map ``wanted``, which is of live files and of ``bars``, and nothing else.
+
+        :raises InvalidError, NoTablePagesError: see :meth:`PageTable.replace`; it is as it was.
+        """
+        self._check_writable()
+        self.domain(number)
+        root = self._have_root()
+        try:
+            for bar in bars:
+                self._record_bar(root, bar)
+            self.domain(number).replace(wanted, largest)
+        except NoTablePagesError as e:
+            raise NoTablePagesError(f"dom-{number}", e.missing) from None
+        finally:
+            self._map_is_old = True
+            self._forget_bars()
+        self._tell_mapped(number)
 
     def _map_pieces(self, number: int, iova: int, pieces: list[tuple[int, int]], perm: int) -> None:
         table = self.domain(number)
@@ -564,9 +588,10 @@ class TableFiles:
                 assert self._root is not None
                 forget_bar(self._root.memory, self._fs.store.commit_words, bar)
 
-    def attach(self, number: int, source_id: int) -> int:
+    def attach(self, number: int, source_id: int, domain_id: int | None = None) -> int:
         """Have a device's requests translated by dom-N; returns the domain id of the entry.
 
+        :param domain_id: which is free, or dom-N's already; None: one is chosen.
         :raises ExistsError: the device is attached.
         """
         self._check_writable()
@@ -575,7 +600,8 @@ class TableFiles:
         if self._walking is not None:
             self._walking.admit(source_id)
         root = self._have_root()
-        domain_id = self._domain_id(root, number, table.root)
+        if domain_id is None:
+            domain_id = self._domain_id(root, number, table.root)
         root.attach(source_id, table.root, domain_id)
         if self._walking is not None:
             with self._telling():
@@ -591,10 +617,10 @@ class TableFiles:
             if other == table:
                 return domain_id
         limit = MAX_DOMAIN_ID + 1 if self._walking is None else self._walking.domain_ids
-        wanted = number + _FIRST_DOMAIN_ID
+        wanted = number + FIRST_DOMAIN_ID
         if wanted < limit and wanted not in taken:
             return wanted
-        for domain_id in range(_FIRST_DOMAIN_ID, limit):
+        for domain_id in range(FIRST_DOMAIN_ID, limit):
             if domain_id not in taken:
                 return domain_id
         raise NoSpaceError("root-pgtables: no free domain id")

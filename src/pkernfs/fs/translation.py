@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import stat
 from bisect import bisect_right
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -133,19 +133,26 @@ def _names(fs: FileSystem, directory: int, cookie: int) -> list[tuple[bytes, int
 
 
 def mapped_pieces(fs: FileSystem) -> Generator[None, None, list[Owner]]:
-    """Where files are of which something is mapped, or something close by.
+    """Where files are of which something is mapped, or something close by."""
+    return pieces_of(fs, fs.tables.may_be_mapped)
+
+
+def pieces_of(
+    fs: FileSystem, wanted: Callable[[int, int], bool]
+) -> Generator[None, None, list[Owner]]:
+    """Where files are in memory that is ``wanted``, which is asked for region offset and bytes.
 
     By inode, not by name: a file that is renamed meanwhile is not missed.
     """
     pieces: list[Owner] = []
     for at, ino in enumerate(fs.numbers()):
-        pieces += _mapped_pieces(fs, ino)
+        pieces += _wanted_pieces(fs, ino, wanted)
         if at % _NAMES_AT_ONCE == 0:
             yield
     return pieces
 
 
-def _mapped_pieces(fs: FileSystem, ino: int) -> list[Owner]:
+def _wanted_pieces(fs: FileSystem, ino: int, wanted: Callable[[int, int], bool]) -> list[Owner]:
     try:
         found = fs.stat(ino)
         if not stat.S_ISREG(found.mode) or not found.nlink or not found.data_pages:
@@ -155,7 +162,7 @@ def _mapped_pieces(fs: FileSystem, ino: int) -> list[Owner]:
         return [
             Owner(e.region_offset, e.region_offset + e.length, ino, e.offset)
             for e in fs.extents(ino)
-            if fs.tables.may_be_mapped(e.region_offset, e.length)
+            if wanted(e.region_offset, e.length)
         ]
     except NotFoundError:
         return []  # removed meanwhile

@@ -6,10 +6,13 @@ first six being the BARs (Linux, Documentation/PCI/sysfs-pci.rst; flags: include
 
 from __future__ import annotations
 
+import contextlib
 import os
 
+from pkernfs.backing.host import Host
 from pkernfs.errors import InvalidError, NotFoundError
 from pkernfs.iommu.config import Bar
+from pkernfs.iommu.devices import all_devices
 from pkernfs.iommu.entries import bdf_text, parse_bdf
 from pkernfs.layout import PAGE
 
@@ -64,3 +67,13 @@ def read_bar(source_id: int, number: int, devices: str = _DEVICES) -> Bar:
     if start % PAGE or (end + 1 - start) % PAGE:
         raise InvalidError(f"{name}: not whole pages: got {start:#x}-{end:#x}")
     return Bar(source_id, number, start, end + 1 - start)
+
+
+def all_bars(host: Host) -> list[Bar]:
+    """The memory BARs of all devices of segment 0 that page tables may map."""
+    bars = []
+    for device in all_devices(host):
+        for number in range(_BARS if not device.segment else 0):
+            with contextlib.suppress(NotFoundError, InvalidError):
+                bars.append(read_bar(device.source_id, number, host.path(_DEVICES.lstrip("/"))))
+    return bars

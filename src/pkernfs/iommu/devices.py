@@ -84,6 +84,18 @@ def all_devices(host: Host) -> list[PciDevice]:
     return [device for device in found if device is not None]
 
 
+def group_of(host: Host, device: PciDevice) -> list[PciDevice]:
+    """The other devices of its IOMMU group, without bridges (Linux, Documentation/driver-api/vfio).
+
+    The kernel keeps no two of them from each other: they share a domain. None where the kernel does
+    not drive the units.
+    """
+    names = host.list(f"{_DEVICES}/{device.name}/iommu_group/devices")
+    places = sorted(parse_bdf(name) for name in names if _BDF.fullmatch(name))
+    found = (read_device(host, source_id, segment) for segment, source_id in places)
+    return [d for d in found if d is not None and not d.bridge and d.name != device.name]
+
+
 # ---------------------------------------------------------------------- which unit
 
 

@@ -164,6 +164,15 @@ def unit_lines(record: dict[str, Any]) -> list[str]:
     return lines
 
 
+def reach_unit(host: Host, structure: UnitStructure) -> Unit:
+    """A unit that can be changed, whoever drives it.
+
+    :raises PermissionDeniedError, UnitError: its registers cannot be reached.
+    """
+    window = open_window(structure.base, host, write=True)
+    return Unit(structure.name, window, structure.base)
+
+
 def need_unit(found: FoundUnit) -> Unit:
     """The unit, if its registers can be reached.
 

@@ -119,16 +119,24 @@ class RootTables:
             raise InvalidError(f"page table at {table:#x}: beyond {self._physical_bits} bits")
         if source_id in self._devices:
             raise ExistsError(f"device {bdf_text(source_id)}: attached already: detach it first")
-        legacy = self.config.mode is Mode.LEGACY
-        _root_at, context = self._root_word(source_id)
-        pages = self._free_pages((0 if legacy else 2) + (0 if context else 1))
-        if legacy:
+        pages = self.pages_for(source_id)
+        if self.config.mode is Mode.LEGACY:
             entry = self._legacy_entry(table, domain_id)
         else:
             entry = self._scalable_entry(table, domain_id, *pages[:2])
+        _root_at, context = self._root_word(source_id)
         self._store_entry(source_id, entry, 0 if context else pages[-1])
         self._used.update(pages)
         self._devices[source_id] = self._read_back(source_id)
+
+    def pages_for(self, source_id: int) -> list[int]:
+        """The free pages that attaching a device takes; they stay free.
+
+        :raises NoTablePagesError: too few free pages; says how much root-pgtables must grow.
+        """
+        _root_at, context = self._root_word(source_id)
+        own = 0 if self.config.mode is Mode.LEGACY else 2
+        return self._free_pages(own + (0 if context else 1))
 
     def detach(self, source_id: int) -> bool:
         """End that; a context table that is empty then goes as well, which is what is returned.

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
-from pkernfs.errors import InvalidError, UnitError
+from pkernfs.errors import InvalidError, PkernfsError, UnitError
 from pkernfs.iommu.contexts import Mode
 from pkernfs.iommu.invalidation import (
     DESCRIPTOR_BYTES,
@@ -212,6 +213,38 @@ class Unit:
             if not before.translating:
                 self._undo(before)
             raise
+
+    def replace_root(self, root: int, mode: Mode, queue: QueueMemory | None) -> None:
+        """Translate DMA by the tables below ``root`` from now on; translation stays on.
+
+        Until this returns a request may meet either root. Both have to translate it to the same,
+        by entries that share no domain id unless they share what it maps (11.4.4.1).
+
+        On failure the old root is in force again, as far as the unit obeys.
+
+        :raises UnitError: the unit does not do it, does not translate, or in another mode.
+        """
+        before = self.state()
+        wanted = root | RootTableAddress.TTM.put("TTM", _MODES[mode])
+        if not before.translating:
+            raise UnitError(f"{self.name}: does not translate: there is no root to replace")
+        if RootTableAddress.TTM.get(before.root_register) != _MODES[mode]:
+            raise UnitError(f"{self.name}: translates in another mode than {mode.name.lower()}")
+        try:
+            self.flush_write_buffer()
+            self._set_root(wanted)
+            self._forget_roots(mode, queue)
+            self._verify(wanted, before)
+        except PkernfsError:
+            with suppress(PkernfsError):
+                self._set_root(before.root_register)
+                self._forget_roots(mode, queue)
+            raise
+
+    def _forget_roots(self, mode: Mode, queue: QueueMemory | None) -> None:
+        """Nothing of an older root is used (6.6)."""
+        if not self.capabilities.has(Capability.ESRTPS):
+            self.invalidate(everything(scalable=mode is Mode.SCALABLE), queue)
 
     def _set_root(self, register: int) -> None:
         self._window.run([Step(Kind.WRITE_64, RootTableAddress.OFFSET, register)])
