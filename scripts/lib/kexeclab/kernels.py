@@ -22,7 +22,7 @@ _WANTED = re.compile(r"(boot/(vmlinuz|config)-|(usr/)?lib/modules/)")
 # What the initramfs needs to find the disks; most of it is built into newer kernels.
 _MODULES = ["virtio_pci", "virtio_blk", "overlay", "virtio_console"]
 _INIT = Path(__file__).with_name("initramfs-init")
-_REVISION = "1"
+_REVISION = "2"
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,8 @@ def _build(scratch: Path, packages: Path, root: rootfs.Root) -> None:
     base = content / "lib/modules"
     base.mkdir(parents=True)
     modules.rename(base / release)
+    for config in unpacked.glob("boot/config-*"):  # newer packages have it beside the modules
+        shutil.copyfile(config, base / release / "config")
     for link in ("build", "source", "vmlinuz"):
         (base / release / link).unlink(missing_ok=True)
     rootfs.chroot(root.tree, {"/mnt": content}, "depmod", "-b", "/mnt", release)
