@@ -7,7 +7,6 @@ is changed, loaded or opened for writing.
 from __future__ import annotations
 
 import ctypes
-import gzip
 import os
 import re
 import shutil
@@ -16,7 +15,7 @@ from importlib import metadata
 from typing import NamedTuple
 
 from pkernfs import qemu
-from pkernfs.backing import cmdline, dax, iomem
+from pkernfs.backing import cmdline, dax, iomem, kernels
 from pkernfs.backing.host import HOST, Host
 from pkernfs.errors import RegionError
 
@@ -39,7 +38,7 @@ class Result(NamedTuple):
 
 def examine(host: Host = HOST) -> Iterator[Result]:
     """All checks, in the order in which one sets a host up."""
-    config = kernel_config(host)
+    config = kernels.running_config(host)
     for check in _CHECKS:
         yield from check(host, config)
 
@@ -49,22 +48,7 @@ def able(results: list[Result], area: str) -> bool:
     return not any(r.area == area and r.status == MISSING for r in results)
 
 
-def kernel_config(host: Host) -> dict[str, str] | None:
-    """The running kernel's configuration; None: it is nowhere to be found."""
-    release = host.find("proc/sys/kernel/osrelease") or ""
-    text = None
-    try:
-        with gzip.open(host.path("proc/config.gz"), "rt") as file:
-            text = file.read()
-    except OSError:
-        for name in (f"boot/config-{release}", f"lib/modules/{release}/config"):
-            text = text or host.find(name)
-    if text is None:
-        return None
-    return dict(re.findall(r"^CONFIG_(\w+)=(.*)$", text, re.MULTILINE))
-
-
-Config = dict[str, str] | None
+Config = kernels.Config | None
 
 
 def _version(text: str) -> tuple[int, ...]:
