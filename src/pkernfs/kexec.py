@@ -1,6 +1,7 @@
 """How to start the next kernel without losing regions: its files, its command line, the steps.
 
-Planning only: nothing is loaded and nothing is started here.
+Planning only: nothing is loaded and nothing is started here. What is special where devices go on
+working meanwhile is in :mod:`pkernfs.kdump`.
 """
 
 from __future__ import annotations
@@ -8,27 +9,42 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
+from pkernfs import kdump
 from pkernfs.backing import cmdline, iomem
 from pkernfs.backing.cmdline import Kind
 from pkernfs.backing.host import HOST, Host
 from pkernfs.backing.iomem import Span
 from pkernfs.errors import NotFoundError, RegionError
+from pkernfs.kdump import Needs
 
-#: Words that a boot loader adds for the kernel that it has started itself.
-_BOOT_LOADER = ("BOOT_IMAGE=", "initrd=")
+#: Words that a boot loader, or the kernel for a crash kernel, adds for the one that it starts.
+_ADDED_BY_LOADERS = ("BOOT_IMAGE=", "initrd=", "elfcorehdr=")
 _KEPT = ("memmap", "pkernfs")
 _FREE = (Kind.REMOVED, Kind.RESERVED, Kind.SOFT, Kind.PMEM)
 _MAX_COMMAND_LINE = 2047  # COMMAND_LINE_SIZE of x86, without its end
+#: How the next kernel is started, as ``pkernfs kexec --dry-run`` has it behind its commands.
+JUMP = (
+    "# then units that the kernel drives get the region's root table, and it panics on processor 0 "
+    "(echo c > /proc/sysrq-trigger)"
+)
 
 
 @dataclass
 class Plan:
-    """What ``pkernfs kexec`` is going to do; ``commands`` in their order, as words."""
+    """What ``pkernfs kexec`` is going to do; ``commands`` in their order, as words.
+
+    :ivar crash: by a panic, for devices that must not be stopped
+    :ivar problems: why it should not be done
+    :ivar losses: what does not outlive the running kernel, beside its processes
+    """
 
     kernel: str
     initrd: str | None
     append: str
+    crash: bool = False
     added: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    losses: list[str] = field(default_factory=list)
     commands: list[list[str]] = field(default_factory=list)
 
 
@@ -39,13 +55,15 @@ def make_plan(
     kernel: str | None = None,
     initrd: str | None = None,
     append: str | None = None,
+    needs: Needs | None = None,
     host: Host = HOST,
 ) -> Plan:
-    """Plan an orderly kexec that keeps physical memory.
+    """Plan a kexec that keeps physical memory.
 
     :param spans: the physical memory of the regions that are mounted.
     :param mount_points: of all file systems that are to be handed over.
     :param append: the next kernel's command line; None: the running one's.
+    :param needs: of the devices that must go on; None, or no devices: an orderly kexec.
     :raises NotFoundError: no such kernel.
     :raises RegionError: the next kernel would take a region for its own memory.
     """
@@ -55,12 +73,39 @@ def make_plan(
     plan = Plan(kernel_path, initrd_path, line)
     if append is not None:
         _keep_parameters(plan, running)
+    if needs is not None and needs.devices:
+        _for_devices(plan, spans, mount_points, append or "", needs, host)
     _keep_out_of(plan, spans)
-    check_command_line(plan.append, spans)
+    check_command_line(plan.append, spans, kdump.ROOM_FOR_HEADER if plan.crash else 0)
     plan.commands.append(load_command(plan))
-    plan.commands += [["pkernfs", "handover", point] for point in mount_points]
-    plan.commands.append(_start(host))
+    for point in mount_points:
+        told = ["--cmdline", plan.append] if plan.crash else []
+        plan.commands.append(["pkernfs", "handover", point, *told])
+    if not plan.crash:
+        plan.commands.append(_start(host))
     return plan
+
+
+def _for_devices(
+    plan: Plan, spans: list[Span], mount_points: list[str], given: str, needs: Needs, host: Host
+) -> None:
+    """Turn the plan into one that leaves devices alone."""
+    plan.crash = True
+    memory = kdump.memory_parameter(iomem.read_iomem("pkernfs kexec", host), spans)
+    header = kdump.no_dump(spans)
+    plan.append = kdump.for_crash(plan.append, memory, header)
+    plan.added += [memory, header]
+    if not cmdline.values(given, "intel_iommu"):
+        plan.append, added = kdump.with_iommu(plan.append, scalable=needs.scalable)
+        plan.added.append(added)
+    blocked, problems = kdump.keep_drivers_away(host, plan.kernel, needs.devices)
+    if blocked:
+        plan.append, added = kdump.without_modules(plan.append, blocked)
+        plan.added.append(added)
+    plan.problems += kdump.host_problems(host)
+    plan.problems += kdump.adoption_problems(host, plan.kernel, plan.append, needs)
+    plan.problems += problems
+    plan.losses += kdump.losses(host, needs, mount_points)
 
 
 def find_kernel(kernel: str | None, initrd: str | None, host: Host) -> tuple[str, str | None]:
@@ -80,8 +125,8 @@ def find_kernel(kernel: str | None, initrd: str | None, host: Host) -> tuple[str
 
 
 def without_boot_loader(line: str) -> str:
-    """A command line without what the boot loader has put there for itself."""
-    return " ".join(w for w in cmdline.quoted_words(line) if not w.startswith(_BOOT_LOADER))
+    """A command line without what was added for the running kernel alone."""
+    return " ".join(w for w in cmdline.quoted_words(line) if not w.startswith(_ADDED_BY_LOADERS))
 
 
 def _keep_parameters(plan: Plan, running: str) -> None:
@@ -101,14 +146,16 @@ def _keep_out_of(plan: Plan, spans: list[Span]) -> None:
         plan.added.append("nokaslr")
 
 
-def check_command_line(line: str, spans: list[Span]) -> None:
+def check_command_line(line: str, spans: list[Span], room: int = 0) -> None:
     """Whether a kernel with this command line leaves the regions alone.
 
+    :param room: bytes that are going to be added.
     :raises RegionError: it would take a part of one for its own memory; with the parameter.
     """
-    if len(line) > _MAX_COMMAND_LINE:
+    if len(line) > _MAX_COMMAND_LINE - room:
         raise RegionError(
-            f"command line: too long: got {len(line)} bytes, expected up to {_MAX_COMMAND_LINE}"
+            f"command line: too long: got {len(line)} bytes, "
+            f"expected up to {_MAX_COMMAND_LINE - room}"
         )
     reserved = cmdline.reservations(line)
     for span in spans:
@@ -124,7 +171,7 @@ def check_command_line(line: str, spans: list[Span]) -> None:
 def load_command(plan: Plan) -> list[str]:
     """The words that load the next kernel."""
     # kexec_file_load (-s): kexec-tools itself would take its memory map from the firmware's.
-    words = ["kexec", "-s", "-l", plan.kernel]
+    words = ["kexec", "-s", "-p" if plan.crash else "-l", plan.kernel]
     if plan.initrd is not None:
         words.append(f"--initrd={plan.initrd}")
     return [*words, f"--command-line={plan.append}"]

@@ -1,22 +1,28 @@
-"""``pkernfs kexec``: load the next kernel, hand over every file system, start it."""
+"""``pkernfs kexec``: load the next kernel, hand over every file system, start it.
+
+An orderly kexec stops devices. If devices depend on tables of a mounted file system, the next
+kernel is started by a panic instead, which stops none (docs/dma.md).
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from pkernfs import kexec, loaded
 from pkernfs.backing.host import HOST
 from pkernfs.commands.handover import hand_over
 from pkernfs.control import call
-from pkernfs.errors import NotFoundError, PkernfsError
-from pkernfs.mounts import FSTYPE, read_mounts
-
-_UNLOAD = ["kexec", "-u"]
+from pkernfs.errors import InvalidError, NotFoundError, PkernfsError
+from pkernfs.kdump import Needs
+from pkernfs.mounts import FSTYPE, Mount, read_mounts
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -32,27 +38,112 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the commands, and change nothing."
     )
+    parser.add_argument(
+        "--orderly",
+        action="store_true",
+        help="an orderly kexec, although devices depend on the tables: they are stopped.",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="although the next kernel would not do; it says why."
+    )
+
+
+class Standing(NamedTuple):
+    """The mounts, and what the devices that depend on each need; ``dead`` ones have no daemon."""
+
+    mounts: list[Mount]
+    needs: dict[str, Needs]
+
+    def needs_memory_of(self, mount: Mount) -> bool:
+        """Whether devices depend on a mount's region."""
+        needs = self.needs.get(mount.mount_point)
+        return needs is not None and bool(needs.devices)
+
+    def whole(self) -> Needs:
+        """What all of them need.
+
+        :raises InvalidError: not the same.
+        """
+        kept = [n for n in self.needs.values() if n.devices]
+        if len({n.scalable for n in kept}) > 1:
+            raise InvalidError(
+                "kexec: tables of legacy and of scalable mode: no kernel adopts both"
+            )
+        return Needs(
+            [d for n in kept for d in n.devices],
+            [d for n in self.needs.values() for d in n.cut],
+            any(n.scalable for n in kept),
+        )
 
 
 def run(args: argparse.Namespace) -> int:
     """Check, load, hand over and start. Returns only if that failed, or with --dry-run."""
+    kexec.find_kernel(args.kernel, args.initrd, HOST)
     mounts = [m for m in read_mounts() if m.fstype == FSTYPE]
-    ours = [m.mount_point for m in mounts if not handed_over_by_systemd(m.mount_point)]
+    standing = Standing(mounts, {} if args.orderly else _ask(mounts))
+    needs = standing.whole()
+    for mount in mounts:
+        if standing.needs_memory_of(mount) and not loaded.physical_spans(mount.source):
+            raise InvalidError(
+                f"kexec: {mount.source}: gone with this kernel, but devices depend on its tables: "
+                "a region is needed that is SIZE!START or device-dax (--orderly stops the devices)"
+            )
+    points = [m.mount_point for m in mounts]
+    if not needs.devices:
+        points = [p for p in points if not handed_over_by_systemd(p)]
     plan = kexec.make_plan(
         [span for m in mounts for span in loaded.physical_spans(m.source)],
-        ours,
+        points,
         kernel=args.kernel,
         initrd=args.initrd,
         append=args.append,
+        needs=needs,
     )
-    for word in plan.added:
-        print(f"pkernfs: added to the command line: {word}", file=sys.stderr)
+    _tell(plan, forced=args.force)
     if args.dry_run:
         for words in plan.commands:
             print(shlex.join(words))
+        if plan.crash:
+            print(kexec.JUMP)
         return 0
-    _carry_out(plan, ours)
+    with _undone_if_it_fails(plan) as handed:
+        _run(plan.commands[0])
+        for point in points:
+            hand_over(point, False, plan.append if plan.crash else None)
+            handed.append(point)
+        if plan.crash:
+            _jump([p for p, n in standing.needs.items() if n.devices])
+        _run(plan.commands[-1])
     return 0
+
+
+def _ask(mounts: list[Mount]) -> dict[str, Needs]:
+    found = {}
+    for mount in mounts:
+        told = call(mount.mount_point, "kexec_needs")
+        found[mount.mount_point] = Needs(told["devices"], told["cut"], told["scalable"])
+    return found
+
+
+def _tell(plan: kexec.Plan, *, forced: bool) -> None:
+    """Say what is added and what is lost.
+
+    :raises PkernfsError: there are problems.
+    """
+    if plan.problems and not forced:
+        raise PkernfsError(
+            f"kexec: {'; '.join(plan.problems)} (--orderly stops the devices, --force goes on)"
+        )
+    for text in plan.problems:
+        _say(f"forced, although: {text}")
+    for word in plan.added:
+        _say(f"added to the command line: {word}")
+    for text in plan.losses:
+        _say(f"lost with this kernel: {text}")
+
+
+def _say(text: str) -> None:
+    print(f"pkernfs: {text}", file=sys.stderr)
 
 
 def handed_over_by_systemd(mount_point: str) -> bool:
@@ -66,26 +157,31 @@ def handed_over_by_systemd(mount_point: str) -> bool:
     return subprocess.run(["systemctl", "is-active", "-q", unit], check=False).returncode == 0
 
 
-def _carry_out(plan: kexec.Plan, mount_points: list[str]) -> None:
-    load, *_, start = plan.commands
-    if shutil.which(load[0]) is None:
-        raise NotFoundError("kexec: not found: apt install kexec-tools")
-    _run(load)
+@contextlib.contextmanager
+def _undone_if_it_fails(plan: kexec.Plan) -> Iterator[list[str]]:
+    """Gives a list for the mount points that are handed over."""
     handed: list[str] = []
     try:
-        for point in mount_points:
-            hand_over(point, digests=False)
-            handed.append(point)
-        _run(start)
+        yield handed
     except BaseException:
         for point in handed:
             call(point, "handover_abort")
-        subprocess.run(_UNLOAD, check=False, capture_output=True)
+        unload = ["kexec", "-p", "-u"] if plan.crash else ["kexec", "-u"]
+        subprocess.run(unload, check=False, capture_output=True)
         raise
+
+
+def _jump(mount_points: list[str]) -> None:
+    """Have the daemons switch the units, and the last one start the next kernel."""
+    os.sync()
+    for point in mount_points:
+        call(point, "kexec_jump", panic=point == mount_points[-1])
 
 
 def _run(words: list[str]) -> None:
     """:raises PkernfsError: the program fails; with what it has said."""
+    if shutil.which(words[0]) is None:
+        raise NotFoundError(f"{words[0]}: not found: apt install kexec-tools")
     done = subprocess.run(words, check=False, capture_output=True, text=True)
     if done.returncode:
         said = " ".join((done.stderr or done.stdout).split())
