@@ -13,6 +13,8 @@ import time
 from typing import Any
 
 from pkernfs import control
+from pkernfs.backing import arrival
+from pkernfs.backing.host import HOST
 from pkernfs.errors import InvalidError, PkernfsError, one_line
 from pkernfs.mounts import FSTYPE, canonical_spec, mount_at, mount_of, mounts_of_region
 from pkernfs.options import format_size
@@ -58,11 +60,21 @@ def describe(spec: str) -> dict[str, Any]:
     with Region.open(spec, write=False, lock=False) as region:
         facts: dict[str, Any] = {"region": spec, **superblock.describe(region)}
     facts["mount_points"] = mounts_of_region(spec)
+    facts["kexec"] = _kexec(facts)
     facts["verification"] = None
     if facts.get("history") and facts["mount_points"]:
         with contextlib.suppress(PkernfsError, OSError):  # not for us to ask, or nobody answers
             facts["verification"] = control.call(facts["mount_points"][0], "handover_status")
     return facts
+
+
+def _kexec(facts: dict[str, Any]) -> dict[str, Any]:
+    """How the running kernel was started, and whether it has adopted tables in force."""
+    path = "orderly" if facts.get("arrival") == "live update" else None
+    return {
+        "path": "panic" if arrival.by_panic(HOST) else path,
+        "units": [a._asdict() for a in arrival.adoptions(HOST)],
+    }
 
 
 def _print_facts(facts: dict[str, Any]) -> None:
@@ -81,6 +93,8 @@ def _print_facts(facts: dict[str, Any]) -> None:
                 print(f"history: {_history(entry)}")
         elif name == "verification":
             _print_verification(value)
+        elif name == "kexec":
+            _print_kexec(value)
         elif name.endswith("_bytes"):
             print(f"{label.removesuffix(' bytes')}: {value} bytes ({format_size(value)})")
         elif name.endswith("_ns"):
@@ -111,6 +125,20 @@ def _history(entry: dict[str, Any]) -> str:
         return f"{text}, without a handover"
     text += f", {entry['gap_ns'] / 1e9:.3f} s after handover {entry['handover']}: {entry['result']}"
     return f"{text} ({entry['changed']})" if entry["changed"] else text
+
+
+_PATHS = {
+    "panic": "by a panic: devices were not stopped",
+    "orderly": "orderly: devices were stopped",
+}
+
+
+def _print_kexec(found: dict[str, Any]) -> None:
+    if found["path"] is not None:
+        print(f"kexec: {_PATHS[found['path']]}")
+    for unit in found["units"]:
+        what = "adopted" if unit["adopted"] else "not adopted"
+        print(f"tables in force in {unit['unit']}: {what} ({one_line(unit['log'])})")
 
 
 def _print_verification(found: dict[str, Any] | None) -> None:
