@@ -28,8 +28,16 @@ def machine(tmp_path: Path) -> Machine:
     return machine
 
 
-def plan(machine: Machine, append: str | None = None, **given: str | None) -> Plan:
-    return make_plan([SPAN], ["/mnt/a", "/mnt/b"], append=append, host=machine, **given)
+def plan(
+    machine: Machine,
+    append: str | None = None,
+    *,
+    kernel: str | None = None,
+    initrd: str | None = None,
+) -> Plan:
+    return make_plan(
+        [SPAN], ["/mnt/a", "/mnt/b"], append=append, kernel=kernel, initrd=initrd, host=machine
+    )
 
 
 def test_the_running_kernel_again(machine: Machine) -> None:
