@@ -13,6 +13,8 @@ from mounting import run_pkernfs
 from pkernfs import doctor
 from pkernfs.backing import kernels
 from pkernfs.doctor import MISSING, OK, WARNING, Result
+from test_iommu_dmar import drhd
+from test_iommu_dmar import table as dmar_table
 
 GOOD = {
     "DEVMEM": "y", "STRICT_DEVMEM": "y", "DEV_DAX": "m", "KEXEC": "y", "INTEL_IOMMU": "y",
@@ -30,7 +32,7 @@ def machine(tmp_path: Path) -> Machine:
     machine.write("sys/kernel/kexec_crash_size", str(256 << 20))
     machine.write("sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages", "64")
     machine.write("sys/kernel/security/lockdown", "[none] integrity confidentiality")
-    machine.write("sys/firmware/acpi/tables/DMAR", b"DMAR")
+    machine.write("sys/firmware/acpi/tables/DMAR", dmar_table())
     machine.write("sys/bus/dax/devices/dax0.0/size", "1")
     machine.write("usr/local/bin/pkernfs", "")
     machine.write("usr/local/lib/systemd/system/pkernfs.target", "")
@@ -100,6 +102,31 @@ def test_a_kernel_without_an_option_is_said(machine: Machine, option: str) -> No
     configure(machine, {name: value for name, value in GOOD.items() if name != option})
     result = results(machine)[option]
     assert (result.status, result.remedy) == (MISSING, f"a kernel with CONFIG_{option}")
+
+
+@pytest.mark.parametrize(
+    ("cap", "status", "detail"),
+    [
+        ("d2008c222f0606", OK, "levels 3, 4"),  # QEMU's
+        ("d20080222f0206", MISSING, "no tables of 4 levels"),
+    ],
+)
+def test_what_a_unit_is_able_to_do(machine: Machine, cap: str, status: str, detail: str) -> None:
+    Path(machine.path("dev/mem")).unlink()
+    machine.write("sys/firmware/acpi/tables/DMAR", dmar_table(drhd(0xFED9_0000, flags=1)))
+    for name, text in (("version", "1:0"), ("cap", cap), ("ecap", "f42")):
+        machine.write(f"sys/class/iommu/dmar0/intel-iommu/{name}", text)
+    found = results(machine)["dmar0"]
+    assert found.status == status
+    assert detail in found.detail
+
+
+def test_units_of_which_nobody_tells(machine: Machine) -> None:
+    Path(machine.path("dev/mem")).unlink()
+    machine.write("sys/firmware/acpi/tables/DMAR", dmar_table(drhd(0xFED9_0000, flags=1)))
+    assert results(machine)["dmar0"].status == doctor.UNKNOWN
+    machine.write("sys/firmware/acpi/tables/DMAR", b"DMAR")
+    assert results(machine)["units"].status == doctor.UNKNOWN
 
 
 def test_neither_dev_mem_nor_dax(machine: Machine) -> None:

@@ -17,12 +17,17 @@ from typing import NamedTuple
 from pkernfs import qemu
 from pkernfs.backing import cmdline, dax, iomem, kernels
 from pkernfs.backing.host import HOST, Host
-from pkernfs.errors import RegionError
+from pkernfs.errors import NotFoundError, PkernfsError, RegionError
+from pkernfs.iommu import discovery
+from pkernfs.iommu.config import Config as IommuConfig
+from pkernfs.iommu.fitness import Demands, shortcomings
 
 OK, WARNING, MISSING, UNKNOWN = "ok", "warning", "missing", "unknown"
 
 _OLDEST_KERNEL = (6, 1)
+_OLDEST_LIBFUSE = (3, 13)  # fuse_shim.attach()
 _SHARED_DIRECT_KERNEL = (6, 6)  # FUSE_DIRECT_IO_ALLOW_MMAP
+_HUGE_LEAF = 2  # level of the 2 MiB leaves that guest memory is mapped with
 _UNITS = "usr/local/lib/systemd/system/pkernfs.target"
 
 
@@ -78,6 +83,9 @@ def _check_fuse(host: Host, config: Config) -> Iterator[Result]:
     library = libfuse_version()
     if library is None:
         yield Result("mount", "libfuse", MISSING, "libfuse3 not found", "apt install libfuse3-3")
+    elif _version(library) < _OLDEST_LIBFUSE:
+        detail = f"{library}: fewer capabilities of the kernel are used (docs/coherence.md)"
+        yield Result("mount", "libfuse", WARNING, detail, "3.13 or newer")
     else:
         yield Result("mount", "libfuse", OK, library)
     for name in ("pyfuse3", "trio", "cffi"):
@@ -304,7 +312,31 @@ def _check_iommu(host: Host, config: Config) -> Iterator[Result]:
         )  # fmt: skip
 
 
-def _check_units(host: Host, config: Config) -> Iterator[Result]:
+def _check_capabilities(host: Host, config: Config) -> Iterator[Result]:
+    """Whether each unit is able to walk tables as they are made by default."""
+    try:
+        dmar = discovery.read_dmar(host)
+    except NotFoundError:
+        return  # said already
+    except PkernfsError as e:
+        yield Result("dma", "units", UNKNOWN, str(e), "as root")
+        return
+    wanted = Demands(IommuConfig(), [], _HUGE_LEAF, 0, 0)
+    for found in discovery.find_units(host, dmar, write=False):
+        name = found.structure.name
+        able_to = discovery.capabilities(host, found)
+        if able_to is None:
+            yield Result("dma", name, UNKNOWN, found.why_not, "iomem=relaxed, and root")
+            continue
+        lacks = list(shortcomings(able_to, wanted, dmar.host_bits))
+        if lacks:
+            remedy = "other tables, if it walks any: pkernfs iommu create --mode, --levels"
+            yield Result("dma", name, MISSING, "; ".join(lacks), remedy)
+        else:
+            yield Result("dma", name, OK, ", ".join(able_to.words()))
+
+
+def _check_systemd(host: Host, config: Config) -> Iterator[Result]:
     if not os.path.isdir(host.path("run/systemd/system")):
         yield Result("units", "systemd", MISSING, "not running here", "boot with systemd")
     elif os.path.exists(host.path(_UNITS)):
@@ -325,5 +357,6 @@ _CHECKS: tuple[Callable[[Host, Config], Iterator[Result]], ...] = (
     _check_kexec,
     _check_crash_kernel,
     _check_iommu,
-    _check_units,
+    _check_capabilities,
+    _check_systemd,
 )

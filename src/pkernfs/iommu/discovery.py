@@ -80,20 +80,18 @@ def unit_record(host: Host, found: FoundUnit, roots: dict[int, str]) -> dict[str
         "all_devices": s.include_all,
         "scopes": [str(scope) for scope in s.scopes],
     }
-    capabilities = None
+    able_to = capabilities(host, found)
     if found.unit is None:
-        capabilities = _capabilities_in_sysfs(host, s.name)
         state: dict[str, Any] = {"state": "driver" if found.driven else "unknown"}
         state["reason"] = found.why_not
     else:
-        capabilities = found.unit.capabilities
         state = _state(found.unit, found.driven, roots)
         state["faults"] = [
             {**f._asdict(), "source_id": bdf_text(f.source_id, s.segment), "text": str(f)}
             for f in found.unit.faults()
         ]
-    if capabilities is not None:
-        record |= {**capabilities._asdict(), "capabilities": capabilities.words()}
+    if able_to is not None:
+        record |= {**able_to._asdict(), "capabilities": able_to.words()}
     return record | state
 
 
@@ -115,6 +113,13 @@ def _state(unit: Unit, driven: bool, roots: dict[int, str]) -> dict[str, Any]:
         "queue": now.queue_on,
         "protected_memory": now.protected,
     }
+
+
+def capabilities(host: Host, found: FoundUnit) -> Capabilities | None:
+    """What a unit is able to do, by its registers or by the kernel's driver; None: nobody tells."""
+    if found.unit is not None:
+        return found.unit.capabilities
+    return _capabilities_in_sysfs(host, found.structure.name)
 
 
 def _capabilities_in_sysfs(host: Host, name: str) -> Capabilities | None:
