@@ -23,7 +23,7 @@ LAYERS = (
     ("alloc",),
     ("iommu",),
     ("fuse_shim", "options", "mounts", "progress"),
-    ("qemu",),
+    ("qemu", "kdump"),
     ("control", "doctor", "kexec", "loaded"),
     ("fs",),
     ("commands",),
