@@ -37,7 +37,7 @@ from pkernfs.iommu.pool import (
     fill_entries,
     merged_entry,
 )
-from pkernfs.iommu.trees import Tree, check_tree, scan_tree, without
+from pkernfs.iommu.trees import check_tree, scan_tree, without
 from pkernfs.layout import PAGE
 
 #: Words of live tables that one change stores; a table with many of them is replaced instead.
