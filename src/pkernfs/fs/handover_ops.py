@@ -18,7 +18,6 @@ import trio
 from pkernfs.errors import BusyError, InvalidError, PkernfsError
 from pkernfs.fs import handover
 from pkernfs.fs.control import Handler
-from pkernfs.fs.jump import Jump
 from pkernfs.iommu.entries import bdf_text
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ class Session(Protocol):
 
 
 def handlers(fs: FileSystem, session: Session) -> dict[str, Handler]:
-    """The operations of ``pkernfs handover``, ``pkernfs kexec`` and ``pkernfs info``."""
+    """The operations of ``pkernfs handover`` and ``pkernfs info``."""
     desk = _Desk(fs, session)
     return {
         "handover_freeze": desk.freeze,
@@ -57,8 +56,6 @@ def handlers(fs: FileSystem, session: Session) -> dict[str, Handler]:
         "handover_commit": desk.commit,
         "handover_abort": desk.abort,
         "handover_status": desk.status,
-        "kexec_needs": desk.needs,
-        "kexec_jump": desk.jump,
     }
 
 
@@ -156,16 +153,6 @@ class _Desk:
     async def status(self, args: dict[str, Any]) -> dict[str, Any]:
         """What has become of the handover before this mount."""
         return describe(self._fs)
-
-    async def needs(self, args: dict[str, Any]) -> dict[str, Any]:
-        """What devices need of a kexec: see :meth:`pkernfs.fs.jump.Jump.needs`."""
-        return Jump(self._fs).needs()
-
-    async def jump(self, args: dict[str, Any]) -> None:
-        """The step before the next kernel; with ``panic`` there is no answer, but that kernel."""
-        if self._under_way():
-            raise BusyError("a handover is under way")
-        Jump(self._fs).go(panic=bool(args.get("panic")))
 
 
 def describe(fs: FileSystem) -> dict[str, Any]:

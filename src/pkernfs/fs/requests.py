@@ -16,6 +16,7 @@ from pkernfs.backing.host import HOST
 from pkernfs.errors import InvalidError, TableDamageError
 from pkernfs.fs import snapshot, translation
 from pkernfs.fs.activation import Activation
+from pkernfs.fs.jump import Jump
 from pkernfs.fs.tables import ROOT_NAME
 from pkernfs.fs.translation import Output, Question
 from pkernfs.iommu.bars import read_bar
@@ -63,6 +64,8 @@ class TableRequests:
             "iommu.devices": self.devices,
             "iommu.root": self.root,
             "iommu.read": self.read,
+            "kexec_needs": self.needs,
+            "kexec_jump": self.jump,
         }
 
     # ------------------------------------------------------------------ changes
@@ -128,8 +131,7 @@ class TableRequests:
 
     async def check_live(self, args: Args) -> None:
         """See :meth:`Activation.check_live`."""
-        async with self._lock:
-            Activation(self._fs).check_live()
+        await self._looking(Activation(self._fs).check_live)
 
     async def switch(self, args: Args) -> list[str]:
         """See :meth:`Activation.switch_units`; nothing but the jump may follow."""
@@ -153,6 +155,29 @@ class TableRequests:
         names, forced = _names(args), bool(args.get("force"))
         async with self._lock:
             return Activation(self._fs).deactivate(names, forced=forced)
+
+    async def needs(self, args: Args) -> dict[str, Any]:
+        """See :meth:`Jump.needs`."""
+        return await self._looking(Jump(self._fs).needs)
+
+    async def jump(self, args: Args) -> None:
+        """The step before the next kernel; with ``panic`` there is no answer, but that kernel.
+
+        The loop stands still meanwhile: nothing else is to happen between the last look and the
+        jump, and the file system is frozen.
+        """
+        async with self._lock:
+            Jump(self._fs).go(panic=bool(args.get("panic")))
+
+    async def _looking(self, look: Callable[[], T]) -> T:
+        """Look at the tables in a thread, while they do not change."""
+        tables = self._fs.tables
+        async with self._lock:
+            tables.readers += 1
+            try:
+                return await trio.to_thread.run_sync(look)
+            finally:
+                tables.readers -= 1
 
     async def _change(self, operation: Callable[[], T], number: int | None = None) -> T:
         """Change root-pgtables, and dom-``number``."""
