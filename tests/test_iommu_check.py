@@ -192,13 +192,13 @@ def test_tables_between_files_in_many_pieces() -> None:
             (PHYS_BASE + (2 * i + 1) * PAGE, PHYS_BASE + (2 * i + 2) * PAGE) for i in range(count)
         ]
         everything = [(PHYS_BASE, PHYS_BASE + region.size)]
-        began = time.monotonic()
+        began = time.process_time()
         assert check(None, domains, odd).clean
         assert check(None, domains, everything).clean
         table.map(2 * GIB, PHYS_BASE + 6 * PAGE, 2 * PAGE, 3)
         for allowed in (odd, everything):
             assert codes(check(None, domains, allowed)) == {Code.LEAF_IS_TABLE}
-        assert time.monotonic() - began < 5
+        assert time.process_time() - began < 5
 
 
 def test_damaged_root_and_context_entries(host: Host) -> None:

@@ -342,6 +342,23 @@ def test_a_domain_of_which_a_context_entry_has_another_page(host: Damaged) -> No
     host.fs.unlink(IOMMU_INO, b"dom-0")
 
 
+def test_the_largest_directories_of_all_devices_are_one_page() -> None:
+    """Each of 65,000 context entries refers to the same 32 pages: that ends, and soon."""
+    host = Damaged(Mode.SCALABLE)
+    host.stop()
+    root = host.at_name[ROOT_NAME]
+    context = (PHYS_BASE + root + 2 * PAGE | 7 << 9 | 1).to_bytes(32, "little")
+    for number in range(2, 512):
+        host.region.store_u64(root + 8 * (number - 2), PHYS_BASE + root + number * PAGE | 1)
+        host.region.copy_in(root + number * PAGE, context * 128)
+    began = time.process_time()
+    host.start()
+    report = host.check()
+    assert time.process_time() - began < 2 * BOUND_SECONDS
+    assert 60_000 < report.found < 70_000
+    host.close()
+
+
 def hostile_config(home: int, levels: int = 4) -> tuple[int, ...]:
     return config_words(Config(Mode.LEGACY, levels, home))
 

@@ -163,9 +163,12 @@ class ContextReader:
         value = join(context)
         start = ScalableContextEntry.PASIDDIRPTR.get(value)
         count = 1 << ScalableContextEntry.PDTS.get(value) + 7
+        what = f"context entry of {bdf_text(source_id)}"
+        told = False  # of one page of the directory: they are up to 32, for each device
         for first in range(0, count, PAGE // 8):
             at = start + 8 * first
-            words = self._table(at, f"context entry of {bdf_text(source_id)}", where)
+            words = self._table(at, what, where, quiet=told)
+            told = told or not words
             for slot, word in enumerate(words[:count]):
                 if not word & 1:
                     continue
@@ -203,14 +206,19 @@ class ContextReader:
             number = pasid + at // 8
             yield Device(source_id, number, root, context, entry, pointer, levels, did, here)
 
-    def _table(self, address: int, what: str, where: int) -> tuple[int, ...]:
+    def _table(
+        self, address: int, what: str, where: int, *, quiet: bool = False
+    ) -> tuple[int, ...]:
         """The words of a table page, unless it is elsewhere or was seen before."""
+        if address in self.pages:
+            if not quiet:
+                self._found(Code.TABLE_TWICE, where, f"{what}: table reached before", address)
+            return ()
         words = self._memory.words(address, PAGE // 8) if address % PAGE == 0 else None
         if words is None:
-            self._found(Code.TABLE_OUTSIDE, where, f"{what}: table outside {self._place}", address)
-            return ()
-        if address in self.pages:
-            self._found(Code.TABLE_TWICE, where, f"{what}: table reached before", address)
+            if not quiet:
+                reason = f"{what}: table outside {self._place}"
+                self._found(Code.TABLE_OUTSIDE, where, reason, address)
             return ()
         self.pages.add(address)
         return words
