@@ -306,6 +306,20 @@ def test_findings_are_kept_up_to_a_number(host: Host) -> None:
     assert len(report.findings) <= 1002
 
 
+def test_findings_of_one_domain_do_not_hide_those_of_others(host: Host) -> None:
+    for at in range(DOM_0, DOM_0 + PAGE, 8):
+        host.store(at, (1 << 62) | 3)
+    host.store(DOM_1, 1 << 50 | 3)
+    host.store(ROOT, host.word(ROOT) | 4)
+    domains = {f"dom-{n}": host.domains["dom-0"] for n in range(20)}
+    report = check(host.root, {**domains, "dom-20": host.domains["dom-1"]}, [])
+    assert report.found > 20_000
+    assert 10_000 <= len(report.findings) < 10_100
+    names = [f.message.split()[0] for f in report.findings]
+    assert set(names) >= {"dom-0", "dom-19", "dom-20"}
+    assert names[0] in ("root", "scalable")
+
+
 # ---------------------------------------------------------------------- walks
 
 

@@ -1,7 +1,8 @@
 """The proof that what an IOMMU can reach is right: a read-only look at every reachable entry.
 
 Each table page is looked at once, so that time and memory are bounded however the tables are
-damaged; findings are data, and the first thousand of each domain are kept.
+damaged; findings are data. The first thousand of root-pgtables and of each domain are kept; once
+there are ten thousand, the first of each domain.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from pkernfs.iommu.entries import MAX_PHYSICAL_BITS, bdf_text
 from pkernfs.iommu.memory import Memory, merge_ranges
 from pkernfs.iommu.pool import TablePool
 from pkernfs.iommu.trees import MAX_FINDINGS, Code, Finding, check_tree
+
+_MAX_KEPT = 10 * MAX_FINDINGS
 
 
 @dataclass
@@ -66,6 +69,8 @@ def check(
     memories = [*domains.values(), *([root] if root is not None else [])]
     tables = merge_ranges(r for memory in memories for r in memory.ranges)
     live = _without(merge_ranges(allowed), tables)
+    if root is not None:
+        _check_root(report, root, domains, config, physical_bits)
     for name, memory in domains.items():
         tree = check_tree(
             TablePool(memory.region, memory.pieces),
@@ -77,12 +82,10 @@ def check(
             name=name,
         )
         report.found += tree.found
-        report.findings += tree.findings
+        report.findings += tree.findings[: max(1, _MAX_KEPT - len(report.findings))]
         report.tables += tree.tables
         report.leaves += tree.leaves
         report.mapped_bytes += tree.mapped_bytes
-    if root is not None:
-        _check_root(report, root, domains, config, physical_bits)
     return report
 
 
