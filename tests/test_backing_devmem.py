@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,24 @@ def test_a_file_system_in_physical_memory(machine: Machine) -> None:
         assert memory.read(4096) == b"physical" * 512
         memory.seek(0)
         assert memory.read(G) == bytes(G)  # nothing before the region was stored to
+
+
+def test_a_region_in_two_nodes_is_warned_of(
+    machine: Machine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """1.25 GiB of memory are node 0's, the rest node 1's."""
+    table = bytes(48)
+    for domain, start, size in ((0, 0, 1280 * M), (1, 1280 * M, G)):
+        table += struct.pack("<BBIHQQIIQ", 1, 40, domain, 0, start, size, 0, 1, 0)
+    machine.write("sys/firmware/acpi/tables/SRAT", table)
+    with open_region("256M!1G", machine) as region:
+        assert region.node == 0
+    with open_region("256M!1280M", machine) as region:
+        assert region.node == 1
+    assert caplog.messages == []
+    with open_region("512M!1G", machine) as region:
+        assert region.node is None
+    assert caplog.messages == ["512M!1G: lies in NUMA nodes 0 and 1"]
 
 
 def test_ranges_exclude_each_other(machine: Machine) -> None:

@@ -326,6 +326,7 @@ def odd_starts(guest: Guest) -> None:
     )
     guest.run("mkfs.pkernfs", "-f", "64M!1536M")
     assert "60000000-63ffffff : Reserved" in Path("/proc/iomem").read_text()
+    check_nodes(guest)
     refused(guest, "mkfs.pkernfs", "64M!1G", says="boot with memmap=64M%1G")
     refused(guest, "mkfs.pkernfs", "none", says="no pkernfs= on the kernel command line")
     for driver in ("nd_e820", "nd_pmem"):
@@ -333,10 +334,31 @@ def odd_starts(guest: Guest) -> None:
     refused(guest, "mkfs.pkernfs", "64M!1728M", says="makes persistent memory of 0x6c000000")
 
 
+def check_nodes(guest: Guest) -> None:
+    """The NUMA node of a region is told, although the kernel knows nothing of its memory any more;
+    of one that lies in two there is a warning."""
+    assert Path("/sys/devices/system/node/node1").exists()
+    assert info(guest, "64M!1536M")["ranges"][0]["node"] == 1
+    guest.run("mkfs.pkernfs", "-f", "128M!1216M")
+    assert "128M!1216M: lies in NUMA nodes 0 and 1" in guest.run("pkernfs", "info", "128M!1216M")
+
+
+#: 1,280 MiB in one node and 768 MiB in another.
+NODES = [
+    word
+    for node, size in enumerate(("1280M", "768M"))
+    for word in (
+        "-object", f"memory-backend-ram,id=node{node},size={size}",
+        "-numa", f"node,nodeid={node},memdev=node{node}",
+    )
+]  # fmt: skip
+
+
 def test_starts(lab: Lab) -> None:
-    """memmap=SIZE$START is as good as %; memmap=SIZE!START and an odd START are refused."""
-    cmdline = ["memmap=32M%1056M", "memmap=64M$1536M", "memmap=64M!1728M"]
-    lab.run(odd_starts, machine=lab.machine(memory=2048, cmdline=cmdline))
+    """memmap=SIZE$START is as good as %; memmap=SIZE!START and an odd START are refused; nodes."""
+    cmdline = ["memmap=32M%1056M", "memmap=64M$1536M", "memmap=64M!1728M", "memmap=128M%1216M"]
+    machine = lab.machine(memory=2048, cmdline=cmdline, devices=NODES)
+    lab.run(odd_starts, machine=machine)
 
 
 def load_badly(guest: Guest) -> None:
