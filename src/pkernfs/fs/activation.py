@@ -63,6 +63,8 @@ class Activation:
         self._host = host
         self._find = find
         self._reach = reach
+        #: Units of :meth:`switch_units`, and the address of the root table that each had.
+        self._switched: list[tuple[Unit, int]] = []
 
     @property
     def _tables(self) -> TableFiles:
@@ -274,18 +276,23 @@ class Activation:
 
         :raises PkernfsError: of which device something differs, what, and the remedy.
         """
-        with self.live() as live:
-            live.check()
+        if self._tables.devices():
+            with self.live() as live:
+                live.check()
 
     def switch_units(self) -> list[str]:
         """Have the units that the running kernel drives walk these tables: the last step of all.
 
-        What the kernel maps or attaches from then on is not seen by any unit.
+        What the kernel maps or attaches from then on is not seen by any unit, and its own devices
+        have lost their DMA: nothing can be read from a disk that is below one. All that this does
+        has been done once before that, so that it is in memory.
 
         :raises PkernfsError: why not; the kernel's tables are in force everywhere, as far as the
             units obey.
         """
         self._check_switch()
+        if not self._tables.devices():
+            return []
         with self.live() as live:
             live.check()
             chosen = self._to_switch(live)
@@ -293,19 +300,35 @@ class Activation:
         units = [self._reach(self._host, f.structure) for f in chosen]
         end_interrupted_loans(units, root)
         if units:
-            Walking(units, mode).write_back(self._tables.memories())
-        done: list[tuple[Unit, int]] = []
+            rehearsal = Walking(units, mode)
+            rehearsal.write_back(self._tables.memories())
+            rehearsal.forget_everything(root)
         try:
             for unit in units:
-                before = unit.state().root
+                self._switched.append((unit, unit.state().root))
                 with_queue(unit, mode, root, partial(unit.replace_root, root.root, mode))
-                done.append((unit, before))
         except PkernfsError:
-            for unit, before in reversed(done):
-                with suppress(PkernfsError):
-                    with_queue(unit, mode, root, partial(unit.replace_root, before, mode))
+            self._switched.pop()  # it has seen to itself
+            with suppress(PkernfsError):
+                self.switch_back()
             raise
         return [u.name for u in units]
+
+    def switch_back(self) -> None:
+        """Have units walk the kernel's tables again, if the jump after :meth:`switch_units` failed.
+
+        :raises UnitError: a unit does not do it; the others do.
+        """
+        root, mode = self._tables.need_root(), self._tables.config.mode
+        failure: PkernfsError | None = None
+        while self._switched:
+            unit, before = self._switched.pop()
+            try:
+                with_queue(unit, mode, root, partial(unit.replace_root, before, mode))
+            except PkernfsError as e:
+                failure = failure or e
+        if failure is not None:
+            raise failure
 
     def _check_switch(self) -> None:
         if os.geteuid():
