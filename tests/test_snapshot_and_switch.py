@@ -7,6 +7,7 @@ live tables.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 
 from iommu_machine import MIB
 from iommu_window import UNIT, QtestWindow
+from mounting import Mounted, run_pkernfs
 from pkernfs.backing.host import Host
 from pkernfs.errors import (
     BusyError,
@@ -416,6 +418,25 @@ def test_a_frozen_file_system_can_be_switched(rig: Driven) -> None:
     rig.activation().switch_units()
     rig.fs.thaw()
     assert rig.load(FIRST, SCRATCH) is not None
+
+
+@pytest.mark.fuse
+def test_the_command_on_a_mount_whose_memory_no_device_reaches() -> None:
+    with Mounted(options="phys_base=0x100000000") as mounted:
+        domain = mounted.path / "iommu/dom-0"
+        domain.touch()
+        os.truncate(domain, BLOCK)
+        for words, expected in (
+            (("0000:00:05.0", str(domain)), "its addresses are not those of memory that devices"),
+            (("0001:00:05.0", str(domain)), "only PCI segment 0000 is supported"),
+            (("nothing", str(domain)), "not a device's address"),
+            (("0000:00:05.0", str(mounted.path / "iommu/dom-1")), "No such file or directory"),
+            (("0000:00:05.0", str(mounted.path / "guest-ram")), "not a domain"),
+        ):
+            done = run_pkernfs("iommu", "snapshot", *words)
+            assert (done.returncode, done.stdout) == (1, "")
+            assert done.stderr.count("\n") == 1
+            assert expected in done.stderr
 
 
 # ---------------------------------------------------------------------- refusals

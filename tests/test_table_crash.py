@@ -439,6 +439,33 @@ def test_every_store(case: Case) -> None:
     assert sweep.run() > 2
 
 
+def test_a_snapshot_that_needs_another_domain_id() -> None:
+    """The device is detached in between; as long as it is attached, it has all or all of before."""
+    taken = take(lambda h: reading(h)._replace(taken=frozenset([2])))
+    sweep = Sweep(Case("another domain id", taken, some_mapped))
+    replay = Replay(sweep.first, PHYS_BASE)
+    verdicts: list[Seen] = []
+
+    def look(region: Region) -> None:
+        host = Host.over(region)
+        verdicts.append(seen_in(host))
+        host.assert_check_clean()
+        host.fs.unmount()
+        assert_clean(region)
+
+    for piece, to_mount in sweep.steps():
+        if replay.store(piece) and to_mount:
+            replay.look(look)
+    before, after = sweep.before, sweep.after
+    assert [d[2] for d in (*before.devices, *after.devices)] == [2, 7]
+    assert all(v.devices in (before.devices, [], after.devices) for v in verdicts)
+    assert all(v.mappings in (before.mappings, after.mappings) for v in verdicts)
+    assert all(v.mappings == after.mappings for v in verdicts if v.devices != before.devices)
+    assert [] in [v.devices for v in verdicts]
+    assert verdicts[-1].devices == after.devices
+    replay.close()
+
+
 @pytest.mark.parametrize("lost", ["zeros", "tables", "order", "nothing"])
 def test_the_sweep_finds_what_it_is_for(lost: str) -> None:
     """Without zeroing, without the new tables, and with entries before what they refer to."""

@@ -87,11 +87,13 @@ class LiveTables:
         return self._units[name]
 
     def driven(self) -> list[LiveUnit]:
-        """The units that the running kernel drives and that translate.
+        """The units of segment 0, whose devices these tables are for, that the kernel drives.
+
+        Without those that do not translate.
 
         :raises PkernfsError: one of them cannot be seen.
         """
-        driven = [f for f in self.found.values() if f.driven]
+        driven = [f for f in self.found.values() if f.driven and not f.structure.segment]
         return [self.unit(f) for f in driven if need_unit(f).state().translating]
 
     def mappings(self, live: LiveUnit, entry: Device) -> list[Mapping]:

@@ -119,19 +119,22 @@ def plan(fs: FileSystem, host: Host, reading: Reading) -> Generator[None, None, 
     pieces = yield from pieces_of(fs, wanted)
     bars = [bar for bar in all_bars(host) if _overlaps(ranges, bar.start, bar.length)]
     yield
-    memory = fs.tables.region_memory()
     inodes = {p.ino: str(p.ino) for p in pieces}
-    owners = Owners(memory, pieces, bars, inodes)
+    owners = Owners(fs.tables.region_memory(), pieces, bars, inodes)
+    return (yield from _share_out(reading, owners))
+
+
+def _share_out(reading: Reading, owners: Owners) -> Generator[None, None, Plan]:
     files: list[Piece] = []
     used: set[Bar] = set()
-    for number, m in enumerate(reading.mappings):
-        for target in owners.split(m.physical, m.length):
-            if target.bar is not None:
-                used.add(target.bar)
-            elif target.path is not None:
-                files.append(Piece(int(target.path), target.offset, target.physical, target.length))
-            else:
-                raise _lost(reading, m, target.physical)
+    targets = ((m, t) for m in reading.mappings for t in owners.split(m.physical, m.length))
+    for number, (m, target) in enumerate(targets):
+        if target.bar is not None:
+            used.add(target.bar)
+        elif target.path is not None:
+            files.append(Piece(int(target.path), target.offset, target.physical, target.length))
+        else:
+            raise _lost(reading, m, target.physical)
         if number % _PLACES_AT_ONCE == 0:
             yield
     return Plan(reading, files, sorted(used))
