@@ -691,12 +691,15 @@ def test_export(mapped: Guest) -> None:
         {"id": "dom-0", "mappings": [
             {"iova": 0, "length": 8 * MIB, "readable": True, "writeable": True,
              "iommufd_flags": 7, "vfio_flags": 3, "file": "/guest-ram", "offset": 0,
-             "physical": ram},
+             "physical": ram,
+             "pieces": [{"length": 8 * MIB, "physical": ram, "region_offset": ram - BASE}]},
             {"iova": 1 << 30, "length": 6 * PAGE, "readable": True, "writeable": False,
              "iommufd_flags": 5, "vfio_flags": 1, "file": "/small", "offset": 0,
-             "physical": small},
+             "physical": small,
+             "pieces": [{"length": 6 * PAGE, "physical": small, "region_offset": small - BASE}]},
         ]}
     ]  # fmt: skip
+    assert whole["region"]["mmap"] == {"path": str(mapped.region), "offset": 0}
 
 
 def test_export_of_everything_fits_the_schema(guest: Guest) -> None:
@@ -722,6 +725,28 @@ def test_export_of_everything_fits_the_schema(guest: Guest) -> None:
     only = check_export(done("export", guest.dom(0)))
     assert [i["id"] for i in only["ioas"]] == ["dom-0"]
     assert only["devices"] == []
+
+
+def test_pieces_are_the_file(guest: Guest) -> None:
+    """What is read at the pieces' places in the region is what is in the file."""
+    a, b = guest.path / "a", guest.path / "b"
+    for _ in range(3):  # by turns, so that neither is one piece
+        for path in (a, b):
+            with path.open("ab") as file:
+                file.write(os.urandom(3 * PAGE))
+                os.fsync(file.fileno())
+    guest.size(guest.dom(0), 2 * MIB)
+    done("map", guest.dom(0), 0, a)
+    whole = check_export(done("export", guest.path))
+    (mapping,) = whole["ioas"][0]["mappings"]
+    place = whole["region"]["mmap"]
+    with open(place["path"], "rb") as region:
+        found = b"".join(
+            os.pread(region.fileno(), p["length"], place["offset"] + p["region_offset"])
+            for p in mapping["pieces"]
+        )
+    assert found == a.read_bytes()
+    assert len(mapping["pieces"]) > 1
 
 
 def test_the_same_tables_from_an_export(mapped: Guest) -> None:

@@ -147,6 +147,13 @@ class Region:
         return self._backing.dax
 
     @property
+    def place(self) -> tuple[str, int] | None:
+        """What another program has to map to have the same memory, and where in it offset 0 is."""
+        if self._backing.fd is None:
+            return None
+        return os.readlink(f"/proc/self/fd/{self._backing.fd}"), self._backing.map_offset
+
+    @property
     def node(self) -> int | None:
         """The NUMA node that all of the region is in, if that is known."""
         return self._backing.node

@@ -283,8 +283,8 @@ def show_records(fs: FileSystem, number: int | None) -> Output:
     tables = fs.tables
     tables.check_place()
     root = tables.root.root if tables.root is not None else None
-    head = export.head(tables.config, root, fs.superblock.uuid, fs.region.name, _damaged(tables))
-    yield {"unit": head["unit"], "damaged": head["damaged"], "devices": [], "domains": []}
+    unit = export.unit(tables.config, root)
+    yield {"unit": unit, "damaged": _damaged(tables), "devices": [], "domains": []}
     numbers = sorted(tables.domains) if number is None else [number]
     transient = tables.transient()
     shown = {tables.domain(n).root for n in numbers}
@@ -321,7 +321,8 @@ def export_records(fs: FileSystem, number: int | None) -> Output:
     whose = yield from owners(fs)
     root = tables.root.root if tables.root is not None else None
     damaged = {k: v for k, v in _damaged(tables).items() if number is None or k == _ROOT}
-    yield export.head(tables.config, root, fs.superblock.uuid, fs.region.name, damaged)
+    region = export.region(fs.region.name, fs.region.place)
+    yield export.head(tables.config, root, fs.superblock.uuid, region, damaged)
     for top, name in names.items():
         hwpt = export.hwpt(name, top, tables.config.levels, devices)
         yield {"in": "hwpt", "record": hwpt}

@@ -19,6 +19,8 @@ VERSION = 1
 _IOAS_FIXED_IOVA, _IOAS_WRITEABLE, _IOAS_READABLE = 1, 2, 4
 _DMA_READ, _DMA_WRITE = 1, 2
 _TYPE1_V2 = 3
+# Of one mapping: a record has to fit into a message.
+_MOST_PIECES = 4096
 
 Record = dict[str, Any]
 
@@ -50,7 +52,7 @@ Split = Callable[[int, int], Iterator[Target]]
 
 
 def head(
-    config: Config, root: int | None, uuid: bytes, region: str, damaged: dict[str, str]
+    config: Config, root: int | None, uuid: bytes, region: Record, damaged: dict[str, str]
 ) -> Record:
     """What is said once: of the region, and of the unit that is to walk its tables.
 
@@ -58,19 +60,30 @@ def head(
     """
     return {
         "version": VERSION,
-        "region": {"name": region, "uuid": uuid.hex()},
-        "unit": {
-            "mode": config.mode.name.lower(),
-            "levels": config.levels,
-            "address_width": width_bits(config.levels),
-            "root_table": root,
-        },
+        "region": {**region, "uuid": uuid.hex()},
+        "unit": unit(config, root),
         "damaged": damaged,
         "ioas": [],
         "hwpt": [],
         "devices": [],
         "vfio_containers": [],
     }
+
+
+def unit(config: Config, root: int | None) -> Record:
+    """What the unit has to be like that is to walk the tables."""
+    return {
+        "mode": config.mode.name.lower(),
+        "levels": config.levels,
+        "address_width": width_bits(config.levels),
+        "root_table": root,
+    }
+
+
+def region(name: str, place: tuple[str, int] | None) -> Record:
+    """The region as it was mounted; ``place``: what to open, and where in it the region begins."""
+    found = None if place is None else {"path": place[0], "offset": place[1]}
+    return {"name": name, "mmap": found}
 
 
 def hwpt(name: str, table: int, levels: int, devices: Iterable[Device]) -> Record:
@@ -111,6 +124,7 @@ def mappings(found: Iterable[Mapping], split: Split) -> Iterator[Record]:
             iova += target.length
             if last is not None and _follows(last, record):
                 last["length"] += record["length"]
+                _add_pieces(last["pieces"], record["pieces"])
                 continue
             if last is not None:
                 yield last
@@ -133,7 +147,32 @@ def _mapping(iova: int, target: Target, perm: int) -> Record:
         "vfio_flags": vfio,
         **target.record(),
         "physical": target.physical,
+        "pieces": [
+            {
+                "length": target.length,
+                "physical": target.physical,
+                "region_offset": target.region_offset,
+            }
+        ],
     }
+
+
+def _add_pieces(pieces: list[Record], more: Iterable[Record]) -> None:
+    """Add what follows; where the memory goes on, no new piece begins."""
+    for piece in more:
+        last = pieces[-1]
+        if last["physical"] + last["length"] == piece["physical"] and (
+            _end(last) == piece["region_offset"]
+        ):
+            last["length"] += piece["length"]
+        else:
+            pieces.append(piece)
+
+
+def _end(piece: Record) -> int | None:
+    """Where in the region it ends, if it is there."""
+    start: int | None = piece["region_offset"]
+    return None if start is None else start + int(piece["length"])
 
 
 def _follows(last: Record, record: Record) -> bool:
@@ -142,7 +181,7 @@ def _follows(last: Record, record: Record) -> bool:
         return False
     if last["iommufd_flags"] != record["iommufd_flags"]:
         return False
-    if "offset" not in last or "offset" not in record:
+    if "offset" not in last or "offset" not in record or len(last["pieces"]) == _MOST_PIECES:
         return False
     same = last.get("file") == record.get("file") and last.get("bar") == record.get("bar")
     return bool(same and last["offset"] + last["length"] == record["offset"])
