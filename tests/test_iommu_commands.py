@@ -699,7 +699,8 @@ def test_export(mapped: Guest) -> None:
              "pieces": [{"length": 6 * PAGE, "physical": small, "region_offset": small - BASE}]},
         ]}
     ]  # fmt: skip
-    assert whole["region"]["mmap"] == {"path": str(mapped.region), "offset": 0}
+    size = mapped.region.stat().st_size
+    assert whole["region"]["mmap"] == {"path": str(mapped.region), "offset": 0, "length": size}
 
 
 def test_export_of_everything_fits_the_schema(guest: Guest) -> None:

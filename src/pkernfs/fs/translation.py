@@ -321,7 +321,7 @@ def export_records(fs: FileSystem, number: int | None) -> Output:
     whose = yield from owners(fs)
     root = tables.root.root if tables.root is not None else None
     damaged = {k: v for k, v in _damaged(tables).items() if number is None or k == _ROOT}
-    region = export.region(fs.region.name, fs.region.place)
+    region = export.region(fs.region.name, fs.region.size, fs.region.place)
     yield export.head(tables.config, root, fs.superblock.uuid, region, damaged)
     for top, name in names.items():
         hwpt = export.hwpt(name, top, tables.config.levels, devices)

@@ -80,9 +80,9 @@ def unit(config: Config, root: int | None) -> Record:
     }
 
 
-def region(name: str, place: tuple[str, int] | None) -> Record:
+def region(name: str, size: int, place: tuple[str, int] | None) -> Record:
     """The region as it was mounted; ``place``: what to open, and where in it the region begins."""
-    found = None if place is None else {"path": place[0], "offset": place[1]}
+    found = None if place is None else {"path": place[0], "offset": place[1], "length": size}
     return {"name": name, "mmap": found}
 
 

@@ -1,0 +1,390 @@
+"""scripts/take-over: devices that went on through the jump, taken over by VFIO in the next kernel.
+
+The first kernel leaves the IOMMU alone, and the unit walks the region's tables. The next one is
+started on the crash path, where nothing shuts devices down, and adopts the tables in kdump mode.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import mmap
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import regions
+from regions import MOUNT
+from words import read_word, write_word
+
+import uapi
+import vfio
+from kexeclab.guest import Guest
+from kexeclab.runner import Lab
+
+pytestmark = pytest.mark.lab
+
+MIB = 1 << 20
+ARMED, BUSY, SPARE = "0000:00:05.0", "0000:00:06.0", "0000:00:07.0"
+DOMAINS = {ARMED: 0, BUSY: 1}
+AT = {ARMED: 1 << 30, BUSY: 5 << 30}  # where each domain has guest-ram
+RAM = MOUNT / "guest-ram"
+RAM_BYTES = 256 * MIB
+#: Words of guest-ram: each device's own, and the one of the transfer that is armed.
+WORD = {ARMED: 10 * MIB, BUSY: 200 * MIB}
+LATE = 77 * MIB
+BUFFER = 0x40000  # of the device
+FROM_MEMORY, TO_MEMORY = 1, 3
+PROJECT = Path("/opt/pkernfs")
+TAKE_OVER = str(PROJECT / "scripts/take-over")
+PYTHON = str(PROJECT / ".venv/bin/python")
+UNSAFE = Path("/sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts")
+FAULT = re.compile(r"DMAR: \[(?:DMA|INTR).*")
+#: What a VMM does with what --exec leaves it: the device is at work, and more can be mapped.
+VMM = """
+import json, mmap, os, sys
+sys.path.insert(0, "/opt/pkernfs/scripts/lib")
+import vfio
+told = json.loads(os.environ["TAKEN_OVER"])["dom-1"]
+device = vfio.Device(sys.argv[1], told["devices"][sys.argv[1]])
+assert device.read_config(vfio.PCI_COMMAND) & vfio.PCI_COMMAND_MASTER
+registers = device.map_bar(0)
+assert registers[0:4] == bytes.fromhex("ed000001"), registers[0:4]
+assert set(told["fds"]) >= {"container"}
+print("a VMM at work", flush=True)
+sys.stdin.read()
+"""
+
+
+class Edu:
+    """QEMU's edu device by its registers, however they are mapped; a transfer takes 100 ms."""
+
+    def __init__(self, registers: mmap.mmap) -> None:
+        self._registers = registers
+
+    @classmethod
+    def at(cls, bdf: str) -> Edu:
+        """Through sysfs."""
+        with (vfio.device_path(bdf) / "resource0").open("r+b") as file:
+            return cls(mmap.mmap(file.fileno(), 4096))
+
+    def _word(self, at: int) -> Any:
+        return ctypes.c_uint64.from_buffer(self._registers, at)
+
+    def start(self, source: int, target: int, command: int) -> None:
+        """Ask for a transfer of a word."""
+        for at, value in ((0x80, source), (0x88, target), (0x90, 8), (0x98, command)):
+            self._word(at).value = value
+
+    def wait(self) -> None:
+        """Wait for its end."""
+        until("the transfer ends", lambda: not self._word(0x98).value & 1)
+
+    def copy(self, source: int, target: int) -> None:
+        """Copy a word by way of the device."""
+        self.start(source, BUFFER, FROM_MEMORY)
+        self.wait()
+        self.start(BUFFER, target, TO_MEMORY)
+        self.wait()
+
+
+def until(what: str, true: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait until it is true."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"not in {seconds:g} s: {what}"
+        time.sleep(0.005)
+
+
+def iommu(guest: Guest, *words: str, status: int = 0) -> str:
+    """``pkernfs iommu ...``"""
+    return guest.run("pkernfs", "iommu", *words, status=status)
+
+
+def domain(bdf: str) -> str:
+    """The file of the device's domain."""
+    return str(MOUNT / f"iommu/dom-{DOMAINS[bdf]}")
+
+
+def master(bdf: str) -> bool:
+    """Whether the device may do DMA."""
+    return bool(vfio.read_config(bdf, vfio.PCI_COMMAND) & vfio.PCI_COMMAND_MASTER)
+
+
+def works(edu: Edu, bdf: str) -> None:
+    """The device copies a word of guest-ram to the one behind it."""
+    value = time.monotonic_ns()
+    write_word(RAM, WORD[bdf], value)
+    edu.copy(AT[bdf] + WORD[bdf], AT[bdf] + WORD[bdf] + 8)
+    assert read_word(RAM, WORD[bdf] + 8) == value
+
+
+# ---------------------------------------------------------------------------- the first kernel
+
+
+def make_domains(guest: Guest) -> None:
+    """guest-ram, and a domain for each device that maps it at an address of its own."""
+    regions.mkfs(guest)
+    guest.run("truncate", "-s", str(RAM_BYTES), str(RAM))
+    for bdf in DOMAINS:
+        guest.run("touch", domain(bdf))
+        guest.run("truncate", "-s", "2M", domain(bdf))
+        iommu(guest, "map", domain(bdf), hex(AT[bdf]), str(RAM))
+        iommu(guest, "attach", domain(bdf), bdf)
+
+
+def start(guest: Guest) -> None:
+    """Tables in force, devices at work; then the switch."""
+    make_domains(guest)
+    said = guest.run(TAKE_OVER, str(MOUNT), status=1)
+    assert said == f"take-over: {ARMED}: in no IOMMU group: boot with intel_iommu=on\n"
+    iommu(guest, "activate", str(MOUNT), "--cut-off")
+    for bdf in DOMAINS:
+        (vfio.device_path(bdf) / "enable").write_text("1")
+        guest.run("setpci", "-s", bdf, "COMMAND=6:6")
+        works(Edu.at(bdf), bdf)
+    guest.load(
+        guest.parameters["next"],
+        add=["intel_iommu=on", "nr_cpus=1", *handed_back()],
+        remove=["intel_iommu", "crashkernel"],
+        panic=True,
+    )
+    guest.panic()
+
+
+def handed_back() -> list[str]:
+    """The memory of this kernel, for the next one to have all of it."""
+    ram = re.compile(r"([0-9a-f]+)-([0-9a-f]+) : System RAM")
+    found = filter(None, map(ram.match, Path("/proc/iomem").read_text().splitlines()))
+    ranges = [[int(text, 16) for text in one.groups()] for one in found]
+    return [f"memmap={end + 1 - begin:#x}@{begin:#x}" for begin, end in ranges]
+
+
+# ---------------------------------------------------------------------------- the next one
+
+
+def take_over(guest: Guest) -> None:
+    """Both devices at work, taken over, at work through the kernel's new tables."""
+    assert "Copied translation tables from previous kernel for dmar0" in guest.run("dmesg")
+    regions.mount(guest)
+    for bdf in DOMAINS:
+        assert master(bdf)
+        works(Edu.at(bdf), bdf)
+    reasons(guest)
+    planned(guest)
+    no_faults(guest)
+    by_hand(guest)
+    with a_vmm(guest):
+        works(Edu.at(BUSY), BUSY)
+        no_faults(guest)
+    assert not master(BUSY)
+    assert "clean" in iommu(guest, "check", str(MOUNT))
+    regions.unmount_and_check(guest)
+
+
+def reasons(guest: Guest) -> None:
+    """What is refused, with no device changed."""
+    guest.run("modprobe", "vfio_pci")
+    said = guest.run(TAKE_OVER, str(MOUNT), status=1)
+    assert said.startswith("take-over: vfio-pci: it would put devices to sleep: modprobe")
+    guest.run("modprobe", "-r", "vfio_pci")
+    said = guest.run(TAKE_OVER, str(MOUNT), status=1)
+    assert "interrupts are not remapped" in said
+    assert f"echo 1 >{UNSAFE}" in said
+    UNSAFE.write_text("1")
+    for words, reason in (
+        (("--device", SPARE), f"{SPARE}: not attached in this region"),
+        (("--spare", BUSY), f"{BUSY}: not spare: {BUSY} of its group is attached"),
+    ):
+        assert guest.run(TAKE_OVER, str(MOUNT), *words, status=1) == f"take-over: {reason}\n"
+    assert vfio.driver_of(ARMED) is vfio.driver_of(BUSY) is None
+
+
+def planned(guest: Guest) -> None:
+    """--dry-run says what would be done, and does nothing."""
+    said = guest.run(TAKE_OVER, str(MOUNT), "--dry-run")
+    for bdf, number in DOMAINS.items():
+        assert f"dom-{number}: {RAM_BYTES} bytes in 1 pieces, at the same addresses" in said
+        assert f"dom-{number}: {bdf} (group {vfio.group_of(bdf)}): held" in said
+        assert vfio.driver_of(bdf) is None
+        works(Edu.at(bdf), bdf)
+
+
+def no_faults(guest: Guest) -> None:
+    """Neither the unit nor the kernel has seen a request that failed."""
+    assert not FAULT.findall(guest.run("dmesg"))
+    [unit] = json.loads(iommu(guest, "units", "--json"))["units"]
+    assert not unit.get("faults"), unit
+
+
+def by_hand(guest: Guest) -> None:
+    """The script in the foreground, for a device with a transfer under way; then SIGTERM."""
+    edu = Edu.at(ARMED)
+    write_word(RAM, LATE, 0)
+    edu.start(AT[ARMED] + WORD[ARMED], BUFFER, FROM_MEMORY)
+    edu.wait()
+    with taking("--device", ARMED) as running:
+        edu.start(BUFFER, AT[ARMED] + LATE, TO_MEMORY)
+        said = read_until(running, "detached")
+        guest.figure("hold", held(said, ARMED), "ms")
+        edu.wait()
+        # QEMU drops what a device sends without bus mastering; PCI Express has it kept.
+        landed = read_word(RAM, LATE) == read_word(RAM, WORD[ARMED])
+        guest.log(f"the transfer that was armed: {'landed' if landed else 'fell into the hold'}")
+        no_faults(guest)
+        assert vfio.driver_of(ARMED) == vfio.DRIVER
+        let_go(guest, ARMED)
+        works(edu, ARMED)
+        no_faults(guest)
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(60) == 0
+        assert not master(ARMED)
+
+
+def let_go(guest: Guest, bdf: str) -> None:
+    """The region's tables map nothing for it any more; the device works by the kernel's."""
+    shown = json.loads(iommu(guest, "show", str(MOUNT), "--json"))
+    assert bdf not in [device["device"] for device in shown["devices"]]
+    iommu(guest, "unmap", domain(bdf), hex(AT[bdf]), str(RAM_BYTES))
+    assert iommu(guest, "translate", str(MOUNT), bdf, hex(AT[bdf]), status=1)
+
+
+@contextlib.contextmanager
+def a_vmm(guest: Guest) -> Iterator[None]:
+    """The script with a spare device and --exec, for a device that never stops working."""
+    with hammered(guest, BUSY):
+        words = ("--device", BUSY, "--spare", SPARE, "--exec", PYTHON, "-c", VMM, BUSY)
+        with taking(*words, stdin=subprocess.PIPE) as running:
+            said = read_until(running, "a VMM at work")
+            guest.figure("hold with a spare device", held(said, BUSY), "ms")
+            no_faults(guest)
+            let_go(guest, BUSY)
+            yield
+            assert running.stdin is not None
+            running.stdin.close()
+            assert running.wait(60) == 0
+
+
+@contextlib.contextmanager
+def hammered(guest: Guest, bdf: str) -> Iterator[None]:
+    """The device copies word after word all the time."""
+    stop = threading.Event()
+    done: list[bool] = []
+
+    def work() -> None:
+        edu = Edu.at(bdf)
+        while not stop.is_set():
+            value = time.monotonic_ns()
+            write_word(RAM, WORD[bdf] + 64, value)
+            edu.copy(AT[bdf] + WORD[bdf] + 64, AT[bdf] + WORD[bdf] + 72)
+            done.append(read_word(RAM, WORD[bdf] + 72) == value)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        until("the device is at work", lambda: len(done) > 2)
+        yield
+    finally:
+        count = len(done)
+        stop.set()
+        thread.join(60)
+    guest.log(f"{count} copies, {done.count(False)} of them in the hold")
+    # At most the two transfers of one copy: the hold is one, and shorter than a transfer takes.
+    assert done.count(False) <= 2
+    assert done[-1]
+
+
+@contextlib.contextmanager
+def taking(*words: str, stdin: int = subprocess.DEVNULL) -> Iterator[subprocess.Popen[str]]:
+    """scripts/take-over, running."""
+    command = [PYTHON, TAKE_OVER, str(MOUNT), *words]
+    with subprocess.Popen(
+        command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as running:
+        try:
+            yield running
+        finally:
+            running.kill()
+
+
+def read_until(running: subprocess.Popen[str], word: str) -> str:
+    """What the program says, up to the line with a word."""
+    said = ""
+    assert running.stdout is not None
+    for line in running.stdout:
+        said += line
+        if word in line:
+            return said
+    raise AssertionError(f"it has ended without {word!r}:\n{said}")
+
+
+def held(said: str, bdf: str) -> float:
+    """For how many milliseconds, as the program says."""
+    found = re.search(rf"{bdf}: taken over; held for ([0-9.]+) ms", said)
+    assert found is not None, said
+    return float(found[1])
+
+
+# ---------------------------------------------------------------------------- other kernels
+
+
+def not_adopted(guest: Guest) -> None:
+    """A kernel that has tables of its own: each device is refused with its reason."""
+    make_domains(guest)
+    disk = next(p.name for p in Path("/sys/bus/pci/drivers/virtio-pci").iterdir() if ":" in p.name)
+    with contextlib.suppress(FileNotFoundError):
+        UNSAFE.write_text("1")
+    guest.run("modprobe", "vfio_iommu_type1", "allow_unsafe_interrupts=1")
+    said = guest.run(TAKE_OVER, str(MOUNT), status=1)
+    assert said == (
+        f"take-over: {ARMED}: this kernel has not adopted the tables of dmar0: see dmesg\n"
+    )
+    iommu(guest, "attach", domain(ARMED), disk)
+    said = guest.run(TAKE_OVER, str(MOUNT), "--device", disk, status=1)
+    assert said.startswith(f"take-over: {disk}: virtio-pci has it")
+    headers_agree()
+
+
+def headers_agree() -> None:
+    """The structures of vfio.py are those of this system's headers, iommufd's included."""
+    ours = uapi.ours()
+    assert not any(map(uapi.missing, ours))
+    scratch = Path("/run/uapi")
+    scratch.mkdir()
+    assert uapi.theirs(list(ours), scratch) == ours
+
+
+# ---------------------------------------------------------------------------- on the host
+
+
+def machine(lab: Lab, cmdline: list[str], kernels: list[str]) -> Any:
+    """A machine with the devices."""
+    devices = ["-device", "intel-iommu,aw-bits=48,intremap=off"]
+    for bdf in (ARMED, BUSY, SPARE):
+        devices += ["-device", f"edu,addr={bdf[8:]},dma_mask=0xffffffffffffffff"]
+    return lab.machine(
+        kernel=kernels[0],
+        kernels=sorted({*kernels} - {kernels[0]}),
+        cmdline=[*regions.PARAMETERS["devmem"], "iomem=relaxed", *cmdline],
+        devices=devices,
+        memory=regions.MEMORY_MIB,
+    )
+
+
+@pytest.mark.parametrize("kernels", [["6.12", "6.12"], ["7", "7"]], ids="-".join)
+def test_taken_over(lab: Lab, kernels: list[str]) -> None:
+    """Devices that went on through the jump are taken over by VFIO at work, with no fault."""
+    made = machine(lab, ["intel_iommu=off", "crashkernel=256M"], kernels)
+    lab.run(start, take_over, machine=made, parameters={"next": kernels[1]})
+
+
+def test_refused(lab: Lab) -> None:
+    """take-over: a kernel that has not adopted the tables, a device that has a driver."""
+    lab.run(not_adopted, machine=machine(lab, ["intel_iommu=on"], ["6.12"]))
