@@ -174,6 +174,8 @@ def plan(
         mine = [bdf for bdf in wanted if attached[bdf]["hwpt"] == name]
         if mine:
             domains.append(Domain(name, [p for m in of_domain for p in _pieces(m)], mine))
+    for bdf in wanted:
+        _check_device(bdf)
     _check_host()
     for domain in domains:
         _check_domain(domain, set(attached))
@@ -231,7 +233,6 @@ def _check_domain(domain: Domain, attached: set[str]) -> None:
         raise TakeOverError(f"{domain.name}: its memory is in {len(domain.pieces)} pieces: VFIO "
                             f"takes {most}: see dma_entry_limit of vfio_iommu_type1")  # fmt: skip
     for bdf in domain.devices:
-        _check_device(bdf)
         _check_group(bdf, domain, attached)
         _check_addresses(bdf, domain)
 
@@ -248,6 +249,7 @@ def _check_device(bdf: str) -> None:
     driver = vfio.driver_of(bdf)
     if driver not in (None, vfio.DRIVER):
         raise TakeOverError(f"{bdf}: {driver} has it, and has set it up anew: too late")
+    vfio.group_of(bdf)
     unit = (vfio.device_path(bdf) / "iommu").resolve().name
     if unit not in _adopted_units():
         raise TakeOverError(f"{bdf}: this kernel has not adopted the tables of {unit}: see dmesg")
@@ -321,6 +323,11 @@ class Memory:
         self._start, self._length = int(place["offset"]), int(place["length"])
         self._region: list[tuple[int, int, mmap.mmap]] = []
         self._bars: dict[tuple[str, int], mmap.mmap] = {}
+
+    @property
+    def is_physical(self) -> bool:
+        """Whether it is mapped through /dev/mem."""
+        return self._path == Path("/dev/mem")
 
     def map(self, pieces: Sequence[Piece]) -> None:
         """Map what pieces need, in as few mappings as possible."""
@@ -420,8 +427,7 @@ class TakeOver:
             prepare(bdf)
         if spare is not None:
             vfio.bind(spare)
-        iommufd = vfio.has_iommufd(domain.devices[0])
-        space: vfio.AddressSpace = vfio.Ioas() if iommufd else vfio.Container()
+        space = self._address_space(domain)
         taken = Taken(domain.name, space)
         self.taken.append(taken)
         self._memory.map(domain.pieces)
@@ -437,6 +443,11 @@ class TakeOver:
             self._switch(taken, domain, group, mapped=mapped)
             mapped = True
         return taken
+
+    def _address_space(self, domain: Domain) -> vfio.AddressSpace:
+        # iommufd pins pages, and neither a BAR nor memory that the kernel never had has any.
+        pages = not self._memory.is_physical and all(piece.bar is None for piece in domain.pieces)
+        return vfio.Ioas() if pages and vfio.has_iommufd(domain.devices[0]) else vfio.Container()
 
     def _switch(self, taken: Taken, domain: Domain, group: list[str], *, mapped: bool) -> None:
         """The hold: all devices of a group change from the old tables to the new ones."""
