@@ -683,7 +683,9 @@ def test_export(mapped: Guest) -> None:
         {"id": "dom-0", "ioas": "dom-0", "file": "/iommu/dom-0", "table": table, "levels": 4,
          "domain_id": 2}
     ]  # fmt: skip
-    assert whole["devices"] == [{"device": BDF, "pasid": None, "hwpt": "dom-0", "domain_id": 2}]
+    assert whole["devices"] == [
+        {"device": BDF, "pasid": None, "hwpt": "dom-0", "domain_id": 2, "adopted_by": None}
+    ]
     assert whole["vfio_containers"] == [
         {"id": "dom-0", "type": 3, "ioas": "dom-0", "devices": [BDF]}
     ]

@@ -177,6 +177,7 @@ def take_over(guest: Guest) -> None:
     for bdf in DOMAINS:
         assert master(bdf)
         works(Edu.at(bdf), bdf)
+    left_alone(guest)
     reasons(guest)
     planned(guest)
     no_faults(guest)
@@ -203,6 +204,18 @@ def reasons(guest: Guest) -> None:
         said = guest.run(TAKE_OVER, str(MOUNT), *words, status=1)
         assert said == f"take-over: {reason}\n", said
     assert vfio.driver_of(ARMED) is vfio.driver_of(BUSY) is None
+
+
+def left_alone(guest: Guest) -> None:
+    """What this kernel's unit walks cannot be changed: nobody could tell the unit."""
+    for words, what in (
+        (("unmap", domain(BUSY), hex(AT[BUSY]), "4K"), "dom-1"),
+        (("map", domain(BUSY), hex(AT[BUSY] * 2), str(RAM)), "dom-1"),
+        (("detach", BUSY), f"device {BUSY}"),
+    ):
+        said = iommu(guest, *words, status=1)
+        assert f"{what}: dmar0 walks it for device {BUSY}" in said, said
+        assert "take the device over first" in said, said
 
 
 def planned(guest: Guest) -> None:

@@ -22,6 +22,7 @@ from pkernfs.errors import (
     PermissionDeniedError,
     PkernfsError,
 )
+from pkernfs.fs.adopted import Adopted
 from pkernfs.fs.live import Finder, LiveTables
 from pkernfs.fs.tables import TableFiles
 from pkernfs.iommu.devices import PciDevice, all_devices, read_device, unit_of
@@ -88,7 +89,11 @@ class Activation:
             log.warning("%s: cannot see whether units walk its tables: %s", self._fs.region.name, e)
             return
         units = []
-        for found in self._find(self._host, dmar):
+        all_units = self._find(self._host, dmar)
+        driven = [found for found in all_units if found.driven]
+        if driven:
+            self._tables.adopted = Adopted(self._host, self._tables.region_memory(), lambda: driven)
+        for found in all_units:
             if found.unit is None:
                 log.debug("%s: %s", found.structure.name, found.why_not)
             elif not found.driven:

@@ -27,6 +27,7 @@ from pkernfs.errors import (
     TooBigError,
     UnitError,
 )
+from pkernfs.fs.adopted import Adopted
 from pkernfs.fs.names import is_table_name
 from pkernfs.iommu.config import (
     Bar,
@@ -95,6 +96,8 @@ class TableFiles:
         self._region_memory: Memory | None = None
         #: The units that walk the tables now. They are told of each change before it returns.
         self._walking: Walking | None = None
+        #: Tables that the running kernel's own entries lead to; None: it has adopted none.
+        self.adopted: Adopted | None = None
         #: While tables are read outside the event loop, their files stay as they are.
         self.readers = 0
         self.refresh()
@@ -220,6 +223,28 @@ class TableFiles:
         self._open_root()
         for name in self._files.keys() - {ROOT_NAME}:
             self._open_domain(name)
+
+    def _check_domain_adopted(self, number: int) -> None:
+        """:raises BusyError: a unit of the kernel's walks dom-N."""
+        table = self.domain(number)
+        if self.adopted is not None:
+            self.adopted.check(f"dom-{number}", [table.root])
+
+    def _check_device_adopted(self, source_id: int) -> None:
+        """:raises BusyError: the kernel's own entry of a device leads to tables of the region."""
+        if self.adopted is not None:
+            tops = [self._memory(f).first_page for f in self._files.values() if f.size]
+            self.adopted.check(f"device {bdf_text(source_id)}", tops, source_id)
+
+    def adopted_by(self) -> dict[tuple[int, int], str]:
+        """Units of the running kernel by source ids and page tables; without what is not seen."""
+        if self.adopted is None:
+            return {}
+        try:
+            return {(e.source_id, e.table): e.unit for e in self.adopted.entries()}
+        except BusyError as e:
+            log.warning("%s", e)
+            return {}
 
     def ready_for_units(self) -> None:
         """Record in root-pgtables where it is, if that was not done: it cannot be done later."""
@@ -423,6 +448,7 @@ class TableFiles:
         length = self._check_file_range(ino, offset, length)
         table.check_perm(perm)
         table.check_range(iova, length)
+        self._check_domain_adopted(number)
         self._have_root()
         if any(self._holes(ino, offset, length)):
             self._check_overlap(table, iova, ino, offset, length, perm)
@@ -512,6 +538,7 @@ class TableFiles:
         table.check_range(iova, length)
         if offset % PAGE:
             raise InvalidError(f"{bar.name}: offset {offset:#x}: unaligned: not whole pages")
+        self._check_domain_adopted(number)
         self._record_bar(self._have_root(), bar)
         try:
             self._map_pieces(number, iova, [(bar.start + offset, length)], perm)
@@ -535,7 +562,7 @@ class TableFiles:
         :raises InvalidError, NoTablePagesError: see :meth:`PageTable.replace`; it is as it was.
         """
         self._check_writable()
-        self.domain(number)
+        self._check_domain_adopted(number)
         root = self._have_root()
         try:
             for bar in bars:
@@ -565,6 +592,7 @@ class TableFiles:
         self._check_writable()
         table = self.domain(number)
         table.check_range(iova, length)
+        self._check_domain_adopted(number)
         try:
             done = table.unmap(iova, length)
         except NoTablePagesError as e:
@@ -632,6 +660,7 @@ class TableFiles:
         """
         self._check_writable()
         root = self.need_root()
+        self._check_device_adopted(source_id)
         device = next((d for d in root.devices() if d.source_id == source_id), None)
         table_gone = root.detach(source_id)
         if self._walking is None or device is None:
@@ -726,6 +755,11 @@ class TableFiles:
             return f"{self._walking.names} walks it"
         if devices:
             return f"device {bdf_text(devices[0].source_id)} is attached"
+        if self.adopted is not None and name != ROOT_NAME:
+            top = self._memory(self._files[name]).first_page
+            for entry in self.adopted.entries():
+                if entry.table == top:
+                    return f"{entry}, and the kernel has that unit"
         if name == ROOT_NAME and (self._config.levels != Config().levels or self.bars()):
             return self._mapped_domain()  # what its tables are like is told nowhere else
         return None

@@ -328,8 +328,10 @@ def export_records(fs: FileSystem, number: int | None) -> Output:
         yield {"in": "hwpt", "record": hwpt}
         container = export.container(name, top, devices)
         yield {"in": "vfio_containers", "record": container}
+    adopted = tables.adopted_by()
     for d in devices:
-        yield {"in": "devices", "record": export.device(d, names.get(d.table))}
+        unit = adopted.get((d.source_id, d.table))
+        yield {"in": "devices", "record": export.device(d, names.get(d.table), unit)}
     for n in numbers:
         yield {"in": "ioas", "record": {"id": f"dom-{n}", "mappings": []}}
         for at, m in enumerate(export.mappings(tables.mappings(n), whose.split)):

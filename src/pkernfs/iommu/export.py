@@ -98,13 +98,17 @@ def hwpt(name: str, table: int, levels: int, devices: Iterable[Device]) -> Recor
     }
 
 
-def device(d: Device, name: str | None) -> Record:
-    """What a device is attached to; ``name`` is None if that is no domain of the region."""
+def device(d: Device, name: str | None, unit: str | None) -> Record:
+    """What a device is attached to; ``name`` is None if that is no domain of the region.
+
+    ``unit``: that of the running kernel which walks these tables for it, if one does.
+    """
     return {
         "device": bdf_text(d.source_id),
         "pasid": d.pasid,
         "hwpt": name,
         "domain_id": d.domain_id,
+        "adopted_by": unit,
     }
 
 
