@@ -21,7 +21,6 @@ import ctypes
 import json
 import mmap
 import os
-import re
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -35,9 +34,9 @@ import vfio
 _BLOCK = 2 << 20
 _PATIENCE_SECONDS = 5.0
 _MODULES = Path("/sys/module")
+_INTERRUPTS = Path("/proc/interrupts")
 #: Of the devices of a group that VFIO takes.
 _DRIVERS = (None, vfio.DRIVER, "pcieport")
-_ADOPTED = re.compile(r"Copied translation tables from previous kernel for (\S+)")
 #: Of PCI's capabilities (linux/pci_regs.h).
 _CAPABILITY_LIST, _CAPABILITY_EXPRESS = 0x34, 0x10
 _EXPRESS_STATUS, _TRANSACTIONS_PENDING = 0x0A, 0x20
@@ -175,7 +174,7 @@ def plan(
         if mine:
             domains.append(Domain(name, [p for m in of_domain for p in _pieces(m)], mine))
     for bdf in wanted:
-        _check_device(bdf)
+        _check_device(bdf, attached[bdf]["adopted_by"])
     _check_host()
     for domain in domains:
         _check_domain(domain, set(attached))
@@ -195,7 +194,7 @@ def _check_host() -> None:
             "vfio-pci: it would put devices to sleep: "
             "modprobe -r vfio_pci; modprobe vfio_pci disable_idle_d3=1"
         )
-    remapped = "IR-" in Path("/proc/interrupts").read_text()
+    remapped = "IR-" in _INTERRUPTS.read_text()
     if not remapped and not _unsafe_interrupts_allowed():
         raise TakeOverError(
             "VFIO: interrupts are not remapped, so a device could forge them: if you trust it, "
@@ -245,34 +244,16 @@ def _check_spare(spare: str, attached: set[str]) -> None:
             raise TakeOverError(f"{spare}: not spare: {driver} has {member}")
 
 
-def _check_device(bdf: str) -> None:
+def _check_device(bdf: str, unit: str | None) -> None:
     driver = vfio.driver_of(bdf)
     if driver not in (None, vfio.DRIVER):
         raise TakeOverError(f"{bdf}: {driver} has it, and has set it up anew: too late")
     vfio.group_of(bdf)
-    unit = (vfio.device_path(bdf) / "iommu").resolve().name
-    if unit not in _adopted_units():
-        raise TakeOverError(f"{bdf}: this kernel has not adopted the tables of {unit}: see dmesg")
-
-
-def _adopted_units() -> set[str]:
-    """The IOMMU units whose tables the kernel has copied, as its log says."""
-    try:
-        log = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
-    except OSError as error:
-        raise TakeOverError(f"/dev/kmsg: {error.strerror}") from error
-    found: set[str] = set()
-    try:
-        while True:
-            try:
-                record = os.read(log, 8192).decode(errors="replace")
-            except BrokenPipeError:
-                continue  # overwritten meanwhile: the next one there is
-            found.update(_ADOPTED.findall(record))
-    except BlockingIOError:
-        return found
-    finally:
-        os.close(log)
+    if unit is None:
+        raise TakeOverError(
+            f"{bdf}: no unit of this kernel is seen to walk the region's tables for it: it has not "
+            "adopted them (dmesg), has taken the device over already, or lacks iomem=relaxed"
+        )
 
 
 def _check_group(bdf: str, domain: Domain, attached: set[str]) -> None:
@@ -291,8 +272,7 @@ def _check_group(bdf: str, domain: Domain, attached: set[str]) -> None:
 
 def _check_addresses(bdf: str, domain: Domain) -> None:
     """VFIO maps nothing where the kernel says that addresses are taken."""
-    path = Path(f"/sys/kernel/iommu_groups/{vfio.group_of(bdf)}/reserved_regions")
-    for line in path.read_text().splitlines():
+    for line in vfio.reserved_regions(vfio.group_of(bdf)).splitlines():
         first, last, kind = int(line.split()[0], 16), int(line.split()[1], 16), line.split()[2]
         if kind == "direct":
             raise TakeOverError(f"{bdf}: the firmware has it use {first:#x}-{last:#x} (RMRR)")

@@ -180,6 +180,11 @@ def group_members(group: int) -> list[str]:
     return sorted(path.name for path in Path(f"/sys/kernel/iommu_groups/{group}/devices").iterdir())
 
 
+def reserved_regions(group: int) -> str:
+    """Addresses that a group's devices cannot be given: lines of the first, the last, the kind."""
+    return Path(f"/sys/kernel/iommu_groups/{group}/reserved_regions").read_text()
+
+
 def cdev_of(bdf: str) -> Path | None:
     """The device's node for iommufd; None if the kernel has none (CONFIG_VFIO_DEVICE_CDEV)."""
     found = [Path("/dev/vfio/devices") / p.name for p in device_path(bdf).glob("vfio-dev/vfio*")]

@@ -251,6 +251,8 @@ def by_hand(guest: Guest) -> None:
         guest.log(f"the transfer that was armed: {'landed' if landed else 'fell into the hold'}")
         no_faults(guest)
         assert vfio.driver_of(ARMED) == vfio.DRIVER
+        said = guest.run(TAKE_OVER, str(MOUNT), "--device", ARMED, status=1)
+        assert said == f"take-over: {ARMED}: not attached in this region\n", said
         let_go(guest, ARMED)
         works(edu, ARMED)
         no_faults(guest)
@@ -352,9 +354,8 @@ def not_adopted(guest: Guest) -> None:
     disk = next(p.name for p in Path("/sys/bus/pci/drivers/virtio-pci").iterdir() if ":" in p.name)
     guest.run("modprobe", "vfio_iommu_type1", "allow_unsafe_interrupts=1")
     said = guest.run(TAKE_OVER, str(MOUNT), status=1)
-    assert said == (
-        f"take-over: {ARMED}: this kernel has not adopted the tables of dmar0: see dmesg\n"
-    ), said
+    reason = "no unit of this kernel is seen to walk the region's tables for it"
+    assert said.startswith(f"take-over: {ARMED}: {reason}"), said
     iommu(guest, "attach", domain(ARMED), disk)
     said = guest.run(TAKE_OVER, str(MOUNT), "--device", disk, status=1)
     assert said.startswith(f"take-over: {disk}: virtio-pci has it"), said
