@@ -371,6 +371,19 @@ def test_what_fails_before_leaves_it_at_work(machine: Machine) -> None:
     assert machine.commands[A] == COMMAND
 
 
+def test_a_device_that_is_asleep_or_gone(machine: Machine) -> None:
+    whole = two(machine)
+    first, second = plan(whole)
+    (machine.device(A) / "power").mkdir()
+    (machine.device(A) / "power/runtime_status").write_text("suspended\n")
+    machine.commands[B] = 0xFFFF
+    with TakeOver(whole) as taking:
+        with pytest.raises(TakeOverError, match=f"{A}: vfio-pci has put it to sleep"):
+            taking.take(first)
+        with pytest.raises(TakeOverError, match=f"{B}: it does not answer"):
+            taking.take(second)
+
+
 def test_requests_under_way_are_waited_for(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -420,6 +433,7 @@ def test_the_script_passes_errors_on(tmp_path: Path) -> None:
     program.write_text(f"#!/bin/sh\necho '{json.dumps({'version': 2})}'\n")
     assert run("nowhere", path=tmp_path).stderr == "take-over: export: version 2 is not known\n"
     assert run("nowhere", path=tmp_path / "none").stderr == "take-over: pkernfs: no such program\n"
+    assert "a command is wanted" in run("nowhere", "--exec", path=tmp_path).stderr
     assert "--spare BDF" in run("--help", path=tmp_path).stdout
 
 

@@ -467,6 +467,9 @@ def prepare(bdf: str) -> None:
         if reset.read_text().strip():
             raise TakeOverError(f"{bdf}: opening it would reset it: see reset_method")
     vfio.bind(bdf)
+    status = vfio.device_path(bdf) / "power/runtime_status"
+    if status.exists() and status.read_text().strip() == "suspended":
+        raise TakeOverError(f"{bdf}: vfio-pci has put it to sleep: load it with disable_idle_d3=1")
 
 
 def hold(bdf: str) -> None:
@@ -475,6 +478,8 @@ def hold(bdf: str) -> None:
     :raises TakeOverError: it does not end them.
     """
     command = vfio.read_config(bdf, vfio.PCI_COMMAND)
+    if command == 0xFFFF:
+        raise TakeOverError(f"{bdf}: it does not answer")
     vfio.write_config(bdf, vfio.PCI_COMMAND, command & ~vfio.PCI_COMMAND_MASTER)
     # The answer to this read comes behind the writes that the device has made before.
     vfio.read_config(bdf, vfio.PCI_COMMAND)
