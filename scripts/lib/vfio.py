@@ -241,11 +241,12 @@ def write_config(bdf: str, at: int, word: int) -> None:
 
 
 class Device:
-    """An open device. Closing it stops its DMA, and may reset it."""
+    """An open device. When the last descriptor and mapping of it goes, its DMA is stopped."""
 
     def __init__(self, bdf: str, fd: int) -> None:
         self.bdf = bdf
         self.fd = fd
+        self._bars: list[mmap.mmap] = []
 
     def region(self, index: int) -> vfio_region_info:
         """Where a region (a BAR, the configuration space) is in the descriptor."""
@@ -261,7 +262,8 @@ class Device:
         info = self.region(VFIO_PCI_BAR0_REGION_INDEX + number)
         if not info.flags & VFIO_REGION_INFO_FLAG_MMAP:
             raise VfioError(f"{self.bdf}: BAR {number} cannot be mapped")
-        return mmap.mmap(self.fd, info.size, offset=info.offset)
+        self._bars.append(mmap.mmap(self.fd, info.size, offset=info.offset))
+        return self._bars[-1]
 
     def read_config(self, at: int) -> int:
         """A 16-bit word of the configuration space, as VFIO shows it."""
@@ -279,7 +281,12 @@ class Device:
         self.write_config(PCI_COMMAND, command | (PCI_COMMAND_MASTER if on else 0))
 
     def close(self) -> None:
-        """Give it back."""
+        """Give it back, with the mappings of its BARs, which would keep it open.
+
+        :raises BufferError: somebody has a pointer into one.
+        """
+        while self._bars:
+            self._bars.pop().close()
         os.close(self.fd)
 
 
