@@ -277,6 +277,9 @@ def test_exports_that_cannot_work(machine: Machine) -> None:
         plan(two(machine), [SPARE])
     with pytest.raises(TakeOverError, match=f"{B}: not spare: {B} of its group is attached"):
         plan(two(machine), [A], B)
+    with pytest.raises(TakeOverError, match="root-pgtables: damaged: a cycle: run"):
+        plan({**two(machine), "damaged": {"dom-1": "a hole", "root-pgtables": "a cycle"}})
+    assert plan({**two(machine), "damaged": {"dom-7": "a hole"}})
     with pytest.raises(TakeOverError, match="no device is attached"):
         plan(export(machine))
 

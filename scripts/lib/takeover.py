@@ -118,7 +118,8 @@ def _pkernfs(*words: str) -> str:
         )  # fmt: skip
     except FileNotFoundError as error:
         raise TakeOverError("pkernfs: no such program") from error
-    if done.returncode != 0:
+    # An export that lacks damaged tables is one; what they are of is refused by the plan.
+    if done.returncode != 0 and not done.stdout:
         raise TakeOverError((done.stderr.strip() or "pkernfs: it failed").splitlines()[-1])
     return done.stdout
 
@@ -157,6 +158,8 @@ def plan(
 
     :raises TakeOverError: it cannot work, and why.
     """
+    if root := export.get("damaged", {}).get("root-pgtables"):
+        raise TakeOverError(f"root-pgtables: damaged: {root}: run pkernfs iommu check")
     attached = {d["device"]: d for d in export["devices"]}
     for bdf in devices:
         if bdf not in attached:
