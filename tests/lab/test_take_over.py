@@ -1,7 +1,7 @@
 """scripts/take-over: devices that went on through the jump, taken over by VFIO in the next kernel.
 
-The first kernel leaves the IOMMU alone, and the unit walks the region's tables. The next one is
-started on the crash path, where nothing shuts devices down, and adopts the tables in kdump mode.
+The first kernel leaves the IOMMU alone, and the unit walks the region's tables. `pkernfs kexec`
+starts the next one by a panic, which stops no device, and that one adopts the tables.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from words import read_word, write_word
 import takeover
 import uapi
 import vfio
-from kexeclab.guest import Guest
+from kexeclab.guest import Guest, running_kernel
 from kexeclab.runner import Lab
 from pkernfs import cli
 
@@ -106,13 +106,18 @@ def until(what: str, true: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.005)
 
 
-def iommu(*words: str, status: int = 0) -> str:
-    """``pkernfs iommu ...``, in this process: to start one takes seconds here."""
+def pkernfs(*words: str, status: int = 0) -> str:
+    """A command, in this process: to start one takes seconds here."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        got = cli.main(["iommu", *words])
+        got = cli.main(list(words))
     assert got == status, f"{words}: {got}: {said.getvalue()}"
     return said.getvalue()
+
+
+def iommu(*words: str, status: int = 0) -> str:
+    """``pkernfs iommu ...``"""
+    return pkernfs("iommu", *words, status=status)
 
 
 def domain(bdf: str) -> str:
@@ -157,27 +162,21 @@ def start(guest: Guest) -> None:
         (vfio.device_path(bdf) / "enable").write_text("1")
         guest.run("setpci", "-s", bdf, "COMMAND=6:6")
         works(Edu.at(bdf), bdf)
-    guest.load(
-        add=["intel_iommu=on", "nr_cpus=1", *handed_back()],
-        remove=["intel_iommu", "crashkernel"],
-        panic=True,
-    )
-    guest.panic()
-
-
-def handed_back() -> list[str]:
-    """The memory of this kernel, for the next one to have all of it."""
-    ram = re.compile(r"([0-9a-f]+)-([0-9a-f]+) : System RAM")
-    found = filter(None, map(ram.match, Path("/proc/iomem").read_text().splitlines()))
-    ranges = [[int(text, 16) for text in one.groups()] for one in found]
-    return [f"memmap={end + 1 - begin:#x}@{begin:#x}" for begin, end in ranges]
+    place = running_kernel()
+    line = guest.command_line(remove=["intel_iommu"])
+    guest.leaving("pkernfs kexec")
+    pkernfs(
+        "kexec", "--kernel", str(place / "vmlinuz"), "--initrd", str(place / "initrd"),
+        "--append", " ".join(line),
+    )  # fmt: skip
+    raise AssertionError("pkernfs kexec: came back")
 
 
 # ---------------------------------------------------------------------------- the next one
 
 
 def take_over(guest: Guest) -> None:
-    """Both devices at work, taken over, at work through the kernel's new tables."""
+    """Three devices at work, taken over, at work through the kernel's new tables."""
     assert "Copied translation tables from previous kernel for dmar0" in guest.run("dmesg")
     regions.mount(guest)
     for bdf in DOMAINS:
