@@ -198,7 +198,7 @@ def switch(guest: Guest, edu: Edu) -> None:
         assert edu.copies(offset)
     no_faults(guest)
     assert ask(guest, "iommu.switch") == "[]"
-    guest.log(iommu(guest, "show", str(MOUNT)))
+    guest.log(iommu(guest, "show", str(MOUNT), "--merge"))
 
 
 def no_registers(guest: Guest) -> None:
