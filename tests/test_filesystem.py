@@ -1111,16 +1111,62 @@ def test_unlinked_but_open(fs: FileSystem) -> None:
 
 def test_looked_up_but_not_open_yet(fs: FileSystem) -> None:
     """open(2) looks up first. If the name goes in between, ESTALE makes the kernel look again."""
-    ino = make(fs, content=b"old content")
+    ino = make(fs, content=noise(3 * MIB))
     fs.remember(ino)
-    new = make(fs, b"new", b"new content")
-    fs.rename(ROOT, b"new", ROOT, b"f")
+    free = fs.statfs().free
+    fs.unlink(ROOT, b"f")
+    assert fs.statfs().free > free
     with pytest.raises(StaleError):
         fs.open(ino)
-    assert fs.lookup(ROOT, b"f").ino == new
     fs.forget(ino, 1)
     with pytest.raises(NotFoundError):
         fs.inode(ino)
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_looked_up_and_replaced(fs: FileSystem, opened: bool) -> None:
+    """The kernel looks again only once, so a file that is replaced often has to be the old one."""
+    free = fs.statfs().free
+    ino = make(fs, content=noise(3 * MIB))
+    fs.remember(ino)
+    make(fs, b"new", b"new content")
+    if opened:
+        fs.open(ino)
+    fs.rename(ROOT, b"new", ROOT, b"f")
+    for _ in range(2):
+        fs.open(ino)
+        assert contents(fs, ino) == noise(3 * MIB)
+        fs.release(ino)
+    if opened:
+        fs.release(ino)
+    fs.open(ino)
+    fs.forget(ino, 1)
+    assert contents(fs, ino) == noise(3 * MIB)
+    fs.release(ino)
+    with pytest.raises(NotFoundError):
+        fs.inode(ino)
+    fs.unlink(ROOT, b"f")
+    assert fs.statfs().free >= free - 2
+
+
+def test_replaced_and_known_to_nobody(fs: FileSystem) -> None:
+    ino = make(fs, content=noise(3 * MIB))
+    make(fs, b"new", b"new content")
+    fs.rename(ROOT, b"new", ROOT, b"f")
+    with pytest.raises(NotFoundError):
+        fs.inode(ino)
+
+
+def test_what_was_replaced_goes_after_a_crash(fs: FileSystem) -> None:
+    free = fs.statfs().free
+    ino = make(fs, content=noise(3 * MIB))
+    fs.remember(ino)
+    make(fs, b"new", b"new content")
+    fs.rename(ROOT, b"new", ROOT, b"f")
+    fs = remount(fs)
+    fs.unlink(ROOT, b"f")
+    assert fs.statfs().free >= free - 2
+    assert_clean(fs.region)
 
 
 def test_orphans_are_reclaimed_after_a_crash(fs: FileSystem) -> None:

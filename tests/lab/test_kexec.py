@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import random
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import regions
@@ -77,7 +80,7 @@ def test_another_kernel_version(lab: Lab, first: str, second: str, kind: str) ->
     lab.run(fill, compare, machine=machine, parameters=what)
 
 
-# ---------------------------------------------------------------------------- without a word
+# ---------------------------------------------------------------------------- three in a row
 
 
 def go_on(guest: Guest) -> None:
@@ -85,7 +88,8 @@ def go_on(guest: Guest) -> None:
     if guest.stage == 1:
         regions.mkfs(guest)
     else:
-        regions.mount(guest)
+        said = regions.mount(guest)
+        assert (f"after handover {guest.stage - 1}" in said) == guest.parameters["handover"], said
     so_far = guest.notes.get("trees", {})
     for name, described in so_far.items():
         assert trees.difference(MOUNT / name, described) == ""
@@ -94,15 +98,42 @@ def go_on(guest: Guest) -> None:
     # All of them anew: comparing was an access, and changed times.
     guest.note("trees", {one: trees.describe(MOUNT / one) for one in [*so_far, name]})
     if guest.stage < 4:
-        guest.kexec()
+        leave(guest)
+    check_history(guest)
     regions.unmount_and_check(guest)
 
 
-def test_three_kexecs_without_a_handover(lab: Lab) -> None:
-    """Three kexecs with the file system mounted, two processors: what each has written stays."""
-    cmdline = regions.PARAMETERS["devmem"]
-    machine = lab.machine(cpus=2, memory=regions.MEMORY_MIB, cmdline=cmdline)
-    lab.run(go_on, go_on, go_on, go_on, machine=machine)
+def leave(guest: Guest) -> NoReturn:
+    """Hand over, if that is to be done, and start the next kernel."""
+    hand_over = ("pkernfs", "handover", str(MOUNT))
+    if guest.parameters["handover"] and guest.stage == 1:
+        guest.load(remove=["pkernfs"])
+        assert "is not told pkernfs=" in guest.run(*hand_over, status=1)
+    guest.load()
+    if guest.parameters["handover"]:
+        guest.run(*hand_over)
+    guest.execute()
+
+
+def check_history(guest: Guest) -> None:
+    """Each kernel's first mount is in it, the newest first."""
+    history = json.loads(guest.run("pkernfs", "info", "--json", str(MOUNT)))["history"]
+    assert [entry["arrival"] for entry in history] == ["live update"] * 3
+    numbers = [3, 2, 1] if guest.parameters["handover"] else [None] * 3
+    assert [entry["handover"] for entry in history] == numbers
+    result = "metadata unchanged" if guest.parameters["handover"] else "unknown"
+    assert [entry["result"] for entry in history] == [result] * 3
+    for newer, older in itertools.pairwise(history):
+        assert newer["boot_id_before"] == older["boot_id_after"] != newer["boot_id_after"]
+
+
+@pytest.mark.parametrize(("kind", "handover", "cpus"), [("devmem", False, 2), ("dax", True, 1)])
+def test_three_kexecs(lab: Lab, kind: str, handover: bool, cpus: int) -> None:
+    """Three kexecs in a row, with handovers and with none (mounted, on two processors)."""
+    cmdline = regions.PARAMETERS[kind]
+    machine = lab.machine(cpus=cpus, memory=regions.MEMORY_MIB, cmdline=cmdline)
+    what = {"kind": kind, "handover": handover}
+    lab.run(go_on, go_on, go_on, go_on, machine=machine, parameters=what)
 
 
 # ---------------------------------------------------------------------------- damage

@@ -163,6 +163,7 @@ class FileSystem:
         self._opens: dict[int, int] = {}
         self._lookups: dict[int, int] = {}
         self._nameless: set[int] = set()  # in use, to be freed when they no longer are
+        self._replaced: set[int] = set()  # those of them that have their data without being open
         self._tables: TableFiles | None = None
         self._refusals = Quiet(log)
         static = min(r.map_page // PAGES_PER_BLOCK for r in sb.ranges)
@@ -576,10 +577,11 @@ class FileSystem:
     def open(self, ino: int) -> Inode:
         """Count an open handle; the inode lives at least as long.
 
-        :raises StaleError: the last name of a file has gone since it was looked up.
+        :raises StaleError: the last name of a file was removed since it was looked up.
         """
         inode = self._inodes.get(ino)
-        if inode.is_reg and not inode.nlink and ino not in self._opens:
+        gone = inode.is_reg and not inode.nlink and ino not in self._replaced
+        if gone and ino not in self._opens:
             raise StaleError(f"inode {ino}: was removed")
         self._opens[ino] = self._opens.get(ino, 0) + 1
         return inode
@@ -600,6 +602,7 @@ class FileSystem:
         if ino not in self._nameless or self._in_use(ino) or self.read_only:
             return
         self._nameless.discard(ino)
+        self._replaced.discard(ino)
         inode = self._inodes.get(ino)
         if not inode.nlink:
             self._evict(inode)
@@ -861,8 +864,11 @@ class FileSystem:
         directory.mtime = directory.ctime = self._clock()
         self._inodes.save(directory)
 
-    def _drop_link(self, inode: Inode) -> bool:
-        """One name less; False if the inode is to be evicted after the transaction."""
+    def _drop_link(self, inode: Inode, *, replaced: bool = False) -> bool:
+        """One name less; False if the inode is to be evicted after the transaction.
+
+        ``replaced``: the name goes on to be another inode's.
+        """
         self._inodes.touch(inode)
         if not inode.nlink:
             raise CorruptionError(f"inode {inode.ino}: a name, but a link count of 0")
@@ -872,7 +878,11 @@ class FileSystem:
             self._inodes.save(inode)
             return True
         self._blocks.forget_window(inode.ino)
-        if inode.ino in self._opens:
+        # Who has looked the name up may be about to open it: the old file is as good as the new,
+        # and to be told to look again and again, while it is replaced as often, is no answer.
+        if replaced and inode.is_reg and inode.ino in self._lookups:
+            self._replaced.add(inode.ino)
+        if inode.ino in self._opens or inode.ino in self._replaced:
             self._nameless.add(inode.ino)
             self._inodes.save(inode)
             return True
@@ -957,7 +967,7 @@ class FileSystem:
                 if old.is_dir:
                     self._drop_dir(old)
                 else:
-                    done = self._drop_link(old)
+                    done = self._drop_link(old, replaced=True)
         self._tables_changed(target)
         if not done and old is not None:
             self._evict(old)
