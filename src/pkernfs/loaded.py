@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from pkernfs.backing import cmdline, dax, iomem, is_file_spec
+from pkernfs.backing import cmdline, dax, iomem
 from pkernfs.backing.cmdline import Kind
 from pkernfs.backing.host import HOST, Host
 from pkernfs.backing.iomem import Span
@@ -38,8 +38,6 @@ def physical_spans(spec: str, host: Host = HOST) -> list[Span]:
     """The physical memory that a region spec names; none for a file."""
     if iomem.looks_physical(spec):
         return [iomem.parse_span(spec)]
-    if not is_file_spec(spec):
-        return []
     name = dax.device_name(os.path.realpath(spec), host)
     return [] if name is None else list(dax.read_device(name, host).pieces)
 
