@@ -55,8 +55,9 @@ def fail(guest: Guest) -> None:
 
 def test_failing_stage_is_reported(lab: Lab) -> None:
     """A stage's failure comes back with its own words."""
-    with pytest.raises(StageFailed, match="what was found"):
+    with pytest.raises(StageFailed, match="what was found") as failure:
         lab.run(fail)
+    assert str(failure.value).splitlines()[-1] == "--- stage 1: AssertionError: what was found"
 
 
 def panic(_guest: Guest) -> None:

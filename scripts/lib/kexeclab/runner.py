@@ -25,6 +25,8 @@ STAGE_SECONDS = 180.0
 BOOTS = 3
 SILENT_SECONDS = 60.0
 _PANIC = re.compile(r"Kernel panic - not syncing")
+#: The line of a traceback that says what was raised.
+_EXCEPTION = re.compile(r"[\w.]+(Error|Exception|Exit|Interrupt)\b")
 
 
 @dataclass
@@ -84,8 +86,9 @@ def run_stages(
 
 def _report(error: Exception, alive: Running) -> str:
     """What went wrong, the end of the console, and again in short what went wrong."""
-    reason = str(error).splitlines()
-    short = reason[0] if len(reason) == 1 else f"{reason[0]} {reason[-1]}"
+    short, _, more = str(error).partition("\n")
+    if raised := [line for line in more.splitlines() if _EXCEPTION.match(line)]:
+        short = f"{short} {raised[-1]}"
     return f"{error}\n--- console:\n{alive.last_words()}\n--- {short}"
 
 
