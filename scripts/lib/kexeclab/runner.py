@@ -20,7 +20,7 @@ from kexeclab.project import CHECKOUT
 
 Stage = Callable[[Guest], None]
 BOOT_SECONDS = 120.0
-STAGE_SECONDS = 180.0
+STAGE_SECONDS = 300.0
 #: How often a machine may be started that is lost before its first word.
 BOOTS = 3
 SILENT_SECONDS = 60.0
