@@ -68,6 +68,16 @@ def test_what_keeps_dax_devices_from_the_kernel_is_added(machine: Machine) -> No
     assert plan(machine, f"{line} dax_hmem.region_idle=1").added == []
 
 
+def test_memory_that_the_firmware_keeps_apart_needs_no_parameter(machine: Machine) -> None:
+    device = Span(64 * GIB, GIB)
+    assert make_plan([SPAN, device], [], append="quiet", host=machine).added == [
+        "memmap=512M%1G",
+        "pkernfs=512M!1G",
+    ]
+    machine.write("proc/cmdline", "quiet")
+    assert make_plan([device], [], append="quiet", host=machine).added == []
+
+
 def test_systemd_shuts_down_in_its_own_way(machine: Machine) -> None:
     machine.write("run/systemd/system/x", "")
     assert plan(machine).commands[-1] == ["systemctl", "kexec"]

@@ -269,6 +269,8 @@ def test_a_dax_device_is_repeated(tmp_path: Path) -> None:
         (dax_line(machine, keep), dax_line(machine, "dax_hmem.region_idle=0"), keep),
         (dax_line(machine, keep), dax_line(machine, "modprobe.blacklist=kmem2"), keep),
         (f"{SOFT} {named} dax_hmem.region_idle", dax_line(machine), "dax_hmem.region_idle"),
+        ("quiet", "", ""),  # the firmware keeps it apart
+        (keep, "", keep),
     ):
         machine.write("proc/cmdline", running)
         if not missing:

@@ -76,7 +76,8 @@ def make_plan(
     if needs is not None and needs.devices:
         _for_devices(plan, spans, mount_points, append or "", needs, host)
     _keep_out_of(plan, spans)
-    check_command_line(plan.append, spans, kdump.ROOM_FOR_HEADER if plan.crash else 0)
+    room = kdump.ROOM_FOR_HEADER if plan.crash else 0
+    check_command_line(plan.append, _reserved(spans, running), room)
     plan.commands.append(load_command(plan))
     for point in mount_points:
         told = ["--cmdline", plan.append] if plan.crash else []
@@ -144,6 +145,17 @@ def _keep_out_of(plan: Plan, spans: list[Span]) -> None:
     if spans and cmdline.kaslr_danger(plan.append) is not None:
         plan.append += " nokaslr"
         plan.added.append("nokaslr")
+
+
+def _reserved(spans: list[Span], running: str) -> list[Span]:
+    """What of them memmap= keeps apart now. The firmware does it for a dax device of its own."""
+    reserved = cmdline.reservations(running)
+    return [
+        Span(start, end - start)
+        for span in spans
+        for start, end, holder in cmdline.coverage(reserved, span.start, span.end)
+        if holder is not None
+    ]
 
 
 def check_command_line(line: str, spans: list[Span], room: int = 0) -> None:

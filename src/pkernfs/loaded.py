@@ -55,7 +55,7 @@ def check(spec: str, given: str | None = None, host: Host = HOST) -> None:
     :raises KexecError: it is not, no kernel is loaded, or its command line cannot be read.
     """
     spans = physical_spans(spec, host)
-    needed = list(_needed(spans, host))
+    needed = list(_needed(spans, not iomem.looks_physical(spec), host))
     if not needed:
         return
     if given is None:
@@ -113,17 +113,16 @@ class _SparesDax(NamedTuple):
 _Needed = _Reserves | _Names | _SparesDax
 
 
-def _needed(spans: list[Span], host: Host) -> Iterator[tuple[str, _Needed]]:
+def _needed(spans: list[Span], is_dax: bool, host: Host) -> Iterator[tuple[str, _Needed]]:
     """Parameters of the running kernel that a region depends on, and how to look for each."""
     running = host.command_line()
     reserved = cmdline.reservations(running)
-    is_soft = False
     for span in spans:
         for start, end, holder in cmdline.coverage(reserved, span.start, span.end):
             if holder is not None and holder.kind is not Kind.RAM:
                 yield holder.parameter, _Reserves(start, end, holder.kind)
-                is_soft = is_soft or holder.kind is Kind.SOFT
-    if is_soft and (spares := cmdline.spares_dax(running)):
+    spares = cmdline.spares_dax(running)
+    if spans and is_dax and spares:
         yield spares[0], _SparesDax()
     for one in cmdline.named_regions(running):
         named = _spans_of(one.spec, host)
