@@ -174,8 +174,15 @@ def _undone_if_it_fails(plan: kexec.Plan) -> Iterator[list[str]]:
 def _jump(mount_points: list[str]) -> None:
     """Have the daemons switch the units, and the last one start the next kernel."""
     os.sync()
-    for point in mount_points:
-        call(point, "kexec_jump", panic=point == mount_points[-1])
+    switched: list[str] = []
+    try:
+        for point in mount_points:
+            call(point, "kexec_jump", panic=point == mount_points[-1])
+            switched.append(point)
+    except BaseException:
+        for point in switched:
+            call(point, "kexec_undo")
+        raise
 
 
 def _run(words: list[str]) -> None:

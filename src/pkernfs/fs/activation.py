@@ -324,6 +324,8 @@ class Activation:
 
         :raises UnitError: a unit does not do it; the others do.
         """
+        if not self._switched:
+            return
         root, mode = self._tables.need_root(), self._tables.config.mode
         failure: PkernfsError | None = None
         while self._switched:

@@ -34,6 +34,7 @@ class Jump:
     def __init__(self, fs: FileSystem, host: Host = HOST) -> None:
         self._fs = fs
         self._host = host
+        self._activation = Activation(fs, host)
 
     def needs(self) -> dict[str, Any]:
         """Devices that must go on (``devices``), those that are cut off (``cut``), ``scalable``.
@@ -50,7 +51,7 @@ class Jump:
         kept = [s for s in attached if s not in transient]
         devices = self._in_force(kept) if self._fs.region.real_addresses else []
         if devices:
-            Activation(self._fs, self._host).check_live()
+            self._activation.check_live()
         return {
             "devices": [bdf_text(s) for s in devices],
             "cut": cut,
@@ -82,7 +83,7 @@ class Jump:
         if not self._fs.frozen:
             raise InvalidError("kexec: the file system is not handed over")
         if not panic:
-            Activation(self._fs, self._host).switch_units()
+            self._activation.switch_units()
             return
         if self._host.find("sys/kernel/kexec_crash_loaded") != "1":
             raise InvalidError("kexec: no kernel is loaded for a panic (kexec -p)")
@@ -91,12 +92,29 @@ class Jump:
         try:
             _move_to_boot_processor()
             _keep_in_memory()
-            Activation(self._fs, self._host).switch_units()
-            os.write(trigger, b"c")
-            raise PkernfsError("kexec: the kernel did not panic")
+            self._activation.switch_units()
+            self._pull(trigger)
         finally:
+            ctypes.CDLL(None).munlockall()
             os.sched_setaffinity(0, before)
             os.close(trigger)
+
+    def undo(self) -> None:
+        """Have units that were switched walk the kernel's tables again, for the jump has failed.
+
+        :raises UnitError: a unit does not do it.
+        """
+        self._activation.switch_back()
+
+    def _pull(self, trigger: int) -> None:
+        """:raises PkernfsError: there was no panic; units are as they were."""
+        why = "it did not"
+        try:
+            os.write(trigger, b"c")
+        except OSError as e:
+            why = str(e.strerror)
+        self.undo()
+        raise PkernfsError(f"kexec: the kernel was asked to panic: {why}")
 
     def _open_trigger(self) -> int:
         try:

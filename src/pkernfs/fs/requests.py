@@ -46,6 +46,7 @@ class TableRequests:
         # Held by a change over the zeroing of what it maps, and by a check over its thread: both
         # need tables that stay as they are. Nothing that serves the file system ever takes it.
         self._lock = trio.Lock()
+        self._jump = Jump(fs)
 
     def handlers(self) -> dict[str, Handler]:
         """The operations by name."""
@@ -66,6 +67,7 @@ class TableRequests:
             "iommu.read": self.read,
             "kexec_needs": self.needs,
             "kexec_jump": self.jump,
+            "kexec_undo": self.undo_jump,
         }
 
     # ------------------------------------------------------------------ changes
@@ -158,7 +160,7 @@ class TableRequests:
 
     async def needs(self, args: Args) -> dict[str, Any]:
         """See :meth:`Jump.needs`."""
-        return await self._looking(Jump(self._fs).needs)
+        return await self._looking(self._jump.needs)
 
     async def jump(self, args: Args) -> None:
         """The step before the next kernel; with ``panic`` there is no answer, but that kernel.
@@ -167,7 +169,12 @@ class TableRequests:
         jump, and the file system is frozen.
         """
         async with self._lock:
-            Jump(self._fs).go(panic=bool(args.get("panic")))
+            self._jump.go(panic=bool(args.get("panic")))
+
+    async def undo_jump(self, args: Args) -> None:
+        """See :meth:`Jump.undo`."""
+        async with self._lock:
+            self._jump.undo()
 
     async def _looking(self, look: Callable[[], T]) -> T:
         """Look at the tables in a thread, while they do not change."""

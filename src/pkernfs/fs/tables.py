@@ -658,9 +658,12 @@ class TableFiles:
 
         :raises NotFoundError: the device is not attached.
         """
+        self._check_device_adopted(source_id)
+        self._detach(source_id)
+
+    def _detach(self, source_id: int) -> None:
         self._check_writable()
         root = self.need_root()
-        self._check_device_adopted(source_id)
         device = next((d for d in root.devices() if d.source_id == source_id), None)
         table_gone = root.detach(source_id)
         if self._walking is None or device is None:
@@ -687,7 +690,7 @@ class TableFiles:
         """Detach the devices that are not to outlive a handover; their source ids."""
         gone = [d.source_id for d in self.devices() if d.source_id in self.transient()]
         for source_id in gone:
-            self.detach(source_id)
+            self._detach(source_id)
         return gone
 
     # ------------------------------------------------------------------ pins
