@@ -109,6 +109,20 @@ def test_a_kernel_that_was_put_into_the_region(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("at", ["20000000", "27e00000"])
+def test_a_kernel_in_memory_that_is_not_reserved(at: str, tmp_path: Path) -> None:
+    """KASLR puts it anywhere, so it says nothing of a region; the memmap= is what is missing."""
+    inside = IOMEM.replace("  18800000-19601ef1", f"  {at}-28c01ef1")
+    assert inside != IOMEM
+    for spec, line, message in (
+        ("512M!512M", "quiet", "not reserved: it is System RAM at 0x20000000: boot with "),
+        ("768M!512M", "memmap=512M%1G", "not all of 0x20000000-0x4fffffff is reserved: "),
+    ):
+        root = tmp_path / spec
+        root.mkdir()
+        assert message in refusal(spec, root, command_line=line, iomem=inside)
+
+
 @pytest.mark.parametrize("parameter", ["elfcorehdr=0x5f000000", "memmap=4G@4G"])
 def test_the_crash_kernel_is_told_of_its_own_memory_only(parameter: str, tmp_path: Path) -> None:
     machine = make_machine(

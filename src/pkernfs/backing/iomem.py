@@ -22,6 +22,7 @@ _SPEC = re.compile(r"(\d\w*)!(\d\w*)", re.ASCII)
 _LINE = re.compile(r"( *)([0-9a-f]+)-([0-9a-f]+) : (.*)")
 _FREE = (Kind.REMOVED, Kind.RESERVED)
 _MEMORY = ("System RAM", "Soft Reserved")
+_KERNEL = "Kernel "  # its code, its data, its bss: children of System RAM
 
 
 class Span(NamedTuple):
@@ -114,8 +115,8 @@ def check(spec: str, span: Span, host: Host) -> None:
         r.kind is Kind.RAM for r in reserved
     ):  # the kernel of a crash, and those after it, are told of little memory
         _check_memory(spec, span, _firmware_map(host))
-    _check_kernel(spec, span, resources)
     _check_reserved(spec, span, reserved, resources)
+    _check_kernel(spec, span, resources)
     for resource in resources:
         if overlap(span, resource):
             _check_resource(spec, span, resource)
@@ -157,8 +158,9 @@ def _check_memory(spec: str, span: Span, firmware: list[tuple[int, int, str]]) -
 
 
 def _check_kernel(spec: str, span: Span, resources: list[Resource]) -> None:
+    """Of a range that memmap= covers. In any other one it may be, wherever KASLR has put it."""
     for resource in resources:
-        if resource.name.startswith("Kernel ") and overlap(span, resource):
+        if resource.name.startswith(_KERNEL) and overlap(span, resource):
             raise RegionError(
                 f"{spec}: the running kernel was put into it, at {resource.start:#x}: what it held "
                 "is lost: load kernels with kexec -s, and choose a START below other memory"
@@ -205,7 +207,8 @@ def _check_reserved(
             f"{spec}: not all of {span.start:#x}-{span.end - 1:#x} is reserved: "
             f"{good.parameter} {ends}: {remedy} instead"
         )
-    owner = next((r.name for r in reversed(resources) if r.start <= at < r.end), None)
+    owners = (r.name for r in reversed(resources) if r.start <= at < r.end)
+    owner = next((name for name in owners if not name.startswith(_KERNEL)), None)
     what = f"it is {owner}" if owner else "no memmap= covers it"
     raise RegionError(f"{spec}: not reserved: {what} at {at:#x}: {remedy}")
 
