@@ -483,10 +483,10 @@ def hold(bdf: str) -> None:
     command = vfio.read_config(bdf, vfio.PCI_COMMAND)
     if command == 0xFFFF:
         raise TakeOverError(f"{bdf}: it does not answer")
+    express = _express_capability(bdf)
     vfio.write_config(bdf, vfio.PCI_COMMAND, command & ~vfio.PCI_COMMAND_MASTER)
     # The answer to this read comes behind the writes that the device has made before.
     vfio.read_config(bdf, vfio.PCI_COMMAND)
-    express = _express_capability(bdf)
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while express and vfio.read_config(bdf, express + _EXPRESS_STATUS) & _TRANSACTIONS_PENDING:
         if time.monotonic() > deadline:
