@@ -6,18 +6,17 @@ free; interrupts are remapped all the same, by an invalidation queue that is the
 
 from __future__ import annotations
 
-import ctypes
 import json
 import mmap
 import os
 import re
 import signal
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from edu import SCRATCH, Edu
 from words import read_word, write_word
 
 from kexeclab.guest import Guest
@@ -30,8 +29,6 @@ REGION = "512M!1G"
 MOUNT = Path("/mnt/pkernfs")
 DOMAIN = str(MOUNT / "iommu/dom-0")
 EDU = "0000:00:05.0"
-BUFFER = 0x40000  # of the device
-SCRATCH = 1 << 38
 AT = 1 << 30
 PYTHON = "/opt/pkernfs/.venv/bin/python"
 #: Map and unmap a file for some seconds; prints how often.
@@ -47,50 +44,6 @@ while (passed := time.monotonic() - start) < 5 or (count < 40 and passed < 60):
     count += 1
 print(count)
 """
-
-
-class Edu:
-    """The device: a transfer begins 100 ms after it is asked for."""
-
-    def __init__(self) -> None:
-        there = Path("/sys/bus/pci/devices") / EDU
-        (there / "enable").write_text("1")
-        self.config = there / "config"
-        self.master(True)
-        with (there / "resource0").open("r+b") as file:
-            self._registers = mmap.mmap(file.fileno(), 4096)
-
-    def master(self, on: bool) -> None:
-        """Let the device do DMA, or not."""
-        with self.config.open("r+b", buffering=0) as config:
-            config.seek(4)
-            command = config.read(2)[0] & ~4 | 2 | (4 if on else 0)
-            config.seek(4)
-            config.write(bytes([command]))
-
-    def _word(self, at: int) -> Any:
-        return ctypes.c_uint64.from_buffer(self._registers, at)
-
-    def transfer(self, source: int, target: int, command: int, count: int = 8) -> None:
-        """Command 1 reads memory into the buffer, 3 writes the buffer to memory."""
-        for at, value in ((0x80, source), (0x88, target), (0x90, count), (0x98, command)):
-            self._word(at).value = value
-        deadline = time.monotonic() + 20
-        while self._word(0x98).value & 1:
-            assert time.monotonic() < deadline, "the device does not end its transfer"
-            time.sleep(0.01)
-
-    def load(self, iova: int) -> int:
-        """The word that the device reads, or what it had before if it cannot."""
-        self.transfer(iova, BUFFER, 1)
-        self.transfer(BUFFER, SCRATCH, 3)
-        return read_word(MOUNT / "scratch", 0)
-
-    def store(self, iova: int, word: int) -> None:
-        """Have the device write a word."""
-        write_word(MOUNT / "scratch", 0, word)
-        self.transfer(SCRATCH, BUFFER, 1)
-        self.transfer(BUFFER, iova, 3)
 
 
 def make_file(name: str, size: int) -> Path:
@@ -159,7 +112,7 @@ def work(guest: Guest) -> None:
     assert (after["state"], after["mount"]) == ("ours", str(MOUNT))
     assert after["interrupt_remapping"] is after["queue"] is remapping
 
-    edu = Edu()
+    edu = Edu(EDU, MOUNT / "scratch")
     write_word(ram, 5 * MIB, 0x1234)
     assert edu.load(AT + 5 * MIB) == 0x1234
     edu.store(AT + 5 * MIB + 8, 0x5678)
