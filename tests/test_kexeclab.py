@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 
 from guestlab import initramfs
 from kexeclab import LabError, LostMachine, cache, debian, kernels
+from kexeclab.feed import Feed, frame, number_of
 from kexeclab.machine import Clock, Running
 
 
@@ -204,3 +206,38 @@ def test_machine_that_waits_for_a_processor_is_known(
     machine.process.kill()
     machine.process.wait()
     assert machine.waited_seconds() == 0
+
+
+# ---------------------------------------------------------------------------- packets
+
+
+def test_feed_sends_consecutive_numbers_and_goes_on_after_a_stop() -> None:
+    feed = Feed("wire")
+    theirs = socket.socket(fileno=os.dup(feed.descriptor))
+    theirs.settimeout(10)
+    feed.passed_on()
+    got: list[int] = []
+    for count in (3, 5):
+        feed.start(rate=1000, limit=count)
+        while len(got) < count:
+            got.append(number_of(theirs.recv(2000)))
+        feed.stop()
+    assert got == [0, 1, 2, 3, 4]
+    assert feed.sent == sorted(feed.sent)
+    assert len(feed.sent) == 5
+    feed.close()
+    theirs.close()
+
+
+def test_feed_is_started_once_at_a_time() -> None:
+    feed = Feed("wire")
+    feed.start(rate=1, limit=1)
+    with pytest.raises(LabError, match="started twice"):
+        feed.start(rate=1, limit=1)
+    feed.close()
+
+
+def test_packets_of_others_have_no_number() -> None:
+    assert number_of(frame(7)) == 7
+    assert number_of(frame(7)[:-1]) == -1
+    assert number_of(b"\0" * 60) == -1

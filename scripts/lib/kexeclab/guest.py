@@ -3,7 +3,7 @@
 import os
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -61,6 +61,23 @@ class Guest:
         """Tell later stages something (what JSON can hold); it is on the host when this returns."""
         self.notes[key] = value
         self._channel.ask(note=key, value=value)
+
+    def feed(self, name: str, rate: float = 100, limit: int = 1 << 62) -> None:
+        """Have the host send packets to the netdev ``name`` (Machine.feeds) from now on.
+
+        :param rate: packets in a second
+        :param limit: how many packets in all; the room that there is for them
+        """
+        self._channel.ask(feed=name, rate=rate, limit=limit)
+
+    def fed(self, name: str, stop: bool = False) -> int:
+        """How many packets the host has sent so far, kernels before included.
+
+        :param stop: have it send no more
+        """
+        sent = self._channel.ask(fed=name, stop=stop)["sent"]
+        assert isinstance(sent, int)
+        return sent
 
     def run(self, *command: str, seconds: float = 120, status: int = 0, input: str = "") -> str:
         """Run a command that must exit with ``status``; return what it wrote to both outputs.
@@ -126,11 +143,15 @@ class Guest:
         """Tell the host that this stage ends now by something else that starts the next kernel."""
         self._channel.ask(leaving=how)
 
-    def panic(self) -> NoReturn:
-        """Panic; the kernel loaded with ``load(panic=True)`` takes over."""
+    def panic(self, last: Callable[[], None] = lambda: None) -> NoReturn:
+        """Panic; the kernel loaded with ``load(panic=True)`` takes over.
+
+        :param last: done right before, when the host has been told
+        """
         if Path("/sys/kernel/kexec_crash_loaded").read_text().strip() != "1":
             raise GuestError("panic: no kernel is loaded for it")
         self._channel.ask(leaving="panic")
+        last()
         Path("/proc/sysrq-trigger").write_text("c")
         time.sleep(60)
         raise GuestError("panic: the machine is still there")

@@ -19,6 +19,7 @@ from guestlab.machine import QEMU, accelerators
 from kexeclab import LabError, LostMachine, cache, kernels, project, rootfs
 from kexeclab.agent import PORT
 from kexeclab.debian import run
+from kexeclab.feed import Feed
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _CPU = "max,la57=off"  # page tables of five levels cost a fifth more time without KVM
@@ -36,6 +37,8 @@ class Machine:
     :ivar memory: MiB
     :ivar cmdline: kernel parameters, beside the lab's own
     :ivar devices: QEMU options (``-device``, ``edu,addr=05.0``, ...)
+    :ivar feeds: names of netdevs that the host feeds with packets (``-device``,
+        ``e1000e,netdev=NAME``); see Guest.feed
     :ivar kernels: further kernels that kexec is to find
     :ivar systemd: boot systemd instead of the lab's own init
     :ivar persistent: what is written to the root file system is there after a kexec as well
@@ -46,6 +49,7 @@ class Machine:
     cpus: int = 1
     cmdline: Sequence[str] = ()
     devices: Sequence[str] = ()
+    feeds: Sequence[str] = ()
     kernels: Sequence[str] = ()
     systemd: bool = False
     persistent: bool = False
@@ -137,13 +141,18 @@ class Clock:
 
 @dataclass
 class Running:
-    """A QEMU at work. ``receive`` returns the machine's messages, one after the other."""
+    """A QEMU at work. ``receive`` returns the machine's messages, one after the other.
+
+    :ivar heard: when each line of the console came (time.monotonic)
+    """
 
     process: subprocess.Popen[bytes]
     channel: socket.socket
     accelerator: str
     echo: bool
+    feeds: dict[str, Feed] = field(default_factory=dict)
     console: list[str] = field(default_factory=list)
+    heard: list[float] = field(default_factory=list)
     _messages: list[dict[str, Any]] = field(default_factory=list)
     _partial: dict[str, bytes] = field(default_factory=dict)
 
@@ -225,6 +234,7 @@ class Running:
     def _heard(self, raw: bytes) -> None:
         line = raw.decode(errors="replace").rstrip()
         self.console.append(line)
+        self.heard.append(time.monotonic())
         if self.echo:
             print(line, flush=True)
 
@@ -242,8 +252,12 @@ def running(machine: Machine, parts: Parts, echo: bool = False) -> Iterator[Runn
         listener.bind(str(scratch / "channel"))
         listener.listen(1)
         accelerator = accelerators()[0]
+        feeds = {name: Feed(name) for name in machine.feeds}
+        for feed in feeds.values():
+            stack.callback(feed.close)
         words = [
             *command(machine, parts, scratch, ("lab.stage=1",), accelerator),
+            *(word for feed in feeds.values() for word in feed.options()),
             "-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console",
             "-chardev", f"socket,id=lab,path={scratch / 'channel'}",
             "-device", f"virtserialport,chardev=lab,name={PORT}",
@@ -252,10 +266,13 @@ def running(machine: Machine, parts: Parts, echo: bool = False) -> Iterator[Runn
             process = subprocess.Popen(
                 words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                 start_new_session=True, preexec_fn=_end_with_parent,
+                pass_fds=[feed.descriptor for feed in feeds.values()],
             )  # fmt: skip
         except FileNotFoundError as error:
             raise LabError(f"{QEMU}: command not found") from error
         stack.callback(_end, process)
+        for feed in feeds.values():
+            feed.passed_on()
         listener.settimeout(30)
         try:
             channel, _ = listener.accept()
@@ -263,7 +280,7 @@ def running(machine: Machine, parts: Parts, echo: bool = False) -> Iterator[Runn
             process.kill()
             said = process.communicate()[0].decode(errors="replace").strip().splitlines()
             raise LabError(f"{QEMU}: does not start: {(said or ['no message'])[-1]}") from error
-        alive = Running(process, channel, accelerator, echo)
+        alive = Running(process, channel, accelerator, echo, feeds)
         stack.callback(alive.close)
         yield alive
 

@@ -27,6 +27,26 @@ SILENT_SECONDS = 60.0
 _PANIC = re.compile(r"Kernel panic - not syncing")
 #: The line of a traceback that says what was raised.
 _EXCEPTION = re.compile(r"[\w.]+(Error|Exception|Exit|Interrupt)\b")
+_FIRST_LINE = re.compile(r"\[ *\d+\.\d+\] Linux version ")
+_ANY_LINE = re.compile(r"\[ *\d+\.\d+\] ")
+
+
+@dataclass(frozen=True)
+class Switch:
+    """One kernel after the other, on the host's clock (time.monotonic).
+
+    A kernel prints from its first moment on only with ``earlyprintk=ttyS0``.
+
+    :ivar left: the stage said that it leaves
+    :ivar silent: the old kernel's last line on the console
+    :ivar speaks: the new one's first line
+    :ivar up: the agent's first word
+    """
+
+    left: float
+    silent: float
+    speaks: float
+    up: float
 
 
 @dataclass
@@ -37,6 +57,8 @@ class Result:
     :ivar console: all the lines of the serial console
     :ivar boots: for each stage the seconds from the machine's start, or from the end of the stage
         before, to the agent's first word
+    :ivar switches: one for each stage but the first
+    :ivar sent: for each netdev that the host fed, when each packet was sent (time.monotonic)
     """
 
     figures: dict[str, tuple[float, str]] = field(default_factory=dict)
@@ -45,6 +67,12 @@ class Result:
     console: list[str] = field(default_factory=list)
     stages: list[str] = field(default_factory=list)
     boots: list[float] = field(default_factory=list)
+    switches: list[Switch] = field(default_factory=list)
+    sent: dict[str, list[float]] = field(default_factory=dict)
+
+    def fed_between(self, name: str, start: float, end: float) -> int:
+        """How many packets the host sent between two times."""
+        return sum(start <= when < end for when in self.sent[name])
 
 
 def run_stages(
@@ -69,6 +97,7 @@ def run_stages(
         result = Result()
         with running(machine, parts, echo) as alive:
             result.console = alive.console
+            result.sent = {name: feed.sent for name, feed in alive.feeds.items()}
             play = _Play(alive, result, parameters or {}, seconds, time.monotonic())
             try:
                 for number, stage in enumerate(stages, 1):
@@ -135,6 +164,8 @@ class _Play:
         hello = self._hello(number)
         booted = time.monotonic()
         self.result.boots.append(booted - self.left_at)
+        if number > 1:
+            self.result.switches.append(self._switch(booted))
         self._say(
             f"stage {number}, {stage.__name__}: Linux {hello['release']} up after "
             f"{booted - self.left_at:.1f} s, {self._cpu()}"
@@ -209,6 +240,22 @@ class _Play:
             case {"note": key, "value": value}:
                 self.result.notes[key] = value
                 self.alive.send(noted=key)
+            case {"feed": name, "rate": rate, "limit": limit}:
+                self.alive.feeds[name].start(rate, limit)
+                self.alive.send(feeding=name)
+            case {"fed": name, "stop": stop}:
+                feed = self.alive.feeds[name]
+                if stop:
+                    feed.stop()
+                self.alive.send(sent=len(feed.sent))
+
+    def _switch(self, up: float) -> Switch:
+        """The change of kernels that has just ended, as the console tells it."""
+        lines = list(zip(self.alive.console, self.alive.heard, strict=True))
+        first = (t for line, t in lines if t >= self.left_at and _FIRST_LINE.search(line))
+        speaks = next(first, up)
+        before = [t for line, t in lines if t < speaks and _ANY_LINE.search(line)]
+        return Switch(self.left_at, max(before, default=self.left_at), speaks, up)
 
     def _receive(self, deadline: float) -> dict[str, Any] | None:
         try:
