@@ -35,13 +35,16 @@ from pkernfs import cli
 
 pytestmark = pytest.mark.lab
 
-MIB = 1 << 20
+PAGE, MIB = 4096, 1 << 20
 #: One for each way to take it over, and one with nothing to do.
 QUIET, BUSY, ARMED, SPARE = (f"0000:00:{slot}.0" for slot in ("10", "11", "12", "13"))
-DOMAINS = {QUIET: 0, BUSY: 1, ARMED: 2}
-AT = {QUIET: 1 << 30, BUSY: 5 << 30, ARMED: 9 << 30}  # where each domain has guest-ram
+#: Behind a port whose whole bus can be reset, which would set this register of it to 0.
+CARD, REGISTER, VALUE = "0000:01:00.0", 0x2800, 0x1234_5670
+EDUS = (QUIET, BUSY, ARMED)
+DOMAINS = {QUIET: 0, BUSY: 1, ARMED: 2, CARD: 3}
+AT = {bdf: (1 + 4 * number) << 30 for bdf, number in DOMAINS.items()}  # of guest-ram
 RAM = MOUNT / "guest-ram"
-BYTES = {QUIET: 256 * MIB, BUSY: 256 * MIB, ARMED: 2 * MIB}  # how much of it
+BYTES = {QUIET: 256 * MIB, BUSY: 256 * MIB, ARMED: 2 * MIB, CARD: 2 * MIB}  # how much of it
 WORD = {QUIET: 100 * MIB, BUSY: 200 * MIB, ARMED: MIB}  # of guest-ram, for each device
 BUFFER = 0x40000  # of the device
 FROM_MEMORY, TO_MEMORY = 1, 3
@@ -75,8 +78,7 @@ class Edu:
     @classmethod
     def at(cls, bdf: str) -> Edu:
         """Through sysfs."""
-        with (vfio.device_path(bdf) / "resource0").open("r+b") as file:
-            return cls(mmap.mmap(file.fileno(), 4096))
+        return cls(sysfs_bar(bdf))
 
     def _word(self, at: int) -> Any:
         return ctypes.c_uint64.from_buffer(self._registers, at)
@@ -96,6 +98,17 @@ class Edu:
         self.wait()
         self.start(BUFFER, target, TO_MEMORY)
         self.wait()
+
+
+def sysfs_bar(bdf: str) -> mmap.mmap:
+    """A device's registers, whoever has it."""
+    with (vfio.device_path(bdf) / "resource0").open("r+b") as file:
+        return mmap.mmap(file.fileno(), 4 * PAGE)
+
+
+def register(bar: mmap.mmap) -> ctypes.c_uint32:
+    """The register of the card that a reset clears."""
+    return ctypes.c_uint32.from_buffer(bar, REGISTER)
 
 
 def until(what: str, true: Callable[[], bool], seconds: float = 60) -> None:
@@ -161,7 +174,9 @@ def start(guest: Guest) -> None:
     for bdf in DOMAINS:
         (vfio.device_path(bdf) / "enable").write_text("1")
         guest.run("setpci", "-s", bdf, "COMMAND=6:6")
+    for bdf in EDUS:
         works(Edu.at(bdf), bdf)
+    register(sysfs_bar(CARD)).value = VALUE
     place = running_kernel()
     line = guest.command_line(remove=["intel_iommu"])
     guest.leaving("pkernfs kexec")
@@ -176,11 +191,11 @@ def start(guest: Guest) -> None:
 
 
 def take_over(guest: Guest) -> None:
-    """Three devices at work, taken over, at work through the kernel's new tables."""
+    """Devices at work, taken over, at work through the kernel's new tables."""
     assert "Copied translation tables from previous kernel for dmar0" in guest.run("dmesg")
     regions.mount(guest)
-    for bdf in DOMAINS:
-        assert master(bdf)
+    assert all(map(master, DOMAINS))
+    for bdf in EDUS:
         works(Edu.at(bdf), bdf)
     left_alone()
     reasons(guest)
@@ -188,6 +203,7 @@ def take_over(guest: Guest) -> None:
     no_faults(guest)
     by_hand(guest)
     by_import(guest)
+    not_reset(guest)
     by_exec(guest)
     iommu("check", str(MOUNT))
     regions.unmount_and_check(guest)
@@ -196,7 +212,7 @@ def take_over(guest: Guest) -> None:
 def reasons(guest: Guest) -> None:
     """What is refused, with no device changed."""
     export = takeover.read_export(str(MOUNT))
-    assert [d["adopted_by"] for d in export["devices"]] == ["dmar0"] * 3
+    assert [d["adopted_by"] for d in export["devices"]] == ["dmar0"] * 4
     guest.run("modprobe", "vfio_pci")
     with pytest.raises(takeover.TakeOverError, match="it would put devices to sleep: modprobe"):
         takeover.plan(export)
@@ -226,7 +242,7 @@ def planned(guest: Guest) -> None:
         assert f"dom-{number}: {BYTES[bdf]} bytes in 1 piece, at the same addresses" in said
         assert f"dom-{number}: {bdf} (group {vfio.group_of(bdf)}): held" in said
         assert vfio.driver_of(bdf) is None
-    for bdf in DOMAINS:
+    for bdf in EDUS:
         works(Edu.at(bdf), bdf)
 
 
@@ -282,6 +298,21 @@ def by_import(guest: Guest) -> None:
         works(edu, ARMED)
         no_faults(guest)
     assert not master(ARMED)
+
+
+def not_reset(guest: Guest) -> None:
+    """A device that could be reset is not, by being opened."""
+    methods = (vfio.device_path(CARD) / "reset_method").read_text()
+    assert "bus" in methods.split(), methods
+    assert register(sysfs_bar(CARD)).value == VALUE
+    export = takeover.read_export(str(MOUNT))
+    with takeover.TakeOver(export) as taking:
+        [wanted] = takeover.plan(export, [CARD])
+        taken = taking.take(wanted)
+        assert register(taken.devices[CARD].map_bar(0)).value == VALUE
+        assert master(CARD)
+        takeover.release(str(MOUNT), CARD)
+    no_faults(guest)
 
 
 def let_go(bdf: str) -> None:
@@ -398,7 +429,9 @@ def headers_agree() -> None:
 def machine(lab: Lab, cmdline: list[str], kernel: str, kind: str = "devmem") -> Any:
     """A machine with the devices."""
     devices = ["-device", "intel-iommu,aw-bits=48,intremap=off"]
-    for bdf in (*DOMAINS, SPARE):
+    devices += ["-device", "pcie-root-port,id=below,chassis=1,addr=14.0"]
+    devices += ["-device", "e1000e,bus=below"]
+    for bdf in (*EDUS, SPARE):
         devices += ["-device", f"edu,addr={bdf[8:]},dma_mask=0xffffffffffffffff"]
     return lab.machine(
         kernel=kernel,
