@@ -3,7 +3,7 @@
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -143,15 +143,11 @@ class Guest:
         """Tell the host that this stage ends now by something else that starts the next kernel."""
         self._channel.ask(leaving=how)
 
-    def panic(self, last: Callable[[], None] = lambda: None) -> NoReturn:
-        """Panic; the kernel loaded with ``load(panic=True)`` takes over.
-
-        :param last: done right before, when the host has been told
-        """
+    def panic(self) -> NoReturn:
+        """Panic; the kernel loaded with ``load(panic=True)`` takes over."""
         if Path("/sys/kernel/kexec_crash_loaded").read_text().strip() != "1":
             raise GuestError("panic: no kernel is loaded for it")
         self._channel.ask(leaving="panic")
-        last()
         Path("/proc/sysrq-trigger").write_text("c")
         time.sleep(60)
         raise GuestError("panic: the machine is still there")
