@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,8 @@ SCRATCHES = {EDU: MOUNT / "scratch", OTHER: MOUNT / "scratch-other"}
 WIRE = "wire"
 RING = Ring(RAM, 0, 16384)
 WORDS = 6 * MIB  # in guest-ram, behind the ring and its buffers
+ADOPTED = "Copied translation tables from previous kernel for dmar0"
+FAULT = re.compile(r"DMAR: \[DMA (?:Read|Write).*device \[(?:0000:)?([0-9a-f:.]+)\]")
 RATE = 50  # so that there is room for minutes, on a machine that is busy
 
 
@@ -121,6 +124,15 @@ def reads_and_writes(edu: Edu, bdf: str, place: int, word: int) -> None:
     assert read_word(RAM, place) == word
     write_word(RAM, place, word + 1)
     assert edu.load(AT[bdf] + place) == word + 1
+
+
+def all_packets(guest: Guest, sent: int) -> None:
+    """The ring holds every packet, in order, though nobody has touched the card."""
+    until("the last packets are there", lambda: RING.received() >= sent)
+    arrived = list(RING.packets())
+    assert [packet.number for packet in arrived] == list(range(sent))
+    assert {packet.length for packet in arrived} == {60}
+    guest.log(f"all {sent} packets are there, in order")
 
 
 def kexec_words(guest: Guest, kernel: str, *more: str, remove: tuple[str, ...] = ()) -> list[str]:

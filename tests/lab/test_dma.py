@@ -6,14 +6,14 @@ kernel by a panic, which stops no device, and that kernel adopts the tables.
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import regions
 from dma import (
+    ADOPTED,
     AT,
     CARD,
     EDU,
+    FAULT,
     OTHER,
     RAM,
     RATE,
@@ -21,6 +21,7 @@ from dma import (
     SCRATCHES,
     WIRE,
     WORDS,
+    all_packets,
     ask,
     faults,
     kexec_words,
@@ -44,8 +45,6 @@ from kexeclab.runner import Lab, Result
 pytestmark = pytest.mark.lab
 
 STREAMS = {EDU: WORDS + BYTES, OTHER: WORDS + 2 * BYTES}
-ADOPTED = "Copied translation tables from previous kernel for dmar0"
-FAULT = re.compile(r"DMAR: \[DMA (?:Read|Write).*device \[(?:0000:)?([0-9a-f:.]+)\]")
 
 
 def start(guest: Guest) -> None:
@@ -113,15 +112,6 @@ def reaches_memory(bdf: str) -> bool:
     """Whether entries lead to page tables. In scalable mode the kernel has made a context entry."""
     found = entries(bdf)
     return found is not None and (found.pasid is None or bool(found.pasid[0] & 1))
-
-
-def all_packets(guest: Guest, sent: int) -> None:
-    """The ring holds every packet, in order, though nobody has touched the card."""
-    until("the last packets are there", lambda: RING.received() >= sent)
-    arrived = list(RING.packets())
-    assert [packet.number for packet in arrived] == list(range(sent))
-    assert {packet.length for packet in arrived} == {60}
-    guest.log(f"all {sent} packets are there, in order")
 
 
 def transfers_landed(guest: Guest, edu: Edu) -> None:
