@@ -155,6 +155,7 @@ def _mode_problems(line: str, config: kernels.Config, needs: Needs) -> Iterator[
         on = {"on": True, "off": False}.get(option, on)
     if not on:
         yield "the next kernel would not drive the units: it needs intel_iommu=on"
+        return
     scalable = "INTEL_IOMMU_SCALABLE_MODE_DEFAULT_ON" in config
     for option in options:
         scalable = {"sm_on": True, "sm_off": False}.get(option, scalable)
