@@ -116,6 +116,23 @@ def test_a_region_that_is_memory(machine: Machine) -> None:
         kdump.memory_parameter([], [])
 
 
+def test_what_the_firmware_keeps_in_the_middle_of_memory(machine: Machine) -> None:
+    text = """\
+00001000-0009fbff : System RAM
+00100000-4effa17f : System RAM
+4effa180-4effa18f : System RAM
+4effa190-7fffffff : System RAM
+  00100800-001017ff : Reserved
+  30000000-3fffffff : Crash kernel
+  7ffff000-7fffffff : Reserved
+80000000-8fffffff : Reserved
+100000000-17fffffff : System RAM (kmem)
+"""
+    assert kdump.memory_parameter(parse_iomem(text), []) == (
+        "memmap=0x9e000@0x1000,0x7fefd000@0x102000"
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "text", "problem"),
     [

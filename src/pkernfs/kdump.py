@@ -18,11 +18,11 @@ from pkernfs.backing.cmdline import Kind
 from pkernfs.backing.host import Host
 from pkernfs.backing.iomem import Resource, Span
 from pkernfs.errors import NotFoundError, RegionError
+from pkernfs.iommu.memory import merge_ranges
 from pkernfs.layout import PAGE
 
 #: What the running kernel puts in front: ``elfcorehdr=0x...`` and a space.
 ROOM_FOR_HEADER = 32
-_MEMORY = "System RAM"
 _SOFT_OF_RAM = re.compile(r"(\S+%\S+?)-1(\+0xefffffff)", re.IGNORECASE)
 _NEVER = ("elfcorehdr", "reset_devices")
 _SYSFS = "sys/bus/pci/devices"
@@ -46,18 +46,39 @@ def memory_parameter(resources: Sequence[Resource], spans: Sequence[Span]) -> st
     """The memmap= that gives a crash kernel the running kernel's memory.
 
     With what is reserved for the crash kernel: it has that anyway, but for the header of a dump.
+    Without what the firmware keeps for itself in the middle of memory.
 
     :raises RegionError: /proc/iomem shows no memory, or shows a region as memory.
     """
-    memory = [(r.start, r.end) for r in resources if r.name.startswith(_MEMORY)]
-    ranges = [(-(-start // PAGE) * PAGE, end // PAGE * PAGE) for start, end in memory]
-    ranges = [(start, end) for start, end in ranges if start < end]
+    # The kernel has boot parameters in pieces of their own: merged, no page is lost to them.
+    memory = merge_ranges((r.start, r.end) for r in resources if r.name == "System RAM")
+    holes = [(r.start, r.end) for r in resources if r.name == "Reserved"]
+    ranges = list(_whole_pages(_without(memory, sorted(holes))))
     if not ranges:
         raise RegionError("/proc/iomem: no System RAM: there is nothing to give the next kernel")
     for span in spans:
         if any(start < span.end and span.start < end for start, end in ranges):
             raise RegionError(f"{span}: /proc/iomem has it as System RAM")
     return "memmap=" + ",".join(f"{end - start:#x}@{start:#x}" for start, end in ranges)
+
+
+def _without(
+    ranges: Sequence[tuple[int, int]], holes: Sequence[tuple[int, int]]
+) -> Iterator[tuple[int, int]]:
+    for start, end in ranges:
+        at = start
+        for low, high in holes:
+            if low < end and high > at:
+                yield at, low
+                at = high
+        yield at, end
+
+
+def _whole_pages(ranges: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    for start, end in ranges:
+        low, high = -(-start // PAGE) * PAGE, end // PAGE * PAGE
+        if low < high:
+            yield low, high
 
 
 def no_dump(spans: Sequence[Span]) -> str:
