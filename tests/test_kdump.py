@@ -101,6 +101,19 @@ def test_a_second_time(machine: Machine) -> None:
     assert MEMORY in orderly
 
 
+def test_what_is_added_is_the_kernels_not_that_of_init(machine: Machine) -> None:
+    """A kernel looks at nothing behind ``--``: it would have no memory, and drop the tables."""
+    machine.write("proc/cmdline", f"{LINE} -- single")
+    made = plan(machine, devices=(EDU, NIC))
+    assert made.problems == []
+    assert made.append.endswith(" module_blacklist=e1000e -- single")
+    assert made.append.index(MEMORY) < made.append.index(" -- ")
+    machine.write("proc/cmdline", "pkernfs=512M!512M memmap=512M%512M")
+    given = make_plan([Span(GIB // 2, GIB // 2)], [], append="quiet -- single", host=machine)
+    assert given.append == "quiet pkernfs=512M!512M memmap=512M%512M -- single"
+    assert given.problems == []
+
+
 def test_soft_reserved_memory_is_no_ram_before(machine: Machine) -> None:
     line = "memmap=512M%1G-1+0xefffffff pkernfs=/dev/dax0.0 reset_devices"
     assert kdump.for_crash(line, "memmap=1M@0", "elfcorehdr=0").split() == [

@@ -109,7 +109,7 @@ def for_crash(line: str, memory: str, header: str) -> str:
                 continue
             word = "memmap=" + ",".join(parts)
         kept.append(word)
-    return " ".join([*kept, memory, header])
+    return cmdline.with_words(" ".join(kept), [memory, header])
 
 
 def _gives_memory(part: str) -> bool:
@@ -125,14 +125,14 @@ def without_modules(line: str, names: Sequence[str]) -> tuple[str, str]:
     before = [n for v in cmdline.values(line, "module_blacklist") for n in v.split(",")]
     kept = [w for w in cmdline.quoted_words(line) if not w.startswith("module_blacklist=")]
     wanted = f"module_blacklist={','.join(dict.fromkeys([*before, *names]))}"
-    return " ".join([*kept, wanted]), wanted
+    return cmdline.with_words(" ".join(kept), [wanted]), wanted
 
 
 def with_iommu(line: str, *, scalable: bool) -> tuple[str, str]:
     """A command line whose kernel drives the units in the tables' own mode; and what was added."""
     wanted = "intel_iommu=on," + ("sm_on" if scalable else "sm_off")
     kept = [w for w in cmdline.quoted_words(line) if not w.startswith("intel_iommu=")]
-    return " ".join([*kept, wanted]), wanted
+    return cmdline.with_words(" ".join(kept), [wanted]), wanted
 
 
 # ---------------------------------------------------------------------- will it adopt

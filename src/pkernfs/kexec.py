@@ -137,13 +137,13 @@ def _keep_parameters(plan: Plan, running: str) -> None:
     for word in cmdline.words(running):
         if word not in present and (word.partition("=")[0] in _KEPT or word in spares_dax):
             plan.added.append(word)
-    plan.append = " ".join([plan.append, *plan.added]).strip()
+    plan.append = cmdline.with_words(plan.append, plan.added)
 
 
 def _keep_out_of(plan: Plan, spans: list[Span]) -> None:
     """Have the next kernel not place itself into a region."""
     if spans and cmdline.kaslr_danger(plan.append) is not None:
-        plan.append += " nokaslr"
+        plan.append = cmdline.with_words(plan.append, ["nokaslr"])
         plan.added.append("nokaslr")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import itertools
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from pkernfs.errors import RegionError
@@ -82,6 +83,13 @@ def words(command_line: str) -> list[str]:
 def quoted_words(command_line: str) -> list[str]:
     """All words as they stand there, quotes included."""
     return re.findall(r'(?:[^\s"]|"[^"]*(?:"|$))+', command_line)
+
+
+def with_words(command_line: str, more: Iterable[str]) -> str:
+    """The command line with more parameters, before what is not the kernel's (``--``)."""
+    found = quoted_words(command_line)
+    at = found.index("--") if "--" in found else len(found)
+    return " ".join([*found[:at], *more, *found[at:]])
 
 
 def values(command_line: str, name: str) -> list[str]:
