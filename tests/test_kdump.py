@@ -72,11 +72,13 @@ def test_the_whole_plan(machine: Machine) -> None:
     made = plan(machine)
     line = (
         "root=/dev/vda crashkernel=256M memmap=512M%1G pkernfs=512M!1G "
-        f"{MEMORY} elfcorehdr=0x40000000 intel_iommu=on,sm_off"
+        f"{MEMORY} elfcorehdr=0x40000000 {kdump.AWAKE} intel_iommu=on,sm_off"
     )
     assert made.problems == []
     assert made.append == line
-    assert made.added == [MEMORY, "elfcorehdr=0x40000000", "intel_iommu=on,sm_off"]
+    assert made.added == [
+        MEMORY, "elfcorehdr=0x40000000", kdump.AWAKE, "intel_iommu=on,sm_off",
+    ]  # fmt: skip
     assert made.commands == [
         ["kexec", "-s", "-p", f"/{KERNEL}", f"--command-line={line}"],
         ["pkernfs", "handover", "/mnt/a", "--cmdline", line],
@@ -115,9 +117,13 @@ def test_what_is_added_is_the_kernels_not_that_of_init(machine: Machine) -> None
 
 
 def test_soft_reserved_memory_is_no_ram_before(machine: Machine) -> None:
-    line = "memmap=512M%1G-1+0xefffffff pkernfs=/dev/dax0.0 reset_devices"
+    line = (
+        "memmap=512M%1G-1+0xefffffff pkernfs=/dev/dax0.0 reset_devices "
+        "vfio-pci.ids=8086:10d3 vfio-pci.disable_idle_d3=0"
+    )
     assert kdump.for_crash(line, "memmap=1M@0", "elfcorehdr=0").split() == [
-        "memmap=512M%1G+0xefffffff", "pkernfs=/dev/dax0.0", "memmap=1M@0", "elfcorehdr=0",
+        "memmap=512M%1G+0xefffffff", "pkernfs=/dev/dax0.0", "vfio-pci.ids=8086:10d3",
+        "memmap=1M@0", "elfcorehdr=0", "vfio_pci.disable_idle_d3=1",
     ]  # fmt: skip
 
 
@@ -170,6 +176,7 @@ def test_a_host_or_kernel_that_will_not_do(
         ("intel_iommu=off", False, "needs intel_iommu=on"),
         ("intel_iommu=on intel_iommu=off", False, "needs intel_iommu=on"),
         ("intel_iommu=on iommu=off", False, "iommu=off"),
+        ("intel_iommu=on iommu=pt,off", False, "iommu=off"),
         ("intel_iommu=on,sm_on", False, "intel_iommu=on,sm_off"),
         ("intel_iommu=on", True, "intel_iommu=on,sm_on"),
         ("intel_iommu=on", False, None),

@@ -24,7 +24,9 @@ from pkernfs.layout import PAGE
 #: What the running kernel puts in front: ``elfcorehdr=0x...`` and a space.
 ROOM_FOR_HEADER = 32
 _SOFT_OF_RAM = re.compile(r"(\S+%\S+?)-1(\+0xefffffff)", re.IGNORECASE)
-_NEVER = ("elfcorehdr", "reset_devices")
+#: vfio-pci puts a device that is bound, for one by vfio-pci.ids=, and not open to sleep otherwise.
+AWAKE = "vfio_pci.disable_idle_d3=1"
+_NEVER = ("elfcorehdr", "reset_devices", "vfio_pci.disable_idle_d3")
 _SYSFS = "sys/bus/pci/devices"
 
 
@@ -100,7 +102,7 @@ def for_crash(line: str, memory: str, header: str) -> str:
     kept = []
     for word in cmdline.quoted_words(line):
         name, _, value = word.replace('"', "").partition("=")
-        if name in _NEVER:
+        if name.replace("-", "_") in _NEVER:
             continue
         if name == "memmap":
             parts = [_SOFT_OF_RAM.sub(r"\1\2", part) for part in value.split(",")]
@@ -109,7 +111,7 @@ def for_crash(line: str, memory: str, header: str) -> str:
                 continue
             word = "memmap=" + ",".join(parts)
         kept.append(word)
-    return cmdline.with_words(" ".join(kept), [memory, header])
+    return cmdline.with_words(" ".join(kept), [memory, header, AWAKE])
 
 
 def _gives_memory(part: str) -> bool:
@@ -169,7 +171,7 @@ def adoption_problems(host: Host, image: str, line: str, needs: Needs) -> Iterat
 
 def _mode_problems(line: str, config: kernels.Config, needs: Needs) -> Iterator[str]:
     options = [o for value in cmdline.values(line, "intel_iommu") for o in value.split(",")]
-    if "off" in cmdline.values(line, "iommu"):
+    if any("off" in value.split(",") for value in cmdline.values(line, "iommu")):
         yield "the next kernel's command line has iommu=off: it would end translation"
     on = "INTEL_IOMMU_DEFAULT_ON" in config
     for option in options:

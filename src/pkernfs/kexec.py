@@ -95,7 +95,7 @@ def _for_devices(
     memory = kdump.memory_parameter(iomem.read_iomem("pkernfs kexec", host), spans)
     header = kdump.no_dump(spans)
     plan.append = kdump.for_crash(plan.append, memory, header)
-    plan.added += [memory, header]
+    plan.added += [memory, header, kdump.AWAKE]
     if not cmdline.values(given, "intel_iommu"):
         plan.append, added = kdump.with_iommu(plan.append, scalable=needs.scalable)
         plan.added.append(added)
