@@ -186,5 +186,9 @@ def test_a_file_that_is_walked_is_not_removed(host: Host, caplog: pytest.LogCapt
     with pytest.raises(BusyError):
         host.run(lambda: host.fs.unlink(IOMMU_INO, b"dom-0"))
     assert "iommu/dom-0: in use: dmar0 walks it for device 0000:00:05.0" in caplog.text
+    host.run(lambda: host.tables.detach(OTHER))
+    host.run(lambda: host.fs.unlink(IOMMU_INO, b"root-pgtables"))
+    with pytest.raises(BusyError):
+        host.run(lambda: host.fs.unlink(IOMMU_INO, b"dom-0"))
     host.tables.adopted = Told()
     host.run(lambda: host.fs.unlink(IOMMU_INO, b"dom-0"))

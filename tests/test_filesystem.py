@@ -1256,6 +1256,19 @@ def test_read_only_changes_nothing(fs: FileSystem) -> None:
     assert fs.region.read(0, fs.region.size) == before
 
 
+def test_what_fails_while_frozen_is_not_thawed(fs: FileSystem) -> None:
+    """A unit that does not obey as a handover detaches a device may still reach what it did."""
+    fs.freeze()
+    fs.fail("a unit does not obey")
+    fs.thaw()
+    assert fs.read_only
+    assert not fs.frozen
+    with pytest.raises(ReadOnlyError, match="read-only file system"):
+        make(fs, b"g")
+    with pytest.raises(ReadOnlyError):
+        fs.freeze()
+
+
 def test_after_a_failure_nothing_is_written(fs: FileSystem) -> None:
     ino = make(fs, content=b"abc")
     fs.fail("a test")

@@ -286,6 +286,26 @@ def test_back_to_the_kernels_root(rig: Driven) -> None:
     activation.switch_back()  # nothing is left to do
 
 
+def test_a_unit_that_never_obeys_again_is_told_of(legacy: Driven) -> None:
+    """It may be walking the region's root still: then nothing of the tables changes any more."""
+
+    class Dead(QtestWindow):
+        switched = False
+
+        def _do(self, step: Step, memory: Region | None, seconds: float) -> bool:
+            done = super()._do(step, memory, seconds)
+            self.switched = self.switched or step[:2] == (Kind.WRITE_64, RootTableAddress.OFFSET)
+            return done and not (self.switched and step.kind is Kind.WAIT_32)
+
+    legacy.map(FIRST, AT, "ram", 8 * MIB)
+    legacy.snapshot()
+    assert legacy.fs.tables.adopted is None
+    reason = "dmar0: .*; and the root table before is not in force: dmar0: "
+    with pytest.raises(UnitError, match=reason):
+        legacy.activation(changing=Dead(legacy.machine)).switch_units()
+    assert legacy.fs.tables.adopted is not None
+
+
 def test_units_that_have_no_root_to_replace(legacy: Driven) -> None:
     unit, queue = legacy.unit(), None
     with pytest.raises(UnitError, match="translates in another mode than scalable"):

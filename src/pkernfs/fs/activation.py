@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -21,6 +20,7 @@ from pkernfs.errors import (
     NotSupportedError,
     PermissionDeniedError,
     PkernfsError,
+    UnitError,
 )
 from pkernfs.fs.adopted import Adopted
 from pkernfs.fs.live import Finder, LiveTables
@@ -79,7 +79,7 @@ class Activation:
         :raises UnitError: a unit does not obey.
         """
         root = self._tables.root
-        if root is None or self._fs.read_only or not self._fs.region.real_addresses:
+        if not self._tables.names or self._fs.read_only or not self._fs.region.real_addresses:
             return
         try:
             dmar = read_dmar(self._host)
@@ -91,8 +91,9 @@ class Activation:
         units = []
         all_units = self._find(self._host, dmar)
         driven = [found for found in all_units if found.driven]
-        if driven:
-            self._tables.adopted = Adopted(self._host, self._tables.region_memory(), lambda: driven)
+        self._watch(driven)
+        if root is None:  # damaged, or gone: what the kernel has copied of it is walked all the same
+            return
         for found in all_units:
             if found.unit is None:
                 log.debug("%s: %s", found.structure.name, found.why_not)
@@ -100,6 +101,11 @@ class Activation:
                 units.append(found.unit)
         end_interrupted_loans(units, root)
         self._walk(dmar, [u for u in units if u.walks(root.root)])
+
+    def _watch(self, driven: Sequence[FoundUnit]) -> None:
+        """Tables that units of the kernel's walk do not change."""
+        if driven:
+            self._tables.adopted = Adopted(self._host, self._tables.region_memory(), lambda: driven)
 
     def _walk(self, dmar: Dmar, units: Sequence[Unit]) -> None:
         """These units, and no others, walk the tables: start afresh with them."""
@@ -301,6 +307,8 @@ class Activation:
         with self.live() as live:
             live.check()
             chosen = self._to_switch(live)
+            # It may be that a unit can be switched, but not back.
+            self._watch([found for found in live.found.values() if found.driven])
         root, mode = self._tables.need_root(), self._tables.config.mode
         units = [self._reach(self._host, f.structure) for f in chosen]
         end_interrupted_loans(units, root)
@@ -312,10 +320,12 @@ class Activation:
             for unit in units:
                 self._switched.append((unit, unit.state().root))
                 with_queue(unit, mode, root, partial(unit.replace_root, root.root, mode))
-        except PkernfsError:
+        except PkernfsError as e:
             self._switched.pop()  # it has seen to itself
-            with suppress(PkernfsError):
+            try:
                 self.switch_back()
+            except PkernfsError as back:
+                raise UnitError(f"{e}; and what was done is not undone: {back}") from None
             raise
         return [u.name for u in units]
 

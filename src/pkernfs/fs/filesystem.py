@@ -133,6 +133,7 @@ class FileSystem:
         self.superblock = sb
         self.read_only = not may_write
         self.frozen = False  # for a handover; read_only as well then
+        self._failed_frozen: str | None = None  # the first reason to stay read-only afterwards
         self.arrival: handover.Arrival | None = None
         self._list_ino = 0  # of the handover that is under way
         self._clock = clock
@@ -296,7 +297,10 @@ class FileSystem:
         self.read_only = self.frozen = True
 
     def thaw(self) -> None:
-        """End :meth:`freeze`, and the handover that it was for if there is one."""
+        """End :meth:`freeze`, and the handover that it was for if there is one.
+
+        After a :meth:`fail` meanwhile it stays read-only.
+        """
         if not self.frozen:
             raise InvalidError("there is no handover to undo")
         self.read_only = self.frozen = False
@@ -304,6 +308,9 @@ class FileSystem:
         record = handover.read_record(page)
         if superblock.load_state(page).state == STATE_FROZEN:
             self._set_state(state=STATE_MOUNTED, record=NO_HANDOVER)
+        if self._failed_frozen is not None:
+            self.fail(self._failed_frozen)
+            return
         for ino in {record.list_ino, self._list_ino} - {0}:
             self._drop_list(ino)
         self._list_ino = 0
@@ -512,6 +519,7 @@ class FileSystem:
     def fail(self, reason: str) -> None:
         """Something in the region is wrong: note it there, and change nothing more."""
         if self.frozen:
+            self._failed_frozen = self._failed_frozen or reason
             log.error("%s: %s: run fsck.pkernfs", self.region.name, reason)
         if self.read_only:
             return

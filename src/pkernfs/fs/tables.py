@@ -749,7 +749,7 @@ class TableFiles:
         if ROOT_NAME in self._damaged:
             return "root-pgtables is damaged, and may refer to it: run fsck.pkernfs"
         if self._root is None:
-            return None
+            return self._adopted_holder(name)
         devices = self._root.devices()
         if name != ROOT_NAME:
             memory = Memory(self._fs.region, self._extents(self._files[name]))
@@ -758,13 +758,17 @@ class TableFiles:
             return f"{self._walking.names} walks it"
         if devices:
             return f"device {bdf_text(devices[0].source_id)} is attached"
+        if name == ROOT_NAME and (self._config.levels != Config().levels or self.bars()):
+            return self._mapped_domain()  # what its tables are like is told nowhere else
+        return self._adopted_holder(name)
+
+    def _adopted_holder(self, name: bytes) -> str | None:
+        """Which entry of the running kernel leads to a domain's tables."""
         if self.adopted is not None and name != ROOT_NAME:
             top = self._memory(self._files[name]).first_page
             for entry in self.adopted.entries():
                 if entry.table == top:
                     return f"{entry}, and the kernel has that unit"
-        if name == ROOT_NAME and (self._config.levels != Config().levels or self.bars()):
-            return self._mapped_domain()  # what its tables are like is told nowhere else
         return None
 
     def _mapped_domain(self) -> str | None:

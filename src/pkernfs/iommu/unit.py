@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import NamedTuple
 
 from pkernfs.errors import InvalidError, PkernfsError, UnitError
@@ -235,10 +234,12 @@ class Unit:
             self._set_root(wanted)
             self._forget_roots(mode, queue)
             self._verify(wanted, before)
-        except PkernfsError:
-            with suppress(PkernfsError):
+        except PkernfsError as e:
+            try:
                 self._set_root(before.root_register)
                 self._forget_roots(mode, queue)
+            except PkernfsError as back:
+                raise UnitError(f"{e}; and the root table before is not in force: {back}") from None
             raise
 
     def _forget_roots(self, mode: Mode, queue: QueueMemory | None) -> None:
