@@ -34,11 +34,13 @@ class Needs(NamedTuple):
     """What the devices that must go on need of the next kernel; from the daemons.
 
     ``devices`` and ``cut`` (those that a handover detaches) are names as ``lspci -D`` has them.
+    ``units`` are above the former.
     """
 
     devices: Sequence[str]
     cut: Sequence[str]
     scalable: bool
+    units: Sequence[str] = ()
 
 
 # ---------------------------------------------------------------------- the command line

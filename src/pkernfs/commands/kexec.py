@@ -11,10 +11,11 @@ import contextlib
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from pkernfs import kexec, loaded
 from pkernfs.backing.host import HOST
@@ -23,6 +24,9 @@ from pkernfs.control import call
 from pkernfs.errors import InvalidError, NotFoundError, PkernfsError
 from pkernfs.kdump import Needs
 from pkernfs.mounts import FSTYPE, Mount, read_mounts
+
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
+_ALL_ENDING = (*_ENDING, signal.SIGINT)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +53,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 class Standing(NamedTuple):
-    """The mounts, and what the devices that depend on each need; ``dead`` ones have no daemon."""
+    """The mounts, and what the devices that depend on each need, by mount point."""
 
     mounts: list[Mount]
     needs: dict[str, Needs]
@@ -62,9 +66,19 @@ class Standing(NamedTuple):
     def whole(self) -> Needs:
         """What all of them need.
 
-        :raises InvalidError: not the same.
+        :raises InvalidError: they cannot all have it.
         """
         kept = [n for n in self.needs.values() if n.devices]
+        walked: dict[str, str] = {}
+        for point, needs in self.needs.items():
+            for unit in needs.units:
+                other = walked.setdefault(unit, point)
+                if other != point:
+                    raise InvalidError(
+                        f"kexec: {unit}: it can walk the tables of one file system, but devices "
+                        f"of {other} and of {point} are below it: attach them all in one, or "
+                        "detach those of the other"
+                    )
         if len({n.scalable for n in kept}) > 1:
             raise InvalidError(
                 "kexec: tables of legacy and of scalable mode: no kernel adopts both"
@@ -73,6 +87,7 @@ class Standing(NamedTuple):
             [d for n in kept for d in n.devices],
             [d for n in self.needs.values() for d in n.cut],
             any(n.scalable for n in kept),
+            list(walked),
         )
 
 
@@ -106,11 +121,11 @@ def run(args: argparse.Namespace) -> int:
         if plan.crash:
             print(kexec.JUMP)
         return 0
-    with _undone_if_it_fails(plan) as handed:
-        _run(plan.commands[0])
+    replaced = plan.crash and HOST.find("sys/kernel/kexec_crash_loaded") == "1"
+    _run(plan.commands[0])
+    with _ended_by_exception(), _undone_if_it_fails(plan, replaced=replaced) as handed:
         for point in points:
-            hand_over(point, False, plan.append if plan.crash else None)
-            handed.append(point)
+            _hand_over(point, plan, handed)
         if plan.crash:
             _jump([p for p, n in standing.needs.items() if n.devices])
         _run(plan.commands[-1])
@@ -121,7 +136,9 @@ def _ask(mounts: list[Mount]) -> dict[str, Needs]:
     found = {}
     for mount in mounts:
         told = call(mount.mount_point, "kexec_needs")
-        found[mount.mount_point] = Needs(told["devices"], told["cut"], told["scalable"])
+        found[mount.mount_point] = Needs(
+            told["devices"], told["cut"], told["scalable"], told["units"]
+        )
     return found
 
 
@@ -157,32 +174,75 @@ def handed_over_by_systemd(mount_point: str) -> bool:
     return subprocess.run(["systemctl", "is-active", "-q", unit], check=False).returncode == 0
 
 
+def _hand_over(point: str, plan: kexec.Plan, handed: list[str]) -> None:
+    try:
+        hand_over(point, False, plan.append if plan.crash else None)
+    except PkernfsError:
+        raise  # and it is not handed over
+    except BaseException:
+        handed.append(point)  # it may be
+        raise
+    handed.append(point)
+
+
 @contextlib.contextmanager
-def _undone_if_it_fails(plan: kexec.Plan) -> Iterator[list[str]]:
-    """Gives a list for the mount points that are handed over."""
+def _undone_if_it_fails(plan: kexec.Plan, *, replaced: bool) -> Iterator[list[str]]:
+    """Gives a list for the mount points that are handed over.
+
+    :param replaced: another kernel was loaded for a panic before.
+    """
     handed: list[str] = []
     try:
         yield handed
     except BaseException:
         for point in handed:
-            call(point, "handover_abort")
+            _undo(point, "handover_abort")
         unload = ["kexec", "-p", "-u"] if plan.crash else ["kexec", "-u"]
         subprocess.run(unload, check=False, capture_output=True)
+        if replaced:
+            _say("the kernel that was loaded for a panic before is gone: load it again")
         raise
+
+
+def _undo(point: str, operation: str) -> None:
+    """Have a daemon undo something. If it does not, that is said: there may be others to ask."""
+    try:
+        call(point, operation)
+    except PkernfsError as e:
+        _say(f"{point}: not undone: {e}")
+
+
+@contextlib.contextmanager
+def _ended_by_exception() -> Iterator[None]:
+    """A signal that ends this process, as a terminal does that goes away, has things undone."""
+
+    def end(number: int, _frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = {n: signal.signal(n, end) for n in _ENDING if signal.getsignal(n) is signal.SIG_DFL}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _jump(mount_points: list[str]) -> None:
     """Have the daemons switch the units, and the last one start the next kernel."""
     os.sync()
     switched: list[str] = []
+    # No signal between two units: one that was switched has cut the kernel's own devices off.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ALL_ENDING)
     try:
         for point in mount_points:
             call(point, "kexec_jump", panic=point == mount_points[-1])
             switched.append(point)
     except BaseException:
         for point in switched:
-            call(point, "kexec_undo")
+            _undo(point, "kexec_undo")
         raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ALL_ENDING)
 
 
 def _run(words: list[str]) -> None:

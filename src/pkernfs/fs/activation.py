@@ -92,7 +92,7 @@ class Activation:
         all_units = self._find(self._host, dmar)
         driven = [found for found in all_units if found.driven]
         self._watch(driven)
-        if root is None:  # damaged, or gone: what the kernel has copied of it is walked all the same
+        if root is None:  # damaged, or gone: the kernel may have a copy of it in force
             return
         for found in all_units:
             if found.unit is None:

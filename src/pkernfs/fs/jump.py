@@ -39,6 +39,8 @@ class Jump:
     def needs(self) -> dict[str, Any]:
         """Devices that must go on (``devices``), those that are cut off (``cut``), ``scalable``.
 
+        ``units`` are those above the former.
+
         A device must go on if it is attached, and persistent, and its unit walks these tables or is
         driven by the kernel.
 
@@ -49,30 +51,32 @@ class Jump:
         attached = [d.source_id for d in tables.devices()]
         cut = [bdf_text(s) for s in attached if s in transient]
         kept = [s for s in attached if s not in transient]
-        devices = self._in_force(kept) if self._fs.region.real_addresses else []
+        devices = self._in_force(kept) if self._fs.region.real_addresses else {}
         if devices:
             self._activation.check_live()
         return {
             "devices": [bdf_text(s) for s in devices],
+            "units": sorted(set(devices.values())),
             "cut": cut,
             "scalable": tables.config.mode is Mode.SCALABLE,
         }
 
-    def _in_force(self, source_ids: list[int]) -> list[int]:
+    def _in_force(self, source_ids: list[int]) -> dict[int, str]:
+        """The devices that must go on, and the unit above each."""
         root = self._fs.tables.root
         if not source_ids or root is None:
-            return []
+            return {}
         try:
             dmar = read_dmar(self._host)
         except NotFoundError:
-            return []
+            return {}
         units = {u.structure.name: u for u in find_units(self._host, dmar, write=False)}
-        found = []
+        found = {}
         for source_id in source_ids:
             device = read_device(self._host, source_id)
             above = None if device is None else unit_of(dmar, device)
             if above is not None and _holds(units[above.name], root.root):
-                found.append(source_id)
+                found[source_id] = above.name
         return found
 
     def go(self, *, panic: bool) -> None:
