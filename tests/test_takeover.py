@@ -387,6 +387,27 @@ def test_a_device_that_is_asleep_or_gone(machine: Machine) -> None:
             taking.take(second)
 
 
+def test_requests_that_do_not_end_leave_it_at_work(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tables are the old ones, so there is no reason to stop it."""
+    whole = two(machine)
+    first, _second = plan(whole)
+
+    def read(bdf: str, at: int) -> int:
+        words = {0x34: 0x40, 0x40: 0x0010, 0x4A: 0x20}
+        return words[at] if at in words else machine.read_config(bdf, at)
+
+    monkeypatch.setattr(vfio, "read_config", read)
+    monkeypatch.setattr(takeover, "_PATIENCE_SECONDS", 0.01)
+    with TakeOver(whole) as taking:
+        with pytest.raises(TakeOverError, match=f"{A}: requests are under way .*: its tables are"):
+            taking.take(first)
+        assert f"{A} off" in machine.done
+        assert f"{A} add" not in machine.done
+    assert machine.commands[A] == COMMAND
+
+
 def test_requests_under_way_are_waited_for(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -437,6 +458,8 @@ def test_the_script_passes_errors_on(tmp_path: Path) -> None:
     assert run("nowhere", path=tmp_path).stderr == "take-over: export: version 2 is not known\n"
     assert run("nowhere", path=tmp_path / "none").stderr == "take-over: pkernfs: no such program\n"
     assert "a command is wanted" in run("nowhere", "--exec", path=tmp_path).stderr
+    done = run("nowhere", "--exec", "my-vmm", path=tmp_path)
+    assert done.stderr == "take-over: my-vmm: no such program\n"
     assert "--spare BDF" in run("--help", path=tmp_path).stdout
 
 

@@ -40,6 +40,7 @@ _DRIVERS = (None, vfio.DRIVER, "pcieport")
 #: Of PCI's capabilities (linux/pci_regs.h).
 _CAPABILITY_LIST, _CAPABILITY_EXPRESS = 0x34, 0x10
 _EXPRESS_STATUS, _TRANSACTIONS_PENDING = 0x0A, 0x20
+_GONE = 0xFFFF  # what is read where nothing answers
 
 
 class TakeOverError(vfio.VfioError):
@@ -436,9 +437,8 @@ class TakeOver:
         """The hold: all devices of a group change from the old tables to the new ones."""
         masters = {bdf: vfio.read_config(bdf, vfio.PCI_COMMAND) for bdf in group}
         began = time.perf_counter()
+        _hold_all(masters)
         try:
-            for bdf in group:
-                hold(bdf)
             for bdf in group:
                 taken.space.add(bdf)
             if not mapped:
@@ -475,13 +475,28 @@ def prepare(bdf: str) -> None:
         raise TakeOverError(f"{bdf}: vfio-pci has put it to sleep: load it with disable_idle_d3=1")
 
 
+def _hold_all(commands: dict[str, int]) -> None:
+    """Hold devices, which have these command registers. If one cannot be, all of them go on.
+
+    :raises TakeOverError: their tables are the old ones, and they are at work.
+    """
+    try:
+        for bdf in commands:
+            hold(bdf)
+    except (OSError, vfio.VfioError) as error:
+        for bdf, command in commands.items():
+            if command != _GONE:
+                vfio.write_config(bdf, vfio.PCI_COMMAND, command)
+        raise TakeOverError(f"{error}: its tables are the old ones") from error
+
+
 def hold(bdf: str) -> None:
     """Have the device make no requests, and wait until those under way are done.
 
     :raises TakeOverError: it does not end them.
     """
     command = vfio.read_config(bdf, vfio.PCI_COMMAND)
-    if command == 0xFFFF:
+    if command == _GONE:
         raise TakeOverError(f"{bdf}: it does not answer")
     express = _express_capability(bdf)
     vfio.write_config(bdf, vfio.PCI_COMMAND, command & ~vfio.PCI_COMMAND_MASTER)
