@@ -552,6 +552,19 @@ def test_a_device_that_is_passed_through(legacy: Driven) -> None:
     refused(legacy, NotSupportedError, r"0000:00:05.0: its requests pass through untranslated")
 
 
+def test_a_device_whose_requests_have_a_second_name(legacy: Driven) -> None:
+    """The kernel has an entry for each; what comes under the other one would fault."""
+    legacy.map(FIRST, AT, "ram", 8 * MIB)
+    legacy.snapshot()
+    alias = 0x1FF
+    legacy.root.attach(alias, legacy.domains[FIRST].root, IDS[FIRST])
+    refused(legacy, InvalidError, r"an entry like its own for 0000:01:1f\.7, which is no device")
+    with pytest.raises(InvalidError, match="an alias in requests"):
+        legacy.activation().switch_units()
+    legacy.root.detach(alias)
+    assert legacy.activation().switch_units() == ["dmar0"]
+
+
 def test_a_group_with_a_device_that_is_not_attached(rig: Driven) -> None:
     group = Path(rig.host.path("sys/kernel/iommu_groups/3/devices"))
     group.mkdir(parents=True)

@@ -121,6 +121,24 @@ class LiveTables:
                     "first, persist it, or use a slot with a group of its own"
                 )
 
+    def check_names(self, device: PciDevice, live: LiveUnit, table: int) -> None:
+        """A device must have no other name in its requests than its own.
+
+        The kernel has an entry with the same page tables for each that it knows of, as some
+        devices have by a quirk (Linux, pci_for_each_dma_alias()); below the region's root there
+        would be none.
+
+        :raises InvalidError: it has.
+        """
+        for entry in live.entries:
+            other = entry.source_id
+            if entry.table == table and read_device(self._host, other) is None:
+                raise InvalidError(
+                    f"device {device.name}: the kernel has an entry like its own for "
+                    f"{bdf_text(other)}, which is no device: an alias in requests, which cannot be "
+                    "attached: another device is needed"
+                )
+
     # ------------------------------------------------------------------ the comparison
 
     def check(self) -> None:
@@ -139,10 +157,11 @@ class LiveTables:
             if not found.driven or need_unit(found).walks(root.root):
                 continue
             self.check_group(device, kept)
-            self._check_device(entry, self.unit(found))
+            self._check_device(entry, device, self.unit(found))
 
-    def _check_device(self, ours: Device, live: LiveUnit) -> None:
+    def _check_device(self, ours: Device, device: PciDevice, live: LiveUnit) -> None:
         entry = live.entry(ours.source_id)
+        self.check_names(device, live, entry.table)
         config = self._fs.tables.config
         check_shape(
             entry.source_id, Shape(live.mode, entry.levels), Shape(config.mode, config.levels)

@@ -86,6 +86,7 @@ def read(live: LiveTables, source_id: int, kept: set[int]) -> Reading:
     unit = live.unit(found)
     entry = unit.entry(source_id)
     live.check_group(device, kept | {source_id})
+    live.check_names(device, unit, entry.table)
     units = live.driven()
     everyone = [e for u in units for e in u.entries]
     able = [u.unit.capabilities for u in units]
