@@ -126,6 +126,12 @@ def test_a_kernel_that_is_not_there(machine: Machine) -> None:
         plan(machine)
 
 
+def test_a_kernel_in_this_directory(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/usr")
+    machine.write("usr/k", "")
+    assert plan(machine, kernel="k").commands[0][3] == "/usr/k"
+
+
 def test_another_kernel_without_an_initrd(machine: Machine) -> None:
     machine.write("boot/other", "")
     made = plan(machine, kernel="/boot/other")

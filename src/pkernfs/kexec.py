@@ -119,6 +119,7 @@ def find_kernel(kernel: str | None, initrd: str | None, host: Host) -> tuple[str
         kernel = f"/boot/vmlinuz-{release}"
         if initrd is None and os.path.exists(host.path(f"boot/initrd.img-{release}")):
             initrd = f"/boot/initrd.img-{release}"
+    kernel, initrd = os.path.abspath(kernel), None if initrd is None else os.path.abspath(initrd)
     for path in (kernel, initrd):
         if path is not None and not os.path.isfile(host.path(path.lstrip("/"))):
             raise NotFoundError(f"{path}: no such file: name one with --kernel and --initrd")
@@ -167,7 +168,7 @@ def check_command_line(line: str, spans: list[Span], room: int = 0) -> None:
     if len(line) > _MAX_COMMAND_LINE - room:
         raise RegionError(
             f"command line: too long: got {len(line)} bytes, "
-            f"expected up to {_MAX_COMMAND_LINE - room}"
+            f"expected up to {_MAX_COMMAND_LINE - room}: leave something out (--append)"
         )
     reserved = cmdline.reservations(line)
     for span in spans:
