@@ -227,22 +227,42 @@ def _ended_by_exception() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def _held() -> Iterator[None]:
+    """Signals that end this process do so afterwards only.
+
+    By handlers, not by a mask: a signal to the process goes to any thread of it that takes it.
+    """
+    came: list[int] = []
+    kept = (None, signal.SIG_IGN)
+    before = {
+        n: signal.signal(n, lambda number, _frame: came.append(number))
+        for n in _ALL_ENDING
+        if signal.getsignal(n) not in kept
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            raise SystemExit(128 + came[0])
+
+
 def _jump(mount_points: list[str]) -> None:
     """Have the daemons switch the units, and the last one start the next kernel."""
     os.sync()
     switched: list[str] = []
-    # No signal between two units: one that was switched has cut the kernel's own devices off.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _ALL_ENDING)
-    try:
-        for point in mount_points:
-            call(point, "kexec_jump", panic=point == mount_points[-1])
-            switched.append(point)
-    except BaseException:
-        for point in switched:
-            _undo(point, "kexec_undo")
-        raise
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ALL_ENDING)
+    # Nothing between two units: one that was switched has cut the kernel's own devices off.
+    with _held():
+        try:
+            for point in mount_points:
+                call(point, "kexec_jump", panic=point == mount_points[-1])
+                switched.append(point)
+        except BaseException:
+            for point in switched:
+                _undo(point, "kexec_undo")
+            raise
 
 
 def _run(words: list[str]) -> None:
