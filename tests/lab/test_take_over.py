@@ -213,7 +213,8 @@ def reasons(guest: Guest) -> None:
     """What is refused, with no device changed."""
     export = takeover.read_export(str(MOUNT))
     assert [d["adopted_by"] for d in export["devices"]] == ["dmar0"] * 4
-    guest.run("modprobe", "vfio_pci")
+    # Not as pkernfs kexec has it told, on the kernel command line.
+    guest.run("modprobe", "vfio_pci", "disable_idle_d3=0")
     with pytest.raises(takeover.TakeOverError, match="it would put devices to sleep: modprobe"):
         takeover.plan(export)
     guest.run("modprobe", "-r", "vfio_pci")
