@@ -18,7 +18,7 @@ from pkernfs.backing.cmdline import Kind
 from pkernfs.backing.host import Host
 from pkernfs.backing.iomem import Resource, Span
 from pkernfs.errors import NotFoundError, RegionError
-from pkernfs.iommu.memory import merge_ranges
+from pkernfs.iommu.memory import merge_ranges, without_ranges
 from pkernfs.layout import PAGE
 
 #: What the running kernel puts in front: ``elfcorehdr=0x...`` and a space.
@@ -56,8 +56,8 @@ def memory_parameter(resources: Sequence[Resource], spans: Sequence[Span]) -> st
     """
     # The kernel has boot parameters in pieces of their own: merged, no page is lost to them.
     memory = merge_ranges((r.start, r.end) for r in resources if r.name == "System RAM")
-    holes = [(r.start, r.end) for r in resources if r.name == "Reserved"]
-    ranges = list(_whole_pages(_without(memory, sorted(holes))))
+    holes = merge_ranges((r.start, r.end) for r in resources if r.name == "Reserved")
+    ranges = list(_whole_pages(without_ranges(memory, holes)))
     if not ranges:
         raise RegionError("/proc/iomem: no System RAM: there is nothing to give the next kernel")
     for span in spans:
@@ -66,19 +66,7 @@ def memory_parameter(resources: Sequence[Resource], spans: Sequence[Span]) -> st
     return "memmap=" + ",".join(f"{end - start:#x}@{start:#x}" for start, end in ranges)
 
 
-def _without(
-    ranges: Sequence[tuple[int, int]], holes: Sequence[tuple[int, int]]
-) -> Iterator[tuple[int, int]]:
-    for start, end in ranges:
-        at = start
-        for low, high in holes:
-            if low < end and high > at:
-                yield at, low
-                at = high
-        yield at, end
-
-
-def _whole_pages(ranges: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+def _whole_pages(ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     for start, end in ranges:
         low, high = -(-start // PAGE) * PAGE, end // PAGE * PAGE
         if low < high:

@@ -23,7 +23,7 @@ from pkernfs.errors import (
     UnitError,
 )
 from pkernfs.fs.adopted import Adopted
-from pkernfs.fs.live import Finder, LiveTables
+from pkernfs.fs.live import Finder, LiveTables, check_addresses
 from pkernfs.fs.tables import TableFiles
 from pkernfs.iommu.devices import PciDevice, all_devices, read_device, unit_of
 from pkernfs.iommu.discovery import FoundUnit, find_units, need_unit, reach_unit, read_dmar
@@ -158,11 +158,7 @@ class Activation:
             raise PermissionDeniedError("activate: the daemon is not root's")
         if self._fs.read_only:
             raise PermissionDeniedError("activate: the file system is read-only")
-        if not self._fs.region.real_addresses:
-            raise NotSupportedError(
-                f"{self._fs.region.name}: its addresses are not those of memory that devices can "
-                "reach: a region is needed that is SIZE!START, device-dax or on hugetlbfs"
-            )
+        check_addresses(self._fs.region)
         for name, reason in self._tables.damaged.items():
             raise InvalidError(f"iommu/{name.decode()}: damaged: {reason}: run the check")
         return self._tables.need_root()

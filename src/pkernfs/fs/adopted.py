@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
+from pkernfs.backing.arrival import by_panic
 from pkernfs.backing.host import Host
 from pkernfs.errors import BusyError, NotFoundError, PkernfsError
 from pkernfs.iommu.discovery import FoundUnit, need_unit
@@ -20,9 +21,6 @@ from pkernfs.iommu.memory import Memory
 from pkernfs.layout import PAGE
 
 log = logging.getLogger(__name__)
-
-#: With this parameter a kernel adopts the tables that it finds in force.
-_KDUMP = "elfcorehdr="
 
 
 class LiveEntry(NamedTuple):
@@ -67,7 +65,7 @@ class Adopted:
         except NotFoundError:
             return []  # it does not translate
         except PkernfsError as e:
-            if not any(w.startswith(_KDUMP) for w in self._host.command_line().split()):
+            if not by_panic(self._host):
                 log.debug("%s: %s", name, e)
                 return []
             raise BusyError(

@@ -22,8 +22,18 @@ from pkernfs.iommu.trees import without
 
 if TYPE_CHECKING:
     from pkernfs.fs.filesystem import FileSystem
+    from pkernfs.region import Region
 
 Finder = Callable[[Host, Dmar], list[FoundUnit]]
+
+
+def check_addresses(region: Region) -> None:
+    """:raises NotSupportedError: no unit can walk tables that are in a region."""
+    if not region.real_addresses:
+        raise NotSupportedError(
+            f"{region.name}: its addresses are not those of memory that devices can "
+            "reach: a region is needed that is SIZE!START, device-dax or on hugetlbfs"
+        )
 
 
 class LiveTables:
@@ -34,11 +44,7 @@ class LiveTables:
     """
 
     def __init__(self, fs: FileSystem, host: Host, find: Finder) -> None:
-        if not fs.region.real_addresses:
-            raise NotSupportedError(
-                f"{fs.region.name}: its addresses are not those of memory that devices can "
-                "reach: a region is needed that is SIZE!START, device-dax or on hugetlbfs"
-            )
+        check_addresses(fs.region)
         self._fs = fs
         self._host = host
         self.dmar = read_dmar(host)

@@ -14,7 +14,7 @@ from pkernfs.errors import PkernfsError
 from pkernfs.iommu.config import Config, load_config
 from pkernfs.iommu.contexts import ContextReader, Device
 from pkernfs.iommu.entries import MAX_PHYSICAL_BITS, bdf_text
-from pkernfs.iommu.memory import Memory, merge_ranges
+from pkernfs.iommu.memory import Memory, merge_ranges, without_ranges
 from pkernfs.iommu.pool import TablePool
 from pkernfs.iommu.trees import MAX_FINDINGS, Code, Finding, check_tree
 
@@ -68,7 +68,7 @@ def check(
     config = config or Config()
     memories = [*domains.values(), *([root] if root is not None else [])]
     tables = merge_ranges(r for memory in memories for r in memory.ranges)
-    live = _without(merge_ranges(allowed), tables)
+    live = without_ranges(merge_ranges(allowed), tables)
     if root is not None:
         _check_root(report, root, domains, config, physical_bits)
     for name, memory in domains.items():
@@ -118,21 +118,3 @@ def _check_root(
                 )
             )
     report.tables += len(reader.pages)
-
-
-def _without(ranges: list[tuple[int, int]], holes: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """What is left of sorted, disjoint ranges outside of sorted, disjoint holes."""
-    left = []
-    at = 0
-    for start, end in ranges:
-        while at < len(holes) and holes[at][0] < end:
-            low, high = holes[at]
-            if start < low:
-                left.append((start, low))
-            start = max(start, min(high, end))
-            if high > end:
-                break  # it may reach into the next range
-            at += 1
-        if start < end:
-            left.append((start, end))
-    return left

@@ -119,6 +119,26 @@ def merge_ranges(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return merged
 
 
+def without_ranges(
+    ranges: list[tuple[int, int]], holes: list[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """What is left of sorted, disjoint ranges outside of sorted, disjoint holes."""
+    left = []
+    at = 0
+    for start, end in ranges:
+        while at < len(holes) and holes[at][0] < end:
+            low, high = holes[at]
+            if start < low:
+                left.append((start, low))
+            start = max(start, min(high, end))
+            if high > end:
+                break  # it may reach into the next range
+            at += 1
+        if start < end:
+            left.append((start, end))
+    return left
+
+
 def store_words(region: Region) -> Commit:
     """A :data:`Commit` for a region without a journal: word by word, each an aligned store."""
 
