@@ -1,4 +1,4 @@
-"""QEMU's edu device, driven from inside the machine through sysfs.
+"""QEMU's edu device, driven from inside the machine.
 
 A transfer begins 100 ms after it is asked for, in the machine's time.
 """
@@ -18,26 +18,16 @@ SCRATCH = 1 << 38  # where a domain maps the file for what the device hands on
 FROM_MEMORY, TO_MEMORY = 1, 3  # commands
 
 
-class Edu:
-    """The device at ``bdf``, whose domain maps the file ``scratch`` at SCRATCH."""
+class Transfers:
+    """The device by its registers, however they are mapped.
 
-    def __init__(self, bdf: str, scratch: Path, *, set_up: bool = True) -> None:
-        there = Path("/sys/bus/pci/devices") / bdf
-        self.config = there / "config"
-        self._scratch = scratch
-        if set_up:
-            (there / "enable").write_text("1")
-            self.master(True)
-        with (there / "resource0").open("r+b") as file:
-            self._registers = mmap.mmap(file.fileno(), 4096)
+    :cvar SECONDS: how long a transfer may take, on a busy machine
+    """
 
-    def master(self, on: bool) -> None:
-        """Let the device do DMA, or not."""
-        with self.config.open("r+b", buffering=0) as config:
-            config.seek(4)
-            command = config.read(2)[0] & ~4 | 2 | (4 if on else 0)
-            config.seek(4)
-            config.write(bytes([command]))
+    SECONDS = 20.0
+
+    def __init__(self, registers: mmap.mmap) -> None:
+        self._registers = registers
 
     def _word(self, at: int) -> Any:
         return ctypes.c_uint64.from_buffer(self._registers, at)
@@ -55,13 +45,46 @@ class Edu:
         """Whether a transfer is under way."""
         return bool(self._word(0x98).value & 1)
 
+    def wait(self) -> None:
+        """Wait until there is none."""
+        deadline = time.monotonic() + self.SECONDS
+        while self.busy():
+            assert time.monotonic() < deadline, "the device does not end its transfer"
+            time.sleep(0.005)
+
+    def copy(self, source: int, target: int) -> None:
+        """Copy a word by way of the device."""
+        self.start(source, BUFFER, FROM_MEMORY)
+        self.wait()
+        self.start(BUFFER, target, TO_MEMORY)
+        self.wait()
+
+
+class Edu(Transfers):
+    """The device at ``bdf``, through sysfs, whose domain maps the file ``scratch`` at SCRATCH."""
+
+    def __init__(self, bdf: str, scratch: Path, *, set_up: bool = True) -> None:
+        there = Path("/sys/bus/pci/devices") / bdf
+        self.config = there / "config"
+        self._scratch = scratch
+        if set_up:
+            (there / "enable").write_text("1")
+            self.master(True)
+        with (there / "resource0").open("r+b") as file:
+            super().__init__(mmap.mmap(file.fileno(), 4096))
+
+    def master(self, on: bool) -> None:
+        """Let the device do DMA, or not."""
+        with self.config.open("r+b", buffering=0) as config:
+            config.seek(4)
+            command = config.read(2)[0] & ~4 | 2 | (4 if on else 0)
+            config.seek(4)
+            config.write(bytes([command]))
+
     def transfer(self, source: int, target: int, command: int, count: int = 8) -> None:
         """A transfer, and wait for its end."""
         self.start(source, target, command, count)
-        deadline = time.monotonic() + 20
-        while self.busy():
-            assert time.monotonic() < deadline, "the device does not end its transfer"
-            time.sleep(0.01)
+        self.wait()
 
     def load(self, iova: int) -> int:
         """The word that the device reads, or what it had before if it cannot."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import regions
+from edu import Transfers
 from regions import MOUNT
 from words import read_word, write_word
 
@@ -33,8 +34,6 @@ RAM_BYTES = 64 * MIB
 HALF = RAM_BYTES // 2
 AT = 1 << 30  # where the container has guest-ram
 ELSEWHERE = 8 << 30
-BUFFER = 0x40000  # of the device
-FROM_MEMORY, TO_MEMORY = 1, 3
 PYTHON = "/opt/pkernfs/.venv/bin/python"
 FAULT = re.compile(r"DMAR: \[(?:DMA|INTR).*")
 #: Asks the daemon for what `pkernfs kexec` asks for as its last step.
@@ -49,29 +48,16 @@ except PkernfsError as e:
 """
 
 
-class Edu:
-    """The device by its registers; a transfer takes 100 ms."""
+class Edu(Transfers):
+    """The device, whose domain maps guest-ram at AT."""
 
-    def __init__(self, registers: mmap.mmap) -> None:
-        self._registers = registers
-
-    def _word(self, at: int) -> Any:
-        return ctypes.c_uint64.from_buffer(self._registers, at)
-
-    def _transfer(self, source: int, target: int, command: int) -> None:
-        for at, value in ((0x80, source), (0x88, target), (0x90, 8), (0x98, command)):
-            self._word(at).value = value
-        deadline = time.monotonic() + 30
-        while self._word(0x98).value & 1:
-            assert time.monotonic() < deadline, "the device does not end its transfer"
-            time.sleep(0.005)
+    SECONDS = 30.0
 
     def copies(self, offset: int) -> bool:
         """Whether the device copies a word of guest-ram to the one behind it."""
         value = time.monotonic_ns()
         write_word(RAM, offset, value)
-        self._transfer(AT + offset, BUFFER, FROM_MEMORY)
-        self._transfer(BUFFER, AT + offset + 8, TO_MEMORY)
+        self.copy(AT + offset, AT + offset + 8)
         return read_word(RAM, offset + 8) == value
 
 

@@ -23,6 +23,7 @@ from unittest import mock
 
 import pytest
 import regions
+from edu import BUFFER, FROM_MEMORY, TO_MEMORY, Transfers
 from regions import MOUNT
 from words import read_word, write_word
 
@@ -46,8 +47,6 @@ AT = {bdf: (1 + 4 * number) << 30 for bdf, number in DOMAINS.items()}  # of gues
 RAM = MOUNT / "guest-ram"
 BYTES = {QUIET: 256 * MIB, BUSY: 256 * MIB, ARMED: 2 * MIB, CARD: 2 * MIB}  # how much of it
 WORD = {QUIET: 100 * MIB, BUSY: 200 * MIB, ARMED: MIB}  # of guest-ram, for each device
-BUFFER = 0x40000  # of the device
-FROM_MEMORY, TO_MEMORY = 1, 3
 PROJECT = Path("/opt/pkernfs")
 TAKE_OVER = str(PROJECT / "scripts/take-over")
 PYTHON = str(PROJECT / ".venv/bin/python")
@@ -69,35 +68,15 @@ sys.stdin.read()
 """
 
 
-class Edu:
-    """QEMU's edu device by its registers, however they are mapped; a transfer takes 100 ms."""
+class Edu(Transfers):
+    """An edu device, while the machine does much besides."""
 
-    def __init__(self, registers: mmap.mmap) -> None:
-        self._registers = registers
+    SECONDS = 60.0
 
     @classmethod
     def at(cls, bdf: str) -> Edu:
         """Through sysfs."""
         return cls(sysfs_bar(bdf))
-
-    def _word(self, at: int) -> Any:
-        return ctypes.c_uint64.from_buffer(self._registers, at)
-
-    def start(self, source: int, target: int, command: int) -> None:
-        """Ask for a transfer of a word."""
-        for at, value in ((0x80, source), (0x88, target), (0x90, 8), (0x98, command)):
-            self._word(at).value = value
-
-    def wait(self) -> None:
-        """Wait for its end."""
-        until("the transfer ends", lambda: not self._word(0x98).value & 1)
-
-    def copy(self, source: int, target: int) -> None:
-        """Copy a word by way of the device."""
-        self.start(source, BUFFER, FROM_MEMORY)
-        self.wait()
-        self.start(BUFFER, target, TO_MEMORY)
-        self.wait()
 
 
 def sysfs_bar(bdf: str) -> mmap.mmap:
