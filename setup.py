@@ -4,7 +4,7 @@ from setuptools import setup
 
 setup(
     cffi_modules=[
-        "src/pkernfs/native_build.py:ffibuilder",
-        "src/pkernfs/fuse_shim_build.py:ffibuilder",
+        "src/pkernfs/native/build.py:ffibuilder",
+        "src/pkernfs/fuse/shim_build.py:ffibuilder",
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from pkernfs.fs import fsck
-from pkernfs.region import Region
+from pkernfs.region.region import Region
 
 
 class MemoryFile:

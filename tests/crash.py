@@ -24,7 +24,6 @@ from unittest import mock
 import pytest
 
 from handing import verify
-from pkernfs import region as region_module
 from pkernfs.errors import NoSpaceError
 from pkernfs.fs import fsck, mkfs
 from pkernfs.fs.filesystem import FileSystem
@@ -42,7 +41,8 @@ from pkernfs.layout import (
     PAGE,
     ROOT_INO,
 )
-from pkernfs.region import Region, crc32c
+from pkernfs.region import region as region_module
+from pkernfs.region.region import Region, crc32c
 
 MIB = 1 << 20
 REGION_BYTES = 16 * MIB

@@ -44,7 +44,7 @@ from pkernfs.layout import (
     InodeFields,
     StateFields,
 )
-from pkernfs.region import Region, page_checksum
+from pkernfs.region.region import Region, page_checksum
 
 REGION_BYTES = 24 << 20
 REG = stat.S_IFREG | 0o644

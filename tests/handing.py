@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pkernfs import digest
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.fsck import survey
-from pkernfs.fs.handover import Arrival, FileDigests, build_list, chunks_of, room_for_list
+from pkernfs.fs.manifest import Arrival, FileDigests, build_list, chunks_of, room_for_list
 from pkernfs.layout import HANDOVER_FLAG_DIGESTS, STATE_PAGE
+from pkernfs.region import digest
 
 
 def hand_over(fs: FileSystem, *, digests: bool = True) -> int:

@@ -29,9 +29,9 @@ from pkernfs.iommu import (
     store_words,
     translate,
 )
-from pkernfs.iommu.entries import width_bits
 from pkernfs.layout import PAGE
-from pkernfs.region import Region
+from pkernfs.region.region import Region
+from pkernfs.vtd.entries import width_bits
 
 MIB = 1 << 20
 GIB = 1 << 30

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from pkernfs.iommu.contexts import Mode
-from pkernfs.iommu.entries import leaf_bytes, width_bits
+from pkernfs.iommu.context_walk import Mode
 from pkernfs.iommu.memory import Memory, store_words
-from pkernfs.iommu.pgtable import PageTable
-from pkernfs.iommu.pool import TablePool
-from pkernfs.iommu.trees import check_tree
-from pkernfs.iommu.walk import translate_domain
+from pkernfs.iommu.page_pool import TablePool
+from pkernfs.iommu.page_table import PageTable
+from pkernfs.iommu.page_walk import check_tree
+from pkernfs.iommu.translate import translate_domain
 from pkernfs.layout import PAGE
-from pkernfs.region import Region
+from pkernfs.region.region import Region
+from pkernfs.vtd.entries import leaf_bytes, width_bits
 
 PHYS_BASE = 1 << 40
 MIB = 1 << 20

@@ -1,4 +1,4 @@
-"""Registers of QEMU's intel-iommu through qtest: a Window for pkernfs.iommu.unit."""
+"""Registers of QEMU's intel-iommu through qtest: a Window for pkernfs.units.unit."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
-from pkernfs.iommu.registers import KEPT, STATUS, Command, Kind, Step
-from pkernfs.region import Region
+from pkernfs.region.region import Region
+from pkernfs.vtd.registers import KEPT, STATUS, Command, Kind, Step
 
 UNIT = 0xFED9_0000  # where QEMU has the registers
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pkernfs.backing.host import Host
+from pkernfs.host.sysroot import Host
 
 #: /proc/iomem of a q35 guest of 4 GiB with memmap=512M%1G, and its firmware's map.
 IOMEM = """\

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from checking import assert_clean
 from pkernfs.fs import mkfs
-from pkernfs.region import Region
+from pkernfs.region.region import Region
 
 MIB = 1 << 20
 PATIENCE_SECONDS = 20.0

@@ -1,4 +1,4 @@
-"""A file system with files and tables for tests of pkernfs.fs.tables, without a mount."""
+"""A file system with files and tables for tests of pkernfs.dma.table_files, without a mount."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
 from checking import MemoryFile
-from pkernfs.fs import translation
+from pkernfs.dma import reports
+from pkernfs.dma.table_files import TableFiles
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
-from pkernfs.fs.tables import TableFiles
 from pkernfs.iommu.check import Report
 from pkernfs.iommu.export import assemble
 from pkernfs.iommu.memory import Memory
-from pkernfs.iommu.walk import translate_domain
+from pkernfs.iommu.translate import translate_domain
 from pkernfs.layout import BLOCK, IOMMU_INO, PAGE, ROOT_INO
-from pkernfs.region import Region
+from pkernfs.region.region import Region
 
 MIB = 1 << 20
 PHYS_BASE = 1 << 33
@@ -135,7 +135,7 @@ class Host:
         return translate_domain(memory, table.root, table.levels, iova).physical
 
     def check(self) -> Report:
-        return drain(translation.prepare_check(self.fs)).run()
+        return drain(reports.prepare_check(self.fs)).run()
 
     def assert_check_clean(self) -> Report:
         report = self.check()
@@ -155,7 +155,7 @@ class Host:
     def answer(self, what: str, **question: Any) -> tuple[str, dict[str, Any], int]:
         """Text, records and exit status of a question, as a command has them."""
         text, records, status = "", [], 0
-        for item in translation.answer(self.fs, translation.Question(what, **question)):
+        for item in reports.answer(self.fs, reports.Question(what, **question)):
             if isinstance(item, str):
                 text += item
             elif isinstance(item, int):

@@ -16,7 +16,7 @@ from iommu_machine import MIB, RAM, Machine
 from iommu_unit import BUFFER
 from iommu_window import UNIT, QtestWindow
 from mounting import Mounted, run_pkernfs
-from pkernfs.backing.host import Host
+from pkernfs.dma.activation import Activation
 from pkernfs.errors import (
     BusyError,
     InvalidError,
@@ -27,17 +27,17 @@ from pkernfs.errors import (
     ReadOnlyError,
     UnitError,
 )
-from pkernfs.fs.activation import Activation
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
+from pkernfs.host.dmar import BRIDGE, ENDPOINT, Dmar
+from pkernfs.host.sysroot import Host
 from pkernfs.iommu.config import Config
-from pkernfs.iommu.contexts import Mode
-from pkernfs.iommu.discovery import FoundUnit
-from pkernfs.iommu.dmar import BRIDGE, ENDPOINT, Dmar
-from pkernfs.iommu.registers import Command, Kind, Step
-from pkernfs.iommu.unit import Unit
+from pkernfs.iommu.context_walk import Mode
 from pkernfs.layout import IOMMU_INO, PAGE, ROOT_INO
-from pkernfs.region import Region
+from pkernfs.region.region import Region
+from pkernfs.units.discovery import FoundUnit
+from pkernfs.units.unit import Unit
+from pkernfs.vtd.registers import Command, Kind, Step
 from test_iommu_dmar import add_device, config, drhd, rmrr, scope, table
 from test_iommu_unit import Kernel
 

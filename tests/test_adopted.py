@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 from checking import assert_clean
+from pkernfs.dma.kernel_adopted import Adopted, LiveEntry
 from pkernfs.errors import BusyError
-from pkernfs.fs.adopted import Adopted, LiveEntry
+from pkernfs.host.bars import Bar
+from pkernfs.host.dmar import UnitStructure
 from pkernfs.iommu import Memory
-from pkernfs.iommu.config import Bar
-from pkernfs.iommu.contexts import Mode
-from pkernfs.iommu.discovery import FoundUnit
-from pkernfs.iommu.dmar import UnitStructure
-from pkernfs.iommu.mmio import MemoryWindow
-from pkernfs.iommu.unit import Unit
+from pkernfs.iommu.context_walk import Mode
 from pkernfs.layout import IOMMU_INO, PAGE, ROOT_INO
+from pkernfs.units.discovery import FoundUnit
+from pkernfs.units.mmio import MemoryWindow
+from pkernfs.units.unit import Unit
 from table_files import DEVICE, MIB, RW, Host
 from test_iommu_live import EDU, NIC, Kernel
 

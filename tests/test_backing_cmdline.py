@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pkernfs.backing.cmdline import (
+from pkernfs.errors import RegionError
+from pkernfs.host.cmdline import (
     Kind,
     Named,
     Reservation,
@@ -18,7 +19,6 @@ from pkernfs.backing.cmdline import (
     resolve_none,
     words,
 )
-from pkernfs.errors import RegionError
 
 G = 1 << 30
 M = 1 << 20

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from machine import Machine, add_dax, make_machine
-from pkernfs.backing.dax import device_name, device_names, read_device
-from pkernfs.backing.iomem import Span
-from pkernfs.backing.opening import open_backing
 from pkernfs.errors import LockedError, RegionError, UsageError
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
+from pkernfs.host.iomem import Span
 from pkernfs.layout import BLOCK
-from pkernfs.region import Region
+from pkernfs.region.dax import device_name, device_names, read_device
+from pkernfs.region.opening import open_backing
+from pkernfs.region.region import Region
 
 M = 1 << 20
 G = 1 << 30

@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 
 from machine import Machine, make_machine
-from pkernfs.backing import caching, locks
-from pkernfs.backing.host import Host
-from pkernfs.backing.opening import open_backing
 from pkernfs.errors import LockedError, RegionError, UsageError
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.fs.superblock import describe
+from pkernfs.host.sysroot import Host
 from pkernfs.layout import BLOCK
-from pkernfs.region import Region
+from pkernfs.region import locks, memtype
+from pkernfs.region.opening import open_backing
+from pkernfs.region.region import Region
 
 M = 1 << 20
 G = 1 << 30
@@ -122,7 +122,7 @@ def test_without_the_kernels_list_reading_is_timed(
     backing = open_backing("512M!1G", write=True, phys_base=None, lock=True, host=machine)
     ticks = iter(range(1000))
     # As if each read of the mapping took a second; the other half is this process's own memory.
-    monkeypatch.setattr(caching, "_fastest", lambda read: 100.0 if next(ticks) == 0 else 1.0)
+    monkeypatch.setattr(memtype, "_fastest", lambda read: 100.0 if next(ticks) == 0 else 1.0)
     with pytest.raises(RegionError, match="the kernel maps it uncached, by its speed, not"):
         backing.verify_mapping(lambda: None)
     backing.close()

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from machine import FIRMWARE, IOMEM, make_machine
-from pkernfs.backing import is_file_spec, resolve
-from pkernfs.backing.iomem import Span, check, memmap_parameter, nodes_of, parse_span
 from pkernfs.errors import RegionError
+from pkernfs.host.iomem import Span, check, memmap_parameter, nodes_of, parse_span
+from pkernfs.region.spec import is_file_spec, resolve
 
 G = 1 << 30
 M = 1 << 20

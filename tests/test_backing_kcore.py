@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pkernfs.backing.kcore import Kcore, KcoreError
+from pkernfs.host.kcore import Kcore, KcoreError
 from test_loaded import SYMBOL, TEXT, VIRTUAL, Memory
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from machine import make_machine
-from pkernfs.backing import locks
-from pkernfs.backing.host import Host
-from pkernfs.backing.iomem import Span
 from pkernfs.errors import LockedError, RegionError
+from pkernfs.host.iomem import Span
+from pkernfs.host.sysroot import Host
+from pkernfs.region import locks
 
 M = 1 << 20
 G = 1 << 30

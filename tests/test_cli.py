@@ -22,7 +22,7 @@ import pytest
 from pkernfs import __version__, cli, layout
 from pkernfs.options import MOUNT_OPTIONS, format_size, parse_mount_options, parse_size
 from pkernfs.progress import Progress
-from pkernfs.region import Region
+from pkernfs.region.region import Region
 from superblocks import damage, edit_superblocks
 
 MIB = 1 << 20

@@ -17,7 +17,8 @@ import pytest
 import trio
 
 from mounting import Mounted, child, is_mounted, libc, run_as, wait_until
-from pkernfs import control
+from pkernfs.control import client
+from pkernfs.control import server as server_side
 from pkernfs.errors import (
     BusyError,
     CorruptionError,
@@ -26,7 +27,6 @@ from pkernfs.errors import (
     PermissionDeniedError,
     PkernfsError,
 )
-from pkernfs.fs import control as server_side
 from pkernfs.fs.filesystem import FileSystem
 
 fuse = pytest.mark.fuse
@@ -40,7 +40,7 @@ def tmp_path() -> Iterator[Path]:
 
 
 def socket_of(path: Path) -> Path:
-    return Path("/run/pkernfs", control.socket_name(os.stat(path).st_dev))
+    return Path("/run/pkernfs", client.socket_name(os.stat(path).st_dev))
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_any_path_of_the_mount_will_do(mounted: Mounted) -> None:
     file = mounted.path / "dir" / "file"
     file.write_bytes(b"x")
     for path in (mounted.path, mounted.path / "dir", file):
-        pong = control.call(str(path), "ping")
+        pong = client.call(str(path), "ping")
         assert mounted.daemon is not None
         assert pong == {
             "pid": mounted.daemon.pid,
@@ -104,7 +104,7 @@ def test_answers_while_the_mount_is_busy(mounted: Mounted) -> None:
         worker.start()
     try:
         for _ in range(50):
-            assert control.call(str(mounted.path), "ping")
+            assert client.call(str(mounted.path), "ping")
     finally:
         end.set()
         for worker in workers:
@@ -119,7 +119,7 @@ def test_the_socket_goes_with_the_mount() -> None:
         m.unmount()
         assert not found.exists()
         with pytest.raises(InvalidError, match="not on a pkernfs mount"):
-            control.call(str(m.path), "ping")
+            client.call(str(m.path), "ping")
 
 
 @fuse
@@ -129,14 +129,14 @@ def test_a_killed_daemon_is_said_and_its_socket_swept() -> None:
         assert m.daemon is not None
         m.daemon.kill()
         m.daemon.wait()
-        with pytest.raises(control.NoDaemonError, match="its daemon has died"):
-            control.call(str(m.path), "ping")
+        with pytest.raises(client.NoDaemonError, match="its daemon has died"):
+            client.call(str(m.path), "ping")
         subprocess.run(["umount", "-l", str(m.path)], check=True)
         assert found.is_socket()
         with Mounted(16 << 20) as other:  # which may or may not get the same device number
             now = socket_of(other.path)
             assert now == found or not found.exists()
-            assert control.call(str(other.path), "ping")
+            assert client.call(str(other.path), "ping")
         assert not found.exists()
         m.start()
 
@@ -144,8 +144,8 @@ def test_a_killed_daemon_is_said_and_its_socket_swept() -> None:
 @fuse
 def test_a_daemon_that_does_not_listen_is_said(mounted: Mounted) -> None:
     socket_of(mounted.path).unlink()
-    with pytest.raises(control.NoDaemonError, match="does not listen at /run/pkernfs/"):
-        control.call(str(mounted.path), "ping")
+    with pytest.raises(client.NoDaemonError, match="does not listen at /run/pkernfs/"):
+        client.call(str(mounted.path), "ping")
 
 
 @fuse
@@ -154,12 +154,12 @@ def test_another_user_is_refused(mounted: Mounted) -> None:
 
     def ask() -> None:
         with pytest.raises(PermissionDeniedError, match="only root and the owner"):
-            control.call(path, "ping")
+            client.call(path, "ping")
 
     run_as(1234, ask)
     socket_of(mounted.path).chmod(0o666)  # then the daemon itself has to look who asks
     run_as(1234, ask)
-    assert control.call(path, "ping")
+    assert client.call(path, "ping")
 
 
 def with_own_run(work: Callable[[], None], options: str = "") -> None:
@@ -193,7 +193,7 @@ def test_somebody_else_s_socket_is_not_believed() -> None:
             with child(pretend, 1234):
                 os.read(read_end, 1)
                 with pytest.raises(PermissionDeniedError, match="is not its daemon"):
-                    control.call(str(m.path), "ping")
+                    client.call(str(m.path), "ping")
 
     with_own_run(work)
 
@@ -219,7 +219,7 @@ def test_nonsense_is_an_error(mounted: Mounted, request_bytes: bytes, reason: st
     answer = answer_to(socket_of(mounted.path), request_bytes)
     assert reason.replace("OP", '{"op": NAME') in answer["error"]
     assert answer["errno"] == InvalidError.errno
-    assert control.call(str(mounted.path), "ping")
+    assert client.call(str(mounted.path), "ping")
 
 
 @fuse
@@ -228,7 +228,7 @@ def test_clients_that_stall_hold_nobody_up(mounted: Mounted) -> None:
     stalled = [connect(path) for _ in range(server_side.MAX_CLIENTS - 1)]
     for connection in stalled:
         connection.sendall(b'{"op"')
-    assert control.call(str(mounted.path), "ping")
+    assert client.call(str(mounted.path), "ping")
     stalled += [connect(path) for _ in range(8)]
     wait_until(lambda: _refused(mounted), "too many clients")
     (mounted.path / "file").write_bytes(b"x")
@@ -239,7 +239,7 @@ def test_clients_that_stall_hold_nobody_up(mounted: Mounted) -> None:
 
 def _refused(mounted: Mounted) -> bool:
     try:
-        control.call(str(mounted.path), "ping")
+        client.call(str(mounted.path), "ping")
     except BusyError:
         return True
     return False
@@ -264,8 +264,8 @@ def test_without_a_directory_the_mount_works(options: str) -> None:
             Path("/run/pkernfs").chmod(0o777)
         with Mounted(16 << 20) as m:
             (m.path / "file").write_bytes(b"x")
-            with pytest.raises(control.NoDaemonError, match="does not listen"):
-                control.call(str(m.path), "ping")
+            with pytest.raises(client.NoDaemonError, match="does not listen"):
+                client.call(str(m.path), "ping")
             m.unmount()
             assert "no control socket" in m.words()
 
@@ -275,9 +275,9 @@ def test_without_a_directory_the_mount_works(options: str) -> None:
 @fuse
 def test_a_path_elsewhere_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidError, match="not on a pkernfs mount"):
-        control.call(str(tmp_path), "ping")
+        client.call(str(tmp_path), "ping")
     with pytest.raises(FileNotFoundError):
-        control.call(str(tmp_path / "missing"), "ping")
+        client.call(str(tmp_path / "missing"), "ping")
     assert not is_mounted(tmp_path)
 
 
@@ -317,7 +317,7 @@ def ask(path: Path, op: str, **args: object) -> list[tuple[str, Any]]:
     with connect(path) as connection:
         connection.sendall(json.dumps({"op": op, **args}).encode() + b"\n")
         with connection.makefile("rb") as lines:
-            return list(control._read_answers("MNT", lines))
+            return list(client._read_answers("MNT", lines))
 
 
 async def _count(args: dict[str, Any]) -> AsyncIterator[int]:
@@ -372,7 +372,7 @@ def test_values_items_and_errors(
             ask(serving.path, "fails_later")
         with pytest.raises(PkernfsError, match=r"the daemon failed: KeyError\('oops'\)"):
             ask(serving.path, "bug")
-        with pytest.raises(control.NoDaemonError, match="before it had answered"):
+        with pytest.raises(client.NoDaemonError, match="before it had answered"):
             ask(serving.path, "not_json")
         assert ask(serving.path, "echo") == [("done", {})]
     assert "oops" in caplog.text

@@ -58,7 +58,7 @@ from pkernfs.layout import (
     STATE_PAGE,
     SUPERBLOCK_PAGE,
 )
-from pkernfs.region import Region
+from pkernfs.region.region import Region
 
 pytestmark = pytest.mark.crash
 

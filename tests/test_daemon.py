@@ -9,7 +9,7 @@ import pytest
 import trio
 import trio.testing
 
-from pkernfs.fs import daemon
+from pkernfs.fuse import daemon
 
 
 @pytest.mark.parametrize("status", [0, 1, 32])

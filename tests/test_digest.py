@@ -7,10 +7,10 @@ from array import array
 
 import pytest
 
-from pkernfs import digest
 from pkernfs.errors import RegionError
 from pkernfs.layout import PAGE
-from pkernfs.region import Region, crc32c, page_checksum
+from pkernfs.region import digest
+from pkernfs.region.region import Region, crc32c, page_checksum
 
 MIB = 1 << 20
 

@@ -11,8 +11,8 @@ import pytest
 from machine import Machine, make_machine
 from mounting import run_pkernfs
 from pkernfs import doctor
-from pkernfs.backing import kernels
 from pkernfs.doctor import MISSING, OK, WARNING, Result
+from pkernfs.host import kernel_image
 from test_iommu_dmar import drhd
 from test_iommu_dmar import table as dmar_table
 
@@ -138,9 +138,9 @@ def test_neither_dev_mem_nor_dax(machine: Machine) -> None:
 
 def test_the_configuration_is_found_elsewhere(machine: Machine) -> None:
     Path(machine.path("proc/config.gz")).unlink()
-    assert kernels.running_config(machine) is None
+    assert kernel_image.running_config(machine) is None
     machine.write("boot/config-7.3.4-cloud-amd64", "CONFIG_KEXEC=y\n# CONFIG_DEVMEM is not set\n")
-    assert kernels.running_config(machine) == {"KEXEC": "y"}
+    assert kernel_image.running_config(machine) == {"KEXEC": "y"}
 
 
 def test_the_command_on_this_machine() -> None:

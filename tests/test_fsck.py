@@ -46,7 +46,7 @@ from pkernfs.layout import (
     TREE_SLOTS_OFFSET,
     XATTR_ITEM,
 )
-from pkernfs.region import Region, crc32c, trace_start, trace_stop
+from pkernfs.region.region import Region, crc32c, trace_start, trace_stop
 
 Case = Callable[[Damage], None]
 CASES: list[tuple[Code, Case]] = []

@@ -12,7 +12,7 @@ from pkernfs.fs.fsck import Code
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.iommu.config import config_offset
 from pkernfs.layout import IOMMU_INO, PAGE, ROOT_INO
-from pkernfs.region import Region
+from pkernfs.region.region import Region
 
 MIB = 1 << 20
 BASE = 1 << 40

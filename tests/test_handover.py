@@ -20,7 +20,7 @@ from pkernfs.errors import (
     PkernfsError,
     ReadOnlyError,
 )
-from pkernfs.fs import fsck, handover, superblock
+from pkernfs.fs import fsck, manifest, superblock
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.layout import (
@@ -41,7 +41,7 @@ from pkernfs.layout import (
     ROOT_INO,
     STATE_PAGE,
 )
-from pkernfs.region import Region, page_checksum
+from pkernfs.region.region import Region, page_checksum
 
 MIB = 1 << 20
 SIZE = 64 * MIB
@@ -111,12 +111,12 @@ def handed(request: pytest.FixtureRequest) -> Iterator[Handed]:
 def changes_of(fs: FileSystem) -> dict[str, str]:
     arrival = verify(fs)
     assert not arrival.trouble
-    return {change["path"]: change["what"] for change in handover.tell(fs, arrival.changes)}
+    return {change["path"]: change["what"] for change in manifest.tell(fs, arrival.changes)}
 
 
 def has_digests(handed: Handed) -> bool:
     page = handed.region.read(STATE_PAGE * PAGE, PAGE)
-    return bool(handover.read_record(page).flags)
+    return bool(manifest.read_record(page).flags)
 
 
 # ---------------------------------------------------------------------- freezing
@@ -182,8 +182,8 @@ def test_abort_leaves_nothing(fs: FileSystem) -> None:
         fs.thaw()
         assert fs.statfs() == space
         page = fs.store.read(STATE_PAGE, MAGIC_STATE)
-        assert not any(handover.read_record(page)[:2])
-        assert not handover.read_history(page)
+        assert not any(manifest.read_record(page)[:2])
+        assert not manifest.read_history(page)
         assert_clean(fs.region)
     with pytest.raises(InvalidError, match="no handover to undo"):
         fs.thaw()
@@ -247,7 +247,7 @@ def test_nothing_has_changed(handed: Handed) -> None:
     assert not arrival.trouble
     assert not arrival.changes.all()
     digests = arrival.verifier is not None
-    entry = handover.read_history(fs.store.read(STATE_PAGE, MAGIC_STATE))[0]
+    entry = manifest.read_history(fs.store.read(STATE_PAGE, MAGIC_STATE))[0]
     assert entry.result == (RESULT_EVERYTHING if digests else RESULT_METADATA)
     assert entry.number == 1
     assert entry.boot_id_after == bytes([9]) * 16
@@ -266,7 +266,7 @@ def test_nothing_has_changed(handed: Handed) -> None:
 
 def test_the_list_is_gone_after_the_mount(handed: Handed) -> None:
     page = handed.region.read(STATE_PAGE * PAGE, PAGE)
-    ino = handover.read_record(page).list_ino
+    ino = manifest.read_record(page).list_ino
     fs = handed.mount()
     with pytest.raises(Exception, match="no such inode"):
         fs.inode(ino)
@@ -302,7 +302,7 @@ def test_changed_data_is_named(handed: Handed) -> None:
         if digests
         else {}
     )
-    entry = handover.read_history(fs.store.read(STATE_PAGE, MAGIC_STATE))[0]
+    entry = manifest.read_history(fs.store.read(STATE_PAGE, MAGIC_STATE))[0]
     assert (entry.result, entry.changed) == (
         (RESULT_CHANGED, 3) if digests else (RESULT_METADATA, 0)
     )
@@ -358,7 +358,7 @@ def test_a_damaged_inode_page_keeps_nobody_else_from_being_used(handed: Handed) 
     # What the mount needs lies elsewhere.
     assert at != page_of(handed, ROOT_INO)
     page = handed.region.read(STATE_PAGE * PAGE, PAGE)
-    assert at != page_of(handed, handover.read_record(page).list_ino)
+    assert at != page_of(handed, manifest.read_record(page).list_ino)
     handed.region.copy_in(at + (ino & 15) * INODE_BYTES + 40, b"\xff" * 8)
     fs = handed.mount()
     changes = changes_of(fs)
@@ -402,9 +402,9 @@ def test_changed_structures_are_named(handed: Handed) -> None:
 def test_a_removed_file_is_named(handed: Handed) -> None:
     """Somebody who knows nothing of handovers has had the region."""
     before = handed.region.read(STATE_PAGE * PAGE, PAGE)
-    with mock.patch("pkernfs.fs.handover.load"):
+    with mock.patch("pkernfs.fs.manifest.load"):
         fs = handed.mount()
-        list_ino = handover.read_record(before).list_ino
+        list_ino = manifest.read_record(before).list_ino
         assert list_ino
     fs.unlink(ROOT_INO, b"f3")
     fs.unmount()
@@ -415,11 +415,11 @@ def test_a_removed_file_is_named(handed: Handed) -> None:
 def test_a_damaged_list_is_no_reason_not_to_mount(handed: Handed, what: str) -> None:
     region = handed.region
     state = bytearray(region.read(STATE_PAGE * PAGE, PAGE))
-    record = handover.read_record(state)
+    record = manifest.read_record(state)
     fs = handed.mount(read_only=True)
     at = fs.extents(record.list_ino)[0].region_offset
     data = bytearray(fs._read_list(record))
-    from pkernfs.digest import crc64
+    from pkernfs.region.digest import crc64
 
     if what == "data":
         data[100] ^= 1
@@ -436,9 +436,9 @@ def test_a_damaged_list_is_no_reason_not_to_mount(handed: Handed, what: str) -> 
         data[:] = random.Random(3).randbytes(len(data))
         data[: len(data) // 2] = bytes(fs._read_list(record))[: len(data) // 2]
         record = record._replace(list_digest=crc64(data))
-    assert len(fs.extents(handover.read_record(state).list_ino)) == 1
+    assert len(fs.extents(manifest.read_record(state).list_ino)) == 1
     region.copy_in(at, bytes(data))
-    handover.write_record(state, record)
+    manifest.write_record(state, record)
     region.copy_in(STATE_PAGE * PAGE, bytes(state))
     reseal(region, STATE_PAGE * PAGE)
     fs = handed.mount()
@@ -517,7 +517,7 @@ def test_kinds_of_mounts() -> None:
         facts = superblock.describe(region)
         assert facts["arrival"] == "live update"
         found = [(e["arrival"], e["handover"] is not None) for e in facts["history"]]
-        assert found == [(handover.ARRIVALS[kind], had) for kind, had in expected]
+        assert found == [(manifest.ARRIVALS[kind], had) for kind, had in expected]
         assert facts["history"][0]["gap_ns"] is None
 
 
@@ -564,7 +564,7 @@ def test_holes_cost_nothing() -> None:
         fs.run(lambda: fs.setattr(ino, size=1 << 40))
         fs.run(lambda: fs.write(ino, 1 << 39, b"middle"))
         hand_over(fs)
-        record = handover.read_record(fs.store.read(STATE_PAGE, MAGIC_STATE))
+        record = manifest.read_record(fs.store.read(STATE_PAGE, MAGIC_STATE))
         assert record.list_bytes < 64 << 10
         fs.unmount()
         again = FileSystem.mount(region)
@@ -594,8 +594,8 @@ def test_pages_of_the_list(fs: FileSystem) -> None:
     """Every metadata page is in the list, and only intact ones of this file system."""
     populated(fs)
     hand_over(fs)
-    record = handover.read_record(fs.store.read(STATE_PAGE, MAGIC_STATE))
-    listed = handover.parse_list(fs._read_list(record), fs.superblock.uuid, 1)
+    record = manifest.read_record(fs.store.read(STATE_PAGE, MAGIC_STATE))
+    listed = manifest.parse_list(fs._read_list(record), fs.superblock.uuid, 1)
     image = fsck.survey(fs.region)
     assert sorted(listed.pages) == sorted(image.metadata_pages())
     assert listed.magics.count(MAGIC_INODES) * 16 == len(listed.slots)
@@ -635,7 +635,7 @@ def test_no_changed_byte_goes_unnoticed(request: pytest.FixtureRequest) -> None:
             try:
                 mounted = FileSystem.mount(region)
                 arrival = verify(mounted)
-                handover.tell(mounted, arrival.changes)
+                manifest.tell(mounted, arrival.changes)
                 if arrival.trouble:
                     seen["trouble"] += 1
                 else:

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from mounting import _PROGRAM, Mapper, Mounted, child, libc, run_as, run_pkernfs, wait_until
-from pkernfs import control
+from pkernfs.control import client
 from pkernfs.errors import BusyError, InvalidError, PermissionDeniedError
 from pkernfs.fs.filesystem import FileSystem
-from pkernfs.region import Region
+from pkernfs.region.region import Region
 
 pytestmark = pytest.mark.fuse
 
@@ -240,14 +240,14 @@ def test_who_maps_the_region_is_warned_of(mounted: Mounted) -> None:
 
 def test_an_interrupted_handover_thaws(mounted: Mounted) -> None:
     for _ in range(3):
-        lease = control.stream(str(mounted.path), "handover_freeze")
+        lease = client.stream(str(mounted.path), "handover_freeze")
         assert next(lease)["number"] == 1
         refused(lambda: (mounted.path / "new").write_bytes(b"x"))
         with pytest.raises(BusyError, match="another handover is under way"):
-            next(control.stream(str(mounted.path), "handover_freeze"))
+            next(client.stream(str(mounted.path), "handover_freeze"))
         with pytest.raises(BusyError, match="under way"):
-            control.call(str(mounted.path), "handover_abort")
-        made = control.call(str(mounted.path), "handover_make_list", bytes=100_000)
+            client.call(str(mounted.path), "handover_abort")
+        made = client.call(str(mounted.path), "handover_make_list", bytes=100_000)
         assert made["ino"]
         lease.close()
         wait_until(lambda: info(mounted)["state"] == "mounted", "no state changed")
@@ -287,10 +287,10 @@ def _has_socket(pid: int) -> bool:
 
 
 def test_unmounting_amid_a_handover(mounted: Mounted) -> None:
-    lease = control.stream(str(mounted.path), "handover_freeze")
+    lease = client.stream(str(mounted.path), "handover_freeze")
     next(lease)
     mounted.unmount()
-    with pytest.raises(control.NoDaemonError):
+    with pytest.raises(client.NoDaemonError):
         next(lease)
     assert info_of_region(mounted)["state"] == "clean"
 
@@ -311,12 +311,12 @@ def info_of_region(m: Mounted) -> dict[str, Any]:
 )
 def test_nothing_without_a_freeze(mounted: Mounted, op: str, args: dict[str, Any]) -> None:
     with pytest.raises(InvalidError, match="no freeze is under way"):
-        control.call(str(mounted.path), op, **args)
+        client.call(str(mounted.path), op, **args)
 
 
 @pytest.mark.parametrize("value", [-1, 1 << 64, "x", None, 1.5, True, [1]])
 def test_bad_numbers_are_refused(mounted: Mounted, value: object) -> None:
-    lease = control.stream(str(mounted.path), "handover_freeze")
+    lease = client.stream(str(mounted.path), "handover_freeze")
     next(lease)
     for op, args in (
         ("handover_make_list", {"bytes": value}),
@@ -324,9 +324,9 @@ def test_bad_numbers_are_refused(mounted: Mounted, value: object) -> None:
         ("handover_commit", {"ino": value, "digest": 0, "flags": 0}),
     ):
         with pytest.raises(InvalidError, match="bad "):
-            control.call(str(mounted.path), op, **args)
+            client.call(str(mounted.path), op, **args)
     with pytest.raises(InvalidError, match="base64"):
-        control.call(str(mounted.path), "handover_write_list", ino=3, offset=0, data="!!")
+        client.call(str(mounted.path), "handover_write_list", ino=3, offset=0, data="!!")
     lease.close()
 
 
@@ -335,7 +335,7 @@ def test_another_user_cannot(mounted: Mounted) -> None:
 
     def ask() -> None:
         with pytest.raises(PermissionDeniedError):
-            next(control.stream(path, "handover_freeze"))
+            next(client.stream(path, "handover_freeze"))
 
     run_as(1234, ask)
     (mounted.path / "new").write_bytes(b"x")

@@ -14,7 +14,7 @@ from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.iommu import Translation
 from pkernfs.layout import BLOCK, IOMMU_INO, ROOT_INO
-from pkernfs.region import Region
+from pkernfs.region.region import Region
 
 DOCS = Path(__file__).parent.parent / "docs"
 MIB = 1 << 20

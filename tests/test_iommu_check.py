@@ -19,19 +19,20 @@ from pkernfs.errors import (
     PkernfsError,
     TableDamageError,
 )
-from pkernfs.iommu import entries, show
+from pkernfs.iommu import show
 from pkernfs.iommu.check import Report, check
 from pkernfs.iommu.config import Config, configure
-from pkernfs.iommu.contexts import ContextReader, Mode
-from pkernfs.iommu.entries import READ, WRITE, FaultReason
+from pkernfs.iommu.context_walk import ContextReader, Mode
 from pkernfs.iommu.memory import Memory, store_words
-from pkernfs.iommu.pgtable import PageTable
-from pkernfs.iommu.pool import TablePool
-from pkernfs.iommu.tables import RootTables
-from pkernfs.iommu.trees import Code, scan_tree
-from pkernfs.iommu.walk import Translation, translate
+from pkernfs.iommu.page_pool import TablePool
+from pkernfs.iommu.page_table import PageTable
+from pkernfs.iommu.page_walk import Code, scan_tree
+from pkernfs.iommu.root_tables import RootTables
+from pkernfs.iommu.translate import Translation, translate
 from pkernfs.layout import PAGE
-from pkernfs.region import Region
+from pkernfs.region.region import Region
+from pkernfs.vtd import entries
+from pkernfs.vtd.entries import READ, WRITE, FaultReason
 
 ROOT = 0
 DOM_0 = MIB

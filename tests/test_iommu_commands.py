@@ -25,13 +25,13 @@ import pytest
 
 from crash import say
 from mounting import MIB, Mounted, child, is_mounted, libc, run_as, run_pkernfs, wait_until
-from pkernfs import control
 from pkernfs.cli import main
+from pkernfs.control import client
+from pkernfs.control.server import MAX_CLIENTS
 from pkernfs.errors import PkernfsError
-from pkernfs.fs.control import MAX_CLIENTS
-from pkernfs.iommu.entries import bdf_text
 from pkernfs.layout import PAGE
-from pkernfs.region import Region
+from pkernfs.region.region import Region
+from pkernfs.vtd.entries import bdf_text
 
 pytestmark = pytest.mark.fuse
 
@@ -421,7 +421,7 @@ def test_out_of_table_pages(guest: Guest) -> None:
     request = {"domain": 0, "ino": ino, "offset": 0, "length": PAGE, "perm": 3}
     with pytest.raises(PkernfsError, match="no free page for tables") as caught:  # noqa: PT012
         for at in range(1, 600):
-            control.call(dom, "iommu.map", iova=at << 30, **request)
+            client.call(dom, "iommu.map", iova=at << 30, **request)
     assert caught.value.errno == 28
     said = str(caught.value)
     assert said.endswith("it must grow by 2 MiB: truncate -s +2M")
@@ -807,7 +807,7 @@ class Workers:
 
 
 def read(path: Path, **question: Any) -> list[Any]:
-    return list(control.stream(str(path), "iommu.read", **question))
+    return list(client.stream(str(path), "iommu.read", **question))
 
 
 def test_everything_at_once(mapped: Guest) -> None:
@@ -820,15 +820,15 @@ def test_everything_at_once(mapped: Guest) -> None:
     def change(number: int) -> None:
         iova = (2 + number % 7) << 30
         request = {"domain": 0, "offset": PAGE * (number % 3), "perm": 3}
-        control.call(dom, "iommu.map", iova=iova, ino=ram, length=4 * MIB, **request)
-        control.call(dom, "iommu.map", iova=iova + 8 * MIB, ino=small, length=PAGE, **request)
-        control.call(dom, "iommu.unmap", domain=0, iova=iova + MIB, length=PAGE)
-        control.call(dom, "iommu.unmap", domain=0, iova=iova, length=1 << 30)
+        client.call(dom, "iommu.map", iova=iova, ino=ram, length=4 * MIB, **request)
+        client.call(dom, "iommu.map", iova=iova + 8 * MIB, ino=small, length=PAGE, **request)
+        client.call(dom, "iommu.unmap", domain=0, iova=iova + MIB, length=PAGE)
+        client.call(dom, "iommu.unmap", domain=0, iova=iova, length=1 << 30)
 
     def attach(number: int) -> None:
         device = 0x100 * (1 + number % 5) + number % 256
-        control.call(dom, "iommu.attach", domain=0, device=device)
-        control.call(dom, "iommu.detach", device=device)
+        client.call(dom, "iommu.attach", domain=0, device=device)
+        client.call(dom, "iommu.detach", device=device)
 
     def check(number: int) -> None:
         texts = read(mapped.path, what="check")
@@ -858,7 +858,7 @@ def test_everything_at_once(mapped: Guest) -> None:
         workers.add(work.__name__, work)
     workers.run(25)
     done("check", mapped.path)
-    assert control.call(str(mapped.path), "ping")["read_only"] is False
+    assert client.call(str(mapped.path), "ping")["read_only"] is False
     refused(EBUSY, (mapped.path / "small").unlink)
 
 
@@ -869,8 +869,8 @@ def test_pins_hold_under_load(mapped: Guest) -> None:
     want = {"domain": 0, "ino": ram, "offset": 0, "length": 2 * MIB, "perm": 3}
 
     def change(number: int) -> None:
-        control.call(dom, "iommu.map", iova=4 << 30, **want)
-        control.call(dom, "iommu.unmap", domain=0, iova=4 << 30, length=2 * MIB)
+        client.call(dom, "iommu.map", iova=4 << 30, **want)
+        client.call(dom, "iommu.unmap", domain=0, iova=4 << 30, length=2 * MIB)
 
     def attack(number: int) -> None:
         refused(EBUSY, mapped.ram.unlink)
@@ -924,15 +924,13 @@ def test_sigkill_amid_maps_and_unmaps(number: int, request: pytest.FixtureReques
                     wanted = {shift + p: p for p in span}
                     after.update(wanted)
                     states[:] = [known, after]
-                    control.call(dom, "iommu.map", domain=0, iova=(shift + page) * PAGE, ino=ino,
+                    client.call(dom, "iommu.map", domain=0, iova=(shift + page) * PAGE, ino=ino,
                                  offset=page * PAGE, length=count * PAGE, perm=3)  # fmt: skip
                 elif any(p in known for p in span):
                     for p in span:
                         after.pop(p, None)
                     states[:] = [known, after]
-                    control.call(
-                        dom, "iommu.unmap", domain=0, iova=page * PAGE, length=count * PAGE
-                    )
+                    client.call(dom, "iommu.unmap", domain=0, iova=page * PAGE, length=count * PAGE)
                 known = after
         killer.join()
         guest.daemon.wait()  # type: ignore[union-attr]
@@ -959,7 +957,7 @@ def test_sigkill_amid_maps_and_unmaps(number: int, request: pytest.FixtureReques
 
 def ask_raw(path: Path, request: bytes) -> dict[str, Any]:
     """The last line of what the daemon answers to these bytes."""
-    address = Path("/run/pkernfs", control.socket_name(os.stat(path).st_dev))
+    address = Path("/run/pkernfs", client.socket_name(os.stat(path).st_dev))
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(20)
         connection.connect(str(address))
@@ -996,7 +994,7 @@ def test_random_requests(mapped: Guest, request: pytest.FixtureRequest) -> None:
         if "error" in answer:
             assert "\n" not in answer["error"]
             assert "the daemon failed" not in answer["error"], (asked, answer)
-    assert control.call(str(mapped.path), "ping")["read_only"] is False
+    assert client.call(str(mapped.path), "ping")["read_only"] is False
     assert iommu("check", mapped.path).status == 0
     refused(EBUSY, mapped.ram.unlink)
 
@@ -1006,7 +1004,7 @@ def test_clients_that_go_away(mapped: Guest) -> None:
     done("unmap", mapped.dom(0), 0, "8M")
     done("map", mapped.dom(0), "4K", mapped.ram)  # 2048 leaves
     for what in ("show", "export", "check") * 10:
-        items = control.stream(str(mapped.path), "iommu.read", what=what)
+        items = client.stream(str(mapped.path), "iommu.read", what=what)
         next(items)
         items.close()
     wait_until(lambda: iommu("check", mapped.path).status == 0, "a check")

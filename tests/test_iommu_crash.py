@@ -15,20 +15,20 @@ import pytest
 
 from checking import assert_clean
 from iommu_tables import GIB, MIB, PHYS_BASE
-from pkernfs import region as region_module
 from pkernfs.errors import NoSpaceError, ReadOnlyError
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.iommu.config import Config, configure
-from pkernfs.iommu.contexts import Mode
-from pkernfs.iommu.entries import leaf_bytes, width_bits
+from pkernfs.iommu.context_walk import Mode
 from pkernfs.iommu.memory import Memory
-from pkernfs.iommu.pgtable import PageTable
-from pkernfs.iommu.tables import RootTables
-from pkernfs.iommu.walk import translate, translate_domain
+from pkernfs.iommu.page_table import PageTable
+from pkernfs.iommu.root_tables import RootTables
+from pkernfs.iommu.translate import translate, translate_domain
 from pkernfs.journal import PageStore, TransactionTooLarge
 from pkernfs.layout import IOMMU_INO, PAGE, ROOT_INO
-from pkernfs.region import Region
+from pkernfs.region import region as region_module
+from pkernfs.region.region import Region
+from pkernfs.vtd.entries import leaf_bytes, width_bits
 
 pytestmark = pytest.mark.crash
 

@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 
+from pkernfs.dma.table_files import ROOT_NAME
 from pkernfs.errors import BusyError, PkernfsError, TableDamageError
 from pkernfs.fs import fsck
 from pkernfs.fs.filesystem import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FileSystem
-from pkernfs.fs.tables import ROOT_NAME
-from pkernfs.iommu.config import Bar, Config, config_words
-from pkernfs.iommu.contexts import Mode
+from pkernfs.host.bars import Bar
+from pkernfs.iommu.config import Config, config_words
+from pkernfs.iommu.context_walk import Mode
 from pkernfs.layout import IOMMU_INO, PAGE, ROOT_INO
-from pkernfs.region import crc32c
+from pkernfs.region.region import crc32c
 from table_files import DEVICE, MIB, PHYS_BASE, RW, Host
 
 GIB = 1 << 30

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pkernfs.backing.host import Host
 from pkernfs.errors import InvalidError, NotFoundError
-from pkernfs.iommu.devices import (
+from pkernfs.host.dmar import BRIDGE, ENDPOINT, IOAPIC, Dmar, Scope, parse
+from pkernfs.host.pci import (
     PciDevice,
     all_devices,
     covers,
@@ -20,8 +20,8 @@ from pkernfs.iommu.devices import (
     reserved_memory_of,
     unit_of,
 )
-from pkernfs.iommu.discovery import find_units, is_driven, read_dmar, unit_lines, unit_record
-from pkernfs.iommu.dmar import BRIDGE, ENDPOINT, IOAPIC, Dmar, Scope, parse
+from pkernfs.host.sysroot import Host
+from pkernfs.units.discovery import find_units, is_driven, read_dmar, unit_lines, unit_record
 
 #: From the firmware interface of QEMU 7.2, ``-M q35 -device intel-iommu,aw-bits=48,device-iotlb=on
 #: -device edu,addr=05.0``; SeaBIOS puts in the checksum.

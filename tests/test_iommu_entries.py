@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pkernfs.errors import InvalidError, TableDamageError
-from pkernfs.iommu import entries
-from pkernfs.iommu.entries import ALL_FORMATS, LEAVES, Entry, FaultReason
+from pkernfs.vtd import entries
+from pkernfs.vtd.entries import ALL_FORMATS, LEAVES, Entry, FaultReason
 
 #: Typed out by hand from the specification (and compared with QEMU's masks): bits that are zero.
 RESERVED_64 = {

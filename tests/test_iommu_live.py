@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pkernfs.backing.host import Host
 from pkernfs.errors import (
     NotFoundError,
     NotSupportedError,
@@ -20,16 +19,17 @@ from pkernfs.errors import (
     PkernfsError,
     TableDamageError,
 )
+from pkernfs.host.sysroot import Host
 from pkernfs.iommu import READ, READ_WRITE, Config, Memory, Mode, PageTable, RootTables, configure
-from pkernfs.iommu.live import MAX_PAGES, LiveMemory, LiveUnit, read_second_stage
 from pkernfs.iommu.memory import store_words
-from pkernfs.iommu.mmio import MemoryWindow
-from pkernfs.iommu.pool import Mapping
-from pkernfs.iommu.registers import STATUS, Command, RootTableAddress
-from pkernfs.iommu.trees import without
-from pkernfs.iommu.unit import Unit
+from pkernfs.iommu.page_pool import Mapping
+from pkernfs.iommu.page_walk import without
 from pkernfs.layout import PAGE
-from pkernfs.region import Region
+from pkernfs.region.region import Region
+from pkernfs.units.kernel_tables import MAX_PAGES, LiveMemory, LiveUnit, read_second_stage
+from pkernfs.units.mmio import MemoryWindow
+from pkernfs.units.unit import Unit
+from pkernfs.vtd.registers import STATUS, Command, RootTableAddress
 from test_loaded import Memory as Ram
 
 MIB = 1 << 20
@@ -212,7 +212,7 @@ def test_a_kernel_that_is_locked_down(legacy: Kernel, monkeypatch: pytest.Monkey
     def refuse(_host: Host) -> None:
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr("pkernfs.iommu.live.Kcore", refuse)
+    monkeypatch.setattr("pkernfs.units.kernel_tables.Kcore", refuse)
     with pytest.raises(PermissionDeniedError, match=r"kernel lockdown .confidentiality.: boot"):
         legacy.live()
 

@@ -28,8 +28,8 @@ from pkernfs.iommu import (
     check,
     translate_domain,
 )
-from pkernfs.iommu.entries import leaf_bytes, width_bits
 from pkernfs.layout import PAGE
+from pkernfs.vtd.entries import leaf_bytes, width_bits
 
 pytestmark = pytest.mark.vm
 

@@ -16,12 +16,12 @@ from pkernfs.errors import (
     NoTablePagesError,
     TableDamageError,
 )
-from pkernfs.iommu.entries import leaf_bytes, width_bits
 from pkernfs.iommu.memory import store_words
-from pkernfs.iommu.pool import Mapping
-from pkernfs.iommu.walk import translate_domain
+from pkernfs.iommu.page_pool import Mapping
+from pkernfs.iommu.translate import translate_domain
 from pkernfs.layout import PAGE
-from pkernfs.region import Region
+from pkernfs.region.region import Region
+from pkernfs.vtd.entries import leaf_bytes, width_bits
 
 HIGH = 1 << 45  # physical memory that is mapped
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from checking import assert_clean
+from pkernfs.dma.table_files import ROOT_NAME
 from pkernfs.errors import (
     BusyError,
     ExistsError,
@@ -28,7 +29,6 @@ from pkernfs.fs.filesystem import (
     FALLOC_ZERO_RANGE,
     RENAME_EXCHANGE,
 )
-from pkernfs.fs.tables import ROOT_NAME
 from pkernfs.layout import BLOCK, IOMMU_INO, PAGE, ROOT_INO
 from table_files import MIB, PHYS_BASE, Host
 

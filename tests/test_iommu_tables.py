@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from checking import assert_clean
+from pkernfs.dma import reports
+from pkernfs.dma.table_files import ROOT_NAME, TableFiles
 from pkernfs.errors import (
     BusyError,
     ExistsError,
@@ -24,7 +26,6 @@ from pkernfs.errors import (
     ReadOnlyError,
     TableDamageError,
 )
-from pkernfs.fs import translation
 from pkernfs.fs.filesystem import (
     FALLOC_KEEP_SIZE,
     FALLOC_PUNCH_HOLE,
@@ -32,14 +33,13 @@ from pkernfs.fs.filesystem import (
     RENAME_EXCHANGE,
     FileSystem,
 )
-from pkernfs.fs.quiet import BURST, SECONDS, Quiet
-from pkernfs.fs.tables import ROOT_NAME, TableFiles
-from pkernfs.iommu.bars import parse_bar, read_bar
-from pkernfs.iommu.config import Bar, Config
-from pkernfs.iommu.contexts import Mode
-from pkernfs.iommu.trees import Code
+from pkernfs.host.bars import Bar, parse_bar, read_bar
+from pkernfs.iommu.config import Config
+from pkernfs.iommu.context_walk import Mode
+from pkernfs.iommu.page_walk import Code
 from pkernfs.layout import BLOCK, IOMMU_INO, PAGE, ROOT_INO
-from pkernfs.region import crc32c
+from pkernfs.ratelimit import BURST, SECONDS, Quiet
+from pkernfs.region.region import crc32c
 from table_files import DEVICE, MIB, PHYS_BASE, READ, RW, WRITE, Host, drain
 
 GIB = 1 << 30
@@ -1049,7 +1049,7 @@ def test_show_goes_on_while_tables_change(mapped: Host) -> None:
     mapped.run(lambda: mapped.fs.setattr(ino, size=600 * PAGE))
     mapped.map(0, PAGE, ino)
     lines: list[str] = []
-    for steps, text in enumerate(translation.show_text(mapped.fs, 0), 1):
+    for steps, text in enumerate(reports.show_text(mapped.fs, 0), 1):
         assert isinstance(text, str)
         lines += text.splitlines()
         if steps == 3:  # the tables that are being shown go, and others take their pages
@@ -1073,7 +1073,7 @@ def test_walk_ends_where_directories_are_a_loop(mapped: Host) -> None:
         mapped.fs._inodes.touch(directory)
         mapped.fs._names.add(directory, b"back", d, 4)
         mapped.fs._inodes.save(directory)
-    found = [item for item in translation.walk_files(mapped.fs) if item is not None]
+    found = [item for item in reports.walk_files(mapped.fs) if item is not None]
     assert sorted(path for path, _ino in found) == [
         "/guest", "/iommu/dom-0", "/iommu/root-pgtables", "/other"
     ]  # fmt: skip
@@ -1105,7 +1105,7 @@ def test_a_rename_does_not_hide_a_file(mapped: Host) -> None:
         source, target = next(moves)
         mapped.fs.rename(source, b"guest", target, b"guest", 0)
 
-    assert drain(translation.prepare_check(mapped.fs), move).run().clean
+    assert drain(reports.prepare_check(mapped.fs), move).run().clean
     assert next(moves)[0] != ROOT_INO  # it has moved
 
 

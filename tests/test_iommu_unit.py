@@ -16,9 +16,12 @@ from iommu_machine import MIB, Lab
 from iommu_window import UNIT, QtestWindow
 from pkernfs.errors import InvalidError, UnitError
 from pkernfs.iommu import READ, Mode
-from pkernfs.iommu.invalidation import descriptor, device, domain, everything, wait_descriptor
-from pkernfs.iommu.mmio import MemoryWindow
-from pkernfs.iommu.registers import (
+from pkernfs.layout import PAGE
+from pkernfs.region.region import Region
+from pkernfs.units.mmio import MemoryWindow
+from pkernfs.units.unit import QueueMemory, Unit
+from pkernfs.vtd.invalidation import descriptor, device, domain, everything, wait_descriptor
+from pkernfs.vtd.registers import (
     KEPT,
     REGISTERS,
     STATUS,
@@ -28,9 +31,6 @@ from pkernfs.iommu.registers import (
     Step,
     parse_fault,
 )
-from pkernfs.iommu.unit import QueueMemory, Unit
-from pkernfs.layout import PAGE
-from pkernfs.region import Region
 
 QUEUE = 14 * MIB  # of ours, in QEMU's memory
 KERNEL_QUEUE = 15 * MIB
@@ -428,7 +428,7 @@ def test_a_descriptor_that_the_unit_refuses(
     """The error is told and cleared, and the kernel's queue works on."""
     kernel = kernel_of(lab)
     kernel.submit()
-    monkeypatch.setattr("pkernfs.iommu.unit.descriptor_of", lambda what: (0xF, 0))
+    monkeypatch.setattr("pkernfs.units.unit.descriptor_of", lambda what: (0xF, 0))
     with pytest.raises(UnitError, match=r"invalidation .IOTLB, domain.: got FSTS 0x"):
         unit.invalidate(domain(2), queue_of(lab))
     monkeypatch.undo()

@@ -31,7 +31,7 @@ from pkernfs.layout import (
     RECORD,
     RUN,
 )
-from pkernfs.region import Region, crc32c, trace_start, trace_stop
+from pkernfs.region.region import Region, crc32c, trace_start, trace_stop
 
 UUID = bytes(range(16))
 SIZE = 16 << 20

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from machine import Machine, make_machine
+from pkernfs.dma.crash_jump import Jump
 from pkernfs.errors import InvalidError, PermissionDeniedError, PkernfsError
 from pkernfs.fs.filesystem import FileSystem
-from pkernfs.fs.jump import Jump
-from pkernfs.iommu.entries import parse_bdf
+from pkernfs.vtd.entries import parse_bdf
 from table_files import Host
 
 EDU, NIC = "0000:00:05.0", "0000:00:06.0"

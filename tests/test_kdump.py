@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from machine import Machine, make_machine
-from pkernfs import kdump
-from pkernfs.backing import kernels
-from pkernfs.backing.arrival import adoptions, by_panic
-from pkernfs.backing.iomem import Span, parse_iomem
 from pkernfs.errors import NotFoundError, RegionError
-from pkernfs.kdump import Needs
-from pkernfs.kexec import Plan, make_plan
+from pkernfs.host import kernel_image
+from pkernfs.host.boot import adoptions, by_panic
+from pkernfs.host.iomem import Span, parse_iomem
+from pkernfs.kexec import crash
+from pkernfs.kexec.crash import Needs
+from pkernfs.kexec.plan import Plan, make_plan
 
 GIB = 1 << 30
 SPAN = Span(GIB, GIB // 2)
@@ -72,12 +72,12 @@ def test_the_whole_plan(machine: Machine) -> None:
     made = plan(machine)
     line = (
         "root=/dev/vda crashkernel=256M memmap=512M%1G pkernfs=512M!1G "
-        f"{MEMORY} elfcorehdr=0x40000000 {kdump.AWAKE} intel_iommu=on,sm_off"
+        f"{MEMORY} elfcorehdr=0x40000000 {crash.AWAKE} intel_iommu=on,sm_off"
     )
     assert made.problems == []
     assert made.append == line
     assert made.added == [
-        MEMORY, "elfcorehdr=0x40000000", kdump.AWAKE, "intel_iommu=on,sm_off",
+        MEMORY, "elfcorehdr=0x40000000", crash.AWAKE, "intel_iommu=on,sm_off",
     ]  # fmt: skip
     assert made.commands == [
         ["kexec", "-s", "-p", f"/{KERNEL}", f"--command-line={line}"],
@@ -121,7 +121,7 @@ def test_soft_reserved_memory_is_no_ram_before(machine: Machine) -> None:
         "memmap=512M%1G-1+0xefffffff pkernfs=/dev/dax0.0 reset_devices "
         "vfio-pci.ids=8086:10d3 vfio-pci.disable_idle_d3=0"
     )
-    assert kdump.for_crash(line, "memmap=1M@0", "elfcorehdr=0").split() == [
+    assert crash.for_crash(line, "memmap=1M@0", "elfcorehdr=0").split() == [
         "memmap=512M%1G+0xefffffff", "pkernfs=/dev/dax0.0", "vfio-pci.ids=8086:10d3",
         "memmap=1M@0", "elfcorehdr=0", "vfio_pci.disable_idle_d3=1",
     ]  # fmt: skip
@@ -130,9 +130,9 @@ def test_soft_reserved_memory_is_no_ram_before(machine: Machine) -> None:
 def test_a_region_that_is_memory(machine: Machine) -> None:
     resources = parse_iomem(machine.read("proc/iomem"))
     with pytest.raises(RegionError, match="System RAM"):
-        kdump.memory_parameter(resources, [Span(2 * GIB - (1 << 29), 1 << 21)])
+        crash.memory_parameter(resources, [Span(2 * GIB - (1 << 29), 1 << 21)])
     with pytest.raises(RegionError, match="no System RAM"):
-        kdump.memory_parameter([], [])
+        crash.memory_parameter([], [])
 
 
 def test_what_the_firmware_keeps_in_the_middle_of_memory(machine: Machine) -> None:
@@ -147,7 +147,7 @@ def test_what_the_firmware_keeps_in_the_middle_of_memory(machine: Machine) -> No
 80000000-8fffffff : Reserved
 100000000-17fffffff : System RAM (kmem)
 """
-    assert kdump.memory_parameter(parse_iomem(text), []) == (
+    assert crash.memory_parameter(parse_iomem(text), []) == (
         "memmap=0x9e000@0x1000,0x7fefd000@0x102000"
     )
 
@@ -202,10 +202,10 @@ def test_defaults_of_the_next_kernel_count(machine: Machine) -> None:
     )
     machine.write(f"boot/config-{RELEASE}", config)
     needs = Needs([EDU], [], False)
-    [problem] = kdump.adoption_problems(machine, f"/{KERNEL}", "quiet", needs)
+    [problem] = crash.adoption_problems(machine, f"/{KERNEL}", "quiet", needs)
     assert "sm_off" in problem
     needs = Needs([EDU], [], True)
-    assert list(kdump.adoption_problems(machine, f"/{KERNEL}", "quiet", needs)) == []
+    assert list(crash.adoption_problems(machine, f"/{KERNEL}", "quiet", needs)) == []
 
 
 # ---------------------------------------------------------------------- drivers
@@ -261,7 +261,7 @@ def test_what_is_lost(machine: Machine) -> None:
         "proc/self/mounts",
         "/dev/vda / ext4 rw,relatime 0 0\n/dev/vdb /srv xfs ro 0 0\ntmpfs /run tmpfs rw 0 0\n",
     )
-    assert list(kdump.losses(machine, Needs([], [EDU], False), ["/mnt/a"])) == [
+    assert list(crash.losses(machine, Needs([], [EDU], False), ["/mnt/a"])) == [
         f"{EDU}: cut off, for it is not to persist",
         "/: left as by a loss of power, after a sync",
     ]
@@ -273,17 +273,17 @@ def test_what_is_lost(machine: Machine) -> None:
 @pytest.mark.parametrize("data", [b"", b"MZ" + bytes(600), image()[:0x210], bytes(0x300)])
 def test_what_is_no_kernel_has_no_release(machine: Machine, data: bytes) -> None:
     machine.write(KERNEL, data)
-    assert kernels.release_of(machine, KERNEL) is None
-    assert kernels.release_of(machine, "boot/none") is None
+    assert kernel_image.release_of(machine, KERNEL) is None
+    assert kernel_image.release_of(machine, "boot/none") is None
 
 
 def test_files_beside_the_image(machine: Machine) -> None:
     machine.write("lab/k/vmlinuz", image("6.1.0"))
     machine.write("lab/k/lib/modules/6.1.0/config", "CONFIG_X=m\n")
     machine.write("lab/k/lib/modules/6.1.0/modules.alias", "alias pci:v* x\n")
-    assert kernels.release_of(machine, "/lab/k/vmlinuz") == "6.1.0"
-    assert kernels.config_of(machine, "6.1.0", "/lab/k/vmlinuz") == {"X": "m"}
-    found = kernels.claiming_modules(machine, "6.1.0", "/lab/k/vmlinuz", "pci:v1")
+    assert kernel_image.release_of(machine, "/lab/k/vmlinuz") == "6.1.0"
+    assert kernel_image.config_of(machine, "6.1.0", "/lab/k/vmlinuz") == {"X": "m"}
+    found = kernel_image.claiming_modules(machine, "6.1.0", "/lab/k/vmlinuz", "pci:v1")
     assert found == {"x": False}
 
 

@@ -12,8 +12,8 @@ import pytest
 from pkernfs.commands import kexec
 from pkernfs.commands.kexec import Standing
 from pkernfs.errors import BusyError, InvalidError
-from pkernfs.kdump import Needs
-from pkernfs.kexec import Plan
+from pkernfs.kexec.crash import Needs
+from pkernfs.kexec.plan import Plan
 
 POINTS = ["/mnt/a", "/mnt/b"]
 

@@ -8,9 +8,9 @@ import pytest
 
 from machine import Machine, make_machine
 from mounting import run_pkernfs
-from pkernfs.backing.iomem import Span
 from pkernfs.errors import NotFoundError, RegionError
-from pkernfs.kexec import Plan, check_command_line, make_plan, without_boot_loader
+from pkernfs.host.iomem import Span
+from pkernfs.kexec.plan import Plan, check_command_line, make_plan, without_boot_loader
 
 GIB = 1 << 30
 SPAN = Span(GIB, GIB // 2)

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from machine import Machine, add_dax, make_machine
-from pkernfs import loaded
-from pkernfs.backing import cmdline
-from pkernfs.backing.host import Host
-from pkernfs.backing.iomem import Span
-from pkernfs.loaded import KexecError
+from pkernfs.host import cmdline
+from pkernfs.host.iomem import Span
+from pkernfs.host.sysroot import Host
+from pkernfs.kexec import loaded
+from pkernfs.kexec.loaded import KexecError
 
 SPEC = "512M!1G"
 SOFT = "memmap=512M%1G-1+0xefffffff"

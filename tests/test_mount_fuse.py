@@ -22,7 +22,7 @@ import pytest
 pytestmark = pytest.mark.fuse
 
 from mounting import MIB, Mapper, Mounted, child, is_mounted, libc, run_as, run_pkernfs, wait_until  # noqa: E402
-from pkernfs import control  # noqa: E402
+from pkernfs.control import client  # noqa: E402
 
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
 KEEP_SIZE, PUNCH_HOLE, COLLAPSE_RANGE, ZERO_RANGE = 1, 2, 8, 16
@@ -759,7 +759,7 @@ def test_a_daemon_does_not_hold_its_own_mount(mounted: Mounted) -> None:
         try:
             wait_until(lambda: is_mounted(mounted.path), "the mount")
             os.statvfs(mounted.path)  # answered, so it listens
-            assert control.call(str(mounted.path), "ping")["pid"] == daemon.pid
+            assert client.call(str(mounted.path), "ping")["pid"] == daemon.pid
             device = os.stat(mounted.path).st_dev
             settings = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}")
             assert (settings / "read_ahead_kb").read_text() == "1024\n"
@@ -819,13 +819,13 @@ def test_a_warm_stat_is_the_kernels(mounted: Mounted) -> None:
 def test_a_severed_connection_ends_the_daemon(mounted: Mounted) -> None:
     (mounted.path / "f").write_bytes(b"kept")
     number = os.minor(os.stat(mounted.path).st_dev)
-    control = mounted.directory / "control"
-    control.mkdir()
-    subprocess.run(["mount", "-t", "fusectl", "none", control], check=True)
+    client = mounted.directory / "control"
+    client.mkdir()
+    subprocess.run(["mount", "-t", "fusectl", "none", client], check=True)
     try:
-        (control / str(number) / "abort").write_text("1")
+        (client / str(number) / "abort").write_text("1")
     finally:
-        subprocess.run(["umount", control], check=True)
+        subprocess.run(["umount", client], check=True)
     assert mounted.wait() == 0
     assert not is_mounted(mounted.path)
     mounted.start()

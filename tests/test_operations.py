@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from pkernfs import fuse_shim
 from pkernfs.errors import CorruptionError, NoSpaceError, NotFoundError, ZeroingNeeded
 from pkernfs.fs import mkfs
 from pkernfs.fs.filesystem import FileSystem
-from pkernfs.fs.operations import EXTENTS_XATTR, Operations
-from pkernfs.region import Region
+from pkernfs.fuse import shim
+from pkernfs.fuse.operations import EXTENTS_XATTR, Operations
+from pkernfs.region.region import Region
 
 import pyfuse3  # isort: skip  # after the shim
 
@@ -321,18 +321,18 @@ def test_added_operations_are_answered_later(
     def reply(req: object, result: int, *, counted: bool) -> None:
         replies.append((req, result, counted))
 
-    monkeypatch.setattr(fuse_shim, "reply_later", reply)
+    monkeypatch.setattr(shim, "reply_later", reply)
     waiting = ops.waiting
     assert isinstance(waiting, Waiting)
     ino = make(ops)
     run_once(ops, ZeroingNeeded([(5, 1)]), monkeypatch, "write")
     data = bytearray(b"written")
-    assert ops.on_write("w", ino, memoryview(data), 0, False) == fuse_shim.LATER
+    assert ops.on_write("w", ino, memoryview(data), 0, False) == shim.LATER
     data[:] = b"another"  # the buffer is used again
     assert ops.on_fallocate("f", ino, 0, 0, 4 * MIB) == 0
     run_once(ops, ZeroingNeeded([(6, 1)]), monkeypatch, "fallocate_steps")
-    assert ops.on_fallocate("f", ino, 16, 4 * MIB, 12 * MIB) == fuse_shim.LATER
-    assert ops.on_fallocate("g", ino, 16, MIB, 12 * MIB) == fuse_shim.LATER
+    assert ops.on_fallocate("f", ino, 16, 4 * MIB, 12 * MIB) == shim.LATER
+    assert ops.on_fallocate("g", ino, 16, MIB, 12 * MIB) == shim.LATER
     assert ops.on_fallocate("h", ino, 99, MIB, 12 * MIB) == -errno.EOPNOTSUPP
     for task in waiting.tasks:
         do(task())  # type: ignore[arg-type]

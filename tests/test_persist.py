@@ -12,8 +12,9 @@ from mounting import MIB, Mounted, run_pkernfs
 from pkernfs.errors import NoSpaceError
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
-from pkernfs.iommu.config import Bar, load_bars, record_bar
-from pkernfs.region import Region
+from pkernfs.host.bars import Bar
+from pkernfs.iommu.config import load_bars, record_bar
+from pkernfs.region.region import Region
 
 KEPT, CUT, OTHER = "0000:00:05.0", "0000:00:06.0", "0000:01:00.0"
 

@@ -9,16 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from machine import Machine, add_dax, make_machine
-from pkernfs.backing.dax import read_device
-from pkernfs.backing.daxlayout import regions, users
-from pkernfs.backing.iomem import Span
 from pkernfs.errors import RegionError
 from pkernfs.fs import placement
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.fs.placement import Placement, encode, open_region, parse, read
+from pkernfs.host.iomem import Span
 from pkernfs.layout import BACKUP_PAGE, BLOCK, MAX_PIECES, PAGE, PLACEMENT_OFFSET
-from pkernfs.region import Region, page_checksum
+from pkernfs.region.dax import read_device
+from pkernfs.region.dax_devices import regions, users
+from pkernfs.region.region import Region, page_checksum
 
 M = 1 << 20
 G = 1 << 30

@@ -15,15 +15,15 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pkernfs._native import ffi
+from pkernfs.native._native import ffi
 
 from checking import MemoryFile
-from pkernfs.backing import locks
 from pkernfs.errors import LockedError, RegionError
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.layout import BLOCK, PAGE
-from pkernfs.region import Region, crc32c, page_checksum, trace_start, trace_stop
+from pkernfs.region import locks
+from pkernfs.region.region import Region, crc32c, page_checksum, trace_start, trace_stop
 
 MIB = 1 << 20
 
@@ -409,7 +409,7 @@ def test_bus_error_is_one_line(tmp_path: Path) -> None:
     Region.create(str(path), 8 << 20)
     program = (
         "import os, sys\n"
-        "from pkernfs.region import Region, exit_on_bus_error\n"
+        "from pkernfs.region.region import Region, exit_on_bus_error\n"
         "region = Region.open(sys.argv[1], write=True)\n"
         "exit_on_bus_error('pkernfs', 32)\n"
         "os.truncate(sys.argv[1], 0)\n"

@@ -36,7 +36,7 @@ from pkernfs.errors import CorruptionError, FormatError
 from pkernfs.fs import fsck
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.layout import FIRST_MAP_PAGE, PAGE, ROOT_INO, STATE_PAGE
-from pkernfs.region import Region
+from pkernfs.region.region import Region
 
 SEED = int(os.environ.get("PKERNFS_SEED") or random.randrange(1 << 32))
 KILLS = int(os.environ.get("PKERNFS_KILLS") or 100)

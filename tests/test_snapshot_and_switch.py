@@ -17,7 +17,8 @@ import pytest
 from iommu_machine import MIB
 from iommu_window import UNIT, QtestWindow
 from mounting import Mounted, run_pkernfs
-from pkernfs.backing.host import Host
+from pkernfs.dma import snapshot
+from pkernfs.dma.activation import Activation
 from pkernfs.errors import (
     BusyError,
     InvalidError,
@@ -28,21 +29,21 @@ from pkernfs.errors import (
     PkernfsError,
     UnitError,
 )
-from pkernfs.fs import snapshot
-from pkernfs.fs.activation import Activation
-from pkernfs.iommu.config import Bar, Config, configure
-from pkernfs.iommu.contexts import Mode
-from pkernfs.iommu.discovery import FoundUnit
-from pkernfs.iommu.dmar import BRIDGE, ENDPOINT, Dmar, UnitStructure
-from pkernfs.iommu.invalidation import everything
+from pkernfs.host.bars import Bar
+from pkernfs.host.dmar import BRIDGE, ENDPOINT, Dmar, UnitStructure
+from pkernfs.host.sysroot import Host
+from pkernfs.iommu.config import Config, configure
+from pkernfs.iommu.context_walk import Mode
 from pkernfs.iommu.memory import Memory, store_words
-from pkernfs.iommu.mmio import MemoryWindow
-from pkernfs.iommu.pgtable import PageTable
-from pkernfs.iommu.registers import STATUS, Command, Kind, RootTableAddress, Step
-from pkernfs.iommu.tables import RootTables
-from pkernfs.iommu.unit import QueueMemory, Unit
+from pkernfs.iommu.page_table import PageTable
+from pkernfs.iommu.root_tables import RootTables
 from pkernfs.layout import BLOCK, IOMMU_INO, PAGE, ROOT_INO
-from pkernfs.region import Region
+from pkernfs.region.region import Region
+from pkernfs.units.discovery import FoundUnit
+from pkernfs.units.mmio import MemoryWindow
+from pkernfs.units.unit import QueueMemory, Unit
+from pkernfs.vtd.invalidation import everything
+from pkernfs.vtd.registers import STATUS, Command, Kind, RootTableAddress, Step
 from table_files import drain
 from test_activation import AT, BUS_MASTER, FIRST, SCRATCH, SECOND, Rig
 from test_iommu_dmar import add_device, config, drhd, rmrr, scope

@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from model import Model, Node
 from mounting import Mounted, child, libc
 from pkernfs.fs import fsck
-from pkernfs.region import Region
+from pkernfs.region.region import Region
 from test_stateful import LENGTHS, OFFSETS, PICK, noise
 
 pytestmark = pytest.mark.fuse

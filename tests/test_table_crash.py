@@ -18,19 +18,20 @@ import pytest
 
 from checking import assert_clean
 from crash import JOURNAL, JOURNAL_END, MIB, Piece, Replay, Store, cut, is_fence, recorded
-from pkernfs.backing.host import Host as Machine
+from pkernfs.dma import snapshot
+from pkernfs.dma.table_files import ROOT_NAME
 from pkernfs.errors import BusyError, ExistsError, NotFoundError, PkernfsError
-from pkernfs.fs import snapshot
 from pkernfs.fs.filesystem import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FileSystem
-from pkernfs.fs.tables import ROOT_NAME
-from pkernfs.iommu.config import Bar, Config
-from pkernfs.iommu.contexts import Mode
-from pkernfs.iommu.live import Shape
+from pkernfs.host.bars import Bar
+from pkernfs.host.sysroot import Host as Machine
+from pkernfs.iommu.config import Config
+from pkernfs.iommu.context_walk import Mode
 from pkernfs.iommu.memory import Memory
-from pkernfs.iommu.pool import Mapping
-from pkernfs.iommu.walk import translate, translate_domain
+from pkernfs.iommu.page_pool import Mapping
+from pkernfs.iommu.translate import translate, translate_domain
 from pkernfs.layout import BLOCK, IOMMU_INO, PAGE, ROOT_INO
-from pkernfs.region import Region, crc32c
+from pkernfs.region.region import Region, crc32c
+from pkernfs.units.kernel_tables import Shape
 from table_files import DEVICE, PHYS_BASE, READ, RW, Host, drain
 
 pytestmark = pytest.mark.crash

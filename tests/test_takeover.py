@@ -1,4 +1,4 @@
-"""scripts/lib/takeover.py without a device: what is refused, and what happens in which order."""
+"""pkernfs.vmm.takeover without a device: what is refused, and what happens in which order."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 
-import takeover
-import vfio
-from takeover import Domain, Piece, TakeOver, TakeOverError, plan
+from pkernfs.vmm import takeover, vfio
+from pkernfs.vmm.takeover import Domain, Piece, TakeOver, TakeOverError, plan
 
 MIB = 1 << 20
 A, B, SPARE = "0000:00:05.0", "0000:00:06.0", "0000:00:07.0"

@@ -1,4 +1,4 @@
-"""scripts/lib/vfio.py: its structures and numbers, and what it asks of the kernel."""
+"""pkernfs.vmm.vfio: its structures and numbers, and what it asks of the kernel."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import uapi
-import vfio
+from pkernfs.vmm import vfio
 
 BDF = "0000:00:05.0"
 

@@ -1,4 +1,4 @@
-"""What the C compiler says of the kernel's headers, beside what scripts/lib/vfio.py has."""
+"""What the C compiler says of the kernel's headers, beside what pkernfs.vmm.vfio has."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import subprocess
 from pathlib import Path
 
-import vfio
+from pkernfs.vmm import vfio
 
 HEADERS = ("vfio", "iommufd")
 

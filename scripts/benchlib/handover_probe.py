@@ -19,10 +19,10 @@ from typing import Any
 
 from cffi import FFI
 
-from pkernfs.digest import cores, digest_all
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
-from pkernfs.region import Region
+from pkernfs.region.digest import cores, digest_all
+from pkernfs.region.region import Region
 
 MIB = 1 << 20
 DIGEST_BYTES = 1 << 30

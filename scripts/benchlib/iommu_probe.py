@@ -23,10 +23,10 @@ from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.iommu.check import check
 from pkernfs.iommu.config import Config
 from pkernfs.iommu.memory import Memory
-from pkernfs.iommu.pgtable import PageTable
+from pkernfs.iommu.page_table import PageTable
 from pkernfs.journal import PageStore
 from pkernfs.layout import IOMMU_INO, PAGE, ROOT_INO
-from pkernfs.region import Region
+from pkernfs.region.region import Region
 
 MIB = 1 << 20
 GIB = 1 << 30

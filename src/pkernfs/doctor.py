@@ -1,6 +1,6 @@
 """What this host can do of what pkernfs is for, what is missing, and the remedy for each.
 
-A check looks at the host (:class:`pkernfs.backing.host.Host`) and says what it has found; nothing
+A check looks at the host (:class:`pkernfs.host.sysroot.Host`) and says what it has found; nothing
 is changed, loaded or opened for writing.
 """
 
@@ -14,18 +14,18 @@ from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import NamedTuple
 
-from pkernfs import qemu
-from pkernfs.backing import cmdline, dax, iomem, kernels
-from pkernfs.backing.host import HOST, Host
 from pkernfs.errors import NotFoundError, PkernfsError, RegionError
-from pkernfs.iommu import discovery
+from pkernfs.host import cmdline, iomem, kernel_image, qemu
+from pkernfs.host.sysroot import HOST, Host
 from pkernfs.iommu.config import Config as IommuConfig
-from pkernfs.iommu.fitness import Demands, shortcomings
+from pkernfs.region import dax
+from pkernfs.units import discovery
+from pkernfs.units.requirements import Demands, shortcomings
 
 OK, WARNING, MISSING, UNKNOWN = "ok", "warning", "missing", "unknown"
 
 _OLDEST_KERNEL = (6, 1)
-_OLDEST_LIBFUSE = (3, 13)  # fuse_shim.attach()
+_OLDEST_LIBFUSE = (3, 13)  # shim.attach()
 _SHARED_DIRECT_KERNEL = (6, 6)  # FUSE_DIRECT_IO_ALLOW_MMAP
 _HUGE_LEAF = 2  # level of the 2 MiB leaves that guest memory is mapped with
 _UNITS = "usr/local/lib/systemd/system/pkernfs.target"
@@ -43,7 +43,7 @@ class Result(NamedTuple):
 
 def examine(host: Host = HOST) -> Iterator[Result]:
     """All checks, in the order in which one sets a host up."""
-    config = kernels.running_config(host)
+    config = kernel_image.running_config(host)
     for check in _CHECKS:
         yield from check(host, config)
 
@@ -53,7 +53,7 @@ def able(results: list[Result], area: str) -> bool:
     return not any(r.area == area and r.status == MISSING for r in results)
 
 
-Config = kernels.Config | None
+Config = kernel_image.Config | None
 
 
 def _version(text: str) -> tuple[int, ...]:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from struct import Struct
 from typing import Any
 
-from pkernfs._native import ffi, lib
 from pkernfs.errors import CorruptionError, NoSpaceError, ReadOnlyError
 from pkernfs.layout import (
     HEADER,
@@ -23,7 +22,8 @@ from pkernfs.layout import (
     RECORD,
     RUN,
 )
-from pkernfs.region import Region
+from pkernfs.native._native import ffi, lib
+from pkernfs.region.region import Region
 
 MAX_PAGES = 1024
 SAFE_PAGES = 400  # their images fill less than the 2 MiB of the journal

@@ -25,7 +25,7 @@ from iommu_unit import BUFFER, Edu, Fault, Unit, reasons_in_qemu
 from kexeclab.guest import Guest
 from kexeclab.runner import Lab
 from pkernfs import cli
-from pkernfs.control import call
+from pkernfs.control.client import call
 from pkernfs.iommu import FaultReason
 from pkernfs.layout import PAGE
 

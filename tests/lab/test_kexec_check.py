@@ -18,7 +18,7 @@ pytestmark = pytest.mark.lab
 
 _PYTHON = "/opt/pkernfs/.venv/bin/python"
 _MOUNT = Path("/mnt/pkernfs")
-_READ = "from pkernfs.loaded import command_line_of_loaded as f; print(f('region'))"
+_READ = "from pkernfs.kexec.loaded import command_line_of_loaded as f; print(f('region'))"
 
 
 def read_what_is_loaded(guest: Guest) -> None:

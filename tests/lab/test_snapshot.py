@@ -20,9 +20,9 @@ from edu import Transfers
 from regions import MOUNT
 from words import read_word, write_word
 
-import vfio
 from kexeclab.guest import Guest
 from kexeclab.runner import Lab
+from pkernfs.vmm import vfio
 
 pytestmark = pytest.mark.lab
 

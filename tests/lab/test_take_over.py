@@ -27,12 +27,11 @@ from edu import BUFFER, FROM_MEMORY, TO_MEMORY, Transfers
 from regions import MOUNT
 from words import read_word, write_word
 
-import takeover
 import uapi
-import vfio
 from kexeclab.guest import Guest, running_kernel
 from kexeclab.runner import Lab
 from pkernfs import cli
+from pkernfs.vmm import takeover, vfio
 
 pytestmark = pytest.mark.lab
 
@@ -56,7 +55,7 @@ FAULT = re.compile(r"DMAR: \[(?:DMA|INTR).*")
 VMM = """
 import json, mmap, os, sys
 sys.path.insert(0, "/opt/pkernfs/scripts/lib")
-import vfio
+from pkernfs.vmm import vfio
 told = json.loads(os.environ["TAKEN_OVER"])["dom-1"]
 device = vfio.Device(sys.argv[1], told["devices"][sys.argv[1]])
 assert device.read_config(vfio.PCI_COMMAND) & vfio.PCI_COMMAND_MASTER

@@ -25,9 +25,9 @@ from dma import (
 )
 from regions import MOUNT
 
-import takeover
 from kexeclab.guest import Guest
 from kexeclab.runner import Lab
+from pkernfs.vmm import takeover
 
 pytestmark = pytest.mark.lab
 

@@ -34,10 +34,9 @@ from dma import (
 from nic import Mapped, Nic
 from regions import MOUNT
 
-import takeover
-import vfio
 from kexeclab.guest import Guest
 from kexeclab.runner import Lab
+from pkernfs.vmm import takeover, vfio
 
 pytestmark = pytest.mark.lab
 

@@ -9,8 +9,8 @@ import os
 import struct
 from collections.abc import Iterator
 
+from pkernfs.control.mounts import mount_of
 from pkernfs.errors import NotSupportedError
-from pkernfs.mounts import mount_of
 
 _XATTR = "system.pkernfs.extents"
 _EXTENT = struct.Struct("<QQQQ")

@@ -19,16 +19,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pkernfs import control, loaded
+from pkernfs.control import client
+from pkernfs.control.mounts import Mount
 from pkernfs.errors import BusyError, CorruptionError, NoSpaceError, PkernfsError, RegionError
-from pkernfs.mounts import Mount
+from pkernfs.kexec import loaded
 from pkernfs.options import format_size
 from pkernfs.progress import Progress
 
 if TYPE_CHECKING:
-    from pkernfs.digest import Part
     from pkernfs.fs.fsck import Survey
-    from pkernfs.region import Region
+    from pkernfs.region.digest import Part
+    from pkernfs.region.region import Region
 
 _PIECE = 512 << 10  # of the list, in one request
 _SHOWN = 8
@@ -72,7 +73,7 @@ class Outcome:
 def run(args: argparse.Namespace) -> int:
     """Hand over, or undo it."""
     if args.abort:
-        control.call(args.mnt, "handover_abort")
+        client.call(args.mnt, "handover_abort")
         if args.json:
             print(json.dumps({"aborted": True}))
         else:
@@ -107,14 +108,14 @@ def hand_over(mnt: str, digests: bool, command_line: str | None = None) -> Outco
     :raises BusyError: files are open for writing, or it was handed over already.
     :raises CorruptionError: the check found something wrong; the file system is thawed.
     """
-    from pkernfs.fs import fsck, handover  # noqa: F401 - loaded before anything is frozen
+    from pkernfs.fs import fsck, manifest  # noqa: F401 - loaded before anything is frozen
 
     start = time.monotonic()
-    mount = control.find_mount(mnt)
+    mount = client.find_mount(mnt)
     loaded.check(mount.source, command_line)
     write_back(mount.mount_point)
     outcome = Outcome()
-    lease = control.stream(mnt, "handover_freeze")
+    lease = client.stream(mnt, "handover_freeze")
     try:
         frozen = next(lease)
         if "writers" in frozen:
@@ -147,9 +148,9 @@ def _check_and_record(
     mnt: str, mount: Mount, frozen: dict[str, Any], digests: bool, outcome: Outcome
 ) -> None:
     from pkernfs.fs.fsck import survey
-    from pkernfs.fs.handover import FileDigests, build_list, room_for_list
+    from pkernfs.fs.manifest import FileDigests, build_list, room_for_list
     from pkernfs.layout import HANDOVER_FLAG_DIGESTS, STATE_PAGE
-    from pkernfs.region import Region
+    from pkernfs.region.region import Region
 
     with Region.open(mount.source, write=False, lock=False) as region:
         start = time.monotonic()
@@ -172,18 +173,18 @@ def _check_and_record(
         data = build_list(region, found.uuid, number, pages, files)
         room = room_for_list(len(data))
         try:
-            made = control.call(mnt, "handover_make_list", bytes=room)
+            made = client.call(mnt, "handover_make_list", bytes=room)
         except NoSpaceError:
             _warn(f"{mnt}: no space for the list: the next mount cannot compare")
-            outcome.number = control.call(mnt, "handover_commit", ino=0, digest=0, flags=0)
+            outcome.number = client.call(mnt, "handover_commit", ino=0, digest=0, flags=0)
             return
         pages = (pages | set(made["pages"])) - {STATE_PAGE}
         data = build_list(region, found.uuid, number, pages, files)
         data += bytes(room - len(data))
     _send_list(mnt, made["ino"], data)
-    from pkernfs.digest import crc64
+    from pkernfs.region.digest import crc64
 
-    outcome.number = control.call(
+    outcome.number = client.call(
         mnt,
         "handover_commit",
         ino=made["ino"],
@@ -195,7 +196,7 @@ def _check_and_record(
 def _send_list(mnt: str, ino: int, data: bytes) -> None:
     for at in range(0, len(data), _PIECE):
         piece = base64.b64encode(data[at : at + _PIECE]).decode()
-        control.call(mnt, "handover_write_list", ino=ino, offset=at, data=piece)
+        client.call(mnt, "handover_write_list", ino=ino, offset=at, data=piece)
 
 
 def _refuse_damage(mnt: str, found: Survey) -> None:
@@ -212,8 +213,8 @@ def _refuse_damage(mnt: str, found: Survey) -> None:
 
 def take_digests(mnt: str, region: Region, found: Survey, outcome: Outcome) -> list[Any]:
     """Digests of all files, by all cores."""
-    from pkernfs.digest import digest_all
-    from pkernfs.fs.handover import FileDigests, chunks_of
+    from pkernfs.fs.manifest import FileDigests, chunks_of
+    from pkernfs.region.digest import digest_all
 
     files: list[FileDigests] = []
     todo: list[tuple[list[tuple[int, int, int]], FileDigests]] = []
@@ -267,7 +268,7 @@ def _warn_of_mappings(mount: Mount) -> None:
 
 
 def _is_daemon(pid: int, mount: Mount) -> bool:
-    return bool(control.call(mount.mount_point, "ping")["pid"] == pid)
+    return bool(client.call(mount.mount_point, "ping")["pid"] == pid)
 
 
 # ---------------------------------------------------------------------- who is in the way

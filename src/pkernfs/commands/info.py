@@ -12,11 +12,11 @@ import os
 import time
 from typing import Any
 
-from pkernfs import control
-from pkernfs.backing import arrival
-from pkernfs.backing.host import HOST
+from pkernfs.control import client
+from pkernfs.control.mounts import FSTYPE, canonical_spec, mount_at, mount_of, mounts_of_region
 from pkernfs.errors import InvalidError, PkernfsError, one_line
-from pkernfs.mounts import FSTYPE, canonical_spec, mount_at, mount_of, mounts_of_region
+from pkernfs.host import boot
+from pkernfs.host.sysroot import HOST
 from pkernfs.options import format_size
 
 
@@ -55,7 +55,7 @@ def region_of(target: str) -> str:
 def describe(spec: str) -> dict[str, Any]:
     """The JSON of ``pkernfs info``, documented in docs/operations.md."""
     from pkernfs.fs import superblock
-    from pkernfs.region import Region
+    from pkernfs.region.region import Region
 
     with Region.open(spec, write=False, lock=False) as region:
         facts: dict[str, Any] = {"region": spec, **superblock.describe(region)}
@@ -64,7 +64,7 @@ def describe(spec: str) -> dict[str, Any]:
     facts["verification"] = None
     if facts.get("history") and facts["mount_points"]:
         with contextlib.suppress(PkernfsError, OSError):  # not for us to ask, or nobody answers
-            facts["verification"] = control.call(facts["mount_points"][0], "handover_status")
+            facts["verification"] = client.call(facts["mount_points"][0], "handover_status")
     return facts
 
 
@@ -72,8 +72,8 @@ def _kexec(facts: dict[str, Any]) -> dict[str, Any]:
     """How the running kernel was started, and whether it has adopted tables in force."""
     path = "orderly" if facts.get("arrival") == "live update" else None
     return {
-        "path": "panic" if arrival.by_panic(HOST) else path,
-        "units": [a._asdict() for a in arrival.adoptions(HOST)],
+        "path": "panic" if boot.by_panic(HOST) else path,
+        "units": [a._asdict() for a in boot.adoptions(HOST)],
     }
 
 

@@ -1,6 +1,6 @@
 """``pkernfs install-units``: systemd's units for mounts that outlive a kexec.
 
-The units are in ``pkernfs/units``; what they do, and how they are ordered, stands there. They go
+The units are in ``pkernfs/systemd``; what they do, and how they are ordered, stands there. They go
 where the administrator's own software has its units, so that /etc is free for changes to them.
 """
 
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
 def unit_text(name: str, program: str) -> str:
     """The unit ``name``, with the path of this program in it."""
-    text = (files("pkernfs") / "units" / name).read_text(encoding="utf-8")
+    text = (files("pkernfs") / "systemd" / name).read_text(encoding="utf-8")
     return text.replace(_PLACEHOLDER, program)
 
 

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from pkernfs.control.mounts import FSTYPE, Mount, canonical_spec, mount_at, mount_of
 from pkernfs.errors import InvalidError, NotFoundError, PkernfsError, UsageError
-from pkernfs.mounts import FSTYPE, Mount, canonical_spec, mount_at, mount_of
 from pkernfs.options import parse_size
 
 _MAX_DOMAIN = 65535
@@ -217,7 +217,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _create(args: argparse.Namespace) -> int:
-    from pkernfs.control import call
+    from pkernfs.control.client import call
 
     size = parse_size(args.size)
     call(args.mnt, "iommu.create", mode=args.mode, levels=args.levels, size=size)
@@ -225,9 +225,9 @@ def _create(args: argparse.Namespace) -> int:
 
 
 def _map(args: argparse.Namespace) -> int:
-    from pkernfs.control import call
-    from pkernfs.iommu.bars import parse_bar
-    from pkernfs.iommu.entries import parse_perm
+    from pkernfs.control.client import call
+    from pkernfs.host.bars import parse_bar
+    from pkernfs.vtd.entries import parse_perm
 
     mount, number = _domain(args.dom)
     request: dict[str, Any] = {
@@ -265,7 +265,7 @@ class _open_file:
 
 
 def _unmap(args: argparse.Namespace) -> int:
-    from pkernfs.control import call
+    from pkernfs.control.client import call
 
     _mount, number = _domain(args.dom)
     length = parse_size(args.length, "length")
@@ -274,8 +274,8 @@ def _unmap(args: argparse.Namespace) -> int:
 
 
 def _attach(args: argparse.Namespace) -> int:
-    from pkernfs.control import call
-    from pkernfs.iommu.bars import parse_device
+    from pkernfs.control.client import call
+    from pkernfs.host.bars import parse_device
 
     _mount, number = _domain(args.dom)
     call(args.dom, "iommu.attach", domain=number, device=parse_device(args.bdf))
@@ -283,8 +283,8 @@ def _attach(args: argparse.Namespace) -> int:
 
 
 def _snapshot(args: argparse.Namespace) -> int:
-    from pkernfs.control import call
-    from pkernfs.iommu.bars import parse_device
+    from pkernfs.control.client import call
+    from pkernfs.host.bars import parse_device
 
     _mount, number = _domain(args.dom)
     call(args.dom, "iommu.snapshot", domain=number, device=parse_device(args.bdf))
@@ -292,8 +292,8 @@ def _snapshot(args: argparse.Namespace) -> int:
 
 
 def _detach(args: argparse.Namespace) -> int:
-    from pkernfs.control import call
-    from pkernfs.iommu.bars import parse_device
+    from pkernfs.control.client import call
+    from pkernfs.host.bars import parse_device
 
     device = parse_device(args.bdf)
     call(_mount_with(args, device), "iommu.detach", device=device)
@@ -301,8 +301,8 @@ def _detach(args: argparse.Namespace) -> int:
 
 
 def _persist(args: argparse.Namespace) -> int:
-    from pkernfs.control import call
-    from pkernfs.iommu.bars import parse_device
+    from pkernfs.control.client import call
+    from pkernfs.host.bars import parse_device
 
     device = parse_device(args.bdf)
     call(_mount_with(args, device), "iommu.persist", device=device, on=args.switch == "on")
@@ -327,13 +327,13 @@ def _mount_with(args: argparse.Namespace, device: int) -> str:
 
 
 def _all_mounts() -> list[str]:
-    from pkernfs.mounts import read_mounts
+    from pkernfs.control.mounts import read_mounts
 
     return [m.mount_point for m in read_mounts() if m.fstype == FSTYPE]
 
 
 def _is_attached(mount_point: str, device: int) -> bool:
-    from pkernfs.control import call
+    from pkernfs.control.client import call
 
     try:
         return device in call(mount_point, "iommu.devices")
@@ -371,7 +371,7 @@ def _alive(path: str) -> Iterator[None]:
     except OSError as e:
         if e.errno not in (errno.ENOTCONN, errno.ECONNABORTED):
             raise
-        from pkernfs.control import NoDaemonError
+        from pkernfs.control.client import NoDaemonError
 
         raise NoDaemonError(f"{path}: its daemon has died: mount the region again") from None
 
@@ -428,8 +428,8 @@ def _question(args: argparse.Namespace) -> dict[str, Any]:
     if getattr(args, "merge", False):
         question["merge"] = True
     if args.subcommand == "translate":
-        from pkernfs.iommu.bars import parse_device
-        from pkernfs.iommu.entries import parse_perm
+        from pkernfs.host.bars import parse_device
+        from pkernfs.vtd.entries import parse_perm
 
         question["device"] = parse_device(args.bdf)
         question["iova"] = parse_iova(args.iova)
@@ -439,7 +439,7 @@ def _question(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _answers(args: argparse.Namespace, question: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    from pkernfs.control import stream
+    from pkernfs.control.client import stream
 
     target = args.target
     here = mount_at(target)
@@ -457,9 +457,9 @@ def _without_daemon(
     spec: str, phys_base: str | None, question: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """Read a region that is not mounted; nothing is stored to it."""
+    from pkernfs.dma.reports import Question, answer
     from pkernfs.fs.filesystem import FileSystem
-    from pkernfs.fs.translation import Question, answer
-    from pkernfs.region import Region
+    from pkernfs.region.region import Region
 
     base = None if phys_base is None else parse_size(phys_base, "phys-base")
     question["as_json"] = question.pop("json")
@@ -478,7 +478,7 @@ def _without_daemon(
 
 
 def _activate(args: argparse.Namespace) -> int:
-    from pkernfs.control import call
+    from pkernfs.control.client import call
 
     names = call(args.mnt, "iommu.activate", units=args.unit, cut_off=args.cut_off)
     print("\n".join(f"{name}: in force" for name in names or ()))
@@ -486,7 +486,7 @@ def _activate(args: argparse.Namespace) -> int:
 
 
 def _deactivate(args: argparse.Namespace) -> int:
-    from pkernfs.control import call
+    from pkernfs.control.client import call
 
     names = call(args.mnt, "iommu.deactivate", units=args.unit, force=args.force)
     print("\n".join(f"{name}: off" for name in names or ()))
@@ -494,8 +494,8 @@ def _deactivate(args: argparse.Namespace) -> int:
 
 
 def _units(args: argparse.Namespace) -> int:
-    from pkernfs.backing.host import HOST
-    from pkernfs.iommu.discovery import find_units, read_dmar, unit_lines, unit_record
+    from pkernfs.host.sysroot import HOST
+    from pkernfs.units.discovery import find_units, read_dmar, unit_lines, unit_record
 
     roots = {root: mount for mount in _all_mounts() if (root := _root_of(mount)) is not None}
     found = find_units(HOST, read_dmar(HOST), write=args.clear)
@@ -513,7 +513,7 @@ def _units(args: argparse.Namespace) -> int:
 
 def _root_of(mount_point: str) -> int | None:
     """Physical address of a mount's root table, if its daemon tells."""
-    from pkernfs.control import call
+    from pkernfs.control.client import call
 
     try:
         root = call(mount_point, "iommu.root")

@@ -17,13 +17,14 @@ import sys
 from collections.abc import Iterator
 from typing import NamedTuple, NoReturn
 
-from pkernfs import kexec, loaded
-from pkernfs.backing.host import HOST
 from pkernfs.commands.handover import hand_over
-from pkernfs.control import call
+from pkernfs.control.client import call
+from pkernfs.control.mounts import FSTYPE, Mount, read_mounts
 from pkernfs.errors import InvalidError, NotFoundError, PkernfsError
-from pkernfs.kdump import Needs
-from pkernfs.mounts import FSTYPE, Mount, read_mounts
+from pkernfs.host.sysroot import HOST
+from pkernfs.kexec import loaded
+from pkernfs.kexec.crash import Needs
+from pkernfs.kexec.plan import JUMP, Plan, find_kernel, make_plan
 
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 _ALL_ENDING = (*_ENDING, signal.SIGINT)
@@ -93,7 +94,7 @@ class Standing(NamedTuple):
 
 def run(args: argparse.Namespace) -> int:
     """Check, load, hand over and start. Returns only if that failed, or with --dry-run."""
-    kexec.find_kernel(args.kernel, args.initrd, HOST)
+    find_kernel(args.kernel, args.initrd, HOST)
     mounts = [m for m in read_mounts() if m.fstype == FSTYPE]
     standing = Standing(mounts, {} if args.orderly else _ask(mounts))
     needs = standing.whole()
@@ -106,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     points = [m.mount_point for m in mounts]
     if not needs.devices:
         points = [p for p in points if not handed_over_by_systemd(p)]
-    plan = kexec.make_plan(
+    plan = make_plan(
         [span for m in mounts for span in loaded.physical_spans(m.source)],
         points,
         kernel=args.kernel,
@@ -119,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
         for words in plan.commands:
             print(shlex.join(words))
         if plan.crash:
-            print(kexec.JUMP)
+            print(JUMP)
         return 0
     replaced = plan.crash and HOST.find("sys/kernel/kexec_crash_loaded") == "1"
     _run(plan.commands[0])
@@ -142,7 +143,7 @@ def _ask(mounts: list[Mount]) -> dict[str, Needs]:
     return found
 
 
-def _tell(plan: kexec.Plan, *, forced: bool) -> None:
+def _tell(plan: Plan, *, forced: bool) -> None:
     """Say what is added and what is lost.
 
     :raises PkernfsError: there are problems.
@@ -174,7 +175,7 @@ def handed_over_by_systemd(mount_point: str) -> bool:
     return subprocess.run(["systemctl", "is-active", "-q", unit], check=False).returncode == 0
 
 
-def _hand_over(point: str, plan: kexec.Plan, handed: list[str]) -> None:
+def _hand_over(point: str, plan: Plan, handed: list[str]) -> None:
     try:
         hand_over(point, False, plan.append if plan.crash else None)
     except PkernfsError:
@@ -186,7 +187,7 @@ def _hand_over(point: str, plan: kexec.Plan, handed: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def _undone_if_it_fails(plan: kexec.Plan, *, replaced: bool) -> Iterator[list[str]]:
+def _undone_if_it_fails(plan: Plan, *, replaced: bool) -> Iterator[list[str]]:
     """Gives a list for the mount points that are handed over.
 
     :param replaced: another kernel was loaded for a panic before.

@@ -10,10 +10,10 @@ import argparse
 import os
 import stat
 
-from pkernfs.backing import is_file_spec
 from pkernfs.errors import ExistsError, RegionError, UsageError
 from pkernfs.layout import MIN_REGION_BYTES, PAGE
 from pkernfs.options import format_size, parse_size
+from pkernfs.region.spec import is_file_spec
 
 _MAX_LABEL_BYTES = 64
 
@@ -76,7 +76,7 @@ def _report(region: str, made: int, label: str) -> int:
 def _format(path: str, label: str, force: bool) -> int:
     """Format what may be formatted; the bytes of the region."""
     from pkernfs.fs.mkfs import Content, make_filesystem, probe
-    from pkernfs.region import Region
+    from pkernfs.region.region import Region
 
     with Region.open(path, write=True) as region:
         if not force and (found := probe(region)).content is not Content.EMPTY:
@@ -114,7 +114,7 @@ def _file_size(path: str) -> int | None:
 
 def _resize(path: str, before: int | None, size: int | None, force: bool) -> None:
     """Make or extend the file so that it has ``size`` bytes, where that harms nobody."""
-    from pkernfs.region import Region
+    from pkernfs.region.region import Region
 
     if before is None:
         if size is None:

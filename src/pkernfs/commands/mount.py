@@ -9,8 +9,8 @@ import stat
 import subprocess
 import sys
 
+from pkernfs.control.mounts import FSTYPE, canonical_spec, mount_at
 from pkernfs.errors import BusyError, NotDirError, NotFoundError, PkernfsError
-from pkernfs.mounts import FSTYPE, canonical_spec, mount_at
 from pkernfs.options import parse_mount_options
 
 #: What a mount without a daemon answers; the second one if the daemon is just going.
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     options = parse_mount_options(args.options)
     mount_point = os.path.realpath(args.mount_point)
     check_mount_point(mount_point)
-    from pkernfs.fs.daemon import run_mount
+    from pkernfs.fuse.daemon import run_mount
 
     return run_mount(canonical_spec(args.region), mount_point, options, args.foreground)
 

@@ -17,9 +17,8 @@ import stat
 import sys
 from typing import Any, NamedTuple
 
-from pkernfs import qemu
-from pkernfs.backing import iomem
 from pkernfs.commands.extents import Extent, read_extents
+from pkernfs.control.mounts import Mount, mount_of
 from pkernfs.errors import (
     InvalidError,
     NotFoundError,
@@ -27,7 +26,7 @@ from pkernfs.errors import (
     ReadOnlyError,
     UsageError,
 )
-from pkernfs.mounts import Mount, mount_of
+from pkernfs.host import iomem, qemu
 from pkernfs.options import format_size
 
 QEMU = "qemu-system-x86_64"

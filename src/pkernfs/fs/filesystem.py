@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pkernfs import digest
 from pkernfs.alloc.blocks import BlockAllocator, Claim, MapRange
 from pkernfs.alloc.pages import PageAllocator
 from pkernfs.errors import (
@@ -38,11 +37,10 @@ from pkernfs.errors import (
     TooManyLinksError,
     ZeroingNeeded,
 )
-from pkernfs.fs import handover, superblock
+from pkernfs.fs import manifest, superblock
 from pkernfs.fs.extents import LAST_PAGE, ExtentMap
 from pkernfs.fs.inodes import Inode, InodeTable, Stat
 from pkernfs.fs.names import Names, check_name, is_table_name
-from pkernfs.fs.quiet import Quiet
 from pkernfs.fs.xattrs import Overflow, Xattrs, check_target
 from pkernfs.journal import PageStore, TransactionTooLarge
 from pkernfs.layout import (
@@ -75,10 +73,12 @@ from pkernfs.layout import (
     HistoryFields,
     StateFields,
 )
-from pkernfs.region import Region
+from pkernfs.ratelimit import Quiet
+from pkernfs.region import digest
+from pkernfs.region.region import Region
 
 if TYPE_CHECKING:
-    from pkernfs.fs.tables import TableFiles
+    from pkernfs.dma.table_files import TableFiles
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ class FileSystem:
         self.read_only = not may_write
         self.frozen = False  # for a handover; read_only as well then
         self._failed_frozen: str | None = None  # the first reason to stay read-only afterwards
-        self.arrival: handover.Arrival | None = None
+        self.arrival: manifest.Arrival | None = None
         self._list_ino = 0  # of the handover that is under way
         self._clock = clock
         self.store = PageStore(
@@ -232,7 +232,7 @@ class FileSystem:
         self,
         *,
         record: HandoverFields | None = None,
-        arrival: handover.Arrival | None = None,
+        arrival: manifest.Arrival | None = None,
         **changes: int | bytes,
     ) -> None:
         """Change fields of the state page, and the handover record and history if given."""
@@ -243,29 +243,29 @@ class FileSystem:
                 changes["arrival"] = arrival.kind
                 entry = _history_entry(before, arrival, changes["boot_id"])
                 if entry is not None:
-                    handover.push_history(page, entry)
+                    manifest.push_history(page, entry)
                 record = NO_HANDOVER
             STATE.pack_into(page, STATE_OFFSET, *before._replace(**changes))  # type: ignore[arg-type]
             if record is not None:
-                handover.write_record(page, record)
+                manifest.write_record(page, record)
 
     # ------------------------------------------------------------------ handover
 
-    def _arrive(self, state: StateFields, boot_id: bytes) -> handover.Arrival:
+    def _arrive(self, state: StateFields, boot_id: bytes) -> manifest.Arrival:
         """See what kind of mount this is, and compare with the handover before it."""
         kind = ARRIVAL_REMOUNT if state.boot_id == boot_id else ARRIVAL_LIVE_UPDATE
         if not state.mounts:
             kind = ARRIVAL_FIRST_BOOT
-        arrival = self.arrival = handover.Arrival(kind, self._clock())
+        arrival = self.arrival = manifest.Arrival(kind, self._clock())
         if state.state != STATE_FROZEN:
             return arrival
-        record = handover.read_record(self.store.read(STATE_PAGE, MAGIC_STATE))
+        record = manifest.read_record(self.store.read(STATE_PAGE, MAGIC_STATE))
         arrival.record = record
         if not record.list_ino:
             arrival.trouble = "the handover has left no list to compare with"
             return arrival
         try:
-            handover.load(self, record, self._read_list(record), arrival)
+            manifest.load(self, record, self._read_list(record), arrival)
         except PkernfsError as e:
             arrival.trouble = str(e)
         base = NO_PHYSICAL if self.region.phys_base is None else self.region.phys_base
@@ -305,7 +305,7 @@ class FileSystem:
             raise InvalidError("there is no handover to undo")
         self.read_only = self.frozen = False
         page = self.store.read(STATE_PAGE, MAGIC_STATE)
-        record = handover.read_record(page)
+        record = manifest.read_record(page)
         if superblock.load_state(page).state == STATE_FROZEN:
             self._set_state(state=STATE_MOUNTED, record=NO_HANDOVER)
         if self._failed_frozen is not None:
@@ -408,7 +408,7 @@ class FileSystem:
     @property
     def next_handover(self) -> int:
         """The number of the next handover."""
-        entries = handover.read_history(self.store.read(STATE_PAGE, MAGIC_STATE))
+        entries = manifest.read_history(self.store.read(STATE_PAGE, MAGIC_STATE))
         return 1 + max((entry.number for entry in entries), default=0)
 
     def end_verification(self) -> None:
@@ -419,9 +419,9 @@ class FileSystem:
             return
         with self.store:
             page = self.store.edit(STATE_PAGE, MAGIC_STATE)
-            entries = handover.read_history(page)
+            entries = manifest.read_history(page)
             if entries and entries[0].mounted_at == arrival.mounted_at:
-                handover.set_newest(
+                manifest.set_newest(
                     page, entries[0]._replace(result=arrival.result, changed=len(arrival.changes))
                 )
 
@@ -441,7 +441,9 @@ class FileSystem:
     def tables(self) -> TableFiles:
         """root-pgtables and the domains; opened when they are first asked for."""
         if self._tables is None:
-            from pkernfs.fs.tables import TableFiles  # most mounts have none, and it takes time
+            from pkernfs.dma.table_files import (
+                TableFiles,  # most mounts have none, and it takes time
+            )
 
             self._tables = TableFiles(self)
         return self._tables
@@ -1606,7 +1608,7 @@ def clear_set_id(inode: Inode) -> None:
 
 
 def _history_entry(
-    before: StateFields, arrival: handover.Arrival, boot_id: int | bytes
+    before: StateFields, arrival: manifest.Arrival, boot_id: int | bytes
 ) -> HistoryFields | None:
     """What the history is told of a mount; None if it is an ordinary one."""
     record = arrival.record

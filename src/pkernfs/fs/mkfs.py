@@ -68,7 +68,7 @@ from pkernfs.layout import (
     SuperblockFields,
     name_key,
 )
-from pkernfs.region import Region, page_checksum
+from pkernfs.region.region import Region, page_checksum
 
 _PROBE_BYTES = 1 << 20
 IOMMU_NAME = b"iommu"

@@ -12,12 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pkernfs.backing import dax, daxlayout, is_file_spec, resolve
-from pkernfs.backing.dax import Device
-from pkernfs.backing.host import HOST, Host
-from pkernfs.backing.iomem import Span
 from pkernfs.errors import CorruptionError, FormatError, PkernfsError, RegionError
 from pkernfs.fs import superblock
+from pkernfs.host.iomem import Span
+from pkernfs.host.sysroot import HOST, Host
 from pkernfs.layout import (
     BACKUP_PAGE,
     BLOCK,
@@ -32,7 +30,10 @@ from pkernfs.layout import (
     RANGES_OFFSET,
     SUPERBLOCK_PAGE,
 )
-from pkernfs.region import Region
+from pkernfs.region import dax, dax_devices
+from pkernfs.region.dax import Device
+from pkernfs.region.region import Region
+from pkernfs.region.spec import is_file_spec, resolve
 
 if TYPE_CHECKING:
     from pkernfs.fs.filesystem import FileSystem
@@ -183,7 +184,7 @@ def _put_back(path: str, name: str, host: Host) -> str:
             f"{', '.join(str(p) for p, _ in found)}: make it with daxctl create-device"
         )
     placement, region = found[0]
-    made = daxlayout.rebuild(name, placement.align, placement.pieces, region, host)
+    made = dax_devices.rebuild(name, placement.align, placement.pieces, region, host)
     log.warning("%s: put back as it was, at %s", path, " and ".join(map(str, placement.pieces)))
     return host.path(f"dev/{made}")
 
@@ -207,11 +208,11 @@ def _is_itself(path: str, name: str, host: Host) -> bool:
 def _find_all(host: Host) -> list[tuple[Placement, str]]:
     """Every record that lies where it says, with the dax region it is in."""
     found: list[tuple[Placement, str]] = []
-    for region in daxlayout.regions(host):
-        for device in daxlayout.region_devices(region, host):
+    for region in dax_devices.regions(host):
+        for device in dax_devices.region_devices(region, host):
             if device.size and device.driver in (None, os.path.basename(dax.DRIVER)):
                 found += [(p, region) for p in _search(device, host)]
-        with daxlayout.free_memory(region, host) as rest:
+        with dax_devices.free_memory(region, host) as rest:
             if rest is not None:
                 found += [(p, region) for p in _search(rest, host)]
     return found

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pkernfs.errors import CorruptionError, FormatError
-from pkernfs.fs import handover
+from pkernfs.fs import manifest
 from pkernfs.layout import (
     BACKUP_PAGE,
     BLOCK,
@@ -42,7 +42,7 @@ from pkernfs.layout import (
     StateFields,
     SuperblockFields,
 )
-from pkernfs.region import Region, page_checksum
+from pkernfs.region.region import Region, page_checksum
 
 log = logging.getLogger(__name__)
 
@@ -214,7 +214,7 @@ def describe(region: Region) -> dict[str, Any]:
     magic, checksum, *_ = HEADER.unpack_from(page)
     info: dict[str, Any] = {
         "label": sb.label,
-        "uuid": handover.uuid_text(sb.uuid),
+        "uuid": manifest.uuid_text(sb.uuid),
         "version": f"{sb.fields.version_major}.{sb.fields.version_minor}",
         "region_bytes": sb.fields.region_bytes,
         "page_bytes": PAGE,
@@ -236,9 +236,9 @@ def describe(region: Region) -> dict[str, Any]:
             "mounts": state.mounts,
             "mounted_ns": state.mounted_at,
             "unmounted_ns": state.unmounted_at,
-            "boot_id": handover.uuid_text(state.boot_id),
-            "arrival": handover.ARRIVALS.get(state.arrival),
-            **handover.describe(page, state.state == STATE_FROZEN),
+            "boot_id": manifest.uuid_text(state.boot_id),
+            "arrival": manifest.ARRIVALS.get(state.arrival),
+            **manifest.describe(page, state.state == STATE_FROZEN),
         }
     else:
         info["state"] = "damaged"

@@ -3,16 +3,17 @@
 docs/iommu.md says what is where, in which order it is stored, and why.
 """
 
+from pkernfs.host.bars import Bar
 from pkernfs.iommu.check import Report, check
-from pkernfs.iommu.config import Bar, Config, configure, load_config
-from pkernfs.iommu.contexts import ContextReader, Device, Mode
-from pkernfs.iommu.entries import READ, READ_WRITE, WRITE, FaultReason, parse_bdf, parse_perm
+from pkernfs.iommu.config import Config, configure, load_config
+from pkernfs.iommu.context_walk import ContextReader, Device, Mode
 from pkernfs.iommu.memory import Commit, Memory, store_words
-from pkernfs.iommu.pgtable import PageTable
-from pkernfs.iommu.pool import Mapping
-from pkernfs.iommu.tables import RootTables
-from pkernfs.iommu.trees import Code, Finding
-from pkernfs.iommu.walk import Step, Translation, translate, translate_domain
+from pkernfs.iommu.page_pool import Mapping
+from pkernfs.iommu.page_table import PageTable
+from pkernfs.iommu.page_walk import Code, Finding
+from pkernfs.iommu.root_tables import RootTables
+from pkernfs.iommu.translate import Step, Translation, translate, translate_domain
+from pkernfs.vtd.entries import READ, READ_WRITE, WRITE, FaultReason, parse_bdf, parse_perm
 
 __all__ = [
     "READ",

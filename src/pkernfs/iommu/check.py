@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 
 from pkernfs.errors import PkernfsError
 from pkernfs.iommu.config import Config, load_config
-from pkernfs.iommu.contexts import ContextReader, Device
-from pkernfs.iommu.entries import MAX_PHYSICAL_BITS, bdf_text
+from pkernfs.iommu.context_walk import ContextReader, Device
 from pkernfs.iommu.memory import Memory, merge_ranges, without_ranges
-from pkernfs.iommu.pool import TablePool
-from pkernfs.iommu.trees import MAX_FINDINGS, Code, Finding, check_tree
+from pkernfs.iommu.page_pool import TablePool
+from pkernfs.iommu.page_walk import MAX_FINDINGS, Code, Finding, check_tree
+from pkernfs.vtd.entries import MAX_PHYSICAL_BITS, bdf_text
 
 _MAX_KEPT = 10 * MAX_FINDINGS
 

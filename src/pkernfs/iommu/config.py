@@ -11,11 +11,12 @@ from struct import Struct
 from typing import NamedTuple
 
 from pkernfs.errors import BusyError, InvalidError, NoSpaceError, TableDamageError
-from pkernfs.iommu.contexts import Mode
-from pkernfs.iommu.entries import LEVELS, MAX_PHYSICAL_BITS, bdf_text
+from pkernfs.host.bars import Bar
+from pkernfs.iommu.context_walk import Mode
 from pkernfs.iommu.memory import Commit, Memory
 from pkernfs.layout import PAGE
-from pkernfs.region import Region, crc32c
+from pkernfs.region.region import Region, crc32c
+from pkernfs.vtd.entries import LEVELS, MAX_PHYSICAL_BITS
 
 CONFIG_BYTES = 24
 _CONFIG = Struct("<8sHBBIQ")
@@ -41,20 +42,6 @@ class Config(NamedTuple):
     mode: Mode = Mode.LEGACY
     levels: int = 4
     home: int = 0
-
-
-class Bar(NamedTuple):
-    """A memory BAR of a device that page tables may map: physical address and length in bytes."""
-
-    source_id: int
-    number: int
-    start: int
-    length: int
-
-    @property
-    def name(self) -> str:
-        """As in a message: ``BAR 0 of 0000:00:05.0``."""
-        return f"BAR {self.number} of {bdf_text(self.source_id)}"
 
 
 def config_words(config: Config) -> tuple[int, ...]:

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from pkernfs.iommu.config import Bar, Config
-from pkernfs.iommu.contexts import Device
-from pkernfs.iommu.entries import READ, WRITE, bdf_text, width_bits
-from pkernfs.iommu.pool import Mapping
+from pkernfs.host.bars import Bar
+from pkernfs.iommu.config import Config
+from pkernfs.iommu.context_walk import Device
+from pkernfs.iommu.page_pool import Mapping
+from pkernfs.vtd.entries import READ, WRITE, bdf_text, width_bits
 
 VERSION = 1
 _IOAS_FIXED_IOVA, _IOAS_WRITEABLE, _IOAS_READABLE = 1, 2, 4

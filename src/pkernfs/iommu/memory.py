@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 from pkernfs.errors import InvalidError, TableDamageError
 from pkernfs.layout import PAGE
-from pkernfs.region import Region
+from pkernfs.region.region import Region
 
 #: Stores words at region offsets, in that order; as one, if there is a journal.
 Commit = Callable[[Sequence[tuple[int, int]]], object]

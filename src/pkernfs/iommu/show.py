@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from pkernfs.errors import TableDamageError
-from pkernfs.iommu.contexts import Device
-from pkernfs.iommu.entries import ADDRESS_MASK, bdf_text, is_leaf, is_present, leaf_bytes, perm_text
+from pkernfs.iommu.context_walk import Device
 from pkernfs.iommu.export import Record, Target
 from pkernfs.iommu.memory import Memory
-from pkernfs.iommu.pool import Mapping
-from pkernfs.iommu.walk import Translation
+from pkernfs.iommu.page_pool import Mapping
+from pkernfs.iommu.translate import Translation
 from pkernfs.layout import PAGE
+from pkernfs.vtd.entries import ADDRESS_MASK, bdf_text, is_leaf, is_present, leaf_bytes, perm_text
 
 _TRANSLATION_HEAD = "B.D.F\tRoot_entry\t\t\t\tContext_entry\t\t\t\tPASID\tPASID_table_entry"
 DOMAIN_COLUMNS = "{:<17}\t{:<18}\t{:<18}\t{:<18}\t{:<18}\t{}".format(

@@ -21,7 +21,7 @@ from pkernfs.fs.fsck.problems import Code, Problem, Report
 from pkernfs.fs.fsck.survey import Survey
 from pkernfs.fs.fsck.trees import Allocator, NoRoomError
 from pkernfs.layout import STATE_FROZEN
-from pkernfs.region import Region
+from pkernfs.region.region import Region
 
 __all__ = ["Code", "Problem", "Report", "Survey", "check", "survey"]
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import stat
 
-from pkernfs import digest, layout
+from pkernfs import layout
 from pkernfs.fs.fsck.context import Context
 from pkernfs.fs.fsck.data import extents_of
 from pkernfs.fs.fsck.problems import Code
 from pkernfs.layout import HANDOVER, HANDOVER_OFFSET, PAGE, STATE_FROZEN, STATE_PAGE, HandoverFields
+from pkernfs.region import digest
 
 _WHERE = f"handover record in the state page at {STATE_PAGE * PAGE:#x}"
 

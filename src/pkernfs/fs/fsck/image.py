@@ -25,7 +25,7 @@ from pkernfs.layout import (
     STATE_OFFSET,
     STATE_PAGE,
 )
-from pkernfs.region import Region, page_checksum
+from pkernfs.region.region import Region, page_checksum
 
 Buffer = bytearray | memoryview
 

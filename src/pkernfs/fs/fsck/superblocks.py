@@ -33,7 +33,7 @@ from pkernfs.layout import (
     STATE_PAGE,
     SUPERBLOCK_PAGE,
 )
-from pkernfs.region import Region
+from pkernfs.region.region import Region
 
 _COPIES = (SUPERBLOCK_PAGE, BACKUP_PAGE)
 _JOURNAL = f"journal at {layout.JOURNAL_PAGE * PAGE:#x}"

@@ -16,7 +16,7 @@ from pkernfs.fs.fsck.names import entries_of
 from pkernfs.fs.fsck.problems import Code
 from pkernfs.fs.fsck.structures import T_REG
 from pkernfs.layout import INODE_FLAG_TABLE, IOMMU_INO, PAGE
-from pkernfs.region import Region
+from pkernfs.region.region import Region
 
 if TYPE_CHECKING:
     from pkernfs.iommu.check import Report

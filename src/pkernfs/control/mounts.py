@@ -1,0 +1,85 @@
+"""What is mounted where, from /proc/self/mountinfo; needs neither a region nor FUSE."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import NamedTuple
+
+from pkernfs.region.spec import resolve
+
+FSTYPE = "fuse.pkernfs"
+
+_OWNER = re.compile(r"(?:^|,)user_id=(\d+)(?:,|$)")
+_ESCAPE = re.compile(r"\\([0-7]{3})")
+
+
+class Mount(NamedTuple):
+    """One line of mountinfo; ``device`` is the ``st_dev`` of everything in the mount.
+
+    ``owner`` is the user who mounted it, for a FUSE mount.
+    """
+
+    device: int
+    mount_point: str
+    fstype: str
+    source: str
+    owner: int | None = None
+
+
+def read_mounts(path: str = "/proc/self/mountinfo") -> list[Mount]:
+    """Every mount that this process sees, in mounting order."""
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        return [_parse_line(line) for line in file]
+
+
+def mount_at(path: str) -> Mount | None:
+    """What is mounted on ``path`` itself (the topmost of several), dead or alive."""
+    real = os.path.realpath(path)
+    return next((m for m in reversed(read_mounts()) if m.mount_point == real), None)
+
+
+def mount_of(path: str) -> Mount | None:
+    """The mount that ``path`` is in, if it is a pkernfs.
+
+    :raises OSError: there is no such path.
+    """
+    device = os.stat(path).st_dev
+    return next((m for m in read_mounts() if m.device == device and m.fstype == FSTYPE), None)
+
+
+def mounts_of_region(spec: str) -> list[str]:
+    """Mount points of the region ``spec``."""
+    return [m.mount_point for m in read_mounts() if m.fstype == FSTYPE and m.source == spec]
+
+
+def canonical_spec(spec: str) -> str:
+    """A region spec as it is in mountinfo: that of a region has one form only.
+
+    File names become absolute, ``none`` what ``pkernfs=`` on the kernel command line names.
+
+    :raises RegionError: there is nothing of that kind.
+    """
+    return resolve(spec)
+
+
+def _parse_line(line: str) -> Mount:
+    # ID PARENT MAJOR:MINOR ROOT MOUNT_POINT OPTIONS [OPTIONAL ...] - FSTYPE SOURCE SUPER_OPTIONS
+    left, _, right = line.rstrip("\n").partition(" - ")
+    _, _, device, _, mount_point, *_ = left.split(" ")
+    fstype, source, *options = right.split(" ")
+    major, minor = device.split(":")
+    number = os.makedev(int(major), int(minor))
+    owner = _OWNER.search(options[-1]) if options else None
+    return Mount(
+        number,
+        _unescape(mount_point),
+        fstype,
+        _unescape(source),
+        None if owner is None else int(owner[1]),
+    )
+
+
+def _unescape(text: str) -> str:
+    # Only white space, backslash and # are escaped: ASCII, whatever the encoding of the rest.
+    return _ESCAPE.sub(lambda m: chr(int(m[1], 8)), text)

@@ -1,0 +1,1 @@
+"""Tables as files of a file system, and the devices that depend on them."""

@@ -1,0 +1,451 @@
+"""What the tables of a file system say, as text: translate, show, check and export.
+
+Each of these is a generator, so that a daemon can serve others in between: it yields text to print,
+a record of a JSON document (:func:`pkernfs.iommu.export.assemble`), a number that is to be the exit
+status, or None, which is only a place to pause. A line is right for the moment at which it is made;
+between two of them the tables may change.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+from bisect import bisect_right
+from collections.abc import Callable, Generator, Iterable, Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pkernfs.dma.table_files import ROOT_NAME, TableFiles
+from pkernfs.errors import InvalidError, NotFoundError
+from pkernfs.host.bars import Bar
+from pkernfs.iommu import export, show
+from pkernfs.iommu.check import Report, check
+from pkernfs.iommu.context_walk import Device
+from pkernfs.iommu.memory import Memory
+from pkernfs.iommu.translate import Translation, translate
+from pkernfs.layout import INODE_FLAG_TABLE, PAGE, ROOT_INO
+from pkernfs.vtd.entries import bdf_text
+
+if TYPE_CHECKING:
+    from pkernfs.fs.filesystem import FileSystem
+
+#: Text, a record, an exit status, or a place to pause.
+Output = Iterator[str | dict[str, Any] | int | None]
+
+_ROOT = ROOT_NAME.decode()
+_NAMES_AT_ONCE = 32
+_WALKS = 3  # a file that is renamed while its name is looked for is missed
+_LINES_AT_ONCE = 128
+_MAPPINGS_AT_ONCE = 64
+FAULT = 1
+FOUND = 1
+
+
+class Owner(NamedTuple):
+    """A piece of a file: region offsets in bytes, the inode, the offset in the file."""
+
+    start: int
+    end: int
+    ino: int
+    offset: int
+
+
+class Owners:
+    """Whose memory is where: the files of which something is mapped, and BARs.
+
+    ``paths`` has a name of each inode.
+    """
+
+    def __init__(
+        self, memory: Memory, pieces: list[Owner], bars: list[Bar], paths: dict[int, str]
+    ) -> None:
+        self._memory = memory
+        self._pieces = sorted(pieces)
+        self._starts = [p.start for p in self._pieces]
+        self._bars = bars
+        self._paths = paths
+
+    def split(self, physical: int, length: int) -> Iterator[export.Target]:
+        """What a range of physical memory is, piece by piece."""
+        end = physical + length
+        while physical < end:
+            target = self._at(physical, end - physical)
+            yield target
+            physical += target.length
+
+    def _at(self, physical: int, length: int) -> export.Target:
+        """What is there, as far as it goes; what is nobody's goes up to the next that is."""
+        for bar in self._bars:
+            offset = physical - bar.start
+            if 0 <= offset < bar.length:
+                length = min(length, bar.length - offset)
+                return export.Target(physical, length, None, offset, None, bar)
+            if offset < 0:
+                length = min(length, -offset)
+        at = self._memory.offset(physical, PAGE)
+        if at is None:
+            length = min(length, self._memory.gap(physical) or length)
+            return export.Target(physical, length, None, 0, None, None)
+        length = min(length, self._memory.room(physical))
+        number = bisect_right(self._starts, at) - 1
+        piece = self._pieces[number] if number >= 0 else None
+        if piece is None or at >= piece.end:
+            length = min([length, *(start - at for start in self._starts[number + 1 : number + 2])])
+            return export.Target(physical, length, None, 0, at, None)
+        offset = piece.offset + at - piece.start
+        path = self._paths.get(piece.ino)
+        return export.Target(physical, min(length, piece.end - at), path, offset, at, None)
+
+
+def walk_files(fs: FileSystem) -> Iterator[tuple[str, int] | None]:
+    """Path and inode number of every regular file; None is a place to pause.
+
+    Files that come, go or get another name meanwhile may be missing; one that has several names is
+    there for each.
+    """
+    todo: list[tuple[int, str]] = [(ROOT_INO, "")]
+    seen: set[int] = {ROOT_INO}  # a damaged directory may lead back
+    while todo:
+        directory, path = todo.pop()
+        cookie = 0
+        while True:
+            batch = _names(fs, directory, cookie)
+            for name, ino, kind, cookie in batch:  # noqa: B007 - the last one is where to go on
+                there = f"{path}/{name.decode(errors='surrogateescape')}"
+                if kind == stat.S_IFDIR >> 12:
+                    if ino not in seen:
+                        seen.add(ino)
+                        todo.append((ino, there))
+                elif kind == stat.S_IFREG >> 12:
+                    yield there, ino
+            if len(batch) < _NAMES_AT_ONCE:
+                break
+            yield None
+        yield None
+
+
+def _names(fs: FileSystem, directory: int, cookie: int) -> list[tuple[bytes, int, int, int]]:
+    try:
+        entries = fs.readdir(directory, cookie)
+        return [entry for entry, _ in zip(entries, range(_NAMES_AT_ONCE), strict=False)]
+    except NotFoundError:
+        return []  # removed meanwhile
+
+
+def mapped_pieces(fs: FileSystem) -> Generator[None, None, list[Owner]]:
+    """Where files are of which something is mapped, or something close by."""
+    return pieces_of(fs, fs.tables.may_be_mapped)
+
+
+def pieces_of(
+    fs: FileSystem, wanted: Callable[[int, int], bool]
+) -> Generator[None, None, list[Owner]]:
+    """Where files are in memory that is ``wanted``, which is asked for region offset and bytes.
+
+    By inode, not by name: a file that is renamed meanwhile is not missed.
+    """
+    pieces: list[Owner] = []
+    for at, ino in enumerate(fs.numbers()):
+        pieces += _wanted_pieces(fs, ino, wanted)
+        if at % _NAMES_AT_ONCE == 0:
+            yield
+    return pieces
+
+
+def _wanted_pieces(fs: FileSystem, ino: int, wanted: Callable[[int, int], bool]) -> list[Owner]:
+    try:
+        found = fs.stat(ino)
+        if not stat.S_ISREG(found.mode) or not found.nlink or not found.data_pages:
+            return []
+        if fs.inode(ino).flags & INODE_FLAG_TABLE:
+            return []
+        return [
+            Owner(e.region_offset, e.region_offset + e.length, ino, e.offset)
+            for e in fs.extents(ino)
+            if wanted(e.region_offset, e.length)
+        ]
+    except NotFoundError:
+        return []  # removed meanwhile
+
+
+def owners(fs: FileSystem) -> Generator[None, None, Owners]:
+    """Find out whose memory is mapped."""
+    pieces = yield from mapped_pieces(fs)
+    paths: dict[int, str] = {}
+    wanted = {p.ino for p in pieces}
+    for _ in range(_WALKS):
+        for found in walk_files(fs) if wanted else ():
+            if found is None:
+                yield
+            elif found[1] in wanted:
+                wanted.remove(found[1])
+                paths[found[1]] = found[0]
+                if not wanted:
+                    break
+    return Owners(fs.tables.region_memory(), pieces, fs.tables.bars(), paths)
+
+
+# ---------------------------------------------------------------------- translate
+
+
+def translate_text(
+    fs: FileSystem, source_id: int, iova: int, pasid: int | None = None, access: int = 0
+) -> Output:
+    """Translate a request as the hardware does, a line for each entry that is read."""
+    result = translation(fs, source_id, iova, pasid, access)
+    whose = yield from owners(fs)
+    target = None
+    if result.physical is not None:
+        base = result.physical - result.physical % PAGE
+        target = next(whose.split(base, PAGE))
+    yield _text(show.translation(result, source_id, target))
+    yield FAULT if result.fault is not None else 0
+
+
+def translation(
+    fs: FileSystem, source_id: int, iova: int, pasid: int | None = None, access: int = 0
+) -> Translation:
+    """Translate a request of a device through the tables of a file system.
+
+    :raises NotFoundError, InvalidError, TableDamageError: there are no tables to walk.
+    """
+    tables = fs.tables
+    return translate(
+        tables.region_memory(),
+        tables.root_memory().first_page,
+        source_id,
+        iova,
+        mode=tables.config.mode,
+        pasid=pasid,
+        access=access,
+    )
+
+
+# ---------------------------------------------------------------------- show
+
+
+def show_text(fs: FileSystem, number: int | None, *, merge: bool = False) -> Output:
+    """The root, context and page tables (or one domain's), as the kernel's debugfs shows its own.
+
+    ``merge``: a line for each run of addresses that maps consecutive memory, not for each leaf.
+
+    :raises NotFoundError, InvalidError, TableDamageError: no such domain, or nothing to walk.
+    """
+    tables = fs.tables
+    tables.check_place()
+    devices = tables.devices()
+    if number is None and tables.root is not None:
+        yield _text(show.translation_struct("pkernfs", tables.root.root, devices))
+    for at in sorted(tables.domains) if number is None else [number]:
+        yield from _domain_text(tables, at, devices, merge=merge)
+    if number is None:
+        for name, reason in tables.damaged.items():
+            yield f"iommu/{name.decode()}: damaged: {reason}: run `pkernfs iommu check`\n"
+
+
+def _domain_text(tables: TableFiles, number: int, devices: list[Device], *, merge: bool) -> Output:
+    table = tables.domain(number)
+    names = [(bdf_text(d.source_id), d.pasid) for d in devices if d.table == table.root]
+    names = names or [(f"dom-{number}", None)]
+    for name, pasid in names[:-1]:  # the tables themselves are shown once, under the last
+        yield show.domain_head(name, table.root, pasid) + "\n"
+    name, pasid = names[-1]
+    yield show.domain_head(name, table.root, pasid) + "\n"
+    if merge:
+        lines = show.merged(tables.mappings(number))
+        while batch := list(islice(lines, _LINES_AT_ONCE)):
+            yield _text(batch)
+    else:
+        yield show.DOMAIN_COLUMNS + "\n"
+        yield from _leaves_text(tables, number)
+    yield "\n"
+
+
+def _leaves_text(tables: TableFiles, number: int) -> Output:
+    """A line for each leaf. Every batch is a walk of its own: the tables may change in between."""
+    at = 0
+    while True:
+        table = tables.domain(number)
+        lines = show.leaf_lines(table.memory, table.root, table.levels, at)
+        batch = list(islice(lines, _LINES_AT_ONCE))
+        if not batch:
+            return
+        yield _text(line for _end, line in batch)
+        at = batch[-1][0]
+
+
+def _text(lines: Iterable[str]) -> str:
+    return "".join(f"{line}\n" for line in lines)
+
+
+def show_records(fs: FileSystem, number: int | None) -> Output:
+    """The same as records: entries as they are, and what is mapped with neighbours joined."""
+    tables = fs.tables
+    tables.check_place()
+    root = tables.root.root if tables.root is not None else None
+    unit = export.unit(tables.config, root)
+    yield {"unit": unit, "damaged": _damaged(tables), "devices": [], "domains": []}
+    numbers = sorted(tables.domains) if number is None else [number]
+    transient = tables.transient()
+    shown = {tables.domain(n).root for n in numbers}
+    for d in tables.devices():
+        if number is None or d.table in shown:
+            yield {"in": "devices", "record": show.device_record(d, d.source_id not in transient)}
+    for n in numbers:
+        table = tables.domain(n)
+        record = {"id": f"dom-{n}", "table": table.root, "levels": table.levels}
+        yield {"in": "domains", "record": {**record, "mappings": []}}
+        for at, m in enumerate(tables.mappings(n)):
+            yield {"in": "mappings", "record": show.mapping_record(m)}
+            if at % _MAPPINGS_AT_ONCE == 0:
+                yield None
+
+
+def _damaged(tables: TableFiles) -> dict[str, str]:
+    return {name.decode(): reason for name, reason in tables.damaged.items()}
+
+
+# ---------------------------------------------------------------------- export
+
+
+def export_records(fs: FileSystem, number: int | None) -> Output:
+    """The records of :mod:`pkernfs.iommu.export`; status 1 if damaged tables are missing in them.
+
+    :raises NotFoundError, InvalidError, TableDamageError: as :func:`show_text`.
+    """
+    tables = fs.tables
+    tables.check_place()
+    numbers = sorted(tables.domains) if number is None else [number]
+    names = {tables.domain(n).root: f"dom-{n}" for n in numbers}
+    devices = [d for d in tables.devices() if number is None or d.table in names]
+    whose = yield from owners(fs)
+    root = tables.root.root if tables.root is not None else None
+    damaged = {k: v for k, v in _damaged(tables).items() if number is None or k == _ROOT}
+    region = export.region(fs.region.name, fs.region.size, fs.region.place)
+    yield export.head(tables.config, root, fs.superblock.uuid, region, damaged)
+    for top, name in names.items():
+        hwpt = export.hwpt(name, top, tables.config.levels, devices)
+        yield {"in": "hwpt", "record": hwpt}
+        container = export.container(name, top, devices)
+        yield {"in": "vfio_containers", "record": container}
+    adopted = tables.adopted_by()
+    for d in devices:
+        unit = adopted.get((d.source_id, d.table))
+        yield {"in": "devices", "record": export.device(d, names.get(d.table), unit)}
+    for n in numbers:
+        yield {"in": "ioas", "record": {"id": f"dom-{n}", "mappings": []}}
+        for at, m in enumerate(export.mappings(tables.mappings(n), whose.split)):
+            yield {"in": "mappings", "record": m}
+            if at % _MAPPINGS_AT_ONCE == 0:
+                yield None
+    if damaged:
+        yield FOUND
+
+
+# ---------------------------------------------------------------------- check
+
+
+class CheckInput(NamedTuple):
+    """All that a check needs beside the tables themselves."""
+
+    root: Memory | None
+    domains: dict[str, Memory]
+    allowed: list[tuple[int, int]]
+
+    def run(self) -> Report:
+        """Check; in any thread, while the tables do not change."""
+        return check(self.root, self.domains, self.allowed)
+
+
+def prepare_check(fs: FileSystem) -> Generator[None, None, CheckInput]:
+    """Find the tables, and what they may map: memory of live files and recorded BARs.
+
+    :raises InvalidError, TableDamageError: no addresses, or tables of another place.
+    """
+    tables = fs.tables
+    tables.check_place()
+    pieces = yield from mapped_pieces(fs)
+    allowed = [
+        (physical, physical + count)
+        for piece in pieces
+        for _at, count, physical in fs.region.physical_runs(piece.start, piece.end - piece.start)
+        if physical is not None
+    ]
+    allowed += [(b.start, b.start + b.length) for b in tables.bars()]
+    memories = {name: tables.memory(name) for name in tables.names}
+    root = memories.pop(ROOT_NAME, None)
+    domains = {name.decode(): memory for name, memory in memories.items()}
+    return CheckInput(root, domains, allowed)
+
+
+def check_text(report: Report, *, as_json: bool) -> Output:
+    """The findings, one a line, and what was looked at."""
+    if as_json:
+        yield json.dumps(_check_json(report), indent=2) + "\n"
+    else:
+        for finding in report.findings:
+            yield f"{finding.code.name}: {finding.message}\n"
+        if report.found > len(report.findings):
+            yield f"... and {report.found - len(report.findings)} more\n"
+        verdict = "clean" if report.clean else f"{report.found} problems"
+        yield (
+            f"{len(report.devices)} devices, {report.tables} tables, {report.leaves} leaves, "
+            f"{report.mapped_bytes} bytes mapped: {verdict}\n"
+        )
+    yield 0 if report.clean else FOUND
+
+
+def _check_json(report: Report) -> dict[str, Any]:
+    findings = [
+        {"code": f.code.name, "where": f.where, "message": f.message} for f in report.findings
+    ]
+    return {
+        "clean": report.clean,
+        "found": report.found,
+        "findings": findings,
+        "devices": [bdf_text(d.source_id) for d in report.devices],
+        "tables": report.tables,
+        "leaves": report.leaves,
+        "mapped_bytes": report.mapped_bytes,
+    }
+
+
+# ---------------------------------------------------------------------- questions
+
+
+class Question(NamedTuple):
+    """What a command wants to read. ``domain`` is N of dom-N, ``device`` a source id."""
+
+    what: str
+    domain: int | None = None
+    device: int | None = None
+    iova: int | None = None
+    pasid: int | None = None
+    access: int = 0
+    as_json: bool = False
+    merge: bool = False
+
+
+def answer(fs: FileSystem, question: Question) -> Output:
+    """The output of translate, show, export or check.
+
+    :raises InvalidError: another question.
+    """
+    if question.what == "translate" and None not in (question.device, question.iova):
+        assert question.device is not None
+        assert question.iova is not None
+        return translate_text(fs, question.device, question.iova, question.pasid, question.access)
+    if question.what == "show":
+        if question.as_json:
+            return show_records(fs, question.domain)
+        return show_text(fs, question.domain, merge=question.merge)
+    if question.what == "export":
+        return export_records(fs, question.domain)
+    if question.what == "check":
+        return _check(fs, as_json=question.as_json)
+    raise InvalidError(f"iommu: cannot read {question.what!r}")
+
+
+def _check(fs: FileSystem, *, as_json: bool) -> Output:
+    given = yield from prepare_check(fs)
+    yield from check_text(given.run(), as_json=as_json)

@@ -1,0 +1,590 @@
+"""What a handover leaves in a region, and what a mount makes of it (docs/format.md, 4 and 11).
+
+The record and the history in the state page, and the list: made by the command, kept by the file
+system in a file without a name, compared by the first mount after it. Nothing here stores into a
+region; when that happens is :mod:`pkernfs.fs.filesystem`'s business.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pkernfs.errors import CorruptionError, NotFoundError, PkernfsError
+from pkernfs.layout import (
+    ARRIVAL_FIRST_BOOT,
+    ARRIVAL_LIVE_UPDATE,
+    ARRIVAL_REMOUNT,
+    HANDOVER,
+    HANDOVER_FLAG_DIGESTS,
+    HANDOVER_OFFSET,
+    HEADER,
+    HISTORY,
+    HISTORY_BYTES,
+    HISTORY_ENTRIES,
+    HISTORY_OFFSET,
+    LIST,
+    LIST_CHUNK,
+    LIST_CHUNK_BYTES,
+    LIST_FILE,
+    LIST_PAGE,
+    LIST_SIGNATURE,
+    LIST_SLOTS,
+    MAGIC_INODES,
+    MAGIC_NAMES,
+    NO_HANDOVER,
+    PAGE,
+    RESULT_CHANGED,
+    RESULT_EVERYTHING,
+    RESULT_METADATA,
+    RESULT_UNKNOWN,
+    SLOTS_PER_INODE_PAGE,
+    HandoverFields,
+    HistoryFields,
+    ListFields,
+)
+from pkernfs.region import digest
+from pkernfs.region.region import Region, page_checksum
+
+if TYPE_CHECKING:
+    from pkernfs.fs.filesystem import FileSystem
+
+Buffer = bytes | bytearray | memoryview
+
+ARRIVALS = {
+    ARRIVAL_FIRST_BOOT: "first boot",
+    ARRIVAL_LIVE_UPDATE: "live update",
+    ARRIVAL_REMOUNT: "remount",
+}
+RESULTS = {
+    RESULT_UNKNOWN: "unknown",
+    RESULT_METADATA: "metadata unchanged",
+    RESULT_EVERYTHING: "unchanged",
+    RESULT_CHANGED: "changed",
+}
+
+# An inode table that grows gets at most 64 pages; the rest are a few nodes and page maps.
+_ROOM_BYTES = 64 * (LIST_PAGE.size + LIST_SLOTS.size) + 64 * LIST_PAGE.size
+_VERIFY_BYTES = 256 << 20  # of one batch: what an unmount may have to wait for
+_VERIFY_CHUNKS = 4096
+_NICE = 10  # of the threads that verify while others work
+
+
+# ------------------------------------------------------------------------------ the state page
+
+
+def read_record(state_page: Buffer) -> HandoverFields:
+    """The handover record; all zero if there is none."""
+    return HandoverFields(*HANDOVER.unpack_from(state_page, HANDOVER_OFFSET))
+
+
+def write_record(state_page: bytearray | memoryview, record: HandoverFields) -> None:
+    """Put a record into the image of a state page."""
+    HANDOVER.pack_into(state_page, HANDOVER_OFFSET, *record)
+
+
+def read_history(state_page: Buffer) -> list[HistoryFields]:
+    """The history, the newest entry first."""
+    found = []
+    for i in range(HISTORY_ENTRIES):
+        entry = HistoryFields(*HISTORY.unpack_from(state_page, HISTORY_OFFSET + i * HISTORY_BYTES))
+        if not entry.mounted_at:
+            break
+        found.append(entry)
+    return found
+
+
+def push_history(state_page: bytearray | memoryview, entry: HistoryFields) -> None:
+    """Add an entry in front; the oldest one goes if there are too many."""
+    end = HISTORY_OFFSET + (HISTORY_ENTRIES - 1) * HISTORY_BYTES
+    older = bytes(state_page[HISTORY_OFFSET:end])
+    state_page[HISTORY_OFFSET + HISTORY_BYTES : end + HISTORY_BYTES] = older
+    set_newest(state_page, entry)
+
+
+def set_newest(state_page: bytearray | memoryview, entry: HistoryFields) -> None:
+    """Replace the newest entry."""
+    data = HISTORY.pack(*entry)
+    state_page[HISTORY_OFFSET : HISTORY_OFFSET + HISTORY_BYTES] = data + bytes(
+        HISTORY_BYTES - len(data)
+    )
+
+
+def describe(state_page: Buffer, frozen: bool) -> dict[str, Any]:
+    """Record and history for ``pkernfs info --json``."""
+    record = read_record(state_page)
+    facts: dict[str, Any] = {"handover": None}
+    if frozen:
+        facts["handover"] = {
+            "number": record.number,
+            "handed_over_ns": record.handed_over_at,
+            "boot_id": uuid_text(record.boot_id),
+            "digests": bool(record.flags & HANDOVER_FLAG_DIGESTS),
+        }
+    facts["history"] = [_describe_entry(entry) for entry in read_history(state_page)]
+    return facts
+
+
+def _describe_entry(entry: HistoryFields) -> dict[str, Any]:
+    handed_over = bool(entry.handed_over_at)
+    return {
+        "arrival": ARRIVALS.get(entry.arrival, "unknown"),
+        "handover": entry.number if handed_over else None,
+        "handed_over_ns": entry.handed_over_at,
+        "mounted_ns": entry.mounted_at,
+        "gap_ns": entry.mounted_at - entry.handed_over_at if handed_over else None,
+        "boot_id_before": uuid_text(entry.boot_id_before),
+        "boot_id_after": uuid_text(entry.boot_id_after),
+        "result": RESULTS.get(entry.result, "unknown"),
+        "changed": entry.changed,
+    }
+
+
+def uuid_text(uuid: bytes) -> str:
+    """16 bytes as a UUID is written."""
+    h = uuid.hex()
+    return f"{h[:8]}-{h[8:12]}-{h[12:16]}-{h[16:20]}-{h[20:]}"
+
+
+# ------------------------------------------------------------------------------ the list
+
+
+class FileDigests(NamedTuple):
+    """The chunks of a file that have digests, as ``{number: digest}``."""
+
+    ino: int
+    chunks: dict[int, int]
+
+
+@dataclass(frozen=True)
+class HandoverList:
+    """A list, parsed. Arrays of the same length tell of one metadata page each."""
+
+    pages: array[int]
+    owners: array[int]
+    magics: array[int]
+    sums: array[int]
+    slots: array[int]
+    files: list[FileDigests]
+
+
+def room_for_list(length: int) -> int:
+    """Bytes to make room for, where a list of ``length`` bytes is what making it will change."""
+    return -(-(length + _ROOM_BYTES) // PAGE) * PAGE
+
+
+def build_list(
+    region: Region, uuid: bytes, number: int, pages: Iterable[int], files: list[FileDigests]
+) -> bytes:
+    """The list of a frozen file system; ``pages`` are its intact metadata pages.
+
+    :raises RegionError: a page outside the region.
+    """
+    numbers = array("Q", sorted(set(pages)))
+    sums = digest.page_sums(region, numbers)
+    entries = bytearray()
+    inode_pages: array[int] = array("Q")
+    for page, checksum in zip(numbers, sums, strict=True):
+        magic, _, _, owner, _ = HEADER.unpack_from(region.view(page * PAGE, PAGE))
+        entries += LIST_PAGE.pack(page, owner, magic, checksum)
+        if magic == MAGIC_INODES:
+            inode_pages.append(page)
+    head = LIST.pack(
+        LIST_SIGNATURE,
+        number,
+        len(numbers),
+        len(inode_pages),
+        len(files),
+        sum(len(file.chunks) for file in files),
+        uuid,
+    )
+    heads = b"".join([LIST_FILE.pack(file.ino, len(file.chunks)) for file in files])
+    chunks = array("Q")
+    for file in files:
+        for item in sorted(file.chunks.items()):
+            chunks.extend(item)
+    slots = digest.slot_sums(region, inode_pages)
+    return b"".join((head, entries, slots.tobytes(), heads, chunks.tobytes()))
+
+
+def parse_list(data: Buffer, uuid: bytes, number: int) -> HandoverList:
+    """The list whose bytes these are; its digest was checked.
+
+    :raises CorruptionError: it contradicts itself, or belongs to another handover.
+    """
+    if len(data) < LIST.size:
+        raise CorruptionError(f"the handover's list is too short: got {len(data)} bytes")
+    head = ListFields(*LIST.unpack_from(data))
+    if (head.signature, head.number, head.uuid) != (LIST_SIGNATURE, number, uuid):
+        raise CorruptionError(f"the list is of another handover: got number {head.number}")
+    lengths = (
+        head.pages * LIST_PAGE.size,
+        head.inode_pages * LIST_SLOTS.size,
+        head.files * LIST_FILE.size,
+        head.chunks * LIST_CHUNK.size,
+    )
+    end = LIST.size + sum(lengths)
+    if end > len(data) or any(memoryview(data)[end:]):
+        raise CorruptionError(
+            f"the handover's list: bad length: got {len(data)} bytes, expected {end}"
+        )
+    parts = []
+    at = LIST.size
+    view = memoryview(data)
+    for length in lengths:
+        parts.append(view[at : at + length])
+        at += length
+    words, halves = parts[0].cast("Q"), parts[0].cast("I")
+    magics = array("I", halves[4::6].tolist())
+    if magics.count(MAGIC_INODES) != head.inode_pages:
+        raise CorruptionError(f"the handover's list: bad inode_pages: got {head.inode_pages}")
+    chunks = LIST_CHUNK.iter_unpack(parts[3])
+    files = []
+    left = head.chunks
+    for ino, count in LIST_FILE.iter_unpack(parts[2]):
+        left -= count
+        if left < 0:
+            raise CorruptionError(f"the handover's list: too many chunks of inode {ino}")
+        files.append(FileDigests(ino, dict(next(chunks) for _ in range(count))))
+    return HandoverList(
+        array("Q", words[0::3].tolist()),
+        array("Q", words[1::3].tolist()),
+        magics,
+        array("I", halves[5::6].tolist()),
+        array("I", parts[1].cast("I").tolist()),
+        files,
+    )
+
+
+# ------------------------------------------------------------------------------ chunks of files
+
+Span = tuple[int, int, int]  # file offset, length, region offset
+
+
+def chunks_of(
+    region: Region, extents: Iterable[Span], wanted: Iterable[int] = ()
+) -> Iterator[tuple[int, list[digest.Part]]]:
+    """Number and parts of each chunk of a file that has memory which is not a hole of the region.
+
+    The extents ascend; chunks whose numbers are ``wanted`` come if they have any extent at all.
+    """
+    always = set(wanted)
+    current = -1
+    parts: list[digest.Part] = []
+    has_data = False
+    for offset, start, length, is_data in _spans(region, extents):
+        while length:
+            number, skip = divmod(offset, LIST_CHUNK_BYTES)
+            if number != current:
+                if has_data or (parts and current in always):
+                    yield current, parts
+                current, parts, has_data = number, [], False
+            piece = min(length, LIST_CHUNK_BYTES - skip)
+            parts.append((start if is_data else digest.ZEROS, piece))
+            has_data = has_data or is_data
+            offset += piece
+            start += piece
+            length -= piece
+    if has_data or (parts and current in always):
+        yield current, parts
+
+
+def _spans(region: Region, extents: Iterable[Span]) -> Iterator[tuple[int, int, int, bool]]:
+    """``(file offset, region offset, length, whether it is data)``: extents cut at holes."""
+    for offset, length, start in extents:
+        at = start
+        for low, high in region.data_ranges(start, start + length):
+            if low > at:
+                yield offset + at - start, at, low - at, False
+            yield offset + low - start, low, high - low, True
+            at = high
+        if at < start + length:
+            yield offset + at - start, at, start + length - at, False
+
+
+# ------------------------------------------------------------------------------ comparing
+
+
+@dataclass
+class Change:
+    """Something that is not as it was handed over; ``ino`` 0: the file system's own."""
+
+    ino: int
+    what: list[str] = field(default_factory=list)
+    chunks: list[int] = field(default_factory=list)
+
+    def text(self) -> str:
+        """What of it has changed."""
+        words = list(dict.fromkeys(self.what))
+        runs: list[tuple[int, int]] = []
+        for number in sorted(self.chunks):
+            if runs and runs[-1][1] == number:
+                runs[-1] = (runs[-1][0], number + 1)
+            else:
+                runs.append((number, number + 1))
+        words += [
+            f"bytes {low * LIST_CHUNK_BYTES:#x}..{high * LIST_CHUNK_BYTES:#x}"
+            for low, high in runs[:8]
+        ]
+        if len(runs) > 8:
+            words.append(f"{len(runs) - 8} more places")
+        return ", ".join(words)
+
+
+class Changes:
+    """Changes by inode, in the order in which they were found."""
+
+    def __init__(self) -> None:
+        self.by_ino: dict[int, Change] = {}
+        self.elsewhere: list[Change] = []
+
+    def __len__(self) -> int:
+        return len(self.by_ino) + len(self.elsewhere)
+
+    def of(self, ino: int) -> Change:
+        """The change of an inode, to be added to."""
+        return self.by_ino.setdefault(ino, Change(ino))
+
+    def add_structure(self, what: str) -> None:
+        """Something that belongs to no file."""
+        self.elsewhere.append(Change(0, [what]))
+
+    def all(self) -> list[Change]:
+        """All of them."""
+        return self.elsewhere + list(self.by_ino.values())
+
+
+def compare_metadata(
+    region: Region, listed: HandoverList, index_of: dict[int, int], changes: Changes
+) -> None:
+    """Compare every page of a list with the region; ``index_of`` is the inode table by page.
+
+    :raises RegionError: the list has a page outside the region.
+    """
+    now = digest.page_sums(region, listed.pages)
+    if now == listed.sums:
+        return
+    inode_pages = 0
+    for i, (page, owner, magic) in enumerate(
+        zip(listed.pages, listed.owners, listed.magics, strict=True)
+    ):
+        first_slot = inode_pages * SLOTS_PER_INODE_PAGE
+        inode_pages += magic == MAGIC_INODES
+        if now[i] == listed.sums[i]:
+            continue
+        intact = page_checksum(region.view(page * PAGE, PAGE)) == now[i]
+        state = "changed" if intact else "damaged"
+        where = f"{MAGIC_NAMES.get(magic, 'page')} at {page * PAGE:#x} {state}"
+        inos: list[int] = []
+        if magic == MAGIC_INODES and page in index_of:
+            slots = digest.slot_sums(region, array("Q", [page]))
+            inos = [
+                index_of[page] * SLOTS_PER_INODE_PAGE + slot
+                for slot in range(1, SLOTS_PER_INODE_PAGE)
+                if slots[slot] != listed.slots[first_slot + slot]
+            ]
+            for ino in inos:
+                changes.of(ino).what.append(f"inode {state}")
+        elif owner:
+            changes.of(owner).what.append(where)
+            continue
+        if not inos or not intact:
+            changes.add_structure(where)
+
+
+# ------------------------------------------------------------------------------ arriving
+
+
+@dataclass
+class Arrival:
+    """What a mount has found of the handover before it.
+
+    ``kind``: see :data:`ARRIVALS`. ``record`` is None without a handover. ``trouble`` says why
+    nothing could be compared.
+    """
+
+    kind: int
+    mounted_at: int
+    record: HandoverFields | None = None
+    trouble: str = ""
+    files: list[FileDigests] = field(default_factory=list)
+    changes: Changes = field(default_factory=Changes)
+    verifier: Verifier | None = None
+
+    @property
+    def gap_ns(self) -> int | None:
+        """Nanoseconds from the handover to the mount, as the clock has it."""
+        return None if self.record is None else self.mounted_at - self.record.handed_over_at
+
+    @property
+    def result(self) -> int:
+        """For the history, as far as it is known now."""
+        if len(self.changes):
+            return RESULT_CHANGED
+        if self.record is None or not self.record.list_ino or self.trouble:
+            return RESULT_UNKNOWN
+        if self.verifier is not None and self.verifier.finished and not self.verifier.skipped:
+            return RESULT_EVERYTHING
+        return RESULT_METADATA
+
+
+class _Job(NamedTuple):
+    ino: int
+    number: int
+    parts: list[digest.Part]
+    expected: int | None  # None: zeros
+
+
+class Verifier:
+    """Compares the data of files with their digests, a batch at a time.
+
+    :meth:`batches` and :meth:`take` belong to the thread of the file system, :meth:`run` may be
+    called in any. Files that are changed through the mount meanwhile (``fs.watch``) are skipped.
+    """
+
+    def __init__(self, fs: FileSystem, arrival: Arrival) -> None:
+        self._fs = fs
+        self._files = arrival.files
+        self._changes = arrival.changes
+        self.changed_meanwhile: set[int] = set()
+        self.total_bytes = sum(len(file.chunks) for file in self._files) * LIST_CHUNK_BYTES
+        self.done_bytes = 0
+        self.skipped: set[int] = set()
+        self.finished = False
+
+    def batches(self) -> Iterator[list[_Job]]:
+        """Pieces of work, each for one :meth:`run` and one :meth:`take`."""
+        batch: list[_Job] = []
+        size = 0
+        for file in self._files:
+            for job in self._jobs(file):
+                batch.append(job)
+                size += sum(length for _, length in job.parts)
+                if size >= _VERIFY_BYTES or len(batch) >= _VERIFY_CHUNKS:
+                    yield batch
+                    batch, size = [], 0
+        if batch:
+            yield batch
+        self.finished = True
+
+    def _jobs(self, file: FileDigests) -> Iterator[_Job]:
+        try:
+            extents = [(e.offset, e.length, e.region_offset) for e in self._fs.extents(file.ino)]
+        except NotFoundError:
+            self._missing(file.ino, "its inode is gone")
+            return
+        except PkernfsError as e:
+            self._missing(file.ino, str(e))
+            return
+        seen = set()
+        for number, parts in chunks_of(self._fs.region, extents, file.chunks):
+            seen.add(number)
+            yield _Job(file.ino, number, parts, file.chunks.get(number))
+        for number in sorted(file.chunks.keys() - seen):
+            self._found(file.ino, number)
+
+    def run(self, batch: list[_Job], threads: int | None = None) -> list[tuple[int, int]]:
+        """Inode and number of the chunks of a batch that differ."""
+        region = self._fs.region
+        now = digest.digest_all(region, [job.parts for job in batch], threads=threads, nice=_NICE)
+        differ = []
+        for job, found in zip(batch, now, strict=True):
+            expected = job.expected
+            if expected is None:
+                length = sum(length for _, length in job.parts)
+                expected = digest.digests(region, [[(digest.ZEROS, length)]])[0]
+            if found != expected:
+                differ.append((job.ino, job.number))
+        return differ
+
+    def take(self, batch: list[_Job], differ: list[tuple[int, int]]) -> None:
+        """Note what :meth:`run` has found."""
+        for ino, number in differ:
+            self._found(ino, number)
+        self.done_bytes += sum(length for job in batch for _, length in job.parts)
+        self.skipped |= {job.ino for job in batch} & self.changed_meanwhile
+
+    def _found(self, ino: int, number: int) -> None:
+        if ino in self.changed_meanwhile:
+            self.skipped.add(ino)
+        else:
+            self._changes.of(ino).chunks.append(number)
+
+    def _missing(self, ino: int, reason: str) -> None:
+        if ino in self.changed_meanwhile:
+            self.skipped.add(ino)
+        else:
+            self._changes.of(ino).what.append(reason)
+
+
+def load(fs: FileSystem, record: HandoverFields, data: Buffer, arrival: Arrival) -> None:
+    """Compare the metadata with a list whose bytes are ``data``; note what is to be verified.
+
+    :raises PkernfsError: the list cannot be used.
+    """
+    found = digest.crc64(data)
+    if found != record.list_digest:
+        raise CorruptionError(
+            f"the handover's list: bad digest: got {found:#018x}, expected "
+            f"{record.list_digest:#018x}"
+        )
+    listed = parse_list(data, fs.superblock.uuid, record.number)
+    compare_metadata(fs.region, listed, fs.index_of_inode_pages(), arrival.changes)
+    if record.flags & HANDOVER_FLAG_DIGESTS:
+        arrival.files = listed.files
+        arrival.verifier = Verifier(fs, arrival)
+
+
+def paths_of(fs: FileSystem, inos: set[int]) -> dict[int, bytes]:
+    """A path of each inode, as far as the directories can be read."""
+    found: dict[int, bytes] = {}
+    todo = [(1, b"")]
+    seen = {1}
+    if 1 in inos:
+        found[1] = b"/"
+    while todo and len(found) < len(inos):
+        directory, path = todo.pop()
+        try:
+            for name, ino, kind, _ in fs.readdir(directory, 0):
+                if ino in inos:
+                    found.setdefault(ino, path + b"/" + name)
+                if kind == 4 and ino not in seen:
+                    seen.add(ino)
+                    todo.append((ino, path + b"/" + name))
+        except PkernfsError:
+            continue
+    return found
+
+
+def tell(fs: FileSystem, changes: Changes) -> list[dict[str, str]]:
+    """What has changed, by path: ``{"path", "what"}``; the path "" is the file system itself."""
+    paths = paths_of(fs, set(changes.by_ino))
+    told = []
+    for change in changes.all():
+        path = ""
+        if change.ino:
+            path = paths.get(change.ino, b"inode %d" % change.ino).decode(
+                "utf-8", "backslashreplace"
+            )
+        what = change.text()
+        holder = _device_access(fs, change)
+        told.append(
+            {
+                "path": path,
+                "what": f"{what} ({holder}: a device may write there)" if holder else what,
+            }
+        )
+    return told
+
+
+def _device_access(fs: FileSystem, change: Change) -> str | None:
+    """What lets a device write to a file whose data has changed; None: nothing does."""
+    try:
+        return fs.holder(change.ino) if change.chunks else None
+    except PkernfsError:
+        return None
+
+
+__all__ = ["NO_HANDOVER", "Arrival", "Change", "Changes", "HandoverList", "Verifier"]

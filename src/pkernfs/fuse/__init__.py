@@ -1,0 +1,1 @@
+"""The FUSE adapter: handlers, session, event loop, background, start."""

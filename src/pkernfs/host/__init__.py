@@ -1,0 +1,1 @@
+"""What this machine and its kernel say of themselves: /proc, /sys, ACPI, kernel images."""

@@ -1,0 +1,181 @@
+"""PCI devices as sysfs has them: what is above each, what it may do, which unit its requests reach.
+
+Documentation/ABI/testing/sysfs-bus-pci. Nothing is changed here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from pkernfs.errors import InvalidError
+from pkernfs.host.dmar import BRIDGE, ENDPOINT, Dmar, ReservedMemory, Scope, UnitStructure
+from pkernfs.host.sysroot import Host
+from pkernfs.vtd.entries import bdf_text, parse_bdf
+
+_DEVICES = "sys/bus/pci/devices"
+_BDF = re.compile(r"[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
+_COMMAND, _STATUS, _CLASS, _HEADER_TYPE, _CAPABILITIES = 0x04, 0x06, 0x0B, 0x0E, 0x34
+_BUS_MASTER = 1 << 2
+_HAS_CAPABILITIES = 1 << 4
+_BRIDGE_CLASS = 0x06
+_EXPRESS = 0x10
+_TO_CONVENTIONAL, _FROM_CONVENTIONAL = 7, 8
+_EXTENDED_CAPABILITIES = 0x100
+_ATS, _PASID = 0x000F, 0x001B
+_MAX_CAPABILITIES = 256
+
+
+class PciDevice(NamedTuple):
+    """A device: ``chain`` are the source ids from the root bus down to it, bridges first.
+
+    ``aliased``: a bridge above it sends its requests on under a name of its own.
+    """
+
+    segment: int
+    source_id: int
+    chain: tuple[int, ...]
+    driver: str | None
+    bridge: bool
+    bus_master: bool
+    aliased: bool
+    ats: bool
+    pasid: bool
+
+    @property
+    def name(self) -> str:
+        """As ``lspci -D`` has it."""
+        return bdf_text(self.source_id, self.segment)
+
+
+def read_device(host: Host, source_id: int, segment: int = 0) -> PciDevice | None:
+    """A device as it is now; None: there is none."""
+    name = bdf_text(source_id, segment)
+    path = host.path(f"{_DEVICES}/{name}")
+    if not os.path.exists(path):
+        return None
+    config = _config(path)
+    # A virtual function's requests go where those of its physical one do (8.3.1).
+    place = os.path.realpath(os.path.join(path, "physfn"))
+    if not os.path.isdir(place):
+        place = os.path.realpath(path)
+    above = [parse_bdf(part)[1] for part in place.split("/") if _BDF.fullmatch(part)]
+    driver = os.path.join(path, "driver")
+    bridges = [_config(host.path(f"{_DEVICES}/{bdf_text(b, segment)}")) for b in above[:-1]]
+    return PciDevice(
+        segment,
+        source_id,
+        tuple(above),
+        os.path.basename(os.readlink(driver)) if os.path.islink(driver) else None,
+        config[_CLASS : _CLASS + 1] == bytes([_BRIDGE_CLASS]),
+        bool(_word(config, _COMMAND) & _BUS_MASTER),
+        any(_is_conventional(c) for c in bridges),
+        _enabled(config, _ATS, 1 << 15),
+        _enabled(config, _PASID, 1),
+    )
+
+
+def all_devices(host: Host) -> list[PciDevice]:
+    """Every device of the machine, by segment and source id."""
+    places = sorted(parse_bdf(n) for n in host.list(_DEVICES) if _BDF.fullmatch(n))
+    found = (read_device(host, source_id, segment) for segment, source_id in places)
+    return [device for device in found if device is not None]
+
+
+def group_of(host: Host, device: PciDevice) -> list[PciDevice]:
+    """The other devices of its IOMMU group, without bridges (Linux, Documentation/driver-api/vfio).
+
+    The kernel keeps no two of them from each other: they share a domain. None where the kernel does
+    not drive the units.
+    """
+    names = host.list(f"{_DEVICES}/{device.name}/iommu_group/devices")
+    places = sorted(parse_bdf(name) for name in names if _BDF.fullmatch(name))
+    found = (read_device(host, source_id, segment) for segment, source_id in places)
+    return [d for d in found if d is not None and not d.bridge and d.name != device.name]
+
+
+# ---------------------------------------------------------------------- which unit
+
+
+def unit_of(dmar: Dmar, device: PciDevice) -> UnitStructure | None:
+    """The unit that a device's requests reach (8.3); None: there is none."""
+    mine = [u for u in dmar.units if u.segment == device.segment]
+    for unit in mine:
+        if covers(unit.scopes, device):
+            return unit
+    return next((u for u in mine if u.include_all), None)
+
+
+def reserved_memory_of(dmar: Dmar, device: PciDevice) -> list[ReservedMemory]:
+    """The memory that the firmware lets a device use, whoever runs (8.4)."""
+    return [r for r in dmar.reserved if r.segment == device.segment and covers(r.scopes, device)]
+
+
+def covers(scopes: Sequence[Scope], device: PciDevice) -> bool:
+    """Whether one of these scopes is the device, or a bridge above it."""
+    return any(_is_in(scope, device.chain) for scope in scopes)
+
+
+def _is_in(scope: Scope, chain: tuple[int, ...]) -> bool:
+    if scope.kind not in (ENDPOINT, BRIDGE):
+        return False
+    path = [device << 3 | function for device, function in scope.path]
+    for first in range(len(chain) - len(path) + 1):
+        steps = chain[first : first + len(path)]
+        if steps[0] >> 8 == scope.bus and [s & 0xFF for s in steps] == path:
+            return scope.kind == BRIDGE or first + len(path) == len(chain)
+    return False
+
+
+# ---------------------------------------------------------------------- configuration space
+
+
+def _config(path: str) -> bytes:
+    """Configuration space: 4096 or 256 bytes for root, the first 64 for others."""
+    try:
+        with open(os.path.join(path, "config"), "rb") as file:
+            return file.read(4096)
+    except OSError as e:
+        raise InvalidError(f"device {os.path.basename(path)}: {e.strerror}") from None
+
+
+def _word(config: bytes, at: int) -> int:
+    return int.from_bytes(config[at : at + 2], "little")
+
+
+def _capability(config: bytes, wanted: int) -> int:
+    """Offset of a capability; 0: there is none."""
+    if not _word(config, _STATUS) & _HAS_CAPABILITIES:
+        return 0
+    at = config[_CAPABILITIES] & ~3
+    for _ in range(_MAX_CAPABILITIES):
+        if not at or at + 4 > len(config):
+            return 0
+        if config[at] == wanted:
+            return at
+        at = config[at + 1] & ~3
+    return 0
+
+
+def _is_conventional(bridge: bytes) -> bool:
+    """Whether a bridge is not PCI Express from end to end."""
+    express = _capability(bridge, _EXPRESS)
+    if not express:
+        return True
+    return _word(bridge, express + 2) >> 4 & 0xF in (_TO_CONVENTIONAL, _FROM_CONVENTIONAL)
+
+
+def _enabled(config: bytes, wanted: int, bit: int) -> bool:
+    """Whether a bit of the control register (offset 6) of an extended capability is set."""
+    at = _EXTENDED_CAPABILITIES
+    for _ in range(_MAX_CAPABILITIES):
+        if at + 8 > len(config):
+            return False
+        if _word(config, at) == wanted:
+            return bool(_word(config, at + 6) & bit)
+        at = _word(config, at + 2) >> 4
+        if at < _EXTENDED_CAPABILITIES:
+            return False
+    return False

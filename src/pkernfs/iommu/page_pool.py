@@ -1,0 +1,274 @@
+"""The pages of page tables, and the loops over them that are native.c's.
+
+Everything of :mod:`pkernfs.iommu` that touches cffi pointers is here; what the entries mean is
+:mod:`pkernfs.vtd.entries`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from pkernfs.errors import TableDamageError
+from pkernfs.layout import BLOCK, PAGE
+from pkernfs.native._native import ffi, lib
+from pkernfs.region.region import Region
+
+
+class Mapping(NamedTuple):
+    """Consecutive addresses that map consecutive memory; ``perm`` has bit 0 for R, 1 for W."""
+
+    iova: int
+    physical: int
+    length: int
+    perm: int
+
+
+class RawFinding(NamedTuple):
+    """What native.c's walk found wrong: a code, and the entry (its address, what it holds)."""
+
+    code: int
+    level: int
+    iova: int
+    where: int
+    value: int
+
+
+class TreeFigures(NamedTuple):
+    """What one walk saw: the first findings, how many there were, and sizes."""
+
+    findings: list[RawFinding]
+    found: int
+    tables: int
+    leaves: int
+    mapped_bytes: int
+
+
+NO_PAGE = (1 << 64) - 1
+_BROKEN = NO_PAGE - 1
+_FREE, _LIVE, _NEW, _DEAD, _ASIDE = range(5)
+_SCAN_BATCH = 512
+
+
+class TablePool:
+    """The pages of one domain's page tables, as the loops of native.c see them.
+
+    Which pages are in use is found by :meth:`check`. A change runs between :meth:`begin` and
+    :meth:`commit` or :meth:`abort`; pages that it takes are not reachable before the caller's
+    commit, and those that it gives back stay as they are until then.
+
+    :param pieces: ``(physical address, region offset, length)`` in bytes, sorted.
+    :param tables: False: nothing in there will be walked or taken; it costs no byte for each page.
+    """
+
+    def __init__(
+        self, region: Region, pieces: Sequence[tuple[int, int, int]], *, tables: bool = True
+    ) -> None:
+        self._base = region.base
+        self._pieces = ffi.new("struct pk_piece[]", len(pieces))
+        first = 0
+        for at, (physical, offset, length) in enumerate(pieces):
+            self._pieces[at] = (physical, offset, length, first)
+            first += length // PAGE
+        self._state = bytearray(first if tables else 0)
+        self._state_c = ffi.from_buffer("uint8_t[]", self._state)
+        self._pool = ffi.new("struct pk_pool *")
+        self._pool.pieces = self._pieces
+        self._pool.n_pieces = len(pieces)
+        self._pool.state = self._state_c
+        self._pool.n_pages = first
+
+    # ------------------------------------------------------------------ pages
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that a change may take."""
+        return self._state.count(_FREE)
+
+    @property
+    def used_pages(self) -> int:
+        """Pages that are reachable from the top-level table."""
+        return self._state.count(_LIVE)
+
+    def begin(self) -> None:
+        """Start a change."""
+        pool = self._pool
+        pool.cursor = pool.wanted = pool.peak = 0
+        pool.free = self._state.count(_FREE)
+
+    @property
+    def missing_pages(self) -> int:
+        """How many free pages too few the change has had so far."""
+        return max(0, int(self._pool.peak - self._pool.free))
+
+    def commit(self, *, aside: bool) -> None:
+        """What was taken is live; what was given back is free, or put ``aside``."""
+        self._become({_NEW: _LIVE, _DEAD: _ASIDE if aside else _FREE})
+
+    def abort(self) -> None:
+        """Nothing has changed."""
+        self._become({_NEW: _FREE, _DEAD: _LIVE})
+
+    def release(self) -> None:
+        """What was put aside is free."""
+        self._become({_ASIDE: _FREE})
+
+    def _become(self, changes: dict[int, int]) -> None:
+        table = bytes(changes.get(state, state) for state in range(256))
+        self._state[:] = self._state.translate(table)
+
+    def is_live(self, physical: int) -> bool:
+        """Whether a table that was found by the walk, and is still wanted, is there."""
+        return bool(lib.pk_pt_is_live(self._pool, physical))
+
+    def take(self) -> int:
+        """Physical address of a free page; ``NO_PAGE``: there is none, which is counted."""
+        return int(lib.pk_pt_take(self._pool))
+
+    def give_back(self, physical: int) -> None:
+        """The table there is no longer wanted."""
+        lib.pk_pt_give_back(self._pool, physical)
+
+    def new_pages(self) -> Iterator[int]:
+        """Region offsets of the pages that the change has taken."""
+        at = self._state.find(_NEW)
+        for piece in self._pieces:
+            while 0 <= at < piece.first + piece.length // PAGE:
+                yield int(piece.offset) + (at - int(piece.first)) * PAGE
+                at = self._state.find(_NEW, at + 1)
+
+    # ------------------------------------------------------------------ tables
+
+    def build(self, level: int, leaf: int, physical: int, perm: int) -> int:
+        """A new full table that maps memory from ``physical`` on; its address or ``NO_PAGE``."""
+        return int(lib.pk_pt_build(self._base, self._pool, level, leaf, physical, perm))
+
+    def verify(self, table: int, level: int, physical: int, perm: int) -> int | None:
+        """Offset in bytes of the first page that is mapped to something else; None: no page."""
+        found = int(lib.pk_pt_verify(self._base, self._pool, table, level, physical, perm))
+        return None if found == NO_PAGE else found
+
+    def drop(self, table: int, level: int) -> int:
+        """Give back a table and all below it; the bytes that it mapped."""
+        return int(lib.pk_pt_drop(self._base, self._pool, table, level))
+
+    def copy(self, table: int, level: int, perm: int) -> tuple[int, int]:
+        """A copy with other permissions, for the old one: its address or ``NO_PAGE``, and bytes.
+
+        :raises TableDamageError: something below the table is no live table.
+        """
+        mapped = ffi.new("uint64_t *")
+        new = int(lib.pk_pt_copy(self._base, self._pool, table, level, perm, mapped))
+        if new == _BROKEN:
+            raise TableDamageError(f"page table at {table:#x}: damaged below: run the check")
+        return new, int(mapped[0])
+
+    def scan(
+        self, root: int, levels: int, start: int, end: int
+    ) -> tuple[list[Mapping], int | None] | None:
+        """Some mappings from ``start`` on, and where to go on; None: the tables are damaged."""
+        out = ffi.new("struct pk_mapping[]", _SCAN_BATCH)
+        at = ffi.new("uint64_t *", start)
+        count = int(lib.pk_pt_scan(self._base, self._pool, root, levels, at, end, out, _SCAN_BATCH))
+        if count < 0:
+            return None
+        found = [Mapping(m.iova, m.physical, m.length, m.bits) for m in out[0:count]]
+        return found, None if at[0] == NO_PAGE else int(at[0])
+
+    def mark(self, root: int, levels: int, memory: TablePool, blocks: bytearray) -> bool:
+        """Set the byte of each 2 MiB block that a leaf below ``root`` maps something of.
+
+        ``memory`` says where the region's blocks are. Tables that cannot be reached are passed by:
+        False.
+        """
+        blocks_c = ffi.from_buffer("uint8_t[]", blocks)
+        seen = ffi.new("uint8_t[]", len(self._state))
+        done = lib.pk_pt_mark(self._base, self._pool, root, levels, memory._pool, blocks_c, seen)
+        return bool(done == 0)
+
+    def find(self, root: int, levels: int, ranges: Sequence[tuple[int, int]]) -> int | None:
+        """The lowest address that is mapped to one of sorted ranges of physical addresses."""
+        if not ranges:
+            return None
+        ranges_c = ffi.new("uint64_t[]", [x for pair in ranges for x in pair])
+        seen = ffi.new("uint8_t[]", len(self._state))
+        found = int(
+            lib.pk_pt_find(self._base, self._pool, root, levels, ranges_c, len(ranges), seen)
+        )
+        return None if found == NO_PAGE else found
+
+    def check(
+        self,
+        root: int,
+        levels: int,
+        *,
+        reserved: Sequence[tuple[int, int]],
+        allowed: Sequence[tuple[int, int]],
+        tables: Sequence[tuple[int, int]],
+        max_findings: int,
+    ) -> TreeFigures:
+        """Walk all tables below ``root``, each once, and note which pages they are.
+
+        ``reserved`` has masks of a table entry and of a leaf for each level from 0 on; ``allowed``
+        and ``tables`` are sorted ranges of physical addresses that leaves may, and must not, reach.
+        """
+        self._state[:] = bytes(len(self._state))
+        c = ffi.new("struct pk_check *")
+        c.table_reserved = [table for table, _leaf in reserved]
+        c.leaf_reserved = [leaf for _table, leaf in reserved]
+        allowed_c = ffi.new("uint64_t[]", [x for pair in allowed for x in pair] or [0])
+        tables_c = ffi.new("uint64_t[]", [x for pair in tables for x in pair] or [0])
+        found_c = ffi.new("struct pk_finding[]", max_findings)
+        c.allowed, c.n_allowed = allowed_c, len(allowed)
+        c.tables, c.n_tables = tables_c, len(tables)
+        c.found, c.max_found = found_c, max_findings
+        lib.pk_pt_check(self._base, self._pool, c, root, levels)
+        findings = [
+            RawFinding(f.code, f.level, f.iova, f.where, f.value)
+            for f in found_c[0 : min(c.n_found, max_findings)]
+        ]
+        return TreeFigures(findings, c.n_found, c.n_seen, c.n_leaves, c.bytes)
+
+
+class BlockMap:
+    """Which 2 MiB blocks of a region are mapped by page tables, a byte each.
+
+    :param pieces: where the region's physical addresses are, as for :class:`TablePool`.
+    """
+
+    def __init__(self, region: Region, pieces: Sequence[tuple[int, int, int]]) -> None:
+        self._memory = TablePool(region, pieces, tables=False)
+        self._blocks = bytearray(-(-region.size // BLOCK))
+
+    def clear(self) -> None:
+        """No block is mapped."""
+        self._blocks[:] = bytes(len(self._blocks))
+
+    def add_tree(self, pool: TablePool, root: int, levels: int) -> bool:
+        """Mark what the tables below ``root`` map; False if they are damaged and it is not all."""
+        return pool.mark(root, levels, self._memory, self._blocks)
+
+    def any(self, offset: int, length: int) -> bool:
+        """Whether a block of that range is marked."""
+        return self._blocks.find(1, offset // BLOCK, -(-(offset + length) // BLOCK)) >= 0
+
+
+def fill_entries(words: memoryview, first: int, step: int) -> None:
+    """A run of leaves into those of ``words`` (8-byte items) that are not present."""
+    lib.pk_pt_fill(ffi.from_buffer("uint64_t[]", words), first, step, len(words))
+
+
+def conflicting_entry(words: memoryview, first: int, step: int) -> int:
+    """Index of the first entry that is present and not what that run has there; or the length."""
+    entries = ffi.from_buffer("uint64_t[]", words)
+    return int(lib.pk_pt_conflict(entries, first, step, len(words)))
+
+
+def any_present(words: memoryview) -> bool:
+    """Whether one of the entries is present."""
+    return bool(lib.pk_pt_any(ffi.from_buffer("uint64_t[]", words), len(words)))
+
+
+def merged_entry(words: memoryview, step: int) -> int:
+    """The leaf that can stand for a whole table of leaves of ``step`` bytes; 0: none can."""
+    return int(lib.pk_pt_merged(ffi.from_buffer("uint64_t[]", words), step))

@@ -1,0 +1,175 @@
+"""Walks over all of one domain's page tables, in C: what is mapped, and what is wrong."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from pkernfs.errors import TableDamageError
+from pkernfs.iommu.page_pool import BlockMap, Mapping, RawFinding, TablePool
+from pkernfs.vtd.entries import LEAVES, MAX_PHYSICAL_BITS, SecondStageTable
+
+MAX_FINDINGS = 1000
+_EVERYWHERE = [(0, 1 << 63)]
+_MAX_LEVEL = 5
+
+
+class Code(enum.IntEnum):
+    """What can be wrong with reachable entries."""
+
+    TABLE_OUTSIDE = 1
+    TABLE_TWICE = 2
+    RESERVED_BITS = 3
+    LEAF_OUTSIDE = 4
+    LEAF_IS_TABLE = 5
+    CONTEXT_INVALID = 6
+    UNKNOWN_DOMAIN = 7
+    DOMAIN_ID = 8
+    CONFIGURATION = 9
+
+
+_TEXTS = {
+    Code.TABLE_OUTSIDE: "refers to a table outside the domain's file",
+    Code.TABLE_TWICE: "refers to a table that was reached before (shared, or a cycle)",
+    Code.RESERVED_BITS: "reserved bits set",
+    Code.LEAF_OUTSIDE: "maps memory that is no live file's",
+    Code.LEAF_IS_TABLE: "maps memory that holds tables",
+}
+
+
+class Finding(NamedTuple):
+    """One thing that is wrong: ``where`` is the physical address of the entry."""
+
+    code: Code
+    where: int
+    message: str
+
+
+class TreeReport(NamedTuple):
+    """Findings (the first 1000; ``found`` is how many there are), and what was seen."""
+
+    findings: list[Finding]
+    found: int
+    tables: int
+    leaves: int
+    mapped_bytes: int
+
+
+class Tree(NamedTuple):
+    """One domain's tables as they are, sound or not: what their leaves reach.
+
+    ``levels`` are the numbers of levels that they may have: several, if that is not known.
+    """
+
+    pool: TablePool
+    root: int
+    levels: tuple[int, ...]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is mapped."""
+        return self.find(_EVERYWHERE) is None
+
+    def mark(self, blocks: BlockMap) -> bool:
+        """Mark the 2 MiB blocks of the region that are mapped; False: not all can be reached."""
+        done = [blocks.add_tree(self.pool, self.root, levels) for levels in self.levels]
+        return all(done)
+
+    def find(self, ranges: Sequence[tuple[int, int]]) -> int | None:
+        """The lowest address that is mapped to one of sorted ranges of physical addresses."""
+        found = (self.pool.find(self.root, levels, ranges) for levels in self.levels)
+        return min((iova for iova in found if iova is not None), default=None)
+
+
+def check_tree(
+    pool: TablePool,
+    root: int,
+    levels: int,
+    *,
+    allowed: Sequence[tuple[int, int]] = _EVERYWHERE,
+    tables: Sequence[tuple[int, int]] = (),
+    physical_bits: int = MAX_PHYSICAL_BITS,
+    name: str = "domain",
+) -> TreeReport:
+    """Look at every reachable entry once; afterwards the pool knows which pages are in use.
+
+    :param allowed: sorted, disjoint ranges of physical addresses that leaves may map.
+    :param tables: the same, of all memory that holds tables.
+    """
+    none = (0, 0)
+    reserved = [none] + [
+        (
+            SecondStageTable.reserved(physical_bits),
+            LEAVES[level].reserved(physical_bits) if level in LEAVES else 0,
+        )
+        for level in range(1, _MAX_LEVEL + 1)
+    ]
+    figures = pool.check(
+        root, levels, reserved=reserved, allowed=allowed, tables=tables, max_findings=MAX_FINDINGS
+    )
+    findings = [_finding(name, f) for f in figures.findings]
+    return TreeReport(findings, *figures[1:])
+
+
+def _finding(name: str, f: RawFinding) -> Finding:
+    code = Code(f.code)
+    place = f"{name} level {f.level} entry at {f.where:#x}, iova {f.iova:#x}"
+    return Finding(code, f.where, f"{place}: {_TEXTS[code]}: got {f.value:#018x}")
+
+
+def scan_tree(pool: TablePool, root: int, levels: int, start: int, end: int) -> Iterator[Mapping]:
+    """What is mapped from ``start`` to ``end``, in order, neighbours joined.
+
+    Memory does not grow with the number of leaves.
+
+    :raises TableDamageError: a table outside the pool, or more of them than it has pages.
+    """
+    at: int | None = start
+    last: Mapping | None = None
+    while at is not None:
+        batch = pool.scan(root, levels, at, end)
+        if batch is None:
+            raise TableDamageError(f"page table at {root:#x}: damaged below: run the check")
+        found, at = batch
+        for m in found:
+            if last is not None and _continues(last, m):
+                last = last._replace(length=last.length + m.length)
+                continue
+            if last is not None:
+                yield last
+            last = m
+    if last is not None:
+        yield last
+
+
+def _continues(last: Mapping, m: Mapping) -> bool:
+    return (
+        last.iova + last.length == m.iova
+        and last.physical + last.length == m.physical
+        and last.perm == m.perm
+    )
+
+
+def without(these: Sequence[Mapping], those: Sequence[Mapping]) -> Iterator[Mapping]:
+    """The parts of ``these`` that ``those`` do not map just so; both are in order."""
+    first = 0
+    for m in these:
+        at, end = m.iova, m.iova + m.length
+        while first < len(those) and those[first].iova + those[first].length <= at:
+            first += 1
+        here = first
+        while here < len(those) and those[here].iova < end:
+            other = those[here]
+            here += 1
+            if other.physical - other.iova != m.physical - m.iova or other.perm != m.perm:
+                continue
+            if other.iova > at:
+                yield _part(m, at, other.iova)
+            at = max(at, min(other.iova + other.length, end))
+        if at < end:
+            yield _part(m, at, end)
+
+
+def _part(m: Mapping, start: int, end: int) -> Mapping:
+    return Mapping(start, m.physical + start - m.iova, end - start, m.perm)

@@ -1,0 +1,1 @@
+"""The next kernel: how it is started without losing regions, and the handover before it."""

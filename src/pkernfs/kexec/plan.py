@@ -1,0 +1,196 @@
+"""How to start the next kernel without losing regions: its files, its command line, the steps.
+
+Planning only: nothing is loaded and nothing is started here. What is special where devices go on
+working meanwhile is in :mod:`pkernfs.kexec.crash`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+from pkernfs.errors import NotFoundError, RegionError
+from pkernfs.host import cmdline, iomem
+from pkernfs.host.cmdline import Kind
+from pkernfs.host.iomem import Span
+from pkernfs.host.sysroot import HOST, Host
+from pkernfs.kexec import crash
+from pkernfs.kexec.crash import Needs
+
+#: Words that a boot loader, or the kernel for a crash kernel, adds for the one that it starts.
+_ADDED_BY_LOADERS = ("BOOT_IMAGE=", "initrd=", "elfcorehdr=")
+_KEPT = ("memmap", "pkernfs")
+_FREE = (Kind.REMOVED, Kind.RESERVED, Kind.SOFT, Kind.PMEM)
+_MAX_COMMAND_LINE = 2047  # COMMAND_LINE_SIZE of x86, without its end
+#: How the next kernel is started, as ``pkernfs kexec --dry-run`` has it behind its commands.
+JUMP = (
+    "# then units that the kernel drives get the region's root table, and it panics on processor 0 "
+    "(echo c > /proc/sysrq-trigger)"
+)
+
+
+@dataclass
+class Plan:
+    """What ``pkernfs kexec`` is going to do; ``commands`` in their order, as words.
+
+    :ivar crash: by a panic, for devices that must not be stopped
+    :ivar problems: why it should not be done
+    :ivar losses: what does not outlive the running kernel, beside its processes
+    """
+
+    kernel: str
+    initrd: str | None
+    append: str
+    crash: bool = False
+    added: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    losses: list[str] = field(default_factory=list)
+    commands: list[list[str]] = field(default_factory=list)
+
+
+def make_plan(
+    spans: list[Span],
+    mount_points: list[str],
+    *,
+    kernel: str | None = None,
+    initrd: str | None = None,
+    append: str | None = None,
+    needs: Needs | None = None,
+    host: Host = HOST,
+) -> Plan:
+    """Plan a kexec that keeps physical memory.
+
+    :param spans: the physical memory of the regions that are mounted.
+    :param mount_points: of all file systems that are to be handed over.
+    :param append: the next kernel's command line; None: the running one's.
+    :param needs: of the devices that must go on; None, or no devices: an orderly kexec.
+    :raises NotFoundError: no such kernel.
+    :raises RegionError: the next kernel would take a region for its own memory.
+    """
+    kernel_path, initrd_path = find_kernel(kernel, initrd, host)
+    running = host.command_line()
+    line = append if append is not None else without_boot_loader(running)
+    plan = Plan(kernel_path, initrd_path, line)
+    if append is not None:
+        _keep_parameters(plan, running)
+    if needs is not None and needs.devices:
+        _for_devices(plan, spans, mount_points, append or "", needs, host)
+    _keep_out_of(plan, spans)
+    room = crash.ROOM_FOR_HEADER if plan.crash else 0
+    check_command_line(plan.append, _reserved(spans, running), room)
+    plan.commands.append(load_command(plan))
+    for point in mount_points:
+        told = ["--cmdline", plan.append] if plan.crash else []
+        plan.commands.append(["pkernfs", "handover", point, *told])
+    if not plan.crash:
+        plan.commands.append(_start(host))
+    return plan
+
+
+def _for_devices(
+    plan: Plan, spans: list[Span], mount_points: list[str], given: str, needs: Needs, host: Host
+) -> None:
+    """Turn the plan into one that leaves devices alone."""
+    plan.crash = True
+    memory = crash.memory_parameter(iomem.read_iomem("pkernfs kexec", host), spans)
+    header = crash.no_dump(spans)
+    plan.append = crash.for_crash(plan.append, memory, header)
+    plan.added += [memory, header, crash.AWAKE]
+    if not cmdline.values(given, "intel_iommu"):
+        plan.append, added = crash.with_iommu(plan.append, scalable=needs.scalable)
+        plan.added.append(added)
+    blocked, problems = crash.keep_drivers_away(host, plan.kernel, needs.devices)
+    if blocked:
+        plan.append, added = crash.without_modules(plan.append, blocked)
+        plan.added.append(added)
+    plan.problems += crash.host_problems(host)
+    plan.problems += crash.adoption_problems(host, plan.kernel, plan.append, needs)
+    plan.problems += problems
+    plan.losses += crash.losses(host, needs, mount_points)
+
+
+def find_kernel(kernel: str | None, initrd: str | None, host: Host) -> tuple[str, str | None]:
+    """Paths of the kernel and its initrd; those of the running kernel if they are not given.
+
+    :raises NotFoundError: there is none there.
+    """
+    release = host.find("proc/sys/kernel/osrelease") or ""
+    if kernel is None:
+        kernel = f"/boot/vmlinuz-{release}"
+        if initrd is None and os.path.exists(host.path(f"boot/initrd.img-{release}")):
+            initrd = f"/boot/initrd.img-{release}"
+    kernel, initrd = os.path.abspath(kernel), None if initrd is None else os.path.abspath(initrd)
+    for path in (kernel, initrd):
+        if path is not None and not os.path.isfile(host.path(path.lstrip("/"))):
+            raise NotFoundError(f"{path}: no such file: name one with --kernel and --initrd")
+    return kernel, initrd
+
+
+def without_boot_loader(line: str) -> str:
+    """A command line without what was added for the running kernel alone."""
+    return " ".join(w for w in cmdline.quoted_words(line) if not w.startswith(_ADDED_BY_LOADERS))
+
+
+def _keep_parameters(plan: Plan, running: str) -> None:
+    """Add the parameters of the running kernel that keep regions, and are missing."""
+    present = set(cmdline.words(plan.append))
+    spares_dax = [] if cmdline.spares_dax(plan.append) else cmdline.spares_dax(running)
+    for word in cmdline.words(running):
+        if word not in present and (word.partition("=")[0] in _KEPT or word in spares_dax):
+            plan.added.append(word)
+    plan.append = cmdline.with_words(plan.append, plan.added)
+
+
+def _keep_out_of(plan: Plan, spans: list[Span]) -> None:
+    """Have the next kernel not place itself into a region."""
+    if spans and cmdline.kaslr_danger(plan.append) is not None:
+        plan.append = cmdline.with_words(plan.append, ["nokaslr"])
+        plan.added.append("nokaslr")
+
+
+def _reserved(spans: list[Span], running: str) -> list[Span]:
+    """What of them memmap= keeps apart now. The firmware does it for a dax device of its own."""
+    reserved = cmdline.reservations(running)
+    return [
+        Span(start, end - start)
+        for span in spans
+        for start, end, holder in cmdline.coverage(reserved, span.start, span.end)
+        if holder is not None
+    ]
+
+
+def check_command_line(line: str, spans: list[Span], room: int = 0) -> None:
+    """Whether a kernel with this command line leaves the regions alone.
+
+    :param room: bytes that are going to be added.
+    :raises RegionError: it would take a part of one for its own memory; with the parameter.
+    """
+    if len(line) > _MAX_COMMAND_LINE - room:
+        raise RegionError(
+            f"command line: too long: got {len(line)} bytes, "
+            f"expected up to {_MAX_COMMAND_LINE - room}: leave something out (--append)"
+        )
+    reserved = cmdline.reservations(line)
+    for span in spans:
+        pieces = cmdline.coverage(reserved, span.start, span.end)
+        for start, end, holder in pieces:
+            if holder is None or holder.kind not in _FREE:
+                raise RegionError(
+                    f"{span}: the next kernel would take {start:#x}-{end - 1:#x} for ordinary "
+                    f"memory: its command line needs {iomem.memmap_parameter(span)}"
+                )
+
+
+def load_command(plan: Plan) -> list[str]:
+    """The words that load the next kernel."""
+    # kexec_file_load (-s): kexec-tools itself would take its memory map from the firmware's.
+    words = ["kexec", "-s", "-p" if plan.crash else "-l", plan.kernel]
+    if plan.initrd is not None:
+        words.append(f"--initrd={plan.initrd}")
+    return [*words, f"--command-line={plan.append}"]
+
+
+def _start(host: Host) -> list[str]:
+    if os.path.isdir(host.path("run/systemd/system")):
+        return ["systemctl", "kexec"]
+    return ["kexec", "-e"]

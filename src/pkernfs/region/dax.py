@@ -1,0 +1,238 @@
+"""Device-dax: ``/dev/daxX.Y``, its memory and its driver, from sysfs.
+
+A device is made of one or more ranges of one *dax region* (a soft-reserved range of memory, or a
+namespace of persistent memory). Making and taking apart devices is in
+:mod:`pkernfs.region.dax_devices`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pkernfs.errors import RegionError
+from pkernfs.host import cmdline, iomem
+from pkernfs.host.iomem import Span
+from pkernfs.host.sysroot import Host
+from pkernfs.layout import BLOCK
+from pkernfs.region.backing import Backing
+from pkernfs.region.locks import lock_physical
+from pkernfs.region.memtype import check_cached
+
+BUS = "sys/bus/dax"
+DEVICES = f"{BUS}/devices"
+DRIVER = f"{BUS}/drivers/device_dax"
+_NAME = re.compile(r"dax(\d+)\.(\d+)", re.ASCII)
+_SYSTEM_RAM = "kmem"
+
+
+@dataclass(frozen=True)
+class Device:
+    """What sysfs says of a device; ``pieces`` are in the order of its offsets.
+
+    ``region`` is the directory of the dax region, below the host's root; ``driver`` is None for a
+    device that no driver has.
+    """
+
+    name: str
+    size: int
+    align: int
+    pieces: tuple[Span, ...]
+    node: int | None
+    driver: str | None
+    region: str
+
+
+def device_name(path: str, host: Host) -> str | None:
+    """The dax device that ``path`` is, or is the name of; None for anything else."""
+    name = os.path.basename(path)
+    if os.path.dirname(path) == host.path("dev") and _NAME.fullmatch(name):
+        return name
+    with contextlib.suppress(OSError):
+        info = os.stat(path)
+        if stat.S_ISCHR(info.st_mode):
+            number = f"{os.major(info.st_rdev)}:{os.minor(info.st_rdev)}"
+            name = os.path.basename(os.readlink(host.path(f"sys/dev/char/{number}")))
+            return name if _NAME.fullmatch(name) else None
+    return None
+
+
+def name_key(name: str) -> tuple[int, int]:
+    """The two numbers in a device's name."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise ValueError(f"not the name of a dax device: {name!r}")
+    return int(match[1]), int(match[2])
+
+
+def device_names(host: Host) -> list[str]:
+    """The devices that there are, bound or not."""
+    return sorted((n for n in host.list(DEVICES) if _NAME.fullmatch(n)), key=name_key)
+
+
+def read_device(name: str, host: Host) -> Device:
+    """What sysfs says of a device.
+
+    :raises RegionError: there is none of that name, or its addresses are for root.
+    """
+    base = f"{DEVICES}/{name}"
+    if not os.path.isdir(host.path(base)):
+        raise RegionError(f"/dev/{name}: {_why_none(host)}", errno.ENOENT)
+    driver = host.path(f"{base}/driver")
+    node = _number(host, f"{base}/numa_node")
+    size = _number(host, f"{base}/size") or 0
+    return Device(
+        name,
+        size,
+        _number(host, f"{base}/align") or BLOCK,
+        tuple(_read_pieces(name, size, host)),
+        node if node is not None and node >= 0 else None,
+        os.path.basename(os.readlink(driver)) if os.path.islink(driver) else None,
+        os.path.relpath(os.path.join(os.path.realpath(host.path(base)), ".."), host.root),
+    )
+
+
+def _read_pieces(name: str, size: int, host: Host) -> list[Span]:
+    base = f"{DEVICES}/{name}"
+    found = []
+    try:
+        for mapping in host.list(base):
+            if re.fullmatch(r"mapping\d+", mapping):
+                texts = [
+                    host.read(f"{base}/{mapping}/{f}") for f in ("page_offset", "start", "end")
+                ]
+                offset, start, end = (int(text, 0) for text in texts)
+                found.append((offset, Span(start, end + 1 - start)))
+        if not found and size:
+            found.append((0, Span(int(host.read(f"{base}/resource"), 0), size)))
+    except PermissionError:
+        raise RegionError(
+            f"/dev/{name}: sysfs hides its addresses: root is needed (CAP_SYS_ADMIN)", errno.EPERM
+        ) from None
+    return [span for _, span in sorted(found)]
+
+
+def _number(host: Host, name: str) -> int | None:
+    text = host.find(name)
+    return None if text is None else int(text, 0)
+
+
+def _why_none(host: Host) -> str:
+    names = device_names(host)
+    if names:
+        return f"no such device: there is {', '.join(f'/dev/{name}' for name in names)}"
+    kinds = {r.kind for r in cmdline.reservations(host.command_line())}
+    if cmdline.Kind.SOFT in kinds:
+        return "no such device: modprobe device_dax; modprobe dax_hmem"
+    return (
+        "no such device: boot with memmap=SIZE%START-1+0xefffffff to have one, and modprobe "
+        "device_dax; modprobe dax_hmem"
+    )
+
+
+# ---------------------------------------------------------------------------- drivers
+
+
+def bind(device: Device, host: Host) -> None:
+    """Have the driver device_dax take a device that no driver has.
+
+    :raises RegionError: another driver has it, or this one does not take it.
+    """
+    if device.driver == os.path.basename(DRIVER):
+        return
+    where = f"/dev/{device.name}"
+    if device.driver == _SYSTEM_RAM:
+        raise RegionError(
+            f"{where}: it is in system-ram mode, ordinary memory of the kernel (driver kmem): "
+            f"daxctl reconfigure-device --force --mode=devdax {device.name}, and boot with "
+            "modprobe.blacklist=kmem to keep it"
+        )
+    if device.driver is not None:
+        raise RegionError(f"{where}: driver {device.driver} has it, expected device_dax")
+    if not device.size:
+        raise RegionError(f"{where}: it has no memory: daxctl create-device, or write its mapping")
+    if not os.path.isdir(host.path(DRIVER)):
+        raise RegionError(f"{where}: no driver: modprobe device_dax", errno.ENODEV)
+    # Soft-reserved memory is meant for kmem: device_dax takes it only if told its name.
+    write_attribute(f"{DRIVER}/new_id", device.name, where, host)
+    if read_device(device.name, host).driver != os.path.basename(DRIVER):
+        raise RegionError(f"{where}: the driver device_dax does not take it: see the kernel's log")
+
+
+def write_attribute(name: str, text: str, where: str, host: Host) -> None:
+    """Write a sysfs attribute.
+
+    :raises RegionError: the kernel does not take it.
+    """
+    try:
+        fd = os.open(host.path(name), os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, text.encode())
+        finally:
+            os.close(fd)
+    except OSError as e:
+        raise RegionError(
+            f"{where}: cannot write {text!r} to /{name}: {e.strerror}", e.errno or errno.EIO
+        ) from e
+
+
+# ---------------------------------------------------------------------------- the region
+
+
+class DaxBacking(Backing):
+    """A dax device, locked against everything that overlaps its memory.
+
+    A device that no driver has is bound to device_dax.
+
+    :raises RegionError: no such device, another driver has it, or the kernel gives no access.
+    :raises LockedError: a part of its memory is in use.
+    """
+
+    real_addresses = True
+
+    def __init__(self, path: str, name: str, *, write: bool, lock: bool, host: Host) -> None:
+        bind(read_device(name, host), host)
+        device = read_device(name, host)
+        _check(device, host)
+        super().__init__(path, device.size, list(device.pieces))
+        if lock:
+            held, fd = lock_physical(path, list(device.pieces), host, exclusive=write)
+            self._fds.append(fd)
+            self._lock = held if write else None
+        try:
+            self.fd = os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC)
+        except OSError as e:
+            self.close()
+            raise RegionError(f"{path}: cannot open: {e.strerror}", e.errno or errno.EIO) from e
+        self._fds.append(self.fd)
+        self.page_bytes = device.align
+        self.node = device.node
+        self.dax = device
+        self._host = host
+
+    def verify_mapping(self, read: Callable[[], object]) -> None:
+        """Refuse a mapping that goes round the processor's caches."""
+        check_cached(self.name, self.pieces or [], read, self._host)
+
+
+def _check(device: Device, host: Host) -> None:
+    """Refuse what cannot be mapped, or is the kernel's own memory."""
+    where = f"/dev/{device.name}"
+    if sum(piece.size for piece in device.pieces) != device.size:
+        raise RegionError(f"{where}: its mappings are not of its size: got {device.size}")
+    for piece in device.pieces:
+        if piece.start % BLOCK or piece.size % BLOCK:
+            raise RegionError(
+                f"{where}: bad mapping: got {piece.start:#x}-{piece.end - 1:#x}, "
+                "expected multiples of 2 MiB"
+            )
+    for resource in iomem.read_iomem(where, host):
+        if resource.name.startswith("System RAM") and any(
+            iomem.overlap(piece, resource) for piece in device.pieces
+        ):
+            raise RegionError(f"{where}: {resource.start:#x}-{resource.end - 1:#x} is System RAM")

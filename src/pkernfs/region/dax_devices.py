@@ -1,0 +1,168 @@
+"""Taking apart and making dax devices, so that one is again what it was before a kexec.
+
+Soft-reserved memory comes back as one device over all of it, or as none. Nothing here reads or
+stores memory: what a device was is for :mod:`pkernfs.fs.placement` to find.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+
+from pkernfs.errors import BusyError, RegionError
+from pkernfs.host.iomem import Span
+from pkernfs.host.sysroot import Host
+from pkernfs.region.dax import DRIVER, Device, bind, device_names, read_device, write_attribute
+from pkernfs.region.locks import lock_physical
+
+_MOST_DEVICES = 64
+
+
+def region_devices(region: str, host: Host) -> list[Device]:
+    """The devices of a dax region."""
+    devices = (read_device(name, host) for name in device_names(host))
+    return [device for device in devices if device.region == region]
+
+
+def regions(host: Host) -> list[str]:
+    """The dax regions whose devices can be made and taken apart."""
+    found = {read_device(name, host).region for name in device_names(host)}
+    return sorted(r for r in found if os.path.exists(host.path(f"{r}/dax_region/create")))
+
+
+@contextlib.contextmanager
+def free_memory(region: str, host: Host) -> Iterator[Device | None]:
+    """A device over what of a dax region belongs to none, while the block runs; None without any.
+
+    :raises RegionError: the kernel refuses.
+    """
+    size = int(host.read(f"{region}/dax_region/available_size"))
+    spare = next((d for d in region_devices(region, host) if not d.size and not d.driver), None)
+    if not size or spare is None:
+        yield None
+        return
+    _set_size(spare.name, size, host)
+    try:
+        yield read_device(spare.name, host)
+    finally:
+        release(spare.name, host)
+
+
+def release(name: str, host: Host) -> None:
+    """Take a device from its driver, and its memory from it.
+
+    :raises RegionError: the kernel refuses.
+    """
+    if read_device(name, host).driver is not None:
+        write_attribute(f"{DRIVER}/unbind", name, f"/dev/{name}", host)
+    _set_size(name, 0, host)
+
+
+def rebuild(name: str, align: int, pieces: tuple[Span, ...], region: str, host: Host) -> str:
+    """Make the device that had these ranges; its name, another one if that cannot be had.
+
+    What is in the way is taken apart if nobody uses it.
+
+    :raises BusyError: somebody does.
+    :raises RegionError: the kernel refuses.
+    """
+    where = f"/dev/{name}"
+    with contextlib.ExitStack() as held:
+        for device in region_devices(region, host):
+            if any(_overlap(one, other) for one in device.pieces for other in pieces):
+                held.enter_context(_unused(device, host))
+                release(device.name, host)
+        made = _empty_device(name, region, host)
+        base = f"sys/bus/dax/devices/{made}"
+        if read_device(made, host).align != align:
+            write_attribute(f"{base}/align", str(align), where, host)
+        for piece in pieces:
+            text = f"{piece.start:x}-{piece.end - 1:x}"
+            write_attribute(f"{base}/mapping", text, where, host)
+        device = read_device(made, host)
+        if device.pieces != pieces:
+            raise RegionError(f"{where}: cannot be put back: the kernel made {device.pieces}")
+        bind(device, host)
+    return made
+
+
+def _set_size(name: str, size: int, host: Host) -> None:
+    write_attribute(f"sys/bus/dax/devices/{name}/size", str(size), f"/dev/{name}", host)
+
+
+def _overlap(one: Span, other: Span) -> bool:
+    return one.start < other.end and other.start < one.end
+
+
+@contextlib.contextmanager
+def _unused(device: Device, host: Host) -> Iterator[None]:
+    """Locked against other regions, and mapped or open nowhere.
+
+    :raises BusyError: somebody uses it.
+    """
+    where = f"/dev/{device.name}"
+    _, fd = lock_physical(where, list(device.pieces), host, exclusive=True)
+    try:
+        if found := users(where, host):
+            raise BusyError(f"{where}: in the way, and in use by {', '.join(found)}")
+        yield
+    finally:
+        os.close(fd)
+
+
+def users(path: str, host: Host) -> list[str]:
+    """The processes that have a file open or mapped, other than this one."""
+    found = []
+    for pid in host.list("proc"):
+        if not pid.isdigit() or pid == str(os.getpid()):
+            continue
+        maps = host.find(f"proc/{pid}/maps") or ""
+        if any(line.endswith(f" {path}") for line in maps.splitlines()) or _has_open(
+            pid, path, host
+        ):
+            found.append(f"{host.find(f'proc/{pid}/comm') or '?'} ({pid})")
+    return found
+
+
+def _has_open(pid: str, path: str, host: Host) -> bool:
+    for fd in host.list(f"proc/{pid}/fd"):
+        with contextlib.suppress(OSError):
+            if os.readlink(host.path(f"proc/{pid}/fd/{fd}")) == path:
+                return True
+    return False
+
+
+def _empty_device(name: str, region: str, host: Host) -> str:
+    """A device without memory: of that name if the region has or can have it.
+
+    :raises RegionError: it has other memory, or the kernel makes none.
+    """
+    own = read_device(name, host) if name in device_names(host) else None
+    if own is not None and own.region == region:
+        if own.size:
+            raise RegionError(f"/dev/{name}: it is there with other memory: daxctl destroy-device")
+        return name
+    made: list[str] = []
+    while len(made) < _MOST_DEVICES:
+        before = device_names(host)
+        write_attribute(f"{region}/dax_region/create", "1", f"/dev/{name}", host)
+        new = [n for n in device_names(host) if n not in before]
+        made += new
+        if not new or new[0] == name or not _same_region(new[0], name):
+            break
+    if not made:
+        raise RegionError(f"/dev/{name}: the kernel makes no device in /{region}")
+    chosen = name if name in made else made[0]
+    for other in made:
+        if other != chosen:
+            write_attribute(f"{region}/dax_region/delete", other, f"/dev/{name}", host)
+    return chosen
+
+
+def _same_region(one: str, other: str) -> bool:
+    """Whether two names are of one dax region: a region may come back with another number."""
+    number = re.compile(r"dax\d+")
+    first, second = number.match(one), number.match(other)
+    return first is not None and second is not None and first[0] == second[0]

@@ -1,0 +1,134 @@
+"""File regions: a file on hugetlbfs, tmpfs or any file system."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+
+from pkernfs.errors import RegionError
+from pkernfs.layout import BLOCK, PAGE
+from pkernfs.native._native import lib
+from pkernfs.region.backing import Backing, given_pieces
+from pkernfs.region.locks import lock_file
+
+_TMPFS = 0x01021994
+_HUGETLBFS = 0x958458F6
+_RAMFS = 0x858458F6
+_RAM_FILE_SYSTEMS = (_TMPFS, _HUGETLBFS, _RAMFS)
+_LEAST_ROOM = 2 * BLOCK
+
+
+class FileBacking(Backing):
+    """A file, locked exclusively if ``write``.
+
+    :raises RegionError: missing, a directory, not permitted, too small to map.
+    :raises LockedError: another process has it open.
+    """
+
+    def __init__(self, path: str, *, write: bool, phys_base: int | None, lock: bool) -> None:
+        fd = _open(path, write)
+        try:
+            held = lock_file(fd, path, exclusive=write) if lock else None
+            info = os.fstat(fd)
+            magic = int(lib.pk_fs_magic(fd))
+            page_bytes = info.st_blksize if magic == _HUGETLBFS else PAGE
+            size = info.st_size - info.st_size % page_bytes
+            if size < PAGE:
+                raise RegionError(f"{path}: region too small: got {info.st_size} bytes")
+            super().__init__(path, size, given_pieces(path, size, phys_base))
+        except BaseException:
+            os.close(fd)
+            raise
+        self.fd = fd
+        self.page_bytes = page_bytes
+        self.in_pagemap = self._is_huge = magic == _HUGETLBFS
+        self.real_addresses = self._is_huge and phys_base is None
+        self.needs_sync = magic not in _RAM_FILE_SYSTEMS
+        self._lock = held if write else None
+        self._fds = [fd]
+
+    @property
+    def untouched(self) -> bool:
+        """Whether the file has no memory yet: all zero; even reading it would give it some."""
+        return self.fd is not None and os.fstat(self.fd).st_blocks == 0
+
+    def known_zero(self) -> list[tuple[int, int]]:
+        """Blocks that lie in holes of the file."""
+        blocks = self.size // BLOCK
+        if self._is_huge:  # does not tell holes
+            return [(0, blocks)] if self.untouched else []
+        runs = []
+        end = 0
+        for start, stop in self.data_ranges(0, self.size):
+            first = -(-end // BLOCK)
+            if start // BLOCK > first:
+                runs.append((first, start // BLOCK - first))
+            end = stop
+        first = -(-end // BLOCK)
+        if blocks > first:
+            runs.append((first, blocks - first))
+        return runs
+
+    def data_ranges(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """``(start, end)`` of what is no hole of the file; all, if it cannot be told."""
+        if self.fd is None or self._is_huge:
+            yield first, last
+            return
+        end = first
+        while end < last:
+            try:
+                start = os.lseek(self.fd, end, os.SEEK_DATA)
+            except OSError as e:
+                if e.errno == errno.ENXIO:
+                    return
+                yield end, last
+                return
+            if start >= last:
+                return
+            end = min(os.lseek(self.fd, start, os.SEEK_HOLE), last)
+            yield start, end
+
+
+def create(path: str, size: int) -> None:
+    """Make a file region of ``size`` bytes, all zero and sparse.
+
+    :raises RegionError: the file exists, or cannot be made or sized.
+    """
+    _check_room(path, size)
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as e:
+        raise RegionError(f"{path}: cannot create: {e.strerror}", e.errno or errno.EIO) from e
+    try:
+        os.ftruncate(fd, size)
+    except (OSError, OverflowError) as e:
+        os.unlink(path)
+        number = getattr(e, "errno", None) or errno.EFBIG
+        raise RegionError(f"{path}: cannot size: {os.strerror(number)}", number) from e
+    finally:
+        os.close(fd)
+
+
+def _check_room(path: str, size: int) -> None:
+    """:raises RegionError: not even the metadata of a new region would fit the file system."""
+    try:
+        room = os.statvfs(os.path.dirname(path) or ".")
+    except OSError:
+        return  # open() says it better
+    if room.f_blocks and room.f_bavail * room.f_frsize < min(size, _LEAST_ROOM):
+        raise RegionError(f"{path}: cannot create: the file system is full", errno.ENOSPC)
+
+
+def _open(path: str, write: bool) -> int:
+    try:
+        fd = os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as e:
+        raise RegionError(f"{path}: cannot open: {e.strerror}", e.errno or errno.EIO) from e
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        kind = "a directory" if stat.S_ISDIR(mode) else "neither a file nor a known device"
+        raise RegionError(f"{path}: not a region: it is {kind}")
+    return fd

@@ -1,0 +1,362 @@
+"""A region: memory that holds a file system, mapped and bounds-checked.
+
+This is the only module that touches cffi pointers; all stores into a region go through the C
+functions of native.c. What the memory is, and who else may have it, is the business of
+:mod:`pkernfs.region.spec`; what is in the region is nobody's here.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+from pkernfs.errors import RegionError
+from pkernfs.host.iomem import Span
+from pkernfs.host.sysroot import HOST, Host
+from pkernfs.layout import BLOCK, PAGE
+from pkernfs.native._native import ffi, lib
+from pkernfs.region import files
+from pkernfs.region.backing import Backing, given_pieces
+from pkernfs.region.dax import Device
+from pkernfs.region.opening import open_backing
+
+
+class Region:
+    """Mapped memory of :attr:`size` bytes (a multiple of 4 KiB).
+
+    Use :meth:`open`, :meth:`create` or :meth:`anonymous`. After :meth:`close` every view of the
+    region is dead: using one is a fault.
+    """
+
+    def __init__(self, backing: Backing, *, writable: bool) -> None:
+        self.name = backing.name
+        self.size = backing.size
+        self.writable = writable
+        self.page_bytes = backing.page_bytes
+        self._backing = backing
+        error = ffi.new("int *")
+        self._base = lib.pk_map(
+            -1 if backing.fd is None else backing.fd,
+            backing.map_offset,
+            self.size,
+            self.page_bytes,
+            writable,
+            error,
+        )
+        if self._base == ffi.NULL:
+            why = f"{os.strerror(error[0])}{backing.refused(error[0])}"
+            raise RegionError(f"{self.name}: cannot map: {why}", error[0])
+        self._view = memoryview(ffi.buffer(self._base, self.size))
+        if not writable:
+            self._view = self._view.toreadonly()
+
+    # ------------------------------------------------------------------ opening and closing
+
+    @classmethod
+    def open(
+        cls,
+        spec: str,
+        *,
+        write: bool,
+        phys_base: int | None = None,
+        lock: bool = True,
+        host: Host = HOST,
+    ) -> Region:
+        """Open the region that ``spec`` names.
+
+        ``phys_base`` (bytes) is the physical address that offset 0 of a file is said to have. With
+        ``lock`` the region is locked, exclusively if ``write``; a lock ends with its process.
+
+        :raises RegionError: missing, not permitted, not free for a region, too small to map.
+        :raises LockedError: another process has it open.
+        """
+        backing = open_backing(spec, write=write, phys_base=phys_base, lock=lock, host=host)
+        try:
+            region = cls(backing, writable=write)
+        except BaseException:
+            backing.close()
+            raise
+        try:
+            backing.verify_mapping(lambda: region.read(0, 4 * PAGE))
+        except BaseException:
+            region.close()
+            raise
+        return region
+
+    @classmethod
+    def create(cls, path: str, size: int) -> None:
+        """Make a file region of ``size`` bytes, all zero and sparse.
+
+        :raises RegionError: the file exists, or cannot be made or sized.
+        """
+        files.create(path, size)
+
+    @classmethod
+    def anonymous(cls, size: int, *, phys_base: int | None = None) -> Region:
+        """Private zeroed memory: for tests and tools; gone with the process."""
+        pieces = given_pieces("anonymous", size, phys_base)
+        return cls(Backing("anonymous", size, pieces), writable=True)
+
+    def close(self) -> None:
+        """Unmap, and let the lock go. A second call does nothing."""
+        if self._base is not None:
+            lib.pk_unmap(self._base, self.size)
+            self._base = None
+            self._view = memoryview(b"")
+            self._backing.close()
+
+    def __enter__(self) -> Region:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------ what kind of memory
+
+    @property
+    def needs_sync(self) -> bool:
+        """Whether the bytes are cached for a disk, so that fsync has something to do."""
+        return self._backing.needs_sync
+
+    @property
+    def has_pages(self) -> bool:
+        """Whether views may be handed to the kernel; else only copies (EFAULT)."""
+        return self._backing.has_pages
+
+    def sync(self) -> None:
+        """Write the region back to its disk, if it has one.
+
+        :raises RegionError: the write failed.
+        """
+        if self.needs_sync:
+            error = lib.pk_msync(self._base, self.size)
+            if error:
+                raise RegionError(f"{self.name}: cannot sync: {os.strerror(error)}", error)
+
+    @property
+    def real_addresses(self) -> bool:
+        """Whether :meth:`physical` tells where the memory is in this machine, for its devices."""
+        return self._backing.real_addresses
+
+    @property
+    def dax(self) -> Device | None:
+        """The dax device that the region is, if it is one."""
+        return self._backing.dax
+
+    @property
+    def place(self) -> tuple[str, int] | None:
+        """What another program has to map to have the same memory, and where in it offset 0 is."""
+        if self._backing.fd is None:
+            return None
+        return os.readlink(f"/proc/self/fd/{self._backing.fd}"), self._backing.map_offset
+
+    @property
+    def node(self) -> int | None:
+        """The NUMA node that all of the region is in, if that is known."""
+        return self._backing.node
+
+    def physical(self, offset: int) -> int | None:
+        """Physical address of a region offset in bytes; None where there is none.
+
+        That of hugetlbfs pages, which do not move, is looked up in /proc/self/pagemap (needs
+        CAP_SYS_ADMIN).
+        """
+        base = self.phys_base
+        if base is not None and offset < self.size:
+            return base + offset
+        return self.physical_runs(offset, 1)[0][2]
+
+    def physical_runs(self, offset: int, length: int) -> list[tuple[int, int, int | None]]:
+        """``(offset, length, physical address)`` of a range, cut where the addresses jump."""
+        if self._backing.pieces is not None:
+            return list(self._runs_of_pieces(offset, length))
+        if not self._backing.in_pagemap:
+            return [(offset, length, None)]
+        runs: list[tuple[int, int, int | None]] = []
+        end = offset + length
+        with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+            while offset < end:
+                count = min(self.page_bytes - offset % self.page_bytes, end - offset)
+                address = self._look_up(pagemap.fileno(), offset)
+                last = runs[-1] if runs else None
+                if last and address == (None if last[2] is None else last[2] + last[1]):
+                    runs[-1] = (last[0], last[1] + count, last[2])
+                else:
+                    runs.append((offset, count, address))
+                offset += count
+        return runs
+
+    def assume_physical(self, base: int) -> None:
+        """Say which physical address offset 0 has, for a region that has none of its own."""
+        if self.physical(0) is None:
+            self._backing.pieces = [Span(base, self.size)]
+
+    def _runs_of_pieces(self, offset: int, length: int) -> Iterator[tuple[int, int, int | None]]:
+        first = 0
+        end = offset + length
+        for piece in self._backing.pieces or ():
+            low, high = max(offset, first), min(end, first + piece.size)
+            if low < high:
+                yield low, high - low, piece.start + low - first
+            first += piece.size
+        if end > first:  # nothing is known of what is behind them
+            yield max(offset, first), end - max(offset, first), None
+
+    def _look_up(self, pagemap: int, offset: int) -> int | None:
+        page = offset - offset % self.page_bytes
+        self._view[page]  # a page that was never touched has no address yet
+        virtual = int(ffi.cast("uintptr_t", self._base)) + page
+        (entry,) = struct.unpack("<Q", os.pread(pagemap, 8, virtual // PAGE * 8))
+        frame = entry & ((1 << 55) - 1)
+        if not entry >> 63 or not frame:
+            return None
+        return int(frame * PAGE + offset - page)
+
+    @property
+    def phys_base(self) -> int | None:
+        """Physical address of offset 0, if all of the region is in one piece from there on."""
+        pieces = self._backing.pieces
+        return pieces[0].start if pieces is not None and len(pieces) == 1 else None
+
+    @property
+    def untouched(self) -> bool:
+        """Whether the file has no memory yet: all zero; even reading it would give it some."""
+        return self._backing.untouched
+
+    def known_zero(self) -> list[tuple[int, int]]:
+        """Runs of ``(first block, blocks)`` that are known to be zero without reading them."""
+        return self._backing.known_zero()
+
+    def data_ranges(self, first: int = 0, last: int | None = None) -> Iterator[tuple[int, int]]:
+        """``(start, end)`` in bytes of what is no hole of the file; all, if it cannot be told.
+
+        Only what lies between the offsets ``first`` and ``last`` (the end of the region).
+        """
+        return self._backing.data_ranges(first, self.size if last is None else last)
+
+    # ------------------------------------------------------------------ reading and storing
+
+    def view(self, offset: int, length: int) -> memoryview:
+        """The region's own bytes, writable if the region is.
+
+        :raises RegionError: out of the region.
+        """
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise RegionError(
+                f"{self.name} at {offset:#x}: out of the region: got {length} bytes", errno.EIO
+            )
+        return self._view[offset : offset + length]
+
+    def read(self, offset: int, length: int) -> bytes:
+        """A copy of ``length`` bytes at ``offset``."""
+        return bytes(self.view(offset, length))
+
+    def copy_in(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Store ``data`` at ``offset``."""
+        length = len(data)
+        self._check_store(offset, length)
+        lib.pk_copy(self._base, offset, ffi.from_buffer("uint8_t[]", data), length)
+
+    def zero(self, offset: int, length: int) -> None:
+        """Zero ``length`` bytes at ``offset``; other threads run meanwhile.
+
+        Where the region's file has holes, they stay: a sparse file does not fill up with zeros.
+        """
+        self._check_store(offset, length)
+        if length < BLOCK:
+            lib.pk_zero(self._base, offset, length)
+            return
+        for start, end in self.data_ranges(offset, offset + length):
+            lib.pk_zero(self._base, start, end - start)
+
+    def store_u64(self, offset: int, value: int) -> None:
+        """One aligned 8-byte store, after all stores before it and before all after it."""
+        self._check_store(offset, 8)
+        if offset % 8:
+            raise RegionError(f"{self.name} at {offset:#x}: unaligned store", errno.EIO)
+        lib.pk_store_u64(self._base, offset, value)
+
+    def flush_lines(self, offset: int, length: int) -> None:
+        """Write the processor's cache lines back, for hardware that reads past the caches."""
+        self.view(offset, length)
+        lib.pk_flush_lines(self._base + offset, length)
+
+    def is_zero(self, offset: int, length: int) -> bool:
+        """Whether all of the bytes are zero."""
+        self.view(offset, length)
+        return bool(lib.pk_is_zero(self._base + offset, length))
+
+    def page_checksum(self, page: int) -> int:
+        """CRC-32C that a metadata page should carry (docs/format.md, section 2)."""
+        self.view(page * PAGE, PAGE)
+        return int(lib.pk_page_crc(self._base + page * PAGE))
+
+    @property
+    def base(self) -> Any:
+        """The mapping as a cffi pointer, for the journal's commit alone."""
+        return self._base
+
+    def _check_store(self, offset: int, length: int) -> None:
+        if not self.writable:
+            raise RegionError(f"{self.name}: store into a read-only region", errno.EROFS)
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise RegionError(
+                f"{self.name} at {offset:#x}: store out of the region: got {length} bytes",
+                errno.EIO,
+            )
+
+    # ------------------------------------------------------------------ locks
+
+    def serving(self, on: bool) -> None:
+        """Tell contenders whether requests are being served, or the region is about to be free."""
+        if self._base is not None:
+            self._backing.serving(on)
+
+
+def exit_on_bus_error(who: str, status: int) -> None:
+    """End the process with one line if memory of a region turns out not to be there.
+
+    That is what the kernel does when a file region is shortened while it is mapped, or when the
+    file system that it is on has no room for a hole that is written (or, on tmpfs, read); when a
+    dax device is taken from its driver; and when memory fails.
+    """
+    line = (
+        f"{who}: bus error: the region's file was cut short, or the file system it is on is full; "
+        "or the device is gone, or its memory is broken\n"
+    )
+    lib.pk_exit_on_bus_error(line.encode(), status)
+
+
+def page_checksum(page: bytes | bytearray | memoryview) -> int:
+    """CRC-32C of a metadata page's image, its own field as zero (docs/format.md, section 2)."""
+    return int(lib.pk_page_crc(ffi.from_buffer("uint8_t[]", page)))
+
+
+def crc32c(data: bytes | bytearray | memoryview, crc: int = 0) -> int:
+    """RFC 3720's CRC-32C; ``crc`` is a former result to go on from."""
+    return int(lib.pk_crc32c(crc, ffi.from_buffer("uint8_t[]", data), len(data)))
+
+
+def trace_start() -> None:
+    """Record every store into any region from now on (tests; one at a time)."""
+    lib.pk_trace_start()
+
+
+def trace_stop() -> list[tuple[int, int, bytes | None]]:
+    """The stores since :func:`trace_start`: ``(offset, length, data or None for zeros)``."""
+    length = int(lib.pk_trace_stop())
+    log = memoryview(ffi.buffer(lib.pk_trace_data(), length)) if length else memoryview(b"")
+    stores: list[tuple[int, int, bytes | None]] = []
+    at = 0
+    while at < length:
+        offset, count, kind = struct.unpack_from("<QQQ", log, at)
+        at += 24
+        if kind:
+            stores.append((offset, count, None))
+        else:
+            stores.append((offset, count, bytes(log[at : at + count])))
+            at += count + 7 & ~7
+    return stores

@@ -1,0 +1,1 @@
+"""Remapping units: the hardware that walks the tables, its registers and its demands."""

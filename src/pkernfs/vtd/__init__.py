@@ -1,0 +1,1 @@
+"""The VT-d specification as declarations: entries, registers, commands; no I/O."""
