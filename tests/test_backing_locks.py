@@ -21,9 +21,9 @@ G = 1 << 30
 
 HOLDER = """
 import sys
-from pkernfs.backing.host import Host
-from pkernfs.backing.iomem import Span
-from pkernfs.backing.locks import lock_physical
+from pkernfs.host.sysroot import Host
+from pkernfs.host.iomem import Span
+from pkernfs.region.locks import lock_physical
 spans = [Span(int(a), int(b)) for a, b in (w.split("+") for w in sys.argv[3:])]
 lock, fd = lock_physical("theirs", spans, Host(sys.argv[1]), exclusive=sys.argv[2] != "r")
 if sys.argv[2] == "s":

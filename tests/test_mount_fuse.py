@@ -736,7 +736,7 @@ def test_the_background_begins_when_the_mount_answers(mounted: Mounted) -> None:
 _WATCHED = """
 import os, sys
 from pkernfs.cli import main
-from pkernfs.mounts import read_mounts
+from pkernfs.control.mounts import read_mounts
 def watch(name):
     real = getattr(os, name)
     def watched(path, *rest, **more):

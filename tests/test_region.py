@@ -181,7 +181,7 @@ def test_holes_are_known_to_be_zero(path: str) -> None:
 
 _HOLD = """
 import sys
-from pkernfs.region import Region
+from pkernfs.region.region import Region
 region = Region.open(sys.argv[1], write=sys.argv[2] == "w")
 if sys.argv[2] == "w":
     region.serving(True)

@@ -57,7 +57,7 @@ def test_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_unit_is_installed() -> None:
-    units = Path(install_units.__file__).parent.parent / "units"
+    units = Path(install_units.__file__).parent.parent / "systemd"
     assert {path.name for path in units.iterdir()} == set(install_units.UNITS)
 
 
