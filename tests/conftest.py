@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from checking import MemoryFile, assert_clean
 from guestlab import GuestLabError, kernel, qemu
 from kexeclab.runner import Lab
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
+from support.checking import MemoryFile, assert_clean
 
 _COMMON = settings(
     deadline=None,

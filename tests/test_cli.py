@@ -23,7 +23,7 @@ from pkernfs import __version__, cli, layout
 from pkernfs.options import MOUNT_OPTIONS, format_size, parse_mount_options, parse_size
 from pkernfs.progress import Progress
 from pkernfs.region.region import Region
-from superblocks import damage, edit_superblocks
+from support.superblocks import damage, edit_superblocks
 
 MIB = 1 << 20
 SIZE = 16 * MIB
@@ -565,7 +565,7 @@ def test_extents_refuses(command: Command, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The manual pages by name, without groff's escapes of minus signs."""
-    script = Path(__file__).parent.parent / "scripts" / "man"
+    script = Path(__file__).parents[1] / "scripts" / "man"
     directory = tmp_path_factory.mktemp("man8")
     subprocess.run([sys.executable, str(script), str(directory)], check=True)
     return {page.name: page.read_text().replace("\\-", "-") for page in directory.iterdir()}
@@ -599,7 +599,7 @@ def test_the_manual_page_of_iommu_has_every_option(pages: dict[str, str]) -> Non
 
 
 def test_documents_have_every_mount_option() -> None:
-    text = (Path(__file__).parent.parent / "docs" / "operations.md").read_text()
+    text = (Path(__file__).parents[1] / "docs" / "operations.md").read_text()
     assert all(f"`{option.name}" in text for option in MOUNT_OPTIONS)
 
 

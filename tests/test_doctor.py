@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from machine import Machine, make_machine
-from mounting import run_pkernfs
 from pkernfs import doctor
 from pkernfs.doctor import MISSING, OK, WARNING, Result
 from pkernfs.host import kernel_image
-from test_iommu_dmar import drhd
-from test_iommu_dmar import table as dmar_table
+from support.dmar_tables import drhd
+from support.dmar_tables import table as dmar_table
+from support.made_up_host import Machine, make_machine
+from support.mounting import run_pkernfs
 
 GOOD = {
     "DEVMEM": "y", "STRICT_DEVMEM": "y", "DEV_DAX": "m", "KEXEC": "y", "INTEL_IOMMU": "y",

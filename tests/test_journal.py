@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checking import MemoryFile
 from pkernfs.errors import CorruptionError, NoSpaceError, ReadOnlyError
 from pkernfs.journal import (
     JOURNAL_DAMAGED,
@@ -32,6 +31,7 @@ from pkernfs.layout import (
     RUN,
 )
 from pkernfs.region.region import Region, crc32c, trace_start, trace_stop
+from support.checking import MemoryFile
 
 UUID = bytes(range(16))
 SIZE = 16 << 20

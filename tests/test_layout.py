@@ -11,7 +11,7 @@ import pytest
 
 from pkernfs import layout
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "format.md"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "format.md"
 
 Row = tuple[int, int, str]
 

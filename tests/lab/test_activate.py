@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from edu import SCRATCH, Edu
-from words import read_word, write_word
 
 from kexeclab.guest import Guest
 from kexeclab.runner import Lab
+from support.lab.edu import SCRATCH, Edu
+from support.lab.words import read_word, write_word
 
 pytestmark = pytest.mark.lab
 

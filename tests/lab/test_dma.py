@@ -7,8 +7,11 @@ kernel by a panic, which stops no device, and that kernel adopts the tables.
 from __future__ import annotations
 
 import pytest
-import regions
-from dma import (
+
+from kexeclab.guest import Guest
+from kexeclab.runner import Lab, Result
+from support.lab import regions
+from support.lab.dma import (
     ADOPTED,
     AT,
     CARD,
@@ -34,13 +37,10 @@ from dma import (
     tell_packets,
     until,
 )
-from edu import BUFFER, FROM_MEMORY, Edu
-from kernel_tables import entries
-from regions import MOUNT
-from streams import BYTES, Stream, asked_for, expected, landed
-
-from kexeclab.guest import Guest
-from kexeclab.runner import Lab, Result
+from support.lab.edu import BUFFER, FROM_MEMORY, Edu
+from support.lab.kernel_tables import entries
+from support.lab.regions import MOUNT
+from support.lab.streams import BYTES, Stream, asked_for, expected, landed
 
 pytestmark = pytest.mark.lab
 

@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import regions
-from dma import (
+
+from kexeclab.guest import KERNELS, Guest
+from kexeclab.runner import Lab
+from support.lab import regions
+from support.lab.dma import (
     EDU,
     WORDS,
     ask,
@@ -19,11 +22,8 @@ from dma import (
     reads_and_writes,
     shown,
 )
-from edu import Edu
-from regions import MOUNT
-
-from kexeclab.guest import KERNELS, Guest
-from kexeclab.runner import Lab
+from support.lab.edu import Edu
+from support.lab.regions import MOUNT
 
 pytestmark = pytest.mark.lab
 

@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from words import read_word, write_word
 
 from guestlab.machine import accelerators
-from iommu_unit import BUFFER, Edu, Fault, Unit, reasons_in_qemu
 from kexeclab.guest import Guest
 from kexeclab.runner import Lab
 from pkernfs import cli
 from pkernfs.control.client import call
 from pkernfs.iommu import FaultReason
 from pkernfs.layout import PAGE
+from support.lab.words import read_word, write_word
+from support.unit_drivers import BUFFER, Edu, Fault, Unit, reasons_in_qemu
 
 pytestmark = pytest.mark.lab
 

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
-import regions
-import trees
-import writers
-from regions import MOUNT
 
 from kexeclab.guest import Guest
 from kexeclab.runner import Lab
+from support.lab import regions, trees, writers
+from support.lab.regions import MOUNT
 
 pytestmark = pytest.mark.lab
 

@@ -8,12 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
-import regions
-from regions import MOUNT
 
 from guestlab import counter
 from kexeclab.guest import Guest
 from kexeclab.runner import Lab
+from support.lab import regions
+from support.lab.regions import MOUNT
 
 pytestmark = pytest.mark.lab
 

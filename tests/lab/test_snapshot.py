@@ -15,14 +15,14 @@ import time
 from typing import Any
 
 import pytest
-import regions
-from edu import Transfers
-from regions import MOUNT
-from words import read_word, write_word
 
 from kexeclab.guest import Guest
 from kexeclab.runner import Lab
 from pkernfs.vmm import vfio
+from support.lab import regions
+from support.lab.edu import Transfers
+from support.lab.regions import MOUNT
+from support.lab.words import read_word, write_word
 
 pytestmark = pytest.mark.lab
 

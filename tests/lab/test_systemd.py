@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import regions
-from regions import MOUNT
 
 from kexeclab.guest import Guest
 from kexeclab.runner import Lab
+from support.lab import regions
+from support.lab.regions import MOUNT
 
 pytestmark = pytest.mark.lab
 

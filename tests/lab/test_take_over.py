@@ -22,16 +22,16 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import regions
-from edu import BUFFER, FROM_MEMORY, TO_MEMORY, Transfers
-from regions import MOUNT
-from words import read_word, write_word
 
-import uapi
 from kexeclab.guest import Guest, running_kernel
 from kexeclab.runner import Lab
 from pkernfs import cli
 from pkernfs.vmm import takeover, vfio
+from support import uapi
+from support.lab import regions
+from support.lab.edu import BUFFER, FROM_MEMORY, TO_MEMORY, Transfers
+from support.lab.regions import MOUNT
+from support.lab.words import read_word, write_word
 
 pytestmark = pytest.mark.lab
 

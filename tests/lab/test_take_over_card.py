@@ -6,8 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
-import regions
-from dma import (
+
+from kexeclab.guest import Guest
+from kexeclab.runner import Lab
+from pkernfs.vmm import takeover
+from support.lab import regions
+from support.lab.dma import (
     AT,
     CARD,
     DOMAINS,
@@ -23,11 +27,7 @@ from dma import (
     tell_packets,
     until,
 )
-from regions import MOUNT
-
-from kexeclab.guest import Guest
-from kexeclab.runner import Lab
-from pkernfs.vmm import takeover
+from support.lab.regions import MOUNT
 
 pytestmark = pytest.mark.lab
 

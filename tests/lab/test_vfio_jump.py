@@ -13,8 +13,12 @@ import os
 from typing import Any
 
 import pytest
-import regions
-from dma import (
+
+from kexeclab.guest import Guest
+from kexeclab.runner import Lab
+from pkernfs.vmm import takeover, vfio
+from support.lab import regions
+from support.lab.dma import (
     ADOPTED,
     AT,
     CARD,
@@ -31,12 +35,8 @@ from dma import (
     tell_packets,
     until,
 )
-from nic import Mapped, Nic
-from regions import MOUNT
-
-from kexeclab.guest import Guest
-from kexeclab.runner import Lab
-from pkernfs.vmm import takeover, vfio
+from support.lab.nic import Mapped, Nic
+from support.lab.regions import MOUNT
 
 pytestmark = pytest.mark.lab
 

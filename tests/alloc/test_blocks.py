@@ -1,0 +1,542 @@
+"""Blocks and pages against a model: who owns what, what is zero, and nothing is ever half done."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from pkernfs.alloc import bitmap
+from pkernfs.alloc.blocks import INLINE_ZERO_BLOCKS, BlockAllocator, Claim
+from pkernfs.alloc.pages import PageAllocator
+from pkernfs.errors import CorruptionError, NoSpaceError, ZeroingNeeded
+from pkernfs.fs.filesystem import FileSystem
+from pkernfs.fs.mkfs import make_filesystem
+from pkernfs.layout import (
+    BLOCK,
+    BLOCKS_PER_GIB,
+    CLASS_DATA,
+    CLASS_META,
+    MAGIC_BLOCK_MAP,
+    MAP_BYTES,
+    MAP_CARVED_OFFSET,
+    MAP_USED_OFFSET,
+    MAP_ZERO_OFFSET,
+    PAGE,
+    PAGES_PER_BLOCK,
+)
+from support.checking import MemoryFile
+
+GIB = 1 << 30
+META_BLOCK = 2  # the first carved block of a small region
+
+
+class GiveUp(Exception):
+    """Ends a transaction without its changes."""
+
+
+class Space:
+    """The allocators of a fresh file system."""
+
+    def __init__(self, size: int, phys_base: int | None = None) -> None:
+        self.memory = MemoryFile(size)
+        self.region = self.memory.open(phys_base=phys_base)
+        make_filesystem(self.region)
+        self.total = size // BLOCK
+        self.load()
+
+    def load(self) -> None:
+        """From what the region says, and nothing else."""
+        fs = FileSystem.mount(self.region)
+        self.store = fs.store
+        self.blocks: BlockAllocator = fs._blocks
+        self.pages: PageAllocator = fs._pages
+
+    def close(self) -> None:
+        self.region.close()
+        self.memory.close()
+
+    def alloc(self, count: int, goal: int | None = None, owner: int | None = None) -> list[int]:
+        """One transaction; the blocks, in order of use."""
+        while True:
+            try:
+                with self.store:
+                    runs = self.blocks.alloc(count, goal, owner=owner)
+                return [b for first, n in runs for b in range(first, first + n)]
+            except ZeroingNeeded as e:
+                self.zero(self.blocks.claim(e.blocks))
+
+    def zero(self, claim: Claim) -> None:
+        for offset, length in claim.pieces():
+            self.region.zero(offset, length)
+        with self.store:
+            self.blocks.finish(claim)
+
+    def free(self, first: int, count: int) -> None:
+        with self.store:
+            self.blocks.free(first, count)
+
+    def bits(self, offset: int) -> set[int]:
+        """A bitmap of the block map, as it is in the region (small regions: one page)."""
+        page = self.store.read(2, MAGIC_BLOCK_MAP)
+        return {
+            b for b, bit in enumerate(bitmap.expand(page[offset:][:MAP_BYTES], self.total)) if bit
+        }
+
+
+@contextmanager
+def space(size: int, phys_base: int | None = None) -> Iterator[Space]:
+    made = Space(size, phys_base)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+# ------------------------------------------------------------------------------ the machine
+
+
+class SpaceMachine(RuleBasedStateMachine):
+    """Blocks with owners, dirty and clean, claims, and pages."""
+
+    @initialize(blocks=st.integers(5, 14))
+    def start(self, blocks: int) -> None:
+        self.space = Space(blocks * BLOCK)
+        self.owned: dict[int, int] = {}  # block: owner
+        self.claims: list[Claim] = []
+        self.page_owners: dict[int, int] = {}  # page: class
+        used = self.space.pages._free
+        self.meta_pages = {
+            block * PAGES_PER_BLOCK + bit
+            for block, mask in used.items()
+            for bit in range(PAGES_PER_BLOCK)
+            if not mask >> bit & 1
+        }
+
+    def teardown(self) -> None:
+        if hasattr(self, "space"):
+            self.space.close()
+
+    def expected_free(self) -> int:
+        return self.space.total - 2 - len(self.owned) - len(self.space.blocks.carved_blocks())
+
+    @rule(
+        count=st.integers(1, 12),
+        near=st.none() | st.integers(0, 15),
+        owner=st.integers(1, 3),
+        keep=st.booleans(),
+        give_up=st.booleans(),
+    )
+    def alloc(self, count: int, near: int | None, owner: int, keep: bool, give_up: bool) -> None:
+        sp = self.space
+        free = self.expected_free()
+        claimed = sum(n for claim in self.claims for _, n in claim.runs)
+        states = bytes(sp.blocks._state), bytes(sp.blocks._zero)
+        try:
+            with sp.store:
+                runs = sp.blocks.alloc(count, near, owner=owner if keep else None)
+                taken = [b for first, n in runs for b in range(first, first + n)]
+                assert len(taken) == count == len(set(taken))
+                assert not set(taken) & self.owned.keys()
+                assert (
+                    near is None
+                    or near not in range(sp.total)
+                    or taken[0] == near
+                    or (near in self.owned or states[0][near])
+                )
+                if give_up:
+                    raise GiveUp
+        except NoSpaceError:
+            assert count > free
+            assert not keep or bytes(sp.blocks._zero) == states[1]
+            return
+        except ZeroingNeeded as e:
+            asked = sum(n for _, n in e.blocks)
+            assert asked > INLINE_ZERO_BLOCKS or claimed
+            if e.blocks:
+                self.claims.append(sp.blocks.claim(e.blocks))
+            return
+        except GiveUp:
+            assert sp.blocks.free_blocks == free
+            return
+        for block in taken:
+            assert sp.region.is_zero(block * BLOCK, BLOCK), "stale bytes"
+            self.owned[block] = owner
+            # What the owner stores there must never be seen again.
+            sp.region.copy_in(block * BLOCK + 17 * owner, b"stale")
+            sp.region.copy_in((block + 1) * BLOCK - 1, b"s")
+
+    @rule(number=st.integers(0, 100), count=st.integers(1, 4), give_up=st.booleans())
+    def free(self, number: int, count: int, give_up: bool) -> None:
+        if not self.owned:
+            return
+        first = sorted(self.owned)[number % len(self.owned)]
+        blocks: list[int] = []
+        while first + len(blocks) in self.owned and len(blocks) < count:
+            blocks.append(first + len(blocks))
+        try:
+            with self.space.store:
+                self.space.blocks.free(first, len(blocks))
+                # They are not to be had before the end of the transaction.
+                free = self.space.blocks.free_blocks
+                again: list[tuple[int, int]] = []
+                if free:
+                    again = self.space.blocks.alloc(1, first, zeroed=False)
+                    assert not set(blocks) & {again[0][0]}
+                if give_up or again:
+                    raise GiveUp
+        except ZeroingNeeded:
+            return
+        except GiveUp:
+            if give_up:
+                return
+            self.space.free(first, len(blocks))
+        for block in blocks:
+            del self.owned[block]
+
+    @rule(most=st.integers(1, 6))
+    def claim(self, most: int) -> None:
+        claim = self.space.blocks.next_dirty(most)
+        if claim:
+            assert not {b for f, n in claim.runs for b in range(f, f + n)} & self.owned.keys()
+            assert sum(n for _, n in claim.runs) <= most
+            self.claims.append(claim)
+
+    @rule(finish=st.booleans())
+    def end_claim(self, finish: bool) -> None:
+        if self.claims:
+            claim = self.claims.pop()
+            if finish:
+                self.space.zero(claim)
+            else:
+                self.space.blocks.release(claim)
+
+    @rule(owner=st.integers(1, 3))
+    def stop_growing(self, owner: int) -> None:
+        self.space.blocks.forget_window(owner)
+
+    @rule(
+        count=st.integers(1, 511),
+        kind=st.sampled_from([CLASS_META, CLASS_DATA]),
+        near=st.integers(0, 1 << 12),
+        give_up=st.booleans(),
+    )
+    def alloc_pages(self, count: int, kind: int, near: int, give_up: bool) -> None:
+        sp = self.space
+        free = sp.pages.free_pages + sp.blocks.free_blocks * 511
+        before = sp.pages.free_pages, sp.blocks.free_blocks
+        try:
+            with sp.store:
+                runs = sp.pages.alloc(count, kind, near)
+                taken = [p for first, n in runs for p in range(first, first + n)]
+                if give_up:
+                    raise GiveUp
+        except NoSpaceError:
+            claimed = any(claim.runs for claim in self.claims)
+            assert count > sp.pages.free_pages
+            assert not sp.blocks.free_blocks or claimed
+            assert before == (sp.pages.free_pages, sp.blocks.free_blocks)
+            return
+        except (GiveUp, ZeroingNeeded):
+            assert before == (sp.pages.free_pages, sp.blocks.free_blocks)
+            return
+        assert free >= count == len(set(taken)) == len(taken)
+        assert not set(taken) & self.page_owners.keys()
+        assert not set(taken) & self.meta_pages
+        assert all(page % PAGES_PER_BLOCK for page in taken)
+        for page in taken:
+            assert page // PAGES_PER_BLOCK not in self.owned
+            self.page_owners[page] = kind
+            if kind == CLASS_DATA:
+                sp.region.copy_in(page * PAGE, b"stale")
+
+    @rule(seed=st.integers(0, 1000), share=st.sampled_from([0.1, 0.9, 1.0]), give_up=st.booleans())
+    def free_pages(self, seed: int, share: float, give_up: bool) -> None:
+        rnd = random.Random(seed)
+        chosen = [page for page in sorted(self.page_owners) if rnd.random() < share]
+        before = self.space.pages.free_pages, self.space.blocks.free_blocks
+        try:
+            with self.space.store:
+                for page in chosen:
+                    self.space.pages.free(page)
+                if give_up:
+                    raise GiveUp
+        except GiveUp:
+            assert before == (self.space.pages.free_pages, self.space.blocks.free_blocks)
+            return
+        for page in chosen:
+            del self.page_owners[page]
+
+    @rule()
+    def reload(self) -> None:
+        """A crash: what is in memory only is gone, and everything else is as it was."""
+        blocks, pages = self.space.blocks, self.space.pages
+        self.claims = []
+        before = blocks.free_blocks, pages.free_pages, blocks.carved_blocks(), bytes(blocks._zero)
+        self.space.load()
+        blocks, pages = self.space.blocks, self.space.pages
+        assert before == (
+            blocks.free_blocks, pages.free_pages, blocks.carved_blocks(), bytes(blocks._zero)
+        )  # fmt: skip
+
+    @invariant()
+    def adds_up(self) -> None:
+        if not hasattr(self, "space"):
+            return
+        sp = self.space
+        carved = set(sp.blocks.carved_blocks())
+        assert sp.blocks.free_blocks == self.expected_free()
+        assert sp.bits(MAP_USED_OFFSET) == {0, 1} | carved | self.owned.keys()
+        assert sp.bits(MAP_CARVED_OFFSET) == carved
+        in_use = len(self.page_owners) + len(self.meta_pages) - 1
+        assert sp.pages.free_pages == len(carved) * 511 - in_use
+        assert {page // PAGES_PER_BLOCK for page in self.page_owners} <= carved
+
+    @invariant()
+    def zeros_are_zeros(self) -> None:
+        if not hasattr(self, "space"):
+            return
+        known = self.space.bits(MAP_ZERO_OFFSET)
+        assert known == {b for b, bit in enumerate(self.space.blocks._zero) if bit}
+        assert not known & self.space.bits(MAP_USED_OFFSET)
+        for block in known:
+            assert self.space.region.is_zero(block * BLOCK, BLOCK)
+
+
+TestSpace = SpaceMachine.TestCase
+
+
+# ------------------------------------------------------------------------------ contiguity
+
+
+def test_one_run_if_there_is_one() -> None:
+    with space(64 * BLOCK) as sp:
+        taken = sp.alloc(60)
+        assert taken == list(range(taken[0], taken[0] + 60))
+        for block in (*range(5, 10), *range(20, 32), *range(40, 45)):
+            sp.free(block, 1)
+        assert sp.alloc(12) == list(range(20, 32))
+        with sp.store, pytest.raises(ZeroingNeeded):
+            sp.blocks.alloc(10)
+        assert sorted(sp.alloc(10)) == [*range(5, 10), *range(40, 45)]
+
+
+def test_the_goal_comes_first() -> None:
+    with space(64 * BLOCK) as sp:
+        assert sp.alloc(3, 30) == [30, 31, 32]
+        assert sp.alloc(2, 33) == [33, 34]
+        assert sp.alloc(1, 40) == [40]
+        assert sp.alloc(8, 35)[:5] == [35, 36, 37, 38, 39]  # as far as it goes
+        for nowhere in (-1, 64, 1 << 40, 30):
+            assert len(sp.alloc(1, nowhere)) == 1
+
+
+@pytest.mark.parametrize("phase", [None, 0, BLOCK, 300 * BLOCK, GIB - BLOCK])
+def test_a_gib_starts_at_a_physical_gib(phase: int | None) -> None:
+    base = None if phase is None else (7 << 30) + phase
+    with space(4 * GIB, base) as sp:
+        for _ in range(2):
+            taken = sp.alloc(BLOCKS_PER_GIB)
+            assert taken == list(range(taken[0], taken[0] + BLOCKS_PER_GIB))
+            assert ((base or 0) + taken[0] * BLOCK) % GIB == 0
+        # Not enough aligned room is no reason to fail.
+        taken = sp.alloc(BLOCKS_PER_GIB + 100)
+        assert len(taken) == BLOCKS_PER_GIB + 100
+
+
+def test_small_ones_do_not_cut_up_an_empty_region() -> None:
+    with space(3 * GIB) as sp:
+        for _ in range(20):
+            sp.alloc(1)
+        assert sp.alloc(BLOCKS_PER_GIB)[0] % BLOCKS_PER_GIB == 0
+
+
+def test_two_that_grow_in_turn_keep_out_of_each_others_way() -> None:
+    with space(2 * GIB) as sp:
+        files: dict[int, list[int]] = {7: [], 8: []}
+        for _ in range(200):
+            for owner, have in files.items():
+                have += sp.alloc(1, have[-1] + 1 if have else None, owner)
+        for have in files.values():
+            pieces = 1 + sum(b != a + 1 for a, b in pairwise(have))
+            assert pieces <= 27  # windows of 8 and more, and not 200
+        # Nobody is refused because of what is kept.
+        left = sp.blocks.free_blocks
+        assert len(sp.alloc(left)) == left
+        with sp.store, pytest.raises(NoSpaceError):
+            sp.blocks.alloc(1)
+
+
+def test_what_is_kept_is_let_go() -> None:
+    with space(64 * BLOCK) as sp:
+        first = sp.alloc(1, 10, owner=5)
+        assert first == [10]
+        assert sp.alloc(1, 11) != [11]
+        assert sp.alloc(1, 11, owner=5) == [11]
+        sp.blocks.forget_window(5)
+        assert sp.alloc(1, 12) == [12]
+
+
+# ------------------------------------------------------------------------------ zeros and errors
+
+
+def test_a_fresh_region_needs_no_zeroing() -> None:
+    with space(64 * BLOCK) as sp:
+        with sp.store:
+            runs = sp.blocks.alloc(50)
+        assert sum(n for _, n in runs) == 50
+
+
+def test_few_dirty_blocks_are_zeroed_at_once_and_many_are_asked_for() -> None:
+    with space(32 * BLOCK) as sp:
+        taken = sp.alloc(sp.blocks.free_blocks)
+        for block in taken:
+            sp.region.copy_in(block * BLOCK, b"\xff" * BLOCK)
+        for block in taken:
+            sp.free(block, 1)
+        with sp.store:
+            ((first, count),) = sp.blocks.alloc(INLINE_ZERO_BLOCKS)
+        assert sp.region.is_zero(first * BLOCK, count * BLOCK)
+        free = sp.blocks.free_blocks
+        with pytest.raises(ZeroingNeeded) as caught, sp.store:
+            sp.blocks.alloc(INLINE_ZERO_BLOCKS + 1)
+        assert sum(n for _, n in caught.value.blocks) == INLINE_ZERO_BLOCKS + 1
+        assert sp.blocks.free_blocks == free
+        claim = sp.blocks.claim(caught.value.blocks)
+        other = sp.blocks.next_dirty(100)
+        assert other
+        claimed = {b for c in (claim, other) for f, n in c.runs for b in range(f, f + n)}
+        assert len(claimed) == sum(n for c in (claim, other) for _, n in c.runs)
+        with pytest.raises(ZeroingNeeded), sp.store:  # later, not never
+            sp.blocks.alloc(free)
+        sp.zero(claim)
+        sp.blocks.release(other)
+        for block in sp.alloc(free):
+            assert sp.region.is_zero(block * BLOCK, BLOCK)
+        assert sp.blocks.next_dirty(1) is None
+
+
+def test_freeing_what_is_not_in_use() -> None:
+    with space(16 * BLOCK) as sp:
+        (block,) = sp.alloc(1)
+        before = sp.blocks.free_blocks
+        for first, count in ((block, 2), (block + 1, 1), (block - 1, 3)):
+            if first <= META_BLOCK:
+                continue
+            with pytest.raises(CorruptionError), sp.store:
+                sp.blocks.free(first, count)
+
+        def twice() -> None:
+            sp.blocks.free(block, 1)
+            sp.blocks.free(block, 1)
+
+        with pytest.raises(CorruptionError), sp.store:
+            twice()
+        page = META_BLOCK * PAGES_PER_BLOCK
+        for number in (page, page + 200, block * PAGES_PER_BLOCK):
+            with pytest.raises(CorruptionError), sp.store:
+                sp.pages.free(number)
+        assert sp.blocks.free_blocks == before
+
+
+def test_pages_fill_the_last_gaps_of_a_full_region() -> None:
+    with space(8 * BLOCK) as sp:
+        sp.alloc(sp.blocks.free_blocks - 1)
+        taken: list[int] = []
+        with sp.store:
+            taken += [p for f, n in sp.pages.alloc(500, CLASS_DATA) for p in range(f, f + n)]
+        with sp.store:
+            for page in taken[::2]:
+                sp.pages.free(page)
+        free = sp.pages.free_pages
+        with sp.store:
+            runs = sp.pages.alloc(511, CLASS_DATA)
+        assert sum(n for _, n in runs) == 511
+        with pytest.raises(NoSpaceError), sp.store:
+            sp.pages.alloc(free - 510, CLASS_META)
+        assert sp.pages.free_pages == free - 511
+        with sp.store:
+            sp.pages.alloc(free - 511, CLASS_META)
+        assert sp.pages.free_pages == 0
+        with pytest.raises(NoSpaceError), sp.store:
+            sp.pages.alloc_one()
+
+
+def test_an_empty_carved_block_is_given_back_whole() -> None:
+    with space(16 * BLOCK) as sp:
+        free = sp.blocks.free_blocks
+        taken: list[int] = []
+        for _ in range(4):
+            with sp.store:
+                taken += [p for f, n in sp.pages.alloc(511, CLASS_DATA) for p in range(f, f + n)]
+        assert sp.blocks.free_blocks == free - 4
+        random.Random(1).shuffle(taken)
+        for at in range(0, len(taken), 300):
+            with sp.store:
+                for page in taken[at : at + 300]:
+                    sp.pages.free(page)
+        assert sp.blocks.free_blocks >= free - 1
+
+
+# ------------------------------------------------------------------------------ bitmaps
+
+
+@given(
+    first=st.integers(0, 100), count=st.integers(0, 100), value=st.booleans(), seed=st.integers()
+)
+def test_set_run(first: int, count: int, value: bool, seed: int) -> None:
+    buffer = bytearray(random.Random(seed).randbytes(32))
+    expected = bitmap.expand(bytes(buffer), 256)
+    expected[first : first + count] = bytes([value]) * count
+    bitmap.set_run(buffer, first, count, value)
+    assert bitmap.expand(bytes(buffer), 256) == expected
+
+
+@given(mask=st.integers(0, (1 << 200) - 1), count=st.integers(1, 20))
+def test_find_run_and_runs(mask: int, count: int) -> None:
+    text = format(mask, "b")[::-1]
+    assert bitmap.find_run(mask, count) == text.find("1" * count)
+    found = bitmap.runs(mask)
+    assert sum(((1 << n) - 1) << at for at, n in found) == mask
+    assert all(a + n < b for (a, n), (b, _) in pairwise(found))
+
+
+def test_find_run_finds_nothing_in_nothing() -> None:
+    assert bitmap.find_run(0, 1) == -1
+    assert bitmap.runs(0) == []
+
+
+def _nothing_half_done(work: Callable[[Space], object]) -> None:
+    with space(8 * BLOCK) as sp:
+        before = sp.region.read(0, BLOCK), sp.blocks.free_blocks, sp.pages.free_pages
+        with pytest.raises(NoSpaceError), sp.store:
+            work(sp)
+        assert (sp.region.read(0, BLOCK), sp.blocks.free_blocks, sp.pages.free_pages) == before
+        sp.load()
+        assert (sp.blocks.free_blocks, sp.pages.free_pages) == before[1:]
+
+
+def test_no_space_leaves_nothing_half_done() -> None:
+    def blocks(sp: Space) -> None:
+        sp.blocks.alloc(3)
+        sp.blocks.alloc(100)
+
+    def pages(sp: Space) -> None:
+        while True:
+            sp.pages.alloc(100, CLASS_DATA)
+
+    _nothing_half_done(blocks)
+    _nothing_half_done(lambda sp: sp.blocks.alloc(6, 4, owner=3))
+    with space(8 * BLOCK) as sp:
+        free = sp.blocks.free_blocks, sp.pages.free_pages
+        with pytest.raises(NoSpaceError), sp.store:
+            pages(sp)
+        assert (sp.blocks.free_blocks, sp.pages.free_pages) == free
+        sp.load()
+        assert (sp.blocks.free_blocks, sp.pages.free_pages) == free

@@ -1,0 +1,88 @@
+"""pkernfs iommu persist: which devices a handover cuts off, and which go on."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from pkernfs.errors import NoSpaceError
+from pkernfs.fs.filesystem import FileSystem
+from pkernfs.fs.mkfs import make_filesystem
+from pkernfs.host.bars import Bar
+from pkernfs.iommu.config import load_bars, record_bar
+from pkernfs.region.region import Region
+from support.mounting import MIB, Mounted, run_pkernfs
+
+KEPT, CUT, OTHER = "0000:00:05.0", "0000:00:06.0", "0000:01:00.0"
+
+
+def pkernfs(*words: object) -> str:
+    done = run_pkernfs(*map(str, words))
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def devices(mount: Path) -> dict[str, bool]:
+    """What is attached, and whether a handover keeps it."""
+    shown = json.loads(pkernfs("iommu", "show", mount, "--json"))
+    return {d["device"]: d["persistent"] for d in shown["devices"]}
+
+
+@pytest.mark.fuse
+def test_a_handover_cuts_off_what_is_not_to_persist() -> None:
+    with Mounted(options="phys_base=0x100000000") as mounted:
+        guest, dom = mounted.path / "guest-ram", mounted.path / "iommu/dom-0"
+        for path, size in ((guest, 8 * MIB), (dom, 2 * MIB)):
+            path.touch()
+            os.truncate(path, size)
+        pkernfs("iommu", "map", dom, 0, guest)
+        for device in (KEPT, CUT, OTHER):
+            pkernfs("iommu", "attach", dom, device)
+        pkernfs("iommu", "persist", CUT, "off", mounted.path)
+        pkernfs("iommu", "persist", OTHER, "off", mounted.path)
+        assert devices(mounted.path) == {KEPT: True, CUT: False, OTHER: False}
+        pkernfs("iommu", "persist", OTHER, "on", mounted.path)
+        pkernfs("handover", mounted.path, "--digest")
+        assert devices(mounted.path) == {KEPT: True, OTHER: True}
+        assert run_pkernfs("iommu", "translate", str(mounted.path), CUT, "0").returncode == 1
+        assert run_pkernfs("iommu", "translate", str(mounted.path), KEPT, "0").returncode == 0
+        refused = run_pkernfs("iommu", "attach", str(dom), CUT)
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert "read-only" in refused.stderr
+        mounted.unmount()
+        mounted.start()
+        info = json.loads(pkernfs("info", mounted.path, "--json"))
+        assert info["verification"]["changes"] == []
+        assert devices(mounted.path) == {KEPT: True, OTHER: True}
+        pkernfs("iommu", "attach", dom, CUT)
+        assert devices(mounted.path)[CUT] is False  # the record stays
+
+
+def test_records_do_not_run_into_each_other() -> None:
+    with Region.anonymous(64 * MIB, phys_base=1 << 40) as region:
+        make_filesystem(region)
+        fs = FileSystem.mount(region)
+        fs.tables.create_root()
+        memory, commit = fs.tables.root_memory(), fs.store.commit_words
+        bars = [Bar(number, 0, 0x1000, 0x1000) for number in range(62)]
+        for bar in bars:
+            record_bar(memory, commit, bar)
+        with pytest.raises(NoSpaceError, match="BARs are mapped already"):
+            record_bar(memory, commit, Bar(99, 0, 0x1000, 0x1000))
+        switched = {3 * number for number in range(256)}
+        for source_id in switched:
+            fs.tables.persist(source_id, False)
+        with pytest.raises(NoSpaceError, match="devices are switched off already"):
+            fs.tables.persist(1, False)
+        assert load_bars(memory) == bars
+        assert fs.tables.transient() == switched
+        fs.tables.persist(3, True)
+        fs.tables.persist(3, True)
+        assert fs.tables.transient() == switched - {3}
+        assert fs.tables.config.levels == 4
+        fs.unmount()
+        again = FileSystem.mount(region)
+        assert again.tables.transient() == switched - {3}

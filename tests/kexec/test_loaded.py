@@ -1,0 +1,217 @@
+"""The kernel loaded for kexec: what must be repeated, and reading it from a made-up /proc/kcore."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from pathlib import Path
+
+import pytest
+
+from pkernfs.host import cmdline
+from pkernfs.host.iomem import Span
+from pkernfs.kexec import loaded
+from pkernfs.kexec.loaded import KexecError
+from support.kernel_memory import (
+    IMAGE,
+    PAGES,
+    RUNNING,
+    TEXT,
+    Memory,
+)
+from support.made_up_host import Machine, add_dax, make_machine
+
+SPEC = "512M!1G"
+SOFT = "memmap=512M%1G-1+0xefffffff"
+
+
+@pytest.fixture
+def memory(tmp_path: Path) -> Memory:
+    return Memory(tmp_path)
+
+
+# ---------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("length", [1, 100, 2047, 2048, 2049, 6000, 20_000])
+@pytest.mark.parametrize("before", [0, 1, 509, 510, 511, 1500])
+def test_reads_the_command_line(memory: Memory, length: int, before: int) -> None:
+    text = "".join(random.Random(length).choices("abc =/!%", k=length)).strip() or "x"
+    if before > 500 and length > 6000:
+        return  # no room
+    memory.bytes = bytearray(16 << 20)
+    memory.load(text, before=before)
+    assert loaded.command_line_of_loaded(SPEC, memory.host) == text
+
+
+@pytest.mark.parametrize(
+    ("break_it", "reason"),
+    [
+        (lambda m: m.write("sys/kernel/kexec_loaded", "0"), "no kernel is loaded for kexec"),
+        (lambda m: (m.root / "sys/kernel/kexec_loaded").unlink(), "no kernel is loaded"),
+        (lambda m: (m.root / "proc/kcore").unlink(), "No such file"),
+        (lambda m: (m.root / "proc/kcore").write_bytes(b"\x7fELF\x01"), "not what it should be"),
+        (lambda m: m.write("proc/kallsyms", "0000000000000000 B kexec_image"), "does not tell"),
+        (lambda m: m.write("proc/kallsyms", "zzz B kexec_image"), "does not tell"),
+        (lambda m: m.write("proc/kallsyms", "ff B kexec_image"), "is not in /proc/kcore"),
+        (lambda m: m.write("proc/kallsyms", f"{TEXT:x} T _text"), "does not tell"),
+        (lambda m: (m.word(0x1238, 0), m.save()), "there is none"),
+        (lambda m: (m.word(IMAGE, 4), m.save()), "no boot parameters"),
+        (lambda m: (m.word(IMAGE, IMAGE | 2), m.save()), "no end"),
+        (lambda m: (m.word(IMAGE, 1 << 45 | 2), m.save()), "is not in /proc/kcore"),
+    ],
+)
+def test_what_cannot_be_read_is_said(memory: Memory, break_it: object, reason: str) -> None:
+    memory.load(RUNNING)
+    break_it(memory)  # type: ignore[operator]
+    with pytest.raises(KexecError, match=reason) as failure:
+        loaded.command_line_of_loaded(SPEC, memory.host)
+    assert "--cmdline" in str(failure.value)
+    assert "\n" not in str(failure.value)
+
+
+def test_a_kernel_that_would_be_put_into_the_region(memory: Memory) -> None:
+    memory.load(RUNNING, before=8)
+    kernel = 0x100_0000
+    for start, size, at in (
+        (kernel, 0x8000, kernel),
+        (kernel + 0x7000, 0x8000, kernel + 0x7000),
+        (kernel - 0x2000, 0x3000, kernel),
+    ):
+        with pytest.raises(
+            KexecError, match=rf"into the region, at {at:#x}: load it with kexec -s"
+        ):
+            loaded.command_line_of_loaded(SPEC, memory.host, [Span(0, 4096), Span(start, size)])
+    for start in (kernel - 0x8000, kernel + 0x8000):
+        near = [Span(start, 0x8000)]
+        assert loaded.command_line_of_loaded(SPEC, memory.host, near) == RUNNING
+
+
+def test_garbage_in_memory_is_an_error(memory: Memory) -> None:
+    memory.load(RUNNING, before=5)
+    good = bytes(memory.bytes)
+    used = [IMAGE, *range(PAGES, memory._next, 4096)]
+    for seed in range(300):
+        rng = random.Random(seed)
+        memory.bytes[:] = good
+        for _ in range(rng.randrange(1, 12)):
+            at = rng.choice(used) + 8 * rng.randrange(0, 40)
+            memory.word(at, rng.choice([rng.getrandbits(64), rng.randrange(1 << 22), 0]))
+        memory.save()
+        with contextlib.suppress(KexecError):
+            loaded.command_line_of_loaded(SPEC, memory.host)
+
+
+# ---------------------------------------------------------------------- what must be repeated
+
+
+@pytest.mark.parametrize(
+    ("running", "following"),
+    [
+        (RUNNING, RUNNING),
+        (RUNNING, "pkernfs=0x20000000!0x40000000 console=ttyS0 memmap=0x20000000%1024M"),
+        (RUNNING, "memmap=1G%1G pkernfs=512M!1G"),
+        (RUNNING, "memmap=4G%8G memmap=256M%1G,256M%1280M pkernfs=512M!1G nokaslr"),
+        ("memmap=512M!1G", "memmap=512M!1G"),
+        ("memmap=512M$1G pkernfs=a:512M!1G", "memmap=512M$1G pkernfs=a:512M!1G"),
+        ("quiet", "anything: the firmware keeps the memory apart"),
+        ("memmap=1G%8G pkernfs=1G!8G", "another region is none of this one's business"),
+        ("memmap=512M@1G", "given as RAM: it is not kept apart"),
+    ],
+)
+def test_repeated(memory: Memory, running: str, following: str) -> None:
+    memory.write("proc/cmdline", running)
+    loaded.check(SPEC, following, memory.host)
+    memory.load(following)
+    loaded.check(SPEC, None, memory.host)
+
+
+@pytest.mark.parametrize(
+    ("running", "following", "missing"),
+    [
+        (RUNNING, "quiet", "memmap=512M%1G pkernfs=512M!1G"),
+        (RUNNING, "quiet pkernfs=512M!1G", "memmap=512M%1G"),
+        (RUNNING, "quiet memmap=512M%1G", "pkernfs=512M!1G"),
+        (RUNNING, "memmap=256M%1G pkernfs=512M!1G", "memmap=512M%1G"),
+        (RUNNING, "memmap=512M%2G pkernfs=512M!1G", "memmap=512M%1G"),
+        (RUNNING, "memmap=512M!1G pkernfs=512M!1G", "memmap=512M%1G"),
+        (RUNNING, "memmap=512M%1G memmap=1M@1G pkernfs=512M!1G", "memmap=512M%1G"),
+        (RUNNING, "memmap=512M%1G -- pkernfs=512M!1G", "pkernfs=512M!1G"),
+        (RUNNING, "memmap=512M%1G pkernfs=b:512M!1G", "pkernfs=512M!1G"),
+        (RUNNING, "memmap=512M%1G pkernfs=256M!1G", "pkernfs=512M!1G"),
+        (RUNNING, "memmap=512M%1G pkernfs=", "pkernfs=512M!1G"),
+        (
+            "memmap=256M%1G memmap=256M$1280M",
+            "memmap=256M%1G",
+            "memmap=256M$1280M",
+        ),
+    ],
+)
+def test_not_repeated(memory: Memory, running: str, following: str, missing: str) -> None:
+    memory.write("proc/cmdline", running)
+    memory.load(following)
+    for given in (None, following):
+        with pytest.raises(KexecError) as failure:
+            loaded.check(SPEC, given, memory.host)
+        assert f"is not told {missing}: it would take" in str(failure.value)
+
+
+def dax_line(machine: Machine, *more: str) -> str:
+    """A command line that names the device of a made-up machine."""
+    return " ".join((f"{SOFT} pkernfs=guests:{machine.path('dev/dax0.0')}", *more))
+
+
+def test_a_dax_device_is_repeated(tmp_path: Path) -> None:
+    machine = make_machine(tmp_path)
+    add_dax(machine, "dax0.0", (1 << 30, 512 << 20))
+    spec = machine.path("dev/dax0.0")
+    named = f"pkernfs=guests:{spec}"
+    keep = "modprobe.blacklist=floppy,kmem"
+    for running, following, missing in (
+        (dax_line(machine), dax_line(machine, "quiet"), ""),
+        (dax_line(machine), f"memmap=1G%1G-1+0xefffffff {named}", ""),
+        (dax_line(machine), named, SOFT),
+        (dax_line(machine), f"memmap=512M%1G {named}", SOFT),
+        (dax_line(machine), SOFT, named),
+        (dax_line(machine), f"{SOFT} pkernfs={spec}", named),
+        (dax_line(machine), dax_line(machine).replace("dax0.0", "dax0.1"), named),
+        (dax_line(machine, keep), dax_line(machine, "dax_hmem.region_idle=1"), ""),
+        (dax_line(machine, keep), dax_line(machine, "module_blacklist=kmem"), ""),
+        (dax_line(machine, keep), dax_line(machine), keep),
+        (dax_line(machine, keep), dax_line(machine, "dax_hmem.region_idle=0"), keep),
+        (dax_line(machine, keep), dax_line(machine, "modprobe.blacklist=kmem2"), keep),
+        (f"{SOFT} {named} dax_hmem.region_idle", dax_line(machine), "dax_hmem.region_idle"),
+        ("quiet", "", ""),  # the firmware keeps it apart
+        (keep, "", keep),
+    ):
+        machine.write("proc/cmdline", running)
+        if not missing:
+            loaded.check(spec, following, machine)
+            continue
+        with pytest.raises(KexecError) as failure:
+            loaded.check(spec, following, machine)
+        assert f"is not told {missing}: it would take" in str(failure.value), following
+
+
+def test_memory_in_dev_mem_is_not_kmems(memory: Memory) -> None:
+    memory.write("proc/cmdline", f"{RUNNING} modprobe.blacklist=kmem")
+    loaded.check(SPEC, RUNNING, memory.host)
+
+
+def test_files_need_nothing(memory: Memory, tmp_path: Path) -> None:
+    memory.write("sys/kernel/kexec_loaded", "0")
+    loaded.check(str(tmp_path / "region"), None, memory.host)
+    loaded.check(str(tmp_path / "region"), "quiet", memory.host)
+
+
+def test_kaslr(memory: Memory) -> None:
+    """A region that is larger than its start is no place that KASLR keeps clear of."""
+    line = "memmap=2G%1G pkernfs=2G!1G"
+    memory.write("proc/cmdline", line + " nokaslr")
+    with pytest.raises(KexecError, match="may put itself into memmap=2G%1G"):
+        loaded.check("2G!1G", line, memory.host)
+    loaded.check("2G!1G", line + " nokaslr", memory.host)
+    many = " ".join(f"memmap=1M%{4 + i}G" for i in range(5))
+    loaded.check("2G!1G", f"{line} {many}", memory.host)
+    assert cmdline.kaslr_danger("memmap=1G%1G,2G%1G-1+2") == "memmap=2G%1G-1+2"
+    assert cmdline.kaslr_danger("memmap=exactmap memmap=x%y memmap=2G!1G") is None

@@ -1,0 +1,133 @@
+"""Locks on physical memory: one namespace by address, between processes, whatever the device."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pkernfs.errors import LockedError, RegionError
+from pkernfs.host.iomem import Span
+from pkernfs.host.sysroot import Host
+from pkernfs.region import locks
+from support.made_up_host import make_machine
+
+M = 1 << 20
+G = 1 << 30
+
+HOLDER = """
+import sys
+from pkernfs.host.sysroot import Host
+from pkernfs.host.iomem import Span
+from pkernfs.region.locks import lock_physical
+spans = [Span(int(a), int(b)) for a, b in (w.split("+") for w in sys.argv[3:])]
+lock, fd = lock_physical("theirs", spans, Host(sys.argv[1]), exclusive=sys.argv[2] != "r")
+if sys.argv[2] == "s":
+    lock.serving(True)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    return make_machine(tmp_path)
+
+
+def holder(host: Host, mode: str, *spans: Span) -> subprocess.Popen[str]:
+    """Another process with a lock: mode r, w, or s for one that serves; ends with its stdin."""
+    words = [f"{span.start}+{span.size}" for span in spans]
+    command = [sys.executable, "-c", HOLDER, host.root, mode, *words]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def attempt(host: Host, *spans: Span, exclusive: bool = True) -> None:
+    _, fd = locks.lock_physical("ours", list(spans), host, exclusive=exclusive)
+    os.close(fd)
+
+
+@pytest.mark.parametrize(
+    ("span", "message"),
+    [
+        (Span(G, 512 * M), "ours: in use: it is mounted or being checked"),
+        (Span(G, G), "ours: in use: it overlaps 512M!1G, which is mounted or being checked"),
+        (Span(G + 510 * M, 4 * M), "ours: in use: it overlaps 512M!1G, which is mounted or"),
+        (Span(G - 2 * M, 4 * M), "ours: in use: it overlaps 512M!1G, which is mounted or"),
+        (Span(G + 8 * M, 2 * M), "ours: in use: it overlaps 512M!1G, which is mounted or"),
+    ],
+)
+def test_overlapping_ranges(span: Span, message: str, host: Host) -> None:
+    process = holder(host, "s", Span(G, 512 * M))
+    try:
+        with pytest.raises(LockedError) as caught:
+            attempt(host, Span(2 * G, 2 * M), span)
+        assert str(caught.value).startswith(message)
+        attempt(host, Span(2 * G, 2 * M))  # what a refused attempt had is free again
+    finally:
+        process.communicate(timeout=20)
+    attempt(host, span)
+
+
+def test_neighbours_do_not_overlap(host: Host) -> None:
+    process = holder(host, "s", Span(G, 512 * M))
+    try:
+        attempt(host, Span(G - 2 * M, 2 * M), Span(G + 512 * M, 2 * M))
+    finally:
+        process.communicate(timeout=20)
+
+
+def test_readers_share(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "_CLOSING_WAIT_SECONDS", 0.05)
+    process = holder(host, "r", Span(G, 512 * M))
+    try:
+        attempt(host, Span(G, G), exclusive=False)
+        with pytest.raises(LockedError):
+            attempt(host, Span(G, G))
+    finally:
+        process.communicate(timeout=20)
+
+
+def test_a_contender_waits_for_one_that_is_closing(host: Host) -> None:
+    process = holder(host, "w", Span(G, 512 * M))  # not serving
+    assert process.stdin
+    process.stdin.close()
+    attempt(host, Span(G, G))
+    process.wait(timeout=20)
+    assert process.stdout
+    process.stdout.close()
+
+
+def test_a_contender_waits_a_moment_for_one_that_serves(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "_SERVED_WAIT_SECONDS", 10.0)
+    process = holder(host, "s", Span(G, 512 * M))  # unmounted, but does not know yet
+    assert process.stdin
+    process.stdin.close()
+    attempt(host, Span(G, G))
+    process.wait(timeout=20)
+    assert process.stdout
+    process.stdout.close()
+
+
+def test_where_the_locks_are(host: Host) -> None:
+    attempt(host, Span(G, G))
+    directory = Path(host.path("run/pkernfs"))
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o755
+    assert stat.S_IMODE((directory / "physical.lock").stat().st_mode) == 0o600
+    directory.chmod(0o777)
+    with pytest.raises(RegionError, match="only this user can write to"):
+        attempt(host, Span(G, G))
+    directory.chmod(0o755)
+    (directory / "physical.lock").unlink()
+    (directory / "physical.lock").symlink_to("elsewhere")
+    with pytest.raises(RegionError, match=r"cannot lock: .*physical.lock: "):
+        attempt(host, Span(G, G))
+    assert not (directory / "elsewhere").exists()

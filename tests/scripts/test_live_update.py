@@ -1,0 +1,225 @@
+"""scripts/live-update without a kexec: a guest goes on after its QEMU, an unmount and a mount.
+
+The same over a real kexec is in tests/lab.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import select
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from guestlab import counter
+from hugepages import HugePages
+from livemount import CommandError, LiveMount, extents, read_region, run
+
+pytestmark = [pytest.mark.vm, pytest.mark.fuse]
+
+MIB = 1 << 20
+REGION_BYTES = 64 * MIB
+RAM_BYTES = 16 * MIB
+SCRIPT = Path(__file__).parents[2] / "scripts" / "live-update"
+PATIENCE_SECONDS = 30
+
+
+@pytest.fixture(params=["tmpfs", "hugetlbfs"])
+def live(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LiveMount]:
+    """An empty file system on a region in memory; in the end fsck finds it clean."""
+    memory = tmp_path / "memory"
+    memory.mkdir()
+    live = LiveMount(memory / "region", tmp_path / "mnt")
+    live.directory.mkdir()
+    pages = HugePages(REGION_BYTES if request.param == "hugetlbfs" else 0)
+    reason = pages.borrow()
+    if reason:
+        pytest.skip(f"no huge pages: {reason}")
+    try:
+        run("mount", "-t", request.param, "-o", f"size={REGION_BYTES}", "test", str(memory))
+        try:
+            run("mkfs.pkernfs", "-s", str(REGION_BYTES), str(live.region))
+            live.mount()
+            yield live
+            if live.is_mounted():
+                live.unmount()
+            run("fsck.pkernfs", "-n", str(live.region))
+        finally:
+            live.dismantle()
+            run("umount", "-l", str(memory))
+    finally:
+        pages.give_back()
+
+
+class Counting:
+    """The counting machine of scripts/live-update, in a directory of the mount."""
+
+    def __init__(self, live: LiveMount, qemu: Path) -> None:
+        self.directory = live.directory / "vm"
+        self.serial = self.directory / "serial.log"
+        self._qemu = qemu
+        self.directory.mkdir()
+
+    def start(self) -> str:
+        return self("start", "--size", f"{RAM_BYTES // MIB}M", "--qemu", str(self._qemu))
+
+    def __call__(self, command: str, *options: str) -> str:
+        """One run of the script."""
+        return run(str(SCRIPT), command, str(self.directory), *options)
+
+    def numbers(self) -> list[int]:
+        """Every number written so far; only if the guest was never reset."""
+        return counter.numbers(self.serial.read_text()) if self.serial.exists() else []
+
+    def wait_for(self, count: int) -> None:
+        """Wait until so many numbers are written."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while len(self.numbers()) < count:
+            assert time.monotonic() < deadline, f"{len(self.numbers())} of {count} numbers"
+            time.sleep(0.02)
+
+    def end(self) -> None:
+        """No QEMU of this machine is left, whatever happened."""
+        name = hashlib.sha256(os.fsencode(self.directory.resolve())).hexdigest()[:16]
+        pid_file = Path(f"/run/live-update-{name}.pid")
+        if pid_file.exists():
+            process = os.pidfd_open(int(pid_file.read_text()))
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+            select.select([process], [], [], PATIENCE_SECONDS)
+            os.close(process)
+            pid_file.unlink(missing_ok=True)
+        pid_file.with_suffix(".qmp").unlink(missing_ok=True)
+
+
+@pytest.fixture
+def vm(live: LiveMount, new_qemu: Path) -> Iterator[Counting]:
+    """A counting machine that has not been started."""
+    vm = Counting(live, new_qemu)
+    try:
+        yield vm
+    finally:
+        vm.end()
+
+
+def fill(directory: Path) -> list[Path]:
+    """Files that leave some 64 KiB free: room for the guest's numbers, not for its state."""
+    fillers: list[Path] = []
+    for size, count in (("1M", 1 << 20), ("64K", 1)):
+        full = False
+        while not full:
+            fillers.append(directory / f"filler.{len(fillers)}")
+            words = (f"of={fillers[-1]}", f"bs={size}", f"count={count}", "status=none")
+            try:
+                run("dd", "if=/dev/zero", *words)
+            except CommandError as error:
+                if "No space left" not in str(error):
+                    raise
+                full = True
+    for _ in range(2):  # the one that did not fit, and one that did
+        fillers.pop().unlink()
+    return fillers
+
+
+def word(memory: bytes, address: int) -> int:
+    """Four bytes of the guest's memory as a number."""
+    return int.from_bytes(memory[address : address + 4], "little")
+
+
+def test_goes_on_after_unmount_and_mount(live: LiveMount, vm: Counting) -> None:
+    """Twice: no number is lost or repeated, and the guest was never reset."""
+    said = vm.start()
+    assert "in all" in said
+    vm.wait_for(50)
+    for _ in range(2):
+        said = vm("save")
+        assert "state (" in said
+        numbers = vm.numbers()
+        assert numbers == list(range(1, len(numbers) + 1))
+        live.unmount()
+        live.mount()
+        pieces = extents(vm.directory / "ram")
+        memory = read_region(live.region, pieces, RAM_BYTES)
+        assert memory == (vm.directory / "ram").read_bytes()
+        count = word(memory, counter.COUNT_ADDRESS)
+        assert count - len(numbers) in (0, 1)  # saved, perhaps, amid writing it
+        ring = [word(memory, counter.RING_ADDRESS + 4 * n) for n in range(1, count)]
+        assert ring == list(range(1, count))
+        said = vm("restore")
+        assert "running" in said
+        assert not (vm.directory / "state").exists()
+        vm.wait_for(len(numbers) + 50)
+        numbers = vm.numbers()
+        assert numbers == list(range(1, len(numbers) + 1))
+    vm("save")
+
+
+def test_goes_on_after_the_daemons_sigkill(live: LiveMount, vm: Counting) -> None:
+    """The daemon is killed under the running guest: its memory does not pass through it."""
+    vm.start()
+    vm.wait_for(20)
+    vm("save")
+    saved = len(vm.numbers())
+    live.kill_daemon()
+    run("umount", str(live.directory))
+    live.mount()
+    vm("restore")
+    vm.wait_for(saved + 20)
+    numbers = vm.numbers()
+    assert numbers == list(range(1, len(numbers) + 1))
+    vm("save")
+
+
+def test_a_save_that_fails_lets_the_guest_go_on(live: LiveMount, vm: Counting) -> None:
+    """No space for the device state: one line, no half of a state, and the numbers go on."""
+    vm.start()
+    vm.wait_for(10)
+    fillers = fill(live.directory)
+    with pytest.raises(CommandError, match="live-update: QEMU: state failed"):
+        vm("save")
+    assert not (vm.directory / "state").exists()
+    for filler in fillers:
+        filler.unlink()
+    vm.wait_for(len(vm.numbers()) + 20)
+    vm("save")
+    vm("restore")
+    vm.wait_for(len(vm.numbers()) + 20)
+    vm("save")
+
+
+def test_a_restore_that_fails_can_be_done_again(live: LiveMount, vm: Counting) -> None:
+    """A damaged device state ends QEMU with one line; the right one still works."""
+    vm.start()
+    vm.wait_for(10)
+    vm("save")
+    state = vm.directory / "state"
+    right = state.read_bytes()
+    state.write_bytes(b"QEVM" + bytes(1000))
+    with pytest.raises(CommandError, match="state: not restored: QEMU: "):
+        vm("restore")
+    state.write_bytes(right)
+    vm("restore")
+    vm.wait_for(len(vm.numbers()) + 20)
+    vm("save")
+
+
+def test_refusals(live: LiveMount, vm: Counting, tmp_path: Path) -> None:
+    """In one line each, and nothing is changed."""
+    with pytest.raises(CommandError, match="no machine is saved here"):
+        vm("restore")
+    with pytest.raises(CommandError, match="no QEMU answers"):
+        vm("save")
+    with pytest.raises(CommandError, match="not on a pkernfs mount"):
+        run(str(SCRIPT), "start", str(tmp_path))
+    assert not (tmp_path / "ram").exists()
+    vm.start()
+    before = {path.name: path.stat().st_ctime_ns for path in vm.directory.glob("[!s]*")}
+    assert set(before) == {"ram", "boot.img", "vm.json"}
+    with pytest.raises(CommandError, match="there is a machine"):
+        vm.start()
+    assert before == {path.name: path.stat().st_ctime_ns for path in vm.directory.glob("[!s]*")}
+    vm.wait_for(10)
+    vm("save")

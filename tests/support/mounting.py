@@ -1,0 +1,269 @@
+"""Real mounts for tests: a region on tmpfs, a daemon in the foreground, and no leftovers.
+
+A :class:`Mounted` is a context manager. Waiting is for conditions (the mount answers, the process
+has ended), never for a time; whatever a test does, the end unmounts and kills.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from pkernfs.fs import mkfs
+from pkernfs.region.region import Region
+from support.checking import assert_clean
+
+MIB = 1 << 20
+PATIENCE_SECONDS = 20.0
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    """Wait until ``condition`` holds.
+
+    :raises TimeoutError: it did not for :data:`PATIENCE_SECONDS`.
+    """
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited in vain: {what}")
+        time.sleep(0.002)
+
+
+def is_mounted(path: Path | str) -> bool:
+    """Whether something is mounted at ``path``, dead or alive."""
+    with open("/proc/self/mountinfo") as table:
+        return any(line.split(" ")[4] == str(path) for line in table)
+
+
+_PROGRAM = "import sys; from pkernfs.cli import main; sys.exit(main())"
+
+
+def run_pkernfs(*words: str) -> subprocess.CompletedProcess[str]:
+    """``pkernfs WORDS``, and what came of it."""
+    command = [sys.executable, "-c", _PROGRAM, *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+
+
+class Mounted:
+    """A formatted region and a daemon that serves it at :attr:`path`."""
+
+    def __init__(self, size: int = 64 * MIB, options: str = "", directory: str = "/dev/shm"):
+        self.directory = Path(tempfile.mkdtemp(prefix="pkernfs-test.", dir=directory))
+        self.region = self.directory / "region"
+        self.path = self.directory / "mnt"
+        self.options = options
+        self.daemon: subprocess.Popen[str] | None = None
+        self.directory.chmod(0o755)
+        self.path.mkdir()
+        Region.create(str(self.region), size)
+        with Region.open(str(self.region), write=True) as region:
+            mkfs.make_filesystem(region)
+
+    def __enter__(self) -> Mounted:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, kind: object, *exc: object) -> None:
+        try:
+            if kind is None:
+                self.check()
+        finally:
+            self.close()
+
+    def check(self) -> None:
+        """Unmount if mounted; fsck finds nothing wrong."""
+        if is_mounted(self.path):
+            subprocess.run(["umount", str(self.path)], check=True)
+        if self.daemon is not None:
+            self.wait()
+        with Region.open(str(self.region), write=False) as region:
+            assert_clean(region)
+
+    def start(self) -> None:
+        """Start the daemon and wait until the mount answers.
+
+        :raises AssertionError: the daemon ended instead.
+        """
+        self._close_pipe()
+        command = [sys.executable, "-c", _PROGRAM, "mount", "-f"]
+        if self.options:
+            command += ["-o", self.options]
+        daemon = self.daemon = subprocess.Popen(
+            [*command, str(self.region), str(self.path)], stderr=subprocess.PIPE, text=True
+        )
+        wait_until(
+            lambda: is_mounted(self.path) or daemon.poll() is not None, "the mount, or an end"
+        )
+        assert daemon.poll() is None, f"the daemon ended: {self.words()}"
+        os.statvfs(self.path)  # answered by the daemon
+
+    def words(self) -> str:
+        """What the ended daemon said on stderr."""
+        assert self.daemon is not None
+        assert self.daemon.stderr is not None
+        return self.daemon.stderr.read()
+
+    def wait(self) -> int:
+        """The exit status of the daemon, which has been made to end."""
+        assert self.daemon is not None
+        return self.daemon.wait(PATIENCE_SECONDS)
+
+    def unmount(self) -> None:
+        """umount(8), and the daemon's end."""
+        subprocess.run(["umount", str(self.path)], check=True)
+        assert self.wait() == 0, self.words()
+
+    def kill(self) -> None:
+        """SIGKILL to the daemon, and the dead mount taken away."""
+        assert self.daemon is not None
+        self.daemon.kill()
+        self.daemon.wait()
+        subprocess.run(["umount", "-l", str(self.path)], check=True)
+
+    def in_region(self, data: bytes) -> bool:
+        """Whether ``data`` stands somewhere in the region's own bytes."""
+        return data in self.region.read_bytes()
+
+    def _close_pipe(self) -> None:
+        if self.daemon is not None and self.daemon.stderr is not None:
+            self.daemon.stderr.close()
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+        if is_mounted(self.path):
+            subprocess.run(["umount", "-l", str(self.path)], check=False)
+        if self.daemon is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.daemon.wait(2)
+            if self.daemon.poll() is None:
+                self.daemon.kill()
+                self.daemon.wait()
+        self._close_pipe()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def child(work: Callable[[], object], uid: int = 0) -> Iterator[int]:
+    """A forked process that runs ``work`` as user and group ``uid``; yields its pid."""
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            if uid:
+                os.setgroups([uid])
+                os.setresgid(uid, uid, uid)
+                os.setresuid(uid, uid, uid)
+            work()
+            status = 0
+        except BaseException as e:
+            print(f"child: {e!r}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(status)
+    try:
+        yield pid
+    finally:
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def run_as(uid: int, work: Callable[[], object]) -> None:
+    """Run ``work`` in a child as ``uid``.
+
+    :raises AssertionError: it raised.
+    """
+    with child(work, uid) as pid:
+        _, status = os.waitpid(pid, 0)
+    assert status == 0, f"the child failed: {status}"
+
+
+class Mapper:
+    """Another process with a shared mapping of a file, told what to do through pipes."""
+
+    def __init__(self, path: Path, length: int) -> None:
+        import multiprocessing
+
+        context = multiprocessing.get_context("fork")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_map_and_obey, args=(theirs, str(path), length), daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        self._pipe.recv()
+
+    def _ask(self, *words: object) -> object:
+        self._pipe.send(words)
+        return self._pipe.recv()
+
+    def store(self, offset: int, data: bytes) -> None:
+        self._ask("store", offset, data)
+
+    def load(self, offset: int, length: int) -> object:
+        return self._ask("load", offset, length)
+
+    def tell(self, word: str) -> None:
+        """``msync``, ``fsync``, ``close`` (a descriptor) or ``munmap``."""
+        self._ask(word)
+
+    def end(self, *, kill: bool = False) -> None:
+        """The process ends, by itself or by SIGKILL; waits for it."""
+        if kill:
+            self._process.kill()
+        elif self._process.is_alive():
+            self._pipe.send(("end",))
+        self._process.join()
+        self._pipe.close()
+
+    def __enter__(self) -> Mapper:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._process.is_alive():
+            self.end(kill=True)
+
+
+def _map_and_obey(pipe: object, path: str, length: int) -> None:
+    import mmap
+    from multiprocessing.connection import Connection
+
+    assert isinstance(pipe, Connection)
+    fd = os.open(path, os.O_RDWR)
+    memory = mmap.mmap(fd, length)
+    pipe.send("ready")
+    while True:
+        match pipe.recv():
+            case ("store", offset, data):
+                memory[offset : offset + len(data)] = data
+                pipe.send(None)
+            case ("load", offset, count):
+                pipe.send(memory[offset : offset + count])
+            case ("msync",):
+                memory.flush()
+                pipe.send(None)
+            case ("fsync",):
+                os.fsync(fd)
+                pipe.send(None)
+            case ("close",):
+                os.close(fd)
+                pipe.send(None)
+            case ("munmap",):
+                memory.close()
+                pipe.send(None)
+            case _:
+                os._exit(0)

@@ -1,0 +1,170 @@
+"""A file system with files and tables for tests of pkernfs.dma.table_files, without a mount."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from typing import Any, TypeVar
+
+from pkernfs.dma import reports
+from pkernfs.dma.table_files import TableFiles
+from pkernfs.fs.filesystem import FileSystem
+from pkernfs.fs.mkfs import make_filesystem
+from pkernfs.iommu.check import Report
+from pkernfs.iommu.export import assemble
+from pkernfs.iommu.memory import Memory
+from pkernfs.iommu.translate import translate_domain
+from pkernfs.layout import BLOCK, IOMMU_INO, PAGE, ROOT_INO
+from pkernfs.region.region import Region
+from support.checking import MemoryFile
+
+MIB = 1 << 20
+PHYS_BASE = 1 << 33
+DEVICE = 0x28
+READ, WRITE, RW = 1, 2, 3
+POISON = b"\xdb" * MIB
+
+T = TypeVar("T")
+
+
+def drain(steps: Generator[Any, None, T], between: Callable[[], object] = int) -> T:
+    """What a generator returns; ``between`` runs at each of its pauses."""
+    while True:
+        try:
+            next(steps)
+            between()
+        except StopIteration as end:
+            done: T = end.value
+            return done
+
+
+class Host:
+    """A file system in a region that outlives its mounts."""
+
+    def __init__(self, size: int = 64 * MIB, *, poison: bool = False) -> None:
+        self.file = MemoryFile(size)
+        self.region = self.file.open(phys_base=PHYS_BASE)
+        if poison:
+            for at in range(0, size, MIB):
+                self.region.copy_in(at, POISON)
+        make_filesystem(self.region)
+        self.fs = FileSystem.mount(self.region)
+
+    @classmethod
+    def over(cls, region: Region) -> Host:
+        """One in a region that has a file system; it is mounted now, and the caller's to close."""
+        host = cls.__new__(cls)
+        host.region = region
+        host.fs = FileSystem.mount(region)
+        return host
+
+    def close(self) -> None:
+        self.region.close()
+        self.file.close()
+
+    def remount(self, phys_base: int | None = PHYS_BASE, *, clean: bool = True) -> None:
+        """Another daemon opens the region; ``clean``: after an unmount."""
+        if clean:
+            self.fs.unmount()
+        self.region.close()
+        self.region = self.file.open(phys_base=phys_base)
+        self.fs = FileSystem.mount(self.region)
+
+    @property
+    def tables(self) -> TableFiles:
+        return self.fs.tables
+
+    def run(self, operation: Callable[[], T]) -> T:
+        return self.fs.run(operation)
+
+    # ------------------------------------------------------------------ files
+
+    def file_of(self, name: str, size: int = 0, data: bytes = b"") -> int:
+        """A new file in the root directory; its inode number."""
+        ino = self.fs.create(ROOT_INO, name.encode(), 0o100600, 0, 0).ino
+        if size:
+            self.run(lambda: self.fs.setattr(ino, size=size))
+        if data:
+            self.run(lambda: self.fs.write(ino, 0, data))
+        return ino
+
+    def sparse(self, name: str, size: int) -> int:
+        """A new file of one page at its end, and a hole before it."""
+        ino = self.file_of(name)
+        self.run(lambda: self.fs.write(ino, size - 1, b"\0"))
+        return ino
+
+    def dom(self, number: int, size: int = BLOCK) -> int:
+        """A new domain file."""
+        ino = self.fs.create(IOMMU_INO, b"dom-%d" % number, 0o100600, 0, 0).ino
+        if size:
+            self.run(lambda: self.fs.setattr(ino, size=size))
+        return ino
+
+    def physical(self, ino: int, offset: int = 0) -> int:
+        """Where a byte of a file is."""
+        (_low, at, _length), *_ = self.fs.pieces(ino, offset, 1)
+        found = self.region.physical(at)
+        assert found is not None
+        return found
+
+    # ------------------------------------------------------------------ tables
+
+    def map(
+        self,
+        number: int,
+        iova: int,
+        ino: int,
+        offset: int = 0,
+        length: int | None = None,
+        perm: int = RW,
+    ) -> int:
+        return self.run(lambda: self.tables.map_file(number, iova, ino, offset, length, perm))
+
+    def attach(self, number: int, source_id: int = DEVICE) -> int:
+        return self.run(lambda: self.tables.attach(number, source_id))
+
+    def mappings(self, number: int) -> list[tuple[int, int, int, int]]:
+        """``(iova, physical, length, perm)``."""
+        found = self.tables.domain(number).mappings()
+        return [(m.iova, m.physical, m.length, m.perm) for m in found]
+
+    def at(self, number: int, iova: int) -> int | None:
+        """Where the walker gets to from dom-N's top-level table on."""
+        table = self.tables.domain(number)
+        memory = Memory.whole(self.region)
+        return translate_domain(memory, table.root, table.levels, iova).physical
+
+    def check(self) -> Report:
+        return drain(reports.prepare_check(self.fs)).run()
+
+    def assert_check_clean(self) -> Report:
+        report = self.check()
+        assert report.clean, [f.message for f in report.findings]
+        return report
+
+    def state(self) -> dict[str, Any]:
+        """All that the tables say."""
+        return {
+            "config": self.tables.config,
+            "mappings": {n: self.mappings(n) for n in self.tables.domains},
+            "pages": {n: t.used_pages for n, t in self.tables.domains.items()},
+            "devices": [(d.source_id, d.table, d.domain_id) for d in self.tables.devices()],
+            "bars": self.tables.bars(),
+        }
+
+    def answer(self, what: str, **question: Any) -> tuple[str, dict[str, Any], int]:
+        """Text, records and exit status of a question, as a command has them."""
+        text, records, status = "", [], 0
+        for item in reports.answer(self.fs, reports.Question(what, **question)):
+            if isinstance(item, str):
+                text += item
+            elif isinstance(item, int):
+                status = item
+            elif item is not None:
+                records.append(item)
+        return text, assemble(records), status
+
+
+def pages(count: int) -> int:
+    """Bytes of so many pages."""
+    return count * PAGE
