@@ -20,8 +20,8 @@ from typing import NamedTuple
 import pytest
 
 from pkernfs import __version__, cli, layout
+from pkernfs.commands.progress import Progress
 from pkernfs.options import MOUNT_OPTIONS, format_size, parse_mount_options, parse_size
-from pkernfs.progress import Progress
 from pkernfs.region.region import Region
 from support.superblocks import damage, edit_superblocks
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from pkernfs.progress import Progress
+from pkernfs.commands.progress import Progress
 
 if TYPE_CHECKING:
     from pkernfs.fs.fsck import Report

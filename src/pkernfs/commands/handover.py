@@ -19,12 +19,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pkernfs.commands.progress import Progress
 from pkernfs.control import client
 from pkernfs.control.mounts import Mount
 from pkernfs.errors import BusyError, CorruptionError, NoSpaceError, PkernfsError, RegionError
 from pkernfs.kexec import loaded
 from pkernfs.options import format_size
-from pkernfs.progress import Progress
 
 if TYPE_CHECKING:
     from pkernfs.fs.fsck import Survey
