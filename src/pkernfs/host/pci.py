@@ -11,21 +11,18 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from pkernfs.errors import InvalidError
+from pkernfs.host import pci_config
 from pkernfs.host.dmar import BRIDGE, ENDPOINT, Dmar, ReservedMemory, Scope, UnitStructure
 from pkernfs.host.sysroot import Host
 from pkernfs.vtd.entries import bdf_text, parse_bdf
 
 _DEVICES = "sys/bus/pci/devices"
 _BDF = re.compile(r"[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
-_COMMAND, _STATUS, _CLASS, _HEADER_TYPE, _CAPABILITIES = 0x04, 0x06, 0x0B, 0x0E, 0x34
-_BUS_MASTER = 1 << 2
-_HAS_CAPABILITIES = 1 << 4
 _BRIDGE_CLASS = 0x06
-_EXPRESS = 0x10
 _TO_CONVENTIONAL, _FROM_CONVENTIONAL = 7, 8
 _EXTENDED_CAPABILITIES = 0x100
 _ATS, _PASID = 0x000F, 0x001B
-_MAX_CAPABILITIES = 256
+_MOST_CAPABILITIES = 256
 
 
 class PciDevice(NamedTuple):
@@ -69,8 +66,8 @@ def read_device(host: Host, source_id: int, segment: int = 0) -> PciDevice | Non
         source_id,
         tuple(above),
         os.path.basename(os.readlink(driver)) if os.path.islink(driver) else None,
-        config[_CLASS : _CLASS + 1] == bytes([_BRIDGE_CLASS]),
-        bool(_word(config, _COMMAND) & _BUS_MASTER),
+        config[pci_config.CLASS : pci_config.CLASS + 1] == bytes([_BRIDGE_CLASS]),
+        bool(_word(config, pci_config.COMMAND) & pci_config.COMMAND_MASTER),
         any(_is_conventional(c) for c in bridges),
         _enabled(config, _ATS, 1 << 15),
         _enabled(config, _PASID, 1),
@@ -147,21 +144,14 @@ def _word(config: bytes, at: int) -> int:
 
 def _capability(config: bytes, wanted: int) -> int:
     """Offset of a capability; 0: there is none."""
-    if not _word(config, _STATUS) & _HAS_CAPABILITIES:
+    if not _word(config, pci_config.STATUS) & pci_config.STATUS_CAPABILITIES:
         return 0
-    at = config[_CAPABILITIES] & ~3
-    for _ in range(_MAX_CAPABILITIES):
-        if not at or at + 4 > len(config):
-            return 0
-        if config[at] == wanted:
-            return at
-        at = config[at + 1] & ~3
-    return 0
+    return pci_config.find_capability(lambda at: _word(config, at), wanted)
 
 
 def _is_conventional(bridge: bytes) -> bool:
     """Whether a bridge is not PCI Express from end to end."""
-    express = _capability(bridge, _EXPRESS)
+    express = _capability(bridge, pci_config.EXPRESS)
     if not express:
         return True
     return _word(bridge, express + 2) >> 4 & 0xF in (_TO_CONVENTIONAL, _FROM_CONVENTIONAL)
@@ -170,7 +160,7 @@ def _is_conventional(bridge: bytes) -> bool:
 def _enabled(config: bytes, wanted: int, bit: int) -> bool:
     """Whether a bit of the control register (offset 6) of an extended capability is set."""
     at = _EXTENDED_CAPABILITIES
-    for _ in range(_MAX_CAPABILITIES):
+    for _ in range(_MOST_CAPABILITIES):
         if at + 8 > len(config):
             return False
         if _word(config, at) == wanted:
