@@ -174,6 +174,26 @@ class UnitError(PkernfsError):
     """An IOMMU unit does not do what it was told, or says that something is wrong."""
 
 
+class VmmError(PkernfsError):
+    """A step that :mod:`pkernfs.vmm` takes for a VMM fails: a program, a device, a monitor."""
+
+
+class VfioError(VmmError):
+    """VFIO, or sysfs on its behalf, refuses a device or an address space."""
+
+
+class TakeOverError(VfioError):
+    """A device cannot be taken over. Unless the message says so, nothing has been changed."""
+
+
+class QemuError(VmmError):
+    """QEMU refuses a command of its monitor, does not answer, or has ended."""
+
+
+class LiveUpdateError(VmmError):
+    """A virtual machine cannot be started, saved or restored."""
+
+
 class FormatError(PkernfsError):
     """Not a pkernfs, or one that this version must not touch."""
 

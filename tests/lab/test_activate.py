@@ -34,7 +34,7 @@ PYTHON = "/opt/pkernfs/.venv/bin/python"
 #: Map and unmap a file for some seconds; prints how often.
 ROUNDS = """
 import os, sys, time
-from pkernfs.control import call
+from pkernfs.control.client import call
 where = {"domain": 0, "iova": 2 << 30, "length": 2 << 20}
 ino, start, count = os.stat(sys.argv[1]).st_ino, time.monotonic(), 0
 # Long enough to meet the kernel at its queue, and often enough on a machine that is busy.

@@ -18,7 +18,7 @@ import pytest
 
 from kexeclab.guest import Guest
 from kexeclab.runner import Lab
-from pkernfs.vmm import vfio
+from pkernfs.vmm import sysfs, vfio
 from support.lab import regions
 from support.lab.edu import Transfers
 from support.lab.regions import MOUNT
@@ -39,7 +39,7 @@ FAULT = re.compile(r"DMAR: \[(?:DMA|INTR).*")
 #: Asks the daemon for what `pkernfs kexec` asks for as its last step.
 ASK = """
 import sys
-from pkernfs.control import call
+from pkernfs.control.client import call
 from pkernfs.errors import PkernfsError
 try:
     print(call("/mnt/pkernfs", sys.argv[1]))
@@ -138,7 +138,7 @@ def snapshots(guest: Guest) -> None:
     iommu(guest, "snapshot", "0000:00:1e.0", DOMAIN, status=1)
     guest.run("modprobe", "vfio_iommu_type1", "allow_unsafe_interrupts=1")
     guest.run("modprobe", "vfio_pci")
-    vfio.bind(DEVICE)
+    sysfs.bind(DEVICE)
     vmm = Vmm(guest)
     vmm.map_ram(0, HALF)
     device = vmm.container.open(DEVICE)

@@ -26,7 +26,12 @@ import pytest
 from kexeclab.guest import Guest, running_kernel
 from kexeclab.runner import Lab
 from pkernfs import cli
-from pkernfs.vmm import takeover, vfio
+from pkernfs.errors import TakeOverError
+from pkernfs.host.pci_config import COMMAND, COMMAND_MASTER
+from pkernfs.vmm import hold, sysfs, vfio
+from pkernfs.vmm.export import read_export
+from pkernfs.vmm.plan import plan
+from pkernfs.vmm.takeover import TakeOver, release
 from support import uapi
 from support.lab import regions
 from support.lab.edu import BUFFER, FROM_MEMORY, TO_MEMORY, Transfers
@@ -54,11 +59,11 @@ FAULT = re.compile(r"DMAR: \[(?:DMA|INTR).*")
 #: What a VMM does with what --exec leaves it: the device is at work, and more can be mapped.
 VMM = """
 import json, mmap, os, sys
-sys.path.insert(0, "/opt/pkernfs/scripts/lib")
+from pkernfs.host.pci_config import COMMAND, COMMAND_MASTER
 from pkernfs.vmm import vfio
 told = json.loads(os.environ["TAKEN_OVER"])["dom-1"]
 device = vfio.Device(sys.argv[1], told["devices"][sys.argv[1]])
-assert device.read_config(vfio.PCI_COMMAND) & vfio.PCI_COMMAND_MASTER
+assert device.read_config(COMMAND) & COMMAND_MASTER
 registers = device.map_bar(0)
 assert registers[0:4] == bytes.fromhex("ed000001"), registers[0:4]
 assert set(told["fds"]) >= {"container"}
@@ -80,7 +85,7 @@ class Edu(Transfers):
 
 def sysfs_bar(bdf: str) -> mmap.mmap:
     """A device's registers, whoever has it."""
-    with (vfio.device_path(bdf) / "resource0").open("r+b") as file:
+    with (sysfs.device_path(bdf) / "resource0").open("r+b") as file:
         return mmap.mmap(file.fileno(), 4 * PAGE)
 
 
@@ -118,7 +123,7 @@ def domain(bdf: str) -> str:
 
 def master(bdf: str) -> bool:
     """Whether the device may do DMA."""
-    return bool(vfio.read_config(bdf, vfio.PCI_COMMAND) & vfio.PCI_COMMAND_MASTER)
+    return bool(sysfs.read_config(bdf, COMMAND) & COMMAND_MASTER)
 
 
 def works(edu: Edu, bdf: str) -> None:
@@ -150,7 +155,7 @@ def start(guest: Guest) -> None:
     assert said == f"take-over: {QUIET}: in no IOMMU group: boot with intel_iommu=on\n", said
     iommu("activate", str(MOUNT), "--cut-off")
     for bdf in DOMAINS:
-        (vfio.device_path(bdf) / "enable").write_text("1")
+        (sysfs.device_path(bdf) / "enable").write_text("1")
         guest.run("setpci", "-s", bdf, "COMMAND=6:6")
     for bdf in EDUS:
         works(Edu.at(bdf), bdf)
@@ -189,17 +194,17 @@ def take_over(guest: Guest) -> None:
 
 def reasons(guest: Guest) -> None:
     """What is refused, with no device changed."""
-    export = takeover.read_export(str(MOUNT))
-    assert [d["adopted_by"] for d in export["devices"]] == ["dmar0"] * 4
+    export = read_export(str(MOUNT))
+    assert [d.adopted_by for d in export.devices] == ["dmar0"] * 4
     # Not as pkernfs kexec has it told, on the kernel command line.
     guest.run("modprobe", "vfio_pci", "disable_idle_d3=0")
-    with pytest.raises(takeover.TakeOverError, match="it would put devices to sleep: modprobe"):
-        takeover.plan(export)
+    with pytest.raises(TakeOverError, match="it would put devices to sleep: modprobe"):
+        plan(export)
     guest.run("modprobe", "-r", "vfio_pci")
-    with pytest.raises(takeover.TakeOverError, match=f"not remapped.*echo 1 >{UNSAFE}"):
-        takeover.plan(export)
+    with pytest.raises(TakeOverError, match=f"not remapped.*echo 1 >{UNSAFE}"):
+        plan(export)
     UNSAFE.write_text("1")
-    assert not any(map(vfio.driver_of, DOMAINS))
+    assert not any(map(sysfs.driver_of, DOMAINS))
 
 
 def left_alone() -> None:
@@ -219,8 +224,8 @@ def planned(guest: Guest) -> None:
     said = guest.run(TAKE_OVER, str(MOUNT), "--dry-run")
     for bdf, number in DOMAINS.items():
         assert f"dom-{number}: {BYTES[bdf]} bytes in 1 piece, at the same addresses" in said
-        assert f"dom-{number}: {bdf} (group {vfio.group_of(bdf)}): held" in said
-        assert vfio.driver_of(bdf) is None
+        assert f"dom-{number}: {bdf} (group {sysfs.group_of(bdf)}): held" in said
+        assert sysfs.driver_of(bdf) is None
     for bdf in EDUS:
         works(Edu.at(bdf), bdf)
 
@@ -238,7 +243,7 @@ def by_hand(guest: Guest) -> None:
         said = read_until(running, "detached")
         guest.figure("hold of 256 MiB", held(said, QUIET), "ms")
         no_faults(guest)
-        assert vfio.driver_of(QUIET) == vfio.DRIVER
+        assert sysfs.driver_of(QUIET) == sysfs.DRIVER
         let_go(QUIET)
         works(Edu.at(QUIET), QUIET)
         no_faults(guest)
@@ -249,19 +254,19 @@ def by_hand(guest: Guest) -> None:
 
 def by_import(guest: Guest) -> None:
     """The classes, as a VMM would use them; a transfer is begun right before the hold."""
-    export = takeover.read_export(str(MOUNT))
-    [wanted] = takeover.plan(export, [ARMED])
+    export = read_export(str(MOUNT))
+    [wanted] = plan(export, [ARMED])
     word, late = (AT[ARMED] + WORD[ARMED] + offset for offset in (32, 40))
     write_word(RAM, WORD[ARMED] + 32, 0xABCD)
     edu = Edu.at(ARMED)
     edu.start(word, BUFFER, FROM_MEMORY)
     edu.wait()
 
-    def hold(bdf: str, real: Callable[[str], None] = takeover.hold) -> None:
+    def hold_at_work(bdf: str, real: Callable[[str], None] = hold.hold) -> None:
         edu.start(BUFFER, late, TO_MEMORY)
         real(bdf)
 
-    with mock.patch("takeover.hold", hold), takeover.TakeOver(export) as taking:
+    with mock.patch.object(hold, "hold", hold_at_work), TakeOver(export) as taking:
         taken = taking.take(wanted)
         edu = Edu(taken.devices[ARMED].map_bar(0))
         edu.wait()
@@ -272,7 +277,7 @@ def by_import(guest: Guest) -> None:
         guest.log(
             f"the transfer that was under way: {'landed' if landed else 'fell into the hold'}"
         )
-        takeover.release(str(MOUNT), ARMED)
+        release(str(MOUNT), ARMED)
         let_go(ARMED)
         works(edu, ARMED)
         no_faults(guest)
@@ -281,16 +286,16 @@ def by_import(guest: Guest) -> None:
 
 def not_reset(guest: Guest) -> None:
     """A device that is reset when it is opened as ever is not by its take-over."""
-    reset = vfio.device_path(CARD) / "reset_method"
+    reset = sysfs.device_path(CARD) / "reset_method"
     reset.write_text("bus\n")  # another one may leave registers as they are
     assert register(sysfs_bar(CARD)).value == VALUE
-    export = takeover.read_export(str(MOUNT))
-    with takeover.TakeOver(export) as taking:
-        [wanted] = takeover.plan(export, [CARD])
+    export = read_export(str(MOUNT))
+    with TakeOver(export) as taking:
+        [wanted] = plan(export, [CARD])
         taken = taking.take(wanted)
         assert register(taken.devices[CARD].map_bar(0)).value == VALUE
         assert master(CARD)
-        takeover.release(str(MOUNT), CARD)
+        release(str(MOUNT), CARD)
     no_faults(guest)
     reset.write_text("bus\n")
     guest.run("setpci", "-s", CARD, "COMMAND=2:2")
@@ -403,7 +408,7 @@ def not_adopted(guest: Guest) -> None:
 
 
 def headers_agree() -> None:
-    """The structures of vfio.py are those of this system's headers, iommufd's included."""
+    """The structures of pkernfs.vmm.uapi are those of this system's headers, iommufd's included."""
     ours = uapi.ours()
     assert not any(map(uapi.missing, ours))
     scratch = Path("/run/uapi")

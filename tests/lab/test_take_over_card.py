@@ -9,7 +9,9 @@ import pytest
 
 from kexeclab.guest import Guest
 from kexeclab.runner import Lab
-from pkernfs.vmm import takeover
+from pkernfs.vmm.export import read_export
+from pkernfs.vmm.plan import plan
+from pkernfs.vmm.takeover import TakeOver, release
 from support.lab import regions
 from support.lab.dma import (
     AT,
@@ -53,14 +55,14 @@ def take_over(guest: Guest) -> None:
         guest.run("modprobe", "vfio_iommu_type1", "allow_unsafe_interrupts=1")
     resets = Path(f"/sys/bus/pci/devices/{CARD}/reset_method").read_text().split()
     assert resets, "it could not be reset anyway"
-    export = takeover.read_export(str(MOUNT))
-    [wanted] = takeover.plan(export, [CARD])
-    with takeover.TakeOver(export) as taking:
+    export = read_export(str(MOUNT))
+    [wanted] = plan(export, [CARD])
+    with TakeOver(export) as taking:
         before = RING.received()
         taken = taking.take(wanted)
         guest.figure("hold of 64 MiB", taken.hold_ms[CARD], "ms")
         assert RING.received() >= before > 0
-        takeover.release(str(MOUNT), CARD)
+        release(str(MOUNT), CARD)
         domain = str(MOUNT / f"iommu/dom-{DOMAINS[CARD]}")
         pkernfs("iommu", "unmap", domain, hex(AT[CARD]), "64M")
         after = RING.received()

@@ -16,7 +16,11 @@ import pytest
 
 from kexeclab.guest import Guest
 from kexeclab.runner import Lab
-from pkernfs.vmm import takeover, vfio
+from pkernfs.host.pci_config import COMMAND
+from pkernfs.vmm import sysfs, vfio
+from pkernfs.vmm.export import read_export
+from pkernfs.vmm.plan import plan
+from pkernfs.vmm.takeover import TakeOver, release
 from support.lab import regions
 from support.lab.dma import (
     ADOPTED,
@@ -58,7 +62,7 @@ def mapped_ram() -> mmap.mmap:
 def under_vfio(guest: Guest) -> list[Any]:
     """The card as a VMM has it, with guest-ram; what is to be kept for that."""
     guest.run("modprobe", "vfio_pci")
-    vfio.bind(CARD)
+    sysfs.bind(CARD)
     container = vfio.Container()
     container.add(CARD)
     ram = mapped_ram()
@@ -93,7 +97,7 @@ def leave(guest: Guest) -> None:
     status, said = ask(*words, "--dry-run")
     assert (status, "-s -p" in said) == (0, True), said
     guest.note("shown", shown())
-    guest.note("command", vfio.read_config(CARD, vfio.PCI_COMMAND))
+    guest.note("command", sysfs.read_config(CARD, COMMAND))
     guest.leaving("pkernfs kexec")
     status, said = ask(*words)
     raise AssertionError(f"pkernfs kexec: came back with {status}: {said}, {kept}")
@@ -103,16 +107,16 @@ def go_on(guest: Guest) -> None:
     """The tables were adopted; VFIO takes the card over, and no packet is missing."""
     kernel_log = guest.run("dmesg")
     assert ADOPTED in kernel_log
-    assert vfio.read_config(CARD, vfio.PCI_COMMAND) == guest.notes["command"]
+    assert sysfs.read_config(CARD, COMMAND) == guest.notes["command"]
     regions.mount(guest)
     assert shown() == guest.notes["shown"]
     packets_arrive()
-    export = takeover.read_export(str(MOUNT))
-    [wanted] = takeover.plan(export)
-    with takeover.TakeOver(export) as taking:
+    export = read_export(str(MOUNT))
+    [wanted] = plan(export)
+    with TakeOver(export) as taking:
         taken = taking.take(wanted)
         guest.figure("hold of 8 MiB", taken.hold_ms[CARD], "ms")
-        takeover.release(str(MOUNT), CARD)
+        release(str(MOUNT), CARD)
         pkernfs("iommu", "unmap", DOMAIN, hex(AT[CARD]), str(RAM_BYTES))
         packets_arrive()
         all_packets(guest, guest.fed(WIRE, stop=True))

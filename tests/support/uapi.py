@@ -1,4 +1,4 @@
-"""What the C compiler says of the kernel's headers, beside what pkernfs.vmm.vfio has."""
+"""What the C compiler says of the kernel's headers, beside what pkernfs.vmm.uapi has."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import re
 import subprocess
 from pathlib import Path
 
-from pkernfs.vmm import vfio
+from pkernfs.vmm import uapi
 
 HEADERS = ("vfio", "iommufd")
 
 
 def structures() -> dict[str, type[ctypes.Structure]]:
     """All of the module."""
-    found = vars(vfio).items()
+    found = vars(uapi).items()
     return {n: v for n, v in found if isinstance(v, type) and ctypes.Structure in v.__mro__[1:]}
 
 
 def constants() -> dict[str, int]:
     """All numbers of the module that are named as the kernel names them."""
     prefixes = ("VFIO_", "IOMMU_")
-    found = vars(vfio).items()
+    found = vars(uapi).items()
     return {n: v for n, v in found if n.startswith(prefixes) and isinstance(v, int)}
 
 

@@ -1,31 +1,21 @@
-"""pkernfs.vmm.vfio: its structures and numbers, and what it asks of the kernel."""
+"""pkernfs.vmm.vfio: what it asks of the kernel, with which structures."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
 import fcntl
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pkernfs.vmm import vfio
-from support import uapi
+from pkernfs.errors import VfioError
+from pkernfs.host import pci_config
+from pkernfs.vmm import sysfs, uapi, vfio
 
 BDF = "0000:00:05.0"
-
-
-def test_headers(tmp_path: Path) -> None:
-    # Debian 12's have no iommufd; tests/lab/test_take_over.py compares all with Debian 13's.
-    expected = {name: value for name, value in uapi.ours().items() if not uapi.missing(name)}
-    assert len(expected) > 30
-    assert uapi.theirs(list(expected), tmp_path) == expected
-
-
-def test_ioctls_are_told_apart() -> None:
-    numbers = [n for name, n in uapi.constants().items() if n > 0x3B00]
-    assert len(numbers) == len(set(numbers)) > 10
 
 
 class Kernel:
@@ -42,12 +32,12 @@ class Kernel:
             fields["bytes"] = len(argument)
         else:
             fields["value"] = getattr(argument, "value", argument)
-        self.asked.append((vfio._NAMES[request], fields))
-        if request == vfio.IOMMU_IOAS_ALLOC:
+        self.asked.append((uapi.request_name(request), fields))
+        if request == uapi.IOMMU_IOAS_ALLOC:
             argument.out_ioas_id = 77
-        if request == vfio.VFIO_GROUP_GET_STATUS:
-            argument.flags = vfio.VFIO_GROUP_FLAGS_VIABLE
-        return {vfio.VFIO_CHECK_EXTENSION: 1, vfio.VFIO_GROUP_GET_DEVICE_FD: 9}.get(request, 0)
+        if request == uapi.VFIO_GROUP_GET_STATUS:
+            argument.flags = uapi.VFIO_GROUP_FLAGS_VIABLE
+        return {uapi.VFIO_CHECK_EXTENSION: 1, uapi.VFIO_GROUP_GET_DEVICE_FD: 9}.get(request, 0)
 
     @property
     def names(self) -> list[str]:
@@ -61,7 +51,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     opened: dict[str, int] = {"vfio": 3, "iommu": 4, "12": 5, "vfio0": 6}
     monkeypatch.setattr(fcntl, "ioctl", made.ioctl)
     monkeypatch.setattr(vfio, "_open", lambda path: opened[path.name])
-    monkeypatch.setattr(vfio, "group_of", lambda bdf: 12)
+    monkeypatch.setattr(sysfs, "group_of", lambda bdf: 12)
     monkeypatch.setattr(vfio, "cdev_of", lambda bdf: Path("/dev/vfio/devices/vfio0"))
     return made
 
@@ -127,6 +117,36 @@ def test_what_the_kernel_refuses_is_one_line(
     space = vfio.Container()
     space.prepare(BDF)
     monkeypatch.setattr(fcntl, "ioctl", refuse)
-    with pytest.raises(vfio.VfioError) as refused:
+    with pytest.raises(VfioError) as refused:
         space.add(BDF)
     assert str(refused.value) == "group 12: VFIO_GROUP_SET_CONTAINER: Operation not permitted"
+
+
+def test_the_registers_of_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regions are parts of its descriptor; bus mastering is one bit of one of them."""
+    file = tmp_path / "device"
+    file.write_bytes(bytes(0x3000))
+    asked: list[int] = []
+
+    def tell(fd: int, request: int, info: uapi.vfio_region_info) -> int:
+        assert request == uapi.VFIO_DEVICE_GET_REGION_INFO
+        asked.append(info.index)
+        is_bar = info.index == uapi.VFIO_PCI_BAR0_REGION_INDEX
+        info.offset, info.size = (0x1000, 0x1000) if is_bar else (0x2000, 0x100)
+        info.flags = uapi.VFIO_REGION_INFO_FLAG_MMAP if is_bar else 0
+        return 0
+
+    monkeypatch.setattr(fcntl, "ioctl", tell)
+    device = vfio.Device(BDF, os.open(file, os.O_RDWR))
+    device.map_bar(0)[4] = 0x5A
+    with pytest.raises(VfioError, match=f"{BDF}: BAR 1 cannot be mapped"):
+        device.map_bar(1)
+    device.write_config(pci_config.COMMAND, pci_config.COMMAND_MEMORY)
+    device.set_master(True)
+    assert device.read_config(pci_config.COMMAND) == 0x6
+    device.set_master(False)
+    assert device.read_config(pci_config.COMMAND) == 0x2
+    device.close()
+    content = file.read_bytes()
+    assert (content[0x1004], content[0x2004]) == (0x5A, 0x2)
+    assert set(asked) == {0, 1, uapi.VFIO_PCI_CONFIG_REGION_INDEX}
