@@ -1,0 +1,270 @@
+"""Live update of a virtual machine: QEMU ends, its guest's memory stays, another QEMU goes on.
+
+The guest's memory is a file of the mount, and QEMU maps its place in the region. So only the device
+state is written: QEMU's migration mode cpr-reboot (8.2) with the capability x-ignore-shared.
+docs/operations.md, "Live update of a guest", has the rules that are kept here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import select
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pkernfs.errors import LiveUpdateError, QemuError, VmmError
+from pkernfs.vmm import program
+from pkernfs.vmm.qmp import TIMEOUT_SECONDS, Qmp
+
+RUN = Path("/run")
+#: The first QEMU with the mode cpr-reboot: major and minor number.
+OLDEST_QEMU = (8, 2)
+#: For save and restore alike: without them QEMU would write all of the memory into the state.
+CAPABILITIES = ("x-ignore-shared", "events")
+
+
+class Phase(NamedTuple):
+    """A part of a start, a save or a restore, and the milliseconds that it took."""
+
+    name: str
+    ms: float
+
+
+#: Is called with each phase when it is done.
+Tell = Callable[[Phase], object]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How QEMU is run: the members of ``vm.json``.
+
+    :ivar qemu: the program
+    :ivar machine: its machine type; versioned as soon as the machine has been started
+    :ivar accel: its accelerator
+    :ivar options: more options; relative paths in them are relative to the machine's directory
+    """
+
+    qemu: str
+    machine: str
+    accel: str
+    options: list[str]
+
+    @classmethod
+    def read(cls, path: Path) -> Settings:
+        """Read ``vm.json``; members that are not known here are left out.
+
+        :raises LiveUpdateError: it is no JSON, or lacks a member.
+        :raises OSError: it cannot be read.
+        """
+        try:
+            found = json.loads(path.read_text())
+            return cls(**{member.name: found[member.name] for member in fields(cls)})
+        except (ValueError, TypeError, KeyError) as error:
+            raise LiveUpdateError(f"{path}: not the settings of a machine: {error}") from error
+
+
+class _Clock:
+    """Tells of each phase when it is done."""
+
+    def __init__(self, tell: Tell) -> None:
+        self._tell = tell
+        self._began = self._last = time.monotonic()
+
+    def done(self, name: str) -> None:
+        """Tell of the phase since the last one."""
+        now = time.monotonic()
+        self._tell(Phase(name, (now - self._last) * 1e3))
+        self._last = now
+
+    @property
+    def ms(self) -> float:
+        """Milliseconds since the beginning."""
+        return (time.monotonic() - self._began) * 1e3
+
+
+def _tell_nobody(_phase: Phase) -> None:
+    """Take no notice of a phase."""
+
+
+class Machine:
+    """A virtual machine: the files in its directory, and a QEMU while it runs.
+
+    :ivar ram: the guest's memory
+    :ivar state: the device state, only while the machine is saved
+    :ivar config: how QEMU is run (:class:`Settings`)
+    :ivar monitor: the socket of QEMU's monitor
+    :ivar pid: the file with the number of QEMU's process
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory.resolve()
+        self.ram = self.directory / "ram"
+        self.state = self.directory / "state"
+        self.config = self.directory / "vm.json"
+        # As long as a socket's path may be, however deep the directory is.
+        name = hashlib.sha256(os.fsencode(self.directory)).hexdigest()[:16]
+        self.monitor = RUN / f"live-update-{name}.qmp"
+        self.pid = RUN / f"live-update-{name}.pid"
+
+    # -------------------------------------------------------------------------- start
+
+    def check_absent(self) -> None:
+        """Refuse a directory that has a machine: no device state goes without its memory.
+
+        :raises LiveUpdateError: it has one.
+        """
+        if self.ram.exists():
+            raise LiveUpdateError(f"{self.ram}: there is a machine: restore it, or remove it")
+
+    def start(self, size: int, settings: Settings, tell: Tell = _tell_nobody) -> float:
+        """Make the memory, of ``size`` bytes, and run a new machine in it.
+
+        :returns: the milliseconds that it took
+        :raises VmmError: there is a machine, or QEMU does not run; the memory is removed again.
+        :raises OSError: a file cannot be made.
+        """
+        self.check_absent()
+        clock = _Clock(tell)
+        try:
+            with open(self.ram, "xb", opener=_private) as ram:
+                ram.truncate(size)
+            clock.done("memory")
+            self._run_qemu(settings)
+        except BaseException:
+            self.ram.unlink(missing_ok=True)
+            raise
+        clock.done("QEMU")
+        # Another QEMU may make another machine of "pc": write down which one this is.
+        with Qmp(self.monitor) as qmp:
+            machine = qmp.execute("qom-get", path="/machine", property="type")
+        settings = replace(settings, machine=machine.removesuffix("-machine"))
+        self.config.write_text(json.dumps(asdict(settings), indent=2) + "\n")
+        return clock.ms
+
+    def _run_qemu(self, settings: Settings, *more: str) -> None:
+        """Start QEMU in the background; its monitor answers when this returns."""
+        command = [
+            settings.qemu, "-nodefaults", "-no-user-config", "-display", "none",
+            "-machine", settings.machine, "-accel", settings.accel,
+            *self._memory_options(settings.qemu), *settings.options,
+            "-qmp", f"unix:{self.monitor},server=on,wait=off",
+            "-pidfile", str(self.pid), "-daemonize", *more,
+        ]  # fmt: skip
+        program.output(*command, directory=self.directory, seconds=TIMEOUT_SECONDS)
+
+    def _memory_options(self, qemu: str) -> list[str]:
+        """Options that map the memory's place in the region; asked anew at each start."""
+        words = ("pkernfs", "qemu-args", "--json", "--qemu", qemu, str(self.ram))
+        answer: dict[str, Any] = json.loads(program.output(*words, seconds=TIMEOUT_SECONDS))
+        major, minor, *_ = answer["qemu_version"].split(".")
+        if (int(major), int(minor)) < OLDEST_QEMU:
+            found = f"{answer['qemu']}: too old: got QEMU {answer['qemu_version']}"
+            raise LiveUpdateError(f"{found}, expected 8.2 or later (cpr-reboot)")
+        options: list[str] = answer["args"]
+        return options
+
+    # -------------------------------------------------------------------------- save
+
+    def save(self, tell: Tell = _tell_nobody) -> float:
+        """Stop the machine, write its device state, end QEMU.
+
+        :returns: the milliseconds that it took
+        :raises VmmError: the state cannot be written (the machine goes on), or QEMU does not end.
+        :raises OSError: the state cannot be synced.
+        """
+        clock = _Clock(tell)
+        with Qmp(self.monitor) as qmp, self._process() as process:
+            _set_up(qmp)
+            clock.done("prepare")
+            qmp.execute("stop")
+            clock.done("stop")
+            self._write_state(qmp)
+            clock.done(f"state ({self.state.stat().st_size >> 10} KiB)")
+            qmp.execute("quit")
+            _wait_until_gone(process)
+            clock.done("end of QEMU")
+        with self.state.open("rb") as state:
+            os.fsync(state.fileno())
+        clock.done("sync")
+        return clock.ms
+
+    def _write_state(self, qmp: Qmp) -> None:
+        """Write the device state; if that fails the machine goes on, without half of a state."""
+        try:
+            qmp.execute("migrate", uri=f"file:{self.state}")
+            qmp.wait_for_migration()
+        except QemuError:
+            self.state.unlink(missing_ok=True)
+            qmp.execute("cont")
+            raise
+
+    # -------------------------------------------------------------------------- restore
+
+    def restore(self, tell: Tell = _tell_nobody) -> float:
+        """Run QEMU with the saved state, and let the machine go on.
+
+        :returns: the milliseconds that it took
+        :raises VmmError: nothing is saved, or QEMU does not read it; the state is kept.
+        :raises OSError: a file cannot be read.
+        """
+        if not self.state.exists():
+            raise LiveUpdateError(f"{self.state}: no machine is saved here")
+        clock = _Clock(tell)
+        self._run_qemu(Settings.read(self.config), "-incoming", "defer")
+        clock.done("QEMU")
+        with Qmp(self.monitor) as qmp, self._process() as process:
+            self._read_state(qmp, process)
+            clock.done("state")
+            # Once the machine runs its memory is newer than the state: never use that again.
+            self.state.unlink()
+            qmp.execute("cont")
+        clock.done("running")
+        return clock.ms
+
+    def _read_state(self, qmp: Qmp, process: int) -> None:
+        """Read the device state; if that fails QEMU ends."""
+        try:
+            _set_up(qmp)
+            qmp.execute("migrate-incoming", uri=f"file:{self.state}")
+            qmp.wait_for_migration()
+        except QemuError as error:
+            with contextlib.suppress(VmmError, OSError):
+                qmp.execute("quit")
+            _wait_until_gone(process)
+            raise LiveUpdateError(f"{self.state}: not restored: {error}") from error
+
+    @contextlib.contextmanager
+    def _process(self) -> Iterator[int]:
+        """A descriptor of the QEMU process, to wait for its end."""
+        try:
+            handle = os.pidfd_open(int(self.pid.read_text()))
+        except (OSError, ValueError) as error:
+            raise LiveUpdateError(f"{self.pid}: QEMU has ended") from error
+        try:
+            yield handle
+        finally:
+            os.close(handle)
+
+
+def _private(path: str, flags: int) -> int:
+    """Open a file that is nobody else's business: it is all that a guest knows."""
+    return os.open(path, flags, 0o600)
+
+
+def _set_up(qmp: Qmp) -> None:
+    """Have the device state alone saved, or restored: the memory stays where it is."""
+    wanted = [{"capability": name, "state": True} for name in CAPABILITIES]
+    qmp.execute("migrate-set-capabilities", capabilities=wanted)
+    qmp.execute("migrate-set-parameters", mode="cpr-reboot")
+
+
+def _wait_until_gone(process: int) -> None:
+    """Wait until QEMU has ended, and its mapping of the region with it."""
+    if not select.select([process], [], [], TIMEOUT_SECONDS)[0]:
+        raise LiveUpdateError(f"QEMU: still there after {TIMEOUT_SECONDS:g} s")

@@ -1,0 +1,131 @@
+"""pkernfs.vmm.live_update, with a QEMU that is made up; with a real one: tests/scripts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pkernfs.errors import LiveUpdateError, QemuError, VmmError
+from pkernfs.vmm import live_update, program
+from pkernfs.vmm.live_update import Machine, Settings
+from support.made_up_qemu import MadeUpQemu
+
+SETTINGS = Settings("my-qemu", "pc", "tcg", ["-smp", "2"])
+SET_UP = ["migrate-set-capabilities", "migrate-set-parameters"]
+
+
+class Host:
+    """Runs programs: ``pkernfs qemu-args``, and a QEMU that is made up.
+
+    :ivar ran: the command line of each QEMU
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.version = "8.2.0"
+        self.ran: list[list[str]] = []
+        self.qemus: list[MadeUpQemu] = []
+        self.migration = "completed"
+
+    def output(self, *command: str, directory: Path | None = None, seconds: float = 0) -> str:
+        if command[0] == "pkernfs":
+            assert command == (
+                "pkernfs", "qemu-args", "--json", "--qemu", "my-qemu", str(self.machine.ram)
+            )  # fmt: skip
+            args = ["-object", "memory"]
+            return json.dumps({"qemu": "my-qemu", "qemu_version": self.version, "args": args})
+        assert directory == self.machine.directory
+        self.ran.append(list(command))
+        self.machine.monitor.unlink(missing_ok=True)
+        self.qemus.append(MadeUpQemu(self.machine.monitor))
+        self.qemus[-1].migration = self.migration
+        self.machine.pid.write_text(f"{self.qemus[-1].process.pid}\n")
+        return ""
+
+
+@pytest.fixture
+def host(tmp_path: Path, short_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    monkeypatch.setattr(live_update, "RUN", short_path)
+    (tmp_path / "vm").mkdir()
+    made = Host(Machine(tmp_path / "vm"))
+    monkeypatch.setattr(program, "output", made.output)
+    yield made
+    for qemu in made.qemus:
+        qemu.end()
+
+
+def test_start_save_restore(host: Host) -> None:
+    machine, phases = host.machine, []
+    took = machine.start(1 << 20, SETTINGS, lambda phase: phases.append(phase.name))
+    assert took >= 0
+    assert (machine.ram.stat().st_size, machine.ram.stat().st_mode & 0o777) == (1 << 20, 0o600)
+    [qemu] = host.qemus
+    assert host.ran[0][:9] == [
+        "my-qemu", "-nodefaults", "-no-user-config", "-display", "none", "-machine", "pc",
+        "-accel", "tcg",
+    ]  # fmt: skip
+    assert host.ran[0][9:13] == ["-object", "memory", "-smp", "2"]
+    assert json.loads(machine.config.read_text()) == {
+        "qemu": "my-qemu", "machine": "pc-i440fx-8.2", "accel": "tcg", "options": ["-smp", "2"]
+    }  # fmt: skip
+    machine.save(lambda phase: phases.append(phase.name))
+    assert qemu.asked == ["qom-get", *SET_UP, "stop", "migrate", "quit"]
+    assert machine.state.exists()
+    machine.restore(lambda phase: phases.append(phase.name))
+    assert "pc-i440fx-8.2" in host.ran[1]
+    assert host.ran[1][-2:] == ["-incoming", "defer"]
+    assert host.qemus[1].asked == [*SET_UP, "migrate-incoming", "cont"]
+    assert not machine.state.exists()
+    assert phases == [
+        "memory", "QEMU",
+        "prepare", "stop", "state (3 KiB)", "end of QEMU", "sync",
+        "QEMU", "state", "running",
+    ]  # fmt: skip
+
+
+def test_a_machine_that_is_there_is_left_alone(host: Host) -> None:
+    host.machine.start(1 << 20, SETTINGS)
+    with pytest.raises(LiveUpdateError, match="there is a machine: restore it, or remove it"):
+        host.machine.start(2 << 20, SETTINGS)
+    assert host.machine.ram.stat().st_size == 1 << 20
+    assert len(host.ran) == 1
+
+
+def test_a_start_that_fails_leaves_no_memory(host: Host) -> None:
+    host.version = "7.2.9"
+    with pytest.raises(LiveUpdateError, match=r"got QEMU 7\.2\.9, expected 8\.2 or later"):
+        host.machine.start(1 << 20, SETTINGS)
+    assert not host.machine.ram.exists()
+
+
+def test_a_save_that_fails_lets_the_machine_go_on(host: Host) -> None:
+    host.machine.start(1 << 20, SETTINGS)
+    host.qemus[0].migration = "failed"
+    with pytest.raises(QemuError, match="QEMU: state failed: no room"):
+        host.machine.save()
+    assert host.qemus[0].asked[-1] == "cont"
+    assert not host.machine.state.exists()
+
+
+def test_a_restore_that_fails_keeps_the_state(host: Host) -> None:
+    host.machine.start(1 << 20, SETTINGS)
+    host.machine.save()
+    host.migration = "failed"
+    with pytest.raises(LiveUpdateError, match="state: not restored: QEMU: state failed"):
+        host.machine.restore()
+    assert host.qemus[1].asked[-1] == "quit"
+    assert host.machine.state.exists()
+
+
+def test_what_is_not_there(host: Host) -> None:
+    with pytest.raises(LiveUpdateError, match="no machine is saved here"):
+        host.machine.restore()
+    with pytest.raises(VmmError, match="no QEMU answers"):
+        host.machine.save()
+    host.machine.state.touch()
+    host.machine.config.write_text('{"qemu": "my-qemu"}')
+    with pytest.raises(LiveUpdateError, match=r"vm\.json: not the settings of a machine"):
+        host.machine.restore()
