@@ -45,9 +45,12 @@ BUILDERS = {"native.build", "fuse.shim_build"}
 #: The extension modules, and who alone may use each.
 EXTENSIONS = {
     "native._native": {
+        "region.bus_error",
+        "region.checksum",
+        "region.digest",
         "region.files",
         "region.region",
-        "region.digest",
+        "region.trace",
         "journal",
         "units.mmio",
         "iommu.page_pool",

@@ -30,7 +30,9 @@ from pkernfs.layout import (
     RECORD,
     RUN,
 )
-from pkernfs.region.region import Region, crc32c, trace_start, trace_stop
+from pkernfs.region.checksum import crc32c
+from pkernfs.region.region import Region
+from pkernfs.region.trace import Store, trace_start, trace_stop
 from support.checking import MemoryFile
 
 UUID = bytes(range(16))
@@ -277,7 +279,7 @@ def test_a_freed_page_is_looked_at_again(store: PageStore) -> None:
 # ------------------------------------------------------------------------------ recovery
 
 
-def steps(stores: list[tuple[int, int, bytes | None]]) -> Iterator[tuple[int, bytes]]:
+def steps(stores: list[Store]) -> Iterator[tuple[int, bytes]]:
     """The stores in steps of 8 bytes."""
     for offset, length, data in stores:
         data = bytes(length) if data is None else data

@@ -144,7 +144,7 @@ def _run(name: str, prog: str, argv: list[str]) -> int:
         for operand in _OPERANDS:
             if getattr(args, operand, None) == "":
                 raise UsageError(f"{operand.replace('_', ' ')}: it is empty")
-        from pkernfs.region.region import exit_on_bus_error
+        from pkernfs.region.bus_error import exit_on_bus_error
 
         exit_on_bus_error(who, command.failure_status)
         with _warnings_on_stderr(who, name, args):

@@ -28,10 +28,12 @@ from pkernfs.iommu.memory import Memory
 from pkernfs.iommu.page_pool import Mapping
 from pkernfs.iommu.translate import translate, translate_domain
 from pkernfs.layout import BLOCK, IOMMU_INO, PAGE, ROOT_INO
-from pkernfs.region.region import Region, crc32c
+from pkernfs.region.checksum import crc32c
+from pkernfs.region.region import Region
+from pkernfs.region.trace import Store
 from pkernfs.units.kernel_tables import Shape
 from support.checking import assert_clean
-from support.crash import JOURNAL, JOURNAL_END, MIB, Piece, Replay, Store, cut, is_fence, recorded
+from support.crash import JOURNAL, JOURNAL_END, MIB, Piece, Replay, cut, is_fence, recorded
 from support.table_files import DEVICE, PHYS_BASE, READ, RW, Host, drain
 
 pytestmark = pytest.mark.crash

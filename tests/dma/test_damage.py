@@ -19,7 +19,7 @@ from pkernfs.host.bars import Bar
 from pkernfs.iommu.config import Config, config_words
 from pkernfs.iommu.context_walk import Mode
 from pkernfs.layout import IOMMU_INO, PAGE, ROOT_INO
-from pkernfs.region.region import crc32c
+from pkernfs.region.checksum import crc32c
 from support.table_files import DEVICE, MIB, PHYS_BASE, RW, Host
 
 GIB = 1 << 30

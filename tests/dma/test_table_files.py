@@ -38,7 +38,7 @@ from pkernfs.iommu.context_walk import Mode
 from pkernfs.iommu.page_walk import Code
 from pkernfs.layout import BLOCK, IOMMU_INO, PAGE, ROOT_INO
 from pkernfs.ratelimit import BURST, SECONDS, Quiet
-from pkernfs.region.region import crc32c
+from pkernfs.region.checksum import crc32c
 from support.checking import assert_clean
 from support.table_files import DEVICE, MIB, PHYS_BASE, READ, RW, WRITE, Host, drain
 

@@ -39,7 +39,8 @@ from pkernfs.layout import (
     ROOT_INO,
     STATE_PAGE,
 )
-from pkernfs.region.region import Region, page_checksum
+from pkernfs.region.checksum import page_checksum
+from pkernfs.region.region import Region
 from support.checking import MemoryFile, assert_clean
 from support.handover import hand_over, verify
 

@@ -15,9 +15,10 @@ from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.fs.placement import Placement, encode, open_region, parse, read
 from pkernfs.host.iomem import Span
 from pkernfs.layout import BACKUP_PAGE, BLOCK, MAX_PIECES, PAGE, PLACEMENT_OFFSET
+from pkernfs.region.checksum import page_checksum
 from pkernfs.region.dax import read_device
 from pkernfs.region.dax_devices import regions, users
-from pkernfs.region.region import Region, page_checksum
+from pkernfs.region.region import Region
 from support.made_up_host import Machine, add_dax, make_machine
 
 M = 1 << 20

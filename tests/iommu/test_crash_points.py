@@ -24,7 +24,7 @@ from pkernfs.iommu.root_tables import RootTables
 from pkernfs.iommu.translate import translate, translate_domain
 from pkernfs.journal import PageStore, TransactionTooLarge
 from pkernfs.layout import IOMMU_INO, PAGE, ROOT_INO
-from pkernfs.region import region as region_module
+from pkernfs.region import trace
 from pkernfs.region.region import Region
 from pkernfs.vtd.entries import leaf_bytes, width_bits
 from support.checking import assert_clean
@@ -181,7 +181,7 @@ def _device_answers(host: Host) -> list[Answer]:
     return [(t.physical, t.domain_id, t.fault) for t in walks]
 
 
-def _steps(stores: list[tuple[int, int, bytes | None]]) -> Iterator[tuple[int, bytes]]:
+def _steps(stores: list[trace.Store]) -> Iterator[tuple[int, bytes]]:
     for offset, length, data in stores:
         data = bytes(length) if data is None else data
         for at in range(0, length, 8):
@@ -195,9 +195,9 @@ def test_every_store(case: Case) -> None:
     host.other.map(0, HIGH + 77 * GIB, MIB, 3)
     case.setup(host)
     before, first = host.state(), host.snapshot()
-    region_module.trace_start()
+    trace.trace_start()
     case.change(host)
-    stores = region_module.trace_stop()
+    stores = trace.trace_stop()
     after, last = host.state(), host.snapshot()
     assert before != after
     probes = _probes(case, host.mappings(), before[0])  # type: ignore[arg-type]
@@ -253,9 +253,9 @@ def test_no_order_of_the_stores_matters_to_the_record() -> None:
     host.domain.map(0, HIGH, 2 * MIB, 3)
     host.domain.map(4 * MIB, HIGH, MIB, 3)
     live = _reachable(host)
-    region_module.trace_start()
+    trace.trace_start()
     host.domain.unmap(PAGE, PAGE)
-    stores = region_module.trace_stop()
+    stores = trace.trace_stop()
     commit = next(i for i, s in enumerate(stores) if s[0] == PAGE)
     for offset, length, _data in stores[:commit]:
         assert not live & set(range(offset // PAGE, -(-(offset + length) // PAGE)))
@@ -280,9 +280,9 @@ def _reachable(host: Host) -> set[int]:
 
 def test_words_are_stored_in_the_order_given() -> None:
     host = Host()
-    region_module.trace_start()
+    trace.trace_start()
     host.store.commit_words([(65 * PAGE + 8, 1), (65 * PAGE, 2), (65 * PAGE + 8 * 700, 3)])
-    stores = region_module.trace_stop()
+    stores = trace.trace_stop()
     in_place = [(o, d) for o, n, d in stores if o >= 64 * PAGE]
     assert [o for o, _d in in_place] == [65 * PAGE + 8, 65 * PAGE, 65 * PAGE + 8 * 700]
 
@@ -337,10 +337,10 @@ def test_a_mount_completes_a_change_of_tables() -> None:
         target = PHYS_BASE + fs.extents(ram)[0].region_offset
         table = PageTable(_table_memory(fs, b"dom-0"), fs.store.commit_words)
         first = region.read(0, region.size)
-        region_module.trace_start()
+        trace.trace_start()
         table.map(0, target, 3 * MIB, 3)
         table.unmap(5 * PAGE, PAGE)
-        stores = region_module.trace_stop()
+        stores = trace.trace_stop()
     for cut in range(len(stores) + 1):
         with Region.anonymous(len(first), phys_base=PHYS_BASE) as region:
             region.copy_in(0, first)

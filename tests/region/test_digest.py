@@ -10,7 +10,8 @@ import pytest
 from pkernfs.errors import RegionError
 from pkernfs.layout import PAGE
 from pkernfs.region import digest
-from pkernfs.region.region import Region, crc32c, page_checksum
+from pkernfs.region.checksum import crc32c, page_checksum
+from pkernfs.region.region import Region
 
 MIB = 1 << 20
 

@@ -25,7 +25,7 @@ from pkernfs.host.sysroot import Host
 from pkernfs.host.iomem import Span
 from pkernfs.region.locks import lock_physical
 spans = [Span(int(a), int(b)) for a, b in (w.split("+") for w in sys.argv[3:])]
-lock, fd = lock_physical("theirs", spans, Host(sys.argv[1]), exclusive=sys.argv[2] != "r")
+lock = lock_physical("theirs", spans, Host(sys.argv[1]), exclusive=sys.argv[2] != "r")
 if sys.argv[2] == "s":
     lock.serving(True)
 print("ready", flush=True)
@@ -49,8 +49,8 @@ def holder(host: Host, mode: str, *spans: Span) -> subprocess.Popen[str]:
 
 
 def attempt(host: Host, *spans: Span, exclusive: bool = True) -> None:
-    _, fd = locks.lock_physical("ours", list(spans), host, exclusive=exclusive)
-    os.close(fd)
+    lock = locks.lock_physical("ours", list(spans), host, exclusive=exclusive)
+    os.close(lock.fd)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,9 @@ from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.layout import BLOCK, PAGE
 from pkernfs.region import locks
-from pkernfs.region.region import Region, crc32c, page_checksum, trace_start, trace_stop
+from pkernfs.region.checksum import crc32c, page_checksum
+from pkernfs.region.region import Region
+from pkernfs.region.trace import Store, trace_start, trace_stop
 from support.checking import MemoryFile
 
 MIB = 1 << 20
@@ -324,7 +326,7 @@ def test_page_checksums_leave_their_own_field_out() -> None:
 # ------------------------------------------------------------------------------ the trace
 
 
-def replay(image: bytearray, stores: list[tuple[int, int, bytes | None]]) -> None:
+def replay(image: bytearray, stores: list[Store]) -> None:
     for offset, length, data in stores:
         assert data is None or len(data) == length
         image[offset : offset + length] = bytes(length) if data is None else data
@@ -409,7 +411,8 @@ def test_bus_error_is_one_line(tmp_path: Path) -> None:
     Region.create(str(path), 8 << 20)
     program = (
         "import os, sys\n"
-        "from pkernfs.region.region import Region, exit_on_bus_error\n"
+        "from pkernfs.region.bus_error import exit_on_bus_error\n"
+        "from pkernfs.region.region import Region\n"
         "region = Region.open(sys.argv[1], write=True)\n"
         "exit_on_bus_error('pkernfs', 32)\n"
         "os.truncate(sys.argv[1], 0)\n"

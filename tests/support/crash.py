@@ -40,8 +40,10 @@ from pkernfs.layout import (
     PAGE,
     ROOT_INO,
 )
-from pkernfs.region import region as region_module
-from pkernfs.region.region import Region, crc32c
+from pkernfs.region import trace
+from pkernfs.region.checksum import crc32c
+from pkernfs.region.region import Region
+from pkernfs.region.trace import Store
 from support.handover import verify
 
 MIB = 1 << 20
@@ -52,18 +54,6 @@ POISON = b"\xdb" * MIB
 LONG_STORE = 64  # bytes; a longer run of data is cut at its ends and in the middle only
 MAX_FAILURES = 3
 _MAGICS = {magic.to_bytes(4, "little") for magic in MAGIC_NAMES if magic != MAGIC_OVERFLOW}
-
-
-class Store(NamedTuple):
-    """One recorded store; ``data`` None stands for zeros."""
-
-    offset: int
-    length: int
-    data: bytes | None
-
-    @property
-    def bytes(self) -> bytes:
-        return bytes(self.length) if self.data is None else self.data
 
 
 Piece = tuple[int, bytes]  # region offset, bytes: the smallest step of a replay
@@ -93,12 +83,12 @@ def say(config: pytest.Config, line: str) -> None:
 
 def recorded(operation: Callable[[], object]) -> list[Store]:
     """The stores that ``operation`` makes into any region."""
-    region_module.trace_start()
+    trace.trace_start()
     try:
         operation()
     finally:
-        stores = region_module.trace_stop()
-    return [Store(*s) for s in stores]
+        stores = trace.trace_stop()
+    return stores
 
 
 def formatted(size: int = REGION_BYTES, populate: Operation | None = None) -> bytes:
@@ -427,11 +417,11 @@ class Replay:
     def look(self, check: Callable[[Region], None]) -> list[Store]:
         """Run ``check`` on the region and undo what it stores; returns its stores."""
         stores: list[Store] = []
-        region_module.trace_start()
+        trace.trace_start()
         try:
             check(self.region)
         finally:
-            stores = [Store(*s) for s in region_module.trace_stop()]
+            stores = trace.trace_stop()
             for s in stores:
                 self.region.copy_in(s.offset, self.image[s.offset : s.offset + s.length])
         return stores

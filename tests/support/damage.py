@@ -44,7 +44,8 @@ from pkernfs.layout import (
     InodeFields,
     StateFields,
 )
-from pkernfs.region.region import Region, page_checksum
+from pkernfs.region.checksum import page_checksum
+from pkernfs.region.region import Region
 
 REGION_BYTES = 24 << 20
 REG = stat.S_IFREG | 0o644

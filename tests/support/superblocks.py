@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pkernfs import layout
-from pkernfs.region.region import page_checksum
+from pkernfs.region.checksum import page_checksum
 
 
 def edit_superblocks(path: Path, **fields: object) -> None:

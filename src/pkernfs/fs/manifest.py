@@ -46,7 +46,8 @@ from pkernfs.layout import (
     ListFields,
 )
 from pkernfs.region import digest
-from pkernfs.region.region import Region, page_checksum
+from pkernfs.region.checksum import page_checksum
+from pkernfs.region.region import Region
 
 if TYPE_CHECKING:
     from pkernfs.fs.filesystem import FileSystem

@@ -68,7 +68,9 @@ from pkernfs.layout import (
     SuperblockFields,
     name_key,
 )
-from pkernfs.region.region import Region, page_checksum
+from pkernfs.region.backing import BlockRun
+from pkernfs.region.checksum import page_checksum
+from pkernfs.region.region import Region
 
 _PROBE_BYTES = 1 << 20
 IOMMU_NAME = b"iommu"
@@ -252,7 +254,7 @@ class _Maker:
         )
         STATE.pack_into(image, STATE_OFFSET, *state)
 
-    def write_block_maps(self, known_zero: list[tuple[int, int]]) -> None:
+    def write_block_maps(self, known_zero: list[BlockRun]) -> None:
         used = self.static_blocks + 1
         for index in range(self.map_pages):
             first = index * MAP_BLOCKS

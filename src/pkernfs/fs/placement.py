@@ -98,7 +98,7 @@ def parse(page: bytes) -> Placement | None:
     )
     text = name.rstrip(b"\0").decode("ascii", "replace")
     try:
-        dax.name_key(text)
+        dax.device_number(text)
     except ValueError:
         return None
     good = all(p.size and not p.start % BLOCK and not p.size % BLOCK for p in pieces)

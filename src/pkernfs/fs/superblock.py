@@ -42,7 +42,8 @@ from pkernfs.layout import (
     StateFields,
     SuperblockFields,
 )
-from pkernfs.region.region import Region, page_checksum
+from pkernfs.region.checksum import page_checksum
+from pkernfs.region.region import Region
 
 log = logging.getLogger(__name__)
 

@@ -167,9 +167,9 @@ def _check_kernel(spec: str, span: Span, resources: list[Resource]) -> None:
             )
 
 
-def overlap(span: Span, resource: Resource) -> bool:
-    """Whether they have a byte in common."""
-    return resource.start < span.end and span.start < resource.end
+def overlap(one: Span, other: Span | Resource) -> bool:
+    """Tell whether two ranges have a byte in common."""
+    return other.start < one.end and one.start < other.end
 
 
 def _firmware_map(host: Host) -> list[tuple[int, int, str]]:

@@ -15,7 +15,8 @@ from pkernfs.host.bars import Bar
 from pkernfs.iommu.context_walk import Mode
 from pkernfs.iommu.memory import Commit, Memory
 from pkernfs.layout import PAGE
-from pkernfs.region.region import Region, crc32c
+from pkernfs.region.checksum import crc32c
+from pkernfs.region.region import Region
 from pkernfs.vtd.entries import LEVELS, MAX_PHYSICAL_BITS
 
 CONFIG_BYTES = 24

@@ -1,18 +1,35 @@
-"""What a region is made of, as its Region sees it: see :class:`Backing`."""
+"""The backing of a region: the open descriptor behind it, and what is known of its memory.
+
+:class:`Backing` itself is memory without a descriptor. The kinds with one are in
+:mod:`~pkernfs.region.files`, :mod:`~pkernfs.region.devmem` and :mod:`~pkernfs.region.dax_backing`.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 from pkernfs.errors import RegionError
 from pkernfs.host.iomem import Span
 from pkernfs.layout import PAGE
+from pkernfs.region.dax import Device
 from pkernfs.region.locks import RegionLock
 
-if TYPE_CHECKING:
-    from pkernfs.region.dax import Device
+
+class ByteRange(NamedTuple):
+    """Region offsets from ``start`` to ``end``, which is not included; bytes."""
+
+    start: int
+    end: int
+
+
+class BlockRun(NamedTuple):
+    """So many blocks of 2 MiB, from the block ``first`` on."""
+
+    first: int
+    blocks: int
 
 
 class Backing:
@@ -23,7 +40,7 @@ class Backing:
     """
 
     fd: int | None = None
-    #: Where in the descriptor the region begins.
+    #: Where in the descriptor the region begins, in bytes.
     map_offset = 0
     page_bytes = PAGE
     #: Whether /proc/self/pagemap tells the addresses of its pages for good: they do not move.
@@ -66,27 +83,27 @@ class Backing:
         """
 
     def refused(self, number: int) -> str:
-        """What to add to the message if mmap() fails with this errno."""
+        """Return the words to add to the message if mmap() fails with this errno."""
         return ""
 
     # ------------------------------------------------------------------ what the memory holds
 
     @property
     def untouched(self) -> bool:
-        """Whether it is known to be all zero without having any memory yet."""
+        """The memory is known to be all zero, for there is none yet."""
         return False
 
-    def known_zero(self) -> list[tuple[int, int]]:
-        """Runs of ``(first block, blocks)`` that are zero, without reading them."""
+    def known_zero(self) -> list[BlockRun]:
+        """Return the blocks that are zero, as far as that is known without reading them."""
         return []
 
-    def data_ranges(self, first: int, last: int) -> Iterator[tuple[int, int]]:
-        """``(start, end)`` of what is no hole between two offsets."""
-        yield first, last
+    def data_ranges(self, first: int, last: int) -> Iterator[ByteRange]:
+        """Yield what is no hole between two offsets in bytes."""
+        yield ByteRange(first, last)
 
 
 def given_pieces(name: str, size: int, phys_base: int | None) -> list[Span] | None:
-    """The physical ranges of memory whose address somebody has given.
+    """Return the physical range of ``size`` bytes whose address somebody has given.
 
     :raises RegionError: unaligned.
     """
@@ -95,3 +112,14 @@ def given_pieces(name: str, size: int, phys_base: int | None) -> list[Span] | No
     if phys_base % PAGE:
         raise RegionError(f"{name}: bad phys_base: got {phys_base:#x}, expected a multiple of 4096")
     return [Span(phys_base, size)]
+
+
+def open_path(path: str, *, write: bool, flags: int = 0) -> int:
+    """Open a file, or a device, for a mapping; return the descriptor.
+
+    :raises RegionError: it is missing, or not permitted.
+    """
+    try:
+        return os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC | flags)
+    except OSError as e:
+        raise RegionError(f"{path}: cannot open: {e.strerror}", e.errno or errno.EIO) from e

@@ -2,7 +2,8 @@
 
 A device is made of one or more ranges of one *dax region* (a soft-reserved range of memory, or a
 namespace of persistent memory). Making and taking apart devices is in
-:mod:`pkernfs.region.dax_devices`.
+:mod:`pkernfs.region.dax_devices`, a device as a region's memory in
+:mod:`pkernfs.region.dax_backing`.
 """
 
 from __future__ import annotations
@@ -12,17 +13,14 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pkernfs.errors import RegionError
-from pkernfs.host import cmdline, iomem
+from pkernfs.host import cmdline
 from pkernfs.host.iomem import Span
 from pkernfs.host.sysroot import Host
 from pkernfs.layout import BLOCK
-from pkernfs.region.backing import Backing
-from pkernfs.region.locks import lock_physical
-from pkernfs.region.memtype import check_cached
 
 BUS = "sys/bus/dax"
 DEVICES = f"{BUS}/devices"
@@ -31,9 +29,16 @@ _NAME = re.compile(r"dax(\d+)\.(\d+)", re.ASCII)
 _SYSTEM_RAM = "kmem"
 
 
+class DeviceNumber(NamedTuple):
+    """The numbers X and Y of ``daxX.Y``: of the dax region, and of the device in it."""
+
+    region: int
+    device: int
+
+
 @dataclass(frozen=True)
 class Device:
-    """What sysfs says of a device; ``pieces`` are in the order of its offsets.
+    """A device as sysfs has it; ``size`` and ``align`` in bytes, ``pieces`` by their offsets.
 
     ``region`` is the directory of the dax region, below the host's root; ``driver`` is None for a
     device that no driver has.
@@ -49,7 +54,7 @@ class Device:
 
 
 def device_name(path: str, host: Host) -> str | None:
-    """The dax device that ``path`` is, or is the name of; None for anything else."""
+    """Return the name of the dax device that ``path`` is, or would be; None for anything else."""
     name = os.path.basename(path)
     if os.path.dirname(path) == host.path("dev") and _NAME.fullmatch(name):
         return name
@@ -62,21 +67,24 @@ def device_name(path: str, host: Host) -> str | None:
     return None
 
 
-def name_key(name: str) -> tuple[int, int]:
-    """The two numbers in a device's name."""
+def device_number(name: str) -> DeviceNumber:
+    """Parse the name of a device.
+
+    :raises ValueError: it is something else.
+    """
     match = _NAME.fullmatch(name)
     if match is None:
         raise ValueError(f"not the name of a dax device: {name!r}")
-    return int(match[1]), int(match[2])
+    return DeviceNumber(int(match[1]), int(match[2]))
 
 
 def device_names(host: Host) -> list[str]:
-    """The devices that there are, bound or not."""
-    return sorted((n for n in host.list(DEVICES) if _NAME.fullmatch(n)), key=name_key)
+    """Return the devices that there are, bound or not, by their numbers."""
+    return sorted((n for n in host.list(DEVICES) if _NAME.fullmatch(n)), key=device_number)
 
 
 def read_device(name: str, host: Host) -> Device:
-    """What sysfs says of a device.
+    """Read what sysfs says of a device.
 
     :raises RegionError: there is none of that name, or its addresses are for root.
     """
@@ -179,60 +187,3 @@ def write_attribute(name: str, text: str, where: str, host: Host) -> None:
         raise RegionError(
             f"{where}: cannot write {text!r} to /{name}: {e.strerror}", e.errno or errno.EIO
         ) from e
-
-
-# ---------------------------------------------------------------------------- the region
-
-
-class DaxBacking(Backing):
-    """A dax device, locked against everything that overlaps its memory.
-
-    A device that no driver has is bound to device_dax.
-
-    :raises RegionError: no such device, another driver has it, or the kernel gives no access.
-    :raises LockedError: a part of its memory is in use.
-    """
-
-    real_addresses = True
-
-    def __init__(self, path: str, name: str, *, write: bool, lock: bool, host: Host) -> None:
-        bind(read_device(name, host), host)
-        device = read_device(name, host)
-        _check(device, host)
-        super().__init__(path, device.size, list(device.pieces))
-        if lock:
-            held, fd = lock_physical(path, list(device.pieces), host, exclusive=write)
-            self._fds.append(fd)
-            self._lock = held if write else None
-        try:
-            self.fd = os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC)
-        except OSError as e:
-            self.close()
-            raise RegionError(f"{path}: cannot open: {e.strerror}", e.errno or errno.EIO) from e
-        self._fds.append(self.fd)
-        self.page_bytes = device.align
-        self.node = device.node
-        self.dax = device
-        self._host = host
-
-    def verify_mapping(self, read: Callable[[], object]) -> None:
-        """Refuse a mapping that goes round the processor's caches."""
-        check_cached(self.name, self.pieces or [], read, self._host)
-
-
-def _check(device: Device, host: Host) -> None:
-    """Refuse what cannot be mapped, or is the kernel's own memory."""
-    where = f"/dev/{device.name}"
-    if sum(piece.size for piece in device.pieces) != device.size:
-        raise RegionError(f"{where}: its mappings are not of its size: got {device.size}")
-    for piece in device.pieces:
-        if piece.start % BLOCK or piece.size % BLOCK:
-            raise RegionError(
-                f"{where}: bad mapping: got {piece.start:#x}-{piece.end - 1:#x}, "
-                "expected multiples of 2 MiB"
-            )
-    for resource in iomem.read_iomem(where, host):
-        if resource.name.startswith("System RAM") and any(
-            iomem.overlap(piece, resource) for piece in device.pieces
-        ):
-            raise RegionError(f"{where}: {resource.start:#x}-{resource.end - 1:#x} is System RAM")

@@ -8,33 +8,43 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections.abc import Iterator
 
 from pkernfs.errors import BusyError, RegionError
-from pkernfs.host.iomem import Span
+from pkernfs.host.iomem import Span, overlap
 from pkernfs.host.sysroot import Host
-from pkernfs.region.dax import DRIVER, Device, bind, device_names, read_device, write_attribute
+from pkernfs.region.dax import (
+    DEVICES,
+    DRIVER,
+    Device,
+    bind,
+    device_names,
+    device_number,
+    read_device,
+    write_attribute,
+)
 from pkernfs.region.locks import lock_physical
 
 _MOST_DEVICES = 64
 
 
 def region_devices(region: str, host: Host) -> list[Device]:
-    """The devices of a dax region."""
+    """Return the devices of a dax region, which is given by its directory."""
     devices = (read_device(name, host) for name in device_names(host))
     return [device for device in devices if device.region == region]
 
 
 def regions(host: Host) -> list[str]:
-    """The dax regions whose devices can be made and taken apart."""
+    """Return the directories of dax regions whose devices can be made and taken apart."""
     found = {read_device(name, host).region for name in device_names(host)}
     return sorted(r for r in found if os.path.exists(host.path(f"{r}/dax_region/create")))
 
 
 @contextlib.contextmanager
 def free_memory(region: str, host: Host) -> Iterator[Device | None]:
-    """A device over what of a dax region belongs to none, while the block runs; None without any.
+    """Have a device, while the block runs, over the memory of a dax region that belongs to none.
+
+    It is None where there is no such memory, or no device to spare.
 
     :raises RegionError: the kernel refuses.
     """
@@ -61,9 +71,10 @@ def release(name: str, host: Host) -> None:
 
 
 def rebuild(name: str, align: int, pieces: tuple[Span, ...], region: str, host: Host) -> str:
-    """Make the device that had these ranges; its name, another one if that cannot be had.
+    """Make the device that had these ranges, and bind it; return its name.
 
-    What is in the way is taken apart if nobody uses it.
+    That is another name where this one cannot be had. Devices in the way are taken apart if nobody
+    uses them. ``align`` is in bytes.
 
     :raises BusyError: somebody does.
     :raises RegionError: the kernel refuses.
@@ -71,11 +82,11 @@ def rebuild(name: str, align: int, pieces: tuple[Span, ...], region: str, host: 
     where = f"/dev/{name}"
     with contextlib.ExitStack() as held:
         for device in region_devices(region, host):
-            if any(_overlap(one, other) for one in device.pieces for other in pieces):
+            if any(overlap(one, other) for one in device.pieces for other in pieces):
                 held.enter_context(_unused(device, host))
                 release(device.name, host)
         made = _empty_device(name, region, host)
-        base = f"sys/bus/dax/devices/{made}"
+        base = f"{DEVICES}/{made}"
         if read_device(made, host).align != align:
             write_attribute(f"{base}/align", str(align), where, host)
         for piece in pieces:
@@ -89,11 +100,7 @@ def rebuild(name: str, align: int, pieces: tuple[Span, ...], region: str, host: 
 
 
 def _set_size(name: str, size: int, host: Host) -> None:
-    write_attribute(f"sys/bus/dax/devices/{name}/size", str(size), f"/dev/{name}", host)
-
-
-def _overlap(one: Span, other: Span) -> bool:
-    return one.start < other.end and other.start < one.end
+    write_attribute(f"{DEVICES}/{name}/size", str(size), f"/dev/{name}", host)
 
 
 @contextlib.contextmanager
@@ -103,17 +110,17 @@ def _unused(device: Device, host: Host) -> Iterator[None]:
     :raises BusyError: somebody uses it.
     """
     where = f"/dev/{device.name}"
-    _, fd = lock_physical(where, list(device.pieces), host, exclusive=True)
+    lock = lock_physical(where, list(device.pieces), host, exclusive=True)
     try:
         if found := users(where, host):
             raise BusyError(f"{where}: in the way, and in use by {', '.join(found)}")
         yield
     finally:
-        os.close(fd)
+        os.close(lock.fd)
 
 
 def users(path: str, host: Host) -> list[str]:
-    """The processes that have a file open or mapped, other than this one."""
+    """Return the other processes that have a file open or mapped, each as ``COMMAND (PID)``."""
     found = []
     for pid in host.list("proc"):
         if not pid.isdigit() or pid == str(os.getpid()):
@@ -162,7 +169,5 @@ def _empty_device(name: str, region: str, host: Host) -> str:
 
 
 def _same_region(one: str, other: str) -> bool:
-    """Whether two names are of one dax region: a region may come back with another number."""
-    number = re.compile(r"dax\d+")
-    first, second = number.match(one), number.match(other)
-    return first is not None and second is not None and first[0] == second[0]
+    """Tell whether two names are of one dax region: it may come back with another number."""
+    return device_number(one).region == device_number(other).region

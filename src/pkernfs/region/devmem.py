@@ -9,39 +9,30 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Callable
 
 from pkernfs.errors import RegionError
 from pkernfs.host import iomem
 from pkernfs.host.sysroot import Host
-from pkernfs.region.backing import Backing
-from pkernfs.region.locks import lock_physical
-from pkernfs.region.memtype import check_cached
+from pkernfs.region.physical_backing import PhysicalBacking
 
 log = logging.getLogger(__name__)
 
 _RAM_BUFFER_BYTES = 64 << 20  # RAM is rounded up to this, by the kernel's "RAM buffer"
 
 
-class DevMemBacking(Backing):
-    """A range of physical memory, locked against every other that overlaps it.
+class DevMemBacking(PhysicalBacking):
+    """The range ``SIZE!START`` of physical memory.
 
     :raises RegionError: the range is not free for a region, or the kernel gives no access to it.
     :raises LockedError: a part of it is in use.
     """
 
     has_pages = False
-    real_addresses = True
 
     def __init__(self, spec: str, *, write: bool, lock: bool, host: Host) -> None:
         span = iomem.parse_span(spec)
         iomem.check(spec, span, host)
-        super().__init__(str(span), span.size, [span])
-        if lock:
-            self._lock, fd = lock_physical(spec, [span], host, exclusive=write)
-            self._fds.append(fd)
-            if not write:
-                self._lock = None
+        super().__init__(str(span), spec, [span], write=write, lock=lock, host=host)
         try:
             self.fd = _open(spec, write, host)
         except BaseException:
@@ -49,22 +40,16 @@ class DevMemBacking(Backing):
             raise
         self._fds.append(self.fd)
         self.map_offset = span.start
-        self._span = span
-        self._host = host
         nodes = iomem.nodes_of(span, host)
         if len(nodes) > 1:
             log.warning("%s: lies in NUMA nodes %s", spec, " and ".join(map(str, nodes)))
         self.node = nodes[0] if len(nodes) == 1 else None
 
-    def verify_mapping(self, read: Callable[[], object]) -> None:
-        """Refuse a mapping that goes round the processor's caches."""
-        check_cached(self.name, [self._span], read, self._host)
-
     def refused(self, number: int) -> str:
-        """Why mmap() may have failed with this errno, for the message."""
+        """Return the remedy for mmap() failing with this errno, for the message."""
         if number != errno.EPERM:
             return ""
-        if self._span.start % _RAM_BUFFER_BYTES:
+        if self.map_offset % _RAM_BUFFER_BYTES:
             return " (STRICT_DEVMEM): choose a START that is a multiple of 64M"
         return " (STRICT_DEVMEM): boot with iomem=relaxed"
 

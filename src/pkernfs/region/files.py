@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pkernfs.errors import RegionError
 from pkernfs.layout import BLOCK, PAGE
 from pkernfs.native._native import lib
-from pkernfs.region.backing import Backing, given_pieces
+from pkernfs.region.backing import Backing, BlockRun, ByteRange, given_pieces, open_path
 from pkernfs.region.locks import lock_file
 
 _TMPFS = 0x01021994
@@ -51,30 +51,30 @@ class FileBacking(Backing):
 
     @property
     def untouched(self) -> bool:
-        """Whether the file has no memory yet: all zero; even reading it would give it some."""
+        """The file has no memory yet: it is all zero, and even reading it would give it some."""
         return self.fd is not None and os.fstat(self.fd).st_blocks == 0
 
-    def known_zero(self) -> list[tuple[int, int]]:
-        """Blocks that lie in holes of the file."""
+    def known_zero(self) -> list[BlockRun]:
+        """Return the blocks that lie in holes of the file."""
         blocks = self.size // BLOCK
         if self._is_huge:  # does not tell holes
-            return [(0, blocks)] if self.untouched else []
+            return [BlockRun(0, blocks)] if self.untouched else []
         runs = []
         end = 0
         for start, stop in self.data_ranges(0, self.size):
             first = -(-end // BLOCK)
             if start // BLOCK > first:
-                runs.append((first, start // BLOCK - first))
+                runs.append(BlockRun(first, start // BLOCK - first))
             end = stop
         first = -(-end // BLOCK)
         if blocks > first:
-            runs.append((first, blocks - first))
+            runs.append(BlockRun(first, blocks - first))
         return runs
 
-    def data_ranges(self, first: int, last: int) -> Iterator[tuple[int, int]]:
-        """``(start, end)`` of what is no hole of the file; all, if it cannot be told."""
+    def data_ranges(self, first: int, last: int) -> Iterator[ByteRange]:
+        """Yield what is no hole of the file; all, if it cannot be told."""
         if self.fd is None or self._is_huge:
-            yield first, last
+            yield ByteRange(first, last)
             return
         end = first
         while end < last:
@@ -83,12 +83,12 @@ class FileBacking(Backing):
             except OSError as e:
                 if e.errno == errno.ENXIO:
                     return
-                yield end, last
+                yield ByteRange(end, last)
                 return
             if start >= last:
                 return
             end = min(os.lseek(self.fd, start, os.SEEK_HOLE), last)
-            yield start, end
+            yield ByteRange(start, end)
 
 
 def create(path: str, size: int) -> None:
@@ -122,10 +122,7 @@ def _check_room(path: str, size: int) -> None:
 
 
 def _open(path: str, write: bool) -> int:
-    try:
-        fd = os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as e:
-        raise RegionError(f"{path}: cannot open: {e.strerror}", e.errno or errno.EIO) from e
+    fd = open_path(path, write=write, flags=os.O_NONBLOCK)
     mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode):
         os.close(fd)

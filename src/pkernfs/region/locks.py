@@ -30,10 +30,10 @@ _PHYSICAL_LOCKS = "run/pkernfs/physical.lock"
 
 
 class RegionLock:
-    """What is locked for one open region, on ``fd``. It ends with the descriptor."""
+    """The lock of one open region. It ends when its descriptor, :attr:`fd`, is closed."""
 
     def __init__(self, fd: int, spec: str, owned: list[Span], server_shift: int) -> None:
-        self._fd = fd
+        self.fd = fd
         self._spec = spec
         self._owned = owned
         self._server_shift = server_shift
@@ -72,12 +72,12 @@ class RegionLock:
 
     def _set(self, kind: int, span: Span) -> None:
         request = _FLOCK.pack(kind, os.SEEK_SET, span.start, span.size, 0)
-        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, request)
+        fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, request)
 
     def _holder(self, kind: int, span: Span) -> Span | None:
         """The range of a lock that is in the way of ``span``."""
         request = _FLOCK.pack(kind, os.SEEK_SET, span.start, span.size, 0)
-        answer = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, request)
+        answer = fcntl.fcntl(self.fd, fcntl.F_OFD_GETLK, request)
         assert isinstance(answer, bytes)
         found, _, start, size, _ = _FLOCK.unpack(answer)
         return None if found == fcntl.F_UNLCK else Span(start, size)
@@ -103,10 +103,8 @@ def lock_file(fd: int, spec: str, *, exclusive: bool) -> RegionLock:
     return lock
 
 
-def lock_physical(
-    spec: str, spans: list[Span], host: Host, *, exclusive: bool
-) -> tuple[RegionLock, int]:
-    """Lock ranges of physical memory; also the descriptor, which the caller closes.
+def lock_physical(spec: str, spans: list[Span], host: Host, *, exclusive: bool) -> RegionLock:
+    """Lock ranges of physical memory. The caller closes the lock's descriptor.
 
     :raises LockedError: another region has a part of them.
     """
@@ -117,7 +115,7 @@ def lock_physical(
     except BaseException:
         os.close(fd)
         raise
-    return lock, fd
+    return lock
 
 
 def _open_physical_locks(spec: str, host: Host) -> int:

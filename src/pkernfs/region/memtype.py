@@ -1,4 +1,4 @@
-"""Whether a mapping of physical memory goes through the processor's caches.
+"""The memory type of a mapping of physical memory: write-back, or one that a region cannot have.
 
 The kernel gives a mapping another memory type than write-back without saying so: that of a mapping
 which is there already, or what the MTRRs suggest. Its list of types is in debugfs; without that,
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 
 from pkernfs.errors import RegionError
-from pkernfs.host.iomem import Span
+from pkernfs.host.iomem import Resource, Span, overlap
 from pkernfs.host.sysroot import Host
 from pkernfs.layout import PAGE
 
@@ -44,19 +44,14 @@ def check_cached(name: str, spans: list[Span], read: Callable[[], object], host:
 
 
 def _memory_types(spans: list[Span], host: Host) -> set[str]:
-    """How the ranges are mapped, by the kernel's list of memory types; empty if there is none."""
+    """The types of the ranges' mappings, by the kernel's list; empty if there is none."""
     text = host.find(_PAT_LIST) or ""
-    found = [(int(m[1], 16), int(m[2], 16), m[3]) for m in _PAT_LINE.finditer(text)]
-    return {
-        kind
-        for start, end, kind in found
-        for span in spans
-        if start < span.end and span.start < end
-    }
+    found = [Resource(int(m[1], 16), int(m[2], 16), m[3]) for m in _PAT_LINE.finditer(text)]
+    return {one.name for one in found if any(overlap(span, one) for span in spans)}
 
 
 def _is_slow(read: Callable[[], object]) -> bool:
-    """Whether reading the mapping is much slower than reading memory of this process."""
+    """Tell whether reading the mapping is much slower than reading memory of this process."""
     own = memoryview(bytearray(b"\1") * (4 * PAGE))
 
     def read_own() -> None:

@@ -1,8 +1,9 @@
 """A region: memory that holds a file system, mapped and bounds-checked.
 
-This is the only module that touches cffi pointers; all stores into a region go through the C
-functions of native.c. What the memory is, and who else may have it, is the business of
-:mod:`pkernfs.region.spec`; what is in the region is nobody's here.
+Python code reads a region by views and stores into it by C functions, which tests trace; C code of
+other modules takes the mapping itself (:attr:`Region.base`). A spec names a region
+(:mod:`pkernfs.region.spec`), a backing is its memory (:mod:`pkernfs.region.backing`), a lock keeps
+others from it (:mod:`pkernfs.region.locks`). Nothing here knows what is stored in one.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import errno
 import os
 import struct
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from pkernfs.errors import RegionError
 from pkernfs.host.iomem import Span
@@ -19,9 +20,24 @@ from pkernfs.host.sysroot import HOST, Host
 from pkernfs.layout import BLOCK, PAGE
 from pkernfs.native._native import ffi, lib
 from pkernfs.region import files
-from pkernfs.region.backing import Backing, given_pieces
+from pkernfs.region.backing import Backing, BlockRun, ByteRange, given_pieces
 from pkernfs.region.dax import Device
 from pkernfs.region.opening import open_backing
+
+
+class Place(NamedTuple):
+    """What another program has to map to have a region: the file, and where in it; bytes."""
+
+    path: str
+    offset: int
+
+
+class PhysicalRun(NamedTuple):
+    """A range of a region, consecutive in physical memory; ``physical`` is None where unknown."""
+
+    offset: int
+    length: int
+    physical: int | None
 
 
 class Region:
@@ -118,12 +134,12 @@ class Region:
 
     @property
     def needs_sync(self) -> bool:
-        """Whether the bytes are cached for a disk, so that fsync has something to do."""
+        """The bytes are cached for a disk, so that fsync has something to do."""
         return self._backing.needs_sync
 
     @property
     def has_pages(self) -> bool:
-        """Whether views may be handed to the kernel; else only copies (EFAULT)."""
+        """Views may be handed to the kernel; else only copies (EFAULT)."""
         return self._backing.has_pages
 
     def sync(self) -> None:
@@ -138,7 +154,7 @@ class Region:
 
     @property
     def real_addresses(self) -> bool:
-        """Whether :meth:`physical` tells where the memory is in this machine, for its devices."""
+        """Addresses are those of this machine, as its devices use them, and not assumed ones."""
         return self._backing.real_addresses
 
     @property
@@ -147,11 +163,12 @@ class Region:
         return self._backing.dax
 
     @property
-    def place(self) -> tuple[str, int] | None:
-        """What another program has to map to have the same memory, and where in it offset 0 is."""
+    def place(self) -> Place | None:
+        """The place of the same memory for other programs; None for anonymous memory."""
         if self._backing.fd is None:
             return None
-        return os.readlink(f"/proc/self/fd/{self._backing.fd}"), self._backing.map_offset
+        path = os.readlink(f"/proc/self/fd/{self._backing.fd}")
+        return Place(path, self._backing.map_offset)
 
     @property
     def node(self) -> int | None:
@@ -159,7 +176,7 @@ class Region:
         return self._backing.node
 
     def physical(self, offset: int) -> int | None:
-        """Physical address of a region offset in bytes; None where there is none.
+        """Return the physical address of a region offset in bytes; None where there is none.
 
         That of hugetlbfs pages, which do not move, is looked up in /proc/self/pagemap (needs
         CAP_SYS_ADMIN).
@@ -167,15 +184,15 @@ class Region:
         base = self.phys_base
         if base is not None and offset < self.size:
             return base + offset
-        return self.physical_runs(offset, 1)[0][2]
+        return self.physical_runs(offset, 1)[0].physical
 
-    def physical_runs(self, offset: int, length: int) -> list[tuple[int, int, int | None]]:
-        """``(offset, length, physical address)`` of a range, cut where the addresses jump."""
+    def physical_runs(self, offset: int, length: int) -> list[PhysicalRun]:
+        """Return the physical addresses of a range in bytes, cut where they jump."""
         if self._backing.pieces is not None:
             return list(self._runs_of_pieces(offset, length))
         if not self._backing.in_pagemap:
-            return [(offset, length, None)]
-        runs: list[tuple[int, int, int | None]] = []
+            return [PhysicalRun(offset, length, None)]
+        runs: list[PhysicalRun] = []
         end = offset + length
         with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
             while offset < end:
@@ -183,9 +200,9 @@ class Region:
                 address = self._look_up(pagemap.fileno(), offset)
                 last = runs[-1] if runs else None
                 if last and address == (None if last[2] is None else last[2] + last[1]):
-                    runs[-1] = (last[0], last[1] + count, last[2])
+                    runs[-1] = PhysicalRun(last[0], last[1] + count, last[2])
                 else:
-                    runs.append((offset, count, address))
+                    runs.append(PhysicalRun(offset, count, address))
                 offset += count
         return runs
 
@@ -194,16 +211,17 @@ class Region:
         if self.physical(0) is None:
             self._backing.pieces = [Span(base, self.size)]
 
-    def _runs_of_pieces(self, offset: int, length: int) -> Iterator[tuple[int, int, int | None]]:
+    def _runs_of_pieces(self, offset: int, length: int) -> Iterator[PhysicalRun]:
         first = 0
         end = offset + length
         for piece in self._backing.pieces or ():
             low, high = max(offset, first), min(end, first + piece.size)
             if low < high:
-                yield low, high - low, piece.start + low - first
+                yield PhysicalRun(low, high - low, piece.start + low - first)
             first += piece.size
         if end > first:  # nothing is known of what is behind them
-            yield max(offset, first), end - max(offset, first), None
+            start = max(offset, first)
+            yield PhysicalRun(start, end - start, None)
 
     def _look_up(self, pagemap: int, offset: int) -> int | None:
         page = offset - offset % self.page_bytes
@@ -223,15 +241,15 @@ class Region:
 
     @property
     def untouched(self) -> bool:
-        """Whether the file has no memory yet: all zero; even reading it would give it some."""
+        """The file has no memory yet: it is all zero, and even reading it would give it some."""
         return self._backing.untouched
 
-    def known_zero(self) -> list[tuple[int, int]]:
-        """Runs of ``(first block, blocks)`` that are known to be zero without reading them."""
+    def known_zero(self) -> list[BlockRun]:
+        """Return the blocks that are known to be zero without reading them."""
         return self._backing.known_zero()
 
-    def data_ranges(self, first: int = 0, last: int | None = None) -> Iterator[tuple[int, int]]:
-        """``(start, end)`` in bytes of what is no hole of the file; all, if it cannot be told.
+    def data_ranges(self, first: int = 0, last: int | None = None) -> Iterator[ByteRange]:
+        """Yield what is no hole of the file; all, if it cannot be told.
 
         Only what lies between the offsets ``first`` and ``last`` (the end of the region).
         """
@@ -240,7 +258,7 @@ class Region:
     # ------------------------------------------------------------------ reading and storing
 
     def view(self, offset: int, length: int) -> memoryview:
-        """The region's own bytes, writable if the region is.
+        """Return the region's own bytes, writable if the region is.
 
         :raises RegionError: out of the region.
         """
@@ -251,7 +269,7 @@ class Region:
         return self._view[offset : offset + length]
 
     def read(self, offset: int, length: int) -> bytes:
-        """A copy of ``length`` bytes at ``offset``."""
+        """Return a copy of ``length`` bytes at ``offset``."""
         return bytes(self.view(offset, length))
 
     def copy_in(self, offset: int, data: bytes | bytearray | memoryview) -> None:
@@ -273,7 +291,7 @@ class Region:
             lib.pk_zero(self._base, start, end - start)
 
     def store_u64(self, offset: int, value: int) -> None:
-        """One aligned 8-byte store, after all stores before it and before all after it."""
+        """Store 8 aligned bytes at once, after all stores before it and before all after it."""
         self._check_store(offset, 8)
         if offset % 8:
             raise RegionError(f"{self.name} at {offset:#x}: unaligned store", errno.EIO)
@@ -285,18 +303,18 @@ class Region:
         lib.pk_flush_lines(self._base + offset, length)
 
     def is_zero(self, offset: int, length: int) -> bool:
-        """Whether all of the bytes are zero."""
+        """Tell whether all of the bytes are zero."""
         self.view(offset, length)
         return bool(lib.pk_is_zero(self._base + offset, length))
 
     def page_checksum(self, page: int) -> int:
-        """CRC-32C that a metadata page should carry (docs/format.md, section 2)."""
+        """Return the CRC-32C that a metadata page should carry (docs/format.md, section 2)."""
         self.view(page * PAGE, PAGE)
         return int(lib.pk_page_crc(self._base + page * PAGE))
 
     @property
     def base(self) -> Any:
-        """The mapping as a cffi pointer, for the journal's commit alone."""
+        """The mapping as a cffi pointer, for modules that hand it to C functions of their own."""
         return self._base
 
     def _check_store(self, offset: int, length: int) -> None:
@@ -314,49 +332,3 @@ class Region:
         """Tell contenders whether requests are being served, or the region is about to be free."""
         if self._base is not None:
             self._backing.serving(on)
-
-
-def exit_on_bus_error(who: str, status: int) -> None:
-    """End the process with one line if memory of a region turns out not to be there.
-
-    That is what the kernel does when a file region is shortened while it is mapped, or when the
-    file system that it is on has no room for a hole that is written (or, on tmpfs, read); when a
-    dax device is taken from its driver; and when memory fails.
-    """
-    line = (
-        f"{who}: bus error: the region's file was cut short, or the file system it is on is full; "
-        "or the device is gone, or its memory is broken\n"
-    )
-    lib.pk_exit_on_bus_error(line.encode(), status)
-
-
-def page_checksum(page: bytes | bytearray | memoryview) -> int:
-    """CRC-32C of a metadata page's image, its own field as zero (docs/format.md, section 2)."""
-    return int(lib.pk_page_crc(ffi.from_buffer("uint8_t[]", page)))
-
-
-def crc32c(data: bytes | bytearray | memoryview, crc: int = 0) -> int:
-    """RFC 3720's CRC-32C; ``crc`` is a former result to go on from."""
-    return int(lib.pk_crc32c(crc, ffi.from_buffer("uint8_t[]", data), len(data)))
-
-
-def trace_start() -> None:
-    """Record every store into any region from now on (tests; one at a time)."""
-    lib.pk_trace_start()
-
-
-def trace_stop() -> list[tuple[int, int, bytes | None]]:
-    """The stores since :func:`trace_start`: ``(offset, length, data or None for zeros)``."""
-    length = int(lib.pk_trace_stop())
-    log = memoryview(ffi.buffer(lib.pk_trace_data(), length)) if length else memoryview(b"")
-    stores: list[tuple[int, int, bytes | None]] = []
-    at = 0
-    while at < length:
-        offset, count, kind = struct.unpack_from("<QQQ", log, at)
-        at += 24
-        if kind:
-            stores.append((offset, count, None))
-        else:
-            stores.append((offset, count, bytes(log[at : at + count])))
-            at += count + 7 & ~7
-    return stores

@@ -1,4 +1,4 @@
-"""What regions are made of: files, physical memory, device-dax; parsed, checked, opened, locked.
+"""Region specs: the text by which a command names a region; nothing is opened here.
 
 A region spec, the first argument of every command, is ``SIZE!START`` (through /dev/mem),
 ``/dev/daxX.Y``, a file, or ``none`` (``none:NAME``) for what ``pkernfs=`` on the kernel command
@@ -19,7 +19,7 @@ _DEVICE = re.compile(r"/dev/(dax|mem)\S*", re.ASCII)
 
 
 def resolve(spec: str, host: Host = HOST) -> str:
-    """A spec that means the same in another directory, in the one way to write it.
+    """Return a spec that means the same in another directory, in the one way to write it.
 
     ``none`` becomes what ``pkernfs=`` names; file names become absolute.
 
@@ -27,21 +27,24 @@ def resolve(spec: str, host: Host = HOST) -> str:
     """
     if _NONE.fullmatch(spec):
         spec = cmdline.resolve_none(spec, host.command_line())
-    refuse_several(spec)
+    _refuse_several(spec)
     if iomem.looks_physical(spec):
         return str(iomem.parse_span(spec))
     return os.path.realpath(spec)
 
 
 def is_file_spec(spec: str) -> bool:
-    """Whether a spec names a file region: one that can be made, sized and removed."""
+    """Tell whether a spec names a file region: one that can be made, sized and removed."""
     if _NONE.fullmatch(spec) or iomem.looks_physical(spec) or _is_several(spec):
         return False
     return not _DEVICE.fullmatch(os.path.realpath(spec))
 
 
-def refuse_several(spec: str) -> None:
-    """:raises RegionError: a comma list of ranges."""
+def _refuse_several(spec: str) -> None:
+    """Refuse a list of ranges.
+
+    :raises RegionError: it is one.
+    """
     if _is_several(spec):
         raise RegionError(f"{spec}: several ranges in one file system are not there yet: give one")
 

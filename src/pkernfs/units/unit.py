@@ -16,7 +16,8 @@ from typing import NamedTuple
 from pkernfs.errors import InvalidError, PkernfsError, UnitError
 from pkernfs.iommu.context_walk import Mode
 from pkernfs.layout import PAGE
-from pkernfs.region.region import Region, crc32c
+from pkernfs.region.checksum import crc32c
+from pkernfs.region.region import Region
 from pkernfs.units.window import Window
 from pkernfs.vtd.invalidation import (
     DESCRIPTOR_BYTES,

@@ -44,7 +44,9 @@ from pkernfs.layout import (
     TREE_SLOTS_OFFSET,
     XATTR_ITEM,
 )
-from pkernfs.region.region import Region, crc32c, trace_start, trace_stop
+from pkernfs.region.checksum import crc32c
+from pkernfs.region.region import Region
+from pkernfs.region.trace import trace_start, trace_stop
 from support.checking import MemoryFile
 from support.damage import BIG_VALUE, REG, REGION_BYTES, Damage, Populated, populate
 

@@ -25,7 +25,8 @@ from pkernfs.layout import (
     STATE_OFFSET,
     STATE_PAGE,
 )
-from pkernfs.region.region import Region, page_checksum
+from pkernfs.region.checksum import page_checksum
+from pkernfs.region.region import Region
 
 Buffer = bytearray | memoryview
 

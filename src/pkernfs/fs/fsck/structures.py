@@ -28,7 +28,7 @@ from pkernfs.layout import (
     TREE_EXTENTS,
     TREE_SLOTS_OFFSET,
 )
-from pkernfs.region.region import page_checksum
+from pkernfs.region.checksum import page_checksum
 
 Buffer = bytes | bytearray | memoryview
 Extent = tuple[int, int, int]
