@@ -17,7 +17,7 @@ from pkernfs.host.iomem import Span
 from pkernfs.layout import BACKUP_PAGE, BLOCK, MAX_PIECES, PAGE, PLACEMENT_OFFSET
 from pkernfs.region.checksum import page_checksum
 from pkernfs.region.dax import read_device
-from pkernfs.region.dax_devices import regions, users
+from pkernfs.region.dax_devices import regions
 from pkernfs.region.region import Region
 from support.made_up_host import Machine, add_dax, make_machine
 
@@ -170,15 +170,3 @@ def test_what_lies_in_a_file_system_is_not_believed(machine: Machine) -> None:
         assert read(region, 32 * M) == inner
     device = read_device("dax0.0", machine)
     assert [p.name for p in placement._search(device, machine)] == ["dax0.0"]
-
-
-def test_who_uses_a_device(tmp_path: Path) -> None:
-    machine = make_machine(tmp_path)
-    machine.write("proc/1234/comm", "qemu\n")
-    machine.write("proc/1234/maps", "7f00-7f01 rw-s 00000000 00:05 300 /dev/dax0.0\n")
-    machine.write("proc/77/comm", "sh\n")
-    machine.write("proc/77/maps", "7f00-7f01 rw-s 00000000 00:05 300 /dev/dax0.01\n")
-    fds = Path(machine.path("proc/88/fd"))
-    fds.mkdir(parents=True)
-    (fds / "3").symlink_to("/dev/dax0.0")
-    assert users("/dev/dax0.0", machine) == ["qemu (1234)", "? (88)"]

@@ -1,4 +1,4 @@
-"""Regions on device-dax, with a made-up sysfs and a file in the place of the device."""
+"""Dax devices and their driver, with a made-up sysfs and a file in the place of the device."""
 
 from __future__ import annotations
 
@@ -8,13 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pkernfs.errors import LockedError, RegionError, UsageError
-from pkernfs.fs.filesystem import FileSystem
-from pkernfs.fs.mkfs import make_filesystem
-from pkernfs.host.iomem import Span
-from pkernfs.layout import BLOCK
-from pkernfs.region.dax import device_name, device_names, read_device
-from pkernfs.region.opening import open_backing
+from pkernfs.errors import RegionError
+from pkernfs.region.dax import DeviceNumber, device_name, device_names, device_number
 from pkernfs.region.region import Region
 from support.made_up_host import Machine, add_dax, make_machine
 
@@ -36,31 +31,14 @@ def refusal(machine: Machine, name: str = "dax0.0") -> str:
     return str(caught.value).replace(machine.path(""), "/")
 
 
-def test_a_device_of_two_ranges(machine: Machine) -> None:
-    path = add_dax(machine, "dax0.1", (G + 8 * M, 4 * M), (G, 6 * M))
-    assert device_names(machine) == ["dax0.1"]
-    device = read_device("dax0.1", machine)
-    assert device.pieces == (Span(G + 8 * M, 4 * M), Span(G, 6 * M))
-    assert (device.size, device.align, device.node) == (10 * M, BLOCK, 1)
-    assert (device.driver, device.region) == ("device_dax", "sys/devices/platform/hmem.0")
-    with Region.open(str(path), write=True, host=machine) as region:
-        assert (region.size, region.node, region.phys_base) == (10 * M, 1, None)
-        assert (region.has_pages, region.needs_sync, region.untouched) == (True, False, False)
-        assert region.known_zero() == []
-        assert region.physical(0) == G + 8 * M
-        assert region.physical(4 * M - 1) == G + 12 * M - 1
-        assert region.physical(4 * M) == G
-        assert region.physical(10 * M) is None
-        assert region.physical_runs(2 * M, 6 * M) == [
-            (2 * M, 2 * M, G + 10 * M),
-            (4 * M, 4 * M, G),
-        ]
-        make_filesystem(region)
-        fs = FileSystem.mount(region)
-        ino = fs.create(1, b"f", 0o100600, 0, 0).ino
-        fs.run(lambda: fs.write(ino, 0, b"x" * 4096))
-        assert bytes(fs.read(ino, 0, 4096)) == b"x" * 4096
-        fs.unmount()
+def test_names_are_in_the_order_of_their_numbers(machine: Machine) -> None:
+    for name in ("dax0.10", "dax1.0", "dax0.9"):
+        add_dax(machine, name, (G, 8 * M))
+    assert device_names(machine) == ["dax0.9", "dax0.10", "dax1.0"]
+    assert device_number("dax12.3") == DeviceNumber(region=12, device=3)
+    for name in ("dax0", "dax0.1.2", "mem", ""):
+        with pytest.raises(ValueError, match="not the name of a dax device"):
+            device_number(name)
 
 
 def test_what_is_a_dax_device(machine: Machine, tmp_path: Path) -> None:
@@ -73,23 +51,6 @@ def test_what_is_a_dax_device(machine: Machine, tmp_path: Path) -> None:
     link.parent.mkdir(parents=True)
     link.symlink_to("../../devices/platform/hmem.0/dax0.7")
     assert device_name("/dev/null", machine) == "dax0.7"  # a node by another name
-
-
-def test_one_lock_for_dax_and_dev_mem(machine: Machine) -> None:
-    machine.write("proc/cmdline", "memmap=512M%1G")
-    machine.write("dev/mem", b"")
-    os.truncate(machine.path("dev/mem"), 2 * G)
-    path = str(add_dax(machine, "dax0.0", (G + 64 * M, 8 * M), (G, 8 * M)))
-    with Region.open(path, write=True, host=machine) as region:
-        region.serving(True)
-        for spec in ("16M!1G", "64M!1032M"):
-            with pytest.raises(LockedError, match="in use"):
-                Region.open(spec, write=True, host=machine)
-        Region.open("56M!1032M", write=True, host=machine).close()
-    with Region.open("16M!1G", write=True, host=machine) as region:
-        region.serving(True)
-        with pytest.raises(LockedError, match="overlaps 16M!1G"):
-            Region.open(path, write=False, host=machine)
 
 
 @pytest.mark.parametrize(
@@ -146,17 +107,6 @@ def test_a_device_without_memory(machine: Machine) -> None:
     )
 
 
-def test_mappings_that_make_no_sense(machine: Machine) -> None:
-    add_dax(machine, "dax0.0", (G, 8 * M), size=10 * M)
-    add_dax(machine, "dax0.1", (G + 4096, 8 * M))
-    add_dax(machine, "dax0.2", (0x100000, 8 * M), (G, 2 * M))
-    add_dax(machine, "dax0.3", (512 * M, 8 * M), (G, 2 * M))
-    assert refusal(machine) == "/dev/dax0.0: its mappings are not of its size: got 10485760"
-    for name in ("dax0.1", "dax0.2"):
-        assert "bad mapping" in refusal(machine, name)
-    assert refusal(machine, "dax0.3") == "/dev/dax0.3: 0x100000-0x3fffffff is System RAM"
-
-
 def test_without_leave(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     add_dax(machine, "dax0.0", (G, 8 * M))
 
@@ -170,18 +120,3 @@ def test_without_leave(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Non
         )
     os.unlink(machine.path("dev/dax0.0"))
     assert refusal(machine) == "/dev/dax0.0: cannot open: No such file or directory"
-
-
-def test_an_uncached_device(machine: Machine) -> None:
-    add_dax(machine, "dax0.0", (G, 8 * M), (G + 64 * M, 8 * M))
-    machine.write(
-        "sys/kernel/debug/x86/pat_memtype_list",
-        "PAT: [mem 0x0000000044000000-0x0000000044800000] uncached-minus\n",
-    )
-    assert "maps it uncached-minus, not write-back" in refusal(machine)
-
-
-def test_an_address_of_ones_own_is_for_files(machine: Machine) -> None:
-    path = add_dax(machine, "dax0.0", (G, 8 * M))
-    with pytest.raises(UsageError, match="phys_base= is for files"):
-        open_backing(str(path), write=True, phys_base=0, lock=True, host=machine)

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from pkernfs.errors import LockedError, RegionError, UsageError
+from pkernfs.errors import LockedError, RegionError
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.fs.superblock import describe
 from pkernfs.host.sysroot import Host
 from pkernfs.layout import BLOCK
-from pkernfs.region import locks, memtype
+from pkernfs.region import locks
 from pkernfs.region.opening import open_backing
 from pkernfs.region.region import Region
 from support.made_up_host import Machine, make_machine
@@ -102,32 +102,6 @@ def test_ranges_exclude_each_other(machine: Machine) -> None:
         pass
 
 
-@pytest.mark.parametrize("write", [True, False])
-def test_a_mapping_round_the_caches_is_refused(machine: Machine, write: bool) -> None:
-    machine.write(PAT, LINES.format(G + 510 * M, G + 520 * M, "uncached-minus"))
-    with pytest.raises(RegionError) as caught:
-        open_region("512M!1G", machine, write=write)
-    assert str(caught.value) == (
-        "512M!1G: the kernel maps it uncached-minus, not write-back: end what else has "
-        "mapped it through /dev/mem, or boot with nopat"
-    )
-    open_region("256M!1G", machine, write=write).close()
-
-
-def test_without_the_kernels_list_reading_is_timed(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    os.unlink(machine.path(PAT))
-    open_region("512M!1G", machine).close()
-    backing = open_backing("512M!1G", write=True, phys_base=None, lock=True, host=machine)
-    ticks = iter(range(1000))
-    # As if each read of the mapping took a second; the other half is this process's own memory.
-    monkeypatch.setattr(memtype, "_fastest", lambda read: 100.0 if next(ticks) == 0 else 1.0)
-    with pytest.raises(RegionError, match="the kernel maps it uncached, by its speed, not"):
-        backing.verify_mapping(lambda: None)
-    backing.close()
-
-
 @pytest.mark.parametrize(
     ("files", "error", "message"),
     [
@@ -183,11 +157,6 @@ def test_nothing_is_opened_before_it_is_known_to_be_free(machine: Machine) -> No
     with pytest.raises(RegionError, match="is System RAM at 0x20000000"):
         open_region("512M!512M", machine)
     assert not os.path.exists(machine.path("run/pkernfs"))
-
-
-def test_an_address_of_ones_own_is_for_files(machine: Machine) -> None:
-    with pytest.raises(UsageError, match="phys_base= is for files"):
-        open_backing("512M!1G", write=True, phys_base=0, lock=True, host=machine)
 
 
 def test_a_refused_mapping_lets_the_lock_go(

@@ -1,0 +1,242 @@
+"""File regions: opened, made, locked, and their holes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pkernfs.native._native import lib
+
+from pkernfs.errors import LockedError, RegionError
+from pkernfs.fs.filesystem import FileSystem
+from pkernfs.fs.mkfs import make_filesystem
+from pkernfs.layout import BLOCK, PAGE
+from pkernfs.region import files, locks
+from pkernfs.region.files import FileBacking
+from pkernfs.region.region import Region
+from support.checking import MemoryFile
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    name = str(tmp_path / "region")
+    Region.create(name, 8 * MIB)
+    return name
+
+
+def test_what_cannot_be_opened(tmp_path: Path, path: str) -> None:
+    small = tmp_path / "small"
+    small.write_bytes(b"x" * 100)
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    for name, number in (
+        (tmp_path / "none", errno.ENOENT),
+        (tmp_path, errno.EISDIR),
+        (small, errno.EINVAL),
+        (fifo, errno.EINVAL),
+        (Path("/dev/null"), errno.EINVAL),
+    ):
+        with pytest.raises(RegionError) as caught:
+            Region.open(str(name), write=True)
+        assert caught.value.errno == number
+        assert str(name) in str(caught.value)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(RegionError, match="exists"):
+        Region.create(path, PAGE)
+    with pytest.raises(RegionError):
+        Region.create(str(tmp_path / "none" / "x"), PAGE)
+    with pytest.raises(RegionError):
+        Region.create(str(tmp_path / "huge"), 1 << 63)
+    assert not (tmp_path / "huge").exists()
+
+
+def test_sizes_are_cut_to_pages(tmp_path: Path) -> None:
+    odd = tmp_path / "odd"
+    odd.write_bytes(bytes(3 * PAGE + 5))
+    with Region.open(str(odd), write=False) as region:
+        assert region.size == 3 * PAGE
+
+
+def test_holes_are_known_to_be_zero(path: str) -> None:
+    with Region.open(path, write=True) as region:
+        assert region.known_zero() == [(0, 4)]
+        region.copy_in(BLOCK + 5000, b"x")
+        assert region.known_zero() == [(0, 1), (2, 2)]
+        region.copy_in(0, b"x")
+        region.copy_in(4 * BLOCK - 1, b"x")
+        assert region.known_zero() == [(2, 1)]
+        covered = sum(end - start for start, end in region.data_ranges())
+        assert 3 * PAGE <= covered <= 3 * BLOCK
+    with Region.anonymous(BLOCK) as region:
+        assert region.known_zero() == []
+
+
+# ------------------------------------------------------------------------------ locks
+
+_HOLD = """
+import sys
+from pkernfs.region.files import FileBacking
+from pkernfs.region.region import Region
+region = Region.open(sys.argv[1], write=sys.argv[2] == "w")
+if sys.argv[2] == "w":
+    region.serving(True)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_memory_files_are_regions_of_the_kernel() -> None:
+    with MemoryFile(BLOCK) as memory:
+        with memory.open() as region:
+            assert not region.needs_sync
+            region.copy_in(7, b"kept")
+        with memory.open(write=False) as region:
+            assert region.read(7, 4) == b"kept"
+
+
+_HOLD = """
+import sys
+from pkernfs.region.files import FileBacking
+from pkernfs.region.region import Region
+region = Region.open(sys.argv[1], write=sys.argv[2] == "w")
+if sys.argv[2] == "w":
+    region.serving(True)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def holder(path: str, mode: str) -> subprocess.Popen[str]:
+    """Another process that has the region open, to write or to read."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _HOLD, path, mode],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    process.communicate(timeout=20)
+
+
+def test_a_region_is_locked_against_this_process_too(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "_CLOSING_WAIT_SECONDS", 0.05)
+    with Region.open(path, write=True):
+        for write in (True, False):
+            with pytest.raises(LockedError) as caught:
+                Region.open(path, write=write)
+            assert caught.value.errno == errno.EBUSY
+        Region.open(path, write=False, lock=False).close()
+    with (
+        Region.open(path, write=False),
+        Region.open(path, write=False),
+        pytest.raises(LockedError),
+    ):
+        Region.open(path, write=True)
+    Region.open(path, write=True).close()
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("w", True), ("w", False), ("r", True)])
+def test_a_region_is_locked_against_other_processes(
+    path: str, theirs: str, ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "_CLOSING_WAIT_SECONDS", 0.2)
+    process = holder(path, theirs)
+    try:
+        with pytest.raises(LockedError):
+            Region.open(path, write=ours)
+    finally:
+        end(process)
+    Region.open(path, write=True).close()
+
+
+def test_readers_share(path: str) -> None:
+    process = holder(path, "r")
+    Region.open(path, write=False).close()
+    end(process)
+
+
+def test_a_dead_process_leaves_no_lock(path: str) -> None:
+    process = holder(path, "w")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    end(process)
+    Region.open(path, write=True).close()
+
+
+def test_a_contender_waits_for_one_that_is_closing(path: str) -> None:
+    process = holder(path, "r")  # not serving: about to let go
+    assert process.stdin
+    process.stdin.close()
+    Region.open(path, write=True).close()
+    process.wait()
+    assert process.stdout
+    process.stdout.close()
+
+
+def test_zeroing_leaves_holes(tmp_path: Path) -> None:
+    """A sparse file on tmpfs or ext4 does not fill up when what was never written is zeroed."""
+    path = tmp_path / "region"
+    Region.create(str(path), 64 << 20)
+    with Region.open(str(path), write=True) as region:
+        region.copy_in(9 << 20, b"data")
+        before = path.stat().st_blocks
+        region.zero(0, 64 << 20)
+        assert path.stat().st_blocks <= before
+        assert region.read(9 << 20, 4) == bytes(4)
+
+
+def test_removed_sparse_file_takes_no_memory(tmp_path: Path) -> None:
+    """Blocks that a file never wrote to stay holes of the region when they are zeroed again."""
+    path = tmp_path / "region"
+    Region.create(str(path), 256 << 20)
+    with Region.open(str(path), write=True) as region:
+        make_filesystem(region)
+        fs = FileSystem.mount(region)
+        ino = fs.create(1, b"guest-ram", stat.S_IFREG | 0o600, 0, 0).ino
+        fs.setattr(ino, size=200 << 20)
+        fs.unlink(1, b"guest-ram")
+        while claim := fs.next_dirty(64 << 20):
+            for offset, length in claim.pieces():
+                region.zero(offset, length)
+            fs.finish_zeroing(claim)
+        fs.unmount()
+        assert path.stat().st_blocks * 512 < 16 << 20
+
+
+def test_a_file_system_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even the metadata would fit: said before a file is made."""
+    full = os.statvfs_result((4096, 4096, 1000, 10, 10, 0, 0, 0, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda path: full)
+    with pytest.raises(RegionError, match="cannot create: the file system is full") as caught:
+        files.create(str(tmp_path / "region"), 8 * MIB)
+    assert caught.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == []
+    files.create(str(tmp_path / "region"), 8 * PAGE)
+
+
+def test_huge_pages_do_not_tell_holes(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on hugetlbfs: known to be zero while there is no memory, and addresses to look up."""
+    with open(path, "rb") as file:
+        magic = int(lib.pk_fs_magic(file.fileno()))
+    monkeypatch.setattr(files, "_HUGETLBFS", magic)
+    backing = FileBacking(path, write=True, phys_base=None, lock=False)
+    assert backing.in_pagemap
+    assert backing.real_addresses
+    assert backing.known_zero() == [(0, backing.size // BLOCK)]
+    assert list(backing.data_ranges(PAGE, BLOCK)) == [(PAGE, BLOCK)]
+    backing.close()
