@@ -8,11 +8,12 @@ import errno
 import json
 import os
 import signal
-import subprocess
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import programs
 
 _DEATH_SECONDS = 20
 
@@ -26,19 +27,7 @@ def run(*command: str, seconds: float = 120) -> str:
 
     :raises CommandError: it is missing, fails, or is not done in ``seconds``.
     """
-    try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=seconds,
-            check=False,
-        )  # fmt: skip
-    except FileNotFoundError as error:
-        raise CommandError(f"{command[0]}: command not found") from error
-    except subprocess.TimeoutExpired as error:
-        raise CommandError(f"{' '.join(command)}: not done in {seconds:g} s") from error
-    if done.returncode != 0:
-        said = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
-        raise CommandError(f"{' '.join(command)}: exit status {done.returncode}: {said}")
-    return done.stdout
+    return programs.output(*command, error=CommandError, seconds=seconds)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """An initramfs: members packed into a cpio archive, and the one of a guest whose init is init.c."""
 
-import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import programs
 from guestlab import GuestLabError
 
 _INIT_SOURCE = Path(__file__).with_name("init.c")
@@ -26,13 +26,8 @@ def build(scratch: Path) -> Path:
     """
     init = scratch / "init"
     command = ["cc", "-static", "-O2", "-Wall", "-o", str(init), str(_INIT_SOURCE)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError as error:
-        raise GuestLabError("cc: not found; the guest's init needs a C compiler") from error
-    if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise GuestLabError(f"cc: cannot compile the guest's init: {reason}")
+    advice = "the guest's init needs a C compiler"
+    programs.output(*command, error=GuestLabError, advice=advice)
     archive = scratch / "initramfs.cpio"
     archive.write_bytes(pack([Member("init", EXECUTABLE, init.read_bytes())]))
     return archive

@@ -3,12 +3,13 @@
 import os
 import re
 import shutil
-import subprocess
 import tarfile
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import debfile
+import programs
 from guestlab import GuestLabError
 
 META_PACKAGE = "linux-image-cloud-amd64"
@@ -67,27 +68,18 @@ def _leaf_package(package: str) -> str:
         record = _run("apt-cache", "show", "--no-all-versions", package)
         if not record:
             raise GuestLabError(f"{package}: apt knows no such package")
-        depends = _field(record, "Depends")
-        names = [entry.split()[0] for entry in depends.split(",") if entry.strip()]
-        inner = [name for name in names if _KERNEL_PACKAGE.match(name)]
+        inner = [n for n in debfile.dependencies(record) if _KERNEL_PACKAGE.match(n)]
         if not inner:
-            return f"{package}={_field(record, 'Version')}"
+            return f"{package}={debfile.field(record, 'Version')}"
         package = inner[0]
     raise GuestLabError(f"{META_PACKAGE}: its dependencies do not end in a kernel")
-
-
-def _field(record: str, name: str) -> str:
-    found = re.search(rf"^{name}: (.*)$", record, re.MULTILINE)
-    return found.group(1) if found else ""
 
 
 def _download(kernel: Kernel) -> None:
     """Download the package and keep only its kernel image, which appears whole or not at all."""
     kernel.image.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=kernel.image.parent) as scratch:
-        # The scratch directory is root's; apt's own sandbox user could not write to it.
-        as_root = "APT::Sandbox::User=root"
-        _run("apt-get", "-q", "-o", as_root, "download", kernel.package, cwd=scratch)
+        _run("apt-get", "-q", "-o", debfile.AS_CALLER, "download", kernel.package, cwd=scratch)
         packages = list(Path(scratch).glob("*.deb"))
         if not packages:
             raise GuestLabError(f"{kernel.package}: apt-get download left no package")
@@ -97,16 +89,8 @@ def _download(kernel: Kernel) -> None:
 
 
 def _extract_image(package: Path, target: Path) -> None:
-    unpack = ["dpkg-deb", "--fsys-tarfile", str(package)]
-    with subprocess.Popen(unpack, stdout=subprocess.PIPE) as unpacker:
-        assert unpacker.stdout is not None
-        try:
-            with tarfile.open(fileobj=unpacker.stdout, mode="r|") as archive:
-                _copy_image(archive, target)
-        except tarfile.TarError as error:
-            raise GuestLabError(f"{package.name}: cannot be unpacked: {error}") from error
-        finally:
-            unpacker.terminate()  # the rest of the package is of no interest
+    with debfile.content(package, GuestLabError) as archive:
+        _copy_image(archive, target)
 
 
 def _copy_image(archive: tarfile.TarFile, target: Path) -> None:
@@ -121,11 +105,5 @@ def _copy_image(archive: tarfile.TarFile, target: Path) -> None:
 
 
 def _run(*command: str, cwd: str | None = None) -> str:
-    try:
-        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
-    except FileNotFoundError as error:
-        raise GuestLabError(f"{command[0]}: not found; this needs Debian's apt") from error
-    if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise GuestLabError(f"{' '.join(command)}: {reason}")
-    return done.stdout
+    advice = "this needs Debian's apt"
+    return programs.output(*command, error=GuestLabError, advice=advice, seconds=900, cwd=cwd)

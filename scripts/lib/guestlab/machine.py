@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import programs
 from guestlab import GuestLabError
 from guestlab.kernel import Kernel
 
@@ -26,6 +27,11 @@ _PATIENCE_SECONDS = 15  # with an accelerator that something slower can replace
 def qemu_path() -> str | None:
     """Where QEMU is, or None."""
     return shutil.which(QEMU)
+
+
+def file_option(path: Path) -> str:
+    """Write a path as a value of a QEMU option: a comma is doubled in it."""
+    return str(path).replace(",", ",,")
 
 
 def accelerators() -> list[str]:
@@ -59,7 +65,7 @@ class Recipe:
         append = f"console=ttyS0 panic=-1 marker={self.marker} pages={self.pages}"
         if self.busy:
             append += " busy=1"
-        path = str(self.ram).replace(",", ",,")  # QEMU's way to have a comma in a value
+        path = file_option(self.ram)
         backend = f"memory-backend-file,id=ram,mem-path={path},share=on,size={self.ram_bytes}"
         return [
             QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
@@ -119,14 +125,9 @@ class Guest:
 
         :raises GuestLabError: it does not end even by SIGKILL, as when its memory's writes hang.
         """
-        for number in (signal_number, signal.SIGKILL):
-            if self.process.poll() is None:
-                self.process.send_signal(number)
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(_STOP_SECONDS)
-                self._reader.join()
-                return
-        raise GuestLabError(f"{QEMU}: process {self.process.pid} outlives SIGKILL")
+        if not programs.end(self.process, signal_number, signal.SIGKILL, seconds=_STOP_SECONDS):
+            raise GuestLabError(f"{QEMU}: process {self.process.pid} outlives SIGKILL")
+        self._reader.join()
 
     def _console_text(self, pattern: re.Pattern[str]) -> str:
         for line in self.console:

@@ -7,10 +7,10 @@ libraries that it needs, and a script runs them by their own dynamic loader.
 import os
 import re
 import shutil
-import subprocess
 import tempfile
 from pathlib import Path
 
+import programs
 from guestlab import GuestLabError
 from guestlab.machine import QEMU
 
@@ -49,7 +49,7 @@ def version(path: Path) -> tuple[int, int]:
 
     :raises GuestLabError: it does not say.
     """
-    done = subprocess.run([str(path), "--version"], capture_output=True, text=True, timeout=60)
+    done = programs.run(str(path), "--version", error=GuestLabError, seconds=60)
     match = _VERSION.search(done.stdout)
     if match is None:
         raise GuestLabError(f"{path}: no version: {done.stderr.strip()[-200:]}")
@@ -76,15 +76,5 @@ def _fetch(runner: Path) -> None:
 
 def _extract(root: Path) -> None:
     command = ["mmdebstrap", "--variant=extract", "--include=qemu-system-x86", _SUITE, str(root)]
-    try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            timeout=_FETCH_SECONDS,
-        )  # fmt: skip
-    except FileNotFoundError as error:
-        raise GuestLabError("mmdebstrap: not found: apt-get install mmdebstrap") from error
-    except subprocess.TimeoutExpired as error:
-        raise GuestLabError(f"mmdebstrap: not done in {_FETCH_SECONDS} s") from error
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or ["no message"]
-        raise GuestLabError(f"mmdebstrap: {_SUITE}: {lines[-1]}")
+    advice = "apt-get install mmdebstrap"
+    programs.output(*command, error=GuestLabError, advice=advice, seconds=_FETCH_SECONDS)

@@ -6,11 +6,11 @@ touched.
 
 import os
 import re
-import subprocess
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import debfile
+import programs
 from kexeclab import LabError
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
@@ -25,19 +25,7 @@ def run(*command: str, cwd: Path | None = None, seconds: float = 900) -> str:
 
     :raises LabError: it is missing, fails, or is not done in ``seconds``.
     """
-    try:
-        done = subprocess.run(
-            command, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            errors="replace", timeout=seconds, check=False,
-        )  # fmt: skip
-    except FileNotFoundError as error:
-        raise LabError(f"{command[0]}: command not found") from error
-    except subprocess.TimeoutExpired as error:
-        raise LabError(f"{command[0]}: not done in {seconds:g} s") from error
-    if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise LabError(f"{' '.join(command[:8])}: {reason}")
-    return done.stdout
+    return programs.output(*command, error=LabError, seconds=seconds, cwd=cwd)
 
 
 def mirror() -> str:
@@ -78,13 +66,18 @@ class Suite:
         self._fresh = False
 
     def depends(self, package: str) -> list[str]:
-        """The names that ``package`` depends on, alternatives left out."""
-        entries = self._field(package, "Depends", default="").split(",")
-        return [entry.split()[0] for entry in entries if entry.strip()]
+        """Return the names that ``package`` depends on, alternatives left out."""
+        return debfile.dependencies(self._record(package))
 
     def version(self, package: str) -> str:
-        """The version that the suite offers."""
-        return self._field(package, "Version")
+        """Return the version that the suite offers.
+
+        :raises LabError: it has no such package.
+        """
+        found = debfile.field(self._record(package), "Version")
+        if found is None:
+            raise LabError(f"{package}: {self.name} has no such package")
+        return found
 
     def download(self, package: str, directory: Path) -> Path:
         """Download the package's file into ``directory``; apt has checked its signature chain."""
@@ -95,14 +88,8 @@ class Suite:
             raise LabError(f"{package}: apt-get download left {len(new)} files, expected 1")
         return new.pop()
 
-    def _field(self, package: str, name: str, default: str | None = None) -> str:
-        record = self._apt("apt-cache", "show", "--no-all-versions", package)
-        found = re.search(rf"^{name}: (.*)$", record, re.MULTILINE)
-        if found is None and default is not None and record:
-            return default
-        if found is None:
-            raise LabError(f"{package}: {self.name} has no such package with a field {name}")
-        return found.group(1)
+    def _record(self, package: str) -> str:
+        return self._apt("apt-cache", "show", "--no-all-versions", package)
 
     def _apt(self, tool: str, *words: str, cwd: Path | None = None) -> str:
         self._refresh()
@@ -119,9 +106,9 @@ class Suite:
             "APT::Architecture": "amd64",
             "Acquire::Languages": "none",
             "Acquire::Retries": "3",
-            "APT::Sandbox::User": "root",  # the cache is the user's own; _apt could not write there
         }
-        return [word for key, value in settings.items() for word in ("-o", f"{key}={value}")]
+        words = [word for key, value in settings.items() for word in ("-o", f"{key}={value}")]
+        return [*words, "-o", debfile.AS_CALLER]
 
     def _refresh(self) -> None:
         if self._fresh:
@@ -134,17 +121,11 @@ class Suite:
 
 
 def unpack(package: Path, directory: Path, wanted: re.Pattern[str]) -> None:
-    """Unpack the members of a package whose names (without ``./``) match ``wanted``."""
-    with subprocess.Popen(
-        ["dpkg-deb", "--fsys-tarfile", str(package)], stdout=subprocess.PIPE
-    ) as unpacker:
-        assert unpacker.stdout is not None
-        try:
-            with tarfile.open(fileobj=unpacker.stdout, mode="r|") as archive:
-                for member in archive:
-                    if wanted.match(member.name.removeprefix("./")):
-                        archive.extract(member, directory, filter="tar")
-        except tarfile.TarError as error:
-            raise LabError(f"{package.name}: cannot be unpacked: {error}") from error
-    if unpacker.returncode != 0:
-        raise LabError(f"{package.name}: dpkg-deb: exit status {unpacker.returncode}")
+    """Unpack the members of a package whose names (without ``./``) match ``wanted``.
+
+    :raises LabError: it cannot be unpacked.
+    """
+    with debfile.content(package, LabError) as archive:
+        for member in archive:
+            if wanted.match(member.name.removeprefix("./")):
+                archive.extract(member, directory, filter="tar")

@@ -1,12 +1,13 @@
 """What a stage is given inside the machine: commands, notes for later stages, and kexec."""
 
 import os
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
+
+import programs
 
 KERNELS = Path("/lab/kernels")
 STAGE_PARAMETER = "lab.stage"
@@ -84,19 +85,10 @@ class Guest:
 
         :raises GuestError: another exit status, or not done in ``seconds``.
         """
-        words = " ".join(command)
-        try:
-            done = subprocess.run(
-                command, input=input, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                errors="replace", timeout=seconds, check=False,
-            )  # fmt: skip
-        except FileNotFoundError as error:
-            raise GuestError(f"{command[0]}: command not found") from error
-        except subprocess.TimeoutExpired as error:
-            raise GuestError(f"{words}: not done in {seconds:g} s") from error
+        done = programs.run(*command, error=GuestError, seconds=seconds, input=input, merge=True)
         if done.returncode != status:
             got = f"exit status {done.returncode}, expected {status}"
-            raise GuestError(f"{words}: {got}:\n{done.stdout[-4000:]}")
+            raise GuestError(f"{' '.join(command)}: {got}:\n{done.stdout[-4000:]}")
         return done.stdout
 
     def command_line(self, add: Sequence[str] = (), remove: Sequence[str] = ()) -> list[str]:

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from guestlab.machine import QEMU, accelerators
+import programs
+from guestlab.machine import QEMU, accelerators, file_option
 from kexeclab import LabError, LostMachine, cache, kernels, project, rootfs
 from kexeclab.agent import PORT
 from kexeclab.debian import run
@@ -105,9 +106,8 @@ def command(
 
 def _disk(serial: str, path: Path, option: str) -> list[str]:
     name = serial.replace(".", "-")
-    file = str(path).replace(",", ",,")
     return [
-        "-drive", f"if=none,id={name},format=raw,{option},file={file}",
+        "-drive", f"if=none,id={name},format=raw,{option},file={file_option(path)}",
         "-device", f"virtio-blk-pci,drive={name},serial={serial}",
     ]  # fmt: skip
 
@@ -202,12 +202,7 @@ class Running:
     def close(self) -> None:
         """End QEMU, whatever it is doing."""
         self._selector.close()
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            if self.process.poll() is None:
-                self.process.send_signal(number)
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(10)
-                break
+        programs.end(self.process, seconds=10)
         if self.process.stdout is not None:
             self.process.stdout.close()
         self.channel.close()
@@ -270,7 +265,7 @@ def running(machine: Machine, parts: Parts, echo: bool = False) -> Iterator[Runn
             )  # fmt: skip
         except FileNotFoundError as error:
             raise LabError(f"{QEMU}: command not found") from error
-        stack.callback(_end, process)
+        stack.callback(programs.end, process, signal.SIGKILL, seconds=10)
         for feed in feeds.values():
             feed.passed_on()
         listener.settimeout(30)
@@ -288,9 +283,3 @@ def running(machine: Machine, parts: Parts, echo: bool = False) -> Iterator[Runn
 def _end_with_parent() -> None:
     """Have the kernel end QEMU if this process is killed, which no ``finally`` notices."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        process.kill()
-        process.wait()
