@@ -9,7 +9,8 @@ import json
 import os
 import signal
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,6 +104,25 @@ class LiveMount:
             return False
         serves = os.fsencode(self.region) in words and os.fsencode(self.directory) in words
         return serves and any(os.path.basename(word) == b"pkernfs" for word in words[:3])
+
+
+@contextmanager
+def fresh(live: LiveMount, size: int) -> Iterator[LiveMount]:
+    """Make a region of ``size`` bytes and mount it, while the block runs; fsck finds it clean then.
+
+    Whatever happens, neither mount nor daemon is left.
+
+    :raises CommandError: a step fails.
+    """
+    run("mkfs.pkernfs", "-s", str(size), str(live.region))
+    try:
+        live.mount()
+        yield live
+        if live.is_mounted():
+            live.unmount()
+        run("fsck.pkernfs", "-n", str(live.region))
+    finally:
+        live.dismantle()
 
 
 def extents(file: Path) -> list[Extent]:

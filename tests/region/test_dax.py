@@ -8,27 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from pkernfs.errors import RegionError
 from pkernfs.region.dax import DeviceNumber, device_name, device_names, device_number
-from pkernfs.region.region import Region
-from support.made_up_host import Machine, add_dax, make_machine
+from support.made_up_host import Machine, add_dax
+from support.made_up_regions import SOFT_RESERVED, G, M, dax_machine, refusal
 
-M = 1 << 20
-G = 1 << 30
-SOFT = "memmap=512M%1G-1+0xefffffff"
 NO_DEVICE = "no such device: boot with memmap=SIZE%START-1+0xefffffff to have one, and modprobe "
 
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Machine:
-    return make_machine(tmp_path, command_line=f"{SOFT} pkernfs=guests:/dev/dax0.0")
-
-
-def refusal(machine: Machine, name: str = "dax0.0") -> str:
-    with pytest.raises(RegionError) as caught:
-        Region.open(machine.path(f"dev/{name}"), write=True, host=machine)
-    assert caught.value.errno
-    return str(caught.value).replace(machine.path(""), "/")
+    return dax_machine(tmp_path)
 
 
 def test_names_are_in_the_order_of_their_numbers(machine: Machine) -> None:
@@ -57,7 +46,7 @@ def test_what_is_a_dax_device(machine: Machine, tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("", f"{NO_DEVICE}device_dax; modprobe dax_hmem"),
-        (SOFT, "no such device: modprobe device_dax; modprobe dax_hmem"),
+        (SOFT_RESERVED, "no such device: modprobe device_dax; modprobe dax_hmem"),
     ],
 )
 def test_no_device(machine: Machine, line: str, message: str) -> None:

@@ -7,30 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from pkernfs.errors import LockedError, RegionError
+from pkernfs.errors import LockedError
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.host.iomem import Span
 from pkernfs.layout import BLOCK
 from pkernfs.region.dax import device_names, read_device
 from pkernfs.region.region import Region
-from support.made_up_host import Machine, add_dax, make_machine
-
-M = 1 << 20
-G = 1 << 30
-SOFT = "memmap=512M%1G-1+0xefffffff"
+from support.made_up_host import Machine, add_dax
+from support.made_up_regions import G, M, dax_machine, refusal
 
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Machine:
-    return make_machine(tmp_path, command_line=f"{SOFT} pkernfs=guests:/dev/dax0.0")
-
-
-def refusal(machine: Machine, name: str = "dax0.0") -> str:
-    with pytest.raises(RegionError) as caught:
-        Region.open(machine.path(f"dev/{name}"), write=True, host=machine)
-    assert caught.value.errno
-    return str(caught.value).replace(machine.path(""), "/")
+    return dax_machine(tmp_path)
 
 
 def test_a_device_of_two_ranges(machine: Machine) -> None:

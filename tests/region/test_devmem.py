@@ -16,30 +16,16 @@ from pkernfs.errors import LockedError, RegionError
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.fs.superblock import describe
-from pkernfs.host.sysroot import Host
 from pkernfs.layout import BLOCK
 from pkernfs.region import locks
 from pkernfs.region.opening import open_backing
-from pkernfs.region.region import Region
-from support.made_up_host import Machine, make_machine
-
-M = 1 << 20
-G = 1 << 30
-PAT = "sys/kernel/debug/x86/pat_memtype_list"
-LINES = "PAT memtype list:\nPAT: [mem 0x{:016x}-0x{:016x}] {}\n"
+from support.made_up_host import Machine
+from support.made_up_regions import G, M, dev_mem_machine, open_region
 
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Machine:
-    made = make_machine(tmp_path)
-    with made.write("dev/mem", b"").open("r+b") as memory:
-        memory.truncate(2 * G)
-    made.write(PAT, LINES.format(G, G + 512 * M, "write-back"))
-    return made
-
-
-def open_region(spec: str, host: Host, *, write: bool = True, lock: bool = True) -> Region:
-    return Region.open(spec, write=write, lock=lock, host=host)
+    return dev_mem_machine(tmp_path)
 
 
 def test_a_file_system_in_physical_memory(machine: Machine) -> None:

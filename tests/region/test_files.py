@@ -25,13 +25,6 @@ from support.checking import MemoryFile
 MIB = 1 << 20
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> str:
-    name = str(tmp_path / "region")
-    Region.create(name, 8 * MIB)
-    return name
-
-
 def test_what_cannot_be_opened(tmp_path: Path, path: str) -> None:
     small = tmp_path / "small"
     small.write_bytes(b"x" * 100)

@@ -8,34 +8,20 @@ from pathlib import Path
 import pytest
 
 from pkernfs.errors import RegionError
-from pkernfs.host.sysroot import Host
 from pkernfs.region import memtype
 from pkernfs.region.opening import open_backing
-from pkernfs.region.region import Region
-from support.made_up_host import Machine, make_machine
-
-M = 1 << 20
-G = 1 << 30
-PAT = "sys/kernel/debug/x86/pat_memtype_list"
-LINES = "PAT memtype list:\nPAT: [mem 0x{:016x}-0x{:016x}] {}\n"
+from support.made_up_host import Machine
+from support.made_up_regions import PAT, PAT_LIST, G, M, dev_mem_machine, open_region
 
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Machine:
-    made = make_machine(tmp_path)
-    with made.write("dev/mem", b"").open("r+b") as memory:
-        memory.truncate(2 * G)
-    made.write(PAT, LINES.format(G, G + 512 * M, "write-back"))
-    return made
-
-
-def open_region(spec: str, host: Host, *, write: bool = True, lock: bool = True) -> Region:
-    return Region.open(spec, write=write, lock=lock, host=host)
+    return dev_mem_machine(tmp_path)
 
 
 @pytest.mark.parametrize("write", [True, False])
 def test_a_mapping_round_the_caches_is_refused(machine: Machine, write: bool) -> None:
-    machine.write(PAT, LINES.format(G + 510 * M, G + 520 * M, "uncached-minus"))
+    machine.write(PAT, PAT_LIST.format(G + 510 * M, G + 520 * M, "uncached-minus"))
     with pytest.raises(RegionError) as caught:
         open_region("512M!1G", machine, write=write)
     assert str(caught.value) == (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from pkernfs.native._native import ffi
@@ -14,13 +13,6 @@ from pkernfs.layout import BLOCK, PAGE
 from pkernfs.region.region import Region
 
 MIB = 1 << 20
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> str:
-    name = str(tmp_path / "region")
-    Region.create(name, 8 * MIB)
-    return name
 
 
 @pytest.mark.parametrize("size", [PAGE, BLOCK - PAGE, BLOCK, 5 * BLOCK + PAGE, 1 << 40])

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from guestlab import GuestLabError, initramfs, kernel, machine, memory
-from livemount import LiveMount, extents, read_region, run
+from livemount import LiveMount, extents, fresh, read_region, run
 
 pytestmark = [pytest.mark.vm, pytest.mark.fuse]
 
@@ -43,15 +43,8 @@ def live(tmp_path: Path) -> Iterator[LiveMount]:
     """A mounted, empty file system; after the test fsck finds the region clean."""
     live = LiveMount(tmp_path / "region", tmp_path / "mnt")
     live.directory.mkdir()
-    run("mkfs.pkernfs", "-s", str(REGION_BYTES), str(live.region))
-    try:
-        live.mount()
+    with fresh(live, REGION_BYTES):
         yield live
-        if live.is_mounted():
-            live.unmount()
-        run("fsck.pkernfs", "-n", str(live.region))
-    finally:
-        live.dismantle()
 
 
 @pytest.fixture

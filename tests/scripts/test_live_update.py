@@ -17,7 +17,7 @@ import pytest
 
 from guestlab import counter
 from hugepages import HugePages
-from livemount import CommandError, LiveMount, extents, read_region, run
+from livemount import CommandError, LiveMount, extents, fresh, read_region, run
 
 pytestmark = [pytest.mark.vm, pytest.mark.fuse]
 
@@ -42,14 +42,9 @@ def live(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LiveMount]:
     try:
         run("mount", "-t", request.param, "-o", f"size={REGION_BYTES}", "test", str(memory))
         try:
-            run("mkfs.pkernfs", "-s", str(REGION_BYTES), str(live.region))
-            live.mount()
-            yield live
-            if live.is_mounted():
-                live.unmount()
-            run("fsck.pkernfs", "-n", str(live.region))
+            with fresh(live, REGION_BYTES):
+                yield live
         finally:
-            live.dismantle()
             run("umount", "-l", str(memory))
     finally:
         pages.give_back()
