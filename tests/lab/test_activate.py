@@ -19,18 +19,19 @@ import pytest
 
 from kexeclab.guest import Guest
 from kexeclab.runner import Lab
+from support.lab import regions
+from support.lab.commands import PYTHON, run_iommu
 from support.lab.edu import SCRATCH, Edu
+from support.lab.regions import MOUNT
 from support.lab.words import read_word, write_word
 
 pytestmark = pytest.mark.lab
 
 MIB = 1 << 20
-REGION = "512M!1G"
-MOUNT = Path("/mnt/pkernfs")
-DOMAIN = str(MOUNT / "iommu/dom-0")
+REGION = regions.SPEC
+DOMAIN = str(regions.domain(0))
 EDU = "0000:00:05.0"
 AT = 1 << 30
-PYTHON = "/opt/pkernfs/.venv/bin/python"
 #: Map and unmap a file for some seconds; prints how often.
 ROUNDS = """
 import os, sys, time
@@ -46,22 +47,9 @@ print(count)
 """
 
 
-def make_file(name: str, size: int) -> Path:
-    """A file of zeros."""
-    path = MOUNT / name
-    path.touch()
-    os.truncate(path, size)
-    return path
-
-
-def iommu(guest: Guest, *words: str, status: int = 0) -> str:
-    """``pkernfs iommu ...``"""
-    return guest.run("pkernfs", "iommu", *words, status=status)
-
-
 def unit(guest: Guest) -> dict[str, Any]:
     """What ``units`` says of the only one."""
-    [found] = json.loads(iommu(guest, "units", "--json"))["units"]
+    [found] = json.loads(run_iommu(guest, "units", "--json"))["units"]
     assert isinstance(found, dict)
     return found
 
@@ -76,19 +64,18 @@ def set_up(guest: Guest) -> Path:
     """A mounted region, a domain with a file and a place for what the device hands on."""
     guest.run("mkfs.pkernfs", REGION)
     guest.run("mount", "-t", "fuse.pkernfs", REGION, str(MOUNT))
-    ram = make_file("guest-ram", 8 * MIB)
-    make_file("scratch", 4096)
-    guest.run("touch", DOMAIN)
-    guest.run("truncate", "-s", "2M", DOMAIN)
-    iommu(guest, "map", DOMAIN, hex(AT), str(ram))
-    iommu(guest, "map", DOMAIN, hex(SCRATCH), str(MOUNT / "scratch"))
-    iommu(guest, "attach", DOMAIN, EDU)
+    ram = regions.make_file(MOUNT / "guest-ram", 8 * MIB)
+    regions.make_file(MOUNT / "scratch", 4096)
+    regions.make_domain(0)
+    run_iommu(guest, "map", DOMAIN, hex(AT), str(ram))
+    run_iommu(guest, "map", DOMAIN, hex(SCRATCH), str(MOUNT / "scratch"))
+    run_iommu(guest, "attach", DOMAIN, EDU)
     return ram
 
 
 def no_more(guest: Guest, edu: Edu, iova: int, word: int) -> None:
     """The device cannot reach that address, where ``word`` is, and the unit has a fault of it."""
-    iommu(guest, "units", "--clear")
+    run_iommu(guest, "units", "--clear")
     assert edu.load(iova) != word
     [fault] = unit(guest)["faults"]
     assert (fault["source_id"], fault["iova"], fault["write"]) == (EDU, iova, False)
@@ -104,10 +91,10 @@ def work(guest: Guest) -> None:
     if remapping:
         assert interrupts("IR-PCI-MSI") > 0
     # The machine's own disks are below the unit too (but QEMU lets virtio pass it by).
-    said = iommu(guest, "activate", str(MOUNT), status=1)
+    said = run_iommu(guest, "activate", str(MOUNT), status=1)
     assert re.search(r"dmar0: the kernel has devices at work there .* \(virtio-pci\)", said)
     assert unit(guest)["state"] == "off"
-    assert iommu(guest, "activate", str(MOUNT), "--cut-off") == "dmar0: in force\n"
+    assert run_iommu(guest, "activate", str(MOUNT), "--cut-off") == "dmar0: in force\n"
     after = unit(guest)
     assert (after["state"], after["mount"]) == ("ours", str(MOUNT))
     assert after["interrupt_remapping"] is after["queue"] is remapping
@@ -117,7 +104,7 @@ def work(guest: Guest) -> None:
     assert edu.load(AT + 5 * MIB) == 0x1234
     edu.store(AT + 5 * MIB + 8, 0x5678)
     assert read_word(ram, 5 * MIB + 8) == 0x5678
-    iommu(guest, "unmap", DOMAIN, hex(AT + 5 * MIB), "4K")  # of a superpage that is cached
+    run_iommu(guest, "unmap", DOMAIN, hex(AT + 5 * MIB), "4K")  # of a superpage that is cached
     no_more(guest, edu, AT + 5 * MIB, 0x1234)
     write_word(ram, 6 * MIB, 0x9ABC)
     assert edu.load(AT + 6 * MIB) == 0x9ABC
@@ -130,17 +117,17 @@ def work(guest: Guest) -> None:
     guest.run("mount", "-t", "fuse.pkernfs", REGION, str(MOUNT))
     assert unit(guest)["mount"] == str(MOUNT)
     assert edu.load(AT + 6 * MIB) == 0x9ABC
-    iommu(guest, "unmap", DOMAIN, hex(AT), "8M")
+    run_iommu(guest, "unmap", DOMAIN, hex(AT), "8M")
     no_more(guest, edu, AT + 6 * MIB, 0x9ABC)
     ram.unlink()
-    other = make_file("other", 2 * MIB)
+    other = regions.make_file(MOUNT / "other", 2 * MIB)
     write_word(other, 0, 0xDEF0)
-    iommu(guest, "map", DOMAIN, hex(AT), str(other))
+    run_iommu(guest, "map", DOMAIN, hex(AT), str(other))
     assert edu.load(AT) == 0xDEF0
 
-    assert "a bus master" in iommu(guest, "deactivate", str(MOUNT), status=1)
+    assert "a bus master" in run_iommu(guest, "deactivate", str(MOUNT), status=1)
     edu.master(False)
-    assert iommu(guest, "deactivate", str(MOUNT)) == "dmar0: off\n"
+    assert run_iommu(guest, "deactivate", str(MOUNT)) == "dmar0: off\n"
     assert unit(guest)["state"] == "off"
     assert unit(guest)["interrupt_remapping"] is remapping
     interrupts_still_arrive(guest)
@@ -153,7 +140,7 @@ def interrupts_still_arrive(guest: Guest) -> None:
 
     Each move has the kernel use its queue, and it waits until the unit has done what is in it.
     """
-    spare = str(make_file("spare", 2 * MIB))
+    spare = str(regions.make_file(MOUNT / "spare", 2 * MIB))
     before = interrupts("virtio")
     stop = threading.Event()
     moved = 0
@@ -198,7 +185,7 @@ def refused(guest: Guest) -> None:
     set_up(guest)
     state, reason = guest.parameters["state"], guest.parameters["reason"]
     assert unit(guest)["state"] == state
-    said = iommu(guest, "activate", str(MOUNT), "--cut-off", status=1)
+    said = run_iommu(guest, "activate", str(MOUNT), "--cut-off", status=1)
     assert reason in said
     assert said.count("\n") == 1
     guest.run("umount", str(MOUNT))
@@ -211,7 +198,7 @@ def machine(lab: Lab, cmdline: list[str], *, unit: str, **more: Any) -> Any:
     if unit:
         devices[:0] = ["-device", f"intel-iommu,aw-bits=48,{unit}"]
     return lab.machine(
-        cmdline=["memmap=512M%1G", *cmdline], devices=devices, memory=2048, cpus=2, **more
+        cmdline=[regions.MEMMAP, *cmdline], devices=devices, memory=2048, cpus=2, **more
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 from kexeclab.guest import Guest
 from kexeclab.runner import Lab, Result
 from support.lab import regions
+from support.lab.commands import ask, pkernfs
 from support.lab.dma import (
     ADOPTED,
     AT,
@@ -25,22 +26,20 @@ from support.lab.dma import (
     WIRE,
     WORDS,
     all_packets,
-    ask,
     faults,
     kexec_words,
     machine,
     pci_commands,
-    pkernfs,
     put_to_work,
     reads_and_writes,
     shown,
     tell_packets,
-    until,
 )
 from support.lab.edu import BUFFER, FROM_MEMORY, Edu
 from support.lab.kernel_tables import entries
 from support.lab.regions import MOUNT
 from support.lab.streams import BYTES, Stream, asked_for, expected, landed
+from support.waiting import until
 
 pytestmark = pytest.mark.lab
 

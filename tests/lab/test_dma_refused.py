@@ -10,14 +10,13 @@ import pytest
 from kexeclab.guest import KERNELS, Guest
 from kexeclab.runner import Lab
 from support.lab import regions
+from support.lab.commands import ask, pkernfs
 from support.lab.dma import (
     EDU,
     WORDS,
-    ask,
     faults,
     kexec_words,
     machine,
-    pkernfs,
     put_to_work,
     reads_and_writes,
     shown,
@@ -51,10 +50,9 @@ def refusals(guest: Guest) -> None:
 
 def unable_unit(guest: Guest) -> None:
     """Tables of a kind that the unit cannot walk are not put in force."""
-    root, domain = MOUNT / "iommu/root-pgtables", MOUNT / "iommu/dom-0"
+    root = MOUNT / "iommu/root-pgtables"
     pkernfs("iommu", "create", str(MOUNT), "--levels", "5")
-    guest.run("touch", str(domain))
-    guest.run("truncate", "-s", "2M", str(domain))
+    domain = regions.make_domain(0)
     pkernfs("iommu", "attach", str(domain), EDU)
     status, said = ask("iommu", "activate", str(MOUNT), "--cut-off")
     assert status == 1

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import io
-import json
 import mmap
 import os
 import re
@@ -22,10 +20,14 @@ import pytest
 from guestlab.machine import accelerators
 from kexeclab.guest import Guest
 from kexeclab.runner import Lab
-from pkernfs import cli
 from pkernfs.control.client import call
 from pkernfs.iommu import FaultReason
 from pkernfs.layout import PAGE
+from pkernfs.vmm import sysfs
+from support.lab import regions
+from support.lab.commands import ask, extents, iommu
+from support.lab.pci import enable
+from support.lab.regions import MOUNT
 from support.lab.words import read_word, write_word
 from support.unit_drivers import BUFFER, Edu, Fault, Unit, reasons_in_qemu
 
@@ -34,7 +36,6 @@ pytestmark = pytest.mark.lab
 MIB = 1 << 20
 GIB = 1 << 30
 REGION = "2560M!4G"  # with 1 GiB that is aligned to as much
-MOUNT = Path("/mnt/pkernfs")
 DEVICES = {"0000:00:05.0": 0x28, "0000:00:06.0": 0x30}
 FIRST, SECOND = DEVICES
 SCRATCH = 1 << 38  # where each domain maps a file for what its device hands on
@@ -78,14 +79,12 @@ class Host:
         self.extents: dict[Path, list[dict[str, int]]] = {}
         guest.run("mkfs.pkernfs", REGION)
         guest.run("mount", "-t", "fuse.pkernfs", REGION, str(MOUNT))
-        self.iommu("create", str(MOUNT), "--mode", mode)
+        iommu("create", str(MOUNT), "--mode", mode)
         for number, device in enumerate(DEVICES):
-            domain = self.domain(number)
-            Path(domain).touch()
-            os.truncate(domain, 2 * MIB)
+            domain = str(regions.make_domain(number))
             self.file(f"scratch-{number}", PAGE)
-            self.iommu("map", domain, hex(SCRATCH), str(MOUNT / f"scratch-{number}"))
-            self.iommu("attach", domain, device)
+            iommu("map", domain, hex(SCRATCH), str(MOUNT / f"scratch-{number}"))
+            iommu("attach", domain, device)
         self.file("queue", 2 * PAGE)
         self.unit = Unit(self.bus, _unit_address())
         self.edu = {device: Edu(self.bus, _bar(device)) for device in DEVICES}
@@ -101,12 +100,7 @@ class Host:
 
     def domain(self, number: int) -> str:
         """The path of a domain's file."""
-        return str(MOUNT / f"iommu/dom-{number}")
-
-    def iommu(self, *words: str) -> None:
-        """``pkernfs iommu ...``, which must do what it says."""
-        status, said = pkernfs("iommu", *words)
-        assert status == 0, said
+        return str(regions.domain(number))
 
     def file(self, name: str, size: int) -> Path:
         """A file of zeros, which get memory when it is mapped or written."""
@@ -117,9 +111,7 @@ class Host:
         return path
 
     def _find(self, path: Path) -> None:
-        status, said = pkernfs("extents", str(path), "--json")
-        assert status == 0
-        self.extents[path] = json.loads(said)["extents"]
+        self.extents[path] = extents(path)
 
     def physical(self, path: Path, offset: int) -> int:
         """Where a byte of a file is."""
@@ -157,7 +149,7 @@ class Host:
     def translate(self, device: str, iova: int, access: str) -> tuple[str, int]:
         """The page's size and the physical address; or "fault" and the reason's number."""
         words = (str(MOUNT), device, hex(iova), "--access", access)
-        status, said = pkernfs("iommu", "translate", *words)
+        status, said = ask("iommu", "translate", *words)
         pattern = r"^(?:fault (0x\w+) \w+: |physical (0x\w+) \w+, (\d \w+) page)"
         found = re.search(pattern, said, re.M)
         assert found is not None, said
@@ -187,13 +179,6 @@ class Host:
         assert got[1:] == (DEVICES[device], iova & -PAGE, write)
 
 
-def pkernfs(*words: str) -> tuple[int, str]:
-    """Exit status and output of a command, in this process: to start one takes seconds here."""
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        status = cli.main(list(words))
-    return status, out.getvalue()
-
-
 def _unit_address() -> int:
     """Where the first remapping unit of the ACPI tables has its registers (8.3)."""
     table = Path("/sys/firmware/acpi/tables/DMAR").read_bytes()
@@ -205,14 +190,9 @@ def _unit_address() -> int:
 
 def _bar(device: str) -> int:
     """Let a device answer and do DMA; the address of its BAR."""
-    there = Path("/sys/bus/pci/devices") / device
+    there = sysfs.device_path(device)
     assert (there / "vendor").read_text().strip() == "0x1234"
-    (there / "enable").write_text("1")
-    with (there / "config").open("r+b", buffering=0) as config:
-        config.seek(4)
-        command = config.read(2)[0] | 6  # memory space, bus master
-        config.seek(4)
-        config.write(bytes([command]))
+    enable(device)
     return int((there / "resource").read_text().split()[0], 16)
 
 
@@ -222,7 +202,7 @@ def host(guest: Guest) -> Iterator[Host]:
     made = Host(guest, guest.parameters["mode"])
     made.enable()
     yield made
-    made.iommu("check", str(MOUNT))
+    iommu("check", str(MOUNT))
     guest.run("umount", str(MOUNT))
     guest.run("fsck.pkernfs", "-n", REGION)
 
@@ -288,26 +268,26 @@ def _devices_work_in_files(h: Host) -> None:
     """Leaves of every size, split and merged; faults; two domains."""
     small, ram, huge = h.file("small", 3 * PAGE), h.file("ram", 8 * MIB), h.file("huge", GIB)
     domain = h.domain(0)
-    h.iommu("map", domain, "0x10000", str(small))
-    h.iommu("map", domain, "0x40000000", str(ram))
-    h.iommu("map", domain, "0x80000000", str(huge))
+    iommu("map", domain, "0x10000", str(small))
+    iommu("map", domain, "0x40000000", str(ram))
+    iommu("map", domain, "0x80000000", str(huge))
     h.agree(FIRST, 0x10000 + 2 * PAGE + 8, small, 2 * PAGE + 8, "4 KiB")
     h.agree(FIRST, GIB + 5 * MIB, ram, 5 * MIB, "2 MiB")
     h.agree(FIRST, 2 * GIB + 700 * MIB, huge, 700 * MIB, "1 GiB")
 
     hole = 2 * GIB + 20 * MIB + PAGE
-    h.iommu("unmap", domain, hex(hole), "4K")
+    iommu("unmap", domain, hex(hole), "4K")
     h.unit.invalidate_pages(2, 2 * GIB, 3 * GIB)
     h.faults(FIRST, hole, "r")
     h.faults(FIRST, hole + 8, "w")
     h.agree(FIRST, hole - 8, huge, hole - 2 * GIB - 8, "4 KiB")
     h.agree(FIRST, 2 * GIB + 24 * MIB, huge, 24 * MIB, "2 MiB")
     offset = str(hole - 2 * GIB)
-    h.iommu("map", domain, hex(hole), str(huge), "--offset", offset, "--length", "4K")
+    iommu("map", domain, hex(hole), str(huge), "--offset", offset, "--length", "4K")
     h.unit.invalidate_pages(2, 2 * GIB, 3 * GIB)
     h.agree(FIRST, hole, huge, hole - 2 * GIB, "1 GiB")
 
-    h.iommu("map", h.domain(1), "0x40000000", str(small), "--perm", "r")
+    iommu("map", h.domain(1), "0x40000000", str(small), "--perm", "r")
     write_word(small, 0, 0x77)
     assert h.load(SECOND, GIB) == 0x77
     h.unit.invalidate_all()  # QEMU reports what it finds in a walk, not in its IOTLB
@@ -316,7 +296,7 @@ def _devices_work_in_files(h: Host) -> None:
     h.faults(SECOND, 0x10000, "r")
     h.agree(FIRST, GIB, ram, 0, "2 MiB")
 
-    h.iommu("detach", FIRST)
+    iommu("detach", FIRST)
     h.unit.invalidate_device(0x28, 2)
     kind, reason = h.translate(FIRST, GIB, "r")
     got = h.load(FIRST, GIB)

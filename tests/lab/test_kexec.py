@@ -13,6 +13,7 @@ import pytest
 from kexeclab.guest import Guest
 from kexeclab.runner import Lab
 from support.lab import regions, trees, writers
+from support.lab.commands import extents
 from support.lab.regions import MOUNT
 
 pytestmark = pytest.mark.lab
@@ -142,7 +143,7 @@ def scribble(guest: Guest) -> None:
     regions.mkfs(guest)
     for name in ("good", "victim", "last"):
         (MOUNT / name).write_bytes(name.encode() * 600_000)
-    address = trees.physical(guest, MOUNT / "victim") + 2345
+    address = extents(MOUNT / "victim")[0]["physical"] + 2345
     guest.load()
     guest.run("pkernfs", "handover", "--digest", str(MOUNT))
     guest.run("umount", str(MOUNT))

@@ -12,20 +12,20 @@ import pytest
 from kexeclab import LostMachine, StageFailed, runner
 from kexeclab.guest import Guest, GuestError
 from kexeclab.runner import Lab
+from support.lab.regions import MOUNT
 
 pytestmark = pytest.mark.lab
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_MOUNT = Path("/mnt/pkernfs")
 
 
 def mount_and_leave(guest: Guest) -> None:
     """A pkernfs in this kernel's memory works; then the next kernel."""
     guest.run("mkfs.pkernfs", "-s", "64M", "/dev/shm/region")
-    guest.run("mount", "-t", "fuse.pkernfs", "/dev/shm/region", str(_MOUNT))
-    (_MOUNT / "file").write_bytes(b"kept" * 4096)
-    assert (_MOUNT / "file").read_bytes() == b"kept" * 4096
-    guest.run("umount", str(_MOUNT))
+    guest.run("mount", "-t", "fuse.pkernfs", "/dev/shm/region", str(MOUNT))
+    (MOUNT / "file").write_bytes(b"kept" * 4096)
+    assert (MOUNT / "file").read_bytes() == b"kept" * 4096
+    guest.run("umount", str(MOUNT))
     guest.run("fsck.pkernfs", "-n", "/dev/shm/region")
     guest.note("boot", _BOOT_ID.read_text())
     guest.kexec(add=["lab.test=1"])

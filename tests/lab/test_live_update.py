@@ -13,13 +13,14 @@ from guestlab import counter
 from kexeclab.guest import Guest
 from kexeclab.runner import Lab
 from support.lab import regions
+from support.lab.commands import PROJECT
 from support.lab.regions import MOUNT
+from support.waiting import until
 
 pytestmark = pytest.mark.lab
 
 VM = MOUNT / "vm"
-SCRIPT = "/opt/pkernfs/scripts/live-update"
-PATIENCE_SECONDS = 60
+SCRIPT = str(PROJECT / "scripts/live-update")
 #: In the order in which they happen; all of them together are the guest's blackout.
 PARTS = ("save", "handover", "kexec to init", "mount", "restore")
 
@@ -35,10 +36,7 @@ def numbers() -> list[int]:
 
 def wait_for(count: int) -> None:
     """Wait until the guest has written so many numbers."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while len(numbers()) < count:
-        assert time.monotonic() < deadline, f"{len(numbers())} of {count} numbers"
-        time.sleep(0.1)
+    until(f"{count} numbers", lambda: len(numbers()) >= count, every=0.1)
 
 
 def save_and_leave(guest: Guest) -> None:

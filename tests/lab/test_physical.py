@@ -17,12 +17,13 @@ import pytest
 
 from kexeclab.guest import Guest, running_kernel
 from kexeclab.runner import Lab
+from support.lab import regions
 
 pytestmark = pytest.mark.lab
 
 M = 1 << 20
 G = 1 << 30
-MNT = "/mnt/pkernfs"
+MNT = str(regions.MOUNT)
 RAM = Path(MNT, "guest-ram")
 RAM_BYTES = 64 * M
 PAT = Path("/sys/kernel/debug/x86/pat_memtype_list")

@@ -10,7 +10,6 @@ import ctypes
 import json
 import mmap
 import os
-import re
 import time
 from typing import Any
 
@@ -20,7 +19,9 @@ from kexeclab.guest import Guest
 from kexeclab.runner import Lab
 from pkernfs.vmm import sysfs, vfio
 from support.lab import regions
+from support.lab.commands import PYTHON, extents, run_iommu
 from support.lab.edu import Transfers
+from support.lab.faults import no_faults
 from support.lab.regions import MOUNT
 from support.lab.words import read_word, write_word
 
@@ -28,14 +29,12 @@ pytestmark = pytest.mark.lab
 
 MIB = 1 << 20
 DEVICE = "0000:00:05.0"
-DOMAIN = str(MOUNT / "iommu/dom-0")
+DOMAIN = str(regions.domain(0))
 RAM = MOUNT / "guest-ram"
 RAM_BYTES = 64 * MIB
 HALF = RAM_BYTES // 2
 AT = 1 << 30  # where the container has guest-ram
 ELSEWHERE = 8 << 30
-PYTHON = "/opt/pkernfs/.venv/bin/python"
-FAULT = re.compile(r"DMAR: \[(?:DMA|INTR).*")
 #: Asks the daemon for what `pkernfs kexec` asks for as its last step.
 ASK = """
 import sys
@@ -64,9 +63,8 @@ class Edu(Transfers):
 class Vmm:
     """A container that maps pieces of guest-ram, in the region's own memory, and the device."""
 
-    def __init__(self, guest: Guest) -> None:
-        told = json.loads(guest.run("pkernfs", "extents", str(RAM), "--json"))
-        [extent] = told["extents"]
+    def __init__(self) -> None:
+        [extent] = extents(RAM)
         self._physical = extent["physical"]
         self._memory: list[mmap.mmap] = []
         self.container = vfio.Container()
@@ -89,11 +87,6 @@ class Vmm:
         self.container.map(iova, address, length, vfio.READ | vfio.WRITE)
 
 
-def iommu(guest: Guest, *words: str, status: int = 0) -> str:
-    """``pkernfs iommu ...``"""
-    return guest.run("pkernfs", "iommu", *words, status=status)
-
-
 def ask(guest: Guest, op: str, status: int = 0) -> str:
     """What the daemon answers."""
     return guest.run(PYTHON, "-c", ASK, op, status=status).strip()
@@ -101,52 +94,44 @@ def ask(guest: Guest, op: str, status: int = 0) -> str:
 
 def refused(guest: Guest, reason: str) -> None:
     """A snapshot is refused in one line, and the tables are as they were."""
-    before = iommu(guest, "show", str(MOUNT))
-    said = iommu(guest, "snapshot", DEVICE, DOMAIN, status=1)
+    before = run_iommu(guest, "show", str(MOUNT))
+    said = run_iommu(guest, "snapshot", DEVICE, DOMAIN, status=1)
     assert reason in said, said
     assert said.count("\n") == 1
-    assert iommu(guest, "show", str(MOUNT)) == before
+    assert run_iommu(guest, "show", str(MOUNT)) == before
 
 
 def agrees(guest: Guest, length: int) -> None:
     """show, translate and check say that dom-0 is what the container maps."""
-    told = json.loads(iommu(guest, "show", str(MOUNT), "--json"))
+    told = json.loads(run_iommu(guest, "show", str(MOUNT), "--json"))
     [domain], [device] = told["domains"], told["devices"]
     assert (device["device"], device["table"]) == (DEVICE, domain["table"])
     assert device["domain_id"] >= 2
     [mapping] = domain["mappings"]
     assert (mapping["iova"], mapping["length"], mapping["perm"]) == (AT, length, "rw")
-    said = iommu(guest, "translate", str(MOUNT), DEVICE, hex(AT + length - 8), "--access", "rw")
+    said = run_iommu(guest, "translate", str(MOUNT), DEVICE, hex(AT + length - 8), "--access", "rw")
     assert f"/guest-ram + {length - 8:#x}" in said, said
-    iommu(guest, "check", str(MOUNT))
-
-
-def no_faults(guest: Guest) -> None:
-    """Neither the kernel nor the unit has seen a request that failed."""
-    assert not FAULT.findall(guest.run("dmesg"))
-    [unit] = json.loads(iommu(guest, "units", "--json"))["units"]
-    assert not unit["faults"], unit
+    run_iommu(guest, "check", str(MOUNT))
 
 
 def snapshots(guest: Guest) -> None:
     """A device under VFIO, snapshots of what it reaches, and the switch."""
     regions.mkfs(guest)
-    for path, size in ((str(RAM), RAM_BYTES), (DOMAIN, 2 * MIB)):
-        guest.run("touch", path)
-        guest.run("truncate", "-s", str(size), path)
+    regions.make_file(RAM, RAM_BYTES)
+    regions.make_domain(0)
     guest.run("fallocate", "-l", str(RAM_BYTES), str(RAM))
-    iommu(guest, "snapshot", "0000:00:1e.0", DOMAIN, status=1)
+    run_iommu(guest, "snapshot", "0000:00:1e.0", DOMAIN, status=1)
     guest.run("modprobe", "vfio_iommu_type1", "allow_unsafe_interrupts=1")
     guest.run("modprobe", "vfio_pci")
     sysfs.bind(DEVICE)
-    vmm = Vmm(guest)
+    vmm = Vmm()
     vmm.map_ram(0, HALF)
     device = vmm.container.open(DEVICE)
     device.set_master(True)
     edu = Edu(device.map_bar(0))
     assert edu.copies(MIB)
 
-    iommu(guest, "snapshot", DEVICE, DOMAIN)
+    run_iommu(guest, "snapshot", DEVICE, DOMAIN)
     agrees(guest, HALF)
     ask(guest, "iommu.check_live")
 
@@ -154,7 +139,7 @@ def snapshots(guest: Guest) -> None:
     said = ask(guest, "iommu.switch", status=1)
     assert f"its live domain maps iova {AT + HALF:#x}" in said, said
     assert f"pkernfs iommu snapshot {DEVICE}" in said
-    iommu(guest, "snapshot", DEVICE, DOMAIN)
+    run_iommu(guest, "snapshot", DEVICE, DOMAIN)
     agrees(guest, RAM_BYTES)
 
     vmm.map_other(ELSEWHERE, 4 * MIB)
@@ -166,40 +151,38 @@ def snapshots(guest: Guest) -> None:
     vmm.container.unmap(AT + HALF, HALF)
     assert "dom-0 maps iova" in ask(guest, "iommu.check_live", status=1)
     vmm.map_ram(HALF, HALF)
-    iommu(guest, "snapshot", DEVICE, DOMAIN)
+    run_iommu(guest, "snapshot", DEVICE, DOMAIN)
     assert edu.copies(RAM_BYTES - 16)
     switch(guest, edu)
 
 
 def switch(guest: Guest, edu: Edu) -> None:
     """The unit walks the region's tables; the device has not noticed."""
-    [before] = json.loads(iommu(guest, "units", "--json"))["units"]
+    [before] = json.loads(run_iommu(guest, "units", "--json"))["units"]
     with guest.step("switch"):
         assert ask(guest, "iommu.switch") == "['dmar0']"
-    [after] = json.loads(iommu(guest, "units", "--json"))["units"]
+    [after] = json.loads(run_iommu(guest, "units", "--json"))["units"]
     assert (before["mount"], after["mount"]) == (None, str(MOUNT))
     for same in ("state", "mode", "queue", "interrupt_remapping"):
         assert before[same] == after[same]
     for offset in (0, MIB, HALF - 16, RAM_BYTES - 16):
         assert edu.copies(offset)
-    no_faults(guest)
+    assert "faults" in no_faults(guest)
     assert ask(guest, "iommu.switch") == "[]"
-    guest.log(iommu(guest, "show", str(MOUNT), "--merge"))
+    guest.log(run_iommu(guest, "show", str(MOUNT), "--merge"))
 
 
 def no_registers(guest: Guest) -> None:
     """Without iomem=relaxed the registers are not to be had, and the message says so."""
     regions.mkfs(guest)
-    guest.run("touch", DOMAIN)
-    guest.run("truncate", "-s", "2M", DOMAIN)
+    regions.make_domain(0)
     refused(guest, "boot with iomem=relaxed")
 
 
 def passed_through(guest: Guest) -> None:
     """An identity domain reaches all memory."""
     regions.mkfs(guest)
-    guest.run("touch", DOMAIN)
-    guest.run("truncate", "-s", "2M", DOMAIN)
+    regions.make_domain(0)
     refused(guest, f"{DEVICE}: its requests pass through untranslated")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from kexeclab.guest import Guest
 from kexeclab.runner import Lab
 from support.lab import regions
 from support.lab.regions import MOUNT
+from support.waiting import until
 
 pytestmark = pytest.mark.lab
 
@@ -42,10 +42,7 @@ PATIENCE_SECONDS = 90
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain: {what}"
-        time.sleep(0.2)
+    until(what, condition, PATIENCE_SECONDS, every=0.2)
 
 
 def systemctl(guest: Guest, *words: str) -> str:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import io
-import json
 import mmap
 import re
 import signal
@@ -25,18 +23,21 @@ import pytest
 
 from kexeclab.guest import Guest, running_kernel
 from kexeclab.runner import Lab
-from pkernfs import cli
 from pkernfs.errors import TakeOverError
-from pkernfs.host.pci_config import COMMAND, COMMAND_MASTER
 from pkernfs.vmm import hold, sysfs, vfio
 from pkernfs.vmm.export import read_export
 from pkernfs.vmm.plan import plan
 from pkernfs.vmm.takeover import TakeOver, release
 from support import uapi
 from support.lab import regions
+from support.lab.commands import PROJECT, PYTHON, iommu, pkernfs
+from support.lab.dma import ADOPTED
 from support.lab.edu import BUFFER, FROM_MEMORY, TO_MEMORY, Transfers
+from support.lab.faults import no_faults
+from support.lab.pci import enable, is_master, map_bar
 from support.lab.regions import MOUNT
 from support.lab.words import read_word, write_word
+from support.waiting import until
 
 pytestmark = pytest.mark.lab
 
@@ -51,11 +52,8 @@ AT = {bdf: (1 + 4 * number) << 30 for bdf, number in DOMAINS.items()}  # of gues
 RAM = MOUNT / "guest-ram"
 BYTES = {QUIET: 256 * MIB, BUSY: 256 * MIB, ARMED: 2 * MIB, CARD: 2 * MIB}  # how much of it
 WORD = {QUIET: 100 * MIB, BUSY: 200 * MIB, ARMED: MIB}  # of guest-ram, for each device
-PROJECT = Path("/opt/pkernfs")
 TAKE_OVER = str(PROJECT / "scripts/take-over")
-PYTHON = str(PROJECT / ".venv/bin/python")
 UNSAFE = Path("/sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts")
-FAULT = re.compile(r"DMAR: \[(?:DMA|INTR).*")
 #: What a VMM does with what --exec leaves it: the device is at work, and more can be mapped.
 VMM = """
 import json, mmap, os, sys
@@ -80,13 +78,7 @@ class Edu(Transfers):
     @classmethod
     def at(cls, bdf: str) -> Edu:
         """Through sysfs."""
-        return cls(sysfs_bar(bdf))
-
-
-def sysfs_bar(bdf: str) -> mmap.mmap:
-    """A device's registers, whoever has it."""
-    with (sysfs.device_path(bdf) / "resource0").open("r+b") as file:
-        return mmap.mmap(file.fileno(), 4 * PAGE)
+        return cls(map_bar(bdf))
 
 
 def register(bar: mmap.mmap) -> ctypes.c_uint32:
@@ -94,36 +86,9 @@ def register(bar: mmap.mmap) -> ctypes.c_uint32:
     return ctypes.c_uint32.from_buffer(bar, REGISTER)
 
 
-def until(what: str, true: Callable[[], bool], seconds: float = 60) -> None:
-    """Wait until it is true."""
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, f"not in {seconds:g} s: {what}"
-        time.sleep(0.005)
-
-
-def pkernfs(*words: str, status: int = 0) -> str:
-    """A command, in this process: to start one takes seconds here."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        got = cli.main(list(words))
-    assert got == status, f"{words}: {got}: {said.getvalue()}"
-    return said.getvalue()
-
-
-def iommu(*words: str, status: int = 0) -> str:
-    """``pkernfs iommu ...``"""
-    return pkernfs("iommu", *words, status=status)
-
-
 def domain(bdf: str) -> str:
     """The file of the device's domain."""
-    return str(MOUNT / f"iommu/dom-{DOMAINS[bdf]}")
-
-
-def master(bdf: str) -> bool:
-    """Whether the device may do DMA."""
-    return bool(sysfs.read_config(bdf, COMMAND) & COMMAND_MASTER)
+    return str(regions.domain(DOMAINS[bdf]))
 
 
 def works(edu: Edu, bdf: str) -> None:
@@ -140,10 +105,9 @@ def works(edu: Edu, bdf: str) -> None:
 def make_domains(guest: Guest) -> None:
     """guest-ram, and a domain for each device that maps it at an address of its own."""
     regions.mkfs(guest)
-    guest.run("truncate", "-s", str(max(BYTES.values())), str(RAM))
-    for bdf in DOMAINS:
-        guest.run("touch", domain(bdf))
-        guest.run("truncate", "-s", "2M", domain(bdf))
+    regions.make_file(RAM, max(BYTES.values()))
+    for bdf, number in DOMAINS.items():
+        regions.make_domain(number)
         iommu("map", domain(bdf), hex(AT[bdf]), str(RAM), "--length", str(BYTES[bdf]))
         iommu("attach", domain(bdf), bdf)
 
@@ -155,11 +119,10 @@ def start(guest: Guest) -> None:
     assert said == f"take-over: {QUIET}: in no IOMMU group: boot with intel_iommu=on\n", said
     iommu("activate", str(MOUNT), "--cut-off")
     for bdf in DOMAINS:
-        (sysfs.device_path(bdf) / "enable").write_text("1")
-        guest.run("setpci", "-s", bdf, "COMMAND=6:6")
+        enable(bdf)
     for bdf in EDUS:
         works(Edu.at(bdf), bdf)
-    register(sysfs_bar(CARD)).value = VALUE
+    register(map_bar(CARD, 4 * PAGE)).value = VALUE
     place = running_kernel()
     line = guest.command_line(remove=["intel_iommu"])
     guest.leaving("pkernfs kexec")
@@ -175,9 +138,9 @@ def start(guest: Guest) -> None:
 
 def take_over(guest: Guest) -> None:
     """Devices at work, taken over, at work through the kernel's new tables."""
-    assert "Copied translation tables from previous kernel for dmar0" in guest.run("dmesg")
+    assert ADOPTED in guest.run("dmesg")
     regions.mount(guest)
-    assert all(map(master, DOMAINS))
+    assert all(map(is_master, DOMAINS))
     for bdf in EDUS:
         works(Edu.at(bdf), bdf)
     left_alone()
@@ -230,13 +193,6 @@ def planned(guest: Guest) -> None:
         works(Edu.at(bdf), bdf)
 
 
-def no_faults(guest: Guest) -> None:
-    """Neither the unit nor the kernel has seen a request that failed."""
-    assert not FAULT.findall(guest.run("dmesg"))
-    [unit] = json.loads(iommu("units", "--json"))["units"]
-    assert not unit.get("faults"), unit
-
-
 def by_hand(guest: Guest) -> None:
     """The script in the foreground; then SIGTERM."""
     with taking("--device", QUIET) as running:
@@ -249,7 +205,7 @@ def by_hand(guest: Guest) -> None:
         no_faults(guest)
         running.send_signal(signal.SIGTERM)
         assert running.wait(60) == 0
-    assert not master(QUIET)
+    assert not is_master(QUIET)
 
 
 def by_import(guest: Guest) -> None:
@@ -281,26 +237,26 @@ def by_import(guest: Guest) -> None:
         let_go(ARMED)
         works(edu, ARMED)
         no_faults(guest)
-    assert not master(ARMED)
+    assert not is_master(ARMED)
 
 
 def not_reset(guest: Guest) -> None:
     """A device that is reset when it is opened as ever is not by its take-over."""
     reset = sysfs.device_path(CARD) / "reset_method"
     reset.write_text("bus\n")  # another one may leave registers as they are
-    assert register(sysfs_bar(CARD)).value == VALUE
+    assert register(map_bar(CARD, 4 * PAGE)).value == VALUE
     export = read_export(str(MOUNT))
     with TakeOver(export) as taking:
         [wanted] = plan(export, [CARD])
         taken = taking.take(wanted)
         assert register(taken.devices[CARD].map_bar(0)).value == VALUE
-        assert master(CARD)
+        assert is_master(CARD)
         release(str(MOUNT), CARD)
     no_faults(guest)
     reset.write_text("bus\n")
     guest.run("setpci", "-s", CARD, "COMMAND=2:2")
-    register(sysfs_bar(CARD)).value = VALUE
-    assert register(sysfs_bar(CARD)).value == VALUE
+    register(map_bar(CARD, 4 * PAGE)).value = VALUE
+    assert register(map_bar(CARD, 4 * PAGE)).value == VALUE
     space = vfio.Container()
     device = space.open(CARD)
     assert register(device.map_bar(0)).value == 0
@@ -322,7 +278,7 @@ def by_exec(guest: Guest) -> None:
         guest.figure("hold of 256 MiB with a spare device", held(said, BUSY), "ms")
         let_go(BUSY)
         after = len(copies)
-        until("more copies", lambda: len(copies) > after + 5)
+        until("more copies", lambda: len(copies) > after + 5, every=0.005)
         assert all(copies[after:])
         no_faults(guest)
         guest.log(f"{len(copies)} copies, {copies.count(False)} of them fell into the hold")
@@ -331,7 +287,7 @@ def by_exec(guest: Guest) -> None:
         assert running.stdin is not None
         running.stdin.close()
         assert running.wait(60) == 0
-    assert not master(BUSY)
+    assert not is_master(BUSY)
     no_faults(guest)
 
 
@@ -352,7 +308,7 @@ def hammered(bdf: str) -> Iterator[list[bool]]:
     thread = threading.Thread(target=work)
     thread.start()
     try:
-        until("the device is at work", lambda: len(copies) > 2)
+        until("the device is at work", lambda: len(copies) > 2, every=0.005)
         yield copies
     finally:
         stop.set()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -13,27 +12,25 @@ from pkernfs.vmm.export import read_export
 from pkernfs.vmm.plan import plan
 from pkernfs.vmm.takeover import TakeOver, release
 from support.lab import regions
+from support.lab.commands import ask, pkernfs
 from support.lab.dma import (
     AT,
     CARD,
     DOMAINS,
+    FAULT,
     RATE,
     RING,
     WIRE,
-    ask,
     kexec_words,
     machine,
     pci_commands,
-    pkernfs,
     put_to_work,
     tell_packets,
-    until,
 )
 from support.lab.regions import MOUNT
+from support.waiting import until
 
 pytestmark = pytest.mark.lab
-
-FAULT = re.compile(r"DMAR: \[DMA .*")
 
 
 def start(guest: Guest) -> None:
@@ -63,7 +60,7 @@ def take_over(guest: Guest) -> None:
         guest.figure("hold of 64 MiB", taken.hold_ms[CARD], "ms")
         assert RING.received() >= before > 0
         release(str(MOUNT), CARD)
-        domain = str(MOUNT / f"iommu/dom-{DOMAINS[CARD]}")
+        domain = str(regions.domain(DOMAINS[CARD]))
         pkernfs("iommu", "unmap", domain, hex(AT[CARD]), "64M")
         after = RING.received()
         until("more packets", lambda: RING.received() > after + RATE)

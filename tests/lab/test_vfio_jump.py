@@ -7,7 +7,6 @@ time: by the first kernel's tables, by the region's, by the next kernel's copy, 
 from __future__ import annotations
 
 import ctypes
-import json
 import mmap
 import os
 from typing import Any
@@ -22,6 +21,7 @@ from pkernfs.vmm.export import read_export
 from pkernfs.vmm.plan import plan
 from pkernfs.vmm.takeover import TakeOver, release
 from support.lab import regions
+from support.lab.commands import ask, extents, pkernfs
 from support.lab.dma import (
     ADOPTED,
     AT,
@@ -32,26 +32,24 @@ from support.lab.dma import (
     RING,
     WIRE,
     all_packets,
-    ask,
     kexec_words,
-    pkernfs,
     shown,
     tell_packets,
-    until,
 )
 from support.lab.nic import Mapped, Nic
 from support.lab.regions import MOUNT
+from support.waiting import until
 
 pytestmark = pytest.mark.lab
 
 MIB = 1 << 20
 RAM_BYTES = 8 * MIB
-DOMAIN = str(MOUNT / "iommu/dom-0")
+DOMAIN = str(regions.domain(0))
 
 
 def mapped_ram() -> mmap.mmap:
     """guest-ram, in the region itself: VFIO cannot pin the page cache of a mount."""
-    [extent] = json.loads(pkernfs("extents", str(RAM), "--json"))["extents"]
+    [extent] = extents(RAM)
     fd = os.open("/dev/mem", os.O_RDWR)
     try:
         return mmap.mmap(fd, RAM_BYTES, offset=extent["physical"])
@@ -83,9 +81,8 @@ def packets_arrive() -> None:
 def leave(guest: Guest) -> None:
     """The card at work under VFIO; a snapshot; the switch of the unit, and the jump."""
     regions.mkfs(guest)
-    guest.run("touch", DOMAIN)
-    guest.run("truncate", "-s", "2M", DOMAIN)
-    guest.run("truncate", "-s", str(RAM_BYTES), str(RAM))
+    regions.make_domain(0)
+    regions.make_file(RAM, RAM_BYTES)
     kept = under_vfio(guest)
     guest.feed(WIRE, RATE, limit=RING.room)
     packets_arrive()

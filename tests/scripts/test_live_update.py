@@ -9,7 +9,6 @@ import hashlib
 import os
 import select
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import pytest
 from guestlab import counter
 from hugepages import HugePages
 from livemount import CommandError, LiveMount, extents, fresh, read_region, run
+from support.waiting import until
 
 pytestmark = [pytest.mark.vm, pytest.mark.fuse]
 
@@ -72,10 +72,8 @@ class Counting:
 
     def wait_for(self, count: int) -> None:
         """Wait until so many numbers are written."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while len(self.numbers()) < count:
-            assert time.monotonic() < deadline, f"{len(self.numbers())} of {count} numbers"
-            time.sleep(0.02)
+        enough = f"{count} numbers"
+        until(enough, lambda: len(self.numbers()) >= count, PATIENCE_SECONDS, every=0.02)
 
     def end(self) -> None:
         """No QEMU of this machine is left, whatever happened."""

@@ -6,23 +6,22 @@ first kernel leaves the IOMMU alone (``intel_iommu=off``); the unit walks the re
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import re
-import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from kexeclab.guest import KERNELS, Guest
 from kexeclab.runner import Lab, Result
-from pkernfs import cli
+from pkernfs.host.pci_config import COMMAND
+from pkernfs.vmm import sysfs
 from support.lab import regions
+from support.lab.commands import pkernfs
 from support.lab.edu import SCRATCH, Edu
 from support.lab.nic import Nic, Ring, registers_of
+from support.lab.pci import enable
 from support.lab.regions import MOUNT
 from support.lab.words import read_word, write_word
+from support.waiting import until
 
 MIB = 1 << 20
 # In slots that the machine's own disks do not take. OTHER is not persistent.
@@ -39,39 +38,9 @@ FAULT = re.compile(r"DMAR: \[DMA (?:Read|Write).*device \[(?:0000:)?([0-9a-f:.]+
 RATE = 50  # so that there is room for minutes, on a machine that is busy
 
 
-def ask(*words: str) -> tuple[int, str]:
-    """A pkernfs command in this process, for to start one takes seconds here.
-
-    :returns: its exit status, and what it wrote to both outputs.
-    """
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        status = cli.main(list(words))
-    return status, said.getvalue()
-
-
-def pkernfs(*words: str) -> str:
-    """A command that must do what it says."""
-    status, said = ask(*words)
-    assert status == 0, f"pkernfs {' '.join(words)}: {status}: {said}"
-    return said
-
-
-def until(what: str, true: Callable[[], bool], seconds: float = 60) -> None:
-    """Wait until it is true."""
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, f"not in {seconds:g} s: {what}"
-        time.sleep(0.05)
-
-
 def pci_commands() -> dict[str, int]:
     """Each device's command register; bit 2 is bus mastering."""
-    found = {}
-    for bdf in DOMAINS:
-        config = (Path("/sys/bus/pci/devices") / bdf / "config").read_bytes()
-        found[bdf] = int.from_bytes(config[4:6], "little")
-    return found
+    return {bdf: sysfs.read_config(bdf, COMMAND) for bdf in DOMAINS}
 
 
 def shown() -> dict[str, Any]:
@@ -91,12 +60,11 @@ def faults() -> list[dict[str, Any]]:
 def make_domains(guest: Guest) -> None:
     """guest-ram, and for each device a domain that maps it at an address of its own."""
     pkernfs("iommu", "create", str(MOUNT), "--mode", guest.parameters.get("mode", "legacy"))
-    guest.run("truncate", "-s", "8M", str(RAM))
-    guest.run("truncate", "-s", "4K", *map(str, SCRATCHES.values()))
+    regions.make_file(RAM, 8 * MIB)
+    for scratch in SCRATCHES.values():
+        regions.make_file(scratch, 4096)
     for bdf, number in DOMAINS.items():
-        domain = str(MOUNT / f"iommu/dom-{number}")
-        guest.run("touch", domain)
-        guest.run("truncate", "-s", "2M", domain)
+        domain = str(regions.make_domain(number))
         pkernfs("iommu", "map", domain, hex(AT[bdf]), str(RAM))
         if bdf in SCRATCHES:
             pkernfs("iommu", "map", domain, hex(SCRATCH), str(SCRATCHES[bdf]))
@@ -111,8 +79,7 @@ def put_to_work(guest: Guest) -> tuple[Edu, Edu]:
     edus = Edu(EDU, SCRATCHES[EDU]), Edu(OTHER, SCRATCHES[OTHER])
     for edu, bdf in zip(edus, SCRATCHES, strict=True):
         reads_and_writes(edu, bdf, WORDS, 0x1234)
-    (Path("/sys/bus/pci/devices") / CARD / "enable").write_text("1")
-    guest.run("setpci", "-s", CARD, "COMMAND=4:4")
+    enable(CARD)
     Nic(registers_of(CARD)).receive(RING, AT[CARD])
     return edus
 

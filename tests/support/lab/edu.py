@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import time
 from pathlib import Path
 from typing import Any
 
+from support.lab.pci import enable, map_bar, set_master
 from support.lab.words import read_word, write_word
+from support.waiting import until
 
 BUFFER = 0x40000  # of the device
 SCRATCH = 1 << 38  # where a domain maps the file for what the device hands on
@@ -47,10 +48,7 @@ class Transfers:
 
     def wait(self) -> None:
         """Wait until there is none."""
-        deadline = time.monotonic() + self.SECONDS
-        while self.busy():
-            assert time.monotonic() < deadline, "the device does not end its transfer"
-            time.sleep(0.005)
+        until("the end of a transfer", lambda: not self.busy(), self.SECONDS, every=0.005)
 
     def copy(self, source: int, target: int) -> None:
         """Copy a word by way of the device."""
@@ -64,22 +62,15 @@ class Edu(Transfers):
     """The device at ``bdf``, through sysfs, whose domain maps the file ``scratch`` at SCRATCH."""
 
     def __init__(self, bdf: str, scratch: Path, *, set_up: bool = True) -> None:
-        there = Path("/sys/bus/pci/devices") / bdf
-        self.config = there / "config"
+        self._bdf = bdf
         self._scratch = scratch
         if set_up:
-            (there / "enable").write_text("1")
-            self.master(True)
-        with (there / "resource0").open("r+b") as file:
-            super().__init__(mmap.mmap(file.fileno(), 4096))
+            enable(bdf)
+        super().__init__(map_bar(bdf))
 
     def master(self, on: bool) -> None:
         """Let the device do DMA, or not."""
-        with self.config.open("r+b", buffering=0) as config:
-            config.seek(4)
-            command = config.read(2)[0] & ~4 | 2 | (4 if on else 0)
-            config.seek(4)
-            config.write(bytes([command]))
+        set_master(self._bdf, on)
 
     def transfer(self, source: int, target: int, command: int, count: int = 8) -> None:
         """A transfer, and wait for its end."""

@@ -11,13 +11,14 @@ import ctypes
 import mmap
 import os
 import struct
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from kexeclab import feed
+from support.lab.pci import map_bar
+from support.waiting import until
 
 # Registers (10.2), and their bits.
 _CTRL, _STATUS, _IMC = 0x0000, 0x0008, 0x00D8
@@ -63,8 +64,7 @@ class Mapped:
 
 def registers_of(bdf: str) -> Mapped:
     """The registers of the card at ``bdf``, which no driver has."""
-    with (Path("/sys/bus/pci/devices") / bdf / "resource0").open("r+b") as file:
-        return Mapped(mmap.mmap(file.fileno(), 128 << 10))
+    return Mapped(map_bar(bdf, 128 << 10))
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Nic:
         """Everything but the configuration space as after power-on, no interrupts (4.6)."""
         self._registers.store(_IMC, 0xFFFF_FFFF)
         self._registers.store(_CTRL, self._registers.load(_CTRL) | _CTRL_RST)
-        self._wait("its reset does not end", lambda: not self._registers.load(_CTRL) & _CTRL_RST)
+        until("the end of its reset", lambda: not self._registers.load(_CTRL) & _CTRL_RST, _SECONDS)
         self._registers.store(_IMC, 0xFFFF_FFFF)
 
     def receive(self, ring: Ring, iova: int) -> None:
@@ -158,7 +158,7 @@ class Nic:
         self.reset()
         ring.clear(iova)
         self._registers.store(_CTRL, self._registers.load(_CTRL) | _CTRL_SLU)
-        self._wait("no link", lambda: bool(self._registers.load(_STATUS) & _STATUS_LU))
+        until("a link", lambda: bool(self._registers.load(_STATUS) & _STATUS_LU), _SECONDS)
         where = iova + ring.start
         self._registers.store(_RDBAL, where & 0xFFFF_FFFF)
         self._registers.store(_RDBAH, where >> 32)
@@ -166,10 +166,3 @@ class Nic:
         self._registers.store(_RDH, 0)
         self._registers.store(_RDT, ring.room)
         self._registers.store(_RCTL, _EN | _UPE | _MPE | _BAM | _BUFFERS_OF_256 | _SECRC)
-
-    @staticmethod
-    def _wait(complaint: str, done: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + _SECONDS
-        while not done():
-            assert time.monotonic() < deadline, f"the card: {complaint}"
-            time.sleep(0.01)

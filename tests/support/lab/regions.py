@@ -5,6 +5,7 @@ Runs on both sides.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from kexeclab.guest import Guest
@@ -40,6 +41,23 @@ def mount(guest: Guest, *options: str, seconds: float = 120) -> str:
     for line in said.splitlines():
         guest.log(f"  {line}")
     return said
+
+
+def make_file(path: Path, size: int) -> Path:
+    """Make a file of zeros, of ``size`` bytes, or make one longer."""
+    path.touch()
+    os.truncate(path, size)
+    return path
+
+
+def make_domain(number: int) -> Path:
+    """Make the file of a domain, with 2 MiB for its tables."""
+    return make_file(domain(number), 2 << 20)
+
+
+def domain(number: int) -> Path:
+    """The file of a domain."""
+    return MOUNT / f"iommu/dom-{number}"
 
 
 def unmount_and_check(guest: Guest) -> None:

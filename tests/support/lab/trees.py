@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kexeclab.guest import Guest
-
 MIB = 1 << 20
 FILES = 1000
 _SIZES = [0, 1, 60, 100, 511, 4095, 4096, 4097, 9000, 65536, 65537, 200_000, MIB - 1]
@@ -218,9 +216,3 @@ def ram_digest(path: Path) -> str:
     """The digest of such a file as it is now."""
     with path.open("rb", buffering=0) as file:
         return hashlib.file_digest(file, "md5").hexdigest()
-
-
-def physical(guest: Guest, path: Path) -> int:
-    """The physical address at which a file begins."""
-    extents = json.loads(guest.run("pkernfs", "extents", "--json", str(path)))["extents"]
-    return int(extents[0]["physical"])
