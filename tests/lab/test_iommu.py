@@ -129,6 +129,10 @@ class Host:
         fault = self.unit.fault()
         if fault is not None:
             return fault
+        return self.handed_on(device)
+
+    def handed_on(self, device: str) -> int:
+        """The word in a device's buffer, by way of its scratch file."""
         self.edu[device].start(BUFFER, SCRATCH, 3)
         self.edu[device].finish()
         assert self.unit.fault() is None
@@ -255,9 +259,7 @@ def _meanwhile(h: Host, change: Callable[[], object], again: Callable[[], object
             fault = h.unit.fault()
             if fault is not None:
                 return fault
-            h.edu[FIRST].start(BUFFER, SCRATCH, 3)
-            h.edu[FIRST].finish()
-            return read_word(MOUNT / "scratch-0", 0)
+            return h.handed_on(FIRST)
         h.unit.fault()
         h.guest.log("the transfer was over first")
         again()
