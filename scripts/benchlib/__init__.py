@@ -1,4 +1,4 @@
-"""What scripts/bench is made of; nothing in the project imports it.
+"""The parts of scripts/bench; nothing in the project imports it.
 
 machine    facts about the machine, pinning, dropping caches
 client     compiles client.c and runs its verbs

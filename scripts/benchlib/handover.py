@@ -49,7 +49,7 @@ def record(results: Results, lines: str) -> None:
 
 
 def targets(results: Results) -> list[Target]:
-    """What was asked of them."""
+    """The targets that they were given."""
     key = DIGESTS.key
     return [
         below(results, "handover of 1 TiB with 1,000 files", HAND_OVER.key, 50, "ms"),

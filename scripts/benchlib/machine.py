@@ -76,7 +76,7 @@ def cpu_time_ms(pid: int) -> float:
 
 
 def is_ready(pid: int) -> bool:
-    """Whether any thread of a process computes or would if it were given a CPU."""
+    """Tell whether any thread of a process computes or would if it were given a CPU."""
     try:
         for task in os.listdir(f"/proc/{pid}/task"):
             state = Path(f"/proc/{pid}/task/{task}/stat").read_text().rpartition(")")[2].split()[0]
@@ -126,7 +126,7 @@ def memory_of(pid: int) -> dict[str, float]:
 
 
 def facts() -> dict[str, str]:
-    """What a reader needs to know about this machine to compare figures."""
+    """Return the facts about this machine that a reader needs to compare figures."""
     cpuinfo = Path("/proc/cpuinfo").read_text()
     model = re.search(r"model name\s*:\s*(.+)", cpuinfo)
     memory = re.search(r"MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text())

@@ -1,4 +1,4 @@
-"""What only pkernfs has: mkfs, the mount of a large region, memory, extents, zeroing.
+"""Workloads that only pkernfs has: mkfs, the mount of a large region, memory, extents, zeroing.
 
 Each part makes its own region file in the scratch tmpfs (huge pages) and removes it.
 """
@@ -126,7 +126,7 @@ def _mount_times(bench: Bench, path: Path) -> None:
 
 
 def zeroing(bench: Bench) -> None:
-    """How fast the space of a written, unlinked file is handed out again, as zeros.
+    """Time how fast the space of a written, unlinked file is handed out again, as zeros.
 
     Unpinned whatever --pin says: zeroing has its own thread, and stat must be answered beside it.
     """

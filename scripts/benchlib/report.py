@@ -62,7 +62,7 @@ def _tables(results: Results) -> Iterator[str]:
 
 
 def _kind(workload: Workload) -> str:
-    """What shares a table: by unit, but for the second placement and the scale group."""
+    """Name the table of a workload: by unit, but for the second placement and the scale group."""
     if workload.key.startswith(SPLIT):
         return SPLIT
     return "@" if "@" in workload.key else "plain" if workload.unit == "1/s" else "data"

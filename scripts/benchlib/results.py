@@ -31,7 +31,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one operation took on average: requests, and CPU time of the daemon and of both."""
+    """The cost of one operation on average: requests, and CPU time of the daemon and of both."""
 
     requests: float
     daemon_us: float

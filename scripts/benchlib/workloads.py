@@ -1,4 +1,4 @@
-"""What every system is put through: metadata, scale, sequential data, mappings.
+"""Workloads for every system: metadata, scale, sequential data, mappings.
 
 A round visits the systems one after the other for each step (A B A B), so that a drift of the
 machine meets them all.  A system that fails is left out from then on and noted.
@@ -24,7 +24,7 @@ _WARMUP = -1
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything: the full run, or --quick."""
+    """The size of everything: the full run, or --quick."""
 
     rounds: int = 7
     names: int = 2000
@@ -97,7 +97,7 @@ class Bench:
             self.say(system.failed or reason)
 
     def placed(self, pinning: Pinning) -> "Bench":
-        """The same run with client and daemons elsewhere, under keys of its own."""
+        """Return the same run with client and daemons elsewhere, under keys of its own."""
         client = copy.copy(self.client)
         client.pinning = pinning
         systems = [type(s)(self.scratch, pinning) for s in self.alive()]

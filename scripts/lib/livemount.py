@@ -59,7 +59,7 @@ class LiveMount:
             _wait_until_gone(pid)
 
     def is_mounted(self) -> bool:
-        """Whether something is mounted on the directory, be its daemon dead or alive."""
+        """Tell whether something is mounted on the directory, be its daemon dead or alive."""
         mountinfo = Path("/proc/self/mountinfo").read_text().splitlines()
         return str(self.directory) in (line.split()[4] for line in mountinfo)
 
@@ -126,7 +126,7 @@ def fresh(live: LiveMount, size: int) -> Iterator[LiveMount]:
 
 
 def extents(file: Path) -> list[Extent]:
-    """Where the file's bytes are in the region, as ``pkernfs extents`` says."""
+    """Ask ``pkernfs extents`` where the file's bytes are in the region."""
     described = json.loads(run("pkernfs", "extents", "--json", str(file)))
     return [
         Extent(one["offset"], one["length"], one["region_offset"]) for one in described["extents"]

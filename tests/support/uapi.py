@@ -1,4 +1,4 @@
-"""What the C compiler says of the kernel's headers, beside what pkernfs.vmm.uapi has."""
+"""The kernel's headers by the C compiler, to be compared with pkernfs.vmm.uapi."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def ours() -> dict[str, int]:
 
 
 def missing(name: str) -> bool:
-    """Whether the headers that are installed here are too old for what an expression names."""
+    """Tell whether the headers that are installed here are too old for an expression."""
     text = "".join(header(h).read_text() for h in HEADERS if header(h).exists())
     word = name.removeprefix("offsetof(struct ").removeprefix("sizeof(((struct ")
     return re.findall(r"\w+", word)[0] not in re.findall(r"\w+", text)
 
 
 def theirs(expressions: list[str], scratch: Path) -> dict[str, int]:
-    """The same by the compiler, with the headers that are installed here."""
+    """Ask the compiler for the expressions, with the headers that are installed here."""
     lines = [f"#include <linux/{h}.h>" for h in HEADERS if header(h).exists()]
     lines += ["#include <stddef.h>", "#include <stdio.h>", "int main(void) {"]
     lines += [f'printf("%llu\\n", (unsigned long long)({one}));' for one in expressions]
@@ -56,5 +56,5 @@ def theirs(expressions: list[str], scratch: Path) -> dict[str, int]:
 
 
 def header(name: str) -> Path:
-    """Where a header of the kernel is installed."""
+    """Return the path of a kernel header."""
     return Path(f"/usr/include/linux/{name}.h")

@@ -19,7 +19,7 @@ BDF = "0000:00:05.0"
 
 
 class Kernel:
-    """What is asked of the kernel, with the structures as they were passed; it says yes."""
+    """Notes what is asked of the kernel, with the structures as they were passed; says yes."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, dict[str, int]]] = []

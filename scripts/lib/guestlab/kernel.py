@@ -26,7 +26,7 @@ class Kernel:
 
 
 def default_cache() -> Path:
-    """Where downloads are kept from one run to the next: outside any checkout."""
+    """Return the directory that keeps downloads from one run to the next: outside any checkout."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "pkernfs"
 

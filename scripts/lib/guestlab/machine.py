@@ -25,7 +25,7 @@ _PATIENCE_SECONDS = 15  # with an accelerator that something slower can replace
 
 
 def qemu_path() -> str | None:
-    """Where QEMU is, or None."""
+    """Return the path of QEMU, or None."""
     return shutil.which(QEMU)
 
 
@@ -46,7 +46,7 @@ def accelerators() -> list[str]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to boot: ``pages`` of the guest's memory are to hold the marker.
+    """A guest to boot: ``pages`` of its memory are to hold the marker.
 
     :ivar ram: the file that is the guest's memory; it has ``ram_bytes`` bytes
     :ivar busy: the guest goes on storing to other memory after its first user-space line

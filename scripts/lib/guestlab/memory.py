@@ -1,4 +1,4 @@
-"""What a guest's memory holds, found by content in the file that was its RAM."""
+"""The content of a guest's memory, looked for in the file that was its RAM."""
 
 import hashlib
 import re

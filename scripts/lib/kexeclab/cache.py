@@ -1,4 +1,4 @@
-"""What the lab has downloaded and built: kept outside any checkout, whole or not at all."""
+"""The lab's downloads and disks: kept outside any checkout, whole or not at all."""
 
 import fcntl
 import hashlib
@@ -128,6 +128,9 @@ def _drop_old(kind: Path, keep: int) -> None:
 
 
 def require_root() -> None:
-    """:raises LabError: the caller is not root, which building disks needs."""
+    """Refuse to build disks for anybody but root.
+
+    :raises LabError: the caller is somebody else.
+    """
     if os.geteuid() != 0:
         raise LabError("the lab's disks are built with chroot: run this as root")

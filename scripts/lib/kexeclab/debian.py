@@ -50,7 +50,7 @@ def source_line(suite: str) -> str:
 
 
 def proxy_options() -> Iterator[str]:
-    """How apt is set up to reach its mirror, as ``Acquire::...=value``."""
+    """Yield the settings by which apt reaches its mirror, as ``Acquire::...=value``."""
     for line in run("apt-config", "dump").splitlines():
         found = re.match(r'(Acquire::https?::\S*(?:Proxy|CaInfo|Verify-\w+)\S*) "(.+)";$', line)
         if found:

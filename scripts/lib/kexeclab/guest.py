@@ -1,4 +1,4 @@
-"""What a stage is given inside the machine: commands, notes for later stages, and kexec."""
+"""The machine as a stage has it inside: commands, notes for later stages, and kexec."""
 
 import os
 import time
@@ -72,7 +72,7 @@ class Guest:
         self._channel.ask(feed=name, rate=rate, limit=limit)
 
     def fed(self, name: str, stop: bool = False) -> int:
-        """How many packets the host has sent so far, kernels before included.
+        """Ask how many packets the host has sent so far, kernels before included.
 
         :param stop: have it send no more
         """
@@ -146,7 +146,7 @@ class Guest:
 
 
 def running_kernel() -> Path:
-    """Where the running kernel's files are.
+    """Return the directory with the running kernel's files.
 
     :raises GuestError: on no disk of this machine.
     """

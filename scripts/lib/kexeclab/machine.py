@@ -32,7 +32,7 @@ _COMMON = ("console=ttyS0", "oops=panic", "panic=-1", "net.ifnames=0")
 
 @dataclass(frozen=True)
 class Machine:
-    """What to boot.
+    """A machine to boot.
 
     :ivar kernel: the first kernel, a key of kernels.SUITES
     :ivar memory: MiB
@@ -131,7 +131,7 @@ class Clock:
         self._reading = 0.0
 
     def now(self) -> float:
-        """What it shows; to be asked every second or so, a longer time is one in which we slept."""
+        """Read the clock; every second or so, for a longer time counts as one in which we slept."""
         before, self._last = self._last, (self._time_now(), self._waited())
         passed, waited = (new - old for new, old in zip(self._last, before, strict=True))
         seen = min(passed, 2 * _LOOK_SECONDS)
@@ -183,12 +183,12 @@ class Running:
             self.channel.sendall(json.dumps(message).encode() + b"\n")
 
     def cpu_seconds(self) -> float:
-        """What QEMU has used of the processors so far: unlike time, the same on a busy machine."""
+        """Return the CPU time of QEMU so far: unlike time, the same on a busy machine."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def waited_seconds(self) -> float:
-        """How long QEMU has been kept waiting for a processor: that of its threads most kept."""
+        """Return the time that QEMU has waited for a processor: of its threads, the most."""
         waited = 0
         for path in Path(f"/proc/{self.process.pid}/task").glob("*/schedstat"):
             with suppress(OSError, IndexError):  # a thread that ends; a kernel without the figures

@@ -78,7 +78,7 @@ def _statement(option: str) -> str:
 
 
 def _arrange(tree: Path) -> None:
-    """What a freshly set-up machine has beside its packages."""
+    """Add what a freshly set-up machine has beside its packages."""
     (tree / "etc/hostname").write_text("lab\n")
     (tree / "etc/hosts").write_text("127.0.0.1 localhost lab\n::1 localhost\n")
     (tree / "etc/fstab").write_text("")

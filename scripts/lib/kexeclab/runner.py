@@ -51,7 +51,7 @@ class Switch:
 
 @dataclass
 class Result:
-    """What a test's stages have told.
+    """The report of a test's stages.
 
     :ivar figures: name to value and unit
     :ivar console: all the lines of the serial console
@@ -71,7 +71,7 @@ class Result:
     sent: dict[str, list[float]] = field(default_factory=dict)
 
     def fed_between(self, name: str, start: float, end: float) -> int:
-        """How many packets the host sent between two times."""
+        """Count the packets that the host sent between two times."""
         return sum(start <= when < end for when in self.sent[name])
 
 
@@ -114,7 +114,7 @@ def run_stages(
 
 
 def _report(error: Exception, alive: Running) -> str:
-    """What went wrong, the end of the console, and again in short what went wrong."""
+    """Tell what went wrong, the end of the console, and again in short what went wrong."""
     short, _, more = str(error).partition("\n")
     if raised := [line for line in more.splitlines() if _EXCEPTION.match(line)]:
         short = f"{short} {raised[-1]}"
@@ -122,7 +122,7 @@ def _report(error: Exception, alive: Running) -> str:
 
 
 class Lab:
-    """What a test is given to run its stages with (the fixture ``lab``).
+    """The runner of a test's stages (the fixture ``lab``).
 
     PKERNFS_LAB_KERNEL chooses the kernel of machines for which the test names none, and with
     PKERNFS_LAB_CONSOLE=1 the consoles are printed.

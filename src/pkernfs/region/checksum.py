@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pkernfs.layout import PAGE
 from pkernfs.native._native import ffi, lib
+
+_PAGE_IMAGE = f"uint8_t[{PAGE}]"  # a shorter one is refused
 
 
 def page_checksum(page: bytes | bytearray | memoryview) -> int:
     """Return the CRC-32C of a metadata page's image, with its own field as zero."""
-    return int(lib.pk_page_crc(ffi.from_buffer("uint8_t[]", page)))
+    return int(lib.pk_page_crc(ffi.from_buffer(_PAGE_IMAGE, page)))
 
 
 def crc32c(data: bytes | bytearray | memoryview, crc: int = 0) -> int:

@@ -112,7 +112,10 @@ def create(path: str, size: int) -> None:
 
 
 def _check_room(path: str, size: int) -> None:
-    """:raises RegionError: not even the metadata of a new region would fit the file system."""
+    """Refuse a file system in which not even the metadata of a new region would fit.
+
+    :raises RegionError: it is too full.
+    """
     try:
         room = os.statvfs(os.path.dirname(path) or ".")
     except OSError:

@@ -26,7 +26,7 @@ from pkernfs.region.opening import open_backing
 
 
 class Place(NamedTuple):
-    """What another program has to map to have a region: the file, and where in it; bytes."""
+    """The file that another program maps to have a region, and the region's offset in it; bytes."""
 
     path: str
     offset: int

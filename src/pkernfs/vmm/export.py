@@ -25,7 +25,7 @@ class Bar(NamedTuple):
 
 
 class Place(NamedTuple):
-    """What a program maps to have the region's memory, and where in it the region begins."""
+    """The file that a program maps to have the region, and the range of it; bytes."""
 
     path: Path
     offset: int
@@ -75,7 +75,7 @@ class Attached:
 
 @dataclass(frozen=True)
 class Export:
-    """What the tables of a mount hold.
+    """The content of a mount's tables.
 
     :ivar region: the region's name
     :ivar place: its memory; None if no program can map it

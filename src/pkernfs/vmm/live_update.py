@@ -42,7 +42,7 @@ Tell = Callable[[Phase], object]
 
 @dataclass(frozen=True)
 class Settings:
-    """How QEMU is run: the members of ``vm.json``.
+    """The way to run QEMU: the members of ``vm.json``.
 
     :ivar qemu: the program
     :ivar machine: its machine type; versioned as soon as the machine has been started

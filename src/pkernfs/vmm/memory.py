@@ -43,7 +43,7 @@ class Memory:
 
     @property
     def is_physical(self) -> bool:
-        """Whether the region is mapped through /dev/mem, whose memory may have no pages."""
+        """The region is mapped through /dev/mem, whose memory may have no pages."""
         return self._place.path == _DEV_MEM
 
     def map(self, pieces: Sequence[Piece]) -> None:

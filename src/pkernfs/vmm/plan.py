@@ -57,7 +57,7 @@ class Domain:
 
     @property
     def bytes(self) -> int:
-        """How much it maps."""
+        """The bytes that it maps."""
         return sum(piece.length for piece in self.pieces)
 
 

@@ -72,7 +72,7 @@ def has_iommufd(bdf: str) -> bool:
 
 
 class RegionInfo(NamedTuple):
-    """Where a region of a device (a BAR, the configuration space) is in its descriptor; bytes."""
+    """The place of a region (a BAR, the configuration space) in a device's descriptor; bytes."""
 
     offset: int
     size: int

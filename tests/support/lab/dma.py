@@ -1,4 +1,4 @@
-"""What the tests of DMA through a change of kernels share: the machine, its domains, its devices.
+"""The machine of tests of DMA through a change of kernels: its domains, its devices.
 
 Two edu devices and a network card, each in a domain of its own, and all of them in one file. The
 first kernel leaves the IOMMU alone (``intel_iommu=off``); the unit walks the region's tables.
@@ -50,7 +50,7 @@ def shown() -> dict[str, Any]:
 
 
 def faults() -> list[dict[str, Any]]:
-    """What the unit has recorded since the last time; not of a unit that the kernel has."""
+    """Ask for the unit's faults since the last time; not of a unit that the kernel has."""
     [unit] = json.loads(pkernfs("iommu", "units", "--json", "--clear"))["units"]
     found = unit["faults"]
     assert isinstance(found, list)
@@ -126,7 +126,7 @@ def machine(lab: Lab, kernels: list[str], *cmdline: str, unit: str = "intremap=o
 
 
 def tell_packets(result: Result) -> None:
-    """How many packets arrived in each part of the switches."""
+    """Print how many packets arrived in each part of the switches."""
     for number, switch in enumerate(result.switches, 1):
         parts = {
             "pkernfs kexec": (switch.left, switch.silent),

@@ -39,11 +39,11 @@ class Transfers:
             self._word(at).value = value
 
     def target(self) -> int:
-        """Where the last transfer went, or goes."""
+        """Return the address that the last transfer went to, or goes to."""
         return int(self._word(0x88).value)
 
     def busy(self) -> bool:
-        """Whether a transfer is under way."""
+        """Tell whether a transfer is under way."""
         return bool(self._word(0x98).value & 1)
 
     def wait(self) -> None:

@@ -31,7 +31,7 @@ class Entries(NamedTuple):
 
 
 def entries(bdf: str) -> Entries | None:
-    """What the unit finds for requests without PASID of a device; None if nothing is present."""
+    """Find the entries for a device's requests without PASID; None if nothing is present."""
     bus, device, function = int(bdf[5:7], 16), int(bdf[8:10], 16), int(bdf[11], 16)
     source = device << 3 | function
     register = _root_register()
@@ -70,7 +70,7 @@ def _words(address: int, count: int) -> list[int]:
 
 
 def _place(core: int, address: int) -> int | None:
-    """Where physical memory is in /proc/kcore; only what is the kernel's RAM is there."""
+    """Find physical memory in /proc/kcore; only what is the kernel's RAM is there."""
     header = _HEADER.unpack(os.pread(core, _HEADER.size, 0))
     start, count = header[5], header[10]
     programs = _PROGRAM.iter_unpack(os.pread(core, count * _PROGRAM.size, start))

@@ -35,7 +35,7 @@ _SECONDS = 30.0
 
 
 class Registers(Protocol):
-    """What carries loads and stores to the card's first BAR."""
+    """The way by which loads and stores reach the card's first BAR."""
 
     def load(self, offset: int) -> int:
         """A register of 32 bits."""
@@ -89,12 +89,12 @@ class Ring:
 
     @property
     def room(self) -> int:
-        """How many packets it holds: with one more, head and tail would be the same (7.1.8)."""
+        """The packets that it can hold: with one more, head and tail would be the same (7.1.8)."""
         return self.count - 1
 
     @property
     def buffers(self) -> int:
-        """Where the buffers start in the file."""
+        """The offset of the buffers in the file."""
         return self.start + self.count * _DESCRIPTOR.size
 
     @property
@@ -111,11 +111,11 @@ class Ring:
             os.fsync(file.fileno())
 
     def received(self) -> int:
-        """How many descriptors the card has written back, from the first one on."""
+        """Count the descriptors that the card has written back, from the first one on."""
         return sum(1 for _length in self._lengths(self._read(self.start, self.buffers)))
 
     def packets(self) -> Iterator[Packet]:
-        """What has arrived, in the order of the ring. The device is not asked."""
+        """Yield the packets that have arrived, in the ring's order. The device is not asked."""
         lengths = list(self._lengths(self._read(self.start, self.buffers)))
         content = self._read(self.buffers, self.buffers + len(lengths) * BUFFER)
         for place, length in enumerate(lengths):

@@ -15,7 +15,7 @@ def enable(bdf: str) -> None:
 
 
 def is_master(bdf: str) -> bool:
-    """Whether the device may do DMA."""
+    """Tell whether the device may do DMA."""
     return bool(sysfs.read_config(bdf, COMMAND) & COMMAND_MASTER)
 
 

@@ -67,6 +67,6 @@ def unmount_and_check(guest: Guest) -> None:
 
 
 def _find_devices(guest: Guest) -> None:
-    """What udev does where it runs: load the drivers of a dax device."""
+    """Load the drivers of a dax device, as udev does where it runs."""
     if guest.parameters.get("kind") == "dax":
         guest.run("modprobe", "-a", "dax_hmem", "device_dax")

@@ -60,6 +60,6 @@ def landed(file: Path, place: int) -> list[int]:
 
 
 def asked_for(edu: Edu, iova: int) -> int:
-    """How many transfers of a stream were asked for: the device still knows the last one."""
+    """Count the transfers of a stream that were asked for: the device still knows the last one."""
     page, offset = divmod(edu.target() - iova, _PAGE)
     return page * COUNT + offset // 8 + 1

@@ -150,7 +150,7 @@ def describe(root: Path) -> dict[str, list[Any]]:
 
 
 def difference(root: Path, before: dict[str, list[Any]]) -> str:
-    """How ``root`` differs from an earlier description; empty if it does not."""
+    """Tell how ``root`` differs from an earlier description; empty if it does not."""
     after = {}
     lines = []
     for name in before:  # attributes first: see describe()

@@ -75,7 +75,7 @@ def _content(writer: int, step: int) -> bytes:
 
 
 def broken_promises(root: Path, promised: list[int]) -> list[str]:
-    """What is not as the writers' last promises have it."""
+    """List what is not as the writers' last promises have it."""
     wrong = []
     for writer, last in enumerate(promised):
         directory = root / f"{writer}"
