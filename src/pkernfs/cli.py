@@ -1,7 +1,7 @@
-"""The commands: parsers, exit status and messages. What they do is in ``pkernfs.commands``.
+"""The commands: parsers, exit statuses and messages. ``pkernfs.commands`` has a module for each.
 
-One command's module is imported at a time, and it imports what it needs when it runs: ``pkernfs
-info`` must not wait for trio. An expected failure is one line on stderr; anything else is a bug and
+One command imports one module, and that module imports what it needs when it runs: ``pkernfs info``
+must not wait for trio. An expected failure is one line on stderr. Any other exception is a bug and
 keeps its traceback.
 """
 
@@ -22,7 +22,7 @@ from pkernfs.errors import PkernfsError, UsageError, one_line
 
 
 class Command(NamedTuple):
-    """A row of the command table; the statuses are those of its exit."""
+    """A row of the command table: a summary, and exit statuses."""
 
     summary: str
     usage_status: int = 1
@@ -30,43 +30,43 @@ class Command(NamedTuple):
     interrupted_status: int = 130
 
 
-#: Commands with a name of their own as an executable.
+#: Commands that are executables of their own.
 PROGRAMS = {
     "mkfs": Command("make a pkernfs in a region"),
-    "fsck": Command("check, and repair, the pkernfs in a region", 16, 8, 32),
+    "fsck": Command("check the pkernfs in a region, and repair it where asked", 16, 8, 32),
 }
 
 #: What may stand first after ``pkernfs``.
 COMMANDS = {
     "mount": Command("mount a region", 1, 32, 32),
-    "info": Command("label, uuid, sizes, state and features of a region"),
-    "extents": Command("where a file's bytes are in the region"),
-    "qemu-args": Command("the options with which QEMU maps a file in the region"),
-    "kexec": Command("load the next kernel, hand over, and start it"),
+    "info": Command("print label, uuid, sizes, state and features of a region"),
+    "extents": Command("print where a file's bytes are in the region"),
+    "qemu-args": Command("print the options with which QEMU maps a file in the region"),
+    "kexec": Command("load the next kernel, hand over every file system, start the kernel"),
     "handover": Command("freeze, check and record a file system before a kexec"),
-    "install-units": Command("install systemd's units"),
-    "doctor": Command("what this host can do, and what is missing"),
-    "iommu": Command("the IOMMU's tables: map, attach, translate, show, check, export"),
+    "install-units": Command("install units for systemd"),
+    "doctor": Command("print what this host can do, and what it lacks"),
+    "iommu": Command("change and read IOMMU tables: map, attach, translate, show, check, export"),
 }
 
-#: What is the name of something, and so cannot be empty.
+#: Arguments that are names, and so cannot be empty.
 _OPERANDS = ("region", "mount_point", "target", "file", "dom", "mnt")
 
 MOUNT_FORM = "pkernfs REGION MNT [-o OPTIONS]"
 
 
 class CommandModule(Protocol):
-    """What a module of ``pkernfs.commands`` has."""
+    """The functions that a module of ``pkernfs.commands`` has."""
 
     def configure(self, parser: argparse.ArgumentParser) -> None:
         """Add the command's arguments."""
 
     def run(self, args: argparse.Namespace) -> int:
-        """Do it; the exit status."""
+        """Run the command; return its exit status."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises :class:`UsageError` where argparse would print several lines and exit with 2."""
+    """A parser that raises :class:`UsageError`, where argparse prints lines and exits with 2."""
 
     def error(self, message: str) -> NoReturn:
         """Refuse the command line."""
@@ -83,19 +83,19 @@ def build_parser(name: str, prog: str) -> argparse.ArgumentParser:
     command = PROGRAMS.get(name) or COMMANDS[name]
     parser = Parser(
         prog=prog,
-        description=f"{command.summary.capitalize()}.",
+        description=f"{command.summary[:1].upper()}{command.summary[1:]}.",
         allow_abbrev=False,
         add_help=False,
     )
     load(name).configure(parser)
     version = f"{prog.split()[0]} {__version__}"
-    parser.add_argument("-h", "--help", action="help", help="print a summary.")
+    parser.add_argument("-h", "--help", action="help", help="print this help.")
     parser.add_argument("--version", action="version", version=version, help="print the version.")
     return parser
 
 
 def top_level_help() -> str:
-    """What ``pkernfs --help`` prints."""
+    """Return the text of ``pkernfs --help``."""
     lines = [f"usage: {MOUNT_FORM}", "       pkernfs COMMAND ...", "", "commands:"]
     lines += [f"  {name:<13} {command.summary}" for name, command in COMMANDS.items()]
     lines += [
@@ -158,7 +158,7 @@ def _run(name: str, prog: str, argv: list[str]) -> int:
         _complain(who, _with_subject(str(error), args))
         return command.failure_status
     except BrokenPipeError:
-        # The reader has gone: nobody to tell, and nothing may be flushed at exit.
+        # The reader has gone: nobody reads a message, and a flush at exit would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return command.failure_status
     except OSError as error:
@@ -174,15 +174,15 @@ def _run(name: str, prog: str, argv: list[str]) -> int:
 
 @contextmanager
 def _warnings_on_stderr(who: str, name: str, args: argparse.Namespace) -> Iterator[None]:
-    """Warnings of the core in the form of messages.
+    """Show warnings of the core as messages of the command.
 
-    A mount in the foreground logs by itself; one that goes to the background has stderr until it
-    answers, and the system log from then on.
+    A mount in the foreground logs by itself. A mount in the background logs to stderr until it
+    answers, and to the system log from then on.
     """
     if getattr(args, "foreground", False):
         yield
         return
-    # What mkfs finds out on its way to refusing or overwriting is in its own message.
+    # The message of mkfs has what it found before it refused or overwrote.
     handler = logging.NullHandler() if name == "mkfs" else logging.StreamHandler()
     handler.setFormatter(logging.Formatter(f"{who}: %(message)s"))
     logger = logging.getLogger("pkernfs")
@@ -194,7 +194,7 @@ def _warnings_on_stderr(who: str, name: str, args: argparse.Namespace) -> Iterat
 
 
 def _with_subject(message: str, args: argparse.Namespace) -> str:
-    """The message, and before it the region or file that the command is about if it is missing."""
+    """Put the command's region or file before a message that does not name it."""
     subjects = [getattr(args, name, None) for name in ("region", "target", "file", "dom", "mnt")]
     subject = next((s for s in subjects if s), "")
     return message if subject in message else f"{subject}: {message}"
@@ -206,7 +206,7 @@ def _describe(error: OSError) -> str:
 
 
 def _have_standard_streams() -> None:
-    """Give a process that was started without one of them /dev/null in its place."""
+    """Open /dev/null for each standard stream that this process lacks."""
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             null = os.open(os.devnull, os.O_RDWR)
@@ -218,7 +218,7 @@ def _have_standard_streams() -> None:
 
 
 def _complain(who: str, message: str) -> None:
-    """One line on stderr, whatever is in the names that the message quotes."""
+    """Write one line to stderr, whatever is in the names that the message quotes."""
     sys.stderr.write(f"{who}: {one_line(message)}\n")
     sys.stderr.flush()
 

@@ -1,6 +1,6 @@
-"""What users write: byte counts and ``-o`` mount options, as numbers and dictionaries.
+"""Parsers of byte counts and of ``-o`` mount options.
 
-Pure parsing; what an option does is not this module's business.
+They return numbers and dictionaries. Other modules act on the options.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _PAGE = 4096
 
 
 def parse_size(text: str, what: str = "size") -> int:
-    """Bytes in ``text``: decimal or 0x, with K, M, G or T for powers of 1024.
+    """Parse a byte count: decimal or 0x, with K, M, G or T for powers of 1024.
 
-    :raises UsageError: anything else, or more than a signed 64-bit integer holds.
+    :raises UsageError: ``text`` is something else, or above a signed 64-bit integer.
     """
     match = _SIZE.fullmatch(text)
     if match is None:
@@ -35,7 +35,7 @@ def parse_size(text: str, what: str = "size") -> int:
 
 
 def format_size(size: int) -> str:
-    """``size`` in bytes as people write it: exact in the largest unit that divides it, else ~."""
+    """Write ``size`` bytes in the largest unit that it reaches, with at most one decimal."""
     for unit, shift in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
         if size >= 1 << shift:
             exact = size / (1 << shift)
@@ -44,7 +44,7 @@ def format_size(size: int) -> str:
 
 
 class MountOption(NamedTuple):
-    """A mount option that pkernfs itself acts on; ``value`` names its argument."""
+    """A mount option of pkernfs's own; ``value`` names its argument."""
 
     name: str
     value: str | None
@@ -53,74 +53,76 @@ class MountOption(NamedTuple):
 
 #: In the order of the manual page.
 MOUNT_OPTIONS = (
-    MountOption("ro", None, "no change through the mount, and no store into the region."),
+    MountOption(
+        "ro", None, "refuse every change through the mount; store nothing into the region."
+    ),
     MountOption(
         "mkfs",
         None,
-        "format the region if there is no trace of a pkernfs in it (all of its first blocks are "
-        "zero). A damaged pkernfs, another file system or other data is never formatted.",
+        "format the region if it has no trace of a pkernfs (its first blocks are all zero). A "
+        "damaged pkernfs, another file system or other data is never formatted.",
     ),
     MountOption(
         "verify",
         None,
-        "after a handover with digests: compare the data of all files before the mount answers, "
-        "not while it is used.",
+        "after a handover with digests: compare the data of all files before the mount answers. "
+        "Without it the daemon compares while it serves.",
     ),
     MountOption(
         "phys_base",
         "ADDR",
-        "the physical address of the region's first byte, for a region that has none of its own "
-        "(an image, a test). Decimal or 0x, a multiple of 4096.",
+        "use ADDR as the physical address of the region's first byte. For a region without "
+        "physical addresses (an image, a test). Decimal or 0x, a multiple of 4096.",
     ),
     MountOption(
         "allow_other",
         None,
-        "let other users than the one who mounts use the mount, within its permissions. Without "
-        "it they are refused, even root where another user mounts.",
+        "let all users use the mount, within its permissions. Without it only the user who mounts "
+        "may use it; not even root may.",
     ),
     MountOption(
         "default_permissions",
         None,
-        "the kernel checks permissions by mode and owner. Always on; accepted for mount(8).",
+        "have the kernel check permissions by mode and owner. Always on; accepted for mount(8).",
     ),
     MountOption(
         "cache",
         "MODE",
-        "auto (the default), direct or page: whether files go through the kernel's page cache. "
-        "See docs/coherence.md.",
+        "open files with direct I/O (direct), through the kernel's page cache (page), or let "
+        "pkernfs choose (auto, the default). See docs/coherence.md.",
     ),
     MountOption(
         "spin",
         "MICROSECONDS",
-        "how long the daemon polls for the next request before it sleeps; 100 if not given.",
+        "poll so long for the next request before sleeping; 100 if not given.",
     ),
 )
 _CACHE_MODES = ("auto", "direct", "page")
 _MAX_SPIN_MICROSECONDS = 1_000_000
 
-#: Handled by the kernel's VFS; passed on as they are.
+#: Options that the kernel's VFS handles; they are passed on unchanged.
 VFS_OPTIONS = frozenset(
     "rw dev nodev suid nosuid exec noexec atime noatime diratime nodiratime relatime norelatime "
     "strictatime nostrictatime sync async dirsync symfollow nosymfollow".split()
 )
 
-#: Meant for mount(8), systemd and /etc/fstab; accepted and without effect here.
+#: Options for mount(8), systemd and /etc/fstab; they have no effect here.
 IGNORED_OPTIONS = frozenset(
     "defaults auto noauto user nouser users nousers owner noowner group nogroup _netdev nofail "
     "lazytime nolazytime silent loud iversion noiversion mand nomand".split()
 )
-#: Also the VFS's, with a value.
+#: Options of the VFS that have a value.
 _VFS_PREFIXES = ("context=", "fscontext=", "defcontext=", "rootcontext=")
 _IGNORED_PREFIXES = ("x-", "X-", "comment=", "user=", "fsname=", "subtype=")
 
 
 def parse_mount_options(texts: list[str]) -> dict[str, bool | int | str]:
-    """The arguments of all ``-o``, in their order, as a dictionary; the last of a kind wins.
+    """Parse the arguments of all ``-o``, in their order; the last option of a kind wins.
 
-    Flags are True, ``phys_base`` a number. Options of the VFS are flags too. What is for mount(8)
-    and systemd is left out.
+    Flags become True; ``phys_base`` and ``spin`` become numbers. Options of the VFS are flags too.
+    Options for mount(8) and systemd are left out.
 
-    :raises UsageError: an option that is not known, or a value that is missing, bad or too much.
+    :raises UsageError: an option is not known; a value is missing, bad or superfluous.
     """
     known = {option.name: option for option in MOUNT_OPTIONS}
     result: dict[str, bool | int | str] = {}

@@ -1,4 +1,4 @@
-"""``pkernfs doctor``: what this host can do, what is missing, and the remedy."""
+"""``pkernfs doctor``: print what this host can do, what it lacks, and the remedy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what was found; 0 if a file system can be mounted, else 1."""
+    """Print the checks; return 0 if a file system can be mounted, else 1."""
     results = list(doctor.examine())
     able = {area: doctor.able(results, area) for area in _AREAS}
     if args.json:

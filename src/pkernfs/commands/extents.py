@@ -1,4 +1,4 @@
-"""``pkernfs extents``: where a file's bytes are in the region, asked of the mount."""
+"""``pkernfs extents``: print where a file's bytes are in the region, as the mount tells it."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def describe(file: str, extents: list[Extent]) -> dict[str, object]:
-    """The JSON of ``pkernfs extents``; ``physical`` is None where there is no address."""
+    """Build the JSON of ``pkernfs extents``; ``physical`` is None where there is no address."""
     names = ("offset", "length", "region_offset", "physical")
     rows = [dict(zip(names, extent, strict=True)) for extent in extents]
     return {"file": file, "extents": rows}
 
 
 def read_extents(file: str) -> Iterator[Extent]:
-    """File offset, length, region offset and physical address of each extent, in bytes.
+    """Yield file offset, length, region offset and physical address of each extent, in bytes.
 
-    The attribute is read page by page: ``NAME.N`` begins with extent number N.
+    It reads the attribute page by page: ``NAME.N`` begins with extent number N.
     """
     count = 0
     while True:

@@ -1,6 +1,6 @@
 """``fsck.pkernfs``: check a region, repair it where asked, and exit as fsck(8) says.
 
-What is wrong and what a repair does is decided in :mod:`pkernfs.fs.fsck`; here it is printed.
+:mod:`pkernfs.fs.fsck` finds problems and repairs them; this module prints them.
 """
 
 from __future__ import annotations
@@ -22,29 +22,34 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of fsck.pkernfs."""
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
-        "-n", dest="no", action="store_true", help="check only, change nothing. The default."
+        "-n", dest="no", action="store_true", help="check, and change nothing. The default."
     )
     mode.add_argument(
-        "-y", dest="repair", action="store_true", help="repair what can be repaired, ask nothing."
+        "-y",
+        dest="repair",
+        action="store_true",
+        help="repair all that can be repaired; ask nothing.",
     )
     mode.add_argument(
-        "-p", "-a", dest="repair", action="store_true", help="the same as -y, for fsck(8)."
+        "-p", "-a", dest="repair", action="store_true", help="the same as -y; fsck(8) uses these."
     )
     parser.add_argument(
-        "-f", dest="force", action="store_true", help="accepted; the check is always a full one."
+        "-f", dest="force", action="store_true", help="no effect: the check is always a full one."
     )
     parser.add_argument(
         "-v",
         dest="verbose",
         action="store_true",
-        help="say also what a crash has left for the next mount to mend, and what was counted.",
+        help="also print what a crash left for the next mount to mend, and the counts.",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON.")
-    parser.add_argument("region", metavar="REGION", help="the region to check; not mounted.")
+    parser.add_argument(
+        "region", metavar="REGION", help="the region to check; it must not be mounted."
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check ``args.region`` and print the report; the status of fsck(8)."""
+    """Check ``args.region`` and print the report; return the status of fsck(8)."""
     from pkernfs.fs.fsck import check
     from pkernfs.fs.placement import open_region
 
@@ -61,14 +66,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def exit_status(report: Report) -> int:
-    """0 nothing wrong, 1 all repaired, 4 something is left."""
+    """Return 0 if nothing was wrong, 1 if all was repaired, 4 if something is left."""
     if report.clean:
         return CLEAN
     return LEFT if report.left else FIXED
 
 
 def _print_report(region: str, report: Report, verbose: bool) -> None:
-    """Findings one a line; what a crash leaves and a mount mends is told with -v only."""
+    """Print one finding a line; with -v also what a crash left and a mount mends."""
     for problem in report.problems + (report.notes if verbose else []):
         print(f"{problem.message}{f': {problem.remedy}' if problem.fixed else ''}")
     if report.suppressed:

@@ -41,20 +41,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--digest",
         action="store_true",
-        help="take digests of the data of all files as well, at the speed of memory; the next "
-        "mount compares.",
+        help="also take digests of the data of all files, at the speed of memory; the next mount "
+        "compares them.",
     )
     what.add_argument(
-        "--abort", action="store_true", help="undo a handover: changes are accepted again."
+        "--abort", action="store_true", help="undo a handover; the mount accepts changes again."
     )
     parser.add_argument(
         "--cmdline",
         metavar="TEXT",
-        help="the next kernel's command line, where it is not that of a kernel loaded for kexec "
-        "or cannot be read. It must keep the region apart as the running kernel's does.",
+        help="the next kernel's command line, if no kernel is loaded for kexec or its command line "
+        "cannot be read. It must reserve the region as the running kernel's does.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON.")
-    parser.add_argument("mnt", metavar="MNT", help="where the file system is mounted.")
+    parser.add_argument("mnt", metavar="MNT", help="the mount point of the file system.")
 
 
 @dataclass

@@ -1,6 +1,6 @@
-"""``pkernfs info``: what the superblock and the state page of a region say, mounted or not.
+"""``pkernfs info``: print the superblock and the state page of a region, mounted or not.
 
-A mounted region is read without its lock and never stored to.
+It reads a mounted region without its lock, and stores nothing.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from pkernfs.options import format_size
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``pkernfs info``."""
     parser.add_argument("--json", action="store_true", help="print JSON.")
-    parser.add_argument("target", metavar="REGION|MNT", help="a region, or where one is mounted.")
+    parser.add_argument("target", metavar="REGION|MNT", help="a region, or the mount point of one.")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what is known of ``args.target``."""
+    """Print the facts about ``args.target``."""
     facts = describe(region_of(args.target))
     if args.json:
         print(json.dumps(facts, indent=2))
@@ -37,13 +37,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def region_of(target: str) -> str:
-    """The region that ``target`` is, or that is mounted there.
+    """Return the region that ``target`` is, or that is mounted there.
 
-    :raises InvalidError: a directory that is in no pkernfs.
+    :raises InvalidError: ``target`` is a directory in no pkernfs.
     """
     here = mount_at(target)
     if here is not None and here.fstype == FSTYPE:
-        return here.source  # even if its daemon is dead and nothing can be asked about it
+        return here.source  # even if its daemon is dead and cannot be asked
     if not os.path.isdir(target):
         return canonical_spec(target)
     mount = mount_of(target)
@@ -53,7 +53,7 @@ def region_of(target: str) -> str:
 
 
 def describe(spec: str) -> dict[str, Any]:
-    """The JSON of ``pkernfs info``, documented in docs/operations.md."""
+    """Build the JSON of ``pkernfs info``, as docs/operations.md has it."""
     from pkernfs.fs import superblock
     from pkernfs.region.region import Region
 
@@ -63,13 +63,13 @@ def describe(spec: str) -> dict[str, Any]:
     facts["kexec"] = _kexec(facts)
     facts["verification"] = None
     if facts.get("history") and facts["mount_points"]:
-        with contextlib.suppress(PkernfsError, OSError):  # not for us to ask, or nobody answers
+        with contextlib.suppress(PkernfsError, OSError):  # not permitted, or no answer
             facts["verification"] = client.call(facts["mount_points"][0], "handover_status")
     return facts
 
 
 def _kexec(facts: dict[str, Any]) -> dict[str, Any]:
-    """How the running kernel was started, and whether it has adopted tables in force."""
+    """Tell how the running kernel was started, and whether it adopted tables in force."""
     path = "orderly" if facts.get("arrival") == "live update" else None
     return {
         "path": "panic" if boot.by_panic(HOST) else path,
@@ -78,7 +78,7 @@ def _kexec(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _print_facts(facts: dict[str, Any]) -> None:
-    """One ``name: value`` a line, sizes and times also as people read them."""
+    """Print one ``name: value`` a line; sizes and times also as people read them."""
     for name, value in facts.items():
         label = name.removesuffix("_ns").replace("_", " ")
         if name == "ranges":

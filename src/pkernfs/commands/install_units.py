@@ -1,7 +1,7 @@
-"""``pkernfs install-units``: systemd's units for mounts that outlive a kexec.
+"""``pkernfs install-units``: install units for systemd, for mounts that outlive a kexec.
 
-The units are in ``pkernfs/systemd``; what they do, and how they are ordered, stands there. They go
-where the administrator's own software has its units, so that /etc is free for changes to them.
+The units in ``pkernfs/systemd`` say what they do, and in which order. They are installed in
+/usr/local/lib, so that the administrator can change them in /etc.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ UNITS = (
     "pkernfs.target",
 )
 DIRECTORY = "usr/local/lib/systemd/system"
-#: In a unit, where it runs this program.
+#: Stands in a unit for the path of this program.
 _PLACEHOLDER = "@PKERNFS@"
-#: There while systemd is process 1.
+#: Exists while systemd is process 1.
 _RUNNING = Path("/run/systemd/system")
 
 
@@ -35,13 +35,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--root",
         default="/",
         metavar="DIR",
-        help="install below DIR, the root of a system that is not running; / if not given.",
+        help="install below DIR, the root of a system that does not run; / if not given.",
     )
-    parser.add_argument("--remove", action="store_true", help="remove the units instead.")
+    parser.add_argument("--remove", action="store_true", help="remove the units.")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Install, or remove, the units, and tell systemd if it is the running system's."""
+    """Install or remove the units; have a running systemd read them."""
     root = Path(args.root)
     if not root.is_dir():
         raise NotFoundError(f"{root}: cannot install: no such directory")
@@ -61,13 +61,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def unit_text(name: str, program: str) -> str:
-    """The unit ``name``, with the path of this program in it."""
+    """Return the unit ``name``, with the path of this program in it."""
     text = (files("pkernfs") / "systemd" / name).read_text(encoding="utf-8")
     return text.replace(_PLACEHOLDER, program)
 
 
 def program(root: Path) -> str:
-    """The path, as seen below ``root``, by which units run ``pkernfs``.
+    """Return the path below ``root`` by which units run ``pkernfs``.
 
     :raises NotFoundError: it is not installed there.
     """
@@ -76,7 +76,7 @@ def program(root: Path) -> str:
         mine = shutil.which(sys.argv[0]) if sys.argv[0].endswith("pkernfs") else None
         found += [Path(p).absolute() for p in (mine, shutil.which("pkernfs")) if p]
     for path in found:
-        # A link in an image may lead to where only the image's own root has something.
+        # A link in an image may lead to a path that exists below the image's root only.
         inside = root / path.relative_to("/")
         if os.path.lexists(inside):
             return str(path)
@@ -84,7 +84,7 @@ def program(root: Path) -> str:
 
 
 def _replace(path: Path, text: str) -> None:
-    """The file appears whole."""
+    """Write the file under another name first, so that it appears whole."""
     partial = path.with_name(f".{path.name}.new")
     partial.write_text(text, encoding="utf-8")
     partial.chmod(0o644)

@@ -1,4 +1,4 @@
-"""``pkernfs iommu``: the tables in ``iommu/``, changed by the daemon, read with or without one."""
+"""``pkernfs iommu``: change IOMMU tables through the daemon; read them with or without one."""
 
 from __future__ import annotations
 
@@ -28,20 +28,32 @@ class Subcommand(NamedTuple):
 
 
 SUBCOMMANDS = {
-    "create": Subcommand("make iommu/root-pgtables with other tables than the default", ("mnt",)),
-    "map": Subcommand("map a range of a file, or of a device's BAR", ("dom", "iova")),
-    "unmap": Subcommand("unmap a range of addresses", ("dom", "iova", "length")),
-    "attach": Subcommand("have a device's requests translated by a domain", ("dom", "bdf")),
-    "detach": Subcommand("end that", ("bdf",)),
-    "snapshot": Subcommand("a device's live domain, as a complete one in DOM", ("bdf", "dom")),
-    "persist": Subcommand("whether a handover keeps a device's entries", ("bdf",)),
-    "translate": Subcommand("walk the tables as the hardware does", ("whole", "bdf", "iova")),
-    "show": Subcommand("the tables, as the kernel's debugfs shows its own", ("target",)),
-    "check": Subcommand("prove that all reachable entries are right", ("whole",)),
-    "export": Subcommand("records for iommufd and VFIO, as JSON", ("target",)),
-    "activate": Subcommand("have the machine's IOMMU units walk these tables", ("mnt",)),
-    "deactivate": Subcommand("have them translate no more", ("mnt",)),
-    "units": Subcommand("the machine's IOMMU units: state, capabilities, faults", ()),
+    "create": Subcommand(
+        "make iommu/root-pgtables, and choose mode and levels of the tables", ("mnt",)
+    ),
+    "map": Subcommand(
+        "map a range of a file, or of a device's BAR, into a domain", ("dom", "iova")
+    ),
+    "unmap": Subcommand("unmap a range of addresses of a domain", ("dom", "iova", "length")),
+    "attach": Subcommand(
+        "attach a device to a domain, whose tables then translate its requests", ("dom", "bdf")
+    ),
+    "detach": Subcommand(
+        "detach a device from its domain, so that its requests are blocked", ("bdf",)
+    ),
+    "snapshot": Subcommand(
+        "copy the mappings that the running kernel has for a device into DOM", ("bdf", "dom")
+    ),
+    "persist": Subcommand("choose whether a handover keeps a device's entries", ("bdf",)),
+    "translate": Subcommand(
+        "translate an address as the hardware does, and print each step", ("whole", "bdf", "iova")
+    ),
+    "show": Subcommand("print the tables as the kernel's debugfs prints its own", ("target",)),
+    "check": Subcommand("check every entry that a unit can reach", ("whole",)),
+    "export": Subcommand("print the records for iommufd and VFIO, as JSON", ("target",)),
+    "activate": Subcommand("have IOMMU units of this machine translate by these tables", ("mnt",)),
+    "deactivate": Subcommand("have units that walk these tables stop translating", ("mnt",)),
+    "units": Subcommand("print the IOMMU units of this machine: state, capabilities, faults", ()),
 }
 
 
@@ -61,15 +73,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     for name, row in SUBCOMMANDS.items():
         for operand in row.operands:
             _OPERANDS[operand](made[name])
-        made[name].add_argument("-h", "--help", action="help", help="print a summary.")
+        made[name].add_argument("-h", "--help", action="help", help="print this help.")
     _configure_create(made["create"])
     _configure_map(made["map"])
     made["persist"].add_argument(
-        "switch", metavar="on|off", choices=("on", "off"), help="on, unless it was switched off."
+        "switch",
+        metavar="on|off",
+        choices=("on", "off"),
+        help="on: keep the entries, the default; off: clear them.",
     )
     for name in ("detach", "persist"):
         made[name].add_argument(
-            "mnt", metavar="MNT", nargs="?", help="the mount; needed only if there are several."
+            "mnt", metavar="MNT", nargs="?", help="the mount; only needed if there are several."
         )
     for name in ("translate", "show", "check", "export"):
         _configure_reading(made[name], name)
@@ -78,7 +93,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     made["units"].add_argument(
         "--clear",
         action="store_true",
-        help="free the fault records that were printed; but not of units that the kernel has.",
+        help="free the fault records after printing them, except on units that the kernel drives.",
     )
 
 
@@ -91,15 +106,17 @@ def _iova_operand(parser: argparse.ArgumentParser) -> None:
 
 
 def _length_operand(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("length", metavar="LENGTH", help="bytes; K, M, G, T and 0x are known.")
+    parser.add_argument("length", metavar="LENGTH", help="how many bytes, with K, M, G, T or 0x.")
 
 
 def _bdf_operand(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bdf", metavar="BDF", help="the device, as lspci -D: 0000:00:05.0.")
+    parser.add_argument(
+        "bdf", metavar="BDF", help="the device, as lspci -D prints it: 0000:00:05.0."
+    )
 
 
 def _mount_operand(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("mnt", metavar="MNT", help="where the file system is mounted.")
+    parser.add_argument("mnt", metavar="MNT", help="the mount point of the file system.")
 
 
 def _target_operand(parser: argparse.ArgumentParser) -> None:
@@ -132,27 +149,37 @@ def _configure_create(parser: argparse.ArgumentParser) -> None:
         "--mode",
         choices=("legacy", "scalable"),
         default="legacy",
-        help="translation table mode of the unit; legacy if not given.",
+        help="the unit's translation table mode; legacy if not given.",
     )
     parser.add_argument(
         "--levels",
         type=int,
         choices=(3, 4, 5),
         default=4,
-        help="levels of page tables, for addresses of 39, 48 or 57 bits; 4 if not given.",
+        help="the levels of page tables, for addresses of 39, 48 or 57 bits; 4 if not given.",
     )
-    parser.add_argument("--size", metavar="SIZE", default="2M", help="of the file; 2M.")
+    parser.add_argument(
+        "--size",
+        metavar="SIZE",
+        default="2M",
+        help="the size of the file in bytes; 2M if not given.",
+    )
 
 
 def _configure_map(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", nargs="?", help="a file of the same mount.")
+    parser.add_argument("file", metavar="FILE", nargs="?", help="a file of the same mount as DOM.")
     parser.add_argument(
-        "--bar", metavar="BDF:N", help="instead of a file: memory BAR N of a device."
+        "--bar", metavar="BDF:N", help="map memory BAR N of a device instead of a file."
     )
-    parser.add_argument("--offset", metavar="N", default="0", help="where in it to begin; 0.")
-    parser.add_argument("--length", metavar="N", help="bytes; to the end if not given.")
     parser.add_argument(
-        "--perm", metavar="r|w|rw", default="rw", help="what devices may do; rw if not given."
+        "--offset", metavar="N", default="0", help="begin at byte N of it; 0 if not given."
+    )
+    parser.add_argument("--length", metavar="N", help="map N bytes; to the end if not given.")
+    parser.add_argument(
+        "--perm",
+        metavar="r|w|rw",
+        default="rw",
+        help="let devices read, write or both; rw if not given.",
     )
 
 
@@ -161,24 +188,26 @@ def _configure_reading(parser: argparse.ArgumentParser, name: str) -> None:
         parser.add_argument("--json", action="store_true", help="print JSON.")
     if name in ("show", "export"):
         parser.add_argument(
-            "--domain", metavar="N", help="only dom-N; for a region that is not mounted."
+            "--domain", metavar="N", help="print dom-N only; for a region that is not mounted."
         )
     if name == "show":
         parser.add_argument(
             "--merge",
             action="store_true",
-            help="a line for each run of addresses of consecutive memory, not for each leaf.",
+            help="print a line for each run of consecutive memory, not for each leaf.",
         )
     if name == "translate":
-        parser.add_argument("--pasid", metavar="N", help="a request with this PASID.")
+        parser.add_argument("--pasid", metavar="N", help="translate a request with this PASID.")
         parser.add_argument(
-            "--access", metavar="r|w|rw", help="what the request wants; what is allowed, if not."
+            "--access",
+            metavar="r|w|rw",
+            help="the access that the request wants; any that is allowed, if not given.",
         )
     parser.add_argument(
         "--phys-base",
         metavar="ADDR",
-        help="physical address of the region's first byte, for one that has none of its own and "
-        "is not mounted.",
+        help="use ADDR as the physical address of the region's first byte; for a region that has "
+        "no physical addresses and is not mounted.",
     )
 
 
@@ -186,7 +215,7 @@ def _configure_units(
     activate: argparse.ArgumentParser, deactivate: argparse.ArgumentParser
 ) -> None:
     for parser, default in (
-        (activate, "those that attached devices are below"),
+        (activate, "those above attached devices"),
         (deactivate, "all that walk the tables"),
     ):
         parser.add_argument(
@@ -194,22 +223,22 @@ def _configure_units(
             metavar="dmarN|all",
             action="append",
             default=[],
-            help=f"which unit; may be repeated; {default}, if not given.",
+            help=f"the unit; may be repeated; {default}, if not given.",
         )
     activate.add_argument(
         "--cut-off",
         action="store_true",
-        help="let the DMA of devices fail that are at work and not attached.",
+        help="go on although this blocks the DMA of devices at work that are not attached.",
     )
     deactivate.add_argument(
         "--force",
         action="store_true",
-        help="although attached devices are bus masters, whose DMA would then go anywhere.",
+        help="go on although attached devices are bus masters: their DMA may then go anywhere.",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what the subcommand says; the exit status."""
+    """Run the subcommand; return its exit status."""
     return _RUN[args.subcommand](args)
 
 
@@ -252,7 +281,7 @@ def _map(args: argparse.Namespace) -> int:
 
 
 class _open_file:
-    """An O_PATH descriptor: no permission but search is needed, and nothing is read."""
+    """An O_PATH descriptor: it needs search permission only, and reads nothing."""
 
     def __init__(self, path: str) -> None:
         self.fileno = os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -310,7 +339,7 @@ def _persist(args: argparse.Namespace) -> int:
 
 
 def _mount_with(args: argparse.Namespace, device: int) -> str:
-    """The mount that is meant: named, the only one, or the one that the device is attached in."""
+    """Return the mount that is named, the only one, or the one with the device attached."""
     if args.mnt is not None:
         return str(args.mnt)
     mounts = _all_mounts()
@@ -338,13 +367,13 @@ def _is_attached(mount_point: str, device: int) -> bool:
     try:
         return device in call(mount_point, "iommu.devices")
     except PkernfsError:
-        return False  # a dead one, or somebody else's
+        return False  # its daemon is dead, or serves another user
 
 
 def _domain(path: str) -> tuple[Mount, int]:
-    """The mount, and N of the file ``MNT/iommu/dom-N``.
+    """Return the mount, and N, of the file ``MNT/iommu/dom-N``.
 
-    :raises InvalidError, NotFoundError: it is none.
+    :raises InvalidError, NotFoundError: ``path`` is no such file.
     """
     directory, name = os.path.split(os.path.abspath(path))
     number = _domain_number(name)
@@ -357,7 +386,7 @@ def _domain(path: str) -> tuple[Mount, int]:
 
 
 def _mount_of(path: str) -> Mount | None:
-    """The mount that ``path`` is in, if it is a pkernfs."""
+    """Return the mount that has ``path``, if it is a pkernfs."""
     with _alive(path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
         return mount_of(path)
     return None
@@ -365,7 +394,10 @@ def _mount_of(path: str) -> Mount | None:
 
 @contextlib.contextmanager
 def _alive(path: str) -> Iterator[None]:
-    """:raises NoDaemonError: nobody serves the mount of ``path`` any more."""
+    """Translate the errors of a dead mount.
+
+    :raises NoDaemonError: the daemon of the mount of ``path`` has died.
+    """
     try:
         yield
     except OSError as e:
@@ -386,9 +418,9 @@ def _domain_number(name: str) -> int | None:
 
 
 def parse_iova(text: str) -> int:
-    """An address: a byte count, or any 64-bit number in hexadecimal.
+    """Parse an address: a byte count, or any 64-bit number in hexadecimal.
 
-    :raises UsageError: something else.
+    :raises UsageError: ``text`` is something else.
     """
     if not _HEXADECIMAL.fullmatch(text):
         return parse_size(text, "iova")
@@ -456,7 +488,7 @@ def _answers(args: argparse.Namespace, question: dict[str, Any]) -> Iterator[dic
 def _without_daemon(
     spec: str, phys_base: str | None, question: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    """Read a region that is not mounted; nothing is stored to it."""
+    """Read a region that is not mounted; store nothing to it."""
     from pkernfs.dma.reports import Question, answer
     from pkernfs.fs.filesystem import FileSystem
     from pkernfs.region.region import Region
@@ -512,7 +544,7 @@ def _units(args: argparse.Namespace) -> int:
 
 
 def _root_of(mount_point: str) -> int | None:
-    """Physical address of a mount's root table, if its daemon tells."""
+    """Return the physical address of a mount's root table, if its daemon gives it."""
     from pkernfs.control.client import call
 
     try:

@@ -1,7 +1,7 @@
-"""``pkernfs kexec``: load the next kernel, hand over every file system, start it.
+"""``pkernfs kexec``: load the next kernel, hand over every file system, start the kernel.
 
-An orderly kexec stops devices. If devices depend on tables of a mounted file system, the next
-kernel is started by a panic instead, which stops none (docs/dma.md).
+An orderly kexec stops devices. If devices depend on tables of a mounted file system, a panic
+starts the next kernel instead; it stops no device (docs/dma.md).
 """
 
 from __future__ import annotations
@@ -32,24 +32,32 @@ _ALL_ENDING = (*_ENDING, signal.SIGINT)
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``pkernfs kexec``."""
-    parser.add_argument("--kernel", metavar="K", help="the kernel; the running one's file if not.")
-    parser.add_argument("--initrd", metavar="I", help="its initrd.")
+    parser.add_argument(
+        "--kernel", metavar="K", help="the kernel to load; the running one's file if not given."
+    )
+    parser.add_argument(
+        "--initrd",
+        metavar="I",
+        help="its initrd; the running kernel's if neither is given.",
+    )
     parser.add_argument(
         "--append",
         metavar="A",
-        help="its command line; the running one's if not given. The memmap= and pkernfs= "
-        "parameters of the running kernel are added if they are missing.",
+        help="its command line; the running one's if not given. pkernfs adds the memmap= and "
+        "pkernfs= parameters of the running kernel that it lacks.",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the commands, and change nothing."
+        "--dry-run", action="store_true", help="print the commands; change nothing."
     )
     parser.add_argument(
         "--orderly",
         action="store_true",
-        help="an orderly kexec, although devices depend on the tables: they are stopped.",
+        help="stop the devices that depend on the tables, and do an orderly kexec.",
     )
     parser.add_argument(
-        "--force", action="store_true", help="although the next kernel would not do; it says why."
+        "--force",
+        action="store_true",
+        help="go on although the next kernel is not suitable; print why it is not.",
     )
 
 

@@ -1,7 +1,7 @@
 """``mkfs.pkernfs``: make a pkernfs in a region, and the file for it where asked.
 
-What is in the region already decides: without ``-f`` only one that is empty is formatted. A refusal
-or a failure leaves the file as it was, or none where there was none.
+Without ``-f`` it formats an empty region only. A refusal or a failure leaves the file as it was,
+and leaves none where there was none.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--label",
         metavar="LABEL",
         default="",
-        help="a name for the file system, up to 64 bytes of UTF-8.",
+        help="name the file system; up to 64 bytes of UTF-8.",
     )
     parser.add_argument(
         "-s",
         "--size",
         metavar="SIZE",
-        help="make REGION, a file of SIZE bytes (K, M, G and T are powers of 1024), or extend an "
-        "empty file to SIZE. A file of another size is refused; with -f it is extended, but "
-        "never cut.",
+        help="make the file REGION of SIZE bytes (K, M, G and T are powers of 1024), or extend an "
+        "empty file to SIZE. A file of another size is refused; -f extends it, but never cuts "
+        "it.",
     )
     parser.add_argument(
         "-f",
         "--force",
         action="store_true",
-        help="format even what holds a pkernfs, another file system or other data; never what is "
-        "mounted.",
+        help="format a region even if it holds a pkernfs, another file system or other data; never "
+        "one that is mounted.",
     )
     parser.add_argument(
         "region",
         metavar="REGION",
-        help="SIZE!START, /dev/daxX.Y, none, or a file on hugetlbfs, tmpfs or a disk; see "
-        "pkernfs(8).",
+        help="the region to format: SIZE!START, /dev/daxX.Y, none, or a file on hugetlbfs, tmpfs "
+        "or a disk; see pkernfs(8).",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Format ``args.region`` and say what was made."""
+    """Format ``args.region``, and print its size and label."""
     label = _checked_label(args.label)
     size = None if args.size is None else _checked_size(args.size)
     if not is_file_spec(args.region):
@@ -74,7 +74,7 @@ def _report(region: str, made: int, label: str) -> int:
 
 
 def _format(path: str, label: str, force: bool) -> int:
-    """Format what may be formatted; the bytes of the region."""
+    """Format a region that may be formatted; return its size in bytes."""
     from pkernfs.fs.mkfs import Content, make_filesystem, probe
     from pkernfs.region.region import Region
 
@@ -104,7 +104,7 @@ def _checked_size(text: str) -> int:
 
 
 def _file_size(path: str) -> int | None:
-    """Size of a regular file in bytes; None if there is nothing; 0 for what Region.open refuses."""
+    """Return a file's size in bytes; None for no file, 0 for one that Region.open refuses."""
     try:
         info = os.stat(path)
     except FileNotFoundError:
@@ -113,7 +113,7 @@ def _file_size(path: str) -> int | None:
 
 
 def _resize(path: str, before: int | None, size: int | None, force: bool) -> None:
-    """Make or extend the file so that it has ``size`` bytes, where that harms nobody."""
+    """Make the file, or extend it to ``size`` bytes, where that harms nobody."""
     from pkernfs.region.region import Region
 
     if before is None:

@@ -1,4 +1,4 @@
-"""``pkernfs mount``, and ``pkernfs REGION MNT``: check the arguments and start the daemon."""
+"""``pkernfs mount`` and ``pkernfs REGION MNT``: check the arguments, and start the daemon."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pkernfs.control.mounts import FSTYPE, canonical_spec, mount_at
 from pkernfs.errors import BusyError, NotDirError, NotFoundError, PkernfsError
 from pkernfs.options import parse_mount_options
 
-#: What a mount without a daemon answers; the second one if the daemon is just going.
+#: The errors of a mount without a daemon; the second one while the daemon ends.
 _DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``pkernfs mount``."""
     parser.add_argument(
-        "-f", "--foreground", action="store_true", help="stay in the foreground; log to stderr."
+        "-f", "--foreground", action="store_true", help="stay in the foreground, and log to stderr."
     )
     parser.add_argument(
         "-o",
@@ -31,11 +31,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="mount options, separated by commas; may be repeated.",
     )
     parser.add_argument("region", metavar="REGION", help="the region to mount.")
-    parser.add_argument("mount_point", metavar="MNT", help="an existing directory.")
+    parser.add_argument(
+        "mount_point", metavar="MNT", help="the mount point: an existing directory."
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Mount; returns when the mount answers, or in the foreground when it has ended."""
+    """Mount. Return when the mount answers; in the foreground, when it has ended."""
     options = parse_mount_options(args.options)
     mount_point = os.path.realpath(args.mount_point)
     check_mount_point(mount_point)
@@ -45,9 +47,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_mount_point(path: str) -> None:
-    """Refuse what cannot be mounted on, and clear away a mount whose daemon has died.
+    """Refuse a path that cannot be a mount point; remove a mount whose daemon has died.
 
-    :raises PkernfsError: missing, not a directory, or a pkernfs is mounted there.
+    :raises PkernfsError: ``path`` is missing, no directory, or has a pkernfs mounted on it.
     """
     while (mounted := mount_at(path)) is not None and mounted.fstype == FSTYPE:
         if _answers(path):
@@ -62,7 +64,7 @@ def check_mount_point(path: str) -> None:
 
 
 def _answers(path: str) -> bool:
-    """Whether the daemon of the mount lives. A stat would not do: the kernel answers it alone."""
+    """Ask the daemon of the mount for an answer; the kernel would answer a stat by itself."""
     try:
         os.statvfs(path)
     except OSError as e:
@@ -71,7 +73,7 @@ def _answers(path: str) -> bool:
 
 
 def _detach_dead_mount(path: str) -> None:
-    """Take away a mount that answers no more; what is open on it stays as dead as it is.
+    """Remove a mount whose daemon has died; files open on it stay dead.
 
     :raises PkernfsError: umount fails.
     """

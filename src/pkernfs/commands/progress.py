@@ -1,4 +1,4 @@
-"""How far a long job has come: a line on stderr that rewrites itself, on a terminal only."""
+"""The progress of a long job: a line on stderr that rewrites itself, on a terminal only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _INTERVAL_SECONDS = 0.2
 
 
 class Progress:
-    """Call it with what is done of how much; leaving the context wipes the line."""
+    """Shows progress when called. Leaving the context wipes the line."""
 
     def __init__(self, what: str) -> None:
         self._what = what
@@ -19,7 +19,7 @@ class Progress:
         self._shown = False
 
     def __call__(self, done: int, total: int) -> None:
-        """Show ``done`` of ``total``, whatever they count, if it is time to."""
+        """Show ``done`` of ``total`` as a percentage, at most five times a second."""
         if not self._active or (now := time.monotonic()) < self._next:
             return
         self._next = now + _INTERVAL_SECONDS

@@ -1,8 +1,8 @@
-"""``pkernfs qemu-args``: the options with which QEMU maps a file's bytes in the region itself.
+"""``pkernfs qemu-args``: print the options with which QEMU maps a file in the region itself.
 
-A file that QEMU opened through the mount would be guest memory in the kernel's page cache: a second
-copy, which devices and the next kernel do not see. ``memory-backend-file`` with ``offset=`` (QEMU
-8.1 and later) maps the region where the file lies in it, so the file has to be one whole piece.
+Through the mount, guest memory would be in the kernel's page cache: a second copy, which devices
+and the next kernel do not see. ``memory-backend-file`` with ``offset=`` (QEMU 8.1 and later) maps
+the region at the file's place, so the file must be one piece there.
 """
 
 from __future__ import annotations
@@ -30,16 +30,15 @@ from pkernfs.host import iomem, qemu
 from pkernfs.options import format_size
 
 QEMU = "qemu-system-x86_64"
-#: The first version whose memory-backend-file has ``offset=``.
-#: What QEMU takes for the id of an object.
+#: The ids that QEMU accepts for an object.
 _ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 _BLOCK = 2 << 20
 
 
 class MemPath(NamedTuple):
-    """A file or device that QEMU can map, and where in it the region's first byte is.
+    """A file or device that QEMU can map, and the offset of the region's first byte in it.
 
-    ``align`` is what offset, size and address of a mapping must be multiples of. All in bytes.
+    Offset, size and address of a mapping must be multiples of ``align``. All in bytes.
     """
 
     path: str
@@ -48,7 +47,7 @@ class MemPath(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A run of a file's bytes that is one in the region too, bytes."""
+    """A run of a file's bytes that is consecutive in the region, too. In bytes."""
 
     offset: int
     length: int
@@ -67,7 +66,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--qemu",
         default=QEMU,
         metavar="PATH",
-        help=f"the QEMU that will be run, to check its version; {QEMU} if not given.",
+        help=f"the QEMU whose version is checked; {QEMU} if not given.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON.")
     parser.add_argument("file", metavar="FILE", help="a file on a pkernfs mount.")
@@ -86,9 +85,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def describe(file: str, object_id: str) -> dict[str, Any]:
-    """The JSON of ``pkernfs qemu-args`` but for the facts about QEMU itself.
+    """Build the JSON of ``pkernfs qemu-args`` but for the facts about QEMU itself.
 
-    :raises PkernfsError: the file is no guest memory that could be mapped, and what to do.
+    :raises PkernfsError: the file cannot be mapped as guest memory; with the remedy.
     """
     mount, size = _check_file(file)
     place = mem_path_of(mount.source)
@@ -112,7 +111,7 @@ def describe(file: str, object_id: str) -> dict[str, Any]:
 
 
 def _option(memory: dict[str, Any]) -> str:
-    """The argument of -object. A comma in a value is doubled: that is QEMU's escape."""
+    """Write the argument of -object. QEMU's escape of a comma in a value is two commas."""
     words = [str(memory["qom-type"])]
     for name, value in memory.items():
         if name != "qom-type":
@@ -125,9 +124,9 @@ def _option(memory: dict[str, Any]) -> str:
 
 
 def _check_file(file: str) -> tuple[Mount, int]:
-    """Its mount and its size in bytes; what mappings through the mount have stored is flushed.
+    """Return the file's mount and size in bytes; flush what mappings through the mount stored.
 
-    :raises PkernfsError: not in a pkernfs, or nothing that could be guest memory.
+    :raises PkernfsError: it is in no pkernfs, or cannot be guest memory.
     """
     mount = mount_of(file)
     if mount is None:
@@ -157,9 +156,9 @@ def _check_file(file: str) -> tuple[Mount, int]:
 
 
 def _one_piece(file: str, size: int, place: MemPath) -> int:
-    """Where in the region the file's one piece begins.
+    """Return the region offset of the file's one piece.
 
-    :raises InvalidError: it has holes, is in several pieces, or is not aligned.
+    :raises InvalidError: the file has holes, is in several pieces, or is not aligned.
     """
     pieces = join(list(read_extents(file)))
     allocated = sum(piece.length for piece in pieces)
@@ -183,7 +182,7 @@ def _one_piece(file: str, size: int, place: MemPath) -> int:
 
 
 def join(extents: list[Extent]) -> list[Piece]:
-    """Extents with neighbours put together, wherever their pages lie in physical memory."""
+    """Join extents that are neighbours in the region, wherever they are in physical memory."""
     pieces: list[Piece] = []
     for offset, length, region_offset, _ in extents:
         last = pieces[-1] if pieces else None
@@ -198,7 +197,7 @@ def join(extents: list[Extent]) -> list[Piece]:
 
 
 def _mend(file: str, size: int) -> str:
-    """The command that puts the file into one piece, if there is room for one.
+    """Return the command that puts the file into one piece, if there is room for one.
 
     A new file that gets its size at once is laid out at once; dd must not cut it first.
     """
@@ -215,7 +214,7 @@ def _mend(file: str, size: int) -> str:
 
 
 def _word(path: str) -> str:
-    """A path as a shell command takes it, and no option."""
+    """Quote a path for a shell command, so that it is no option."""
     return shlex.quote(f"./{path}" if path.startswith("-") else path)
 
 
@@ -223,9 +222,9 @@ def _word(path: str) -> str:
 
 
 def mem_path_of(source: str) -> MemPath:
-    """What QEMU has to open for the region ``source``, as the mount table names it.
+    """Return what QEMU must open for the region ``source``, as the mount table names it.
 
-    :raises PkernfsError: the region is gone, or is nothing that can be mapped as one.
+    :raises PkernfsError: the region is gone, or cannot be mapped as one.
     """
     if iomem.looks_physical(source):
         return MemPath("/dev/mem", iomem.parse_span(source).start, _BLOCK)
@@ -254,9 +253,9 @@ def _dax_align(device: int) -> int:
 
 
 def check_qemu(command: str) -> tuple[str, str]:
-    """Path and version of a QEMU that is new enough.
+    """Return path and version of a QEMU that is new enough.
 
-    :raises NotFoundError: it is not there or not to be run.
+    :raises NotFoundError: there is no such program.
     :raises NotSupportedError: it is too old, or no QEMU.
     """
     path = shutil.which(command)
