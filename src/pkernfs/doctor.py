@@ -15,10 +15,11 @@ from importlib import metadata
 from typing import NamedTuple
 
 from pkernfs.errors import NotFoundError, PkernfsError, RegionError
-from pkernfs.host import cmdline, iomem, kernel_image, qemu
+from pkernfs.host import cmdline, kernel_image, qemu
 from pkernfs.host.sysroot import HOST, Host
 from pkernfs.iommu.config import Config as IommuConfig
-from pkernfs.region import dax
+from pkernfs.region import dax, physical
+from pkernfs.region.spec import looks_physical, parse_span
 from pkernfs.units import discovery
 from pkernfs.units.requirements import Demands, shortcomings
 
@@ -182,10 +183,10 @@ def _named_regions(host: Host, line: str, has_memory: bool) -> Iterator[Result]:
             "pkernfs=SIZE!START beside memmap=",
         )  # fmt: skip
     for region in named:
-        if not iomem.looks_physical(region.spec):
+        if not looks_physical(region.spec):
             continue
         try:
-            iomem.check(region.spec, iomem.parse_span(region.spec), host)
+            physical.check(region.spec, parse_span(region.spec), host)
         except RegionError as e:
             what, _, why = str(e).partition(": ")
             yield Result("region", f"pkernfs={what}", MISSING, why, "docs/operations.md")

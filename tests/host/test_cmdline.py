@@ -6,17 +6,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pkernfs.errors import RegionError
 from pkernfs.host.cmdline import (
     Kind,
     Named,
     Reservation,
     coverage,
     format_number,
+    kaslr_danger,
     named_regions,
     parse_number,
+    quoted_words,
     reservations,
-    resolve_none,
+    spares_dax,
+    values,
+    with_words,
     words,
 )
 
@@ -115,49 +118,35 @@ def test_named_regions() -> None:
         Named("c-d", "2G!8G"),
     ]
     assert named_regions("quiet") == []
-    assert resolve_none("none", line) == "1G!1G"
-    assert resolve_none("none:b.2", line) == "/dev/dax0.0"
-    assert resolve_none("none", "pkernfs=only:2G!8G") == "2G!8G"
+
+
+def test_what_is_given_to_a_parameter() -> None:
+    assert values('a=1 ab=2 a="3 4" a -- a=5', "a") == ["1", "3 4"]
+    assert quoted_words('a="3 4"  -- b') == ['a="3 4"', "--", "b"]
+
+
+def test_more_parameters_are_the_kernels() -> None:
+    assert with_words("quiet", ["x", "y"]) == "quiet x y"
+    assert with_words("quiet -- single", ["x"]) == "quiet x -- single"
+    assert with_words("", []) == ""
+
+
+def test_what_keeps_dax_devices_from_the_kernel() -> None:
+    line = "modprobe.blacklist=a,kmem module_blacklist=b dax-hmem.region_idle=1 kmem"
+    assert spares_dax(line) == ["modprobe.blacklist=a,kmem"]
+    assert spares_dax("dax_hmem.region_idle dax_hmem.region_idle=n") == ["dax_hmem.region_idle"]
+    assert spares_dax("quiet") == []
 
 
 @pytest.mark.parametrize(
-    ("spec", "line", "message"),
+    ("line", "parameter"),
     [
-        (
-            "none",
-            "quiet",
-            "none: no pkernfs= on the kernel command line: "
-            "boot with pkernfs=SIZE!START memmap=SIZE%START",
-        ),
-        (
-            "none",
-            "pkernfs=a:1G!1G pkernfs=b:1G!2G",
-            "none: pkernfs= names 2 regions: expected none:a or none:b",
-        ),
-        (
-            "none",
-            "pkernfs=1G!1G pkernfs=1G!2G",
-            "none: pkernfs= names 2 regions: expected 1G!1G or 1G!2G",
-        ),
-        (
-            "none:c",
-            "pkernfs=a:1G!1G pkernfs=1G!2G",
-            "none:c: no region of that name in pkernfs=: expected none:a or 1G!2G",
-        ),
-        ("none:", "pkernfs=1G!1G", "none:: no region of that name in pkernfs=: expected 1G!1G"),
-        (
-            "none",
-            "pkernfs=a:1G!1G pkernfs=a:1G!2G",
-            "pkernfs=a:1G!2G: the name is there twice",
-        ),
-        (
-            "none",
-            "pkernfs=",
-            "pkernfs=: empty on the kernel command line: expected SIZE!START",
-        ),
+        ("memmap=2G%1G", "memmap=2G%1G"),
+        ("memmap=1G%1G", None),
+        ("memmap=2G$1G", None),
+        ("memmap=2G%1G nokaslr", None),
+        ("memmap=1M%1G,1M%2G,1M%3G,1M%4G,2G%1G", None),
     ],
 )
-def test_what_none_cannot_be(spec: str, line: str, message: str) -> None:
-    with pytest.raises(RegionError) as caught:
-        resolve_none(spec, line)
-    assert str(caught.value) == message
+def test_where_kaslr_may_put_the_kernel(line: str, parameter: str | None) -> None:
+    assert kaslr_danger(line) == parameter

@@ -26,8 +26,9 @@ from pkernfs.errors import (
     ReadOnlyError,
     UsageError,
 )
-from pkernfs.host import iomem, qemu
+from pkernfs.host import qemu
 from pkernfs.options import format_size
+from pkernfs.region.spec import looks_physical, parse_span
 
 QEMU = "qemu-system-x86_64"
 #: The ids that QEMU accepts for an object.
@@ -226,8 +227,8 @@ def mem_path_of(source: str) -> MemPath:
 
     :raises PkernfsError: the region is gone, or cannot be mapped as one.
     """
-    if iomem.looks_physical(source):
-        return MemPath("/dev/mem", iomem.parse_span(source).start, _BLOCK)
+    if looks_physical(source):
+        return MemPath("/dev/mem", parse_span(source).start, _BLOCK)
     try:
         info = os.stat(source)
     except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""The kernel's command line: what ``memmap=`` reserves, and what ``pkernfs=`` names.
+"""The kernel's command line: its words, the ranges of ``memmap=``, the names of ``pkernfs=``.
 
-Texts are parsed as the kernel parses them (memparse(), parse_memmap_one(), next_arg()); whether the
-kernel that runs has obeyed them is another module's question.
+Texts are parsed as the kernel parses them (memparse(), parse_memmap_one(), next_arg()).
+:mod:`pkernfs.host.iomem` tells whether the kernel that runs has obeyed them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _E820_SOFT_RESERVED = 0xEFFFFFFF
 
 
 class Kind(enum.Enum):
-    """What a memmap= parameter makes of its range."""
+    """The use that a memmap= parameter gives its range."""
 
     RAM = "ordinary memory"
     REMOVED = "removed"
@@ -49,8 +49,19 @@ class Reservation(NamedTuple):
     parameter: str
 
 
+class Piece(NamedTuple):
+    """A part of a range, and the one reservation that is in force in all of it, if any.
+
+    Bytes; ``end`` is not part of it.
+    """
+
+    start: int
+    end: int
+    reservation: Reservation | None
+
+
 def parse_number(text: str) -> int:
-    """A number as the kernel's memparse() takes it: 0x is hexadecimal, 0 octal, K to E suffixes.
+    """Parse a number as the kernel's memparse() does: 0x hexadecimal, 0 octal, suffixes K to E.
 
     :raises ValueError: it is none, or there is more behind it.
     """
@@ -63,7 +74,7 @@ def parse_number(text: str) -> int:
 
 
 def format_number(number: int) -> str:
-    """A number of bytes in the largest unit that divides it, as :func:`parse_number` takes it."""
+    """Format a number of bytes for :func:`parse_number`, in the largest unit that divides it."""
     for suffix, shift in (("T", 40), ("G", 30), ("M", 20), ("K", 10)):
         if number and number % (1 << shift) == 0:
             return f"{number >> shift}{suffix}"
@@ -71,7 +82,7 @@ def format_number(number: int) -> str:
 
 
 def words(command_line: str) -> list[str]:
-    """The parameters, without quotes; those behind ``--`` are not the kernel's."""
+    """Return the parameters, without quotes; those behind ``--`` are not the kernel's."""
     found = []
     for word in quoted_words(command_line):
         if word == "--":
@@ -81,19 +92,19 @@ def words(command_line: str) -> list[str]:
 
 
 def quoted_words(command_line: str) -> list[str]:
-    """All words as they stand there, quotes included."""
+    """Return all words as they stand there, quotes included."""
     return re.findall(r'(?:[^\s"]|"[^"]*(?:"|$))+', command_line)
 
 
 def with_words(command_line: str, more: Iterable[str]) -> str:
-    """The command line with more parameters, before what is not the kernel's (``--``)."""
+    """Return the command line with more parameters, before what is not the kernel's (``--``)."""
     found = quoted_words(command_line)
     at = found.index("--") if "--" in found else len(found)
     return " ".join([*found[:at], *more, *found[at:]])
 
 
 def values(command_line: str, name: str) -> list[str]:
-    """What the parameter ``name`` is given, each time that it is there."""
+    """Return the value of the parameter ``name``, each time that it is there."""
     return [w[len(name) + 1 :] for w in words(command_line) if w.startswith(f"{name}=")]
 
 
@@ -101,7 +112,7 @@ def values(command_line: str, name: str) -> list[str]:
 
 
 def reservations(command_line: str) -> list[Reservation]:
-    """The ranges that memmap= parameters change, in order; a later one overrides."""
+    """Return the ranges that memmap= parameters change, in order; a later one overrides."""
     found = []
     for value in values(command_line, "memmap"):
         for text in value.split(","):
@@ -134,7 +145,7 @@ def _parse_memmap(text: str) -> Reservation | None:
 
 
 def _kind_of_change(change: str) -> Kind | None:
-    """Of the ``-OLD+NEW`` behind ``SIZE%START``; None if RAM stays what it is."""
+    """Return the kind for ``-OLD+NEW`` behind ``SIZE%START``; None if RAM stays RAM."""
     match = _CHANGE.fullmatch(change)
     if match is None:
         raise ValueError(f"not a change: {change!r}")
@@ -147,25 +158,23 @@ def _kind_of_change(change: str) -> Kind | None:
     return kinds.get(new, Kind.PMEM if new in _E820_PMEM else Kind.OTHER)
 
 
-def coverage(
-    found: list[Reservation], start: int, end: int
-) -> list[tuple[int, int, Reservation | None]]:
-    """``start`` to ``end`` in pieces, each with the reservation that is in force there."""
+def coverage(found: list[Reservation], start: int, end: int) -> list[Piece]:
+    """Cut ``start`` to ``end`` where another reservation, or none, is in force."""
     edges = {start, end}
     edges.update(e for r in found for e in (r.start, r.end) if start < e < end)
-    pieces: list[tuple[int, int, Reservation | None]] = []
+    pieces: list[Piece] = []
     cuts = sorted(edges)
     for low, high in itertools.pairwise(cuts):
-        holder = next((r for r in reversed(found) if r.start <= low and high <= r.end), None)
-        if pieces and pieces[-1][2] == holder:
-            pieces[-1] = (pieces[-1][0], high, holder)
+        one = next((r for r in reversed(found) if r.start <= low and high <= r.end), None)
+        if pieces and pieces[-1].reservation == one:
+            pieces[-1] = Piece(pieces[-1].start, high, one)
         else:
-            pieces.append((low, high, holder))
+            pieces.append(Piece(low, high, one))
     return pieces
 
 
 def kaslr_danger(command_line: str) -> str | None:
-    """The memmap= parameter into whose range KASLR may put the kernel; None: it cannot.
+    """Return the memmap= parameter into whose range KASLR may put the kernel; None: it cannot.
 
     It takes memmap=SIZE%START for a limit of SIZE, and gives up with more than four ranges
     (parse_memmap() and mem_avoid_memmap() in arch/x86/boot/compressed/kaslr.c).
@@ -189,7 +198,7 @@ def kaslr_danger(command_line: str) -> str | None:
 
 
 def spares_dax(command_line: str) -> list[str]:
-    """The parameters that keep the kernel from making ordinary memory of dax devices.
+    """Return the parameters that keep the kernel from making ordinary memory of dax devices.
 
     Soft-reserved memory is meant for the module kmem, which takes it as soon as it is loaded.
     """
@@ -215,7 +224,7 @@ class Named(NamedTuple):
 
 
 def named_regions(command_line: str) -> list[Named]:
-    """The regions that pkernfs= parameters name, in order.
+    """Return the regions that pkernfs= parameters name, in order.
 
     :raises RegionError: a parameter without a value, or two regions of one name.
     """
@@ -229,30 +238,3 @@ def named_regions(command_line: str) -> list[Named]:
             raise RegionError(f"pkernfs={value}: the name is there twice")
         found.append(one)
     return found
-
-
-def resolve_none(spec: str, command_line: str) -> str:
-    """The region spec that ``none`` or ``none:NAME`` stands for.
-
-    :raises RegionError: there is no such region on the command line, or several for ``none``.
-    """
-    found = named_regions(command_line)
-    if not found:
-        raise RegionError(
-            f"{spec}: no pkernfs= on the kernel command line: "
-            "boot with pkernfs=SIZE!START memmap=SIZE%START"
-        )
-    if spec != "none":
-        name = spec.removeprefix("none:")
-        for one in found:
-            if one.name == name:
-                return one.spec
-        raise RegionError(f"{spec}: no region of that name in pkernfs=: expected {_choices(found)}")
-    candidates = found if len(found) == 1 else [one for one in found if one.name is None]
-    if len(candidates) != 1:
-        raise RegionError(f"none: pkernfs= names {len(found)} regions: expected {_choices(found)}")
-    return candidates[0].spec
-
-
-def _choices(found: list[Named]) -> str:
-    return " or ".join(one.spec if one.name is None else f"none:{one.name}" for one in found)

@@ -14,12 +14,13 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from pkernfs.errors import PkernfsError, RegionError
-from pkernfs.host import cmdline, iomem
+from pkernfs.host import cmdline
 from pkernfs.host.cmdline import Kind
 from pkernfs.host.iomem import Span
 from pkernfs.host.kcore import Kcore, KcoreError
 from pkernfs.host.sysroot import HOST, Host
 from pkernfs.region import dax
+from pkernfs.region.spec import looks_physical, parse_span
 
 _PAGE = 4096
 # kimage_entry_t, include/linux/kexec.h: a page's address, and in its low bits what it is.
@@ -37,8 +38,8 @@ class KexecError(PkernfsError):
 
 def physical_spans(spec: str, host: Host = HOST) -> list[Span]:
     """The physical memory that a region spec names; none for a file."""
-    if iomem.looks_physical(spec):
-        return [iomem.parse_span(spec)]
+    if looks_physical(spec):
+        return [parse_span(spec)]
     name = dax.device_name(os.path.realpath(spec), host)
     return [] if name is None else list(dax.read_device(name, host).pieces)
 
@@ -56,7 +57,7 @@ def check(spec: str, given: str | None = None, host: Host = HOST) -> None:
     :raises KexecError: it is not, no kernel is loaded, or its command line cannot be read.
     """
     spans = physical_spans(spec, host)
-    needed = list(_needed(spans, not iomem.looks_physical(spec), host))
+    needed = list(_needed(spans, not looks_physical(spec), host))
     if not needed:
         return
     if given is None:
@@ -84,7 +85,7 @@ class _Reserves(NamedTuple):
 
     def __call__(self, command_line: str) -> bool:
         pieces = cmdline.coverage(cmdline.reservations(command_line), self.start, self.end)
-        return all(holder is not None and holder.kind is self.kind for _, _, holder in pieces)
+        return all(p.reservation is not None and p.reservation.kind is self.kind for p in pieces)
 
 
 class _Names(NamedTuple):
@@ -119,9 +120,9 @@ def _needed(spans: list[Span], is_dax: bool, host: Host) -> Iterator[tuple[str, 
     running = host.command_line()
     reserved = cmdline.reservations(running)
     for span in spans:
-        for start, end, holder in cmdline.coverage(reserved, span.start, span.end):
-            if holder is not None and holder.kind is not Kind.RAM:
-                yield holder.parameter, _Reserves(start, end, holder.kind)
+        for start, end, reservation in cmdline.coverage(reserved, span.start, span.end):
+            if reservation is not None and reservation.kind is not Kind.RAM:
+                yield reservation.parameter, _Reserves(start, end, reservation.kind)
     spares = cmdline.spares_dax(running)
     if spans and is_dax and spares:
         yield spares[0], _SparesDax()

@@ -16,6 +16,7 @@ from pkernfs.host.iomem import Span
 from pkernfs.host.sysroot import HOST, Host
 from pkernfs.kexec import crash
 from pkernfs.kexec.crash import Needs
+from pkernfs.region.physical import memmap_parameter
 
 #: Words that a boot loader, or the kernel for a crash kernel, adds for the one that it starts.
 _ADDED_BY_LOADERS = ("BOOT_IMAGE=", "initrd=", "elfcorehdr=")
@@ -154,8 +155,8 @@ def _reserved(spans: list[Span], running: str) -> list[Span]:
     return [
         Span(start, end - start)
         for span in spans
-        for start, end, holder in cmdline.coverage(reserved, span.start, span.end)
-        if holder is not None
+        for start, end, reservation in cmdline.coverage(reserved, span.start, span.end)
+        if reservation is not None
     ]
 
 
@@ -172,12 +173,11 @@ def check_command_line(line: str, spans: list[Span], room: int = 0) -> None:
         )
     reserved = cmdline.reservations(line)
     for span in spans:
-        pieces = cmdline.coverage(reserved, span.start, span.end)
-        for start, end, holder in pieces:
-            if holder is None or holder.kind not in _FREE:
+        for start, end, reservation in cmdline.coverage(reserved, span.start, span.end):
+            if reservation is None or reservation.kind not in _FREE:
                 raise RegionError(
                     f"{span}: the next kernel would take {start:#x}-{end - 1:#x} for ordinary "
-                    f"memory: its command line needs {iomem.memmap_parameter(span)}"
+                    f"memory: its command line needs {memmap_parameter(span)}"
                 )
 
 

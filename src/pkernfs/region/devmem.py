@@ -1,6 +1,6 @@
 """Physical memory through /dev/mem: ``SIZE!START``.
 
-The range is checked against what the kernel and the firmware say (:mod:`pkernfs.host.iomem`)
+The range is checked against what the kernel and the firmware say (:mod:`pkernfs.region.physical`)
 before /dev/mem is opened, and the mapping's memory type before anything is stored.
 """
 
@@ -11,9 +11,11 @@ import logging
 import os
 
 from pkernfs.errors import RegionError
-from pkernfs.host import iomem
+from pkernfs.host.srat import nodes_of
 from pkernfs.host.sysroot import Host
+from pkernfs.region import physical
 from pkernfs.region.physical_backing import PhysicalBacking
+from pkernfs.region.spec import parse_span
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +32,8 @@ class DevMemBacking(PhysicalBacking):
     has_pages = False
 
     def __init__(self, spec: str, *, write: bool, lock: bool, host: Host) -> None:
-        span = iomem.parse_span(spec)
-        iomem.check(spec, span, host)
+        span = parse_span(spec)
+        physical.check(spec, span, host)
         super().__init__(str(span), spec, [span], write=write, lock=lock, host=host)
         try:
             self.fd = _open(spec, write, host)
@@ -40,7 +42,7 @@ class DevMemBacking(PhysicalBacking):
             raise
         self._fds.append(self.fd)
         self.map_offset = span.start
-        nodes = iomem.nodes_of(span, host)
+        nodes = nodes_of(span, host)
         if len(nodes) > 1:
             log.warning("%s: lies in NUMA nodes %s", spec, " and ".join(map(str, nodes)))
         self.node = nodes[0] if len(nodes) == 1 else None

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 
 from pkernfs.errors import UsageError
-from pkernfs.host import iomem
 from pkernfs.host.sysroot import HOST, Host
 from pkernfs.region import dax
 from pkernfs.region.backing import Backing
 from pkernfs.region.dax_backing import DaxBacking
 from pkernfs.region.devmem import DevMemBacking
 from pkernfs.region.files import FileBacking
-from pkernfs.region.spec import is_file_spec, resolve
+from pkernfs.region.spec import is_file_spec, looks_physical, resolve
 
 
 def open_backing(
@@ -27,7 +26,7 @@ def open_backing(
     if not is_file_spec(spec):
         spec = resolve(spec, host)
     path = os.path.realpath(spec)
-    is_physical = iomem.looks_physical(spec)
+    is_physical = looks_physical(spec)
     name = None if is_physical else dax.device_name(path, host)
     if not is_physical and name is None:
         return FileBacking(spec, write=write, phys_base=phys_base, lock=lock)

@@ -11,10 +11,15 @@ import os
 import re
 
 from pkernfs.errors import RegionError
-from pkernfs.host import cmdline, iomem
+from pkernfs.host import cmdline
+from pkernfs.host.cmdline import Named
+from pkernfs.host.iomem import Span
 from pkernfs.host.sysroot import HOST, Host
+from pkernfs.layout import BLOCK
 
+_ADDRESS_BITS = 52  # as many as a page-table entry has
 _NONE = re.compile(r"none(:.*)?", re.DOTALL)
+_PHYSICAL = re.compile(r"(\d\w*)!(\d\w*)", re.ASCII)
 _DEVICE = re.compile(r"/dev/(dax|mem)\S*", re.ASCII)
 
 
@@ -26,16 +31,16 @@ def resolve(spec: str, host: Host = HOST) -> str:
     :raises RegionError: no such region on the kernel command line, or no such kind of region.
     """
     if _NONE.fullmatch(spec):
-        spec = cmdline.resolve_none(spec, host.command_line())
+        spec = resolve_none(spec, host.command_line())
     _refuse_several(spec)
-    if iomem.looks_physical(spec):
-        return str(iomem.parse_span(spec))
+    if looks_physical(spec):
+        return str(parse_span(spec))
     return os.path.realpath(spec)
 
 
 def is_file_spec(spec: str) -> bool:
     """Tell whether a spec names a file region: one that can be made, sized and removed."""
-    if _NONE.fullmatch(spec) or iomem.looks_physical(spec) or _is_several(spec):
+    if _NONE.fullmatch(spec) or looks_physical(spec) or _is_several(spec):
         return False
     return not _DEVICE.fullmatch(os.path.realpath(spec))
 
@@ -51,6 +56,69 @@ def _refuse_several(spec: str) -> None:
 
 def _is_several(spec: str) -> bool:
     parts = spec.split(",")
-    return len(parts) > 1 and all(
-        iomem.looks_physical(part) or _DEVICE.fullmatch(part) for part in parts
-    )
+    return len(parts) > 1 and all(looks_physical(part) or _DEVICE.fullmatch(part) for part in parts)
+
+
+# ---------------------------------------------------------------------------- SIZE!START
+
+
+def looks_physical(spec: str) -> bool:
+    """Tell whether ``spec`` is meant to be SIZE!START, right or wrong."""
+    return _PHYSICAL.fullmatch(spec) is not None
+
+
+def parse_span(spec: str) -> Span:
+    """Return the range of ``SIZE!START``, numbers as on the kernel command line.
+
+    :raises RegionError: no such spec, unaligned, or beyond any address.
+    """
+    match = _PHYSICAL.fullmatch(spec)
+    try:
+        if match is None:
+            raise ValueError
+        size, start = (cmdline.parse_number(text) for text in match.groups())
+    except ValueError:
+        raise RegionError(f"{spec}: bad region: expected SIZE!START, as in 1G!4G") from None
+    for what, number in (("size", size), ("start", start)):
+        if number % BLOCK:
+            raise RegionError(
+                f"{spec}: bad {what}: got {number:#x}, expected a multiple of 2 MiB ({BLOCK:#x})"
+            )
+    if not size:
+        raise RegionError(f"{spec}: bad size: got 0")
+    if start + size > 1 << _ADDRESS_BITS:
+        raise RegionError(
+            f"{spec}: beyond the last physical address: got {start + size - 1:#x}, "
+            f"expected below 2^{_ADDRESS_BITS}"
+        )
+    return Span(start, size)
+
+
+# ---------------------------------------------------------------------------- none
+
+
+def resolve_none(spec: str, command_line: str) -> str:
+    """Return the region spec that ``none`` or ``none:NAME`` stands for.
+
+    :raises RegionError: there is no such region on the command line, or several for ``none``.
+    """
+    found = cmdline.named_regions(command_line)
+    if not found:
+        raise RegionError(
+            f"{spec}: no pkernfs= on the kernel command line: "
+            "boot with pkernfs=SIZE!START memmap=SIZE%START"
+        )
+    if spec != "none":
+        name = spec.removeprefix("none:")
+        for one in found:
+            if one.name == name:
+                return one.spec
+        raise RegionError(f"{spec}: no region of that name in pkernfs=: expected {_choices(found)}")
+    candidates = found if len(found) == 1 else [one for one in found if one.name is None]
+    if len(candidates) != 1:
+        raise RegionError(f"none: pkernfs= names {len(found)} regions: expected {_choices(found)}")
+    return candidates[0].spec
+
+
+def _choices(found: list[Named]) -> str:
+    return " or ".join(one.spec if one.name is None else f"none:{one.name}" for one in found)

@@ -1,0 +1,132 @@
+"""Ranges of physical memory: which of them a region may be.
+
+Everything here reads texts of the kernel; nothing is opened, mapped or stored.
+"""
+
+from __future__ import annotations
+
+from pkernfs.errors import RegionError
+from pkernfs.host import cmdline
+from pkernfs.host.cmdline import Kind, Piece, Reservation, format_number
+from pkernfs.host.iomem import Resource, Span, overlap, read_firmware_map, read_iomem
+from pkernfs.host.sysroot import Host
+
+_FREE = (Kind.REMOVED, Kind.RESERVED)
+_MEMORY = ("System RAM", "Soft Reserved")
+_KERNEL = "Kernel "  # its code, its data, its bss: children of System RAM
+
+
+def memmap_parameter(span: Span) -> str:
+    """Return the kernel parameter that reserves a range.
+
+    ``%`` needs no escaping in boot loaders. But the kernel that places itself at random (KASLR)
+    takes ``SIZE%START`` for the end of memory at SIZE, so it may put itself into a region that is
+    larger than its own start; ``$`` it keeps away from.
+    """
+    sign = "%" if span.size <= span.start else "$"
+    return f"memmap={format_number(span.size)}{sign}{format_number(span.start)}"
+
+
+def check(spec: str, span: Span, host: Host) -> None:
+    """Refuse a range that is not a region's to have, without touching it.
+
+    The firmware must have reported memory there, memmap= must keep all of it from the kernel, and
+    nothing in /proc/iomem may have claimed any of it.
+
+    :raises RegionError: with the parameter to add to the kernel command line, where that helps.
+    """
+    command_line = host.command_line()
+    resources = read_iomem(spec, host)
+    reserved = cmdline.reservations(command_line)
+    if not cmdline.values(command_line, "elfcorehdr") and not any(
+        r.kind is Kind.RAM for r in reserved
+    ):  # the kernel of a crash, and those after it, are told of little memory
+        _check_memory(spec, span, sorted(read_firmware_map(host)))
+    _check_reserved(spec, span, reserved, resources)
+    _check_kernel(spec, span, resources)
+    for resource in resources:
+        if overlap(span, resource):
+            _check_resource(spec, span, resource)
+
+
+def _check_memory(spec: str, span: Span, firmware: list[Resource]) -> None:
+    """Refuse a range in which the firmware has not reported memory; it may report nothing."""
+    if not firmware:
+        return
+    at = span.start
+    for start, end, kind in firmware:
+        if start <= at < end and kind in _MEMORY:
+            at = end
+    if at >= span.end:
+        return
+    there = next((r.name for r in firmware if r.start <= at < r.end), "nothing")
+    ram = ", ".join(f"{r.start:#x}-{r.end - 1:#x}" for r in firmware if r.name in _MEMORY)
+    raise RegionError(
+        f"{spec}: no memory at {at:#x}: the firmware reports {there} there, and memory at {ram}"
+    )
+
+
+def _check_reserved(
+    spec: str, span: Span, reserved: list[Reservation], resources: list[Resource]
+) -> None:
+    """Refuse a range that memmap= does not keep from the kernel, all of it."""
+    pieces = cmdline.coverage(reserved, span.start, span.end)
+    wrong = next(
+        (p for p in pieces if p.reservation is None or p.reservation.kind not in _FREE), None
+    )
+    if wrong is None:
+        return
+    remedy = f"boot with {memmap_parameter(span)} on the kernel command line"
+    if wrong.reservation is not None:
+        raise _reserved_otherwise(spec, wrong.start, wrong.reservation, remedy)
+    raise _not_reserved(spec, span, wrong.start, pieces, resources, remedy)
+
+
+def _reserved_otherwise(spec: str, at: int, reservation: Reservation, remedy: str) -> RegionError:
+    parameter, kind = reservation.parameter, reservation.kind
+    if kind is Kind.SOFT:
+        return RegionError(
+            f"{spec}: {parameter} keeps {at:#x} for device-dax: "
+            "use /dev/daxX.Y (modprobe dax_hmem; modprobe device_dax)"
+        )
+    return RegionError(f"{spec}: {parameter} makes {kind.value} of {at:#x}: {remedy} instead")
+
+
+def _not_reserved(
+    spec: str, span: Span, at: int, pieces: list[Piece], resources: list[Resource], remedy: str
+) -> RegionError:
+    good = next((p.reservation for p in pieces if p.reservation is not None), None)
+    if good is not None:
+        ends = f"ends at {good.end:#x}" if good.start <= at else f"begins at {good.start:#x}"
+        return RegionError(
+            f"{spec}: not all of {span.start:#x}-{span.end - 1:#x} is reserved: "
+            f"{good.parameter} {ends}: {remedy} instead"
+        )
+    owners = (r.name for r in reversed(resources) if r.start <= at < r.end)
+    owner = next((name for name in owners if not name.startswith(_KERNEL)), None)
+    what = f"it is {owner}" if owner else "no memmap= covers it"
+    return RegionError(f"{spec}: not reserved: {what} at {at:#x}: {remedy}")
+
+
+def _check_kernel(spec: str, span: Span, resources: list[Resource]) -> None:
+    """Refuse a range that memmap= covers and that KASLR has put the running kernel into."""
+    for resource in resources:
+        if resource.name.startswith(_KERNEL) and overlap(span, resource):
+            raise RegionError(
+                f"{spec}: the running kernel was put into it, at {resource.start:#x}: what it held "
+                "is lost: load kernels with kexec -s, and choose a START below other memory"
+            )
+
+
+def _check_resource(spec: str, span: Span, resource: Resource) -> None:
+    """Refuse a range in a part of which /proc/iomem has something."""
+    name = resource.name
+    if name in ("Reserved", "RAM buffer"):
+        return  # what memmap=SIZE$START becomes; and a gap that the kernel keeps free
+    where = f"{max(resource.start, span.start):#x}-{min(resource.end, span.end) - 1:#x}"
+    if name.startswith("System RAM"):
+        raise RegionError(
+            f"{spec}: {where} is System RAM, although memmap= covers it: "
+            f"boot with {memmap_parameter(span)} as the last memmap="
+        )
+    raise RegionError(f"{spec}: {where} is claimed by {name!r} (/proc/iomem): choose another START")

@@ -1,0 +1,203 @@
+"""Which physical ranges a region may have: every refusal, before anything is opened."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from pkernfs.errors import RegionError
+from pkernfs.host.iomem import Span
+from pkernfs.region.physical import check, memmap_parameter
+from pkernfs.region.spec import parse_span
+from support.made_up_host import FIRMWARE, IOMEM, make_machine
+
+G = 1 << 30
+M = 1 << 20
+RAM = "0x0-0x9fbff, 0x100000-0x7ffdffff, 0x100000000-0x17fffffff"
+
+
+def refusal(spec: str, root: Path, **machine: object) -> str:
+    with pytest.raises(RegionError) as caught:
+        check(spec, parse_span(spec), make_machine(root, **machine))  # type: ignore[arg-type]
+    assert caught.value.errno
+    return str(caught.value)
+
+
+def test_the_parameter_that_reserves_a_range() -> None:
+    assert memmap_parameter(Span(4 * G, G)) == "memmap=1G%4G"
+    assert memmap_parameter(Span(G, 4 * G)) == "memmap=4G$1G"  # KASLR
+
+
+# ------------------------------------------------------------------------------ good ranges
+
+
+@pytest.mark.parametrize(
+    ("spec", "line", "iomem"),
+    [
+        ("512M!1G", "memmap=512M%1G", IOMEM),
+        ("256M!1280M", "memmap=512M%1G", IOMEM),
+        ("512M!1G", "memmap=256M%1G memmap=256M%1280M", IOMEM),
+        ("512M!1G", "memmap=1G$1G", IOMEM + "40000000-5fffffff : Reserved\n"),
+        ("512M!1G", "memmap=512M%1G-1+2", IOMEM + "3ff00000-5fffffff : Reserved\n"),
+        ("512M!1G", "memmap=512M%1G", IOMEM + "40000000-43ffffff : RAM buffer\n"),
+        ("512M!1G", "memmap=512M@1G memmap=512M%1G", IOMEM),
+    ],
+)
+def test_ranges_that_are_reserved(spec: str, line: str, iomem: str, tmp_path: Path) -> None:
+    check(spec, parse_span(spec), make_machine(tmp_path, command_line=line, iomem=iomem))
+
+
+def test_a_kernel_that_was_put_into_the_region(tmp_path: Path) -> None:
+    inside = "5c200000-5f42ffff : System RAM\n  5c200000-5d36f05f : Kernel code\n"
+    assert refusal("512M!1G", tmp_path, iomem=IOMEM + inside) == (
+        "512M!1G: the running kernel was put into it, at 0x5c200000: what it held is lost: "
+        "load kernels with kexec -s, and choose a START below other memory"
+    )
+
+
+@pytest.mark.parametrize("at", ["20000000", "27e00000"])
+def test_a_kernel_in_memory_that_is_not_reserved(at: str, tmp_path: Path) -> None:
+    """KASLR puts it anywhere, so it says nothing of a region; the memmap= is what is missing."""
+    inside = IOMEM.replace("  18800000-19601ef1", f"  {at}-28c01ef1")
+    assert inside != IOMEM
+    for spec, line, message in (
+        ("512M!512M", "quiet", "not reserved: it is System RAM at 0x20000000: boot with "),
+        ("768M!512M", "memmap=512M%1G", "not all of 0x20000000-0x4fffffff is reserved: "),
+    ):
+        root = tmp_path / spec
+        root.mkdir()
+        assert message in refusal(spec, root, command_line=line, iomem=inside)
+
+
+@pytest.mark.parametrize("parameter", ["elfcorehdr=0x5f000000", "memmap=4G@4G"])
+def test_the_crash_kernel_is_told_of_its_own_memory_only(parameter: str, tmp_path: Path) -> None:
+    machine = make_machine(
+        tmp_path,
+        command_line=f"memmap=512M%1G {parameter}",
+        firmware=((0, 0x9FFFF, "System RAM"), (0x60000000, 0x6FFFFFFF, "System RAM")),
+    )
+    check("512M!1G", parse_span("512M!1G"), machine)
+
+
+def test_a_kernel_that_does_not_show_the_firmwares_map(tmp_path: Path) -> None:
+    check("512M!1G", parse_span("512M!1G"), make_machine(tmp_path, firmware=()))
+
+
+# ------------------------------------------------------------------------------ bad ones
+
+
+@pytest.mark.parametrize(
+    ("spec", "line", "message"),
+    [
+        (
+            "512M!512M",
+            "memmap=512M%1G",
+            "512M!512M: not reserved: it is System RAM at 0x20000000: "
+            "boot with memmap=512M%512M on the kernel command line",
+        ),
+        (
+            "512M!1G",
+            "pkernfs=512M!1G",
+            "512M!1G: not reserved: no memmap= covers it at 0x40000000: "
+            "boot with memmap=512M%1G on the kernel command line",
+        ),
+        (
+            "768M!1G",
+            "memmap=512M%1G",
+            "768M!1G: not all of 0x40000000-0x6fffffff is reserved: memmap=512M%1G ends at "
+            "0x60000000: boot with memmap=768M%1G on the kernel command line instead",
+        ),
+        (
+            "768M!768M",
+            "memmap=512M%1G",
+            "768M!768M: not all of 0x30000000-0x5fffffff is reserved: memmap=512M%1G begins at "
+            "0x40000000: boot with memmap=768M%768M on the kernel command line instead",
+        ),
+        (
+            "1G!768M",
+            "",
+            "1G!768M: not reserved: it is System RAM at 0x30000000: "
+            "boot with memmap=1G$768M on the kernel command line",
+        ),
+        (
+            "512M!1G",
+            "memmap=512M!1G",
+            "512M!1G: memmap=512M!1G makes persistent memory of 0x40000000: "
+            "boot with memmap=512M%1G on the kernel command line instead",
+        ),
+        (
+            "512M!1G",
+            "memmap=512M%1G-1+0xefffffff",
+            "512M!1G: memmap=512M%1G-1+0xefffffff keeps 0x40000000 for device-dax: "
+            "use /dev/daxX.Y (modprobe dax_hmem; modprobe device_dax)",
+        ),
+        (
+            "512M!1536M",
+            "memmap=512M%1536M",
+            f"512M!1536M: no memory at 0x7ffe0000: the firmware reports Reserved there, "
+            f"and memory at {RAM}",
+        ),
+        (
+            "512M!100G",
+            "memmap=512M%100G",
+            f"512M!100G: no memory at 0x1900000000: the firmware reports nothing there, "
+            f"and memory at {RAM}",
+        ),
+        (
+            "256M!2816M",
+            "memmap=512M%1G",
+            f"256M!2816M: no memory at 0xb0000000: the firmware reports Reserved there, "
+            f"and memory at {RAM}",
+        ),
+        (
+            "256M!1536M",
+            "memmap=768M%1G",
+            "256M!1536M: 0x60000000-0x6fffffff is System RAM, although memmap= covers it: "
+            "boot with memmap=256M%1536M as the last memmap=",
+        ),
+    ],
+)
+def test_ranges_that_are_not_free(spec: str, line: str, message: str, tmp_path: Path) -> None:
+    assert refusal(spec, tmp_path, command_line=line) == message
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        "40000000-4fffffff : dax0.0",
+        "50000000-500fffff : 0000:00:05.0",
+        "5ff00000-600fffff : Crash kernel",
+        "00000000-7fffffff : PCI Bus 0000:00",
+    ],
+)
+def test_a_range_that_something_has_claimed(claim: str, tmp_path: Path) -> None:
+    message = refusal("512M!1G", tmp_path, iomem=IOMEM + claim + "\n")
+    span, name = claim.split(" : ")
+    start, end = (int(n, 16) for n in span.split("-"))
+    where = f"{max(start, G):#x}-{min(end, G + 512 * M - 1):#x}"
+    assert message == (
+        f"512M!1G: {where} is claimed by {name!r} (/proc/iomem): choose another START"
+    )
+
+
+def test_iomem_without_leave_to_see_it(tmp_path: Path) -> None:
+    masked = "00000000-00000000 : Reserved\n00000000-00000000 : System RAM\n"
+    message = refusal("512M!1G", tmp_path, iomem=masked)
+    assert message == ("512M!1G: /proc/iomem shows no addresses: root is needed (CAP_SYS_ADMIN)")
+
+
+def test_no_iomem(tmp_path: Path) -> None:
+    machine = make_machine(tmp_path)
+    (tmp_path / "proc/iomem").unlink()
+    with pytest.raises(RegionError) as caught:
+        check("512M!1G", parse_span("512M!1G"), machine)
+    assert caught.value.errno == errno.ENOENT
+    assert str(caught.value).startswith("512M!1G: cannot read /proc/iomem: ")
+
+
+def test_the_samples_are_what_they_are_meant_to_be() -> None:
+    assert len(FIRMWARE) == 5
+    assert "3fffffff : System RAM" in IOMEM
+    assert "60000000-7ffdffff : System RAM" in IOMEM

@@ -1,0 +1,120 @@
+"""Region specs: SIZE!START, the names of pkernfs=, files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pkernfs.errors import RegionError
+from pkernfs.host.iomem import Span
+from pkernfs.region.spec import is_file_spec, parse_span, resolve, resolve_none
+from support.made_up_host import make_machine
+
+G = 1 << 30
+M = 1 << 20
+
+
+def test_specs_have_one_form() -> None:
+    for spec in ("1G!4G", "1024M!4G", "0x40000000!0x100000000", "1048576k!4096m"):
+        assert str(parse_span(spec)) == "1G!4G"
+    assert str(parse_span("1026M!2M")) == "1026M!2M"
+    assert parse_span("2M!1T") == Span(1 << 40, 2 * M)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("1G!1Z", "1G!1Z: bad region: expected SIZE!START, as in 1G!4G"),
+        ("1GB!1G", "1GB!1G: bad region: expected SIZE!START, as in 1G!4G"),
+        ("08!1G", "08!1G: bad region: expected SIZE!START, as in 1G!4G"),
+        ("0!1G", "0!1G: bad size: got 0"),
+        ("1M!1G", "1M!1G: bad size: got 0x100000, expected a multiple of 2 MiB (0x200000)"),
+        (
+            "1G!1025M",
+            "1G!1025M: bad start: got 0x40100000, expected a multiple of 2 MiB (0x200000)",
+        ),
+        (
+            "1G!4P",
+            "1G!4P: beyond the last physical address: got 0x1000003fffffff, expected below 2^52",
+        ),
+        (
+            "15E!15E",
+            "15E!15E: beyond the last physical address: "
+            "got 0x1dfffffffffffffff, expected below 2^52",
+        ),
+    ],
+)
+def test_specs_that_cannot_be(spec: str, message: str) -> None:
+    with pytest.raises(RegionError) as caught:
+        parse_span(spec)
+    assert str(caught.value) == message
+
+
+def test_what_a_spec_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    machine = make_machine(tmp_path / "root")
+    assert resolve("none", machine) == "512M!1G"
+    assert resolve("1024M!0x100000000", machine) == "1G!4G"
+    assert resolve("region", machine) == str(tmp_path / "region")
+    assert resolve("./1G!1G", machine) == str(tmp_path / "1G!1G")
+    for spec in ("none", "none:a", "1G!1G", "9!9", "/dev/dax0.0", "1G!1G,1G!4G"):
+        assert not is_file_spec(spec)
+    for spec in ("region", "./none", "a!b", "/dev/shm/region", "./1G!1G", "a,b"):
+        assert is_file_spec(spec)
+    for spec in ("1G!1G,1G!4G", "/dev/dax0.0,/dev/dax1.0"):
+        with pytest.raises(RegionError, match="several ranges"):
+            resolve(spec, machine)
+
+
+# ------------------------------------------------------------------------------ none
+
+
+def test_none_is_what_the_command_line_names() -> None:
+    line = "pkernfs=1G!1G quiet pkernfs=b.2:/dev/dax0.0 pkernfs=c-d:2G!8G"
+    assert resolve_none("none", line) == "1G!1G"
+    assert resolve_none("none:b.2", line) == "/dev/dax0.0"
+    assert resolve_none("none", "pkernfs=only:2G!8G") == "2G!8G"
+
+
+@pytest.mark.parametrize(
+    ("spec", "line", "message"),
+    [
+        (
+            "none",
+            "quiet",
+            "none: no pkernfs= on the kernel command line: "
+            "boot with pkernfs=SIZE!START memmap=SIZE%START",
+        ),
+        (
+            "none",
+            "pkernfs=a:1G!1G pkernfs=b:1G!2G",
+            "none: pkernfs= names 2 regions: expected none:a or none:b",
+        ),
+        (
+            "none",
+            "pkernfs=1G!1G pkernfs=1G!2G",
+            "none: pkernfs= names 2 regions: expected 1G!1G or 1G!2G",
+        ),
+        (
+            "none:c",
+            "pkernfs=a:1G!1G pkernfs=1G!2G",
+            "none:c: no region of that name in pkernfs=: expected none:a or 1G!2G",
+        ),
+        ("none:", "pkernfs=1G!1G", "none:: no region of that name in pkernfs=: expected 1G!1G"),
+        (
+            "none",
+            "pkernfs=a:1G!1G pkernfs=a:1G!2G",
+            "pkernfs=a:1G!2G: the name is there twice",
+        ),
+        (
+            "none",
+            "pkernfs=",
+            "pkernfs=: empty on the kernel command line: expected SIZE!START",
+        ),
+    ],
+)
+def test_what_none_cannot_be(spec: str, line: str, message: str) -> None:
+    with pytest.raises(RegionError) as caught:
+        resolve_none(spec, line)
+    assert str(caught.value) == message
