@@ -1,4 +1,4 @@
-"""What this host can do of what pkernfs is for, what is missing, and the remedy for each.
+"""The checks of a host: each thing that pkernfs needs, and the remedy for what is missing.
 
 A check looks at the host (:class:`pkernfs.host.sysroot.Host`) and says what it has found; nothing
 is changed, loaded or opened for writing.
@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from pkernfs.errors import NotFoundError, PkernfsError, RegionError
 from pkernfs.host import cmdline, kernel_image, qemu
+from pkernfs.host.dmar import read_dmar
 from pkernfs.host.sysroot import HOST, Host
 from pkernfs.iommu.config import Config as IommuConfig
 from pkernfs.region import dax, physical
@@ -33,7 +34,7 @@ _UNITS = "usr/local/lib/systemd/system/pkernfs.target"
 
 
 class Result(NamedTuple):
-    """What a check found: ``area`` says what it is needed for."""
+    """The outcome of a check: ``area`` says what it is needed for."""
 
     area: str
     name: str
@@ -43,14 +44,14 @@ class Result(NamedTuple):
 
 
 def examine(host: Host = HOST) -> Iterator[Result]:
-    """All checks, in the order in which one sets a host up."""
+    """Make all checks, in the order in which one sets a host up."""
     config = kernel_image.running_config(host)
     for check in _CHECKS:
         yield from check(host, config)
 
 
 def able(results: list[Result], area: str) -> bool:
-    """Whether nothing is missing for ``area``."""
+    """Tell whether nothing is missing for ``area``."""
     return not any(r.area == area and r.status == MISSING for r in results)
 
 
@@ -97,7 +98,7 @@ def _check_fuse(host: Host, config: Config) -> Iterator[Result]:
 
 
 def libfuse_version() -> str | None:
-    """Version of the libfuse3 that would be loaded; None: there is none."""
+    """Return the version of the libfuse3 that would be loaded; None: there is none."""
     for name in ("libfuse3.so.4", "libfuse3.so.3"):
         try:
             library = ctypes.CDLL(name)
@@ -226,7 +227,7 @@ def _check_dax(host: Host, config: Config) -> Iterator[Result]:
 
 def _check_qemu(host: Host, config: Config) -> Iterator[Result]:
     path = shutil.which("qemu-system-x86_64")
-    version = qemu.version_in(qemu.what_it_says(path)) if path is not None else None
+    version = qemu.parse_version(qemu.version_line(path)) if path is not None else None
     if version is None:
         yield Result(
             "guest", "QEMU", MISSING, "qemu-system-x86_64 not found",
@@ -314,9 +315,9 @@ def _check_iommu(host: Host, config: Config) -> Iterator[Result]:
 
 
 def _check_capabilities(host: Host, config: Config) -> Iterator[Result]:
-    """Whether each unit is able to walk tables as they are made by default."""
+    """Tell of each unit whether it is able to walk tables as they are made by default."""
     try:
-        dmar = discovery.read_dmar(host)
+        dmar = read_dmar(host)
     except NotFoundError:
         return  # said already
     except PkernfsError as e:
@@ -338,7 +339,7 @@ def _check_capabilities(host: Host, config: Config) -> Iterator[Result]:
 
 
 def _check_systemd(host: Host, config: Config) -> Iterator[Result]:
-    if not os.path.isdir(host.path("run/systemd/system")):
+    if not host.has_systemd():
         yield Result("units", "systemd", MISSING, "not running here", "boot with systemd")
     elif os.path.exists(host.path(_UNITS)):
         yield Result("units", "systemd", OK, f"/{_UNITS}")

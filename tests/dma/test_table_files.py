@@ -6,7 +6,6 @@ import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,7 +31,7 @@ from pkernfs.fs.filesystem import (
     RENAME_EXCHANGE,
     FileSystem,
 )
-from pkernfs.host.bars import Bar, parse_bar, read_bar
+from pkernfs.host.bars import Bar
 from pkernfs.iommu.config import Config
 from pkernfs.iommu.context_walk import Mode
 from pkernfs.iommu.page_walk import Code
@@ -830,53 +829,6 @@ def test_tables_being_checked_stay(mapped: Host) -> None:
 
 
 # ---------------------------------------------------------------------- BARs
-
-
-def resource(directory: Path, device: str, *lines: str) -> str:
-    """A fake of sysfs."""
-    (directory / device).mkdir(parents=True)
-    rest = ["0x0000000000000000 0x0000000000000000 0x0000000000000000"] * (13 - len(lines))
-    (directory / device / "resource").write_text("\n".join([*lines, *rest]) + "\n")
-    return str(directory)
-
-
-def test_read_bar(tmp_path: Path) -> None:
-    devices = resource(
-        tmp_path,
-        "0000:00:06.0",
-        "0x00000000fc000000 0x00000000fcffffff 0x0000000000040200",
-        "0x000000000000c000 0x000000000000c03f 0x0000000000040101",
-        "0x0000008000000000 0x00000083ffffffff 0x000000000014220c",
-        "0x0000000000000000 0x0000000000000000 0x0000000000000000",
-        "0x00000000fd000000 0x00000000fd0000ff 0x0000000000040200",
-        "0x0000000000000000 0x0000000000ffffff 0x0000000020040200",
-    )
-    assert read_bar(0x30, 0, devices) == BAR
-    assert read_bar(0x30, 2, devices) == Bar(0x30, 2, 1 << 39, 16 * GIB)
-    for number, error, match in (
-        (1, InvalidError, "BAR 1 of 0000:00:06.0: not memory"),
-        (3, NotFoundError, "BAR 3 of 0000:00:06.0: there is none"),
-        (4, InvalidError, "not whole pages: got 0xfd000000-0xfd0000ff"),
-        (5, NotFoundError, "BAR 5 of 0000:00:06.0: it has no address"),
-    ):
-        with pytest.raises(error, match=match):
-            read_bar(0x30, number, devices)
-    with pytest.raises(NotFoundError, match=r"device 0000:00:07\.0: no such device"):
-        read_bar(0x38, 0, devices)
-
-
-@pytest.mark.parametrize(
-    "text", ["", "0000:00:06.0", "0000:00:06.0:6", "0000:00:06.0:", "0000:00:06.8:0", "x:0",
-             "0001:00:06.0:0", "0000:00:06.0:-1", "0000:00:20.0:1", "0000:00:06.0:00"],
-)  # fmt: skip
-def test_bad_bar(text: str) -> None:
-    with pytest.raises(InvalidError):
-        parse_bar(text)
-
-
-def test_parse_bar() -> None:
-    assert parse_bar("0000:00:06.0:5") == (0x30, 5)
-    assert parse_bar("ff:1f.7:0") == (0xFFFF, 0)
 
 
 def test_a_bar_is_recorded_while_it_is_mapped(mapped: Host) -> None:

@@ -7,13 +7,11 @@ from pathlib import Path
 import pytest
 
 from pkernfs.errors import NotFoundError, RegionError
-from pkernfs.host import kernel_image
-from pkernfs.host.boot import adoptions, by_panic
 from pkernfs.host.iomem import Span, parse_iomem
 from pkernfs.kexec import crash
 from pkernfs.kexec.crash import Needs
 from pkernfs.kexec.plan import Plan, make_plan
-from support.made_up_host import Machine, make_machine
+from support.made_up_host import Machine, bzimage, make_machine
 
 GIB = 1 << 30
 SPAN = Span(GIB, GIB // 2)
@@ -25,23 +23,13 @@ MEMORY = "memmap=0x9e000@0x1000,0x3ff00000@0x100000,0x1ffe0000@0x60000000,0x8000
 NIC_ALIAS = "pci:v00008086d000010D3sv00001AF4sd00001100bc02sc00i00"
 
 
-def image(release: str = RELEASE) -> bytes:
-    """The begin of a bzImage that says its release."""
-    head = bytearray(0x300)
-    head[0x202:0x206] = b"HdrS"
-    head[0x20E:0x210] = (0x80).to_bytes(2, "little")
-    text = f"{release} (somebody@somewhere) #1 SMP\0".encode()
-    head[0x280 : 0x280 + len(text)] = text
-    return bytes(head)
-
-
 @pytest.fixture
 def machine(tmp_path: Path) -> Machine:
     machine = make_machine(tmp_path, command_line=LINE)
     machine.write("proc/sys/kernel/osrelease", RELEASE)
     machine.write("proc/sysrq-trigger", "")
     machine.write("sys/kernel/kexec_crash_size", str(256 << 20))
-    machine.write(KERNEL, image())
+    machine.write(KERNEL, bzimage(RELEASE))
     machine.write(f"boot/config-{RELEASE}", "CONFIG_INTEL_IOMMU=y\nCONFIG_CRASH_DUMP=y\n")
     machine.write(
         f"lib/modules/{RELEASE}/modules.alias",
@@ -265,43 +253,3 @@ def test_what_is_lost(machine: Machine) -> None:
         f"{EDU}: cut off, for it is not to persist",
         "/: left as by a loss of power, after a sync",
     ]
-
-
-# ---------------------------------------------------------------------- kernels, arrival
-
-
-@pytest.mark.parametrize("data", [b"", b"MZ" + bytes(600), image()[:0x210], bytes(0x300)])
-def test_what_is_no_kernel_has_no_release(machine: Machine, data: bytes) -> None:
-    machine.write(KERNEL, data)
-    assert kernel_image.release_of(machine, KERNEL) is None
-    assert kernel_image.release_of(machine, "boot/none") is None
-
-
-def test_files_beside_the_image(machine: Machine) -> None:
-    machine.write("lab/k/vmlinuz", image("6.1.0"))
-    machine.write("lab/k/lib/modules/6.1.0/config", "CONFIG_X=m\n")
-    machine.write("lab/k/lib/modules/6.1.0/modules.alias", "alias pci:v* x\n")
-    assert kernel_image.release_of(machine, "/lab/k/vmlinuz") == "6.1.0"
-    assert kernel_image.config_of(machine, "6.1.0", "/lab/k/vmlinuz") == {"X": "m"}
-    found = kernel_image.claiming_modules(machine, "6.1.0", "/lab/k/vmlinuz", "pci:v1")
-    assert found == {"x": False}
-
-
-COPIED = "DMAR: Copied translation tables from previous kernel for dmar0"
-FAILED = "DMAR: Failed to copy translation tables from previous kernel for dmar1"
-NOT_KDUMP = "DMAR: Translation was enabled for dmar2 but we are not in kdump mode"
-
-
-def test_what_the_kernel_says_of_the_tables(machine: Machine) -> None:
-    assert adoptions(machine) == []
-    lines = ["Linux version 7.3.4", COPIED, FAILED, NOT_KDUMP]
-    machine.write("dev/kmsg", "".join(f"6,{n},{n},-;{line}\n" for n, line in enumerate(lines)))
-    assert [tuple(a) for a in adoptions(machine)] == [
-        ("dmar0", True, COPIED), ("dmar1", False, FAILED), ("dmar2", False, NOT_KDUMP),
-    ]  # fmt: skip
-
-
-def test_how_the_kernel_was_started(machine: Machine) -> None:
-    assert not by_panic(machine)
-    machine.write("proc/cmdline", f"elfcorehdr=0x5f000000 {LINE}")
-    assert by_panic(machine)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
+from pkernfs.host.dmar import BRIDGE, ENDPOINT, IOAPIC
+
 
 def table(*structures: bytes, width: int = 38, flags: int = 1) -> bytes:
     """A DMAR table with a good checksum."""
@@ -65,3 +67,25 @@ def add_device(root: Path, place: str, data: bytes, driver: str | None = None) -
     if driver:
         (root / "sys/bus/pci/drivers" / driver).mkdir(parents=True, exist_ok=True)
         (there / "driver").symlink_to(root / "sys/bus/pci/drivers" / driver)
+
+
+#: From the firmware interface of QEMU 7.2, ``-M q35 -device intel-iommu,aw-bits=48,device-iotlb=on
+#: -device edu,addr=05.0``; SeaBIOS puts in the checksum.
+QEMU_TABLE = bytes.fromhex(
+    "444d4152780000000108424f4348532042585043202020200100000042585043"
+    "010000002f010000000000000000000000004000000000000000d9fe00000000"
+    "0308000000ff0000010800000000000001080000000005000108000000001f00"
+    "0108000000001f020108000000001f030200080001000000"
+)
+
+
+TWO_UNITS = table(
+    drhd(0xFED9_0000, scope(ENDPOINT, 0, (2, 0)), scope(IOAPIC, 0xF0, (0x1F, 7), enumeration=8)),
+    drhd(0xFED9_1000, scope(BRIDGE, 0, (0x1C, 0)), scope(ENDPOINT, 0, (0x1D, 0), (3, 1)), size=1),
+    drhd(0xFED9_2000, flags=1),
+    drhd(0xFED9_3000, flags=1, segment=1),
+    rmrr(0x7B00_0000, 0x7BFF_FFFF, scope(ENDPOINT, 0, (0x14, 0))),
+    structure(3, struct.pack("<IQI", 0, 0xFED9_2000, 1)),
+    structure(4, b"an ACPI device that nobody asks for\0"),
+    structure(77, b"of a revision to come"),
+)

@@ -102,3 +102,13 @@ def add_dax(
     with node.open("r+b") as file:
         file.truncate(total)
     return node
+
+
+def bzimage(release: str) -> bytes:
+    """The begin of a bzImage that says its release."""
+    head = bytearray(0x300)
+    head[0x202:0x206] = b"HdrS"
+    head[0x20E:0x210] = (0x80).to_bytes(2, "little")
+    text = f"{release} (somebody@somewhere) #1 SMP\0".encode()
+    head[0x280 : 0x280 + len(text)] = text
+    return bytes(head)

@@ -526,8 +526,9 @@ def _deactivate(args: argparse.Namespace) -> int:
 
 
 def _units(args: argparse.Namespace) -> int:
+    from pkernfs.host.dmar import read_dmar
     from pkernfs.host.sysroot import HOST
-    from pkernfs.units.discovery import find_units, read_dmar, unit_lines, unit_record
+    from pkernfs.units.discovery import find_units, unit_lines, unit_record
 
     roots = {root: mount for mount in _all_mounts() if (root := _root_of(mount)) is not None}
     found = find_units(HOST, read_dmar(HOST), write=args.clear)

@@ -264,8 +264,8 @@ def check_qemu(command: str) -> tuple[str, str]:
         raise NotFoundError(
             f"{command}: no such program: apt-get install qemu-system-x86, or give --qemu PATH"
         )
-    said = qemu.what_it_says(path)
-    version = qemu.version_in(said)
+    said = qemu.version_line(path)
+    version = qemu.parse_version(said)
     if version is None:
         raise NotSupportedError(f"{path}: does not tell a version of QEMU: got {said!r}")
     major, minor, *_ = map(int, version.split("."))

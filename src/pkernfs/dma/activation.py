@@ -24,11 +24,11 @@ from pkernfs.errors import (
     PkernfsError,
     UnitError,
 )
-from pkernfs.host.dmar import Dmar, UnitStructure
+from pkernfs.host.dmar import Dmar, UnitStructure, read_dmar
 from pkernfs.host.pci import PciDevice, all_devices, read_device, unit_of
 from pkernfs.host.sysroot import HOST, Host
 from pkernfs.iommu.root_tables import RootTables
-from pkernfs.units.discovery import FoundUnit, find_units, need_unit, reach_unit, read_dmar
+from pkernfs.units.discovery import FoundUnit, find_units, need_unit, reach_unit
 from pkernfs.units.requirements import Demands, cut_off, largest_leaf, shortcomings, unfit
 from pkernfs.units.unit import Unit
 from pkernfs.units.unit_set import Walking, end_interrupted_loans, with_queue

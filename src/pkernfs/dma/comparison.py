@@ -9,13 +9,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pkernfs.errors import InvalidError, NotFoundError, NotSupportedError
-from pkernfs.host.dmar import Dmar
+from pkernfs.host.dmar import Dmar, read_dmar
 from pkernfs.host.pci import PciDevice, group_of, read_device, unit_of
 from pkernfs.host.sysroot import Host
 from pkernfs.iommu.context_walk import Device
 from pkernfs.iommu.page_pool import Mapping
 from pkernfs.iommu.page_walk import without
-from pkernfs.units.discovery import FoundUnit, need_unit, read_dmar
+from pkernfs.units.discovery import FoundUnit, need_unit
 from pkernfs.units.kernel_tables import LiveMemory, LiveUnit, Shape, check_shape
 from pkernfs.units.requirements import unfit
 from pkernfs.vtd.entries import bdf_text, perm_text

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from pkernfs.dma.activation import Activation
 from pkernfs.errors import InvalidError, NotFoundError, PermissionDeniedError, PkernfsError
+from pkernfs.host.dmar import read_dmar
 from pkernfs.host.pci import read_device, unit_of
 from pkernfs.host.sysroot import HOST, Host
 from pkernfs.iommu.context_walk import Mode
-from pkernfs.units.discovery import FoundUnit, find_units, need_unit, read_dmar
+from pkernfs.units.discovery import FoundUnit, find_units, need_unit
 from pkernfs.vtd.entries import bdf_text
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Device BARs as sysfs tells them: what a peer-to-peer mapping may reach.
+"""The memory BARs of devices, as sysfs tells them: a peer-to-peer mapping may reach them.
 
 ``/sys/bus/pci/devices/DDDD:BB:DD.F/resource`` has a line ``START END FLAGS`` for each resource, the
 first six being the BARs (Linux, Documentation/PCI/sysfs-pci.rst; flags: include/linux/ioport.h).
@@ -7,19 +7,24 @@ first six being the BARs (Linux, Documentation/PCI/sysfs-pci.rst; flags: include
 from __future__ import annotations
 
 import contextlib
-import os
 from typing import NamedTuple
 
 from pkernfs.errors import InvalidError, NotFoundError
-from pkernfs.host.pci import all_devices
-from pkernfs.host.sysroot import Host
+from pkernfs.host.pci import DEVICES, all_devices
+from pkernfs.host.sysroot import HOST, Host
 from pkernfs.layout import PAGE
 from pkernfs.vtd.entries import bdf_text, parse_bdf
 
 _BARS = 6
 _IORESOURCE_MEM = 0x200
 _IORESOURCE_UNSET = 0x2000_0000
-_DEVICES = "/sys/bus/pci/devices"
+
+
+class BarName(NamedTuple):
+    """A BAR of a device of segment 0; ``number`` is in 0..5."""
+
+    source_id: int
+    number: int
 
 
 class Bar(NamedTuple):
@@ -32,23 +37,23 @@ class Bar(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As in a message: ``BAR 0 of 0000:00:05.0``."""
+        """Its name in messages: ``BAR 0 of 0000:00:05.0``."""
         return f"BAR {self.number} of {bdf_text(self.source_id)}"
 
 
-def parse_bar(text: str) -> tuple[int, int]:
-    """Source id and number of ``BDF:N``, N from 0 to 5.
+def parse_bar(text: str) -> BarName:
+    """Parse ``BDF:N``, N from 0 to 5.
 
     :raises InvalidError: something else, or a device of another segment than 0.
     """
     name, _, number = text.rpartition(":")
     if number not in [str(n) for n in range(_BARS)]:
         raise InvalidError(f"BAR {text!r}: expected DDDD:BB:DD.F:N with N from 0 to 5")
-    return parse_device(name), int(number)
+    return BarName(parse_device(name), int(number))
 
 
 def parse_device(text: str) -> int:
-    """Source id of a device of segment 0, which is the one that a root table is for.
+    """Return the source id of a device of segment 0, which is the one that a root table is for.
 
     :raises InvalidError: no device's address, or of another segment.
     """
@@ -58,16 +63,15 @@ def parse_device(text: str) -> int:
     return source_id
 
 
-def read_bar(source_id: int, number: int, devices: str = _DEVICES) -> Bar:
-    """Where a memory BAR is now.
+def read_bar(source_id: int, number: int, host: Host = HOST) -> Bar:
+    """Read where a memory BAR is now.
 
     :raises NotFoundError: there is no such device, or it has no such BAR.
     :raises InvalidError: the BAR is of ports, or smaller than a page.
     """
     device = bdf_text(source_id)
     try:
-        with open(os.path.join(devices, device, "resource"), encoding="ascii") as file:
-            lines = file.read().splitlines()
+        lines = host.read(f"{DEVICES}/{device}/resource").splitlines()
     except OSError as e:
         raise NotFoundError(f"device {device}: no such device: {e.strerror}") from None
     start, end, flags = (int(word, 16) for word in lines[number].split())
@@ -84,10 +88,10 @@ def read_bar(source_id: int, number: int, devices: str = _DEVICES) -> Bar:
 
 
 def all_bars(host: Host) -> list[Bar]:
-    """The memory BARs of all devices of segment 0 that page tables may map."""
+    """Return the memory BARs of all devices of segment 0 that page tables may map."""
     bars = []
     for device in all_devices(host):
         for number in range(_BARS if not device.segment else 0):
             with contextlib.suppress(NotFoundError, InvalidError):
-                bars.append(read_bar(device.source_id, number, host.path(_DEVICES.lstrip("/"))))
+                bars.append(read_bar(device.source_id, number, host))
     return bars

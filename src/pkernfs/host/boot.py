@@ -1,4 +1,4 @@
-"""How the running kernel was started, and what it says that it did with the units that it found."""
+"""The start of the running kernel: how it came about, and the tables that it found in force."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SAID = (
 
 
 class Adoption(NamedTuple):
-    """Whether a unit's tables were adopted, and the kernel's own line about it."""
+    """The kernel's own line about the tables of a unit; ``adopted`` if it goes on with them."""
 
     unit: str
     adopted: bool
@@ -29,12 +29,12 @@ class Adoption(NamedTuple):
 
 
 def by_panic(host: Host) -> bool:
-    """Whether this kernel was started by the panic of another one, as it knows itself."""
+    """Tell whether the panic of another kernel started this one, as it knows itself."""
     return bool(cmdline.values(host.command_line(), "elfcorehdr"))
 
 
 def adoptions(host: Host) -> list[Adoption]:
-    """What became of the tables that were in force when the kernel started.
+    """Return the fate of the tables that were in force when the kernel started, by unit.
 
     A unit of which nothing is said was off, or the kernel's log does not go back that far, or is
     not for this user.
@@ -49,7 +49,7 @@ def adoptions(host: Host) -> list[Adoption]:
 
 
 def _log(host: Host) -> Iterator[str]:
-    """The messages of the kernel's log, oldest first."""
+    """Yield the messages of the kernel's log, oldest first."""
     try:
         log = os.open(host.path("dev/kmsg"), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:

@@ -10,11 +10,12 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from pkernfs.errors import InvalidError
+from pkernfs.errors import InvalidError, NotFoundError, PermissionDeniedError
+from pkernfs.host.sysroot import Host
 from pkernfs.layout import PAGE
 
 #: The kernel's copy of the table (Documentation/ABI/testing/sysfs-firmware-acpi).
-TABLE = "sys/firmware/acpi/tables/DMAR"
+_TABLE = "sys/firmware/acpi/tables/DMAR"
 
 _HEADER = struct.Struct("<4sIBB6s8sIIIBB10x")  # 8.1, after ACPI's own header (36 bytes)
 _STRUCTURE = struct.Struct("<HH")
@@ -67,7 +68,7 @@ class UnitStructure(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As the kernel has it in /sys/class/iommu."""
+        """Its name in /sys/class/iommu."""
         return f"dmar{self.number}"
 
 
@@ -98,8 +99,26 @@ class Dmar(NamedTuple):
     root_ports: tuple[RootPorts, ...]
 
 
+def read_dmar(host: Host) -> Dmar:
+    """Read the machine's DMAR table.
+
+    :raises NotFoundError: there is none.
+    :raises PermissionDeniedError, InvalidError: it cannot be read, or makes no sense.
+    """
+    try:
+        with open(host.path(_TABLE), "rb") as file:
+            table = file.read(1 << 20)
+    except FileNotFoundError:
+        raise NotFoundError(
+            "no DMAR table: the firmware describes no VT-d unit: switch VT-d on in its set-up"
+        ) from None
+    except OSError as e:
+        raise PermissionDeniedError(f"{host.path(_TABLE)}: {e.strerror}: root is needed") from None
+    return parse(table)
+
+
 def parse(table: bytes) -> Dmar:
-    """The DMAR table as the firmware has made it.
+    """Parse a DMAR table as the firmware has made it.
 
     The kernel numbers units in the order of the table (drivers/iommu/intel/dmar.c, alloc_iommu).
 
@@ -135,7 +154,7 @@ def parse(table: bytes) -> Dmar:
 
 
 def _structures(table: bytes) -> Iterator[tuple[int, int, bytes]]:
-    """Type, offset in the table and the bytes after type and length, of each structure."""
+    """Yield type, offset in the table and the bytes after type and length of each structure."""
     at = _HEADER.size
     while at < len(table):
         if at + _STRUCTURE.size > len(table):

@@ -58,36 +58,36 @@ class Kcore:
         self.close()
 
     def close(self) -> None:
-        """No more reads. A second call does nothing."""
+        """End reading. A second call does nothing."""
         self._core.close()
 
     def find_physical(self, at: int, length: int) -> bytes | None:
-        """``length`` bytes at a physical address; None: they are not all in there."""
+        """Read ``length`` bytes at a physical address; None: they are not all in there."""
         return self._find(self._by_physical, at, length)
 
     def read_physical(self, at: int, length: int) -> bytes:
-        """The same.
+        """Read ``length`` bytes at a physical address.
 
         :raises KcoreError: they are not all in there.
         """
         return self._read(self._by_physical, at, length)
 
     def read(self, at: int, length: int) -> bytes:
-        """``length`` bytes at an address of the kernel's.
+        """Read ``length`` bytes at an address of the kernel's.
 
         :raises KcoreError: they are not all in there.
         """
         return self._read(self._by_address, at, length)
 
     def word(self, at: int) -> int:
-        """The 8 bytes at an address of the kernel's, as a number.
+        """Read the 8 bytes at an address of the kernel's, as a number.
 
         :raises KcoreError: they are not in there.
         """
         return int.from_bytes(self.read(at, 8), "little")
 
     def symbol(self, name: str) -> int:
-        """The address of a variable or function of the kernel, as /proc/kallsyms has it.
+        """Return the address of a variable or function of the kernel, by /proc/kallsyms.
 
         :raises KcoreError: it is not there, or not told.
         :raises OSError: /proc/kallsyms cannot be read.

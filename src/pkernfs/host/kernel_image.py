@@ -23,7 +23,7 @@ Config = dict[str, str]
 
 
 def release_of(host: Host, image: str) -> str | None:
-    """The release (``uname -r``) of a bzImage; None: it is none, or does not say."""
+    """Return the release (``uname -r``) of a bzImage; None: it is none, or does not say."""
     try:
         with open(host.path(image.lstrip("/")), "rb") as file:
             head = file.read(_VERSION_AT + 2)
@@ -38,7 +38,7 @@ def release_of(host: Host, image: str) -> str | None:
 
 
 def running_config(host: Host) -> Config | None:
-    """The running kernel's configuration; None: it is nowhere to be found."""
+    """Return the running kernel's configuration; None: it is nowhere to be found."""
     try:
         with gzip.open(host.path("proc/config.gz"), "rt") as file:
             return _parse(file.read())
@@ -47,7 +47,7 @@ def running_config(host: Host) -> Config | None:
 
 
 def config_of(host: Host, release: str, image: str | None = None) -> Config | None:
-    """The configuration of a kernel, without ``CONFIG_``; None: it is nowhere to be found."""
+    """Return a kernel's configuration, without ``CONFIG_``; None: it is nowhere to be found."""
     names = [f"boot/config-{release}", *_modules(release, image, "config")]
     if image is not None:
         names.append(os.path.join(os.path.dirname(image).lstrip("/"), f"config-{release}"))
@@ -60,9 +60,9 @@ def _parse(text: str) -> Config:
 
 
 def claiming_modules(host: Host, release: str, image: str, modalias: str) -> dict[str, bool] | None:
-    """Modules of a kernel that take a device of that modalias; whether each is built in.
+    """Return the modules of a kernel that take a device of that modalias.
 
-    :returns: None if the kernel's modules are nowhere to be found.
+    :returns: True for each module that is built in. None: the modules are nowhere to be found.
     """
     texts = [host.find(name) for name in _modules(release, image, "modules.alias")]
     aliases = next((text for text in texts if text is not None), None)
@@ -77,7 +77,7 @@ def claiming_modules(host: Host, release: str, image: str, modalias: str) -> dic
 
 
 def _modules(release: str, image: str | None, name: str) -> list[str]:
-    """Where a file of a kernel's modules may be."""
+    """Return the places where a file of a kernel's modules may be."""
     places = [f"lib/modules/{release}/{name}"]
     if image is not None:
         places.append(os.path.join(os.path.dirname(image).lstrip("/"), places[0]))
@@ -92,7 +92,7 @@ def _aliases(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _built_in(text: str) -> Iterator[tuple[str, str]]:
-    """From modules.builtin.modinfo: ``MODULE.alias=PATTERN`` with zero bytes in between."""
+    """Parse modules.builtin.modinfo: ``MODULE.alias=PATTERN`` with zero bytes in between."""
     for item in text.split("\0"):
         name, _, pattern = item.partition(".alias=")
         if pattern:

@@ -1,4 +1,4 @@
-"""PCI devices as sysfs has them: what is above each, what it may do, which unit its requests reach.
+"""PCI devices as sysfs has them: the bridges above each, its driver, the unit that it is below.
 
 Documentation/ABI/testing/sysfs-bus-pci. Nothing is changed here.
 """
@@ -16,7 +16,7 @@ from pkernfs.host.dmar import BRIDGE, ENDPOINT, Dmar, ReservedMemory, Scope, Uni
 from pkernfs.host.sysroot import Host
 from pkernfs.vtd.entries import bdf_text, parse_bdf
 
-_DEVICES = "sys/bus/pci/devices"
+DEVICES = "sys/bus/pci/devices"
 _BDF = re.compile(r"[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
 _BRIDGE_CLASS = 0x06
 _TO_CONVENTIONAL, _FROM_CONVENTIONAL = 7, 8
@@ -43,14 +43,14 @@ class PciDevice(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As ``lspci -D`` has it."""
+        """Its name as ``lspci -D`` has it."""
         return bdf_text(self.source_id, self.segment)
 
 
 def read_device(host: Host, source_id: int, segment: int = 0) -> PciDevice | None:
-    """A device as it is now; None: there is none."""
+    """Read a device as it is now; None: there is none."""
     name = bdf_text(source_id, segment)
-    path = host.path(f"{_DEVICES}/{name}")
+    path = host.path(f"{DEVICES}/{name}")
     if not os.path.exists(path):
         return None
     config = _config(path)
@@ -60,7 +60,7 @@ def read_device(host: Host, source_id: int, segment: int = 0) -> PciDevice | Non
         place = os.path.realpath(path)
     above = [parse_bdf(part)[1] for part in place.split("/") if _BDF.fullmatch(part)]
     driver = os.path.join(path, "driver")
-    bridges = [_config(host.path(f"{_DEVICES}/{bdf_text(b, segment)}")) for b in above[:-1]]
+    bridges = [_config(host.path(f"{DEVICES}/{bdf_text(b, segment)}")) for b in above[:-1]]
     return PciDevice(
         segment,
         source_id,
@@ -75,29 +75,40 @@ def read_device(host: Host, source_id: int, segment: int = 0) -> PciDevice | Non
 
 
 def all_devices(host: Host) -> list[PciDevice]:
-    """Every device of the machine, by segment and source id."""
-    places = sorted(parse_bdf(n) for n in host.list(_DEVICES) if _BDF.fullmatch(n))
+    """Read every device of the machine, by segment and source id."""
+    places = sorted(parse_bdf(n) for n in host.list(DEVICES) if _BDF.fullmatch(n))
     found = (read_device(host, source_id, segment) for segment, source_id in places)
     return [device for device in found if device is not None]
 
 
 def group_of(host: Host, device: PciDevice) -> list[PciDevice]:
-    """The other devices of its IOMMU group, without bridges (Linux, Documentation/driver-api/vfio).
+    """Read the other devices of its IOMMU group, without bridges (Linux, driver-api/vfio).
 
     The kernel keeps no two of them from each other: they share a domain. None where the kernel does
     not drive the units.
     """
-    names = host.list(f"{_DEVICES}/{device.name}/iommu_group/devices")
+    names = host.list(f"{DEVICES}/{device.name}/iommu_group/devices")
     places = sorted(parse_bdf(name) for name in names if _BDF.fullmatch(name))
     found = (read_device(host, source_id, segment) for segment, source_id in places)
     return [d for d in found if d is not None and not d.bridge and d.name != device.name]
+
+
+def modalias_of(host: Host, name: str) -> str | None:
+    """Return the text by which drivers are found for a device; None: there is no such device."""
+    return host.find(f"{DEVICES}/{name}/modalias")
+
+
+def driver_module_of(host: Host, name: str) -> str | None:
+    """Return the module of the driver that has a device; None: no driver, or one without it."""
+    module = host.path(f"{DEVICES}/{name}/driver/module")
+    return os.path.basename(os.path.realpath(module)) if os.path.exists(module) else None
 
 
 # ---------------------------------------------------------------------- which unit
 
 
 def unit_of(dmar: Dmar, device: PciDevice) -> UnitStructure | None:
-    """The unit that a device's requests reach (8.3); None: there is none."""
+    """Return the unit that a device's requests reach (8.3); None: there is none."""
     mine = [u for u in dmar.units if u.segment == device.segment]
     for unit in mine:
         if covers(unit.scopes, device):
@@ -106,12 +117,12 @@ def unit_of(dmar: Dmar, device: PciDevice) -> UnitStructure | None:
 
 
 def reserved_memory_of(dmar: Dmar, device: PciDevice) -> list[ReservedMemory]:
-    """The memory that the firmware lets a device use, whoever runs (8.4)."""
+    """Return the memory that the firmware lets a device use, whoever runs (8.4)."""
     return [r for r in dmar.reserved if r.segment == device.segment and covers(r.scopes, device)]
 
 
 def covers(scopes: Sequence[Scope], device: PciDevice) -> bool:
-    """Whether one of these scopes is the device, or a bridge above it."""
+    """Tell whether one of these scopes is the device, or a bridge above it."""
     return any(_is_in(scope, device.chain) for scope in scopes)
 
 

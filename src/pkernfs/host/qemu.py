@@ -1,4 +1,4 @@
-"""Which QEMU a program is."""
+"""The version of a program that is to be QEMU."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _VERSION = re.compile(r"QEMU.*version (\d+\.\d+(?:\.\d+)*)")
 _SECONDS = 30
 
 
-def what_it_says(path: str) -> str:
-    """The first line of ``--version``, or why there is none."""
+def version_line(path: str) -> str:
+    """Run ``path --version``; return its first line, or the reason why there is none."""
     try:
         done = subprocess.run(
             [path, "--version"],
@@ -29,7 +29,7 @@ def what_it_says(path: str) -> str:
     return done.stdout.partition("\n")[0]
 
 
-def version_in(said: str) -> str | None:
-    """The version of QEMU that such a line names, as ``8.2.1``; None: it names none."""
-    found = _VERSION.search(said)
+def parse_version(line: str) -> str | None:
+    """Return the version of QEMU that such a line names, as ``8.2.1``; None: it names none."""
+    found = _VERSION.search(line)
     return found[1] if found else None

@@ -1,4 +1,4 @@
-"""Where the kernel tells of this machine: files of /proc, /sys, /dev and /run, under one root.
+"""The files in which this machine is described: /proc, /sys, /dev, /run, /boot, under one root.
 
 Tests make a root of their own; everything else uses :data:`HOST`.
 """
@@ -12,16 +12,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Host:
-    """Names are relative to ``root``: ``proc/iomem``."""
+    """A machine by its files; names are relative to ``root``: ``proc/iomem``."""
 
     root: str = "/"
 
     def path(self, name: str) -> str:
-        """The whole path of a file."""
+        """Return the whole path of a file."""
         return os.path.join(self.root, name)
 
     def read(self, name: str) -> str:
-        """The text of a file, without white space at its end.
+        """Return the text of a file, without white space at its end.
 
         :raises OSError: it cannot be read.
         """
@@ -29,27 +29,31 @@ class Host:
             return file.read().rstrip()
 
     def find(self, name: str) -> str | None:
-        """The text of a file, or None where it cannot be read."""
+        """Return the text of a file, or None where it cannot be read."""
         try:
             return self.read(name)
         except OSError:
             return None
 
     def list(self, name: str) -> list[str]:
-        """The names in a directory, sorted; none where there is no such directory."""
+        """Return the names in a directory, sorted; none where there is no such directory."""
         try:
             return sorted(os.listdir(self.path(name)))
         except OSError:
             return []
 
     def lockdown(self) -> str | None:
-        """``integrity`` or ``confidentiality``; None if the kernel is not locked down."""
+        """Return ``integrity`` or ``confidentiality``; None if the kernel is not locked down."""
         found = re.search(r"\[(\w+)\]", self.find("sys/kernel/security/lockdown") or "")
         return found[1] if found and found[1] != "none" else None
 
     def command_line(self) -> str:
-        """The kernel's command line; empty where there is no /proc."""
+        """Return the kernel's command line; empty where there is no /proc."""
         return self.find("proc/cmdline") or ""
+
+    def has_systemd(self) -> bool:
+        """Tell whether systemd is process 1."""
+        return os.path.isdir(self.path("run/systemd/system"))
 
 
 HOST = Host()

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from pkernfs.errors import NotFoundError, RegionError
-from pkernfs.host import cmdline, kernel_image
+from pkernfs.host import cmdline, kernel_image, pci
 from pkernfs.host.cmdline import Kind
 from pkernfs.host.iomem import Resource, Span
 from pkernfs.host.sysroot import Host
@@ -27,7 +27,6 @@ _SOFT_OF_RAM = re.compile(r"(\S+%\S+?)-1(\+0xefffffff)", re.IGNORECASE)
 #: vfio-pci puts a device that is bound, for one by vfio-pci.ids=, and not open to sleep otherwise.
 AWAKE = "vfio_pci.disable_idle_d3=1"
 _NEVER = ("elfcorehdr", "reset_devices", "vfio_pci.disable_idle_d3")
-_SYSFS = "sys/bus/pci/devices"
 
 
 class Needs(NamedTuple):
@@ -188,7 +187,7 @@ def keep_drivers_away(
     blocked: dict[str, str] = {}
     problems = []
     for device in devices:
-        modalias = host.find(f"{_SYSFS}/{device}/modalias")
+        modalias = pci.modalias_of(host, device)
         if modalias is None:
             raise NotFoundError(f"device {device}: there is none")
         found = kernel_image.claiming_modules(host, release, image, modalias)
@@ -209,13 +208,10 @@ def keep_drivers_away(
 
 def _also_needed(host: Host, blocked: dict[str, str], devices: Sequence[str]) -> Iterator[str]:
     """Drivers that would reset a device, and that another one cannot do without."""
-    for other in host.list(_SYSFS):
-        driver = host.path(f"{_SYSFS}/{other}/driver")
-        if other in devices or not os.path.islink(driver):
-            continue
-        module = os.path.join(driver, "module")
-        name = os.path.basename(os.path.realpath(module) if os.path.exists(module) else driver)
-        if name.replace("-", "_") in {m.replace("-", "_") for m in blocked}:
+    normal = {m.replace("-", "_") for m in blocked}
+    for other in host.list(pci.DEVICES):
+        name = None if other in devices else pci.driver_module_of(host, other)
+        if name is not None and name.replace("-", "_") in normal:
             yield (
                 f"driver {name} is kept from the next kernel, for it would reset "
                 f"{blocked.get(name, 'a device')}; but {other} needs it"

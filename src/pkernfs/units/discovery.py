@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from pkernfs.errors import NotFoundError, PermissionDeniedError, PkernfsError, UnitError
-from pkernfs.host.dmar import TABLE, Dmar, UnitStructure, parse
+from pkernfs.errors import PermissionDeniedError, PkernfsError, UnitError
+from pkernfs.host.dmar import Dmar, UnitStructure
 from pkernfs.host.sysroot import Host
 from pkernfs.units.mmio import open_window
 from pkernfs.units.unit import Unit
@@ -23,24 +23,6 @@ class FoundUnit(NamedTuple):
     driven: bool
     unit: Unit | None
     why_not: str
-
-
-def read_dmar(host: Host) -> Dmar:
-    """The machine's DMAR table.
-
-    :raises NotFoundError: there is none.
-    :raises PermissionDeniedError, InvalidError: it cannot be read, or makes no sense.
-    """
-    try:
-        with open(host.path(TABLE), "rb") as file:
-            table = file.read(1 << 20)
-    except FileNotFoundError:
-        raise NotFoundError(
-            "no DMAR table: the firmware describes no VT-d unit: switch VT-d on in its set-up"
-        ) from None
-    except OSError as e:
-        raise PermissionDeniedError(f"{host.path(TABLE)}: {e.strerror}: root is needed") from None
-    return parse(table)
 
 
 def is_driven(host: Host, name: str) -> bool:

@@ -1,0 +1,44 @@
+"""How the running kernel was started, by what it says of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pkernfs.host.boot import adoptions, by_panic
+from support.made_up_host import Machine, make_machine
+
+LINE = "root=/dev/vda crashkernel=256M intel_iommu=off memmap=512M%1G pkernfs=512M!1G"
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return make_machine(tmp_path, command_line=LINE)
+
+
+COPIED = "DMAR: Copied translation tables from previous kernel for dmar0"
+FAILED = "DMAR: Failed to copy translation tables from previous kernel for dmar1"
+NOT_KDUMP = "DMAR: Translation was enabled for dmar2 but we are not in kdump mode"
+
+
+def test_what_the_kernel_says_of_the_tables(machine: Machine) -> None:
+    assert adoptions(machine) == []
+    lines = ["Linux version 7.3.4", COPIED, FAILED, NOT_KDUMP]
+    machine.write("dev/kmsg", "".join(f"6,{n},{n},-;{line}\n" for n, line in enumerate(lines)))
+    assert [tuple(a) for a in adoptions(machine)] == [
+        ("dmar0", True, COPIED), ("dmar1", False, FAILED), ("dmar2", False, NOT_KDUMP),
+    ]  # fmt: skip
+
+
+def test_how_the_kernel_was_started(machine: Machine) -> None:
+    assert not by_panic(machine)
+    machine.write("proc/cmdline", f"elfcorehdr=0x5f000000 {LINE}")
+    assert by_panic(machine)
+
+
+def test_the_first_word_of_the_kernel_counts(machine: Machine) -> None:
+    """A process may write to the log; what it says of a unit comes after the kernel."""
+    lines = [FAILED, FAILED.replace("Failed to copy", "Copied"), COPIED, f"{COPIED}\n KEY=value"]
+    machine.write("dev/kmsg", "".join(f"6,{n},{n},-;{line}\n" for n, line in enumerate(lines)))
+    assert [(a.unit, a.adopted) for a in adoptions(machine)] == [("dmar1", False), ("dmar0", True)]

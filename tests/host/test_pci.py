@@ -1,0 +1,130 @@
+"""PCI devices as sysfs has them, and the unit that each is below."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pkernfs.host.dmar import IOAPIC, Scope, parse
+from pkernfs.host.pci import (
+    PciDevice,
+    all_devices,
+    covers,
+    driver_module_of,
+    group_of,
+    modalias_of,
+    read_device,
+    reserved_memory_of,
+    unit_of,
+)
+from pkernfs.host.sysroot import Host
+from support.dmar_tables import TWO_UNITS, add_device, config
+
+
+def device(*chain: int, segment: int = 0) -> PciDevice:
+    return PciDevice(segment, chain[-1], chain, None, False, True, False, False, False)
+
+
+@pytest.mark.parametrize(
+    ("chain", "segment", "name"),
+    [
+        ((0x10,), 0, "dmar0"),
+        ((0xE0,), 0, "dmar1"),  # the bridge itself
+        ((0xE0, 0x100), 0, "dmar1"),
+        ((0xE0, 0x100, 0x208), 0, "dmar1"),
+        ((0xE8, 0x319), 0, "dmar1"),
+        ((0xE8, 0x318), 0, "dmar2"),
+        ((0xE8,), 0, "dmar2"),
+        ((0x10, 0x400), 0, "dmar2"),  # below an endpoint's number: not that endpoint
+        ((0x10,), 1, "dmar3"),
+        ((0x10,), 2, None),
+    ],
+)
+def test_which_unit_a_device_is_below(
+    chain: tuple[int, ...], segment: int, name: str | None
+) -> None:
+    found = unit_of(parse(TWO_UNITS), device(*chain, segment=segment))
+    assert (found and found.name) == name
+
+
+def test_reserved_memory_is_the_devices_that_it_names() -> None:
+    dmar = parse(TWO_UNITS)
+    assert len(reserved_memory_of(dmar, device(0xA0))) == 1
+    assert reserved_memory_of(dmar, device(0xA8)) == []
+    assert reserved_memory_of(dmar, device(0xA0, segment=1)) == []
+    assert not covers((Scope(IOAPIC, 0, 0, ((0x14, 0),)),), device(0xA0))
+
+
+# ---------------------------------------------------------------------- sysfs
+
+
+def test_devices_as_sysfs_has_them(tmp_path: Path) -> None:
+    host = Host(str(tmp_path))
+    add_device(tmp_path, "0000:00:05.0", config(command=4), "edu")
+    add_device(tmp_path, "0000:00:1c.0", config(kind=6, express=4), "pcieport")
+    add_device(
+        tmp_path, "0000:00:1c.0/0000:01:00.0", config(express=0, ats=True, pasid=True), "nvme"
+    )
+    add_device(tmp_path, "0000:00:1e.0", config(kind=6, express=7))
+    add_device(tmp_path, "0000:00:1e.0/0000:02:01.0", config(command=4))
+    add_device(tmp_path, "0000:00:1f.0", config(kind=6))
+    add_device(tmp_path, "0000:00:1f.0/0000:03:01.0", config())
+    found = {d.name: d for d in all_devices(host)}
+    assert list(found)[:2] == ["0000:00:05.0", "0000:00:1c.0"]
+    edu, nvme = found["0000:00:05.0"], found["0000:01:00.0"]
+    assert edu == PciDevice(0, 0x28, (0x28,), "edu", False, True, False, False, False)
+    assert nvme == PciDevice(0, 0x100, (0xE0, 0x100), "nvme", False, False, False, True, True)
+    assert found["0000:00:1c.0"].bridge
+    assert found["0000:02:01.0"].aliased
+    assert found["0000:03:01.0"].aliased
+    assert read_device(host, 0x29) is None
+
+
+def test_a_virtual_function_is_below_its_physical_ones_unit(tmp_path: Path) -> None:
+    add_device(tmp_path, "0000:00:1c.0", config(kind=6, express=4))
+    add_device(tmp_path, "0000:00:1c.0/0000:01:00.0", config(express=0))
+    add_device(tmp_path, "0000:00:1c.0/0000:01:10.0", config(express=0))
+    virtual = tmp_path / "sys/bus/pci/devices/0000:01:10.0"
+    (virtual / "physfn").symlink_to("../0000:01:00.0")
+    found = read_device(Host(str(tmp_path)), 0x180)
+    assert found is not None
+    assert (found.source_id, found.chain) == (0x180, (0xE0, 0x100))
+
+
+def test_a_configuration_space_of_garbage_ends_in_a_device(tmp_path: Path) -> None:
+    add_device(tmp_path, "0000:00:05.0", b"\xff" * 4096)
+    add_device(tmp_path, "0000:00:06.0", bytes([0, 0, 0, 0, 0, 0, 0x10] + [0x40] * 4089))
+    add_device(tmp_path, "0000:00:07.0", b"")
+    assert len(all_devices(Host(str(tmp_path)))) == 3
+
+
+def test_the_group_is_without_bridges(tmp_path: Path) -> None:
+    add_device(tmp_path, "0000:00:1c.0", config(kind=6))
+    for number in (0, 1):
+        add_device(tmp_path, f"0000:00:1c.0/0000:01:00.{number}", config())
+    group = tmp_path / "sys/kernel/iommu_groups/7/devices"
+    for name in ("0000:00:1c.0", "0000:01:00.0", "0000:01:00.1", "0000:01:00.2"):
+        (group / name).mkdir(parents=True)  # the last has gone since
+    host = Host(str(tmp_path))
+    found = read_device(host, 0x100)
+    assert found is not None
+    assert group_of(host, found) == []  # no driver has the units
+    (tmp_path / "sys/bus/pci/devices/0000:01:00.0/iommu_group").symlink_to(group.parent)
+    assert [d.name for d in group_of(host, found)] == ["0000:01:00.1"]
+
+
+def test_drivers(tmp_path: Path) -> None:
+    host = Host(str(tmp_path))
+    add_device(tmp_path, "0000:00:05.0", config(), "virtio-pci")
+    add_device(tmp_path, "0000:00:06.0", config())
+    assert driver_module_of(host, "0000:00:05.0") is None  # it is built in
+    (tmp_path / "sys/module/virtio_pci").mkdir(parents=True)
+    (tmp_path / "sys/bus/pci/drivers/virtio-pci/module").symlink_to(
+        tmp_path / "sys/module/virtio_pci"
+    )
+    assert driver_module_of(host, "0000:00:05.0") == "virtio_pci"
+    assert driver_module_of(host, "0000:00:06.0") is None
+    (tmp_path / "sys/bus/pci/devices/0000:00:06.0/modalias").write_text("pci:v1\n")
+    assert modalias_of(host, "0000:00:06.0") == "pci:v1"
+    assert modalias_of(host, "0000:00:07.0") is None
