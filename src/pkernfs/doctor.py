@@ -19,6 +19,7 @@ from pkernfs.host import cmdline, kernel_image, qemu
 from pkernfs.host.dmar import read_dmar
 from pkernfs.host.sysroot import HOST, Host
 from pkernfs.iommu.config import Config as IommuConfig
+from pkernfs.kexec import systemd
 from pkernfs.region import dax, physical
 from pkernfs.region.spec import looks_physical, parse_span
 from pkernfs.units import discovery
@@ -30,7 +31,7 @@ _OLDEST_KERNEL = (6, 1)
 _OLDEST_LIBFUSE = (3, 13)  # shim.attach()
 _SHARED_DIRECT_KERNEL = (6, 6)  # FUSE_DIRECT_IO_ALLOW_MMAP
 _HUGE_LEAF = 2  # level of the 2 MiB leaves that guest memory is mapped with
-_UNITS = "usr/local/lib/systemd/system/pkernfs.target"
+_UNITS = f"{systemd.DIRECTORY}/pkernfs.target"
 
 
 class Result(NamedTuple):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pkernfs import cli
-from pkernfs.commands import install_units
+from pkernfs.kexec import systemd
 
 BASE = "/usr/lib/systemd/system"
 
@@ -30,7 +30,7 @@ def root(tmp_path: Path) -> Path:
 
 def installed(root: Path) -> dict[str, str]:
     """The units in ``root``."""
-    directory = root / install_units.DIRECTORY
+    directory = root / systemd.DIRECTORY
     return {path.name: path.read_text() for path in directory.iterdir()}
 
 
@@ -38,11 +38,11 @@ def test_installs(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
         assert cli.main(["install-units", "--root", str(root)]) == 0
         units = installed(root)
-        assert set(units) == set(install_units.UNITS)
+        assert set(units) == set(systemd.UNITS)
         assert all("@PKERNFS@" not in text for text in units.values())
         assert "ExecStart=/usr/local/bin/pkernfs mount " in units["pkernfs@.service"]
         lines = capsys.readouterr().out.splitlines()
-        assert [Path(line).name for line in lines] == list(install_units.UNITS)
+        assert [Path(line).name for line in lines] == list(systemd.UNITS)
     assert cli.main(["install-units", "--remove", "--root", str(root)]) == 0
     assert installed(root) == {}
     assert cli.main(["install-units", "--remove", "--root", str(root)]) == 0
@@ -57,8 +57,8 @@ def test_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_unit_is_installed() -> None:
-    units = Path(install_units.__file__).parent.parent / "systemd"
-    assert {path.name for path in units.iterdir()} == set(install_units.UNITS)
+    units = Path(systemd.__file__).parent.parent / "systemd"
+    assert {path.name for path in units.iterdir()} == set(systemd.UNITS)
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="no systemd-analyze")
