@@ -1,19 +1,22 @@
-"""pkernfs kexec: what is undone when a step fails, and what is refused of several mounts."""
+"""pkernfs kexec: what is undone when a step fails, and what is said of it."""
 
 from __future__ import annotations
 
 import os
 import signal
 import subprocess
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pkernfs.commands import kexec
-from pkernfs.commands.kexec import Standing
-from pkernfs.errors import BusyError, InvalidError
-from pkernfs.kexec.crash import Needs
+from pkernfs.errors import BusyError
+from pkernfs.kexec import steps
 from pkernfs.kexec.plan import Plan
+from pkernfs.kexec.prepare import Prepared
+from support.mounting import run_pkernfs
 
 POINTS = ["/mnt/a", "/mnt/b"]
 
@@ -24,18 +27,36 @@ class Daemons:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked: list[str] = []
         self.fails: list[str] = []
-        monkeypatch.setattr(kexec, "call", self.call)
-        monkeypatch.setattr(kexec, "hand_over", lambda point, *_: self.call(point, "handover"))
+        monkeypatch.setattr(steps, "Daemon", partial(FakeDaemon, self))
+        monkeypatch.setattr(
+            steps, "hand_over_mount", lambda point, **_: self.call(point, "handover")
+        )
         monkeypatch.setattr(subprocess, "run", self.run)
         monkeypatch.setattr(os, "sync", lambda: None)
 
-    def call(self, point: str, operation: str, **_: Any) -> None:
+    def call(self, point: str, operation: str) -> None:
         self.asked.append(f"{point} {operation}")
         if self.asked[-1] in self.fails:
             raise BusyError(f"{operation} of {point} failed")
 
     def run(self, words: list[str], **_: Any) -> None:
         self.asked.append(" ".join(words))
+
+
+class FakeDaemon:
+    """The daemon of one mount."""
+
+    def __init__(self, daemons: Daemons, point: str) -> None:
+        self._ask = partial(daemons.call, point)
+
+    def abort(self) -> None:
+        self._ask("handover_abort")
+
+    def crash_jump(self, *, panic: bool) -> None:
+        self._ask("kexec_jump")
+
+    def undo_crash_jump(self) -> None:
+        self._ask("kexec_undo")
 
 
 @pytest.fixture
@@ -45,10 +66,7 @@ def daemons(monkeypatch: pytest.MonkeyPatch) -> Daemons:
 
 def go(*, replaced: bool = False) -> None:
     plan = Plan("/boot/vmlinuz", None, "quiet", crash=True)
-    with kexec._ended_by_exception(), kexec._undone_if_it_fails(plan, replaced=replaced) as handed:
-        for point in POINTS:
-            kexec._hand_over(point, plan, handed)
-        kexec._jump(POINTS)
+    kexec.start(Prepared(plan, POINTS, POINTS), replaced=replaced)
 
 
 def test_everything_is_undone_although_something_cannot_be(
@@ -76,11 +94,11 @@ def test_a_handover_that_fails_is_none_to_be_undone(daemons: Daemons) -> None:
 
 
 def test_a_terminal_that_goes_away(daemons: Daemons, monkeypatch: pytest.MonkeyPatch) -> None:
-    def hand_over(point: str, *_: Any) -> None:
+    def hand_over(point: str, **_: Any) -> None:
         daemons.call(point, "handover")
         os.kill(os.getpid(), signal.SIGHUP)
 
-    monkeypatch.setattr(kexec, "hand_over", hand_over)
+    monkeypatch.setattr(steps, "hand_over_mount", hand_over)
     with pytest.raises(SystemExit):
         go()
     assert daemons.asked == ["/mnt/a handover", "/mnt/a handover_abort", "kexec -p -u"]
@@ -88,25 +106,29 @@ def test_a_terminal_that_goes_away(daemons: Daemons, monkeypatch: pytest.MonkeyP
 
 
 def test_no_signal_between_two_units(daemons: Daemons, monkeypatch: pytest.MonkeyPatch) -> None:
-    def call(point: str, operation: str, **more: Any) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        daemons.call(point, operation, **more)
+    call = daemons.call
+
+    def interrupted(point: str, operation: str) -> None:
+        if operation != "handover":
+            os.kill(os.getpid(), signal.SIGTERM)
+        call(point, operation)
 
     daemons.fails = ["/mnt/b kexec_jump"]
-    monkeypatch.setattr(kexec, "call", call)
+    monkeypatch.setattr(daemons, "call", interrupted)
     with pytest.raises(SystemExit):
         go()
     assert daemons.asked[2:5] == ["/mnt/a kexec_jump", "/mnt/b kexec_jump", "/mnt/a kexec_undo"]
 
 
-def test_a_unit_has_one_root_table() -> None:
-    needs = {
-        "/mnt/a": Needs(["0000:00:05.0"], [], False, ["dmar0"]),
-        "/mnt/b": Needs(["0000:01:00.0"], ["0000:00:07.0"], False, ["dmar1"]),
-    }
-    assert Standing([], needs).whole() == Needs(
-        ["0000:00:05.0", "0000:01:00.0"], ["0000:00:07.0"], False, ["dmar0", "dmar1"]
+def test_the_command_says_what_is_missing(tmp_path: Path) -> None:
+    done = run_pkernfs("kexec", "--dry-run", "--kernel", str(tmp_path / "none"))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert (
+        done.stderr
+        == f"pkernfs: {tmp_path}/none: no such file: name one with --kernel and --initrd\n"
     )
-    needs["/mnt/b"] = needs["/mnt/b"]._replace(units=["dmar0"])
-    with pytest.raises(InvalidError, match="dmar0: it can walk the tables of one file system"):
-        Standing([], needs).whole()
+    kernel = tmp_path / "kernel"
+    kernel.touch()
+    done = run_pkernfs("kexec", "--dry-run", "--kernel", str(kernel), "--append", "quiet")
+    assert done.returncode == 0
+    assert f"kexec -s -l {kernel}" in done.stdout

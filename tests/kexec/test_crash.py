@@ -9,7 +9,7 @@ import pytest
 from pkernfs.errors import NotFoundError, RegionError
 from pkernfs.host.iomem import Span, parse_iomem
 from pkernfs.kexec import crash
-from pkernfs.kexec.crash import Needs
+from pkernfs.kexec.needs import Needs
 from pkernfs.kexec.plan import Plan, make_plan
 from support.made_up_host import Machine, bzimage, make_machine
 

@@ -1,454 +1,216 @@
-"""``pkernfs handover`` on real mounts: who is in the way, what is refused, what is told after."""
+"""The handover's sequence, without a mount: what it tells, what it refuses, what it leaves."""
 
 from __future__ import annotations
 
-import errno
-import json
-import mmap
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
-from pkernfs.control import client
-from pkernfs.errors import BusyError, InvalidError, PermissionDeniedError
+from pkernfs.errors import CorruptionError, NoSpaceError, PkernfsError, RegionError
+from pkernfs.fs import manifest
 from pkernfs.fs.filesystem import FileSystem
-from pkernfs.region.region import Region
-from support.mounting import _PROGRAM, Mapper, Mounted, child, libc, run_as, run_pkernfs, wait_until
-
-pytestmark = pytest.mark.fuse
+from pkernfs.fs.fsck import survey
+from pkernfs.kexec import handover, loaded
+from pkernfs.kexec.handover import hand_over, hand_over_mount, take_digests
+from pkernfs.kexec.local import LocalFileSystem
+from pkernfs.kexec.mounted import Frozen, ManifestFile
+from pkernfs.kexec.observer import SILENT, Observer, Progress
+from pkernfs.layout import (
+    HANDOVER_FLAG_DIGESTS,
+    MAGIC_STATE,
+    PAGE,
+    ROOT_INO,
+    STATE_PAGE,
+    HandoverFields,
+)
+from support.handover import verify
 
 MIB = 1 << 20
+REG = stat.S_IFREG | 0o644
+
+
+class Watching(Observer):
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+        self.last: dict[str, tuple[int, int]] = {}
+        self.said: list[str] = []
+
+    @contextmanager
+    def progress(self, what: str) -> Iterator[Progress]:
+        def tell(done: int, total: int) -> None:
+            self.last[what] = (done, total)
+
+        self.stages.append(f"begin {what}")
+        yield tell
+        self.stages.append(f"end {what}")
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+class Mapped(LocalFileSystem):
+    """The region has users beside us."""
+
+    def other_mappers(self) -> Iterator[str]:
+        yield "process 7 (other)"
+
+
+class Full(LocalFileSystem):
+    """There is no space for a manifest."""
+
+    def make_manifest(self, size: int) -> ManifestFile:
+        raise NoSpaceError("full")
 
 
 @pytest.fixture
-def mounted() -> Iterator[Mounted]:
-    with Mounted(64 * MIB, "allow_other") as m:
-        (m.path / "ram").write_bytes(os.urandom(5 * MIB))
-        (m.path / "dir").mkdir()
-        (m.path / "dir" / "small").write_bytes(b"small")
-        yield m
-
-
-def handover(*words: str) -> subprocess.CompletedProcess[str]:
-    return run_pkernfs("handover", *words)
-
-
-def hand_over(m: Mounted, *words: str) -> dict[str, Any]:
-    done = handover("--json", *words, str(m.path))
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
-
-
-def info(m: Mounted) -> dict[str, Any]:
-    done = run_pkernfs("info", "--json", str(m.path))
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
-
-
-def verified(m: Mounted) -> dict[str, Any]:
-    """What the daemon has found, once it has looked at everything."""
-    wait_until(lambda: info(m)["verification"]["state"] == "done", "the verification")
-    found: dict[str, Any] = info(m)["verification"]
-    return found
-
-
-def place(m: Mounted, path: str) -> int:
-    """Region offset of a file's first byte."""
-    done = run_pkernfs("extents", "--json", str(m.path / path))
-    return int(json.loads(done.stdout)["extents"][0]["region_offset"])
-
-
-def scribble(m: Mounted, offset: int, data: bytes) -> None:
-    with Region.open(str(m.region), write=True) as region:
-        region.copy_in(offset, data)
-
-
-def refused(work: Callable[[], object]) -> None:
-    with pytest.raises(OSError, match="Read-only") as failure:
-        work()
-    assert failure.value.errno == errno.EROFS
-
-
-# ---------------------------------------------------------------------- the way of it
-
-
-def test_frozen_until_the_next_mount(mounted: Mounted) -> None:
-    path = mounted.path
-    found = hand_over(mounted)
-    assert found["number"] == 1
-    assert found["inodes"] == 5
-    assert found["digest_bytes"] == 0
-    refused(lambda: (path / "new").write_bytes(b"x"))
-    refused(lambda: (path / "ram").write_bytes(b"x"))
-    refused(lambda: os.close(os.open(path / "ram", os.O_RDWR)))
-    refused(lambda: (path / "dir" / "small").unlink())
-    refused(lambda: os.setxattr(path / "ram", "user.a", b"b"))
-    refused(lambda: os.utime(path / "ram"))
-    refused(lambda: (path / "new").mkdir())
-    assert (path / "dir" / "small").read_bytes() == b"small"
-    assert info(mounted)["state"] == "frozen"
-    assert info(mounted)["handover"]["number"] == 1
-    mounted.unmount()
-    mounted.start()
-    (path / "new").write_bytes(b"x")
-    after = info(mounted)
-    assert after["state"] == "mounted"
-    assert after["handover"] is None
-    assert after["arrival"] == "remount"
-    assert after["history"][0]["result"] == "metadata unchanged"
-    assert after["history"][0]["gap_ns"] > 0
-    assert after["verification"]["changes"] == []
-    mounted.unmount()
-    assert "remount: mounted " in mounted.words()
-
-
-def test_abort(mounted: Mounted) -> None:
-    assert "there is no handover to undo" in handover("--abort", str(mounted.path)).stderr
-    for _ in range(2):
-        hand_over(mounted, "--digest")
-        again = handover(str(mounted.path))
-        assert again.returncode == 1
-        assert "handed over already; pkernfs handover --abort" in again.stderr
-        done = handover("--abort", str(mounted.path))
-        assert (done.returncode, done.stderr) == (0, "")
-        (mounted.path / "dir" / "small").write_bytes(b"small")
-        assert info(mounted)["state"] == "mounted"
-    assert not info(mounted)["history"]
-
-
-def test_a_frozen_one_survives_its_daemon(mounted: Mounted) -> None:
-    hand_over(mounted, "--digest")
-    mounted.kill()
-    mounted.start()
-    assert verified(mounted)["changes"] == []
-    assert info(mounted)["history"][0]["result"] == "unchanged"
-
-
-def test_tables_are_frozen_as_well() -> None:
-    with Mounted(64 * MIB, "phys_base=0x40000000") as m:
-        file, domain = m.path / "ram", m.path / "iommu" / "dom-0"
-        file.write_bytes(bytes(4 * MIB))
-        assert run_pkernfs("iommu", "create", str(m.path)).returncode == 0
-        domain.touch()
-        os.truncate(domain, 2 * MIB)
-        assert run_pkernfs("iommu", "map", str(domain), "0", str(file)).returncode == 0
-        hand_over(m, "--digest")
-        for words in (
-            ("iommu", "map", str(domain), "0x40000000", str(file)),
-            ("iommu", "unmap", str(domain), "0", "2M"),
-            ("iommu", "attach", str(domain), "0000:00:05.0"),
-        ):
-            done = run_pkernfs(*words)
-            assert done.returncode == 1, words
-            assert (
-                "Read-only" in done.stderr or "frozen" in done.stderr or "read-only" in done.stderr
-            )
-        at = place(m, "ram")
-        m.unmount()
-        m.start()
-        assert verified(m)["changes"] == []
-        hand_over(m, "--digest")
-        m.unmount()
-        scribble(m, at, b"by a device")
-        m.start()
-        (change,) = verified(m)["changes"]
-        assert change["path"] == "/ram"
-        assert change["what"] == (
-            "bytes 0x0..0x200000 (dom-0 maps it at iova 0x0: a device may write there)"
-        )
-
-
-# ---------------------------------------------------------------------- who is in the way
-
-
-def test_open_for_writing_is_named(mounted: Mounted) -> None:
-    file = mounted.path / "dir" / "small"
-
-    def hold() -> None:
-        fd = os.open(file, os.O_WRONLY)
-        os.write(write_end, b"1")
-        signal.pause()
-        os.close(fd)
-
-    read_end, write_end = os.pipe()
-    with child(hold) as pid:
-        os.read(read_end, 1)
-        done = handover(str(mounted.path))
-        assert done.returncode == 1
-        comm = Path(f"/proc/{pid}/comm").read_text().strip()
-        assert done.stderr == (
-            f"pkernfs: {mounted.path}: open for writing: {file} by process {pid} ({comm})\n"
-        )
-        (mounted.path / "new").write_bytes(b"nothing is frozen")
-    os.close(read_end)
-    os.close(write_end)
-    hand_over(mounted)
-
-
-def test_open_for_reading_is_nobody_s_business(mounted: Mounted) -> None:
-    with open(mounted.path / "ram", "rb") as file:
-        hand_over(mounted)
-        assert len(file.read()) == 5 * MIB
-
-
-def test_a_mapping_is_named_and_what_it_wrote_is_in(mounted: Mounted) -> None:
-    ram = mounted.path / "ram"
-    with Mapper(ram, 5 * MIB) as mapper:
-        mapper.store(MIB, b"stored through a mapping")
-        mapper.tell("close")
-        done = handover(str(mounted.path))
-        assert done.returncode == 1
-        assert f"{ram} by process" in done.stderr
-        mapper.end()
-    hand_over(mounted, "--digest")
-    mounted.unmount()
-    assert mounted.in_region(b"stored through a mapping")
-    mounted.start()
-    assert verified(mounted)["changes"] == []
-
-
-def test_a_read_only_mapping_may_stay(mounted: Mounted) -> None:
-    with open(mounted.path / "ram", "rb") as file:
-        memory = mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED, mmap.PROT_READ)
-    hand_over(mounted)
-    assert len(memory[: 2 * MIB]) == 2 * MIB
-    memory.close()
-
-
-def test_who_maps_the_region_is_warned_of(mounted: Mounted) -> None:
-    with open(mounted.region, "r+b") as file:
-        memory = mmap.mmap(file.fileno(), 4096)
-    done = handover("--digest", str(mounted.path))
-    assert done.returncode == 0
-    assert f"process {os.getpid()} (" in done.stderr
-    assert "maps the region itself" in done.stderr
-    memory.close()
-    handover("--abort", str(mounted.path))
-    assert handover("--digest", str(mounted.path)).stderr == ""
-
-
-# ---------------------------------------------------------------------- interrupted, and hostile
-
-
-def test_an_interrupted_handover_thaws(mounted: Mounted) -> None:
-    for _ in range(3):
-        lease = client.stream(str(mounted.path), "handover_freeze")
-        assert next(lease)["number"] == 1
-        refused(lambda: (mounted.path / "new").write_bytes(b"x"))
-        with pytest.raises(BusyError, match="another handover is under way"):
-            next(client.stream(str(mounted.path), "handover_freeze"))
-        with pytest.raises(BusyError, match="under way"):
-            client.call(str(mounted.path), "handover_abort")
-        made = client.call(str(mounted.path), "handover_make_list", bytes=100_000)
-        assert made["ino"]
-        lease.close()
-        wait_until(lambda: info(mounted)["state"] == "mounted", "no state changed")
-        wait_until(lambda: _writes(mounted), "the thaw")
-
-
-def _writes(m: Mounted) -> bool:
-    try:
-        (m.path / "probe").write_bytes(b"x")
-    except OSError:
-        return False
-    return True
-
-
-def test_sigkill_to_the_command(mounted: Mounted) -> None:
-    """At some instant of it: frozen with a record, or thawed."""
-    for delay in range(12):
-        command = [sys.executable, "-c", _PROGRAM, "handover", "--digest", str(mounted.path)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        if delay:
-            wait_until(lambda p=process: _has_socket(p.pid), "its start")  # type: ignore[misc]
-            os.sched_yield()
-        process.kill()
-        process.communicate()
-        frozen = info(mounted)["state"] == "frozen"
-        if frozen:
-            assert handover("--abort", str(mounted.path)).returncode == 0
-        wait_until(lambda: _writes(mounted), "the thaw")
-
-
-def _has_socket(pid: int) -> bool:
-    try:
-        links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
-    except OSError:
-        return True
-    return any(link.startswith("socket:") for link in links)
-
-
-def test_unmounting_amid_a_handover(mounted: Mounted) -> None:
-    lease = client.stream(str(mounted.path), "handover_freeze")
-    next(lease)
-    mounted.unmount()
-    with pytest.raises(client.NoDaemonError):
-        next(lease)
-    assert info_of_region(mounted)["state"] == "clean"
-
-
-def info_of_region(m: Mounted) -> dict[str, Any]:
-    done = run_pkernfs("info", "--json", str(m.region))
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
-
-
-@pytest.mark.parametrize(
-    ("op", "args"),
-    [
-        ("handover_make_list", {"bytes": 4096}),
-        ("handover_write_list", {"ino": 3, "offset": 0, "data": ""}),
-        ("handover_commit", {"ino": 0, "digest": 0, "flags": 0}),
-    ],
-)
-def test_nothing_without_a_freeze(mounted: Mounted, op: str, args: dict[str, Any]) -> None:
-    with pytest.raises(InvalidError, match="no freeze is under way"):
-        client.call(str(mounted.path), op, **args)
-
-
-@pytest.mark.parametrize("value", [-1, 1 << 64, "x", None, 1.5, True, [1]])
-def test_bad_numbers_are_refused(mounted: Mounted, value: object) -> None:
-    lease = client.stream(str(mounted.path), "handover_freeze")
-    next(lease)
-    for op, args in (
-        ("handover_make_list", {"bytes": value}),
-        ("handover_write_list", {"ino": 3, "offset": value, "data": ""}),
-        ("handover_commit", {"ino": value, "digest": 0, "flags": 0}),
-    ):
-        with pytest.raises(InvalidError, match="bad "):
-            client.call(str(mounted.path), op, **args)
-    with pytest.raises(InvalidError, match="base64"):
-        client.call(str(mounted.path), "handover_write_list", ino=3, offset=0, data="!!")
-    lease.close()
-
-
-def test_another_user_cannot(mounted: Mounted) -> None:
-    path = str(mounted.path)
-
-    def ask() -> None:
-        with pytest.raises(PermissionDeniedError):
-            next(client.stream(path, "handover_freeze"))
-
-    run_as(1234, ask)
-    (mounted.path / "new").write_bytes(b"x")
-
-
-def test_elsewhere(tmp_path: Path) -> None:
-    done = handover(str(tmp_path))
-    assert done.returncode == 1
-    assert done.stderr == f"pkernfs: {tmp_path}: not on a pkernfs mount\n"
-
-
-def test_a_read_only_mount_has_nothing_to_hand_over() -> None:
-    with Mounted(16 * MIB, "ro") as m:
-        done = handover(str(m.path))
-        assert done.returncode == 1
-        assert "read-only file system" in done.stderr
-
-
-def test_damage_is_not_handed_over(mounted: Mounted) -> None:
-    (mounted.path / "victim").mkdir()
-    (mounted.path / "victim" / "name").write_bytes(b"x")
-    mounted.unmount()
-    with Region.open(str(mounted.region), write=False) as region:
-        fs = FileSystem.mount(region, read_only=True)
-        at = fs.inode(fs.lookup(1, b"victim").ino).body * 4096
-        before = region.read(at + 100, 16)
-    mounted.start()
-    with open(mounted.region, "r+b") as file:
-        file.seek(at + 100)
-        file.write(b"\xff" * 16)
-    done = handover(str(mounted.path))
-    assert done.returncode == 1
-    assert "not handed over: " in done.stderr
-    assert f"at {at:#x}" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-    with open(mounted.region, "r+b") as file:
-        file.seek(at + 100)
-        file.write(before)
-    hand_over(mounted)
-
-
-# ---------------------------------------------------------------------- afterwards
-
-
-@pytest.mark.parametrize("options", ["", "verify"])
-def test_changed_bytes_are_found_and_the_file_is_named(mounted: Mounted, options: str) -> None:
-    at = place(mounted, "ram")
-    small = place(mounted, "dir/small")
-    found = hand_over(mounted, "--digest")
-    assert found["digest_bytes"] >= 5 * MIB
-    mounted.unmount()
-    scribble(mounted, at + 4 * MIB + 7, b"scribbled")
-    scribble(mounted, small, b"S")
-    mounted.options = options
-    mounted.start()
-    changes = verified(mounted)["changes"]
-    assert sorted(change["path"] for change in changes) == ["/dir/small", "/ram"]
-    assert changes[0]["what"] or changes[1]["what"]
-    by_path = {change["path"]: change["what"] for change in changes}
-    assert by_path["/ram"] == "bytes 0x400000..0x600000"
-    assert info(mounted)["history"][0]["result"] == "changed"
-    assert info(mounted)["history"][0]["changed"] == 2
-    assert (mounted.path / "dir" / "small").read_bytes() == b"Small"
-    (mounted.path / "new").write_bytes(b"the others can be used")
-    text = run_pkernfs("info", str(mounted.path)).stdout
-    assert "changed: /ram: bytes 0x400000..0x600000\n" in text
-    mounted.unmount()
-    assert "changed since the handover: /ram: bytes 0x400000..0x600000" in mounted.words()
-
-
-def test_in_the_background(mounted: Mounted, tmp_path: Path) -> None:
-    """mount without -f says what it has found before it returns."""
-    hand_over(mounted, "--digest")
-    at = place(mounted, "ram")
-    mounted.unmount()
-    scribble(mounted, at, b"scribbled")
-    done = run_pkernfs("mount", "-o", "verify", str(mounted.region), str(mounted.path))
-    assert done.returncode == 0
-    first, second = done.stderr.splitlines()
-    assert first.startswith(f"pkernfs: {mounted.region}: remount: mounted ")
-    assert first.endswith(" s after handover 1")
-    assert second == (
-        f"pkernfs: {mounted.region}: changed since the handover: /ram: bytes 0x0..0x200000"
-    )
-    subprocess.run(["umount", str(mounted.path)], check=True)
-    wait_until(lambda: info_of_region(mounted)["state"] == "clean", "the daemon's end")
-
-
-def test_another_boot_is_a_live_update() -> None:
-    """The boot id is the kernel's: here, in a mount namespace, another one is in its place."""
-
-    def work() -> None:
-        boot_id = "/proc/sys/kernel/random/boot_id"
-        assert libc.unshare(0x20000) == 0  # CLONE_NEWNS
-        subprocess.run(["mount", "--make-rprivate", "/"], check=True)
-        with Mounted(16 * MIB) as m:
-            hand_over(m)
-            m.unmount()
-            other = m.directory / "boot_id"
-            other.write_text("01234567-89ab-cdef-0123-456789abcdef\n")
-            subprocess.run(
-                ["mount", "--bind", other, "/proc/sys/kernel/random/boot_id"], check=True
-            )
-            m.start()
-            found = info(m)
-            assert found["arrival"] == "live update"
-            assert found["boot_id"] == "01234567-89ab-cdef-0123-456789abcdef"
-            assert found["history"][0]["boot_id_after"] == found["boot_id"]
-            assert found["history"][0]["boot_id_before"] != found["boot_id"]
-            text = run_pkernfs("info", str(m.path)).stdout
-            assert "history: live update, mounted " in text
-            m.unmount()
-            assert "live update: mounted " in m.words()
-            subprocess.run(["umount", boot_id], check=True)
-
-    run_as(0, work)
+def watching() -> Watching:
+    return Watching()
+
+
+@pytest.fixture
+def name(fs: FileSystem) -> str:
+    """Of the file system in messages; with some files in it."""
+    for i, size in enumerate((10, 5 * MIB, 3 * MIB)):
+        ino = fs.create(ROOT_INO, b"f%d" % i, REG, 0, 0).ino
+        fs.run(lambda ino=ino, size=size: fs.write(ino, 0, b"x" * size))  # type: ignore[misc]
+    return fs.region.name
+
+
+def record_of(fs: FileSystem) -> HandoverFields:
+    return manifest.read_record(fs.store.read(STATE_PAGE, MAGIC_STATE))
+
+
+def test_what_is_told_and_recorded(fs: FileSystem, name: str, watching: Watching) -> None:
+    done = hand_over(LocalFileSystem(fs), digests=True, observer=watching)
+    stages = [f"{name}: checking", f"{name}: digests"]
+    assert watching.stages == [f"{w} {s}" for s in stages for w in ("begin", "end")]
+    assert list(watching.last) == stages
+    assert watching.last[stages[1]] == (done.digest_bytes, done.digest_bytes)
+    assert watching.said == []
+    assert (done.number, done.inodes) == (1, 5)
+    assert done.metadata_pages > 5
+    assert done.digest_bytes == 8 * MIB + PAGE
+    assert done.seconds >= done.check_seconds + done.digest_seconds > 0
+    record = record_of(fs)
+    assert (record.number, record.flags) == (1, HANDOVER_FLAG_DIGESTS)
+    assert record.list_ino
+    fs.unmount()
+    assert not verify(FileSystem.mount(fs.region, read_only=True)).changes.all()
+    fs.thaw()
+
+
+def test_without_digests(fs: FileSystem, name: str, watching: Watching) -> None:
+    done = hand_over(LocalFileSystem(fs), observer=watching)
+    assert watching.stages == [f"begin {name}: checking", f"end {name}: checking"]
+    assert (done.digest_bytes, done.digest_seconds) == (0, 0.0)
+    assert not record_of(fs).flags
+    LocalFileSystem(fs).abort()
+
+
+def test_who_can_change_what_has_a_digest(fs: FileSystem, name: str, watching: Watching) -> None:
+    hand_over(Mapped(fs), digests=True, observer=watching)
+    assert watching.said == [
+        f"{name}: process 7 (other) maps the region itself: what it changes from now on differs "
+        "from the digests"
+    ]
+    fs.thaw()
+    watching.said.clear()
+    hand_over(Mapped(fs), observer=watching)
+    assert watching.said == []  # there are no digests
+    fs.thaw()
+
+
+@pytest.mark.parametrize("digests", [False, True])
+def test_without_space_there_is_no_manifest(
+    fs: FileSystem, name: str, watching: Watching, digests: bool
+) -> None:
+    assert hand_over(Full(fs), digests=digests, observer=watching).number == 1
+    assert watching.said == [f"{name}: no space for the list: the next mount cannot compare"]
+    record = record_of(fs)
+    assert (record.list_ino, record.list_bytes, record.list_digest, record.flags) == (0, 0, 0, 0)
+    fs.thaw()
+
+
+def test_damage_is_not_handed_over(fs: FileSystem, name: str) -> None:
+    at = fs.inode(ROOT_INO).body * PAGE + 100
+    before = fs.region.read(at, 16)
+    fs.region.copy_in(at, b"\xff" * 16)
+    with pytest.raises(CorruptionError) as caught:
+        hand_over(LocalFileSystem(fs))
+    assert str(caught.value).startswith(f"{name}: not handed over: ")
+    assert str(caught.value).endswith(": unmount it and run fsck.pkernfs")
+    fs.region.copy_in(at, before)
+    fs.create(ROOT_INO, b"thawed", REG, 0, 0)
+
+
+def test_another_region_is_not_looked_at(fs: FileSystem, name: str) -> None:
+    class Other(LocalFileSystem):
+        @contextmanager
+        def frozen(self) -> Iterator[Frozen]:
+            with super().frozen() as frozen:
+                yield frozen._replace(uuid=bytes(16))
+
+    with pytest.raises(RegionError, match="not the region that is mounted on"):
+        hand_over(Other(fs))
+    fs.create(ROOT_INO, b"thawed", REG, 0, 0)
+
+
+def test_a_failure_amid_the_manifest_thaws(fs: FileSystem, name: str) -> None:
+    class Failing(LocalFileSystem):
+        def write_manifest(self, ino: int, data: bytes) -> None:
+            super().write_manifest(ino, data[:100])
+            raise PkernfsError("the daemon is gone")
+
+    space = fs.statfs()
+    with pytest.raises(PkernfsError, match="the daemon is gone"):
+        hand_over(Failing(fs))
+    assert fs.statfs() == space
+    assert hand_over(LocalFileSystem(fs)).number == 1
+    fs.thaw()
+
+
+def test_digests_by_one_thread_and_by_many(fs: FileSystem, name: str) -> None:
+    mounted = LocalFileSystem(fs)
+    with mounted.frozen():
+        found = survey(fs.region)
+        one, many = (take_digests(mounted, fs.region, found, SILENT, n) for n in (1, 3))
+    assert one.files == many.files
+    assert [len(file.chunks) for file in one.files] == [1, 3, 2]
+    assert one.bytes == many.bytes == 8 * MIB + PAGE
+
+
+def test_a_mount_is_written_back_and_checked_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    class Daemon:
+        class mount:
+            source, mount_point = "512M!1G", "/mnt/a"
+
+        def __init__(self, path: str) -> None:
+            order.append(f"daemon of {path}")
+
+    def hand_over(mounted: object, *, digests: bool, observer: Observer) -> handover.Handover:
+        order.append(f"hand over, digests {digests}")
+        return handover.Handover(3, 1, 1, 0, 0.0, 0.0, -1.0)
+
+    monkeypatch.setattr(handover, "Daemon", Daemon)
+    monkeypatch.setattr(handover, "hand_over", hand_over)
+    monkeypatch.setattr(loaded, "check", lambda *given: order.append(f"check {given}"))
+    monkeypatch.setattr(handover, "write_back", lambda point: order.append(f"sync {point}"))
+    done = hand_over_mount("/mnt/a/x", command_line="quiet")
+    assert order == [
+        "daemon of /mnt/a/x", "check ('512M!1G', 'quiet')", "sync /mnt/a",
+        "hand over, digests False",
+    ]  # fmt: skip
+    assert done.number == 3
+    assert done.seconds >= 0  # of all of it
+
+
+def test_writing_back(tmp_path: object) -> None:
+    handover.write_back(str(tmp_path))
+    with pytest.raises(OSError, match="No such file"):
+        handover.write_back(f"{tmp_path}/none")

@@ -1,36 +1,16 @@
-"""A handover without a mount: what the command and the daemon do, one after the other."""
+"""A handover and its verification without a mount, in one call each."""
 
 from __future__ import annotations
 
 from pkernfs.fs.filesystem import FileSystem
-from pkernfs.fs.fsck import survey
-from pkernfs.fs.manifest import Arrival, FileDigests, build_list, chunks_of, room_for_list
-from pkernfs.layout import HANDOVER_FLAG_DIGESTS, STATE_PAGE
-from pkernfs.region import digest
+from pkernfs.fs.manifest import Arrival
+from pkernfs.kexec import handover
+from pkernfs.kexec.local import LocalFileSystem
 
 
 def hand_over(fs: FileSystem, *, digests: bool = True) -> int:
-    """Freeze, check, make the list and the record; the handover's number."""
-    fs.freeze()
-    region = fs.region
-    found = survey(region)
-    assert found.report.clean, [p.message for p in found.report.problems]
-    files = []
-    if digests:
-        for ino, extents in found.files():
-            chunks = list(chunks_of(region, extents))
-            sums = digest.digest_all(region, [parts for _, parts in chunks], threads=1)
-            numbers = [number for number, _ in chunks]
-            files.append(FileDigests(ino, dict(zip(numbers, sums, strict=True))))
-    pages = set(found.metadata_pages())
-    number = fs.next_handover
-    room = room_for_list(len(build_list(region, found.uuid, number, pages, files)))
-    ino, touched = fs.make_list(room)
-    data = build_list(region, found.uuid, number, (pages | touched) - {STATE_PAGE}, files)
-    data += bytes(room - len(data))
-    fs.write_list(ino, 0, data)
-    flags = HANDOVER_FLAG_DIGESTS if digests else 0
-    return fs.hand_over(ino, room, digest.crc64(data), flags)
+    """Hand a file system over; return the handover's number."""
+    return handover.hand_over(LocalFileSystem(fs), digests=digests, threads=1).number
 
 
 def verify(fs: FileSystem) -> Arrival:

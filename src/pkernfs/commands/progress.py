@@ -1,4 +1,4 @@
-"""The progress of a long job: a line on stderr that rewrites itself, on a terminal only."""
+"""Messages about work that goes on: how far it has come, and what people should know of it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ import sys
 import time
 from types import TracebackType
 
+from pkernfs.kexec.observer import Observer
+
 _INTERVAL_SECONDS = 0.2
 
 
 class Progress:
-    """Shows progress when called. Leaving the context wipes the line."""
+    """A line on stderr that rewrites itself, on a terminal only.
+
+    Call it with what is done of how much; leaving the context wipes the line.
+    """
 
     def __init__(self, what: str) -> None:
         self._what = what
@@ -39,3 +44,15 @@ class Progress:
         if self._shown:
             sys.stderr.write("\r\033[K")
             sys.stderr.flush()
+
+
+class Teller(Observer):
+    """Tells on stderr how a handover or a kexec goes."""
+
+    def progress(self, what: str) -> Progress:
+        """Show how far a stage has come."""
+        return Progress(what)
+
+    def say(self, text: str) -> None:
+        """Print one line."""
+        print(f"pkernfs: {text}", file=sys.stderr)

@@ -1,1 +1,1 @@
-"""The next kernel: how it is started without losing regions, and the handover before it."""
+"""The step to the next kernel: what it needs, the handover of file systems, and its start."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 from pkernfs.errors import NotFoundError, RegionError
 from pkernfs.host import cmdline, kernel_image, pci
@@ -19,6 +18,7 @@ from pkernfs.host.cmdline import Kind
 from pkernfs.host.iomem import Resource, Span
 from pkernfs.host.sysroot import Host
 from pkernfs.iommu.memory import merge_ranges, without_ranges
+from pkernfs.kexec.needs import Needs
 from pkernfs.layout import PAGE
 
 #: What the running kernel puts in front: ``elfcorehdr=0x...`` and a space.
@@ -29,24 +29,11 @@ AWAKE = "vfio_pci.disable_idle_d3=1"
 _NEVER = ("elfcorehdr", "reset_devices", "vfio_pci.disable_idle_d3")
 
 
-class Needs(NamedTuple):
-    """What the devices that must go on need of the next kernel; from the daemons.
-
-    ``devices`` and ``cut`` (those that a handover detaches) are names as ``lspci -D`` has them.
-    ``units`` are above the former.
-    """
-
-    devices: Sequence[str]
-    cut: Sequence[str]
-    scalable: bool
-    units: Sequence[str] = ()
-
-
 # ---------------------------------------------------------------------- the command line
 
 
 def memory_parameter(resources: Sequence[Resource], spans: Sequence[Span]) -> str:
-    """The memmap= that gives a crash kernel the running kernel's memory.
+    """Return the memmap= that gives a crash kernel the running kernel's memory.
 
     With what is reserved for the crash kernel: it has that anyway, but for the header of a dump.
     Without what the firmware keeps for itself in the middle of memory.
@@ -73,7 +60,7 @@ def _whole_pages(ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]
 
 
 def no_dump(spans: Sequence[Span]) -> str:
-    """An elfcorehdr= that makes a kdump kernel, and one that finds nothing to dump.
+    """Return an elfcorehdr= that makes a kdump kernel, and one that finds nothing to dump.
 
     The old kernel's memory is in use, so /proc/vmcore must not be there: the kernel would warn of
     each piece that it looks at, and a distribution's kdump service save it and reboot. The last
@@ -83,7 +70,7 @@ def no_dump(spans: Sequence[Span]) -> str:
 
 
 def for_crash(line: str, memory: str, header: str) -> str:
-    """A command line as the crash kernel needs it, with ``memory`` and nothing of an older one.
+    """Return a command line for the crash kernel: with ``memory``, and nothing of an older one.
 
     The firmware's map is not what such a kernel starts from, so memory that is to be soft-reserved
     is no RAM there before: ``-1`` (from RAM) would match nothing.
@@ -130,7 +117,7 @@ def with_iommu(line: str, *, scalable: bool) -> tuple[str, str]:
 
 
 def host_problems(host: Host) -> Iterator[str]:
-    """Why this kernel cannot start another one by a panic."""
+    """Yield the reasons why this kernel cannot start another one by a panic."""
     if not int(host.find("sys/kernel/kexec_crash_size") or 0):
         yield "no memory is reserved for a crash kernel: boot with crashkernel=256M"
     if host.find("proc/sys/kernel/kexec_load_disabled") == "1":
@@ -140,7 +127,7 @@ def host_problems(host: Host) -> Iterator[str]:
 
 
 def adoption_problems(host: Host, image: str, line: str, needs: Needs) -> Iterator[str]:
-    """Why the kernel ``image`` with that command line would not adopt the tables."""
+    """Yield the reasons why the kernel ``image`` with that command line adopts no tables."""
     release = kernel_image.release_of(host, image)
     config = None if release is None else kernel_image.config_of(host, release, image)
     if config is None:
@@ -207,7 +194,7 @@ def keep_drivers_away(
 
 
 def _also_needed(host: Host, blocked: dict[str, str], devices: Sequence[str]) -> Iterator[str]:
-    """Drivers that would reset a device, and that another one cannot do without."""
+    """Yield drivers that would reset a device, and that another one cannot do without."""
     normal = {m.replace("-", "_") for m in blocked}
     for other in host.list(pci.DEVICES):
         name = None if other in devices else pci.driver_module_of(host, other)
@@ -222,8 +209,8 @@ def _also_needed(host: Host, blocked: dict[str, str], devices: Sequence[str]) ->
 
 
 def losses(host: Host, needs: Needs, mount_points: Sequence[str]) -> Iterator[str]:
-    """What does not outlive this kernel, beside its processes."""
-    for device in needs.cut:
+    """Yield what does not outlive this kernel, beside its processes."""
+    for device in needs.cleared:
         yield f"{device}: cut off, for it is not to persist"
     for device in needs.devices:
         yield f"{device}: its interrupts reach nobody until it is taken over"

@@ -1,9 +1,9 @@
-"""The kernel that is loaded for kexec: whether it leaves a region alone, as the running one does.
+"""The kernel that is loaded for kexec: it must leave a region alone, as the running one does.
 
-A kernel that is not told about a region takes its memory for ordinary RAM and stores into it. What
-it will be told is its command line, which the running kernel keeps in memory only: it is read
-there (:class:`LoadedKernel`), as arch/x86/kernel/kexec-bzimage64.c and
-kexec-tools have put it. Nothing is changed.
+A kernel that is not told about a region takes its memory for ordinary RAM and stores into it. It is
+told by its command line, which the running kernel keeps in memory only: it is read there
+(:class:`LoadedKernel`), as arch/x86/kernel/kexec-bzimage64.c and kexec-tools have put it. Nothing
+is changed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class KexecError(PkernfsError):
 
 
 def physical_spans(spec: str, host: Host = HOST) -> list[Span]:
-    """The physical memory that a region spec names; none for a file."""
+    """Return the physical memory that a region spec names; none for a file."""
     if looks_physical(spec):
         return [parse_span(spec)]
     name = dax.device_name(os.path.realpath(spec), host)
@@ -47,9 +47,9 @@ def physical_spans(spec: str, host: Host = HOST) -> list[Span]:
 def check(spec: str, given: str | None = None, host: Host = HOST) -> None:
     """Refuse a kexec after which the region would be lost.
 
-    Whatever of the running kernel's command line keeps the region apart (memmap=, and what keeps
-    kmem from dax devices) and names it (pkernfs=) must be on the next kernel's too: ``given``, or
-    that of the kernel loaded for kexec.
+    The parameters of the running kernel that keep the region apart (memmap=, and what keeps kmem
+    from dax devices) and name it (pkernfs=) must be on the next kernel's command line too:
+    ``given``, or that of the kernel loaded for kexec.
 
     Nor may the loaded one be put into the region: ``kexec -c`` chooses places from the firmware's
     memory map, which knows nothing of memmap=.
@@ -116,7 +116,7 @@ _Needed = _Reserves | _Names | _SparesDax
 
 
 def _needed(spans: list[Span], is_dax: bool, host: Host) -> Iterator[tuple[str, _Needed]]:
-    """Parameters of the running kernel that a region depends on, and how to look for each."""
+    """Yield the running kernel's parameters that a region needs, and how to look for each."""
     running = host.command_line()
     reserved = cmdline.reservations(running)
     for span in spans:
@@ -134,7 +134,7 @@ def _needed(spans: list[Span], is_dax: bool, host: Host) -> Iterator[tuple[str, 
 
 
 def _spans_of(spec: str, host: Host) -> list[Span]:
-    """The physical memory of a spec on a command line; none if it has none here."""
+    """Return the physical memory of a spec on a command line; none if it has none here."""
     try:
         return physical_spans(spec, host)
     except RegionError:
@@ -142,7 +142,7 @@ def _spans_of(spec: str, host: Host) -> list[Span]:
 
 
 def command_line_of_loaded(spec: str, host: Host = HOST, spans: Sequence[Span] = ()) -> str:
-    """The command line of the kernel that is loaded for kexec; ``spec`` is for messages.
+    """Read the command line of the kernel that is loaded for kexec; ``spec`` is for messages.
 
     :raises KexecError: there is none, it cannot be read, or kexec would put it into ``spans``.
     """
@@ -184,7 +184,7 @@ class LoadedKernel:
         self._core.close()
 
     def command_line(self) -> str:
-        """What the loaded kernel will be told.
+        """Read the command line that the loaded kernel gets.
 
         :raises KcoreError: it is not where Linux on x86-64 has it.
         """
@@ -203,7 +203,7 @@ class LoadedKernel:
         raise KcoreError("it has no boot parameters")
 
     def put_into(self, spans: Sequence[Span]) -> int | None:
-        """The first address in ``spans`` that starting the image stores to; None: it keeps off.
+        """Return the first address in ``spans`` that starting the image stores to, or None.
 
         :raises KcoreError: it is not where Linux on x86-64 has it.
         """
@@ -213,7 +213,7 @@ class LoadedKernel:
     # ------------------------------------------------------------------ the image's pages
 
     def _pages(self) -> tuple[dict[int, int], list[int]]:
-        """Where each page of the image is now, by its address to be; the first of each segment."""
+        """Return where each page is now, by its address to be; and the first of each segment."""
         pages: dict[int, int] = {}
         firsts = []
         destination = 0
@@ -229,7 +229,7 @@ class LoadedKernel:
         return pages, [first for first in firsts if first in pages]
 
     def _entries(self) -> Iterator[int]:
-        """The list of struct kimage: its first field, and pages of more of them."""
+        """Yield the list of struct kimage: its first field, and pages of more of them."""
         image = self._core.word(self._core.symbol("kexec_image"))
         if not image:
             raise KcoreError("there is none")
@@ -250,7 +250,7 @@ class LoadedKernel:
         raise KcoreError("its list of pages has no end")
 
     def _text(self, pages: dict[int, int], address: int) -> str | None:
-        """The text at an address to be, up to its zero byte."""
+        """Return the text at an address to be, up to its zero byte."""
         found = bytearray()
         while len(found) < _MAX_COMMAND_LINE:
             page, skip = address & ~(_PAGE - 1), address % _PAGE

@@ -1,7 +1,7 @@
-"""How to start the next kernel without losing regions: its files, its command line, the steps.
+"""The plan of a kexec that loses no region: the kernel's files, its command line, the commands.
 
-Planning only: nothing is loaded and nothing is started here. What is special where devices go on
-working meanwhile is in :mod:`pkernfs.kexec.crash`.
+Nothing is loaded and nothing is started here. :mod:`pkernfs.kexec.crash` has what is special where
+devices go on working meanwhile.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pkernfs.host.cmdline import Kind
 from pkernfs.host.iomem import Span
 from pkernfs.host.sysroot import HOST, Host
 from pkernfs.kexec import crash
-from pkernfs.kexec.crash import Needs
+from pkernfs.kexec.needs import Needs
 from pkernfs.region.physical import memmap_parameter
 
 #: Words that a boot loader, or the kernel for a crash kernel, adds for the one that it starts.
@@ -24,7 +24,7 @@ _KEPT = ("memmap", "pkernfs")
 _FREE = (Kind.REMOVED, Kind.RESERVED, Kind.SOFT, Kind.PMEM)
 _MAX_COMMAND_LINE = 2047  # COMMAND_LINE_SIZE of x86, without its end
 #: How the next kernel is started, as ``pkernfs kexec --dry-run`` has it behind its commands.
-JUMP = (
+CRASH_JUMP = (
     "# then units that the kernel drives get the region's root table, and it panics on processor 0 "
     "(echo c > /proc/sysrq-trigger)"
 )
@@ -32,11 +32,14 @@ JUMP = (
 
 @dataclass
 class Plan:
-    """What ``pkernfs kexec`` is going to do; ``commands`` in their order, as words.
+    """The steps of ``pkernfs kexec``; commands are lists of words.
 
     :ivar crash: by a panic, for devices that must not be stopped
     :ivar problems: why it should not be done
     :ivar losses: what does not outlive the running kernel, beside its processes
+    :ivar load: loads the next kernel, before anything is handed over
+    :ivar handovers: are what is done for each file system
+    :ivar start: starts the next kernel; empty where a panic does
     """
 
     kernel: str
@@ -46,7 +49,14 @@ class Plan:
     added: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     losses: list[str] = field(default_factory=list)
-    commands: list[list[str]] = field(default_factory=list)
+    load: list[str] = field(default_factory=list)
+    handovers: list[list[str]] = field(default_factory=list)
+    start: list[str] = field(default_factory=list)
+
+    @property
+    def commands(self) -> list[list[str]]:
+        """All commands, in their order."""
+        return [self.load, *self.handovers, *([self.start] if self.start else [])]
 
 
 def make_plan(
@@ -79,12 +89,11 @@ def make_plan(
     _keep_out_of(plan, spans)
     room = crash.ROOM_FOR_HEADER if plan.crash else 0
     check_command_line(plan.append, _reserved(spans, running), room)
-    plan.commands.append(load_command(plan))
-    for point in mount_points:
-        told = ["--cmdline", plan.append] if plan.crash else []
-        plan.commands.append(["pkernfs", "handover", point, *told])
+    plan.load = load_command(plan)
+    told = ["--cmdline", plan.append] if plan.crash else []
+    plan.handovers = [["pkernfs", "handover", point, *told] for point in mount_points]
     if not plan.crash:
-        plan.commands.append(_start(host))
+        plan.start = _start_command(host)
     return plan
 
 
@@ -111,7 +120,7 @@ def _for_devices(
 
 
 def find_kernel(kernel: str | None, initrd: str | None, host: Host) -> tuple[str, str | None]:
-    """Paths of the kernel and its initrd; those of the running kernel if they are not given.
+    """Return paths of the kernel and its initrd; the running kernel's if they are not given.
 
     :raises NotFoundError: there is none there.
     """
@@ -128,7 +137,7 @@ def find_kernel(kernel: str | None, initrd: str | None, host: Host) -> tuple[str
 
 
 def without_boot_loader(line: str) -> str:
-    """A command line without what was added for the running kernel alone."""
+    """Return a command line without what was added for the running kernel alone."""
     return " ".join(w for w in cmdline.quoted_words(line) if not w.startswith(_ADDED_BY_LOADERS))
 
 
@@ -150,7 +159,10 @@ def _keep_out_of(plan: Plan, spans: list[Span]) -> None:
 
 
 def _reserved(spans: list[Span], running: str) -> list[Span]:
-    """What of them memmap= keeps apart now. The firmware does it for a dax device of its own."""
+    """Return what memmap= keeps apart of them now.
+
+    The firmware does it for a dax device of its own.
+    """
     reserved = cmdline.reservations(running)
     return [
         Span(start, end - start)
@@ -161,7 +173,7 @@ def _reserved(spans: list[Span], running: str) -> list[Span]:
 
 
 def check_command_line(line: str, spans: list[Span], room: int = 0) -> None:
-    """Whether a kernel with this command line leaves the regions alone.
+    """Refuse a command line with which a kernel would not leave the regions alone.
 
     :param room: bytes that are going to be added.
     :raises RegionError: it would take a part of one for its own memory; with the parameter.
@@ -182,7 +194,7 @@ def check_command_line(line: str, spans: list[Span], room: int = 0) -> None:
 
 
 def load_command(plan: Plan) -> list[str]:
-    """The words that load the next kernel."""
+    """Return the words that load the next kernel."""
     # kexec_file_load (-s): kexec-tools itself would take its memory map from the firmware's.
     words = ["kexec", "-s", "-p" if plan.crash else "-l", plan.kernel]
     if plan.initrd is not None:
@@ -190,7 +202,5 @@ def load_command(plan: Plan) -> list[str]:
     return [*words, f"--command-line={plan.append}"]
 
 
-def _start(host: Host) -> list[str]:
-    if os.path.isdir(host.path("run/systemd/system")):
-        return ["systemctl", "kexec"]
-    return ["kexec", "-e"]
+def _start_command(host: Host) -> list[str]:
+    return ["systemctl", "kexec"] if host.has_systemd() else ["kexec", "-e"]

@@ -1,0 +1,125 @@
+"""The daemon of a mount: all that a handover and a kexec ask of it, through its control socket."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
+
+from pkernfs.control import client
+from pkernfs.control.mounts import Mount
+from pkernfs.errors import BusyError
+from pkernfs.kexec import users
+from pkernfs.kexec.mounted import Frozen, ManifestFile
+from pkernfs.kexec.needs import Needs
+from pkernfs.region.region import Region
+
+_PIECE_BYTES = 512 << 10  # of the manifest, in one request
+_SHOWN = 8
+
+
+class Daemon:
+    """The mount that ``path`` is in: a :class:`pkernfs.kexec.mounted.MountedFileSystem`.
+
+    Every method raises what the daemon failed with, or the reason why it cannot be asked.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    @property
+    def name(self) -> str:
+        """The path, as it was given."""
+        return self._path
+
+    @cached_property
+    def mount(self) -> Mount:
+        """The mount.
+
+        :raises InvalidError: the path is in none.
+        """
+        return client.find_mount(self._path)
+
+    # ------------------------------------------------------------------ the handover
+
+    @contextmanager
+    def frozen(self) -> Iterator[Frozen]:
+        """Freeze, as long as this process lives; thaw if the context ends before :meth:`commit`.
+
+        :raises BusyError: files are open for writing, or it was handed over already.
+        """
+        lease = client.stream(self._path, "handover_freeze")
+        try:
+            told = next(lease)
+            if "writers" in told:
+                raise self._busy({int(ino) for ino in told["writers"]})
+            yield Frozen(told["number"], bytes.fromhex(told["uuid"]))
+            for _ in lease:  # its end: the daemon has let go
+                pass
+        finally:
+            lease.close()
+
+    def open_region(self) -> AbstractContextManager[Region]:
+        """Map the region once more: a fault in this mapping does not hurt the daemon."""
+        return Region.open(self.mount.source, write=False, lock=False)
+
+    def other_mappers(self) -> Iterator[str]:
+        """Yield the processes beside the daemon that map the region itself for writing."""
+        served_by = None
+        for user in users.mappers_of(self.mount.source):
+            if served_by is None:
+                served_by = client.call(self._path, "ping")["pid"]
+            if user.pid != served_by:
+                yield str(user)
+
+    def make_manifest(self, size: int) -> ManifestFile:
+        """Make room for a manifest of so many bytes.
+
+        :raises NoSpaceError: there is none; nothing was changed.
+        """
+        made = client.call(self._path, "handover_make_list", bytes=size)
+        return ManifestFile(made["ino"], set(made["pages"]))
+
+    def write_manifest(self, ino: int, data: bytes) -> None:
+        """Fill the manifest."""
+        for at in range(0, len(data), _PIECE_BYTES):
+            piece = base64.b64encode(data[at : at + _PIECE_BYTES]).decode()
+            client.call(self._path, "handover_write_list", ino=ino, offset=at, data=piece)
+
+    def commit(self, ino: int, digest: int, flags: int) -> int:
+        """Record the handover; return its number."""
+        number: int = client.call(
+            self._path, "handover_commit", ino=ino, digest=digest, flags=flags
+        )
+        return number
+
+    def abort(self) -> None:
+        """Undo a handover.
+
+        :raises InvalidError: there is none.
+        """
+        client.call(self._path, "handover_abort")
+
+    def _busy(self, inos: set[int]) -> BusyError:
+        who = list(users.users_of(self.mount, inos))
+        if not who:
+            where = ", ".join(f"inode {ino}" for ino in sorted(inos)[:_SHOWN])
+            who = [f"{where} by a process that cannot be seen from here"]
+        more = f" and {len(who) - _SHOWN} more" if len(who) > _SHOWN else ""
+        return BusyError(f"{self._path}: open for writing: {'; '.join(who[:_SHOWN])}{more}")
+
+    # ------------------------------------------------------------------ the kexec
+
+    def needs(self) -> Needs:
+        """Ask for the needs of the devices that depend on the mount's tables."""
+        told = client.call(self._path, "kexec_needs")
+        return Needs(told["devices"], told["cut"], told["scalable"], told["units"])
+
+    def crash_jump(self, *, panic: bool) -> None:
+        """Have the daemon give units the region's root table; ``panic``: and end this kernel."""
+        client.call(self._path, "kexec_jump", panic=panic)
+
+    def undo_crash_jump(self) -> None:
+        """Have the daemon give units the kernel's root table again."""
+        client.call(self._path, "kexec_undo")

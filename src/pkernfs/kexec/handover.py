@@ -1,0 +1,228 @@
+"""The handover, the step before a kexec: freeze, check, take digests, record.
+
+The file system only freezes, stores and records (:mod:`pkernfs.kexec.mounted`). The checks and
+digests in between are made here, in the process that hands over.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from pkernfs.errors import CorruptionError, NoSpaceError, PkernfsError, RegionError
+from pkernfs.fs.fsck import Survey, survey
+from pkernfs.fs.manifest import FileDigests, build_list, chunks_of, room_for_list
+from pkernfs.kexec import loaded
+from pkernfs.kexec.daemon import Daemon
+from pkernfs.kexec.mounted import Frozen, MountedFileSystem
+from pkernfs.kexec.observer import SILENT, Observer
+from pkernfs.layout import HANDOVER_FLAG_DIGESTS, STATE_PAGE
+from pkernfs.region.digest import Part, crc64, digest_all
+from pkernfs.region.region import Region
+
+
+@dataclass(frozen=True)
+class Handover:
+    """A handover that was made; durations in seconds."""
+
+    number: int
+    inodes: int
+    metadata_pages: int
+    digest_bytes: int
+    digest_seconds: float
+    check_seconds: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Digests:
+    """The digests of files, the bytes that were read for them, and the seconds that it took."""
+
+    files: list[FileDigests] = field(default_factory=list)
+    bytes: int = 0
+    seconds: float = 0.0
+
+
+class _Checked(NamedTuple):
+    """A file system that was found to be whole."""
+
+    survey: Survey
+    pages: frozenset[int]
+    seconds: float
+
+
+class _Manifest(NamedTuple):
+    """A manifest, and its inode; 0: there was no space for it."""
+
+    ino: int
+    data: bytes
+
+
+def hand_over_mount(
+    path: str,
+    *,
+    digests: bool = False,
+    command_line: str | None = None,
+    observer: Observer = SILENT,
+) -> Handover:
+    """Hand over the file system of the mount that ``path`` is in.
+
+    :param digests: take digests of the data of all files as well.
+    :param command_line: the next kernel's; None: that of the kernel loaded for kexec.
+    :raises KexecError: the next kernel would take the region for ordinary memory.
+    :raises BusyError: files are open for writing, or it was handed over already.
+    :raises CorruptionError: the check found something wrong; the file system is thawed.
+    """
+    start = time.monotonic()
+    daemon = Daemon(path)
+    loaded.check(daemon.mount.source, command_line)
+    write_back(daemon.mount.mount_point)
+    done = hand_over(daemon, digests=digests, observer=observer)
+    return replace(done, seconds=time.monotonic() - start)
+
+
+def write_back(mount_point: str) -> None:
+    """Have the kernel send what mappings have written, as far as it has it.
+
+    :raises PkernfsError: some of it could not be written.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = os.open(mount_point, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if libc.syncfs(fd):
+            reason = os.strerror(ctypes.get_errno())
+            raise PkernfsError(f"{mount_point}: cannot write back: {reason}")
+    finally:
+        os.close(fd)
+
+
+def hand_over(
+    mounted: MountedFileSystem,
+    *,
+    digests: bool = False,
+    observer: Observer = SILENT,
+    threads: int | None = None,
+) -> Handover:
+    """Freeze, check and record. If that fails, the file system is thawed.
+
+    :param threads: for digests; None: as many as there are processors.
+    :raises BusyError: files are open for writing, or it was handed over already.
+    :raises CorruptionError: the check found something wrong.
+    """
+    start = time.monotonic()
+    with mounted.frozen() as frozen:
+        with mounted.open_region() as region:
+            checked = _check(mounted, region, frozen, observer)
+            taken = Digests()
+            if digests:
+                taken = take_digests(mounted, region, checked.survey, observer, threads)
+            manifest = _make_manifest(mounted, region, frozen, checked, taken.files, observer)
+        flags = HANDOVER_FLAG_DIGESTS if digests and manifest.ino else 0
+        digest = crc64(manifest.data) if manifest.ino else 0
+        number = mounted.commit(manifest.ino, digest, flags)
+    return Handover(
+        number=number,
+        inodes=checked.survey.report.summary["inodes"],
+        metadata_pages=len(checked.pages),
+        digest_bytes=taken.bytes,
+        digest_seconds=taken.seconds,
+        check_seconds=checked.seconds,
+        seconds=time.monotonic() - start,
+    )
+
+
+def _check(
+    mounted: MountedFileSystem, region: Region, frozen: Frozen, observer: Observer
+) -> _Checked:
+    """Check the frozen file system.
+
+    :raises CorruptionError: something is wrong.
+    :raises RegionError: the region is not the one that was frozen.
+    """
+    start = time.monotonic()
+    with observer.progress(f"{mounted.name}: checking") as progress:
+        found = survey(region, progress=progress)
+    if found.uuid != frozen.uuid:
+        raise RegionError(f"{region.name}: not the region that is mounted on {mounted.name}")
+    problems = found.report.problems
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise CorruptionError(
+            f"{mounted.name}: not handed over: {problems[0].message}{more}: "
+            "unmount it and run fsck.pkernfs"
+        )
+    seconds = time.monotonic() - start
+    return _Checked(found, frozenset(found.metadata_pages()), seconds)
+
+
+def _make_manifest(
+    mounted: MountedFileSystem,
+    region: Region,
+    frozen: Frozen,
+    checked: _Checked,
+    files: list[FileDigests],
+    observer: Observer,
+) -> _Manifest:
+    """Have the file system keep a manifest of what was checked."""
+    data = build_list(region, frozen.uuid, frozen.number, checked.pages, files)
+    room = room_for_list(len(data))
+    try:
+        made = mounted.make_manifest(room)
+    except NoSpaceError:
+        observer.say(f"{mounted.name}: no space for the list: the next mount cannot compare")
+        return _Manifest(0, b"")
+    pages = (checked.pages | made.pages) - {STATE_PAGE}
+    data = build_list(region, frozen.uuid, frozen.number, pages, files)
+    data += bytes(room - len(data))
+    mounted.write_manifest(made.ino, data)
+    return _Manifest(made.ino, data)
+
+
+# ---------------------------------------------------------------------- digests
+
+
+def take_digests(
+    mounted: MountedFileSystem,
+    region: Region,
+    found: Survey,
+    observer: Observer,
+    threads: int | None = None,
+) -> Digests:
+    """Take digests of all files, and tell of those who can change them afterwards."""
+    start = time.monotonic()
+    for process in mounted.other_mappers():
+        observer.say(
+            f"{mounted.name}: {process} maps the region itself: what it changes "
+            "from now on differs from the digests"
+        )
+    todo = [(extents, FileDigests(ino, {})) for ino, extents in found.files()]
+    total = sum(length for extents, _ in todo for _, length, _ in extents)
+    where: list[dict[int, int]] = []
+    numbers: array[int] = array("Q")
+    read = done = 0
+
+    def chunks() -> Iterator[list[Part]]:
+        nonlocal read
+        for extents, file in todo:
+            for number, parts in chunks_of(region, extents):
+                read += sum(length for _, length in parts)
+                where.append(file.chunks)
+                numbers.append(number)
+                yield parts
+
+    with observer.progress(f"{mounted.name}: digests") as progress:
+
+        def tell(size: int) -> None:
+            nonlocal done
+            done += size
+            progress(done, total)
+
+        results = digest_all(region, chunks(), threads=threads, tell=tell)
+    for digests, number, result in zip(where, numbers, results, strict=True):
+        digests[number] = result
+    return Digests([file for _, file in todo], read, time.monotonic() - start)

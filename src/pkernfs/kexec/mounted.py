@@ -1,0 +1,70 @@
+"""A mounted file system, as a handover needs it: see :class:`MountedFileSystem`.
+
+:mod:`pkernfs.kexec.daemon` reaches that of a mount, through its daemon; :mod:`pkernfs.kexec.local`
+one of this process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Set
+from contextlib import AbstractContextManager
+from typing import NamedTuple, Protocol
+
+from pkernfs.region.region import Region
+
+
+class Frozen(NamedTuple):
+    """A file system that is frozen: the number of its next handover, and its UUID (16 bytes)."""
+
+    number: int
+    uuid: bytes
+
+
+class ManifestFile(NamedTuple):
+    """Room for a manifest: its inode, and the metadata pages that making it has changed."""
+
+    ino: int
+    pages: Set[int]
+
+
+class MountedFileSystem(Protocol):
+    """Freezes, keeps a manifest, and records its handover."""
+
+    @property
+    def name(self) -> str:
+        """Its name in messages."""
+
+    def frozen(self) -> AbstractContextManager[Frozen]:
+        """Freeze until the end of the context, or until the next mount after :meth:`commit`.
+
+        :raises BusyError: files are open for writing, or it was handed over already.
+        :raises ReadOnlyError: nothing can have changed.
+        """
+
+    def open_region(self) -> AbstractContextManager[Region]:
+        """Open the region for reading."""
+
+    def other_mappers(self) -> Iterator[str]:
+        """Yield the processes that map the region for writing, but for the one that serves it."""
+
+    def make_manifest(self, size: int) -> ManifestFile:
+        """Make room for a manifest of so many bytes; the file system is frozen.
+
+        :raises NoSpaceError: there is none; nothing was changed.
+        """
+
+    def write_manifest(self, ino: int, data: bytes) -> None:
+        """Fill the manifest."""
+
+    def commit(self, ino: int, digest: int, flags: int) -> int:
+        """Record the handover; return its number.
+
+        :param ino: of the manifest, whose CRC-64 is ``digest``; 0: there is none.
+        :param flags: HANDOVER_FLAG_* of the record.
+        """
+
+    def abort(self) -> None:
+        """Undo a handover that was recorded.
+
+        :raises InvalidError: there is none.
+        """

@@ -1,0 +1,138 @@
+"""Deciding on a kexec: mounts that are asked, regions that stay, file systems to hand over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pkernfs.control.mounts import Mount
+from pkernfs.errors import InvalidError, NotFoundError, PkernfsError
+from pkernfs.host.sysroot import Host
+from pkernfs.kexec import prepare as module
+from pkernfs.kexec import systemd
+from pkernfs.kexec.needs import Needs
+from pkernfs.kexec.prepare import Request, prepare, refuse_problems
+from support.made_up_host import Machine, bzimage, make_machine
+
+LINE = "root=/dev/vda memmap=512M%1G pkernfs=a:256M!1G pkernfs=b:256M!1280M"
+EDU = "0000:00:05.0"
+NOTHING = Needs([], [], False)
+
+
+class Asked:
+    """Daemons that answer with ``needs``; ``by_systemd`` are handed over by a unit."""
+
+    def __init__(self) -> None:
+        self.mounts = [
+            Mount(1, "/mnt/a", "fuse.pkernfs", "256M!1G"),
+            Mount(2, "/srv", "ext4", "/dev/vda"),
+            Mount(3, "/mnt/b", "fuse.pkernfs", "256M!1280M"),
+        ]
+        self.needs = {"/mnt/a": NOTHING, "/mnt/b": NOTHING}
+        self.points: list[str] = []
+        self.by_systemd: list[str] = []
+
+    def daemon(self, point: str) -> Answer:
+        self.points.append(point)
+        return Answer(self.needs[point])
+
+    def hands_over(self, point: str, host: Host) -> bool:
+        return point in self.by_systemd
+
+
+class Answer:
+    """A daemon."""
+
+    def __init__(self, needs: Needs) -> None:
+        self._needs = needs
+
+    def needs(self) -> Needs:
+        return self._needs
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
+    asked = Asked()
+    monkeypatch.setattr(module, "read_mounts", lambda: asked.mounts)
+    monkeypatch.setattr(module, "Daemon", asked.daemon)
+    monkeypatch.setattr(systemd, "hands_over", asked.hands_over)
+    return asked
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    machine = make_machine(tmp_path, command_line=LINE)
+    machine.write("proc/sys/kernel/osrelease", "7.3.4")
+    machine.write("proc/sysrq-trigger", "")
+    machine.write("sys/kernel/kexec_crash_size", str(256 << 20))
+    machine.write("boot/vmlinuz-7.3.4", bzimage("7.3.4"))
+    machine.write("boot/config-7.3.4", "CONFIG_INTEL_IOMMU=y\nCONFIG_CRASH_DUMP=y\n")
+    machine.write("lib/modules/7.3.4/modules.alias", "")
+    machine.write(f"sys/bus/pci/devices/{EDU}/modalias", "pci:v1\n")
+    return machine
+
+
+def test_every_pkernfs_is_handed_over(asked: Asked, machine: Machine) -> None:
+    prepared = prepare(Request(), machine)
+    assert asked.points == prepared.mount_points == ["/mnt/a", "/mnt/b"]
+    assert prepared.jumping == []
+    assert not prepared.plan.crash
+    assert prepared.plan.handovers == [
+        ["pkernfs", "handover", "/mnt/a"],
+        ["pkernfs", "handover", "/mnt/b"],
+    ]
+
+
+def test_systemd_hands_over_what_it_has_a_unit_for(asked: Asked, machine: Machine) -> None:
+    asked.by_systemd = ["/mnt/b"]
+    assert prepare(Request(), machine).mount_points == ["/mnt/a"]
+    asked.needs["/mnt/a"] = Needs([EDU], [], False, ["dmar0"])
+    prepared = prepare(Request(), machine)  # systemd has no part in a panic
+    assert prepared.mount_points == ["/mnt/a", "/mnt/b"]
+
+
+def test_devices_that_must_go_on(asked: Asked, machine: Machine) -> None:
+    asked.needs["/mnt/b"] = Needs([EDU], [], False, ["dmar0"])
+    prepared = prepare(Request(append="quiet"), machine)
+    assert prepared.plan.crash
+    assert prepared.plan.problems == []
+    assert prepared.jumping == ["/mnt/b"]
+    assert prepared.plan.append.startswith("quiet ")
+
+
+def test_an_orderly_one_asks_nobody(asked: Asked, machine: Machine) -> None:
+    asked.needs["/mnt/b"] = Needs([EDU], [], False, ["dmar0"])
+    prepared = prepare(Request(orderly=True), machine)
+    assert asked.points == []
+    assert not prepared.plan.crash
+    assert prepared.jumping == []
+
+
+def test_a_region_that_goes_with_this_kernel(asked: Asked, machine: Machine) -> None:
+    asked.mounts[0] = asked.mounts[0]._replace(source="/dev/shm/region")
+    assert prepare(Request(), machine).mount_points == ["/mnt/a", "/mnt/b"]
+    asked.needs["/mnt/a"] = Needs([EDU], [], False, ["dmar0"])
+    with pytest.raises(InvalidError, match="/dev/shm/region: gone with this kernel"):
+        prepare(Request(), machine)
+
+
+def test_a_kernel_that_is_not_there_is_found_first(asked: Asked, machine: Machine) -> None:
+    with pytest.raises(NotFoundError, match="/boot/none"):
+        prepare(Request(kernel="/boot/none"), machine)
+    assert asked.points == []
+
+
+def test_problems_are_in_the_plan(asked: Asked, machine: Machine) -> None:
+    asked.needs["/mnt/a"] = Needs([EDU], [], False, ["dmar0"])
+    machine.write("sys/kernel/kexec_crash_size", "0")
+    Path(machine.path("proc/sysrq-trigger")).unlink()
+    plan = prepare(Request(), machine).plan
+    with pytest.raises(PkernfsError) as caught:
+        refuse_problems(plan)
+    assert str(caught.value) == (
+        f"kexec: {'; '.join(plan.problems)} (--orderly stops the devices, --force goes on)"
+    )
+    assert len(plan.problems) == 2
+    plan.problems.clear()
+    refuse_problems(plan)
