@@ -1,1 +1,1 @@
-"""What this machine and its kernel say of themselves: /proc, /sys, ACPI, kernel images."""
+"""This machine and its kernel, as they describe themselves: /proc, /sys, ACPI, kernel images."""

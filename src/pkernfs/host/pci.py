@@ -141,7 +141,7 @@ def _is_in(scope: Scope, chain: tuple[int, ...]) -> bool:
 
 
 def _config(path: str) -> bytes:
-    """Configuration space: 4096 or 256 bytes for root, the first 64 for others."""
+    """Read configuration space: 4096 or 256 bytes for root, the first 64 for others."""
     try:
         with open(os.path.join(path, "config"), "rb") as file:
             return file.read(4096)
@@ -154,14 +154,14 @@ def _word(config: bytes, at: int) -> int:
 
 
 def _capability(config: bytes, wanted: int) -> int:
-    """Offset of a capability; 0: there is none."""
+    """Return the offset of a capability; 0: there is none."""
     if not _word(config, pci_config.STATUS) & pci_config.STATUS_CAPABILITIES:
         return 0
     return pci_config.find_capability(lambda at: _word(config, at), wanted)
 
 
 def _is_conventional(bridge: bytes) -> bool:
-    """Whether a bridge is not PCI Express from end to end."""
+    """Tell whether a bridge is not PCI Express from end to end."""
     express = _capability(bridge, pci_config.EXPRESS)
     if not express:
         return True
@@ -169,7 +169,7 @@ def _is_conventional(bridge: bytes) -> bool:
 
 
 def _enabled(config: bytes, wanted: int, bit: int) -> bool:
-    """Whether a bit of the control register (offset 6) of an extended capability is set."""
+    """Tell whether a bit of an extended capability's control register (offset 6) is set."""
     at = _EXTENDED_CAPABILITIES
     for _ in range(_MOST_CAPABILITIES):
         if at + 8 > len(config):

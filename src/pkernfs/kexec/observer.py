@@ -1,4 +1,4 @@
-"""How the progress of a handover or a kexec is told to whoever has asked for it."""
+"""The progress of a handover or a kexec, told to whoever has asked for it."""
 
 from __future__ import annotations
 
