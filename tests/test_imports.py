@@ -62,11 +62,17 @@ ASYNCHRONOUS = {
     "control.handlers",
     "control.freezing",
     "control.server",
+    "control.session",
     "fuse.operations",
+    "fuse.session",
+    "fuse.event_loop",
     "fuse.daemon",
 }
 #: Who may print and choose exit statuses beside the commands, and why.
-MAY_PRINT: dict[str, str] = {}
+MAY_PRINT: dict[str, str] = {
+    "fuse.background": "the child of the fork has no caller to end it, and what the first process "
+    "has not yet written would be written twice",
+}
 #: Modules of more than MOST_LINES lines, and why each is one.
 MOST_LINES = 600
 LONG_MODULES: dict[str, str] = {}

@@ -8,13 +8,17 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 
 from pkernfs.control.mounts import FSTYPE, canonical_spec, mount_at
-from pkernfs.errors import BusyError, NotDirError, NotFoundError, PkernfsError
+from pkernfs.errors import BusyError, NotDirError, NotFoundError, PkernfsError, one_line
 from pkernfs.options import parse_mount_options
 
 #: The errors of a mount without a daemon; the second one while the daemon ends.
 _DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
+
+#: mount(8): the mount failed.
+EXIT_FAILED = 32
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -41,9 +45,35 @@ def run(args: argparse.Namespace) -> int:
     options = parse_mount_options(args.options)
     mount_point = os.path.realpath(args.mount_point)
     check_mount_point(mount_point)
-    from pkernfs.fuse.daemon import run_mount
+    spec = canonical_spec(args.region)
+    from pkernfs.fuse import background, daemon
 
-    return run_mount(canonical_spec(args.region), mount_point, options, args.foreground)
+    def serve(ready: background.Ready) -> None:
+        daemon.run_mount(spec, mount_point, options, ready=ready, tell=_say)
+
+    if args.foreground:
+        background.log_to_stderr()
+        return exit_status(lambda: serve(lambda: None), spec, mount_point)
+    return exit_status(lambda: background.in_background(serve, EXIT_FAILED), spec, mount_point)
+
+
+def exit_status(mount: Callable[[], None], spec: str, mount_point: str) -> int:
+    """The status of a mount, as mount(8) has it: 0, or 32 after one line on stderr."""
+    from pkernfs.fuse.background import DaemonError
+
+    try:
+        mount()
+    except DaemonError as e:
+        _say(e)
+        return EXIT_FAILED
+    except PkernfsError as e:
+        _say(e if str(e).startswith((spec, mount_point)) else f"{spec}: {e}")
+        return EXIT_FAILED
+    return 0
+
+
+def _say(what: object) -> None:
+    print(f"pkernfs: {one_line(str(what))}", file=sys.stderr, flush=True)
 
 
 def check_mount_point(path: str) -> None:

@@ -11,39 +11,22 @@ import base64
 import binascii
 import logging
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import trio
 
 from pkernfs.control.server import Handler
+from pkernfs.control.session import Session
 from pkernfs.errors import BusyError, InvalidError, PkernfsError
 from pkernfs.fs import manifest
 from pkernfs.vtd.entries import bdf_text
 
 if TYPE_CHECKING:
-    from contextlib import AbstractAsyncContextManager
-
     from pkernfs.fs.filesystem import FileSystem
 
 log = logging.getLogger(__name__)
 
 _CLOSING_SECONDS = 0.3  # what has just been closed is still being told to the daemon
-
-
-class Session(Protocol):
-    """What is needed of the daemon's session."""
-
-    def quiet(self) -> AbstractAsyncContextManager[object]:
-        """No operation waits in the middle of its work."""
-
-    async def settle(self) -> None:
-        """Wait until the requests that are there already have been handled."""
-
-    def writers(self) -> dict[int, int]:
-        """How often each inode is open for writing."""
-
-    def freed(self) -> None:
-        """Memory may have become free."""
 
 
 def handlers(fs: FileSystem, session: Session) -> dict[str, Handler]:
@@ -77,7 +60,7 @@ class _Desk:
             while session.writers():
                 await session.settle()
                 await trio.sleep(0.001)
-        async with session.quiet():
+        async with session.hold_zeroing():
             self._refuse_a_second()
             if session.writers():
                 yield {"writers": session.writers()}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
+from pkernfs.control.session import Session
 from pkernfs.dma import reports, snapshot
 from pkernfs.dma.activation import Activation
 from pkernfs.dma.crash_jump import Jump
@@ -29,7 +30,6 @@ from pkernfs.vtd.entries import check_source_id
 if TYPE_CHECKING:
     from pkernfs.control.server import Handler
     from pkernfs.fs.filesystem import FileSystem
-    from pkernfs.fuse.daemon import _Session
 
 _STEP_SECONDS = 0.0005
 
@@ -40,7 +40,7 @@ Args = dict[str, Any]
 class TableRequests:
     """The handlers of one mount."""
 
-    def __init__(self, fs: FileSystem, session: _Session) -> None:
+    def __init__(self, fs: FileSystem, session: Session) -> None:
         self._fs = fs
         self._session = session
         # Held by a change over the zeroing of what it maps, and by a check over its thread: both

@@ -1,0 +1,37 @@
+"""What handlers of the control socket need of the session of their mount."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol, TypeVar
+
+_Result = TypeVar("_Result")
+
+
+class Session(Protocol):
+    """The session of a mount, in which its FUSE requests are served."""
+
+    def hold_zeroing(self) -> AbstractAsyncContextManager[object]:
+        """Keep everybody else from zeroing memory, and so no request waits for it."""
+
+    async def settle(self) -> None:
+        """Wait until the requests that are there already have been handled."""
+
+    async def pause(self) -> None:
+        """Let other requests be served before the caller goes on."""
+
+    async def with_zeroing(self, operation: Callable[[], _Result]) -> _Result:
+        """Run an operation, again if it needs memory that must be zeroed first."""
+
+    async def invalidate(self, ino: int, *, data: bool = False) -> None:
+        """Have the kernel ask for an inode's attributes, and ``data``, again."""
+
+    async def invalidate_name(self, directory: int, name: bytes) -> None:
+        """Have the kernel look a name up again, and read its directory again."""
+
+    def writers(self) -> dict[int, int]:
+        """How often each inode is open for writing."""
+
+    def freed(self) -> None:
+        """Memory may have become free."""

@@ -1,0 +1,268 @@
+"""The tasks of one mount: the session loop, zeroing ahead, signals, the control socket.
+
+The session loop is pyfuse3's, single file: one task reads and handles requests, and a handler that
+must wait lets another loop take over the reading. Everything here runs on one thread, but for what
+takes long: zeroing, writing back, unmounting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import trio
+
+from pkernfs.errors import PkernfsError, ZeroingNeeded
+from pkernfs.fuse import mounting, shim  # noqa: F401 - the shim is found first by the linker
+from pkernfs.fuse.event_loop import RecurringEvent
+
+import pyfuse3  # isort: skip
+
+if TYPE_CHECKING:
+    from pkernfs.alloc.blocks import Claim
+    from pkernfs.control.server import Handler, Listener
+    from pkernfs.fs.filesystem import FileSystem
+    from pkernfs.fuse.operations import Operations
+    from pkernfs.region.region import Region
+
+log = logging.getLogger(__name__)
+
+_MIB = 1 << 20
+_ZERO_BATCH_BYTES = 64 * _MIB  # one thread call: what an unmount may wait for
+_SETTLE_SECONDS = 0.05
+_ZERO_DELAY_SECONDS = 0.05  # more will be freed in a moment
+
+_Result = TypeVar("_Result")
+
+
+class Session:
+    """The tasks of one mount.
+
+    It is the :class:`pkernfs.fuse.operations.Waiting` of the handlers of FUSE requests, and the
+    :class:`pkernfs.control.session.Session` of those of the control socket.
+    """
+
+    _nursery: trio.Nursery  # while it runs
+
+    def __init__(
+        self,
+        fs: FileSystem,
+        region: Region,
+        mountpoint: str,
+        operations: Operations,
+        device: int | None,
+    ) -> None:
+        self._fs = fs
+        self._operations = operations
+        self.region = region
+        self._mountpoint = os.path.abspath(mountpoint)
+        self._device = device
+        self._loops = 0
+        self._ended = trio.Event()
+        self._dirty = trio.Event()
+        self._ready = trio.Event()
+        self.idle = RecurringEvent()
+        self._zeroing = trio.Lock()
+        self.listener: Listener | None = None
+
+    async def run(self, ready: Callable[[], Any]) -> None:
+        """Handle requests until the session ends, and whatever belongs to it."""
+        async with trio.open_nursery() as background, trio.open_nursery() as nursery:
+            self._nursery = nursery
+            background.start_soon(self._zero_ahead)
+            background.start_soon(self._handle_signals)
+            background.start_soon(self._announce, ready)
+            background.start_soon(self._take_orders)
+            background.start_soon(self._verify)
+            self._start_loop()
+            await self._ended.wait()
+            self.region.serving(False)
+            background.cancel_scope.cancel()
+
+    async def _announce(self, ready: Callable[[], Any]) -> None:
+        """Tune what root may tune, and call ``ready``, when FUSE_INIT has been answered."""
+        while not self._operations.initialized:
+            await trio.sleep(0.001)
+        if self._device is not None:
+            mounting.tune_backing_device(self._device)
+        ready()
+        self._ready.set()
+
+    async def _take_orders(self) -> None:
+        """Serve the control socket, when nobody waits for the mount any more.
+
+        Its modules are loaded in a thread: that takes as long as hundreds of requests.
+        """
+        if self.listener is not None:
+            await self._ready.wait()
+            await trio.to_thread.run_sync(_load_handlers)
+            from pkernfs.control.server import Server
+
+            await Server(self._fs, _handlers(self._fs, self)).run(self.listener)
+
+    async def _verify(self) -> None:
+        """After a handover with digests: compare the files with them."""
+        if self._fs.arrival is not None and self._fs.arrival.verifier is not None:
+            from pkernfs.control import freezing
+
+            await freezing.verify(self._fs)
+
+    def writers(self) -> dict[int, int]:
+        """How often each inode is open for writing."""
+        return dict(self._operations.writers)
+
+    # ------------------------------------------------------------------ the session loop
+
+    def _start_loop(self) -> None:
+        self._loops += 1
+        self._nursery.start_soon(self._loop)
+
+    async def _loop(self) -> None:
+        """One reader. pyfuse3 starts no worker below the (unreachable) limit of tasks, and ends a
+        loop that comes back from a handler and finds another one reading.
+        """
+        try:
+            await pyfuse3.main(min_tasks=0, max_tasks=-(2**31))
+        finally:
+            self._loops -= 1
+            if not self._loops:
+                self._ended.set()
+
+    async def sync(self) -> None:
+        """Write the region back to its disk, in a thread."""
+        self._start_loop()
+        await trio.to_thread.run_sync(self._fs.sync)
+
+    @contextlib.asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Others are served meanwhile, but nobody else zeroes: what is free can be allocated."""
+        self._start_loop()
+        async with self._zeroing:
+            yield
+
+    @contextlib.asynccontextmanager
+    async def hold_zeroing(self) -> AsyncIterator[None]:
+        """Keep everybody else from zeroing memory, and so no request waits for it."""
+        async with self._zeroing:
+            yield
+
+    async def settle(self) -> None:
+        """Wait until the requests that are there already have been handled, or for a moment."""
+        with trio.move_on_after(_SETTLE_SECONDS):
+            await self.idle.wait()
+
+    async def zero(self, need: ZeroingNeeded) -> None:
+        """Zero what an operation needs, in a thread; inside :meth:`turn`."""
+        await self._zero_claim(self._fs.claim_zeroing(need.blocks))
+
+    async def with_zeroing(self, operation: Callable[[], _Result]) -> _Result:
+        """Run an operation that may need zeroed memory; for a task beside the session loop."""
+        try:
+            return operation()
+        except ZeroingNeeded:
+            pass
+        async with self._zeroing:  # nobody else zeroes, so what is free can be allocated
+            while True:
+                try:
+                    return operation()
+                except ZeroingNeeded as need:
+                    await self.zero(need)
+
+    async def invalidate(self, ino: int, *, data: bool = False) -> None:
+        """Have the kernel ask for an inode's attributes, and ``data``, again.
+
+        In a thread: the kernel may have to wait for one of our answers.
+        """
+        with contextlib.suppress(OSError):  # the kernel does not know it
+            await trio.to_thread.run_sync(pyfuse3.invalidate_inode, ino, not data)
+
+    async def invalidate_name(self, directory: int, name: bytes) -> None:
+        """Have the kernel look a name up again, and read its directory again."""
+        run = trio.to_thread.run_sync
+        with contextlib.suppress(OSError):
+            await run(pyfuse3.invalidate_entry, directory, name)
+        with contextlib.suppress(OSError):
+            await run(pyfuse3.invalidate_inode, directory, False)
+
+    async def pause(self) -> None:
+        """Let other requests be served before the caller goes on."""
+        await trio.lowlevel.checkpoint()
+
+    def start(self, task: Callable[[], Awaitable[None]]) -> None:
+        """Run ``task`` beside the session loop."""
+        self._nursery.start_soon(task)
+
+    # ------------------------------------------------------------------ zeroing
+
+    def freed(self) -> None:
+        """Memory may have become free: see in a moment whether it has to be zeroed."""
+        if not self._dirty.is_set():
+            self._dirty.set()
+
+    async def _zero_ahead(self) -> None:
+        """Zero freed blocks before anyone asks for them, a batch at a time."""
+        while not self._fs.read_only or self._fs.frozen:
+            try:
+                async with self._zeroing:
+                    claim = self._fs.next_dirty(_ZERO_BATCH_BYTES)
+                    if claim is not None:
+                        await self._zero_claim(claim)
+                        continue
+            except PkernfsError as e:
+                self._fs.fail(f"zeroing: {e}")
+                return
+            self._dirty = trio.Event()
+            await self._dirty.wait()
+            await trio.sleep(_ZERO_DELAY_SECONDS)
+
+    async def _zero_claim(self, claim: Claim) -> None:
+        try:
+            await trio.to_thread.run_sync(_zero, self.region, claim.pieces())
+        except BaseException:
+            self._fs.abandon_zeroing(claim)
+            raise
+        self._fs.finish_zeroing(claim)
+
+    # ------------------------------------------------------------------ the end
+
+    async def _handle_signals(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            async for _ in signals:
+                await self._unmount()
+
+    async def _unmount(self) -> None:
+        """Write back and unmount, still serving; leave the users behind if there are any."""
+        busy = await trio.to_thread.run_sync(mounting.sync_and_unmount, self._mountpoint)
+        if busy:
+            log.warning("%s: still in use: %s; detached", self._mountpoint, busy)
+            pyfuse3.terminate()
+
+
+def _load_handlers() -> None:
+    for name in ("freezing", "handlers"):
+        importlib.import_module(f"pkernfs.control.{name}")
+
+
+def _handlers(fs: FileSystem, session: Session) -> dict[str, Handler]:
+    """What may be asked through the control socket."""
+    from pkernfs.control import freezing
+    from pkernfs.control.handlers import TableRequests
+
+    async def ping(args: dict[str, Any]) -> dict[str, Any]:
+        return {"pid": os.getpid(), "region": session.region.name, "read_only": fs.read_only}
+
+    return {
+        "ping": ping,
+        **freezing.handlers(fs, session),
+        **TableRequests(fs, session).handlers(),
+    }
+
+
+def _zero(region: Region, pieces: Iterable[tuple[int, int]]) -> None:
+    for offset, length in pieces:  # without the interpreter lock, so they do not delay others
+        region.zero(offset, length)
