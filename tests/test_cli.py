@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -376,6 +377,7 @@ def as_nobody() -> Iterator[None]:
         yield
     finally:
         os.seteuid(0)
+        importlib.invalidate_caches()  # directories that NOBODY may not search are there
 
 
 def test_not_writable(region: Path, command: Command, tmp_path: Path) -> None:
