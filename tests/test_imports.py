@@ -64,6 +64,8 @@ ASYNCHRONOUS = {
     "control.server",
     "control.session",
     "fuse.operations",
+    "fuse.data",
+    "fuse.waiting",
     "fuse.session",
     "fuse.event_loop",
     "fuse.daemon",

@@ -21,6 +21,7 @@ from guestlab import counter
 from pkernfs import cli
 from pkernfs.commands import qemu_args
 from pkernfs.errors import PkernfsError
+from pkernfs.fuse.extents_xattr import Extent
 from support.mounting import MIB, Mounted, run_pkernfs, wait_until
 
 BLOCK = 2 * MIB
@@ -78,7 +79,7 @@ def test_joins_by_region_offset_only() -> None:
         (2 * BLOCK, BLOCK, 11 * BLOCK, 0x400000),
         (4 * BLOCK, BLOCK, 12 * BLOCK, 0x600000),  # behind a hole
     ]
-    assert qemu_args.join(list(extents)) == [
+    assert qemu_args.join([Extent(*e) for e in extents]) == [
         (0, 2 * BLOCK, 8 * BLOCK),
         (2 * BLOCK, BLOCK, 11 * BLOCK),
         (4 * BLOCK, BLOCK, 12 * BLOCK),

@@ -17,13 +17,14 @@ import pytest
 from pkernfs.errors import CorruptionError, NoSpaceError, NotFoundError, ZeroingNeeded
 from pkernfs.fs import mkfs
 from pkernfs.fs.filesystem import FileSystem
-from pkernfs.fuse import shim
-from pkernfs.fuse.operations import EXTENTS_XATTR, Operations
+from pkernfs.fuse import extents_xattr, shim
+from pkernfs.fuse.operations import Operations
 from pkernfs.region.region import Region
 
 import pyfuse3  # isort: skip  # after the shim
 
 MIB = 1 << 20
+EXTENTS_XATTR = extents_xattr.NAME.encode()
 ROOT = pyfuse3.ROOT_INODE
 AS_ROOT = SimpleNamespace(uid=0, gid=0, pid=1, umask=0o022)
 AS_USER = SimpleNamespace(uid=1000, gid=1000, pid=1, umask=0o022)
@@ -256,7 +257,7 @@ def test_corruption_ends_writing(monkeypatch: pytest.MonkeyPatch, caplog: Any) -
     assert caplog.text.count("inode 17 at 0x202000") == 1, "said once"
     assert fs.read_only
     assert fails(ops.unlink(ROOT, b"f", AS_ROOT)) == errno.EROFS
-    assert ops.on_write(None, ino, memoryview(b"x"), 0, False) == -errno.EROFS
+    assert ops.data.on_write(None, ino, memoryview(b"x"), 0, False) == -errno.EROFS
 
 
 def test_a_bug_is_logged_and_an_io_error(
@@ -269,7 +270,7 @@ def test_a_bug_is_logged_and_an_io_error(
     monkeypatch.setattr(fs, "readlink", bug)
     with caplog.at_level(logging.ERROR):
         assert fails(ops.readlink(1, AS_ROOT)) == errno.EIO
-        assert ops.on_lseek(1, 0, os.SEEK_DATA) == -errno.EIO
+        assert ops.data.on_lseek(1, 0, os.SEEK_DATA) == -errno.EIO
     assert caplog.text.count("KeyError: 'oops'") == 2
     assert not fs.read_only
 
@@ -327,13 +328,13 @@ def test_added_operations_are_answered_later(
     ino = make(ops)
     run_once(ops, ZeroingNeeded([(5, 1)]), monkeypatch, "write")
     data = bytearray(b"written")
-    assert ops.on_write("w", ino, memoryview(data), 0, False) == shim.LATER
+    assert ops.data.on_write("w", ino, memoryview(data), 0, False) == shim.LATER
     data[:] = b"another"  # the buffer is used again
-    assert ops.on_fallocate("f", ino, 0, 0, 4 * MIB) == 0
+    assert ops.data.on_fallocate("f", ino, 0, 0, 4 * MIB) == 0
     run_once(ops, ZeroingNeeded([(6, 1)]), monkeypatch, "fallocate_steps")
-    assert ops.on_fallocate("f", ino, 16, 4 * MIB, 12 * MIB) == shim.LATER
-    assert ops.on_fallocate("g", ino, 16, MIB, 12 * MIB) == shim.LATER
-    assert ops.on_fallocate("h", ino, 99, MIB, 12 * MIB) == -errno.EOPNOTSUPP
+    assert ops.data.on_fallocate("f", ino, 16, 4 * MIB, 12 * MIB) == shim.LATER
+    assert ops.data.on_fallocate("g", ino, 16, MIB, 12 * MIB) == shim.LATER
+    assert ops.data.on_fallocate("h", ino, 99, MIB, 12 * MIB) == -errno.EOPNOTSUPP
     for task in waiting.tasks:
         do(task())  # type: ignore[arg-type]
     assert replies == [("w", 7, True), ("f", 0, False), ("g", 0, False)]
@@ -391,5 +392,5 @@ def test_a_write_takes_the_file_capability(ops: Operations) -> None:
     ino = make(ops)
     for _ in range(2):
         do(ops.setxattr(ino, b"security.capability", b"c", AS_ROOT))
-        assert ops.on_write(None, ino, memoryview(b"x"), 0, False) == 1
+        assert ops.data.on_write(None, ino, memoryview(b"x"), 0, False) == 1
         assert do(ops.listxattr(ino, AS_ROOT)) == []

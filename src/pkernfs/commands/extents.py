@@ -6,17 +6,11 @@ import argparse
 import errno
 import json
 import os
-import struct
 from collections.abc import Iterator
 
 from pkernfs.control.mounts import mount_of
 from pkernfs.errors import NotSupportedError
-
-_XATTR = "system.pkernfs.extents"
-_EXTENT = struct.Struct("<QQQQ")
-_NO_ADDRESS = 2**64 - 1
-
-Extent = tuple[int, int, int, int | None]
+from pkernfs.fuse.extents_xattr import NAME, Extent, parse
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -39,34 +33,27 @@ def run(args: argparse.Namespace) -> int:
 
 def describe(file: str, extents: list[Extent]) -> dict[str, object]:
     """Build the JSON of ``pkernfs extents``; ``physical`` is None where there is no address."""
-    names = ("offset", "length", "region_offset", "physical")
-    rows = [dict(zip(names, extent, strict=True)) for extent in extents]
-    return {"file": file, "extents": rows}
+    return {"file": file, "extents": [extent._asdict() for extent in extents]}
 
 
 def read_extents(file: str) -> Iterator[Extent]:
-    """Yield file offset, length, region offset and physical address of each extent, in bytes.
+    """Yield the extents of a file in its order, read page by page.
 
-    It reads the attribute page by page: ``NAME.N`` begins with extent number N.
+    :raises NotSupportedError: they cannot be read.
     """
     count = 0
-    while True:
-        page = _read_page(file, f"{_XATTR}.{count}" if count else _XATTR)
-        if not page:
-            return
-        for offset, length, region_offset, physical in _EXTENT.iter_unpack(page):
-            yield offset, length, region_offset, None if physical == _NO_ADDRESS else physical
-            count += 1
+    while page := list(parse(_read_page(file, f"{NAME}.{count}" if count else NAME))):
+        yield from page
+        count += len(page)
 
 
 def _read_page(file: str, name: str) -> bytes:
     try:
-        value = os.getxattr(file, name)
+        return os.getxattr(file, name)
     except OSError as e:
         if e.errno == errno.ENODATA:
             return b""
         raise NotSupportedError(f"{file}: cannot read its extents: {e.strerror}") from e
-    return value[: len(value) - len(value) % _EXTENT.size]
 
 
 def _print_table(extents: list[Extent]) -> None:

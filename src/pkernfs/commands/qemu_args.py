@@ -17,7 +17,7 @@ import stat
 import sys
 from typing import Any, NamedTuple
 
-from pkernfs.commands.extents import Extent, read_extents
+from pkernfs.commands.extents import read_extents
 from pkernfs.control.mounts import Mount, mount_of
 from pkernfs.errors import (
     InvalidError,
@@ -26,6 +26,7 @@ from pkernfs.errors import (
     ReadOnlyError,
     UsageError,
 )
+from pkernfs.fuse.extents_xattr import Extent
 from pkernfs.host import qemu
 from pkernfs.options import format_size
 from pkernfs.region.spec import looks_physical, parse_span

@@ -131,7 +131,7 @@ def serve(
     cache = options.get("cache", "auto")
     server = operations.Operations(fs, cache=cache)
     shim.prepare(
-        server,
+        server.data,
         fsname=os.fsencode(region.name),
         direct=cache != "page",
         spin_us=options.get("spin", _SPIN_MICROSECONDS),

@@ -1,0 +1,73 @@
+"""The virtual attribute with the extents of a file: its format, written and read.
+
+An extent is 32 bytes: offset in the file, length, offset in the region and physical address, all in
+bytes. A name with a suffix ``.N`` begins with extent number N, so that long lists are read in
+pages.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from pkernfs.errors import NoDataError
+
+if TYPE_CHECKING:
+    from pkernfs.fs.filesystem import FileSystem
+
+NAME = "system.pkernfs.extents"
+
+_EXTENT = struct.Struct("<QQQQ")
+_EXTENTS_PER_PAGE = 65536 // _EXTENT.size
+_NO_ADDRESS = 2**64 - 1
+_PREFIX = NAME.encode()
+
+
+class Extent(NamedTuple):
+    """A piece of a file, all in bytes; ``physical`` is None where there is no address, or not for
+    who asks.
+    """
+
+    offset: int
+    length: int
+    region_offset: int
+    physical: int | None
+
+
+def page(fs: FileSystem, ino: int, name: bytes, with_addresses: bool) -> bytes:
+    """The value of the attribute ``name``, which begins with :data:`NAME`.
+
+    :raises NoDataError: the rest of the name is no page.
+    """
+    suffix = name[len(_PREFIX) :]
+    if suffix and not (suffix[:1] == b"." and suffix[1:].isdigit() and len(suffix) < 20):
+        raise NoDataError("no such virtual attribute")
+    start = int(suffix[1:] or 0)
+    pieces = itertools.islice(_pieces(fs, ino, with_addresses), start, start + _EXTENTS_PER_PAGE)
+    return b"".join(map(_pack, pieces))
+
+
+def _pack(extent: Extent) -> bytes:
+    offset, length, region_offset, physical = extent
+    return _EXTENT.pack(
+        offset, length, region_offset, _NO_ADDRESS if physical is None else physical
+    )
+
+
+def parse(value: bytes) -> Iterator[Extent]:
+    """The extents in a page; part of one at its end is left out."""
+    whole = value[: len(value) - len(value) % _EXTENT.size]
+    for offset, length, region_offset, physical in _EXTENT.iter_unpack(whole):
+        yield Extent(offset, length, region_offset, None if physical == _NO_ADDRESS else physical)
+
+
+def _pieces(fs: FileSystem, ino: int, with_addresses: bool) -> Iterator[Extent]:
+    """The extents, with addresses cut where those jump (huge pages lie anywhere)."""
+    for e in fs.extents(ino):
+        if not with_addresses:
+            yield Extent(e.offset, e.length, e.region_offset, None)
+            continue
+        for at, length, address in fs.region.physical_runs(e.region_offset, e.length):
+            yield Extent(e.offset + at - e.region_offset, length, at, address)

@@ -1,0 +1,133 @@
+"""How the handlers of FUSE requests fail and wait: errnos, and zeroed memory.
+
+Handlers do not wait: the core runs to completion. Those that must (more zeroing than fits a
+request, fsync of a region on a disk) go through :attr:`Handlers.waiting`, which keeps other
+requests served meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import logging
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from pkernfs.errors import CorruptionError, NoSpaceError, PkernfsError, ZeroingNeeded
+from pkernfs.fuse import shim  # noqa: F401 - before pyfuse3: it must be found first by the linker
+
+import pyfuse3  # isort: skip
+from pyfuse3 import FUSEError
+
+if TYPE_CHECKING:
+    from pkernfs.fs.filesystem import FileSystem
+
+log = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
+
+
+class Waiting(Protocol):
+    """How a handler waits while other requests are served (the daemon provides it)."""
+
+    def turn(self) -> contextlib.AbstractAsyncContextManager[object]:
+        """Others are served meanwhile, but nobody else zeroes: what is free can be allocated."""
+
+    async def settle(self) -> None:
+        """Wait until the requests that are there already have been handled."""
+
+    async def zero(self, need: ZeroingNeeded) -> None:
+        """Zero what an operation needs, in a thread; inside :meth:`turn`."""
+
+    async def sync(self) -> None:
+        """Write the region back to its disk, in a thread, while others are served."""
+
+    async def pause(self) -> None:
+        """Let other requests be served before the caller goes on."""
+
+    def start(self, task: Callable[[], Awaitable[None]]) -> None:
+        """Run ``task`` beside the session loop."""
+
+
+def errno_of(fs: FileSystem, error: BaseException) -> int:
+    """The errno for a failed operation; corruption ends writing, a bug leaves a traceback."""
+    if isinstance(error, CorruptionError):
+        fs.fail(str(error))  # logs it, once
+        return error.errno
+    if isinstance(error, PkernfsError):
+        return error.errno
+    log.error("unexpected error", exc_info=error)
+    return errno.EIO
+
+
+class Handlers:
+    """What the handlers of one mount share: the core, and how they wait.
+
+    :attr:`waiting` is None where no session runs; :attr:`freed` is called when memory may have
+    become free.
+    """
+
+    def __init__(self, fs: FileSystem) -> None:
+        self.fs = fs
+        self.waiting: Waiting | None = None
+        self.freed: Callable[[], None] = lambda: None
+
+    def must_wait(self, error: BaseException) -> bool:
+        """Whether an operation that failed is to be tried again by :meth:`after_zeroing`.
+
+        So it is if there is no space: blocks that are being zeroed cannot be allocated, and those
+        of a file that was unlinked just before come with a FORGET that has not been read yet.
+        """
+        return self.waiting is not None and isinstance(error, (ZeroingNeeded, NoSpaceError))
+
+    async def after_zeroing(self, reason: BaseException, again: Callable[[], _Result]) -> _Result:
+        """Zero what ``reason`` asks for and call ``again``, until it is content.
+
+        :raises FUSEError: what ``again`` failed with.
+        """
+        assert self.waiting is not None
+        try:
+            async with self.waiting.turn():
+                if not isinstance(reason, ZeroingNeeded):
+                    await self.waiting.settle()
+                while True:
+                    if isinstance(reason, ZeroingNeeded):
+                        await self.waiting.zero(reason)
+                    try:
+                        return again()
+                    except ZeroingNeeded as more:
+                        reason = more
+        except FUSEError:
+            raise
+        except Exception as e:
+            raise FUSEError(errno_of(self.fs, e)) from None
+
+
+def handler(
+    function: Callable[..., _Result],
+) -> Callable[..., Coroutine[Any, Any, _Result]]:
+    """Make a pyfuse3 handler of a synchronous method: errors become errnos, zeroing is waited for.
+
+    The method runs again after the zeroing, so it must change nothing before the core is called.
+    """
+
+    @functools.wraps(function)
+    async def wrapper(self: Handlers, *args: Any) -> _Result:
+        try:
+            return function(self, *args)
+        except FUSEError:
+            raise
+        except Exception as e:
+            if not self.must_wait(e):
+                raise FUSEError(errno_of(self.fs, e)) from None
+            reason = e
+        return await self.after_zeroing(reason, functools.partial(function, self, *args))
+
+    return wrapper
+
+
+def invalidate_attributes(ino: int) -> None:
+    """Have the kernel ask for an inode's attributes again; that does not wait for anything."""
+    with contextlib.suppress(OSError):  # the kernel has just forgotten it
+        pyfuse3.invalidate_inode(ino, attr_only=True)
