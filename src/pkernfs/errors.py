@@ -1,4 +1,4 @@
-"""The exception tree: what can go wrong, with its errno and its exit status.
+"""The exception tree: what can go wrong, each with its errno. Exit statuses are the commands'.
 
 A :class:`PkernfsError` is something a user can understand or mend and is shown as one line. Any
 other exception is a bug and keeps its traceback. Message grammar:
@@ -16,14 +16,9 @@ def one_line(message: str) -> str:
 
 
 class PkernfsError(Exception):
-    """Base of all expected failures.
-
-    ``errno`` is what a system call through the mount fails with, ``exit_status`` what a command
-    exits with (fsck and mount translate it into their own codes).
-    """
+    """Base of all expected failures; a system call through the mount fails with ``errno``."""
 
     errno: int = _errno.EIO
-    exit_status: int = 1
 
 
 class NotFoundError(PkernfsError):
