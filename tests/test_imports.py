@@ -63,6 +63,8 @@ ASYNCHRONOUS = {
     "control.freezing",
     "control.server",
     "control.session",
+    "control.table_requests",
+    "control.verification",
     "fuse.operations",
     "fuse.data",
     "fuse.waiting",

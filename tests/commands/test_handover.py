@@ -16,9 +16,12 @@ from typing import Any
 import pytest
 
 from pkernfs.control import client
+from pkernfs.control.protocol import Abort, Commit, Freeze, Frozen, MakeManifest, WriteManifest
+from pkernfs.control.wire import Call, request_line
 from pkernfs.errors import BusyError, InvalidError, PermissionDeniedError
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.region.region import Region
+from support.control import answer_to, socket_of
 from support.mounting import _PROGRAM, Mapper, Mounted, child, libc, run_as, run_pkernfs, wait_until
 
 pytestmark = pytest.mark.fuse
@@ -240,15 +243,17 @@ def test_who_maps_the_region_is_warned_of(mounted: Mounted) -> None:
 
 def test_an_interrupted_handover_thaws(mounted: Mounted) -> None:
     for _ in range(3):
-        lease = client.stream(str(mounted.path), "handover_freeze")
-        assert next(lease)["number"] == 1
+        lease = client.stream(str(mounted.path), Freeze())
+        frozen = next(lease)
+        assert isinstance(frozen, Frozen)
+        assert frozen.number == 1
         refused(lambda: (mounted.path / "new").write_bytes(b"x"))
         with pytest.raises(BusyError, match="another handover is under way"):
-            next(client.stream(str(mounted.path), "handover_freeze"))
+            next(client.stream(str(mounted.path), Freeze()))
         with pytest.raises(BusyError, match="under way"):
-            client.call(str(mounted.path), "handover_abort")
-        made = client.call(str(mounted.path), "handover_make_list", bytes=100_000)
-        assert made["ino"]
+            client.call(str(mounted.path), Abort())
+        made = client.call(str(mounted.path), MakeManifest(100_000))
+        assert made.ino
         lease.close()
         wait_until(lambda: info(mounted)["state"] == "mounted", "no state changed")
         wait_until(lambda: _writes(mounted), "the thaw")
@@ -287,7 +292,7 @@ def _has_socket(pid: int) -> bool:
 
 
 def test_unmounting_amid_a_handover(mounted: Mounted) -> None:
-    lease = client.stream(str(mounted.path), "handover_freeze")
+    lease = client.stream(str(mounted.path), Freeze())
     next(lease)
     mounted.unmount()
     with pytest.raises(client.NoDaemonError):
@@ -302,31 +307,27 @@ def info_of_region(m: Mounted) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("op", "args"),
-    [
-        ("handover_make_list", {"bytes": 4096}),
-        ("handover_write_list", {"ino": 3, "offset": 0, "data": ""}),
-        ("handover_commit", {"ino": 0, "digest": 0, "flags": 0}),
-    ],
+    "request_", [MakeManifest(4096), WriteManifest(3, 0, b""), Commit(0, 0, 0)]
 )
-def test_nothing_without_a_freeze(mounted: Mounted, op: str, args: dict[str, Any]) -> None:
+def test_nothing_without_a_freeze(mounted: Mounted, request_: Call[Any]) -> None:
     with pytest.raises(InvalidError, match="no freeze is under way"):
-        client.call(str(mounted.path), op, **args)
+        client.call(str(mounted.path), request_)
 
 
 @pytest.mark.parametrize("value", [-1, 1 << 64, "x", None, 1.5, True, [1]])
-def test_bad_numbers_are_refused(mounted: Mounted, value: object) -> None:
-    lease = client.stream(str(mounted.path), "handover_freeze")
+def test_bad_numbers_are_refused(mounted: Mounted, value: Any) -> None:
+    lease = client.stream(str(mounted.path), Freeze())
     next(lease)
-    for op, args in (
-        ("handover_make_list", {"bytes": value}),
-        ("handover_write_list", {"ino": 3, "offset": value, "data": ""}),
-        ("handover_commit", {"ino": value, "digest": 0, "flags": 0}),
-    ):
+    requests: list[Call[Any]] = [
+        MakeManifest(value),
+        WriteManifest(3, value, b""),
+        Commit(value, 0, 0),
+    ]
+    for request in requests:
         with pytest.raises(InvalidError, match="bad "):
-            client.call(str(mounted.path), op, **args)
-    with pytest.raises(InvalidError, match="base64"):
-        client.call(str(mounted.path), "handover_write_list", ino=3, offset=0, data="!!")
+            client.call(str(mounted.path), request)
+    line = request_line(WriteManifest(3, 0, b"x")).replace(b'"eA=="', b'"!!"')
+    assert "base64" in answer_to(socket_of(mounted.path), line)["error"]
     lease.close()
 
 
@@ -335,7 +336,7 @@ def test_another_user_cannot(mounted: Mounted) -> None:
 
     def ask() -> None:
         with pytest.raises(PermissionDeniedError):
-            next(client.stream(path, "handover_freeze"))
+            next(client.stream(path, Freeze()))
 
     run_as(1234, ask)
     (mounted.path / "new").write_bytes(b"x")

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -25,7 +26,23 @@ import pytest
 
 from pkernfs.cli import main
 from pkernfs.control import client
+from pkernfs.control.protocol import (
+    Attach,
+    CreateTables,
+    Detach,
+    FindRoot,
+    ListDevices,
+    MapBar,
+    MapFile,
+    Persist,
+    Ping,
+    Read,
+    Unmap,
+)
 from pkernfs.control.server import MAX_CLIENTS
+from pkernfs.control.sockets import socket_name
+from pkernfs.control.wire import VERSION
+from pkernfs.dma.output import Record, Status, Text
 from pkernfs.errors import PkernfsError
 from pkernfs.layout import PAGE
 from pkernfs.region.region import Region
@@ -418,10 +435,9 @@ def test_out_of_table_pages(guest: Guest) -> None:
     done("map", guest.dom(0), 0, guest.path / "small", "--length", "4K")
     dom = str(guest.dom(0))
     ino = (guest.path / "small").stat().st_ino
-    request = {"domain": 0, "ino": ino, "offset": 0, "length": PAGE, "perm": 3}
     with pytest.raises(PkernfsError, match="no free page for tables") as caught:  # noqa: PT012
         for at in range(1, 600):
-            client.call(dom, "iommu.map", iova=at << 30, **request)
+            client.call(dom, MapFile(0, at << 30, ino, 0, PAGE, 3))
     assert caught.value.errno == 28
     said = str(caught.value)
     assert said.endswith("it must grow by 2 MiB: truncate -s +2M")
@@ -806,8 +822,8 @@ class Workers:
             raise self.failures[0]
 
 
-def read(path: Path, **question: Any) -> list[Any]:
-    return list(client.stream(str(path), "iommu.read", **question))
+def read(path: Path, what: Any, **question: Any) -> list[Text | Record | Status]:
+    return list(client.stream(str(path), Read(what, **question)))
 
 
 def test_everything_at_once(mapped: Guest) -> None:
@@ -819,27 +835,27 @@ def test_everything_at_once(mapped: Guest) -> None:
 
     def change(number: int) -> None:
         iova = (2 + number % 7) << 30
-        request = {"domain": 0, "offset": PAGE * (number % 3), "perm": 3}
-        client.call(dom, "iommu.map", iova=iova, ino=ram, length=4 * MIB, **request)
-        client.call(dom, "iommu.map", iova=iova + 8 * MIB, ino=small, length=PAGE, **request)
-        client.call(dom, "iommu.unmap", domain=0, iova=iova + MIB, length=PAGE)
-        client.call(dom, "iommu.unmap", domain=0, iova=iova, length=1 << 30)
+        offset = PAGE * (number % 3)
+        client.call(dom, MapFile(0, iova, ram, offset, 4 * MIB, 3))
+        client.call(dom, MapFile(0, iova + 8 * MIB, small, offset, PAGE, 3))
+        client.call(dom, Unmap(0, iova + MIB, PAGE))
+        client.call(dom, Unmap(0, iova, 1 << 30))
 
     def attach(number: int) -> None:
         device = 0x100 * (1 + number % 5) + number % 256
-        client.call(dom, "iommu.attach", domain=0, device=device)
-        client.call(dom, "iommu.detach", device=device)
+        client.call(dom, Attach(0, device))
+        client.call(dom, Detach(device))
 
     def check(number: int) -> None:
         texts = read(mapped.path, what="check")
-        assert texts[-1] == {"status": 0} or {"status": 0} in texts, texts
+        assert Status(0) in texts, texts
 
     def ask(number: int) -> None:
         for question in ("show", "export"):
             read(mapped.path, what=question)
-            read(mapped.path, what=question, json=True, domain=0)
+            read(mapped.path, what=question, as_json=True, domain=0)
         answer = read(mapped.path, what="translate", device=0x28, iova=0x1000)
-        text = "".join(item.get("text", "") for item in answer)
+        text = "".join(item.text for item in answer if isinstance(item, Text))
         assert "/guest-ram + 0x1000" in text or "no live file" not in text, text
 
     def files(number: int) -> None:
@@ -858,7 +874,7 @@ def test_everything_at_once(mapped: Guest) -> None:
         workers.add(work.__name__, work)
     workers.run(25)
     done("check", mapped.path)
-    assert client.call(str(mapped.path), "ping")["read_only"] is False
+    assert client.call(str(mapped.path), Ping()).read_only is False
     refused(EBUSY, (mapped.path / "small").unlink)
 
 
@@ -866,11 +882,10 @@ def test_pins_hold_under_load(mapped: Guest) -> None:
     """A file that is mapped all the time is never let go, whatever goes on."""
     dom = str(mapped.dom(0))
     ram = mapped.ram.stat().st_ino
-    want = {"domain": 0, "ino": ram, "offset": 0, "length": 2 * MIB, "perm": 3}
 
     def change(number: int) -> None:
-        client.call(dom, "iommu.map", iova=4 << 30, **want)
-        client.call(dom, "iommu.unmap", domain=0, iova=4 << 30, length=2 * MIB)
+        client.call(dom, MapFile(0, 4 << 30, ram, 0, 2 * MIB, 3))
+        client.call(dom, Unmap(0, 4 << 30, 2 * MIB))
 
     def attack(number: int) -> None:
         refused(EBUSY, mapped.ram.unlink)
@@ -924,13 +939,13 @@ def test_sigkill_amid_maps_and_unmaps(number: int, request: pytest.FixtureReques
                     wanted = {shift + p: p for p in span}
                     after.update(wanted)
                     states[:] = [known, after]
-                    client.call(dom, "iommu.map", domain=0, iova=(shift + page) * PAGE, ino=ino,
-                                 offset=page * PAGE, length=count * PAGE, perm=3)  # fmt: skip
+                    at, length = (shift + page) * PAGE, count * PAGE
+                    client.call(dom, MapFile(0, at, ino, page * PAGE, length, 3))
                 elif any(p in known for p in span):
                     for p in span:
                         after.pop(p, None)
                     states[:] = [known, after]
-                    client.call(dom, "iommu.unmap", domain=0, iova=page * PAGE, length=count * PAGE)
+                    client.call(dom, Unmap(0, page * PAGE, count * PAGE))
                 known = after
         killer.join()
         guest.daemon.wait()  # type: ignore[union-attr]
@@ -957,7 +972,7 @@ def test_sigkill_amid_maps_and_unmaps(number: int, request: pytest.FixtureReques
 
 def ask_raw(path: Path, request: bytes) -> dict[str, Any]:
     """The last line of what the daemon answers to these bytes."""
-    address = Path("/run/pkernfs", client.socket_name(os.stat(path).st_dev))
+    address = Path("/run/pkernfs", socket_name(os.stat(path).st_dev))
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(20)
         connection.connect(str(address))
@@ -976,25 +991,29 @@ def test_random_requests(mapped: Guest, request: pytest.FixtureRequest) -> None:
                (1 << 64) - 1, 1 << 64, 1 << 65, -(1 << 63), 65535, 65536, *inodes]  # fmt: skip
     others = [None, True, False, "", "0", "x" * 300, 1.5, 1e308, [], {}, [1, 2], [0x30, 0], [0, 9],
               {"a": 1}, "legacy", "SCALABLE", "check", "show", "\u2028\n", ["dmar0"]]  # fmt: skip
-    names = ("domain", "iova", "ino", "offset", "length", "perm", "device", "bar", "mode", "levels",
-             "size", "what", "pasid", "access", "json", "merge", "on", "units")  # fmt: skip
-    operations = ("iommu.create", "iommu.map", "iommu.unmap", "iommu.attach", "iommu.detach",
-                  "iommu.persist", "iommu.devices", "iommu.root", "iommu.read")  # fmt: skip
-    good = {"domain": 0, "iova": 1 << 31, "ino": inodes[0], "offset": 0, "length": 4096, "perm": 3,
-            "device": 0x30, "what": "translate"}  # fmt: skip
+    good = {"domain": 0, "iova": 1 << 31, "ino": inodes[0], "offset": 0, "length": 4096,
+            "access": 3, "device": 0x30, "what": "translate", "mode": "legacy", "levels": 4,
+            "size": 2 * MIB, "on": True, "bar": 0}  # fmt: skip
+    operations = (CreateTables, MapFile, MapBar, Unmap, Attach, Detach, Persist, ListDevices,
+                  FindRoot, Read)  # fmt: skip
     for _ in range(600):
-        args = dict(good) if rng.random() < 0.7 else {}
-        for name in rng.sample(names, rng.randrange(0, 4)):
+        kind = rng.choice(operations)
+        names = [field.name for field in fields(kind)]
+        args = {name: good[name] for name in names if name in good}
+        for name in rng.sample(names, rng.randrange(0, min(4, len(names) + 1))):
             args[name] = rng.choice(numbers if rng.random() < 0.7 else others)
-        if rng.random() < 0.3:
+        if rng.random() < 0.1:
+            args[rng.choice(("x", "json", "domain", "\u2028\n"))] = rng.choice(others)
+        if kind is Read and rng.random() < 0.6:
             args["what"] = rng.choice(("show", "export", "check", "translate", "else"))
-        asked = json.dumps({"op": rng.choice(operations), **args})
+        asked = json.dumps({"protocol": VERSION, "request": kind.op, "arguments": args})
         answer = ask_raw(mapped.path, asked.encode())
+        assert answer.pop("protocol") == VERSION
         assert answer.keys() in ({"done"}, {"error", "errno"}), (asked, answer)
         if "error" in answer:
             assert "\n" not in answer["error"]
             assert "the daemon failed" not in answer["error"], (asked, answer)
-    assert client.call(str(mapped.path), "ping")["read_only"] is False
+    assert client.call(str(mapped.path), Ping()).read_only is False
     assert iommu("check", mapped.path).status == 0
     refused(EBUSY, mapped.ram.unlink)
 
@@ -1003,8 +1022,8 @@ def test_clients_that_go_away(mapped: Guest) -> None:
     """In the middle of a long listing or of a check: the others are served as ever."""
     done("unmap", mapped.dom(0), 0, "8M")
     done("map", mapped.dom(0), "4K", mapped.ram)  # 2048 leaves
-    for what in ("show", "export", "check") * 10:
-        items = client.stream(str(mapped.path), "iommu.read", what=what)
+    for request in (Read("show"), Read("export"), Read("check")) * 10:
+        items = client.stream(str(mapped.path), request)
         next(items)
         items.close()
     wait_until(lambda: iommu("check", mapped.path).status == 0, "a check")

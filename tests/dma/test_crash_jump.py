@@ -77,6 +77,6 @@ def test_needs_of_a_region_whose_addresses_are_made_up(machine: Machine, host: H
     for name in (EDU, NIC):
         host.attach(0, parse_bdf(name)[1])
     host.tables.persist(parse_bdf(NIC)[1], False)
-    assert Jump(host.fs, machine).needs() == {
+    assert Jump(host.fs, machine).needs()._asdict() == {
         "devices": [], "units": [], "cut": [NIC], "scalable": False,
     }  # fmt: skip

@@ -22,6 +22,7 @@ import pytest
 pytestmark = pytest.mark.fuse
 
 from pkernfs.control import client  # noqa: E402
+from pkernfs.control.protocol import Ping  # noqa: E402
 from support.mounting import (  # noqa: E402
     MIB,
     Mapper,
@@ -769,7 +770,7 @@ def test_a_daemon_does_not_hold_its_own_mount(mounted: Mounted) -> None:
         try:
             wait_until(lambda: is_mounted(mounted.path), "the mount")
             os.statvfs(mounted.path)  # answered, so it listens
-            assert client.call(str(mounted.path), "ping")["pid"] == daemon.pid
+            assert client.call(str(mounted.path), Ping()).pid == daemon.pid
             device = os.stat(mounted.path).st_dev
             settings = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}")
             assert (settings / "read_ahead_kb").read_text() == "1024\n"

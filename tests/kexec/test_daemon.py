@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Generator
 from typing import Any
 
 import pytest
 
-from pkernfs.control import client
+from pkernfs.control import client, protocol
 from pkernfs.control.mounts import Mount
+from pkernfs.control.wire import Call, Request, Stream
 from pkernfs.errors import BusyError, NoSpaceError
 from pkernfs.kexec import users as users_module
 from pkernfs.kexec.daemon import Daemon
@@ -23,26 +23,26 @@ class Socket:
     """The daemon's end: answers by operation, and what was asked."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.answers: dict[str, Any] = {}
-        self.asked: list[tuple[str, dict[str, Any]]] = []
+        self.answers: dict[type[Request[Any]], Any] = {}
+        self.asked: list[Request[Any]] = []
         self.lease = "none"
         monkeypatch.setattr(client, "call", self.call)
         monkeypatch.setattr(client, "stream", self.stream)
         monkeypatch.setattr(client, "find_mount", lambda path: MOUNT)
 
-    def call(self, path: str, op: str, **args: Any) -> Any:
+    def call(self, path: str, request: Call[Any]) -> Any:
         assert path == "/mnt/a/x"
-        self.asked.append((op, args))
-        answer = self.answers.get(op)
+        self.asked.append(request)
+        answer = self.answers.get(type(request))
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    def stream(self, path: str, op: str, **args: Any) -> Generator[Any, None, None]:
-        assert (path, op) == ("/mnt/a/x", "handover_freeze")
+    def stream(self, path: str, request: Stream[Any]) -> Generator[Any, None, None]:
+        assert (path, request) == ("/mnt/a/x", protocol.Freeze())
         self.lease = "held"
         try:
-            yield self.answers[op]
+            yield self.answers[type(request)]
             self.lease = "ended by the daemon"
         finally:
             if self.lease == "held":
@@ -60,7 +60,7 @@ def daemon(socket: Socket) -> Daemon:
 
 
 def test_the_lease_is_held_to_its_end(socket: Socket, daemon: Daemon) -> None:
-    socket.answers["handover_freeze"] = {"number": 3, "uuid": "ab" * 16}
+    socket.answers[protocol.Freeze] = protocol.Frozen(3, b"\xab" * 16)
     with daemon.frozen() as frozen:
         assert socket.lease == "held"
         assert (frozen.number, frozen.uuid) == (3, b"\xab" * 16)
@@ -73,12 +73,12 @@ def test_the_lease_is_held_to_its_end(socket: Socket, daemon: Daemon) -> None:
 def test_who_is_in_the_way(socket: Socket, daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
     users = [f"/mnt/a/f{i} by process {i} (p)" for i in range(10)]
     monkeypatch.setattr(users_module, "users_of", lambda mount, inos: users[: len(inos)])
-    socket.answers["handover_freeze"] = {"writers": {"7": 1, "5": 2}}
+    socket.answers[protocol.Freeze] = protocol.OpenForWriting((7, 5))
     with pytest.raises(BusyError) as caught, daemon.frozen():
         pass
     assert str(caught.value) == f"/mnt/a/x: open for writing: {users[0]}; {users[1]}"
     assert socket.lease == "closed"
-    socket.answers["handover_freeze"] = {"writers": {str(i): 1 for i in range(10)}}
+    socket.answers[protocol.Freeze] = protocol.OpenForWriting(tuple(range(10)))
     with pytest.raises(BusyError, match=r"process 7 \(p\) and 2 more$"), daemon.frozen():
         pass
     users.clear()
@@ -93,7 +93,7 @@ def test_who_is_in_the_way(socket: Socket, daemon: Daemon, monkeypatch: pytest.M
 def test_the_daemon_itself_maps_the_region(
     socket: Socket, daemon: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    socket.answers["ping"] = {"pid": 6}
+    socket.answers[protocol.Ping] = protocol.Pong(6, "", False)
     mappers: list[Process] = []
     monkeypatch.setattr(users_module, "mappers_of", lambda source: iter(mappers))
     assert list(daemon.other_mappers()) == []
@@ -104,37 +104,34 @@ def test_the_daemon_itself_maps_the_region(
 
 
 def test_a_manifest_is_sent_in_pieces(socket: Socket, daemon: Daemon) -> None:
-    socket.answers["handover_make_list"] = {"ino": 9, "pages": [4, 5]}
+    socket.answers[protocol.MakeManifest] = protocol.ManifestFile(9, (4, 5))
     made = daemon.make_manifest(100)
     assert (made.ino, made.pages) == (9, {4, 5})
     data = bytes(range(256)) * 5000
     daemon.write_manifest(9, data)
-    pieces = [args for op, args in socket.asked if op == "handover_write_list"]
-    assert [piece["offset"] for piece in pieces] == [0, 512 << 10, 1024 << 10]
-    assert b"".join(base64.b64decode(piece["data"]) for piece in pieces) == data
-    socket.answers["handover_make_list"] = NoSpaceError("full")
+    pieces = [asked for asked in socket.asked if isinstance(asked, protocol.WriteManifest)]
+    assert [piece.offset for piece in pieces] == [0, 512 << 10, 1024 << 10]
+    assert b"".join(piece.data for piece in pieces) == data
+    socket.answers[protocol.MakeManifest] = NoSpaceError("full")
     with pytest.raises(NoSpaceError):
         daemon.make_manifest(100)
 
 
 def test_the_record(socket: Socket, daemon: Daemon) -> None:
-    socket.answers["handover_commit"] = 4
+    socket.answers[protocol.Commit] = protocol.Committed(4)
     assert daemon.commit(9, 1234, 1) == 4
     daemon.abort()
-    assert socket.asked == [
-        ("handover_commit", {"ino": 9, "digest": 1234, "flags": 1}),
-        ("handover_abort", {}),
-    ]
+    assert socket.asked == [protocol.Commit(ino=9, digest=1234, flags=1), protocol.Abort()]
 
 
 def test_the_kexec(socket: Socket, daemon: Daemon) -> None:
-    socket.answers["kexec_needs"] = {
-        "devices": ["0000:00:05.0"], "cut": ["0000:00:06.0"], "scalable": True, "units": ["dmar0"],
-    }  # fmt: skip
+    socket.answers[protocol.FindKexecNeeds] = protocol.KexecNeeds(
+        ("0000:00:05.0",), ("0000:00:06.0",), True, ("dmar0",)
+    )
     assert daemon.needs() == Needs(["0000:00:05.0"], ["0000:00:06.0"], True, ["dmar0"])
     daemon.crash_jump(panic=True)
     daemon.undo_crash_jump()
-    assert socket.asked[1:] == [("kexec_jump", {"panic": True}), ("kexec_undo", {})]
+    assert socket.asked[1:] == [protocol.CrashJump(panic=True), protocol.UndoCrashJump()]
 
 
 def test_the_mount_is_looked_for_once(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:

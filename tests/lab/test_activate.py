@@ -36,12 +36,13 @@ AT = 1 << 30
 ROUNDS = """
 import os, sys, time
 from pkernfs.control.client import call
-where = {"domain": 0, "iova": 2 << 30, "length": 2 << 20}
+from pkernfs.control.protocol import MapFile, Unmap
+iova, length = 2 << 30, 2 << 20
 ino, start, count = os.stat(sys.argv[1]).st_ino, time.monotonic(), 0
 # Long enough to meet the kernel at its queue, and often enough on a machine that is busy.
 while (passed := time.monotonic() - start) < 5 or (count < 40 and passed < 60):
-    call("/mnt/pkernfs", "iommu.map", ino=ino, offset=0, perm=3, **where)
-    call("/mnt/pkernfs", "iommu.unmap", **where)
+    call("/mnt/pkernfs", MapFile(0, iova, ino, 0, length, 3))
+    call("/mnt/pkernfs", Unmap(0, iova, length))
     count += 1
 print(count)
 """

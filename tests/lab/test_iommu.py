@@ -21,6 +21,7 @@ from guestlab.machine import accelerators
 from kexeclab.guest import Guest
 from kexeclab.runner import Lab
 from pkernfs.control.client import call
+from pkernfs.control.protocol import MapFile, Unmap
 from pkernfs.iommu import FaultReason
 from pkernfs.layout import PAGE
 from pkernfs.vmm import sysfs
@@ -221,13 +222,12 @@ def devices_work(guest: Guest) -> None:
 def _changes_while_devices_work(h: Host) -> None:
     """A transfer begins, then the daemon changes the tables and the unit is told, then it ends."""
     old, new = h.file("old", 2 * MIB), h.file("new", 2 * MIB)
-    request = {"domain": 0, "iova": GIB, "offset": 0, "length": 2 * MIB, "perm": 3}
 
     def map_file(path: Path) -> None:
-        call(str(MOUNT), "iommu.map", ino=path.stat().st_ino, **request)
+        call(str(MOUNT), MapFile(0, GIB, path.stat().st_ino, 0, 2 * MIB, 3))
 
     def unmap() -> None:
-        call(str(MOUNT), "iommu.unmap", domain=0, iova=GIB, length=2 * MIB)
+        call(str(MOUNT), Unmap(0, GIB, 2 * MIB))
         h.unit.invalidate_pages(2, GIB, GIB + 2 * MIB)
 
     def remap(path: Path) -> None:

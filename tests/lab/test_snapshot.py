@@ -39,9 +39,11 @@ ELSEWHERE = 8 << 30
 ASK = """
 import sys
 from pkernfs.control.client import call
+from pkernfs.control.protocol import BY_OP, UnitNames
 from pkernfs.errors import PkernfsError
 try:
-    print(call("/mnt/pkernfs", sys.argv[1]))
+    reply = call("/mnt/pkernfs", BY_OP[sys.argv[1]]())
+    print(list(reply.names) if isinstance(reply, UnitNames) else None)
 except PkernfsError as e:
     sys.exit(f"{e}")
 """

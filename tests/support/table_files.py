@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
 from pkernfs.dma import reports
+from pkernfs.dma.output import Question, Record, Status, Text
 from pkernfs.dma.table_files import TableFiles
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
@@ -155,13 +156,13 @@ class Host:
     def answer(self, what: str, **question: Any) -> tuple[str, dict[str, Any], int]:
         """Text, records and exit status of a question, as a command has them."""
         text, records, status = "", [], 0
-        for item in reports.answer(self.fs, reports.Question(what, **question)):
-            if isinstance(item, str):
-                text += item
-            elif isinstance(item, int):
-                status = item
-            elif item is not None:
-                records.append(item)
+        for item in reports.answer(self.fs, Question(what, **question)):
+            if isinstance(item, Text):
+                text += item.text
+            elif isinstance(item, Status):
+                status = item.status
+            elif isinstance(item, Record):
+                records.append(item.record)
         return text, assemble(records), status
 
 

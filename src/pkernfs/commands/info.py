@@ -6,14 +6,16 @@ It reads a mounted region without its lock, and stores nothing.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
+import sys
 import time
+from dataclasses import asdict
 from typing import Any
 
-from pkernfs.control import client
+from pkernfs.control import client, protocol
 from pkernfs.control.mounts import FSTYPE, canonical_spec, mount_at, mount_of, mounts_of_region
+from pkernfs.control.wire import VersionError
 from pkernfs.errors import InvalidError, PkernfsError, one_line
 from pkernfs.host import boot
 from pkernfs.host.sysroot import HOST
@@ -63,9 +65,22 @@ def describe(spec: str) -> dict[str, Any]:
     facts["kexec"] = _kexec(facts)
     facts["verification"] = None
     if facts.get("history") and facts["mount_points"]:
-        with contextlib.suppress(PkernfsError, OSError):  # not permitted, or no answer
-            facts["verification"] = client.call(facts["mount_points"][0], "handover_status")
+        facts["verification"] = _verification(facts["mount_points"][0])
     return facts
+
+
+def _verification(mount_point: str) -> dict[str, Any] | None:
+    """What has become of the handover before the mount; None if its daemon does not tell."""
+    try:
+        found = asdict(client.call(mount_point, protocol.HandoverStatus()))
+    except VersionError as e:
+        print(f"pkernfs: {e}", file=sys.stderr)
+        return None
+    except (PkernfsError, OSError):  # not for us to ask, or nobody answers
+        return None
+    if found["state"] == "none":
+        return {name: found[name] for name in ("state", "trouble", "changes")}
+    return found
 
 
 def _kexec(facts: dict[str, Any]) -> dict[str, Any]:

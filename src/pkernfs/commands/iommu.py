@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import json
 import os
 import re
 import sys
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
-from pkernfs.control.mounts import FSTYPE, Mount, canonical_spec, mount_at, mount_of
+from pkernfs.control.mounts import DEAD, FSTYPE, Mount, canonical_spec, mount_at, mount_of
 from pkernfs.errors import InvalidError, NotFoundError, PkernfsError, UsageError
 from pkernfs.options import parse_size
+
+if TYPE_CHECKING:
+    from pkernfs.control.protocol import Read
+    from pkernfs.dma.output import Output, Question
 
 _MAX_DOMAIN = 65535
 _HEXADECIMAL = re.compile(r"0[xX][0-9a-fA-F]+")
@@ -246,37 +250,36 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _create(args: argparse.Namespace) -> int:
-    from pkernfs.control.client import call
+    from pkernfs.control import client, protocol
 
     size = parse_size(args.size)
-    call(args.mnt, "iommu.create", mode=args.mode, levels=args.levels, size=size)
+    client.call(args.mnt, protocol.CreateTables(args.mode, args.levels, size))
     return 0
 
 
 def _map(args: argparse.Namespace) -> int:
-    from pkernfs.control.client import call
+    from pkernfs.control import client, protocol
     from pkernfs.host.bars import parse_bar
     from pkernfs.vtd.entries import parse_perm
 
     mount, number = _domain(args.dom)
-    request: dict[str, Any] = {
-        "domain": number,
-        "iova": parse_iova(args.iova),
-        "offset": parse_size(args.offset, "offset"),
-        "length": None if args.length is None else parse_size(args.length, "length"),
-        "perm": parse_perm(args.perm),
-    }
+    iova = parse_iova(args.iova)
+    offset = parse_size(args.offset, "offset")
+    length = None if args.length is None else parse_size(args.length, "length")
+    access = parse_perm(args.perm)
     if (args.file is None) == (args.bar is None):
         raise UsageError("map: either a file or --bar is wanted")
     if args.bar is not None:
-        call(args.dom, "iommu.map", bar=parse_bar(args.bar), **request)
+        device, bar = parse_bar(args.bar)
+        client.call(args.dom, protocol.MapBar(number, iova, device, bar, offset, length, access))
         return 0
     # While it is open here, its inode number cannot become another file's.
     with _alive(args.file), _open_file(args.file) as fd:
         found = os.fstat(fd.fileno)
         if found.st_dev != mount.device:
             raise InvalidError(f"{args.file}: on another mount than {args.dom}")
-        call(args.dom, "iommu.map", ino=found.st_ino, **request)
+        ino = found.st_ino
+        client.call(args.dom, protocol.MapFile(number, iova, ino, offset, length, access))
     return 0
 
 
@@ -294,47 +297,47 @@ class _open_file:
 
 
 def _unmap(args: argparse.Namespace) -> int:
-    from pkernfs.control.client import call
+    from pkernfs.control import client, protocol
 
     _mount, number = _domain(args.dom)
     length = parse_size(args.length, "length")
-    call(args.dom, "iommu.unmap", domain=number, iova=parse_iova(args.iova), length=length)
+    client.call(args.dom, protocol.Unmap(number, parse_iova(args.iova), length))
     return 0
 
 
 def _attach(args: argparse.Namespace) -> int:
-    from pkernfs.control.client import call
+    from pkernfs.control import client, protocol
     from pkernfs.host.bars import parse_device
 
     _mount, number = _domain(args.dom)
-    call(args.dom, "iommu.attach", domain=number, device=parse_device(args.bdf))
+    client.call(args.dom, protocol.Attach(number, parse_device(args.bdf)))
     return 0
 
 
 def _snapshot(args: argparse.Namespace) -> int:
-    from pkernfs.control.client import call
+    from pkernfs.control import client, protocol
     from pkernfs.host.bars import parse_device
 
     _mount, number = _domain(args.dom)
-    call(args.dom, "iommu.snapshot", domain=number, device=parse_device(args.bdf))
+    client.call(args.dom, protocol.Snapshot(number, parse_device(args.bdf)))
     return 0
 
 
 def _detach(args: argparse.Namespace) -> int:
-    from pkernfs.control.client import call
+    from pkernfs.control import client, protocol
     from pkernfs.host.bars import parse_device
 
     device = parse_device(args.bdf)
-    call(_mount_with(args, device), "iommu.detach", device=device)
+    client.call(_mount_with(args, device), protocol.Detach(device))
     return 0
 
 
 def _persist(args: argparse.Namespace) -> int:
-    from pkernfs.control.client import call
+    from pkernfs.control import client, protocol
     from pkernfs.host.bars import parse_device
 
     device = parse_device(args.bdf)
-    call(_mount_with(args, device), "iommu.persist", device=device, on=args.switch == "on")
+    client.call(_mount_with(args, device), protocol.Persist(device, args.switch == "on"))
     return 0
 
 
@@ -362,10 +365,14 @@ def _all_mounts() -> list[str]:
 
 
 def _is_attached(mount_point: str, device: int) -> bool:
-    from pkernfs.control.client import call
+    """:raises VersionError: its daemon does not understand the question."""
+    from pkernfs.control import client, protocol
+    from pkernfs.control.wire import VersionError
 
     try:
-        return device in call(mount_point, "iommu.devices")
+        return device in client.call(mount_point, protocol.ListDevices()).source_ids
+    except VersionError:
+        raise
     except PkernfsError:
         return False  # its daemon is dead, or serves another user
 
@@ -401,7 +408,7 @@ def _alive(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        if e.errno not in (errno.ENOTCONN, errno.ECONNABORTED):
+        if e.errno not in DEAD:
             raise
         from pkernfs.control.client import NoDaemonError
 
@@ -434,16 +441,17 @@ def parse_iova(text: str) -> int:
 
 
 def _read(args: argparse.Namespace) -> int:
-    question = _question(args)
+    from pkernfs.dma.output import Record, Status, Text
+
     status = 0
     records = []
-    for item in _answers(args, question):
-        if "text" in item:
-            sys.stdout.write(item["text"])
-        elif "status" in item:
-            status = item["status"]
-        else:
-            records.append(item["record"])
+    for item in _answers(args, _request(args)):
+        if isinstance(item, Text):
+            sys.stdout.write(item.text)
+        elif isinstance(item, Status):
+            status = item.status
+        elif isinstance(item, Record):
+            records.append(item.record)
     if records:
         from pkernfs.iommu.export import assemble
 
@@ -451,77 +459,74 @@ def _read(args: argparse.Namespace) -> int:
     return status
 
 
-def _question(args: argparse.Namespace) -> dict[str, Any]:
-    question: dict[str, Any] = {"what": args.subcommand, "json": getattr(args, "json", False)}
+def _request(args: argparse.Namespace) -> Read:
+    from pkernfs.control.protocol import Read
+    from pkernfs.host.bars import parse_device
+    from pkernfs.vtd.entries import parse_perm
+
+    request = Read(
+        args.subcommand,
+        as_json=getattr(args, "json", False),
+        merge=getattr(args, "merge", False),
+    )
     if getattr(args, "domain", None) is not None:
-        question["domain"] = _domain_number(f"dom-{args.domain}")
-        if question["domain"] is None:
+        domain = _domain_number(f"dom-{args.domain}")
+        if domain is None:
             raise InvalidError(f"domain {args.domain}: expected 0 to {_MAX_DOMAIN}")
-    if getattr(args, "merge", False):
-        question["merge"] = True
-    if args.subcommand == "translate":
-        from pkernfs.host.bars import parse_device
-        from pkernfs.vtd.entries import parse_perm
+        request = replace(request, domain=domain)
+    if args.subcommand != "translate":
+        return request
+    return replace(
+        request,
+        device=parse_device(args.bdf),
+        iova=parse_iova(args.iova),
+        pasid=None if args.pasid is None else parse_size(args.pasid, "PASID"),
+        access=0 if args.access is None else parse_perm(args.access),
+    )
 
-        question["device"] = parse_device(args.bdf)
-        question["iova"] = parse_iova(args.iova)
-        question["pasid"] = None if args.pasid is None else parse_size(args.pasid, "PASID")
-        question["access"] = 0 if args.access is None else parse_perm(args.access)
-    return question
 
-
-def _answers(args: argparse.Namespace, question: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _answers(args: argparse.Namespace, request: Read) -> Output:
     from pkernfs.control.client import stream
 
     target = args.target
     here = mount_at(target)
     if here is not None and here.fstype == FSTYPE:
-        return stream(target, "iommu.read", **question)
+        return stream(target, request)
     if _mount_of(target) is not None:
         if args.subcommand not in ("show", "export"):
             raise InvalidError(f"{target}: not a mount point")
-        _mount, question["domain"] = _domain(target)
-        return stream(target, "iommu.read", **question)
-    return _without_daemon(target, args.phys_base, question)
+        _mount, domain = _domain(target)
+        return stream(target, replace(request, domain=domain))
+    return _without_daemon(target, args.phys_base, request.question())
 
 
-def _without_daemon(
-    spec: str, phys_base: str | None, question: dict[str, Any]
-) -> Iterator[dict[str, Any]]:
+def _without_daemon(spec: str, phys_base: str | None, question: Question) -> Output:
     """Read a region that is not mounted; store nothing to it."""
-    from pkernfs.dma.reports import Question, answer
+    from pkernfs.dma.reports import answer
     from pkernfs.fs.filesystem import FileSystem
     from pkernfs.region.region import Region
 
     base = None if phys_base is None else parse_size(phys_base, "phys-base")
-    question["as_json"] = question.pop("json")
     with Region.open(canonical_spec(spec), write=False, phys_base=base) as region:
-        fs = FileSystem.mount(region, read_only=True)
-        for item in answer(fs, Question(**question)):
-            if isinstance(item, str):
-                yield {"text": item}
-            elif isinstance(item, int):
-                yield {"status": item}
-            elif item is not None:
-                yield {"record": item}
+        yield from answer(FileSystem.mount(region, read_only=True), question)
 
 
 # ---------------------------------------------------------------------- units
 
 
 def _activate(args: argparse.Namespace) -> int:
-    from pkernfs.control.client import call
+    from pkernfs.control import client, protocol
 
-    names = call(args.mnt, "iommu.activate", units=args.unit, cut_off=args.cut_off)
-    print("\n".join(f"{name}: in force" for name in names or ()))
+    units = client.call(args.mnt, protocol.Activate(tuple(args.unit), args.cut_off))
+    print("\n".join(f"{name}: in force" for name in units.names))
     return 0
 
 
 def _deactivate(args: argparse.Namespace) -> int:
-    from pkernfs.control.client import call
+    from pkernfs.control import client, protocol
 
-    names = call(args.mnt, "iommu.deactivate", units=args.unit, force=args.force)
-    print("\n".join(f"{name}: off" for name in names or ()))
+    units = client.call(args.mnt, protocol.Deactivate(tuple(args.unit), args.force))
+    print("\n".join(f"{name}: off" for name in units.names))
     return 0
 
 
@@ -546,13 +551,16 @@ def _units(args: argparse.Namespace) -> int:
 
 def _root_of(mount_point: str) -> int | None:
     """Return the physical address of a mount's root table, if its daemon gives it."""
-    from pkernfs.control.client import call
+    from pkernfs.control import client, protocol
+    from pkernfs.control.wire import VersionError
 
     try:
-        root = call(mount_point, "iommu.root")
+        return client.call(mount_point, protocol.FindRoot()).address
+    except VersionError as e:
+        print(f"pkernfs: {e}", file=sys.stderr)
+        return None
     except PkernfsError:
         return None
-    return root if isinstance(root, int) else None
 
 
 _RUN = {

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import stat
 import subprocess
 import sys
 from collections.abc import Callable
 
-from pkernfs.control.mounts import FSTYPE, canonical_spec, mount_at
+from pkernfs.control.mounts import DEAD, FSTYPE, canonical_spec, mount_at
 from pkernfs.errors import BusyError, NotDirError, NotFoundError, PkernfsError, one_line
 from pkernfs.options import parse_mount_options
-
-#: The errors of a mount without a daemon; the second one while the daemon ends.
-_DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
 
 #: mount(8): the mount failed.
 EXIT_FAILED = 32
@@ -98,7 +94,7 @@ def _answers(path: str) -> bool:
     try:
         os.statvfs(path)
     except OSError as e:
-        return e.errno not in _DEAD
+        return e.errno not in DEAD
     return True
 
 

@@ -1,28 +1,27 @@
-"""Asking the daemon of a mount for something: the client of its control socket.
+"""Asking the daemon of a mount for something: the client's end of its control socket.
 
-The protocol is in :mod:`pkernfs.control.server`, which is the other end. Here are also the names
-of the sockets: ``MAJOR:MINOR.sock``, after the device number of the mount, in a directory of the
-user who mounted it.
+What may be asked is in :mod:`pkernfs.control.protocol`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import socket
-import struct
 from collections.abc import Generator, Iterator
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from pkernfs import errors
-from pkernfs.control.mounts import Mount, mount_at, mount_of
+from pkernfs.control import wire
+from pkernfs.control.mounts import DEAD, Mount, mount_at, mount_of
+from pkernfs.control.sockets import peer_user, runtime_directory, socket_name
+from pkernfs.control.wire import Call, Done, Item, Request, Stream, VersionError
 from pkernfs.errors import InvalidError, PermissionDeniedError, PkernfsError, RegionError
 
 _CONNECT_SECONDS = 10.0
-_CREDENTIALS = struct.Struct("3i")
-_DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
+
+A = TypeVar("A")
 
 
 class NoDaemonError(PkernfsError):
@@ -31,65 +30,55 @@ class NoDaemonError(PkernfsError):
     errno = errno.ENOTCONN
 
 
-def runtime_directory(uid: int) -> str:
-    """Where the sockets of a user's daemons are."""
-    if not uid:
-        return "/run/pkernfs"
-    own = os.environ.get("XDG_RUNTIME_DIR") if uid == os.geteuid() else None
-    return os.path.join(own or f"/run/user/{uid}", "pkernfs")
-
-
-def socket_name(device: int) -> str:
-    """The file name of a mount's socket; ``device`` is its ``st_dev``."""
-    return f"{os.major(device)}:{os.minor(device)}.sock"
-
-
-def call(path: str, op: str, **args: Any) -> Any:
-    """Have the daemon of the mount that ``path`` is in do ``op``; its result.
+def call(path: str, request: Call[A]) -> A:
+    """Have the daemon of the mount that ``path`` is in do what is asked; its reply.
 
     :raises PkernfsError: what the daemon failed with, or why it cannot be asked.
     """
-    result = None
-    for kind, value in _answers(path, op, args):
-        if kind == "done":
-            result = value
-    return result
+    *_, last = _answers(path, request)
+    assert isinstance(last, Done)
+    reply: A = last.reply
+    return reply
 
 
-def stream(path: str, op: str, **args: Any) -> Generator[Any, None, None]:
-    """The same for an operation that yields items, as they come. Ending early cancels it.
+def stream(path: str, request: Stream[A]) -> Generator[A, None, None]:
+    """The same for a request that is answered by items, as they come. Ending early cancels it.
 
     :raises PkernfsError: as :func:`call`, also between items.
     """
-    for kind, value in _answers(path, op, args):
-        if kind == "item":
-            yield value
+    for answer in _answers(path, request):
+        if isinstance(answer, Item):
+            yield answer.value
 
 
-def _answers(path: str, op: str, args: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Kind and value of each line of the answer: ``item`` ..., ``done``."""
+def _answers(path: str, request: Request[Any]) -> Iterator[Item | Done]:
+    """Each line of the answer; the last one is :class:`Done`."""
     with _connect(path) as connection:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have said why
-            connection.sendall(json.dumps({**args, "op": op}).encode() + b"\n")
+            connection.sendall(wire.request_line(request))
         with connection.makefile("rb") as lines:
-            yield from _read_answers(path, lines)
+            yield from _read_answers(path, request, lines)
 
 
-def _read_answers(path: str, lines: IO[bytes]) -> Iterator[tuple[str, Any]]:
-    try:
+def _read_answers(path: str, request: Request[Any], lines: IO[bytes]) -> Iterator[Item | Done]:
+    with contextlib.suppress(ConnectionResetError):
         for line in lines:
-            answer = json.loads(line)
-            if "error" in answer:
-                raise _as_exception(answer["error"], answer["errno"])
-            if "done" in answer:
-                yield "done", answer["done"]
+            answer = _parse(path, request, line)
+            if isinstance(answer, PkernfsError):
+                raise _as_exception(str(answer), answer.errno)
+            yield answer
+            if isinstance(answer, Done):
                 return
-            yield "item", answer["item"]
-    except ConnectionResetError:
-        pass
-    except (ValueError, KeyError, TypeError):
-        raise NoDaemonError(f"{path}: the daemon's answer makes no sense") from None
     raise NoDaemonError(f"{path}: the daemon ended before it had answered")
+
+
+def _parse(path: str, request: Request[Any], line: bytes) -> Item | Done | PkernfsError:
+    try:
+        return wire.parse_answer(line, request)
+    except VersionError as e:
+        raise e.at(path) from None
+    except (InvalidError, ValueError, RecursionError):
+        raise NoDaemonError(f"{path}: the daemon's answer makes no sense") from None
 
 
 def find_mount(path: str) -> Mount:
@@ -101,7 +90,7 @@ def find_mount(path: str) -> Mount:
     try:
         mount = mount_of(path)
     except OSError as e:
-        if e.errno not in _DEAD:
+        if e.errno not in DEAD:
             raise
         mount = mount_at(path)
         if mount is None:
@@ -124,10 +113,7 @@ def _connect(path: str) -> socket.socket:
         connection.settimeout(_CONNECT_SECONDS)
         connection.connect(address)
         connection.settimeout(None)
-        credentials = connection.getsockopt(
-            socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size
-        )
-        if _CREDENTIALS.unpack(credentials)[1] not in (0, owner):
+        if peer_user(connection.getsockopt) not in (0, owner):
             raise PermissionDeniedError(f"{path}: who listens at {address} is not its daemon")
     except BaseException as e:
         connection.close()
@@ -147,7 +133,7 @@ def _why_not(path: str, mount: Mount, address: str, error: OSError) -> PkernfsEr
     try:
         os.statvfs(mount.mount_point)
     except OSError as e:
-        if e.errno in _DEAD:
+        if e.errno in DEAD:
             return NoDaemonError(f"{path}: its daemon has died: mount the region again")
     return NoDaemonError(
         f"{path}: its daemon does not listen at {address} ({error.strerror or error})"
@@ -167,10 +153,7 @@ for _kind in _every(PkernfsError):
         _CLASSES.setdefault(_kind.errno, _kind)
 
 
-def _as_exception(message: object, number: object) -> PkernfsError:
+def _as_exception(message: str, number: int) -> PkernfsError:
     """The error that the daemon had."""
-    assert isinstance(number, int)
     kind = _CLASSES.get(number)
-    if kind is None:
-        return RegionError(str(message), number)
-    return kind(str(message))
+    return RegionError(message, number) if kind is None else kind(message)

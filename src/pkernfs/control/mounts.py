@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from typing import NamedTuple
@@ -9,6 +10,9 @@ from typing import NamedTuple
 from pkernfs.region.spec import resolve
 
 FSTYPE = "fuse.pkernfs"
+
+#: What a mount without a daemon answers; the second one if the daemon is just going.
+DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
 
 _OWNER = re.compile(r"(?:^|,)user_id=(\d+)(?:,|$)")
 _ESCAPE = re.compile(r"\\([0-7]{3})")
@@ -37,6 +41,12 @@ def mount_at(path: str) -> Mount | None:
     """What is mounted on ``path`` itself (the topmost of several), dead or alive."""
     real = os.path.realpath(path)
     return next((m for m in reversed(read_mounts()) if m.mount_point == real), None)
+
+
+def own_mount(mount_point: str, source: str) -> Mount | None:
+    """This daemon's mount. Nothing is asked of the file system, so nobody has to answer."""
+    found = (m for m in reversed(read_mounts()) if m.mount_point == mount_point)
+    return next((m for m in found if (m.fstype, m.source) == (FSTYPE, source)), None)
 
 
 def mount_of(path: str) -> Mount | None:

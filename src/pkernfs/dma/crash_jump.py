@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from pkernfs.dma.activation import Activation
 from pkernfs.errors import InvalidError, NotFoundError, PermissionDeniedError, PkernfsError
@@ -29,6 +29,19 @@ _MCL_CURRENT, _MCL_ONFAULT = 1, 4  # asm-generic/mman.h
 _BOOT_PROCESSOR = 0
 
 
+class Needs(NamedTuple):
+    """What the devices of a file system need of a kexec, by their names.
+
+    ``devices`` must go on, ``units`` are above them, ``cut`` are cut off. ``scalable`` is the mode
+    of the tables.
+    """
+
+    devices: list[str]
+    units: list[str]
+    cut: list[str]
+    scalable: bool
+
+
 class Jump:
     """What a file system's devices need of a kexec, and the panic that starts the next kernel."""
 
@@ -37,10 +50,8 @@ class Jump:
         self._host = host
         self._activation = Activation(fs, host)
 
-    def needs(self) -> dict[str, Any]:
-        """Devices that must go on (``devices``), those that are cut off (``cut``), ``scalable``.
-
-        ``units`` are those above the former.
+    def needs(self) -> Needs:
+        """Find out what the devices that are attached need.
 
         A device must go on if it is attached, and persistent, and its unit walks these tables or is
         driven by the kernel.
@@ -55,12 +66,12 @@ class Jump:
         devices = self._in_force(kept) if self._fs.region.real_addresses else {}
         if devices:
             self._activation.check_live()
-        return {
-            "devices": [bdf_text(s) for s in devices],
-            "units": sorted(set(devices.values())),
-            "cut": cut,
-            "scalable": tables.config.mode is Mode.SCALABLE,
-        }
+        return Needs(
+            [bdf_text(s) for s in devices],
+            sorted(set(devices.values())),
+            cut,
+            tables.config.mode is Mode.SCALABLE,
+        )
 
     def _in_force(self, source_ids: list[int]) -> dict[int, str]:
         """The devices that must go on, and the unit above each."""

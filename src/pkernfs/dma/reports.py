@@ -1,9 +1,8 @@
 """What the tables of a file system say, as text: translate, show, check and export.
 
-Each of these is a generator, so that a daemon can serve others in between: it yields text to print,
-a record of a JSON document (:func:`pkernfs.iommu.export.assemble`), a number that is to be the exit
-status, or None, which is only a place to pause. A line is right for the moment at which it is made;
-between two of them the tables may change.
+Each of these is a generator, so that a daemon can serve others in between; what it yields is in
+:mod:`pkernfs.dma.output`. A line is right for the moment at which it is made; between two of them
+the tables may change.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pkernfs.dma.output import PAUSE, Output, Pause, Question, Record, Status, Text
 from pkernfs.dma.table_files import ROOT_NAME, TableFiles
 from pkernfs.errors import InvalidError, NotFoundError
 from pkernfs.host.bars import Bar
@@ -28,9 +28,6 @@ from pkernfs.vtd.entries import bdf_text
 
 if TYPE_CHECKING:
     from pkernfs.fs.filesystem import FileSystem
-
-#: Text, a record, an exit status, or a place to pause.
-Output = Iterator[str | dict[str, Any] | int | None]
 
 _ROOT = ROOT_NAME.decode()
 _NAMES_AT_ONCE = 32
@@ -97,8 +94,8 @@ class Owners:
         return export.Target(physical, min(length, piece.end - at), path, offset, at, None)
 
 
-def walk_files(fs: FileSystem) -> Iterator[tuple[str, int] | None]:
-    """Path and inode number of every regular file; None is a place to pause.
+def walk_files(fs: FileSystem) -> Iterator[tuple[str, int] | Pause]:
+    """Path and inode number of every regular file; or a place to pause.
 
     Files that come, go or get another name meanwhile may be missing; one that has several names is
     there for each.
@@ -120,8 +117,8 @@ def walk_files(fs: FileSystem) -> Iterator[tuple[str, int] | None]:
                     yield there, ino
             if len(batch) < _NAMES_AT_ONCE:
                 break
-            yield None
-        yield None
+            yield PAUSE
+        yield PAUSE
 
 
 def _names(fs: FileSystem, directory: int, cookie: int) -> list[tuple[bytes, int, int, int]]:
@@ -132,14 +129,14 @@ def _names(fs: FileSystem, directory: int, cookie: int) -> list[tuple[bytes, int
         return []  # removed meanwhile
 
 
-def mapped_pieces(fs: FileSystem) -> Generator[None, None, list[Owner]]:
+def mapped_pieces(fs: FileSystem) -> Generator[Pause, None, list[Owner]]:
     """Where files are of which something is mapped, or something close by."""
     return pieces_of(fs, fs.tables.may_be_mapped)
 
 
 def pieces_of(
     fs: FileSystem, wanted: Callable[[int, int], bool]
-) -> Generator[None, None, list[Owner]]:
+) -> Generator[Pause, None, list[Owner]]:
     """Where files are in memory that is ``wanted``, which is asked for region offset and bytes.
 
     By inode, not by name: a file that is renamed meanwhile is not missed.
@@ -148,7 +145,7 @@ def pieces_of(
     for at, ino in enumerate(fs.numbers()):
         pieces += _wanted_pieces(fs, ino, wanted)
         if at % _NAMES_AT_ONCE == 0:
-            yield
+            yield PAUSE
     return pieces
 
 
@@ -168,15 +165,15 @@ def _wanted_pieces(fs: FileSystem, ino: int, wanted: Callable[[int, int], bool])
         return []  # removed meanwhile
 
 
-def owners(fs: FileSystem) -> Generator[None, None, Owners]:
+def owners(fs: FileSystem) -> Generator[Pause, None, Owners]:
     """Find out whose memory is mapped."""
     pieces = yield from mapped_pieces(fs)
     paths: dict[int, str] = {}
     wanted = {p.ino for p in pieces}
     for _ in range(_WALKS):
         for found in walk_files(fs) if wanted else ():
-            if found is None:
-                yield
+            if isinstance(found, Pause):
+                yield PAUSE
             elif found[1] in wanted:
                 wanted.remove(found[1])
                 paths[found[1]] = found[0]
@@ -199,7 +196,7 @@ def translate_text(
         base = result.physical - result.physical % PAGE
         target = next(whose.split(base, PAGE))
     yield _text(show.translation(result, source_id, target))
-    yield FAULT if result.fault is not None else 0
+    yield Status(FAULT if result.fault is not None else 0)
 
 
 def translation(
@@ -240,7 +237,7 @@ def show_text(fs: FileSystem, number: int | None, *, merge: bool = False) -> Out
         yield from _domain_text(tables, at, devices, merge=merge)
     if number is None:
         for name, reason in tables.damaged.items():
-            yield f"iommu/{name.decode()}: damaged: {reason}: run `pkernfs iommu check`\n"
+            yield _text([f"iommu/{name.decode()}: damaged: {reason}: run `pkernfs iommu check`"])
 
 
 def _domain_text(tables: TableFiles, number: int, devices: list[Device], *, merge: bool) -> Output:
@@ -248,17 +245,17 @@ def _domain_text(tables: TableFiles, number: int, devices: list[Device], *, merg
     names = [(bdf_text(d.source_id), d.pasid) for d in devices if d.table == table.root]
     names = names or [(f"dom-{number}", None)]
     for name, pasid in names[:-1]:  # the tables themselves are shown once, under the last
-        yield show.domain_head(name, table.root, pasid) + "\n"
+        yield _text([show.domain_head(name, table.root, pasid)])
     name, pasid = names[-1]
-    yield show.domain_head(name, table.root, pasid) + "\n"
+    yield _text([show.domain_head(name, table.root, pasid)])
     if merge:
         lines = show.merged(tables.mappings(number))
         while batch := list(islice(lines, _LINES_AT_ONCE)):
             yield _text(batch)
     else:
-        yield show.DOMAIN_COLUMNS + "\n"
+        yield _text([show.DOMAIN_COLUMNS])
         yield from _leaves_text(tables, number)
-    yield "\n"
+    yield _text([""])
 
 
 def _leaves_text(tables: TableFiles, number: int) -> Output:
@@ -274,8 +271,12 @@ def _leaves_text(tables: TableFiles, number: int) -> Output:
         at = batch[-1][0]
 
 
-def _text(lines: Iterable[str]) -> str:
-    return "".join(f"{line}\n" for line in lines)
+def _text(lines: Iterable[str]) -> Text:
+    return Text("".join(f"{line}\n" for line in lines))
+
+
+def _record(where: str, record: dict[str, Any]) -> Record:
+    return Record({"in": where, "record": record})
 
 
 def show_records(fs: FileSystem, number: int | None) -> Output:
@@ -284,21 +285,21 @@ def show_records(fs: FileSystem, number: int | None) -> Output:
     tables.check_place()
     root = tables.root.root if tables.root is not None else None
     unit = export.unit(tables.config, root)
-    yield {"unit": unit, "damaged": _damaged(tables), "devices": [], "domains": []}
+    yield Record({"unit": unit, "damaged": _damaged(tables), "devices": [], "domains": []})
     numbers = sorted(tables.domains) if number is None else [number]
     transient = tables.transient()
     shown = {tables.domain(n).root for n in numbers}
     for d in tables.devices():
         if number is None or d.table in shown:
-            yield {"in": "devices", "record": show.device_record(d, d.source_id not in transient)}
+            yield _record("devices", show.device_record(d, d.source_id not in transient))
     for n in numbers:
         table = tables.domain(n)
         record = {"id": f"dom-{n}", "table": table.root, "levels": table.levels}
-        yield {"in": "domains", "record": {**record, "mappings": []}}
+        yield _record("domains", {**record, "mappings": []})
         for at, m in enumerate(tables.mappings(n)):
-            yield {"in": "mappings", "record": show.mapping_record(m)}
+            yield _record("mappings", show.mapping_record(m))
             if at % _MAPPINGS_AT_ONCE == 0:
-                yield None
+                yield PAUSE
 
 
 def _damaged(tables: TableFiles) -> dict[str, str]:
@@ -322,24 +323,24 @@ def export_records(fs: FileSystem, number: int | None) -> Output:
     root = tables.root.root if tables.root is not None else None
     damaged = {k: v for k, v in _damaged(tables).items() if number is None or k == _ROOT}
     region = export.region(fs.region.name, fs.region.size, fs.region.place)
-    yield export.head(tables.config, root, fs.superblock.uuid, region, damaged)
+    yield Record(export.head(tables.config, root, fs.superblock.uuid, region, damaged))
     for top, name in names.items():
         hwpt = export.hwpt(name, top, tables.config.levels, devices)
-        yield {"in": "hwpt", "record": hwpt}
+        yield _record("hwpt", hwpt)
         container = export.container(name, top, devices)
-        yield {"in": "vfio_containers", "record": container}
+        yield _record("vfio_containers", container)
     adopted = tables.adopted_by()
     for d in devices:
         unit = adopted.get((d.source_id, d.table))
-        yield {"in": "devices", "record": export.device(d, names.get(d.table), unit)}
+        yield _record("devices", export.device(d, names.get(d.table), unit))
     for n in numbers:
-        yield {"in": "ioas", "record": {"id": f"dom-{n}", "mappings": []}}
+        yield _record("ioas", {"id": f"dom-{n}", "mappings": []})
         for at, m in enumerate(export.mappings(tables.mappings(n), whose.split)):
-            yield {"in": "mappings", "record": m}
+            yield _record("mappings", m)
             if at % _MAPPINGS_AT_ONCE == 0:
-                yield None
+                yield PAUSE
     if damaged:
-        yield FOUND
+        yield Status(FOUND)
 
 
 # ---------------------------------------------------------------------- check
@@ -357,7 +358,7 @@ class CheckInput(NamedTuple):
         return check(self.root, self.domains, self.allowed)
 
 
-def prepare_check(fs: FileSystem) -> Generator[None, None, CheckInput]:
+def prepare_check(fs: FileSystem) -> Generator[Pause, None, CheckInput]:
     """Find the tables, and what they may map: memory of live files and recorded BARs.
 
     :raises InvalidError, TableDamageError: no addresses, or tables of another place.
@@ -381,18 +382,19 @@ def prepare_check(fs: FileSystem) -> Generator[None, None, CheckInput]:
 def check_text(report: Report, *, as_json: bool) -> Output:
     """The findings, one a line, and what was looked at."""
     if as_json:
-        yield json.dumps(_check_json(report), indent=2) + "\n"
+        yield _text([json.dumps(_check_json(report), indent=2)])
     else:
         for finding in report.findings:
-            yield f"{finding.code.name}: {finding.message}\n"
+            yield _text([f"{finding.code.name}: {finding.message}"])
         if report.found > len(report.findings):
-            yield f"... and {report.found - len(report.findings)} more\n"
+            yield _text([f"... and {report.found - len(report.findings)} more"])
         verdict = "clean" if report.clean else f"{report.found} problems"
-        yield (
+        said = (
             f"{len(report.devices)} devices, {report.tables} tables, {report.leaves} leaves, "
-            f"{report.mapped_bytes} bytes mapped: {verdict}\n"
+            f"{report.mapped_bytes} bytes mapped: {verdict}"
         )
-    yield 0 if report.clean else FOUND
+        yield _text([said])
+    yield Status(0 if report.clean else FOUND)
 
 
 def _check_json(report: Report) -> dict[str, Any]:
@@ -411,19 +413,6 @@ def _check_json(report: Report) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------- questions
-
-
-class Question(NamedTuple):
-    """What a command wants to read. ``domain`` is N of dom-N, ``device`` a source id."""
-
-    what: str
-    domain: int | None = None
-    device: int | None = None
-    iova: int | None = None
-    pasid: int | None = None
-    access: int = 0
-    as_json: bool = False
-    merge: bool = False
 
 
 def answer(fs: FileSystem, question: Question) -> Output:

@@ -13,6 +13,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 from pkernfs.dma.comparison import LiveTables
+from pkernfs.dma.output import PAUSE, Pause
 from pkernfs.dma.reports import Owners, pieces_of
 from pkernfs.dma.table_files import FIRST_DOMAIN_ID
 from pkernfs.errors import BusyError, InvalidError, NoSpaceError, NotFoundError, PkernfsError
@@ -106,7 +107,7 @@ def read(live: LiveTables, source_id: int, kept: set[int]) -> Reading:
 # ---------------------------------------------------------------------- whose memory it is
 
 
-def plan(fs: FileSystem, host: Host, reading: Reading) -> Generator[None, None, Plan]:
+def plan(fs: FileSystem, host: Host, reading: Reading) -> Generator[Pause, None, Plan]:
     """Find whose memory a live domain maps.
 
     :raises InvalidError: some of it does not survive: it is no live file's, and no BAR.
@@ -119,13 +120,13 @@ def plan(fs: FileSystem, host: Host, reading: Reading) -> Generator[None, None, 
 
     pieces = yield from pieces_of(fs, wanted)
     bars = [bar for bar in all_bars(host) if _overlaps(ranges, bar.start, bar.length)]
-    yield
+    yield PAUSE
     inodes = {p.ino: str(p.ino) for p in pieces}
     owners = Owners(fs.tables.region_memory(), pieces, bars, inodes)
     return (yield from _share_out(reading, owners))
 
 
-def _share_out(reading: Reading, owners: Owners) -> Generator[None, None, Plan]:
+def _share_out(reading: Reading, owners: Owners) -> Generator[Pause, None, Plan]:
     files: list[Piece] = []
     used: set[Bar] = set()
     targets = ((m, t) for m in reading.mappings for t in owners.split(m.physical, m.length))
@@ -137,7 +138,7 @@ def _share_out(reading: Reading, owners: Owners) -> Generator[None, None, Plan]:
         else:
             raise _lost(reading, m, target.physical)
         if number % _PLACES_AT_ONCE == 0:
-            yield
+            yield PAUSE
     return Plan(reading, files, sorted(used))
 
 

@@ -12,13 +12,13 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pkernfs.control.mounts import Mount
+from pkernfs.control.mounts import Mount, own_mount
+from pkernfs.control.sockets import Listener
 from pkernfs.errors import FormatError, PkernfsError, RegionError
 from pkernfs.fuse import mounting
 from pkernfs.fuse.mounting import Options
 
 if TYPE_CHECKING:
-    from pkernfs.control.server import Listener
     from pkernfs.fs.filesystem import FileSystem
     from pkernfs.region.region import Region
 
@@ -101,11 +101,11 @@ def _tell_arrival(fs: FileSystem, options: Options, tell: Callable[[str], None])
     arrival = fs.arrival
     if arrival is None or arrival.record is None:
         return
-    from pkernfs.control import freezing
+    from pkernfs.control import verification
 
     if "verify" in options:
-        freezing.verify_now(fs)
-    for line in freezing.lines(fs):
+        verification.verify_now(fs)
+    for line in verification.lines(fs):
         tell(line)
 
 
@@ -144,7 +144,7 @@ def serve(
     listener = None
     try:
         shim.attach()
-        mount = _own_mount(mountpoint, region.name)
+        mount = own_mount(os.path.abspath(mountpoint), region.name)
         session = Session(fs, region, mountpoint, server, mount.device if mount else None)
         listener = session.listener = _listen(mountpoint, mount)
         server.waiting = session
@@ -162,20 +162,12 @@ def serve(
         mounting.detach_what_is_left(mountpoint, region.name)
 
 
-def _own_mount(mountpoint: str, source: str) -> Mount | None:
-    from pkernfs.control import server
-
-    return server.own_mount(os.path.abspath(mountpoint), source)
-
-
 def _listen(mountpoint: str, mount: Mount | None) -> Listener | None:
     """Open the control socket; without one the mount works all the same."""
-    from pkernfs.control import server
-
     try:
         if mount is None:
             raise OSError("the mount is not in /proc/self/mountinfo")
-        return server.Listener(mount.device)
+        return Listener(mount.device)
     except OSError as e:
         log.warning("%s: no control socket, so no commands but reading: %s", mountpoint, e)
         return None

@@ -25,7 +25,7 @@ import pyfuse3  # isort: skip
 
 if TYPE_CHECKING:
     from pkernfs.alloc.blocks import Claim
-    from pkernfs.control.server import Handler, Listener
+    from pkernfs.control.sockets import Listener
     from pkernfs.fs.filesystem import FileSystem
     from pkernfs.fuse.operations import Operations
     from pkernfs.region.region import Region
@@ -59,7 +59,7 @@ class Session:
     ) -> None:
         self._fs = fs
         self._operations = operations
-        self.region = region
+        self._region = region
         self._mountpoint = os.path.abspath(mountpoint)
         self._device = device
         self._loops = 0
@@ -81,7 +81,7 @@ class Session:
             background.start_soon(self._verify)
             self._start_loop()
             await self._ended.wait()
-            self.region.serving(False)
+            self._region.serving(False)
             background.cancel_scope.cancel()
 
     async def _announce(self, ready: Callable[[], Any]) -> None:
@@ -101,16 +101,18 @@ class Session:
         if self.listener is not None:
             await self._ready.wait()
             await trio.to_thread.run_sync(_load_handlers)
+            from pkernfs.control.handlers import handlers
             from pkernfs.control.server import Server
 
-            await Server(self._fs, _handlers(self._fs, self)).run(self.listener)
+            server = Server(handlers(self._fs, self), fail=self._fs.fail)
+            await server.run(self.listener)
 
     async def _verify(self) -> None:
         """After a handover with digests: compare the files with them."""
         if self._fs.arrival is not None and self._fs.arrival.verifier is not None:
-            from pkernfs.control import freezing
+            from pkernfs.control.verification import verify
 
-            await freezing.verify(self._fs)
+            await verify(self._fs)
 
     def writers(self) -> dict[int, int]:
         """How often each inode is open for writing."""
@@ -222,7 +224,7 @@ class Session:
 
     async def _zero_claim(self, claim: Claim) -> None:
         try:
-            await trio.to_thread.run_sync(_zero, self.region, claim.pieces())
+            await trio.to_thread.run_sync(_zero, self._region, claim.pieces())
         except BaseException:
             self._fs.abandon_zeroing(claim)
             raise
@@ -244,23 +246,7 @@ class Session:
 
 
 def _load_handlers() -> None:
-    for name in ("freezing", "handlers"):
-        importlib.import_module(f"pkernfs.control.{name}")
-
-
-def _handlers(fs: FileSystem, session: Session) -> dict[str, Handler]:
-    """What may be asked through the control socket."""
-    from pkernfs.control import freezing
-    from pkernfs.control.handlers import TableRequests
-
-    async def ping(args: dict[str, Any]) -> dict[str, Any]:
-        return {"pid": os.getpid(), "region": session.region.name, "read_only": fs.read_only}
-
-    return {
-        "ping": ping,
-        **freezing.handlers(fs, session),
-        **TableRequests(fs, session).handlers(),
-    }
+    importlib.import_module("pkernfs.control.handlers")
 
 
 def _zero(region: Region, pieces: Iterable[tuple[int, int]]) -> None:

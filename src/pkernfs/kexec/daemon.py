@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 
-from pkernfs.control import client
+from pkernfs.control import client, protocol
 from pkernfs.control.mounts import Mount
 from pkernfs.errors import BusyError
 from pkernfs.kexec import users
@@ -49,12 +48,12 @@ class Daemon:
 
         :raises BusyError: files are open for writing, or it was handed over already.
         """
-        lease = client.stream(self._path, "handover_freeze")
+        lease = client.stream(self._path, protocol.Freeze())
         try:
             told = next(lease)
-            if "writers" in told:
-                raise self._busy({int(ino) for ino in told["writers"]})
-            yield Frozen(told["number"], bytes.fromhex(told["uuid"]))
+            if isinstance(told, protocol.OpenForWriting):
+                raise self._busy(set(told.inodes))
+            yield Frozen(told.number, told.uuid)
             for _ in lease:  # its end: the daemon has let go
                 pass
         finally:
@@ -69,7 +68,7 @@ class Daemon:
         served_by = None
         for user in users.mappers_of(self.mount.source):
             if served_by is None:
-                served_by = client.call(self._path, "ping")["pid"]
+                served_by = client.call(self._path, protocol.Ping()).pid
             if user.pid != served_by:
                 yield str(user)
 
@@ -78,28 +77,25 @@ class Daemon:
 
         :raises NoSpaceError: there is none; nothing was changed.
         """
-        made = client.call(self._path, "handover_make_list", bytes=size)
-        return ManifestFile(made["ino"], set(made["pages"]))
+        made = client.call(self._path, protocol.MakeManifest(size))
+        return ManifestFile(made.ino, set(made.pages))
 
     def write_manifest(self, ino: int, data: bytes) -> None:
         """Fill the manifest."""
         for at in range(0, len(data), _PIECE_BYTES):
-            piece = base64.b64encode(data[at : at + _PIECE_BYTES]).decode()
-            client.call(self._path, "handover_write_list", ino=ino, offset=at, data=piece)
+            piece = data[at : at + _PIECE_BYTES]
+            client.call(self._path, protocol.WriteManifest(ino, at, piece))
 
     def commit(self, ino: int, digest: int, flags: int) -> int:
         """Record the handover; return its number."""
-        number: int = client.call(
-            self._path, "handover_commit", ino=ino, digest=digest, flags=flags
-        )
-        return number
+        return client.call(self._path, protocol.Commit(ino, digest, flags)).number
 
     def abort(self) -> None:
         """Undo a handover.
 
         :raises InvalidError: there is none.
         """
-        client.call(self._path, "handover_abort")
+        client.call(self._path, protocol.Abort())
 
     def _busy(self, inos: set[int]) -> BusyError:
         who = list(users.users_of(self.mount, inos))
@@ -113,13 +109,13 @@ class Daemon:
 
     def needs(self) -> Needs:
         """Ask for the needs of the devices that depend on the mount's tables."""
-        told = client.call(self._path, "kexec_needs")
-        return Needs(told["devices"], told["cut"], told["scalable"], told["units"])
+        told = client.call(self._path, protocol.FindKexecNeeds())
+        return Needs(list(told.devices), list(told.cleared), told.scalable, list(told.units))
 
     def crash_jump(self, *, panic: bool) -> None:
         """Have the daemon give units the region's root table; ``panic``: and end this kernel."""
-        client.call(self._path, "kexec_jump", panic=panic)
+        client.call(self._path, protocol.CrashJump(panic))
 
     def undo_crash_jump(self) -> None:
         """Have the daemon give units the kernel's root table again."""
-        client.call(self._path, "kexec_undo")
+        client.call(self._path, protocol.UndoCrashJump())

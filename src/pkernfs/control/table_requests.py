@@ -1,0 +1,273 @@
+"""Requests about tables, and about a kexec with devices that depend on them.
+
+Changes run to their end on the event loop, as the file system's own operations do. What takes long
+(walking all names, a check, a long listing) gives way after each step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable, Generator
+from typing import TYPE_CHECKING, TypeVar
+
+import trio
+
+from pkernfs.control import protocol
+from pkernfs.control.protocol import Attached, ByteCount, Nothing, UnitNames
+from pkernfs.control.session import Session
+from pkernfs.dma import reports, snapshot
+from pkernfs.dma.activation import Activation
+from pkernfs.dma.crash_jump import Jump
+from pkernfs.dma.output import Output, Pause, Record, Status, Text
+from pkernfs.dma.table_files import ROOT_NAME
+from pkernfs.errors import TableDamageError
+from pkernfs.host.bars import read_bar
+from pkernfs.host.sysroot import HOST
+from pkernfs.iommu.check import Report
+from pkernfs.iommu.config import Config
+from pkernfs.iommu.context_walk import Mode
+from pkernfs.layout import IOMMU_INO
+from pkernfs.vtd.entries import check_source_id
+
+if TYPE_CHECKING:
+    from pkernfs.control.server import Handlers
+    from pkernfs.fs.filesystem import FileSystem
+
+_STEP_SECONDS = 0.0005
+
+T = TypeVar("T")
+
+
+class TableRequests:
+    """The handlers of one mount. What the requests mean is said with their classes."""
+
+    def __init__(self, fs: FileSystem, session: Session) -> None:
+        self._fs = fs
+        self._session = session
+        # Held by a change over the zeroing of what it maps, and by a check over its thread: both
+        # need tables that stay as they are. Nothing that serves the file system ever takes it.
+        self._lock = trio.Lock()
+        self._jump = Jump(fs)
+
+    def handlers(self) -> Handlers:
+        """The handlers by request."""
+        return {
+            protocol.CreateTables: self.create,
+            protocol.MapFile: self.map_file,
+            protocol.MapBar: self.map_bar,
+            protocol.Unmap: self.unmap,
+            protocol.Attach: self.attach,
+            protocol.Detach: self.detach,
+            protocol.Persist: self.persist,
+            protocol.Snapshot: self.snapshot,
+            protocol.CheckKernelTables: self.check_kernel_tables,
+            protocol.Switch: self.switch,
+            protocol.Activate: self.activate,
+            protocol.Deactivate: self.deactivate,
+            protocol.ListDevices: self.devices,
+            protocol.FindRoot: self.root,
+            protocol.Read: self.read,
+            protocol.FindKexecNeeds: self.kexec_needs,
+            protocol.CrashJump: self.crash_jump,
+            protocol.UndoCrashJump: self.undo_crash_jump,
+        }
+
+    # ------------------------------------------------------------------ changes
+
+    async def create(self, request: protocol.CreateTables) -> Nothing:
+        """Make root-pgtables."""
+        config = Config(Mode[request.mode.upper()], request.levels)
+        await self._change(lambda: self._fs.tables.create_root(config, request.size))
+        return Nothing()
+
+    async def map_file(self, request: protocol.MapFile) -> ByteCount:
+        """Map a range of a file."""
+        r, tables = request, self._fs.tables
+        count = await self._change(
+            lambda: tables.map_file(r.domain, r.iova, r.ino, r.offset, r.length, r.access),
+            r.domain,
+        )
+        await self._session.invalidate(r.ino)
+        return ByteCount(count)
+
+    async def map_bar(self, request: protocol.MapBar) -> ByteCount:
+        """Map a range of a BAR."""
+        r, tables = request, self._fs.tables
+        bar = read_bar(r.device, r.bar)
+        count = await self._change(
+            lambda: tables.map_bar(r.domain, r.iova, bar, r.offset, r.length, r.access), r.domain
+        )
+        return ByteCount(count)
+
+    async def unmap(self, request: protocol.Unmap) -> ByteCount:
+        """Unmap a range of addresses."""
+        domain, iova, length = request.domain, request.iova, request.length
+        count = await self._change(lambda: self._fs.tables.unmap(domain, iova, length), domain)
+        return ByteCount(count)
+
+    async def attach(self, request: protocol.Attach) -> Attached:
+        """Attach a device."""
+        domain, device = request.domain, request.device
+        return Attached(await self._change(lambda: self._fs.tables.attach(domain, device)))
+
+    async def detach(self, request: protocol.Detach) -> Nothing:
+        """Detach a device."""
+        await self._change(lambda: self._fs.tables.detach(request.device))
+        return Nothing()
+
+    async def persist(self, request: protocol.Persist) -> Nothing:
+        """Set whether a handover keeps a device's entries."""
+        await self._change(lambda: self._fs.tables.persist(request.device, request.on))
+        return Nothing()
+
+    async def snapshot(self, request: protocol.Snapshot) -> Attached:
+        """Read the kernel's tables in a thread, plan in steps, then change ours at once."""
+        number, source_id = request.domain, request.device
+        check_source_id(source_id)
+        tables = self._fs.tables
+        tables.domain(number)
+        kept = {d.source_id for d in tables.devices()} - tables.transient()
+        async with self._lock:
+            with Activation(self._fs).live() as live:
+                # Only memory that does not change hands meanwhile is read there.
+                reading = await trio.to_thread.run_sync(snapshot.read, live, source_id, kept)
+            plan = await self._in_steps(snapshot.plan(self._fs, HOST, reading))
+        return Attached(await self._change(lambda: snapshot.apply(self._fs, plan, number), number))
+
+    async def check_kernel_tables(self, request: protocol.CheckKernelTables) -> Nothing:
+        """See :meth:`Activation.check_live`."""
+        await self._looking(Activation(self._fs).check_live)
+        return Nothing()
+
+    async def switch(self, request: protocol.Switch) -> UnitNames:
+        """See :meth:`Activation.switch_units`; nothing but the jump may follow."""
+        async with self._lock:
+            return UnitNames(tuple(Activation(self._fs).switch_units()))
+
+    async def activate(self, request: protocol.Activate) -> UnitNames:
+        """Check the tables, and put them in force."""
+        async with self._lock:
+            report = await self._examine()
+            if not report.clean:
+                raise TableDamageError(
+                    f"activate: the tables are not sound: {report.found} problems, the first: "
+                    f"{report.findings[0].message}: see pkernfs iommu check"
+                )
+            names = Activation(self._fs).activate(list(request.units), cutting_off=request.cut_off)
+            return UnitNames(tuple(names))
+
+    async def deactivate(self, request: protocol.Deactivate) -> UnitNames:
+        """Have units translate no more."""
+        async with self._lock:
+            names = Activation(self._fs).deactivate(list(request.units), forced=request.force)
+            return UnitNames(tuple(names))
+
+    async def kexec_needs(self, request: protocol.FindKexecNeeds) -> protocol.KexecNeeds:
+        """See :meth:`Jump.needs`."""
+        needs = await self._looking(self._jump.needs)
+        return protocol.KexecNeeds(
+            tuple(needs.devices), tuple(needs.cut), needs.scalable, tuple(needs.units)
+        )
+
+    async def crash_jump(self, request: protocol.CrashJump) -> Nothing:
+        """Take the step before the next kernel; with ``panic`` there is no answer.
+
+        The loop stands still meanwhile: nothing else is to happen between the last look and the
+        jump, and the file system is frozen.
+        """
+        async with self._lock:
+            self._jump.go(panic=request.panic)
+        return Nothing()
+
+    async def undo_crash_jump(self, request: protocol.UndoCrashJump) -> Nothing:
+        """See :meth:`Jump.undo`."""
+        async with self._lock:
+            self._jump.undo()
+        return Nothing()
+
+    async def _looking(self, look: Callable[[], T]) -> T:
+        """Look at the tables in a thread, while they do not change."""
+        tables = self._fs.tables
+        async with self._lock:
+            tables.readers += 1
+            try:
+                return await trio.to_thread.run_sync(look)
+            finally:
+                tables.readers -= 1
+
+    async def _change(self, operation: Callable[[], T], number: int | None = None) -> T:
+        """Change root-pgtables, and dom-``number``."""
+        had_root = self._root_ino()
+        async with self._lock:
+            done = await self._session.with_zeroing(operation)
+        # What the kernel has of these files, or knows to be missing, is old.
+        if not had_root and self._root_ino():
+            await self._session.invalidate_name(IOMMU_INO, ROOT_NAME)
+        names = [ROOT_NAME] if number is None else [ROOT_NAME, b"dom-%d" % number]
+        for name in names:
+            if ino := self._fs.find(IOMMU_INO, name):
+                await self._session.invalidate(ino, data=True)
+        return done
+
+    def _root_ino(self) -> int:
+        return self._fs.find(IOMMU_INO, ROOT_NAME)
+
+    # ------------------------------------------------------------------ reading
+
+    async def devices(self, request: protocol.ListDevices) -> protocol.Devices:
+        """List the devices that are attached."""
+        return protocol.Devices(tuple(d.source_id for d in self._fs.tables.devices()))
+
+    async def root(self, request: protocol.FindRoot) -> protocol.RootTable:
+        """Tell where the root table is."""
+        root = self._fs.tables.root
+        return protocol.RootTable(None if root is None else root.root)
+
+    async def read(self, request: protocol.Read) -> AsyncIterator[Text | Record | Status]:
+        """Answer a question; text of one step is one item."""
+        question = request.question()
+        if question.what == "check":
+            output = await self._check(question.as_json)
+        else:
+            output = reports.answer(self._fs, question)
+        began = time.monotonic()
+        text: list[str] = []
+        for item in output:
+            if isinstance(item, Text):
+                text.append(item.text)
+            elif not isinstance(item, Pause):
+                yield item
+            if time.monotonic() - began > _STEP_SECONDS:
+                if text:
+                    yield Text("".join(text))
+                    text = []
+                await self._session.pause()
+                began = time.monotonic()
+        if text:
+            yield Text("".join(text))
+
+    async def _check(self, as_json: bool) -> Output:
+        async with self._lock:
+            report = await self._examine()
+        return reports.check_text(report, as_json=as_json)
+
+    async def _examine(self) -> Report:
+        """Check the tables in a thread, while they do not change."""
+        tables = self._fs.tables
+        tables.readers += 1
+        try:
+            given = await self._in_steps(reports.prepare_check(self._fs))
+            return await trio.to_thread.run_sync(given.run)
+        finally:
+            tables.readers -= 1
+
+    async def _in_steps(self, steps: Generator[Pause, None, T]) -> T:
+        while True:
+            began = time.monotonic()
+            while time.monotonic() - began < _STEP_SECONDS:
+                try:
+                    next(steps)
+                except StopIteration as end:
+                    done: T = end.value
+                    return done
+            await self._session.pause()

@@ -1,0 +1,54 @@
+"""What may be asked about tables, and what the answer is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+
+class Question(NamedTuple):
+    """What a command wants to read: ``what`` is translate, show, export or check.
+
+    ``domain`` is N of dom-N, ``device`` a source id, ``access`` READ, WRITE or both.
+    """
+
+    what: str
+    domain: int | None = None
+    device: int | None = None
+    iova: int | None = None
+    pasid: int | None = None
+    access: int = 0
+    as_json: bool = False
+    merge: bool = False
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text to print as it is, with its ends of line."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """A record of a JSON document (:func:`pkernfs.iommu.export.assemble`)."""
+
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Status:
+    """The exit status that the answer calls for."""
+
+    status: int
+
+
+@dataclass(frozen=True)
+class Pause:
+    """A place where others may be served."""
+
+
+PAUSE = Pause()
+
+Output = Iterator[Text | Record | Status | Pause]

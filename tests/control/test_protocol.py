@@ -1,0 +1,94 @@
+"""All that may be asked: each request and each answer goes over the wire and comes back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncIterator
+from typing import Any, get_args, get_origin, get_type_hints
+
+import pytest
+
+from pkernfs.control import protocol
+from pkernfs.control.handlers import handlers
+from pkernfs.control.protocol import BY_OP, REQUESTS
+from pkernfs.control.wire import (
+    Call,
+    Done,
+    Item,
+    Request,
+    Stream,
+    done_line,
+    item_line,
+    parse_answer,
+    parse_request,
+    request_line,
+)
+from pkernfs.dma.output import Question
+from pkernfs.fs.filesystem import FileSystem
+
+#: A value of each kind of field.
+VALUES: dict[Any, Any] = {int: 3, bool: True, str: "ü\n", bytes: b"\0\xff", dict: {"a": [1, None]}}
+
+
+def example(annotation: Any) -> Any:
+    """Something that the annotation allows."""
+    arguments = get_args(annotation)
+    if dataclasses.is_dataclass(annotation):
+        return made(annotation)
+    if get_origin(annotation) is tuple:
+        return (example(arguments[0]),) * 2
+    if arguments and isinstance(arguments[0], str):
+        return arguments[-1]  # of a Literal
+    if type(None) in arguments:
+        return example(arguments[0])
+    return VALUES[get_origin(annotation) or annotation]
+
+
+def made(kind: Any) -> Any:
+    """A message of the class."""
+    hints = get_type_hints(kind)
+    return kind(**{field.name: example(hints[field.name]) for field in dataclasses.fields(kind)})
+
+
+def test_every_request_is_registered_once() -> None:
+    found = {
+        one
+        for one in vars(protocol).values()
+        if isinstance(one, type) and issubclass(one, Request) and hasattr(one, "op")
+    }
+    assert found == set(REQUESTS)
+    assert len(BY_OP) == len(REQUESTS) == len(set(REQUESTS))
+
+
+@pytest.mark.parametrize("kind", REQUESTS)
+def test_requests_and_answers_come_back(kind: type[Request[Any]]) -> None:
+    request = made(kind)
+    assert parse_request(request_line(request).rstrip(b"\n"), BY_OP) == request
+    assert request_line(request).count(b"\n") == 1
+    for answer in map(made, kind.answers):
+        if issubclass(kind, Stream):
+            assert parse_answer(item_line(answer), request) == Item(answer)
+            assert parse_answer(done_line(None), request) == Done(None)
+        else:
+            assert parse_answer(done_line(answer), request) == Done(answer)
+
+
+def test_a_question_has_all_that_was_asked() -> None:
+    asked = protocol.Read("show", 1, 2, 3, 4, 1, True, True)
+    assert asked.question() == Question("show", 1, 2, 3, 4, 1, True, True)
+    assert [f.name for f in dataclasses.fields(asked)] == list(Question._fields)
+    assert protocol.Read("check").question() == Question("check")
+
+
+def test_each_request_has_a_handler_of_its_types(fs: FileSystem) -> None:
+    found = handlers(fs, None)  # type: ignore[arg-type]  # nothing is asked
+    assert set(found) == set(REQUESTS)
+    for kind, handler in found.items():
+        hints = get_type_hints(handler)
+        assert hints["request"] is kind
+        answer = hints["return"]
+        if issubclass(kind, Call):
+            assert (answer,) == kind.answers
+        else:
+            assert get_origin(answer) is AsyncIterator
+            assert get_args(get_args(answer)[0]) == kind.answers
