@@ -43,7 +43,7 @@ ONE = All(
 
 
 def as_json(message: object) -> Any:
-    """What arrives at the other end."""
+    """The fields that arrive at the other end."""
     return json.loads(json.dumps(encode(message)))
 
 

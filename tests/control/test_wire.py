@@ -22,7 +22,7 @@ from pkernfs.errors import InvalidError, NoSpaceError, PkernfsError
 from support.control import Serving, answer_to, connect, short_directory, socket_of
 from support.mounting import Mounted, run_pkernfs
 
-#: What the two ends say of each other.
+#: The line about two ends of different versions.
 SAYS = "the daemon of this mount speaks protocol {}, this program {}: unmount and mount again"
 
 
@@ -106,7 +106,7 @@ def test_a_client_of_another_version_is_told(tmp_path: Path) -> None:
 
 
 def old_answer(line: bytes) -> dict[str, Any]:
-    """What a daemon of version 1 answers; of a request that it takes for one it would do it."""
+    """The answer of a daemon of version 1, which does all that looks like a request to it."""
     request = json.loads(line)
     if not isinstance(request, dict) or not isinstance(request.get("op"), str):
         return {
@@ -117,7 +117,7 @@ def old_answer(line: bytes) -> dict[str, Any]:
 
 
 def next_answer(line: bytes) -> dict[str, Any]:
-    """What a daemon of the version after this one answers."""
+    """The answer of a daemon of the version after this one."""
     return {"protocol": VERSION + 1, "error": "some other line", "errno": errno.EPROTONOSUPPORT}
 
 

@@ -13,7 +13,7 @@ from pkernfs.fuse.background import Ready, in_background
 
 
 def status_of(serve: Callable[[Ready], None]) -> int:
-    """That of the first process, as the command has it."""
+    """The exit status of the first process, by way of the command."""
     return exit_status(lambda: in_background(serve, 5), "REGION", "/mnt")
 
 

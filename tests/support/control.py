@@ -43,7 +43,7 @@ def connect(path: Path) -> socket.socket:
 
 
 def answer_to(path: Path, request: bytes) -> dict[str, Any]:
-    """What the daemon answers to these bytes, sent as far as it takes them."""
+    """The daemon's answer to these bytes, sent as far as it takes them."""
     with connect(path) as connection:
         try:
             connection.sendall(request)

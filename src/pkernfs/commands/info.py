@@ -13,9 +13,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from pkernfs.control import client, protocol
 from pkernfs.control.mounts import FSTYPE, canonical_spec, mount_at, mount_of, mounts_of_region
-from pkernfs.control.wire import VersionError
 from pkernfs.errors import InvalidError, PkernfsError, one_line
 from pkernfs.host import boot
 from pkernfs.host.sysroot import HOST
@@ -70,7 +68,10 @@ def describe(spec: str) -> dict[str, Any]:
 
 
 def _verification(mount_point: str) -> dict[str, Any] | None:
-    """What has become of the handover before the mount; None if its daemon does not tell."""
+    """Ask for the outcome of the handover before the mount; None if the daemon does not tell."""
+    from pkernfs.control import client, protocol
+    from pkernfs.control.wire import VersionError
+
     try:
         found = asdict(client.call(mount_point, protocol.HandoverStatus()))
     except VersionError as e:

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def exit_status(mount: Callable[[], None], spec: str, mount_point: str) -> int:
-    """The status of a mount, as mount(8) has it: 0, or 32 after one line on stderr."""
+    """Mount; return the status of mount(8): 0, or 32 after one line on stderr."""
     from pkernfs.fuse.background import DaemonError
 
     try:

@@ -1,6 +1,6 @@
-"""Asking the daemon of a mount for something: the client's end of its control socket.
+"""The client's end of the control socket: asking the daemon of a mount for something.
 
-What may be asked is in :mod:`pkernfs.control.protocol`.
+The requests are in :mod:`pkernfs.control.protocol`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class NoDaemonError(PkernfsError):
 
 
 def call(path: str, request: Call[A]) -> A:
-    """Have the daemon of the mount that ``path`` is in do what is asked; its reply.
+    """Have the daemon of the mount that ``path`` is in do what is asked; return its reply.
 
     :raises PkernfsError: what the daemon failed with, or why it cannot be asked.
     """
@@ -42,7 +42,7 @@ def call(path: str, request: Call[A]) -> A:
 
 
 def stream(path: str, request: Stream[A]) -> Generator[A, None, None]:
-    """The same for a request that is answered by items, as they come. Ending early cancels it.
+    """Ask for a stream, and yield its items as they come. Ending early cancels it.
 
     :raises PkernfsError: as :func:`call`, also between items.
     """
@@ -52,7 +52,7 @@ def stream(path: str, request: Stream[A]) -> Generator[A, None, None]:
 
 
 def _answers(path: str, request: Request[Any]) -> Iterator[Item | Done]:
-    """Each line of the answer; the last one is :class:`Done`."""
+    """Yield each line of the answer; the last one is :class:`Done`."""
     with _connect(path) as connection:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have said why
             connection.sendall(wire.request_line(request))
@@ -82,7 +82,7 @@ def _parse(path: str, request: Request[Any], line: bytes) -> Item | Done | Pkern
 
 
 def find_mount(path: str) -> Mount:
-    """The pkernfs mount that ``path`` is in.
+    """Return the pkernfs mount that ``path`` is in.
 
     :raises InvalidError: it is in none.
     :raises NoDaemonError: its daemon has died.
@@ -101,7 +101,7 @@ def find_mount(path: str) -> Mount:
 
 
 def _connect(path: str) -> socket.socket:
-    """A connection to the daemon of the mount that ``path`` is in.
+    """Connect to the daemon of the mount that ``path`` is in.
 
     :raises PkernfsError: there is none, it does not listen, or it is somebody else's.
     """
@@ -154,6 +154,6 @@ for _kind in _every(PkernfsError):
 
 
 def _as_exception(message: str, number: int) -> PkernfsError:
-    """The error that the daemon had."""
+    """Make the error that the daemon had."""
     kind = _CLASSES.get(number)
     return RegionError(message, number) if kind is None else kind(message)

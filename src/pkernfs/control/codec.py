@@ -1,8 +1,8 @@
 """Frozen dataclasses as JSON, and back, with every check that their annotations call for.
 
-A field is an int (with its range, as ``Annotated[int, Between(...)]``), bool, str, bytes (base64 in
-JSON), a Literal of strings, a dict that is JSON as it is, another such dataclass, a tuple of one
-kind of these, or one of these or None. A field with a default may be missing.
+A field may be an int, with its range as ``Annotated[int, Between(...)]``; bool; str; bytes, which
+are base64 in JSON; a Literal of strings; another such dataclass; a dict, which is JSON as it is. It
+may be a tuple of one kind of these, and each may be None. A field with a default may be missing.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _short(text: str) -> str:
 
 
 class _Codec(NamedTuple):
-    """How a value becomes JSON, and how that is checked and becomes a value."""
+    """The way of a value to JSON, and its way back with the checks."""
 
     encode: Callable[[Any], Any]
     decode: Callable[[object], object]
@@ -74,12 +74,12 @@ class _Field(NamedTuple):
 
 
 def encode(message: object) -> dict[str, Any]:
-    """The fields of a dataclass, for :mod:`json`. Nothing is checked."""
+    """Return the fields of a dataclass for :mod:`json`, unchecked."""
     return {f.name: f.codec.encode(getattr(message, f.name)) for f in _fields(type(message))}
 
 
 def decode(kind: type[M], found: object, what: str) -> M:
-    """The ``kind`` whose fields are ``found`` in JSON; ``what`` is its name in messages.
+    """Make the ``kind`` whose fields are ``found`` in JSON; messages name it ``what``.
 
     :raises InvalidError: a field is missing, is not known, or has a value that it cannot have.
     """

@@ -1,4 +1,4 @@
-"""What is mounted where, from /proc/self/mountinfo; needs neither a region nor FUSE."""
+"""Mounts, from /proc/self/mountinfo; neither a region nor FUSE is needed."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ class Mount(NamedTuple):
 
 
 def read_mounts(path: str = "/proc/self/mountinfo") -> list[Mount]:
-    """Every mount that this process sees, in mounting order."""
+    """Return every mount that this process sees, in mounting order."""
     with open(path, encoding="utf-8", errors="surrogateescape") as file:
         return [_parse_line(line) for line in file]
 
 
 def mount_at(path: str) -> Mount | None:
-    """What is mounted on ``path`` itself (the topmost of several), dead or alive."""
+    """Return the mount on ``path`` itself (the topmost of several), dead or alive."""
     real = os.path.realpath(path)
     return next((m for m in reversed(read_mounts()) if m.mount_point == real), None)
 
 
 def own_mount(mount_point: str, source: str) -> Mount | None:
-    """This daemon's mount. Nothing is asked of the file system, so nobody has to answer."""
+    """Return this daemon's mount. The file system is not asked, so nobody has to answer."""
     found = (m for m in reversed(read_mounts()) if m.mount_point == mount_point)
     return next((m for m in found if (m.fstype, m.source) == (FSTYPE, source)), None)
 
 
 def mount_of(path: str) -> Mount | None:
-    """The mount that ``path`` is in, if it is a pkernfs.
+    """Return the mount that ``path`` is in, if it is a pkernfs.
 
     :raises OSError: there is no such path.
     """
@@ -59,12 +59,12 @@ def mount_of(path: str) -> Mount | None:
 
 
 def mounts_of_region(spec: str) -> list[str]:
-    """Mount points of the region ``spec``."""
+    """Return the mount points of the region ``spec``."""
     return [m.mount_point for m in read_mounts() if m.fstype == FSTYPE and m.source == spec]
 
 
 def canonical_spec(spec: str) -> str:
-    """A region spec as it is in mountinfo: that of a region has one form only.
+    """Return a region spec as it is in mountinfo: that of a region has one form only.
 
     File names become absolute, ``none`` what ``pkernfs=`` on the kernel command line names.
 

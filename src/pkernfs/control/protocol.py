@@ -1,4 +1,4 @@
-"""What may be asked of the daemon of a mount: a class for each request and for each answer.
+"""The requests to the daemon of a mount, and the answers: a dataclass for each.
 
 A request's bases say what answers it: ``Call[Reply]`` or ``Stream[Item]``. The annotations of its
 fields say which values they may have; both ends check them where a line arrives. How lines look is
@@ -30,7 +30,7 @@ class Nothing:
 
 @dataclass(frozen=True)
 class Pong:
-    """Who serves the mount. ``region`` is its spec, as in mountinfo."""
+    """The daemon of the mount. ``region`` is the region's spec, as in mountinfo."""
 
     pid: int
     region: str
@@ -123,7 +123,7 @@ class ChangedFile:
 
 @dataclass(frozen=True)
 class Verification:
-    """What has become of the handover before this mount."""
+    """The outcome of the handover before this mount."""
 
     state: Literal["none", "running", "done"]
     trouble: str
@@ -152,7 +152,7 @@ class CreateTables(Call[Nothing], op="iommu.create"):
 
 @dataclass(frozen=True)
 class ByteCount:
-    """How many bytes were mapped, or are not mapped any more."""
+    """The number of bytes that were mapped, or are not mapped any more."""
 
     count: Unsigned
 
@@ -318,7 +318,7 @@ class Read(Stream[Text | Record | Status], op="iommu.read"):
 
 @dataclass(frozen=True)
 class KexecNeeds:
-    """What the devices of a mount need of a kexec.
+    """The needs of a mount's devices in a kexec.
 
     ``devices`` must go on, ``cleared`` are those that a handover detaches, by names as ``lspci -D``
     has them. ``units`` are above the former. ``scalable`` is the mode of the tables.

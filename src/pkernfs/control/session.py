@@ -1,4 +1,4 @@
-"""What handlers of the control socket need of the session of their mount."""
+"""The session of a mount, as handlers of the control socket need it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Session(Protocol):
         """Have the kernel look a name up again, and read its directory again."""
 
     def writers(self) -> dict[int, int]:
-        """How often each inode is open for writing."""
+        """Count by inode how often each is open for writing."""
 
     def freed(self) -> None:
-        """Memory may have become free."""
+        """Be told that memory may have become free."""

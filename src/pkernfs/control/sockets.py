@@ -21,7 +21,7 @@ _CREDENTIALS = struct.Struct("3i")
 
 
 def runtime_directory(uid: int) -> str:
-    """Where the sockets of a user's daemons are."""
+    """Return the directory of the sockets of a user's daemons."""
     if not uid:
         return "/run/pkernfs"
     own = os.environ.get("XDG_RUNTIME_DIR") if uid == os.geteuid() else None
@@ -29,12 +29,12 @@ def runtime_directory(uid: int) -> str:
 
 
 def socket_name(device: int) -> str:
-    """The file name of a mount's socket; ``device`` is its ``st_dev``."""
+    """Return the file name of a mount's socket; ``device`` is the mount's ``st_dev``."""
     return f"{os.major(device)}:{os.minor(device)}.sock"
 
 
 def peer_user(getsockopt: Callable[[int, int, int], bytes]) -> int:
-    """The user at the other end of the socket that has this method.
+    """Return the user at the other end of the socket that has this method.
 
     :raises OSError: the socket is not connected.
     """

@@ -1,4 +1,4 @@
-"""What has become of the handover before a mount: compared in the daemon, and told."""
+"""The outcome of the handover before a mount: files are compared with it here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def describe(fs: FileSystem) -> Verification:
-    """How far the comparison with the handover is, and what it has found."""
+    """Return the state and the findings of the comparison with the handover."""
     arrival = fs.arrival
     if arrival is None or arrival.record is None:
         return Verification("none", "", 0, 0, 0, ())
@@ -54,7 +54,7 @@ async def verify(fs: FileSystem) -> None:
 
 
 def verify_now(fs: FileSystem) -> None:
-    """The same, before anybody is served."""
+    """Compare before anybody is served."""
     arrival = fs.arrival
     if arrival is None or arrival.verifier is None:
         return
@@ -65,7 +65,7 @@ def verify_now(fs: FileSystem) -> None:
 
 
 def lines(fs: FileSystem) -> list[str]:
-    """What a mount after a handover says: its kind and the gap, and what has changed."""
+    """Return the lines that a mount after a handover says: its kind, the gap, the changes."""
     arrival = fs.arrival
     if arrival is None or arrival.record is None:
         return []

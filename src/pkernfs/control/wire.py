@@ -45,7 +45,7 @@ class VersionError(PkernfsError):
 
 
 class Request(Generic[A]):
-    """What a client asks for; ``A`` is the class of the answer, or a union of such classes.
+    """A request of a client; ``A`` is the class of the answer, or a union of such classes.
 
     A subclass is a frozen dataclass; it names the operation as ``op`` among its bases.
     """
@@ -81,22 +81,22 @@ class Done(NamedTuple):
 
 
 def request_line(request: Request[Any]) -> bytes:
-    """The line of a request."""
+    """Return the line of a request."""
     return _line({"request": request.op, "arguments": encode(request)})
 
 
 def item_line(item: object) -> bytes:
-    """The line of an item."""
+    """Return the line of an item."""
     return _line({"item": type(item).__name__, "value": encode(item)})
 
 
 def done_line(reply: object | None) -> bytes:
-    """The last line: the reply, or None after a stream."""
+    """Return the last line: the reply, or None after a stream."""
     return _line({"done": None if reply is None else encode(reply)})
 
 
 def error_line(error: PkernfsError) -> bytes:
-    """The last line of a request that has failed, or is refused."""
+    """Return the last line for a request that has failed, or is refused."""
     return _line({"error": one_line(str(error)), "errno": error.errno})
 
 
@@ -105,7 +105,7 @@ def _line(content: dict[str, Any]) -> bytes:
 
 
 def parse_request(line: bytes, known: Mapping[str, type[Request[Any]]]) -> Request[Any]:
-    """The request in a line; ``known`` are the classes by operation.
+    """Return the request in a line; ``known`` are the classes by operation.
 
     :raises VersionError: it is of another version.
     :raises InvalidError: anything else about it is wrong.
@@ -130,7 +130,7 @@ def parse_request(line: bytes, known: Mapping[str, type[Request[Any]]]) -> Reque
 
 
 def parse_answer(line: bytes, request: Request[Any]) -> Item | Done | PkernfsError:
-    """What a line of the answer to ``request`` says; an error has only message and errno.
+    """Return the content of a line of the answer; an error has only message and errno.
 
     :raises VersionError: the daemon is of another version.
     :raises InvalidError, ValueError: it is not an answer to that.

@@ -1,4 +1,4 @@
-"""What may be asked about tables, and what the answer is made of."""
+"""Questions about tables, and the kinds of items in their answers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 
 class Question(NamedTuple):
-    """What a command wants to read: ``what`` is translate, show, export or check.
+    """A question of a command: ``what`` is translate, show, export or check.
 
     ``domain`` is N of dom-N, ``device`` a source id, ``access`` READ, WRITE or both.
     """

@@ -174,7 +174,7 @@ def _listen(mountpoint: str, mount: Mount | None) -> Listener | None:
 
 
 def _calm_collector() -> None:
-    """What is here stays, and a handler makes no cycles: look for them rarely, it takes long."""
+    """Look for cycles rarely: it takes long, all that is here stays, and handlers make none."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 20, 100)

@@ -26,8 +26,8 @@ _END = object()
 class DataRequests:
     """Write, copy, seek and preallocate; ``handlers`` are those of the same mount.
 
-    :attr:`invalidated` has the inodes of which the kernel knows that it does not know their
-    attributes, :attr:`without_capability` open files that are known to have no file capability.
+    :attr:`invalidated` has the inodes whose attributes the kernel was told to forget, and has not
+    asked for since. :attr:`without_capability` has open files without a file capability.
     """
 
     def __init__(self, handlers: Handlers) -> None:
@@ -37,7 +37,7 @@ class DataRequests:
         self.without_capability: set[int] = set()
 
     def drop_capability(self, ino: int) -> None:
-        """File capabilities do not survive a change of the file or its owner (KILLPRIV_V2)."""
+        """Remove the file capability, for the file or its owner changes (KILLPRIV_V2)."""
         if CAPABILITY in self._fs.listxattr(ino):
             self._fs.removexattr(ino, CAPABILITY)
 
@@ -117,7 +117,7 @@ class DataRequests:
             return -errno_of(self._fs, e)
 
     def on_fallocate(self, req: Any, ino: int, mode: int, offset: int, length: int) -> int:
-        """The first step at once; what zeroes much of a file goes on beside other requests."""
+        """Take the first step at once; the others beside other requests."""
         kill = shim.request.kill
 
         def start() -> Iterator[None]:
@@ -158,7 +158,7 @@ class DataRequests:
         return 0 if steps is None else await self._remaining(steps)
 
     def _clear_setid(self, ino: int) -> None:
-        """As the kernel does it: set-gid without group execution is not about privileges."""
+        """Clear the bits as the kernel does: set-gid without group execution is no privilege."""
         mode = self._fs.inode(ino).mode
         left = mode & ~(stat.S_ISUID | (stat.S_ISGID if mode & stat.S_IXGRP else 0))
         if left != mode:

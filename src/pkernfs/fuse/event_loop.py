@@ -69,7 +69,7 @@ class RecurringEvent:
 
 
 class FastTrio:
-    """What pyfuse3 sees as its ``trio`` (as pyfuse3.asyncio does): the same, but for two things.
+    """The ``trio`` that pyfuse3 sees, as pyfuse3.asyncio is one: the same, but for two things.
 
     Waiting for the device is skipped unless the last read found nothing, and the lock around it
     costs nothing. Every so often other tasks get their turn.

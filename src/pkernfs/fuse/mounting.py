@@ -1,4 +1,4 @@
-"""What the kernel and libfuse are told of a mount: its options, its tuning, its end."""
+"""Mounting and unmounting: options for libfuse, tuning of the kernel, the end of a mount."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def fuse_options(options: Options) -> set[str]:
 
 
 def tune_backing_device(device: int) -> None:
-    """Larger read-ahead, and no strict limit on what shared mappings may have dirty (root).
+    """Give a mount more read-ahead, and shared mappings more dirty pages (root).
 
     ``device`` is the mount's ``st_dev``, from mountinfo: a stat of the mount would hold it for a
     moment, in which umount(8) finds it busy.
@@ -66,7 +66,7 @@ def sync_and_unmount(mountpoint: str) -> str | None:
 
 
 def detach_what_is_left(mountpoint: str, source: str) -> None:
-    """Take away a mount that lost its daemon otherwise: a severed connection, a bug."""
+    """Detach a mount that lost its daemon otherwise: a severed connection, a bug."""
     left = mount_at(mountpoint)
     if left is not None and (left.fstype, left.source) == (FSTYPE, source):
         tool = ["umount", "-l"] if not os.geteuid() else ["fusermount3", "-u", "-z"]

@@ -82,7 +82,7 @@ class Operations(Handlers, pyfuse3.Operations):
     # ------------------------------------------------------------------ attributes
 
     def _attributes(self, ino: int) -> EntryAttributes:
-        """The inode's attributes as pyfuse3 wants them, made once for each change."""
+        """Return the inode's attributes as pyfuse3 wants them, made once for each change."""
         entry: EntryAttributes | None = self._cookies.get(ino)
         if entry is None:
             now = self.fs.stat(ino)
@@ -106,7 +106,7 @@ class Operations(Handlers, pyfuse3.Operations):
         return entry
 
     def _remembered(self, inode: Any) -> EntryAttributes:
-        """The same, for a reply that gives the kernel one more reference to the inode."""
+        """Return the same, for a reply that gives the kernel one more reference to the inode."""
         self.fs.remember(inode.ino)
         return self._attributes(inode.ino)
 
@@ -275,7 +275,7 @@ class Operations(Handlers, pyfuse3.Operations):
         self._opened.fh = ino | WRITER
 
     def _truncate(self, ino: int) -> Any:
-        """What O_TRUNC does; the kernel invalidates its own size, but not the mode."""
+        """Truncate for O_TRUNC; the kernel invalidates its own size, but not the mode."""
         before = self.fs.inode(ino).mode
         inode = self.fs.setattr(ino, size=0, privileged=not shim.request.kill)
         self.freed()
@@ -314,8 +314,8 @@ class Operations(Handlers, pyfuse3.Operations):
     async def fsync(self, fh: int, datasync: bool) -> None:
         """Nothing to do for memory; else msync in a thread.
 
-        Never ENOSYS: the kernel would stop asking, and since it does not notice that a daemon has
-        gone when it writes mapped pages back, an msync would succeed with nobody there.
+        Never ENOSYS: the kernel would stop asking. It does not notice that a daemon has gone when
+        it writes mapped pages back, and so an msync would succeed with nobody there.
         """
         if not self.fs.region.needs_sync:
             return

@@ -108,14 +108,14 @@ class Session:
             await server.run(self.listener)
 
     async def _verify(self) -> None:
-        """After a handover with digests: compare the files with them."""
+        """Compare the files with the digests of the handover, if it has some."""
         if self._fs.arrival is not None and self._fs.arrival.verifier is not None:
             from pkernfs.control.verification import verify
 
             await verify(self._fs)
 
     def writers(self) -> dict[int, int]:
-        """How often each inode is open for writing."""
+        """Count by inode how often each is open for writing."""
         return dict(self._operations.writers)
 
     # ------------------------------------------------------------------ the session loop
@@ -125,8 +125,10 @@ class Session:
         self._nursery.start_soon(self._loop)
 
     async def _loop(self) -> None:
-        """One reader. pyfuse3 starts no worker below the (unreachable) limit of tasks, and ends a
-        loop that comes back from a handler and finds another one reading.
+        """Read requests, until another loop reads.
+
+        pyfuse3 starts no worker below the (unreachable) limit of tasks, and ends a loop that comes
+        back from a handler and finds another one reading.
         """
         try:
             await pyfuse3.main(min_tasks=0, max_tasks=-(2**31))
@@ -142,7 +144,7 @@ class Session:
 
     @contextlib.asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
-        """Others are served meanwhile, but nobody else zeroes: what is free can be allocated."""
+        """Serve others meanwhile, but let nobody else zero: what is free can be allocated."""
         self._start_loop()
         async with self._zeroing:
             yield
@@ -202,7 +204,7 @@ class Session:
     # ------------------------------------------------------------------ zeroing
 
     def freed(self) -> None:
-        """Memory may have become free: see in a moment whether it has to be zeroed."""
+        """Look soon for memory that has to be zeroed: some may have become free."""
         if not self._dirty.is_set():
             self._dirty.set()
 

@@ -1,4 +1,4 @@
-"""What pyfuse3 and libfuse leave out, behind one typed module: all cffi for FUSE is here.
+"""The part of FUSE that pyfuse3 and libfuse leave out: all cffi for it is here.
 
 Import it before pyfuse3: the extension is loaded with its symbols global, so that pyfuse3's session
 is made by our ``fuse_session_new`` (shim.c). Then::
@@ -67,7 +67,7 @@ class Server(Protocol):
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What the FUSE connection came to.
+    """The capabilities of a FUSE connection.
 
     ``added_operations``: fallocate, lseek and copy_file_range are served. ``killpriv``: the daemon
     clears set-id bits and is told when. ``direct_mmap``: MAP_SHARED works on direct_io files.
@@ -93,7 +93,7 @@ def prepare(
     """Set up what the next session is to be; call it before ``pyfuse3.init``.
 
     ``fsname`` is the mount's source as it shall show in mount tables, any bytes. ``direct`` asks
-    for shared mappings of direct_io files, ``spin_us`` is how long (microseconds) a read of the
+    for shared mappings of direct_io files. ``spin_us`` is how long (microseconds) a read of the
     device looks for the next request before the event loop is entered.
     """
     global _server, _attached
@@ -137,13 +137,13 @@ def attach() -> None:
 
 
 def last_message() -> str:
-    """What libfuse complained about last, before :func:`attach`; without its prefix."""
+    """Return the last complaint of libfuse before :func:`attach`, without its prefix."""
     text = bytes(ffi.string(lib.pk_message)).decode(errors="replace").strip()
     return text.removeprefix("fuse: ")
 
 
 def capabilities() -> Capabilities:
-    """What was negotiated; complete once the first request has been answered."""
+    """Return what was negotiated; complete once the first request has been answered."""
     granted = lib.pk_negotiated.granted
     return Capabilities(
         added_operations=bool(lib.pk_tables),
@@ -157,17 +157,17 @@ def capabilities() -> Capabilities:
 
 
 def may_map_direct() -> bool:
-    """Whether shared mappings of direct_io files are being negotiated; for use in ``init()``."""
+    """Tell in ``init()`` whether shared mappings of direct_io files are being negotiated."""
     return _attached and bool(lib.pk_wanted & lib.pk_negotiated.offered & _DIRECT_IO_ALLOW_MMAP)
 
 
 def attached() -> bool:
-    """Whether reads of the device go through us, and do not block."""
+    """Tell whether reads of the device go through us, and do not block."""
     return _attached
 
 
 def took_a_break() -> bool:
-    """Whether the last read of the device found no request; asking clears the answer."""
+    """Tell whether the last read of the device found no request; asking clears the answer."""
     if lib.pk_idle:
         lib.pk_idle = 0
         return True

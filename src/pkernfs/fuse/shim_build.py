@@ -57,7 +57,7 @@ static int64_t pk_on_copy(void *, uint64_t, int64_t, uint64_t, int64_t, uint64_t
 
 
 def _pkg_config(what: str) -> list[str]:
-    """What pkg-config says of fuse3; Debian's default if there is no pkg-config."""
+    """Ask pkg-config about fuse3; return Debian's default if there is no pkg-config."""
     try:
         answer = subprocess.run(
             ["pkg-config", what, "fuse3"], check=True, capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""How the handlers of FUSE requests fail and wait: errnos, and zeroed memory.
+"""Failing and waiting of FUSE handlers: errnos, and zeroed memory.
 
 Handlers do not wait: the core runs to completion. Those that must (more zeroing than fits a
 request, fsync of a region on a disk) go through :attr:`Handlers.waiting`, which keeps other
@@ -29,10 +29,10 @@ _Result = TypeVar("_Result")
 
 
 class Waiting(Protocol):
-    """How a handler waits while other requests are served (the daemon provides it)."""
+    """The session's ways to wait in a handler while other requests are served."""
 
     def turn(self) -> contextlib.AbstractAsyncContextManager[object]:
-        """Others are served meanwhile, but nobody else zeroes: what is free can be allocated."""
+        """Serve others meanwhile, but let nobody else zero: what is free can be allocated."""
 
     async def settle(self) -> None:
         """Wait until the requests that are there already have been handled."""
@@ -51,7 +51,7 @@ class Waiting(Protocol):
 
 
 def errno_of(fs: FileSystem, error: BaseException) -> int:
-    """The errno for a failed operation; corruption ends writing, a bug leaves a traceback."""
+    """Return the errno of a failed operation; corruption ends writing, a bug leaves a traceback."""
     if isinstance(error, CorruptionError):
         fs.fail(str(error))  # logs it, once
         return error.errno
@@ -62,7 +62,7 @@ def errno_of(fs: FileSystem, error: BaseException) -> int:
 
 
 class Handlers:
-    """What the handlers of one mount share: the core, and how they wait.
+    """The common part of a mount's handlers: the core, and the way to wait.
 
     :attr:`waiting` is None where no session runs; :attr:`freed` is called when memory may have
     become free.
@@ -74,10 +74,10 @@ class Handlers:
         self.freed: Callable[[], None] = lambda: None
 
     def must_wait(self, error: BaseException) -> bool:
-        """Whether an operation that failed is to be tried again by :meth:`after_zeroing`.
+        """Tell whether :meth:`after_zeroing` shall try a failed operation again.
 
-        So it is if there is no space: blocks that are being zeroed cannot be allocated, and those
-        of a file that was unlinked just before come with a FORGET that has not been read yet.
+        So it is if there is no space: blocks that are being zeroed cannot be allocated. Those of a
+        file that was unlinked just before come with a FORGET that has not been read yet.
         """
         return self.waiting is not None and isinstance(error, (ZeroingNeeded, NoSpaceError))
 
