@@ -18,7 +18,7 @@ from pkernfs.errors import (
     PkernfsError,
     ReadOnlyError,
 )
-from pkernfs.fs import fsck, manifest, superblock
+from pkernfs.fs import fsck, manifest, state_page, superblock
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.layout import (
@@ -117,7 +117,7 @@ def changes_of(fs: FileSystem) -> dict[str, str]:
 
 def has_digests(handed: Handed) -> bool:
     page = handed.region.read(STATE_PAGE * PAGE, PAGE)
-    return bool(manifest.read_record(page).flags)
+    return bool(state_page.read_record(page).flags)
 
 
 # ---------------------------------------------------------------------- freezing
@@ -183,8 +183,8 @@ def test_abort_leaves_nothing(fs: FileSystem) -> None:
         fs.thaw()
         assert fs.statfs() == space
         page = fs.store.read(STATE_PAGE, MAGIC_STATE)
-        assert not any(manifest.read_record(page)[:2])
-        assert not manifest.read_history(page)
+        assert not any(state_page.read_record(page)[:2])
+        assert not state_page.read_history(page)
         assert_clean(fs.region)
     with pytest.raises(InvalidError, match="no handover to undo"):
         fs.thaw()
@@ -248,7 +248,7 @@ def test_nothing_has_changed(handed: Handed) -> None:
     assert not arrival.trouble
     assert not arrival.changes.all()
     digests = arrival.verifier is not None
-    entry = manifest.read_history(fs.store.read(STATE_PAGE, MAGIC_STATE))[0]
+    entry = state_page.read_history(fs.store.read(STATE_PAGE, MAGIC_STATE))[0]
     assert entry.result == (RESULT_EVERYTHING if digests else RESULT_METADATA)
     assert entry.number == 1
     assert entry.boot_id_after == bytes([9]) * 16
@@ -267,7 +267,7 @@ def test_nothing_has_changed(handed: Handed) -> None:
 
 def test_the_list_is_gone_after_the_mount(handed: Handed) -> None:
     page = handed.region.read(STATE_PAGE * PAGE, PAGE)
-    ino = manifest.read_record(page).list_ino
+    ino = state_page.read_record(page).list_ino
     fs = handed.mount()
     with pytest.raises(Exception, match="no such inode"):
         fs.inode(ino)
@@ -303,7 +303,7 @@ def test_changed_data_is_named(handed: Handed) -> None:
         if digests
         else {}
     )
-    entry = manifest.read_history(fs.store.read(STATE_PAGE, MAGIC_STATE))[0]
+    entry = state_page.read_history(fs.store.read(STATE_PAGE, MAGIC_STATE))[0]
     assert (entry.result, entry.changed) == (
         (RESULT_CHANGED, 3) if digests else (RESULT_METADATA, 0)
     )
@@ -359,7 +359,7 @@ def test_a_damaged_inode_page_keeps_nobody_else_from_being_used(handed: Handed) 
     # What the mount needs lies elsewhere.
     assert at != page_of(handed, ROOT_INO)
     page = handed.region.read(STATE_PAGE * PAGE, PAGE)
-    assert at != page_of(handed, manifest.read_record(page).list_ino)
+    assert at != page_of(handed, state_page.read_record(page).list_ino)
     handed.region.copy_in(at + (ino & 15) * INODE_BYTES + 40, b"\xff" * 8)
     fs = handed.mount()
     changes = changes_of(fs)
@@ -405,7 +405,7 @@ def test_a_removed_file_is_named(handed: Handed) -> None:
     before = handed.region.read(STATE_PAGE * PAGE, PAGE)
     with mock.patch("pkernfs.fs.manifest.load"):
         fs = handed.mount()
-        list_ino = manifest.read_record(before).list_ino
+        list_ino = state_page.read_record(before).list_ino
         assert list_ino
     fs.unlink(ROOT_INO, b"f3")
     fs.unmount()
@@ -416,7 +416,7 @@ def test_a_removed_file_is_named(handed: Handed) -> None:
 def test_a_damaged_list_is_no_reason_not_to_mount(handed: Handed, what: str) -> None:
     region = handed.region
     state = bytearray(region.read(STATE_PAGE * PAGE, PAGE))
-    record = manifest.read_record(state)
+    record = state_page.read_record(state)
     fs = handed.mount(read_only=True)
     at = fs.extents(record.list_ino)[0].region_offset
     data = bytearray(fs._read_list(record))
@@ -437,9 +437,9 @@ def test_a_damaged_list_is_no_reason_not_to_mount(handed: Handed, what: str) -> 
         data[:] = random.Random(3).randbytes(len(data))
         data[: len(data) // 2] = bytes(fs._read_list(record))[: len(data) // 2]
         record = record._replace(list_digest=crc64(data))
-    assert len(fs.extents(manifest.read_record(state).list_ino)) == 1
+    assert len(fs.extents(state_page.read_record(state).list_ino)) == 1
     region.copy_in(at, bytes(data))
-    manifest.write_record(state, record)
+    state_page.write_record(state, record)
     region.copy_in(STATE_PAGE * PAGE, bytes(state))
     reseal(region, STATE_PAGE * PAGE)
     fs = handed.mount()
@@ -518,7 +518,7 @@ def test_kinds_of_mounts() -> None:
         facts = superblock.describe(region)
         assert facts["arrival"] == "live update"
         found = [(e["arrival"], e["handover"] is not None) for e in facts["history"]]
-        assert found == [(manifest.ARRIVALS[kind], had) for kind, had in expected]
+        assert found == [(state_page.ARRIVALS[kind], had) for kind, had in expected]
         assert facts["history"][0]["gap_ns"] is None
 
 
@@ -565,7 +565,7 @@ def test_holes_cost_nothing() -> None:
         fs.run(lambda: fs.setattr(ino, size=1 << 40))
         fs.run(lambda: fs.write(ino, 1 << 39, b"middle"))
         hand_over(fs)
-        record = manifest.read_record(fs.store.read(STATE_PAGE, MAGIC_STATE))
+        record = state_page.read_record(fs.store.read(STATE_PAGE, MAGIC_STATE))
         assert record.list_bytes < 64 << 10
         fs.unmount()
         again = FileSystem.mount(region)
@@ -595,7 +595,7 @@ def test_pages_of_the_list(fs: FileSystem) -> None:
     """Every metadata page is in the list, and only intact ones of this file system."""
     populated(fs)
     hand_over(fs)
-    record = manifest.read_record(fs.store.read(STATE_PAGE, MAGIC_STATE))
+    record = state_page.read_record(fs.store.read(STATE_PAGE, MAGIC_STATE))
     listed = manifest.parse_list(fs._read_list(record), fs.superblock.uuid, 1)
     image = fsck.survey(fs.region)
     assert sorted(listed.pages) == sorted(image.metadata_pages())

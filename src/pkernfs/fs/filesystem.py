@@ -37,7 +37,7 @@ from pkernfs.errors import (
     TooManyLinksError,
     ZeroingNeeded,
 )
-from pkernfs.fs import manifest, superblock
+from pkernfs.fs import manifest, state_page, superblock
 from pkernfs.fs.extents import LAST_PAGE, ExtentMap
 from pkernfs.fs.inodes import Inode, InodeTable, Stat
 from pkernfs.fs.names import Names, check_name, is_table_name
@@ -191,7 +191,7 @@ class FileSystem:
         return fs
 
     def _start(self) -> None:
-        state = superblock.load_state(self.store.read(STATE_PAGE, MAGIC_STATE))
+        state = state_page.load(self.store.read(STATE_PAGE, MAGIC_STATE))
         if state.flags & STATE_FLAG_ERROR:
             log.warning("%s: errors were found earlier: run fsck.pkernfs", self.region.name)
         if state.state == STATE_CLEAN:
@@ -238,16 +238,16 @@ class FileSystem:
         """Change fields of the state page, and the handover record and history if given."""
         with self.store:
             page = self.store.edit(STATE_PAGE, MAGIC_STATE)
-            before = superblock.load_state(page)
+            before = state_page.load(page)
             if arrival is not None:
                 changes["arrival"] = arrival.kind
                 entry = _history_entry(before, arrival, changes["boot_id"])
                 if entry is not None:
-                    manifest.push_history(page, entry)
+                    state_page.push_history(page, entry)
                 record = NO_HANDOVER
             STATE.pack_into(page, STATE_OFFSET, *before._replace(**changes))  # type: ignore[arg-type]
             if record is not None:
-                manifest.write_record(page, record)
+                state_page.write_record(page, record)
 
     # ------------------------------------------------------------------ handover
 
@@ -259,7 +259,7 @@ class FileSystem:
         arrival = self.arrival = manifest.Arrival(kind, self._clock())
         if state.state != STATE_FROZEN:
             return arrival
-        record = manifest.read_record(self.store.read(STATE_PAGE, MAGIC_STATE))
+        record = state_page.read_record(self.store.read(STATE_PAGE, MAGIC_STATE))
         arrival.record = record
         if not record.list_ino:
             arrival.trouble = "the handover has left no list to compare with"
@@ -305,8 +305,8 @@ class FileSystem:
             raise InvalidError("there is no handover to undo")
         self.read_only = self.frozen = False
         page = self.store.read(STATE_PAGE, MAGIC_STATE)
-        record = manifest.read_record(page)
-        if superblock.load_state(page).state == STATE_FROZEN:
+        record = state_page.read_record(page)
+        if state_page.load(page).state == STATE_FROZEN:
             self._set_state(state=STATE_MOUNTED, record=NO_HANDOVER)
         if self._failed_frozen is not None:
             self.fail(self._failed_frozen)
@@ -387,7 +387,7 @@ class FileSystem:
             flags,
             NO_PHYSICAL if self.region.phys_base is None else self.region.phys_base,
         )
-        if superblock.load_state(page).state == STATE_FROZEN:
+        if state_page.load(page).state == STATE_FROZEN:
             raise InvalidError("handed over already")
         if list_ino and digest.crc64(self._read_list(record)) != list_digest:
             raise CorruptionError("the handover's list: its bytes did not arrive")
@@ -408,7 +408,7 @@ class FileSystem:
     @property
     def next_handover(self) -> int:
         """The number of the next handover."""
-        entries = manifest.read_history(self.store.read(STATE_PAGE, MAGIC_STATE))
+        entries = state_page.read_history(self.store.read(STATE_PAGE, MAGIC_STATE))
         return 1 + max((entry.number for entry in entries), default=0)
 
     def end_verification(self) -> None:
@@ -419,9 +419,9 @@ class FileSystem:
             return
         with self.store:
             page = self.store.edit(STATE_PAGE, MAGIC_STATE)
-            entries = manifest.read_history(page)
+            entries = state_page.read_history(page)
             if entries and entries[0].mounted_at == arrival.mounted_at:
-                manifest.set_newest(
+                state_page.set_newest(
                     page, entries[0]._replace(result=arrival.result, changed=len(arrival.changes))
                 )
 
@@ -528,7 +528,7 @@ class FileSystem:
         log.error("%s: %s: read-only from here on; run fsck.pkernfs", self.region.name, reason)
         try:
             page = self.store.read(STATE_PAGE, MAGIC_STATE)
-            flags = superblock.load_state(page).flags
+            flags = state_page.load(page).flags
             self._set_state(flags=flags | STATE_FLAG_ERROR)
         except PkernfsError as e:
             log.error("%s: cannot note the error: %s", self.region.name, e)

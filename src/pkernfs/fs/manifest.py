@@ -1,8 +1,8 @@
-"""What a handover leaves in a region, and what a mount makes of it (docs/format.md, 4 and 11).
+"""A handover's list, and the comparison of a region with it (docs/format.md, section 11).
 
-The record and the history in the state page, and the list: made by the command, kept by the file
-system in a file without a name, compared by the first mount after it. Nothing here stores into a
-region; when that happens is :mod:`pkernfs.fs.filesystem`'s business.
+The list is made by the command, kept by the file system in a file without a name, and compared by
+the first mount after it. Nothing here stores into a region; when that happens is
+:mod:`pkernfs.fs.filesystem`'s business.
 """
 
 from __future__ import annotations
@@ -10,21 +10,12 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pkernfs.errors import CorruptionError, NotFoundError, PkernfsError
 from pkernfs.layout import (
-    ARRIVAL_FIRST_BOOT,
-    ARRIVAL_LIVE_UPDATE,
-    ARRIVAL_REMOUNT,
-    HANDOVER,
     HANDOVER_FLAG_DIGESTS,
-    HANDOVER_OFFSET,
     HEADER,
-    HISTORY,
-    HISTORY_BYTES,
-    HISTORY_ENTRIES,
-    HISTORY_OFFSET,
     LIST,
     LIST_CHUNK,
     LIST_CHUNK_BYTES,
@@ -34,7 +25,6 @@ from pkernfs.layout import (
     LIST_SLOTS,
     MAGIC_INODES,
     MAGIC_NAMES,
-    NO_HANDOVER,
     PAGE,
     RESULT_CHANGED,
     RESULT_EVERYTHING,
@@ -42,7 +32,6 @@ from pkernfs.layout import (
     RESULT_UNKNOWN,
     SLOTS_PER_INODE_PAGE,
     HandoverFields,
-    HistoryFields,
     ListFields,
 )
 from pkernfs.region import digest
@@ -54,99 +43,11 @@ if TYPE_CHECKING:
 
 Buffer = bytes | bytearray | memoryview
 
-ARRIVALS = {
-    ARRIVAL_FIRST_BOOT: "first boot",
-    ARRIVAL_LIVE_UPDATE: "live update",
-    ARRIVAL_REMOUNT: "remount",
-}
-RESULTS = {
-    RESULT_UNKNOWN: "unknown",
-    RESULT_METADATA: "metadata unchanged",
-    RESULT_EVERYTHING: "unchanged",
-    RESULT_CHANGED: "changed",
-}
-
 # An inode table that grows gets at most 64 pages; the rest are a few nodes and page maps.
 _ROOM_BYTES = 64 * (LIST_PAGE.size + LIST_SLOTS.size) + 64 * LIST_PAGE.size
 _VERIFY_BYTES = 256 << 20  # of one batch: what an unmount may have to wait for
 _VERIFY_CHUNKS = 4096
 _NICE = 10  # of the threads that verify while others work
-
-
-# ------------------------------------------------------------------------------ the state page
-
-
-def read_record(state_page: Buffer) -> HandoverFields:
-    """The handover record; all zero if there is none."""
-    return HandoverFields(*HANDOVER.unpack_from(state_page, HANDOVER_OFFSET))
-
-
-def write_record(state_page: bytearray | memoryview, record: HandoverFields) -> None:
-    """Put a record into the image of a state page."""
-    HANDOVER.pack_into(state_page, HANDOVER_OFFSET, *record)
-
-
-def read_history(state_page: Buffer) -> list[HistoryFields]:
-    """The history, the newest entry first."""
-    found = []
-    for i in range(HISTORY_ENTRIES):
-        entry = HistoryFields(*HISTORY.unpack_from(state_page, HISTORY_OFFSET + i * HISTORY_BYTES))
-        if not entry.mounted_at:
-            break
-        found.append(entry)
-    return found
-
-
-def push_history(state_page: bytearray | memoryview, entry: HistoryFields) -> None:
-    """Add an entry in front; the oldest one goes if there are too many."""
-    end = HISTORY_OFFSET + (HISTORY_ENTRIES - 1) * HISTORY_BYTES
-    older = bytes(state_page[HISTORY_OFFSET:end])
-    state_page[HISTORY_OFFSET + HISTORY_BYTES : end + HISTORY_BYTES] = older
-    set_newest(state_page, entry)
-
-
-def set_newest(state_page: bytearray | memoryview, entry: HistoryFields) -> None:
-    """Replace the newest entry."""
-    data = HISTORY.pack(*entry)
-    state_page[HISTORY_OFFSET : HISTORY_OFFSET + HISTORY_BYTES] = data + bytes(
-        HISTORY_BYTES - len(data)
-    )
-
-
-def describe(state_page: Buffer, frozen: bool) -> dict[str, Any]:
-    """Record and history for ``pkernfs info --json``."""
-    record = read_record(state_page)
-    facts: dict[str, Any] = {"handover": None}
-    if frozen:
-        facts["handover"] = {
-            "number": record.number,
-            "handed_over_ns": record.handed_over_at,
-            "boot_id": uuid_text(record.boot_id),
-            "digests": bool(record.flags & HANDOVER_FLAG_DIGESTS),
-        }
-    facts["history"] = [_describe_entry(entry) for entry in read_history(state_page)]
-    return facts
-
-
-def _describe_entry(entry: HistoryFields) -> dict[str, Any]:
-    handed_over = bool(entry.handed_over_at)
-    return {
-        "arrival": ARRIVALS.get(entry.arrival, "unknown"),
-        "handover": entry.number if handed_over else None,
-        "handed_over_ns": entry.handed_over_at,
-        "mounted_ns": entry.mounted_at,
-        "gap_ns": entry.mounted_at - entry.handed_over_at if handed_over else None,
-        "boot_id_before": uuid_text(entry.boot_id_before),
-        "boot_id_after": uuid_text(entry.boot_id_after),
-        "result": RESULTS.get(entry.result, "unknown"),
-        "changed": entry.changed,
-    }
-
-
-def uuid_text(uuid: bytes) -> str:
-    """16 bytes as a UUID is written."""
-    h = uuid.hex()
-    return f"{h[:8]}-{h[8:12]}-{h[12:16]}-{h[16:20]}-{h[20:]}"
 
 
 # ------------------------------------------------------------------------------ the list
@@ -402,8 +303,8 @@ def compare_metadata(
 class Arrival:
     """What a mount has found of the handover before it.
 
-    ``kind``: see :data:`ARRIVALS`. ``record`` is None without a handover. ``trouble`` says why
-    nothing could be compared.
+    ``kind``: see :data:`pkernfs.fs.state_page.ARRIVALS`. ``record`` is None without a handover.
+    ``trouble`` says why nothing could be compared.
     """
 
     kind: int
@@ -586,6 +487,3 @@ def _device_access(fs: FileSystem, change: Change) -> str | None:
         return fs.holder(change.ino) if change.chunks else None
     except PkernfsError:
         return None
-
-
-__all__ = ["NO_HANDOVER", "Arrival", "Change", "Changes", "HandoverList", "Verifier"]

@@ -1,4 +1,4 @@
-"""The superblock and the state page: loading, validating, describing (docs/format.md, 3 and 4)."""
+"""The superblock: loading, validating, describing what is in a region (docs/format.md, 3)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pkernfs.errors import CorruptionError, FormatError
-from pkernfs.fs import manifest
+from pkernfs.fs import state_page
 from pkernfs.layout import (
     BACKUP_PAGE,
     BLOCK,
@@ -27,27 +27,20 @@ from pkernfs.layout import (
     RANGE,
     RANGES_OFFSET,
     SIGNATURE,
-    STATE,
-    STATE_CLEAN,
     STATE_FLAG_ERROR,
     STATE_FROZEN,
-    STATE_MOUNTED,
-    STATE_OFFSET,
     STATE_PAGE,
     SUPERBLOCK,
     SUPERBLOCK_OFFSET,
     SUPERBLOCK_PAGE,
     VERSION_MAJOR,
     RangeFields,
-    StateFields,
     SuperblockFields,
 )
 from pkernfs.region.checksum import page_checksum
 from pkernfs.region.region import Region
 
 log = logging.getLogger(__name__)
-
-STATE_NAMES = {STATE_CLEAN: "clean", STATE_MOUNTED: "mounted", STATE_FROZEN: "frozen"}
 
 
 @dataclass(frozen=True)
@@ -194,17 +187,6 @@ def check_features(sb: Superblock) -> bool:
     return not sb.fields.feature_ro_compat & ~FEATURES_RO_COMPAT
 
 
-def load_state(page: bytes | memoryview) -> StateFields:
-    """Decode the state page (already checked as a page).
-
-    :raises CorruptionError: a state that does not exist.
-    """
-    state = StateFields(*STATE.unpack_from(page, STATE_OFFSET))
-    if state.state not in STATE_NAMES:
-        raise CorruptionError(f"state page: bad state: got {state.state}")
-    return state
-
-
 def describe(region: Region) -> dict[str, Any]:
     """What `pkernfs info` shows, from the region alone (it may be mounted meanwhile).
 
@@ -215,7 +197,7 @@ def describe(region: Region) -> dict[str, Any]:
     magic, checksum, *_ = HEADER.unpack_from(page)
     info: dict[str, Any] = {
         "label": sb.label,
-        "uuid": manifest.uuid_text(sb.uuid),
+        "uuid": state_page.uuid_text(sb.uuid),
         "version": f"{sb.fields.version_major}.{sb.fields.version_minor}",
         "region_bytes": sb.fields.region_bytes,
         "page_bytes": PAGE,
@@ -230,16 +212,16 @@ def describe(region: Region) -> dict[str, Any]:
         "ranges": [_describe_range(region, r) for r in sb.ranges],
     }
     if magic == MAGIC_STATE and checksum == page_checksum(page):
-        state = load_state(page)
+        state = state_page.load(page)
         info |= {
-            "state": STATE_NAMES[state.state],
+            "state": state_page.STATE_NAMES[state.state],
             "errors": bool(state.flags & STATE_FLAG_ERROR),
             "mounts": state.mounts,
             "mounted_ns": state.mounted_at,
             "unmounted_ns": state.unmounted_at,
-            "boot_id": manifest.uuid_text(state.boot_id),
-            "arrival": manifest.ARRIVALS.get(state.arrival),
-            **manifest.describe(page, state.state == STATE_FROZEN),
+            "boot_id": state_page.uuid_text(state.boot_id),
+            "arrival": state_page.ARRIVALS.get(state.arrival),
+            **state_page.describe(page, state.state == STATE_FROZEN),
         }
     else:
         info["state"] = "damaged"
