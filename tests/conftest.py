@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, settings
 
 from guestlab import GuestLabError, kernel, qemu
 from kexeclab.runner import Lab
+from pkernfs.dma.mount import mount_filesystem
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
 from support.checking import MemoryFile, assert_clean
@@ -123,7 +124,7 @@ def fs(request: pytest.FixtureRequest) -> Iterator[FileSystem]:
     """
     with MemoryFile(getattr(request, "param", 64 << 20)) as memory, memory.open() as region:
         make_filesystem(region)
-        mounted = FileSystem.mount(region)
+        mounted = mount_filesystem(region)
         yield mounted
         assert_clean(region)
         mounted.unmount()

@@ -173,6 +173,13 @@ def test_the_checker_does_not_use_what_it_checks() -> None:
             assert not ours(tree) & writers, name
 
 
+def test_the_file_system_knows_no_iommu() -> None:
+    """Whoever mounts it gives it pins; only fsck looks into tables."""
+    for name, tree in MODULES.items():
+        if package(name) == "fs" and not name.startswith("fs.fsck"):
+            assert not {package(other) for other in ours(tree)} & {"vtd", "iommu", "units"}, name
+
+
 def test_core_works_without_fuse() -> None:
     """Every module but the adapter is imported where pyfuse3 and trio are not to be had."""
     core = sorted(set(MODULES) - ASYNCHRONOUS - {"fuse.shim"})

@@ -19,7 +19,7 @@ from typing import Any
 
 from cffi import FFI
 
-from pkernfs.fs.filesystem import FileSystem
+from pkernfs.dma.mount import mount_filesystem
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.region.digest import cores, digest_all
 from pkernfs.region.region import Region
@@ -86,7 +86,7 @@ def _make(path: Path, size: int) -> None:
     Region.create(str(path), size)
     with Region.open(str(path), write=True) as region:
         make_filesystem(region)
-        fs = FileSystem.mount(region)
+        fs = mount_filesystem(region)
         parents = [fs.mkdir(1, b"d%d" % i, 0o755, 0, 0).ino for i in range(10)]
         for i in range(1000):
             ino = fs.create(parents[i % 10], b"f%d" % i, 0o100644, 0, 0).ino

@@ -17,6 +17,7 @@ from typing import Any
 
 from cffi import FFI
 
+from pkernfs.dma.mount import mount_filesystem, tables_of
 from pkernfs.errors import BusyError
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
@@ -98,24 +99,24 @@ def _files_round() -> dict[str, float]:
     os.ftruncate(fd, FILES_BYTES)
     region = Region.open(f"/proc/self/fd/{fd}", write=True, phys_base=PHYS_BASE)
     make_filesystem(region)
-    fs = FileSystem.mount(region)
+    fs = mount_filesystem(region)
     guest = _file(fs, ROOT_INO, b"guest", 64 * GIB)
     for name, size in ((b"dom-0", 2 * MIB), (b"dom-1", 64 * MIB)):
         _file(fs, IOMMU_INO, name, size)
-    fs.tables.create_root()
+    tables_of(fs).create_root()
     for number in range(UNLINKS):
         _file(fs, ROOT_INO, b"%d" % number, 4 * MIB)
     (_low, at, _length), *_ = fs.pieces(guest, 0, PAGE)
     start = (PHYS_BASE + at) % GIB  # as aligned as memory is: 1 GiB leaves
     found["file-map-2m"] = _milliseconds(
-        lambda: fs.tables.map_file(0, GIB + start + 2 * MIB, guest, 0, 64 * GIB, 3)
+        lambda: tables_of(fs).map_file(0, GIB + start + 2 * MIB, guest, 0, 64 * GIB, 3)
     )
     found["file-map-4k"] = _milliseconds(
-        lambda: fs.tables.map_file(1, GIB + start + PAGE, guest, 0, 16 * GIB, 3)
+        lambda: tables_of(fs).map_file(1, GIB + start + PAGE, guest, 0, 16 * GIB, 3)
     )
     fs.unmount()
-    found["mount"] = _milliseconds(lambda: FileSystem.mount(region))
-    fs = FileSystem.mount(region)
+    found["mount"] = _milliseconds(lambda: mount_filesystem(region))
+    fs = mount_filesystem(region)
     found["unlink-first"] = _milliseconds(lambda: fs.unlink(ROOT_INO, b"0"))
     rest = [
         _milliseconds(partial(fs.unlink, ROOT_INO, b"%d" % number)) for number in range(1, UNLINKS)
@@ -124,7 +125,7 @@ def _files_round() -> dict[str, float]:
     with contextlib.suppress(BusyError):
         fs.unlink(ROOT_INO, b"guest")
         sys.exit("unlink of a mapped file")
-    leaves = {n: table.used_pages for n, table in fs.tables.domains.items()}
+    leaves = {n: table.used_pages for n, table in tables_of(fs).domains.items()}
     if leaves[0] < 64 or leaves[1] < 16 * 512:
         sys.exit(f"other leaves than wanted: {leaves}")
     region.close()

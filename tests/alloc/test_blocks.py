@@ -15,8 +15,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from pkernfs.alloc import bitmap
 from pkernfs.alloc.blocks import INLINE_ZERO_BLOCKS, BlockAllocator, Claim
 from pkernfs.alloc.pages import PageAllocator
+from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import CorruptionError, NoSpaceError, ZeroingNeeded
-from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.layout import (
     BLOCK,
@@ -53,10 +53,10 @@ class Space:
 
     def load(self) -> None:
         """From what the region says, and nothing else."""
-        fs = FileSystem.mount(self.region)
+        fs = mount_filesystem(self.region)
         self.store = fs.store
-        self.blocks: BlockAllocator = fs._blocks
-        self.pages: PageAllocator = fs._pages
+        self.blocks: BlockAllocator = fs.super.blocks
+        self.pages: PageAllocator = fs.super.pages
 
     def close(self) -> None:
         self.region.close()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from pkernfs.dma.mount import tables_of
 from pkernfs.errors import (
     BusyError,
     InvalidError,
@@ -60,7 +61,7 @@ def legacy(tmp_path: Path) -> Iterator[Rig]:
 
 
 def test_changes_are_obeyed_when_they_return(rig: Rig) -> None:
-    tables = rig.fs.tables
+    tables = tables_of(rig.fs)
     ram = rig.file("ram", 8 * MIB)
     tables.map_file(0, AT, ram, 0, None, 3)
     rig.activate()
@@ -81,7 +82,7 @@ def test_changes_are_obeyed_when_they_return(rig: Rig) -> None:
 
 
 def test_devices_come_and_go(rig: Rig) -> None:
-    tables = rig.fs.tables
+    tables = tables_of(rig.fs)
     rig.activate()
     first = rig.file("first", PAGE)
     rig.put(first, 0, 0x11)
@@ -110,7 +111,7 @@ def test_with_a_kernel_that_remaps_interrupts(rig: Rig, laps: int) -> None:
         kernel.submit()
     ram = rig.file("ram", 2 * MIB)
     rig.put(ram, 0, 0x77)
-    tables = rig.fs.tables
+    tables = tables_of(rig.fs)
     tables.map_file(0, AT, ram, 0, None, 3)
     rig.activate()
     assert rig.unit().state().queue_on
@@ -129,27 +130,27 @@ def test_with_a_kernel_that_remaps_interrupts(rig: Rig, laps: int) -> None:
 def test_the_next_daemon_finds_them_in_force(rig: Rig) -> None:
     ram = rig.file("ram", 2 * MIB)
     rig.put(ram, 0, 0x88)
-    rig.fs.tables.map_file(0, AT, ram, 0, None, 3)
+    tables_of(rig.fs).map_file(0, AT, ram, 0, None, 3)
     rig.activate()
     assert rig.load(FIRST, AT) == 0x88
     # Killed after the commit of an unmap, before the unit was told.
-    rig.fs.tables.domain(0).unmap(AT, 2 * MIB)
+    tables_of(rig.fs).domain(0).unmap(AT, 2 * MIB)
     assert rig.load(FIRST, AT) == 0x88, "nothing was cached: nothing is shown"
     rig.remount()
-    assert rig.fs.tables.walking is None
+    assert tables_of(rig.fs).walking is None
     rig.activation().adopt()
-    assert rig.fs.tables.walking is not None
+    assert tables_of(rig.fs).walking is not None
     assert rig.load(FIRST, AT) is None
-    rig.fs.tables.map_file(0, AT, rig.fs.find(ROOT_INO, b"ram"), 0, None, 3)
+    tables_of(rig.fs).map_file(0, AT, rig.fs.find(ROOT_INO, b"ram"), 0, None, 3)
     assert rig.load(FIRST, AT) == 0x88
-    rig.fs.tables.unmap(0, AT, 2 * MIB)
+    tables_of(rig.fs).unmap(0, AT, 2 * MIB)
     assert rig.load(FIRST, AT) is None
 
 
 def test_a_mount_of_which_nothing_is_in_force(rig: Rig) -> None:
     rig.remount()
     rig.activation().adopt()
-    assert rig.fs.tables.walking is None
+    assert tables_of(rig.fs).walking is None
     with pytest.raises(NotFoundError, match="no unit walks the tables"):
         rig.activation().deactivate([], forced=True)
 
@@ -165,13 +166,13 @@ def test_off_again(rig: Rig) -> None:
         Path(rig.host.path(f"sys/bus/pci/devices/{name}/config")).write_bytes(config())
     assert rig.activation().deactivate(["all"], forced=False) == ["dmar0"]
     assert not rig.unit().state().translating
-    assert rig.fs.tables.walking is None
+    assert tables_of(rig.fs).walking is None
     rig.activate()
     assert rig.load(FIRST, AT) is None
 
 
 def test_what_a_walking_unit_keeps_in_place(legacy: Rig) -> None:
-    tables = legacy.fs.tables
+    tables = tables_of(legacy.fs)
     legacy.activate()
     for device in (FIRST, SECOND):
         tables.detach(device)
@@ -196,9 +197,9 @@ def test_devices_that_must_not_be_attached_meanwhile(legacy: Rig) -> None:
     add_device(root, "0000:00:1c.0", config(kind=6, express=4))
     add_device(root, "0000:00:1c.0/0000:01:00.0", config(express=0))
     with pytest.raises(InvalidError, match=r"0000:01:00.0: below dmar1, which does not walk"):
-        legacy.fs.tables.attach(0, 0x100)
+        tables_of(legacy.fs).attach(0, 0x100)
     with pytest.raises(InvalidError, match=r"0000:00:07.0: there is none"):
-        legacy.fs.tables.attach(0, 0x38)
+        tables_of(legacy.fs).attach(0, 0x38)
 
 
 def test_a_unit_that_does_not_obey_ends_all_changes(legacy: Rig) -> None:
@@ -214,11 +215,11 @@ def test_a_unit_that_does_not_obey_ends_all_changes(legacy: Rig) -> None:
 
     window = Deaf(legacy.machine)
     ram = legacy.file("ram", 2 * MIB)
-    legacy.fs.tables.map_file(0, AT, ram, 0, None, 3)
+    tables_of(legacy.fs).map_file(0, AT, ram, 0, None, 3)
     legacy.activation(window).activate([], cutting_off=False)
     window.deaf = True
     with pytest.raises(UnitError, match=r"dmar0: invalidation .*: the unit does not end it"):
-        legacy.fs.tables.unmap(0, AT, 2 * MIB)
+        tables_of(legacy.fs).unmap(0, AT, 2 * MIB)
     assert legacy.fs.read_only
     with pytest.raises(ReadOnlyError):
         legacy.fs.unlink(ROOT_INO, b"ram")
@@ -240,14 +241,14 @@ def test_a_unit_that_caches_what_is_absent_is_told_of_every_change(tmp_path: Pat
         ram = rig.file("ram", PAGE)
         rig.put(ram, 0, 5)
         before = window.told
-        rig.fs.tables.map_file(0, AT, ram, 0, None, 3)
+        tables_of(rig.fs).map_file(0, AT, ram, 0, None, 3)
         assert window.told == before + 1  # the IOTLB, of one domain
         assert rig.load(FIRST, AT) == 5
-        rig.fs.tables.detach(SECOND)
+        tables_of(rig.fs).detach(SECOND)
         before = window.told
-        rig.fs.tables.attach(0, SECOND)
+        tables_of(rig.fs).attach(0, SECOND)
         assert window.told == before + 2  # context cache and IOTLB
-        rig.fs.tables.unmap(0, AT, PAGE)
+        tables_of(rig.fs).unmap(0, AT, PAGE)
         assert rig.load(FIRST, AT) is None
     finally:
         rig.close()
@@ -273,7 +274,7 @@ def refused(rig: Rig, kind: type[PkernfsError], message: str, *names: str) -> No
     with pytest.raises(kind, match=message):
         rig.activation().activate(names, cutting_off=False)
     assert rig.unit().state() == before
-    assert rig.fs.tables.walking is None
+    assert tables_of(rig.fs).walking is None
 
 
 def test_a_unit_that_the_kernels_driver_has(legacy: Rig) -> None:
@@ -316,7 +317,7 @@ def test_a_device_below_another_unit(legacy: Rig) -> None:
 
 
 def test_a_device_that_is_not_there(legacy: Rig) -> None:
-    legacy.fs.tables.attach(0, 0x38)
+    tables_of(legacy.fs).attach(0, 0x38)
     refused(legacy, InvalidError, "0000:00:07.0: there is none")
 
 
@@ -331,7 +332,7 @@ def test_a_device_below_a_conventional_bridge(legacy: Rig) -> None:
     root = Path(legacy.host.root)
     add_device(root, "0000:00:1e.0", config(kind=6, express=7))
     add_device(root, "0000:00:1e.0/0000:02:01.0", config())
-    legacy.fs.tables.attach(0, 0x208)
+    tables_of(legacy.fs).attach(0, 0x208)
     refused(legacy, InvalidError, "0000:02:01.0: a bridge to conventional PCI")
 
 
@@ -359,10 +360,10 @@ def test_devices_that_the_kernel_has_at_work(legacy: Rig) -> None:
 
 def test_nothing_is_attached(legacy: Rig) -> None:
     for device in (FIRST, SECOND):
-        legacy.fs.tables.detach(device)
+        tables_of(legacy.fs).detach(device)
     refused(legacy, InvalidError, "no device is attached: attach one, or say --unit")
     assert legacy.activation().activate(["dmar0"], cutting_off=False) == ["dmar0"]
-    legacy.fs.tables.attach(0, FIRST)
+    tables_of(legacy.fs).attach(0, FIRST)
     assert legacy.load(FIRST, SCRATCH) is not None
 
 
@@ -373,9 +374,9 @@ def test_memory_that_units_do_not_reach(legacy: Rig) -> None:
 
 def test_another_mode_than_the_units(legacy: Rig) -> None:
     for device in (FIRST, SECOND):
-        legacy.fs.tables.detach(device)
-    legacy.fs.tables.create_root(Config(Mode.SCALABLE, 4))
-    legacy.fs.tables.attach(0, FIRST)
+        tables_of(legacy.fs).detach(device)
+    tables_of(legacy.fs).create_root(Config(Mode.SCALABLE, 4))
+    tables_of(legacy.fs).attach(0, FIRST)
     refused(legacy, NotSupportedError, r"dmar0: no scalable mode .ECAP.SMTS.")
 
 

@@ -17,9 +17,10 @@ from typing import NamedTuple
 import pytest
 
 from pkernfs.dma import snapshot
-from pkernfs.dma.table_files import ROOT_NAME
+from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import BusyError, ExistsError, NotFoundError, PkernfsError
-from pkernfs.fs.filesystem import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FileSystem
+from pkernfs.fs.file import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE
+from pkernfs.fs.names import ROOT_PGTABLES
 from pkernfs.host.bars import Bar
 from pkernfs.host.sysroot import Host as Machine
 from pkernfs.iommu.config import Config
@@ -214,7 +215,7 @@ CASES = [
         again=False,
     ),
     Case("grow a domain", lambda h: grow(h, b"dom-0", 4 * MIB), some_mapped),
-    Case("grow root-pgtables", lambda h: grow(h, ROOT_NAME, 4 * MIB), some_mapped),
+    Case("grow root-pgtables", lambda h: grow(h, ROOT_PGTABLES, 4 * MIB), some_mapped),
     Case("make and size a domain", make_domain, some_mapped),
 ]  # fmt: skip
 
@@ -264,7 +265,7 @@ class Sweep:
         self.after = seen_in(host)
         self.dom = host.tables.memory(b"dom-0").first_page
         self.root = host.tables.root_memory().first_page if host.tables.root else 0
-        self.had_root = ROOT_NAME in self.before.names
+        self.had_root = ROOT_PGTABLES in self.before.names
         self.files = {
             host.physical(ino, at): bytes(host.fs.read(ino, at, PAGE))
             for ino in (small(host), large(host))
@@ -413,7 +414,7 @@ class Sweep:
         replay = Replay(image, PHYS_BASE)
         with Region.anonymous(REGION_BYTES, phys_base=PHYS_BASE) as region:
             region.copy_in(0, image)
-            mount = recorded(lambda: FileSystem.mount(region))
+            mount = recorded(lambda: mount_filesystem(region))
         assert stores[: len(mount)] != []
         for number, store in enumerate(mount):
             for piece in cut(store, whole=store.length > PAGE):

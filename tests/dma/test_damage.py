@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from pkernfs.dma.table_files import ROOT_NAME
+from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import BusyError, PkernfsError, TableDamageError
 from pkernfs.fs import fsck
-from pkernfs.fs.filesystem import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FileSystem
+from pkernfs.fs.file import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE
+from pkernfs.fs.names import ROOT_PGTABLES
 from pkernfs.host.bars import Bar
 from pkernfs.iommu.config import Config, config_words
 from pkernfs.iommu.context_walk import Mode
@@ -75,7 +76,7 @@ class Damaged(Host):
     def start(self, phys_base: int | None = PHYS_BASE) -> None:
         self.region.close()
         self.region = self.file.open(phys_base=phys_base)
-        self.fs = FileSystem.mount(self.region)
+        self.fs = mount_filesystem(self.region)
 
     def ask_everything(self) -> list[str]:
         """Every question ends, with an answer or one line; what was said."""
@@ -111,7 +112,7 @@ class Damaged(Host):
             lambda: self.fs.unlink(ROOT_INO, b"guest"),
             lambda: self.fs.unlink(IOMMU_INO, b"dom-0"),
             lambda: self.fs.unlink(IOMMU_INO, b"dom-1"),
-            lambda: self.fs.unlink(IOMMU_INO, ROOT_NAME),
+            lambda: self.fs.unlink(IOMMU_INO, ROOT_PGTABLES),
         ):
             try:
                 self.run(change)
@@ -247,9 +248,9 @@ def test_a_domain_with_a_hole(host: Damaged) -> None:
     ino = host.fs.find(IOMMU_INO, b"dom-0")
     inode = host.fs.inode(ino)
     with host.fs.store:
-        host.fs._inodes.touch(inode)
+        host.fs.super.inodes.touch(inode)
         inode.size += 2 * MIB
-        host.fs._inodes.save(inode)
+        host.fs.super.inodes.save(inode)
     host.stop()
     host.start()
     said = host.ask_everything()
@@ -264,24 +265,24 @@ def test_a_domain_with_a_hole(host: Damaged) -> None:
 
 
 def bad_root_entry(h: Damaged) -> None:
-    h.region.store_u64(h.table(ROOT_NAME, 0), h.word(h.table(ROOT_NAME, 0)) | 4)
+    h.region.store_u64(h.table(ROOT_PGTABLES, 0), h.word(h.table(ROOT_PGTABLES, 0)) | 4)
 
 
 def bad_context_entry(h: Damaged) -> None:
-    at = h.table(ROOT_NAME, 0, 2 * DEVICE)
+    at = h.table(ROOT_PGTABLES, 0, 2 * DEVICE)
     h.region.store_u64(at + 8, h.word(at + 8) | 1 << 40)
 
 
 def context_outside(h: Damaged) -> None:
-    h.region.store_u64(h.table(ROOT_NAME, 0), 1 << 51 | 1)
+    h.region.store_u64(h.table(ROOT_PGTABLES, 0), 1 << 51 | 1)
 
 
 def context_is_root(h: Damaged) -> None:
-    h.region.store_u64(h.table(ROOT_NAME, 0), PHYS_BASE + h.at_name[ROOT_NAME] | 1)
+    h.region.store_u64(h.table(ROOT_PGTABLES, 0), PHYS_BASE + h.at_name[ROOT_PGTABLES] | 1)
 
 
 def bad_configuration(h: Damaged) -> None:
-    at = h.at_name[ROOT_NAME] + PAGE
+    at = h.at_name[ROOT_PGTABLES] + PAGE
     h.region.store_u64(at + 8, h.word(at + 8) ^ 1 << 24)
 
 
@@ -294,7 +295,7 @@ DAMAGED_ROOT = [
 def test_damaged_root_pgtables(host: Damaged, damage: Callable[[Damaged], None]) -> None:
     host.stop()
     damage(host)
-    raw = host.region.read(host.at_name[ROOT_NAME], 2 * MIB)
+    raw = host.region.read(host.at_name[ROOT_PGTABLES], 2 * MIB)
     host.start()
     said = host.ask_everything()
     assert "iommu/root-pgtables: damaged: " in said[0]
@@ -314,7 +315,7 @@ def test_damaged_root_pgtables(host: Damaged, damage: Callable[[Damaged], None])
     for name in host.tables.names:  # who is attached is not known
         with pytest.raises(BusyError, match="root-pgtables"):
             host.fs.unlink(IOMMU_INO, name)
-    assert host.region.read(host.at_name[ROOT_NAME], 2 * MIB) == raw
+    assert host.region.read(host.at_name[ROOT_PGTABLES], 2 * MIB) == raw
 
 
 @pytest.mark.parametrize("levels", [3, 4, 5])
@@ -333,7 +334,7 @@ def test_what_is_mapped_is_pinned_although_nothing_tells_the_levels(levels: int)
 def test_a_domain_of_which_a_context_entry_has_another_page(host: Damaged) -> None:
     """A unit would walk it from there on."""
     host.stop()
-    at = host.table(ROOT_NAME, 0, 2 * DEVICE)
+    at = host.table(ROOT_PGTABLES, 0, 2 * DEVICE)
     host.region.store_u64(at, host.word(at) + PAGE)
     host.start()
     assert [f.code.name for f in host.check().findings] == ["UNKNOWN_DOMAIN"]
@@ -347,7 +348,7 @@ def test_the_largest_directories_of_all_devices_are_one_page() -> None:
     """Each of 65,000 context entries refers to the same 32 pages: that ends, and soon."""
     host = Damaged(Mode.SCALABLE)
     host.stop()
-    root = host.at_name[ROOT_NAME]
+    root = host.at_name[ROOT_PGTABLES]
     context = (PHYS_BASE + root + 2 * PAGE | 7 << 9 | 1).to_bytes(32, "little")
     for number in range(2, 512):
         host.region.store_u64(root + 8 * (number - 2), PHYS_BASE + root + number * PAGE | 1)
@@ -370,7 +371,7 @@ def hostile_config(home: int, levels: int = 4) -> tuple[int, ...]:
 @pytest.mark.parametrize("phys_base", [PHYS_BASE, None])
 def test_a_home_that_cannot_be(host: Damaged, home: int, phys_base: int | None) -> None:
     """The checksum is right, and yet it is not trusted."""
-    at = host.at_name[ROOT_NAME] + PAGE
+    at = host.at_name[ROOT_PGTABLES] + PAGE
     host.stop()
     for i, word in enumerate(hostile_config(home)):
         host.region.store_u64(at + 8 * i, word)
@@ -389,7 +390,7 @@ _BAR = Struct("<IHBBQQQ")
     [((1 << 64) - PAGE, PAGE), (0, (1 << 64) - PAGE), (1 << 51, 1 << 52), (PAGE, 0), (5, PAGE)],
 )
 def test_a_bar_that_cannot_be(host: Damaged, start: int, length: int) -> None:
-    at = host.at_name[ROOT_NAME] + PAGE + 64
+    at = host.at_name[ROOT_PGTABLES] + PAGE + 64
     data = bytearray(_BAR.pack(0, 0x30, 0, 1, start, length, 0))
     data[:4] = crc32c(data).to_bytes(4, "little")
     host.stop()
@@ -437,11 +438,11 @@ def test_scribbled(mode: Mode, seed: int) -> None:
     for phys_base in (PHYS_BASE, None):
         host.start(phys_base)
         host.ask_everything()
-        before = host.region.read(host.at_name[ROOT_NAME], 2 * MIB)
+        before = host.region.read(host.at_name[ROOT_PGTABLES], 2 * MIB)
         began = time.monotonic()
         fsck.check(host.region, repair=False)
         assert time.monotonic() - began < BOUND_SECONDS
-        assert host.region.read(host.at_name[ROOT_NAME], 2 * MIB) == before
+        assert host.region.read(host.at_name[ROOT_PGTABLES], 2 * MIB) == before
         host.stop()
     host.start()
     host.use_everything()

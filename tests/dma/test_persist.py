@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from pkernfs.dma.mount import mount_filesystem, tables_of
 from pkernfs.errors import NoSpaceError
-from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.host.bars import Bar
 from pkernfs.iommu.config import load_bars, record_bar
@@ -64,9 +64,9 @@ def test_a_handover_cuts_off_what_is_not_to_persist() -> None:
 def test_records_do_not_run_into_each_other() -> None:
     with Region.anonymous(64 * MIB, phys_base=1 << 40) as region:
         make_filesystem(region)
-        fs = FileSystem.mount(region)
-        fs.tables.create_root()
-        memory, commit = fs.tables.root_memory(), fs.store.commit_words
+        fs = mount_filesystem(region)
+        tables_of(fs).create_root()
+        memory, commit = tables_of(fs).root_memory(), fs.store.commit_words
         bars = [Bar(number, 0, 0x1000, 0x1000) for number in range(62)]
         for bar in bars:
             record_bar(memory, commit, bar)
@@ -74,15 +74,15 @@ def test_records_do_not_run_into_each_other() -> None:
             record_bar(memory, commit, Bar(99, 0, 0x1000, 0x1000))
         switched = {3 * number for number in range(256)}
         for source_id in switched:
-            fs.tables.persist(source_id, False)
+            tables_of(fs).persist(source_id, False)
         with pytest.raises(NoSpaceError, match="devices are switched off already"):
-            fs.tables.persist(1, False)
+            tables_of(fs).persist(1, False)
         assert load_bars(memory) == bars
-        assert fs.tables.transient() == switched
-        fs.tables.persist(3, True)
-        fs.tables.persist(3, True)
-        assert fs.tables.transient() == switched - {3}
-        assert fs.tables.config.levels == 4
+        assert tables_of(fs).transient() == switched
+        tables_of(fs).persist(3, True)
+        tables_of(fs).persist(3, True)
+        assert tables_of(fs).transient() == switched - {3}
+        assert tables_of(fs).config.levels == 4
         fs.unmount()
-        again = FileSystem.mount(region)
-        assert again.tables.transient() == switched - {3}
+        again = mount_filesystem(region)
+        assert tables_of(again).transient() == switched - {3}

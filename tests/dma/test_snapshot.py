@@ -16,6 +16,7 @@ import pytest
 
 from pkernfs.dma import snapshot
 from pkernfs.dma.activation import Activation
+from pkernfs.dma.mount import tables_of
 from pkernfs.errors import (
     BusyError,
     InvalidError,
@@ -62,8 +63,8 @@ class Driven(Rig):
     def __init__(self, path: Path, mode: Mode, options: str = "") -> None:
         super().__init__(path, mode, options)
         for number, device in enumerate((FIRST, SECOND)):
-            self.fs.tables.detach(device)
-            self.fs.tables.unmap(number, SCRATCH, PAGE)
+            tables_of(self.fs).detach(device)
+            tables_of(self.fs).unmap(number, SCRATCH, PAGE)
         self.place = self.fs.extents(self.file("kernel", 4 * MIB))[0].region_offset
         memory = Memory(self.region, [(self.place, 64 * PAGE)])
         configure(memory, store_words(self.region), Config(mode, 4))
@@ -125,7 +126,7 @@ class Driven(Rig):
         return Unit("dmar1", self.second_window) if self.second_window is not None else None
 
     def snapshot(self, device: int = FIRST, number: int = 0) -> int:
-        tables = self.fs.tables
+        tables = tables_of(self.fs)
         kept = {d.source_id for d in tables.devices()} - tables.transient()
         with self.activation().live() as live:
             reading = snapshot.read(live, device, kept)
@@ -133,11 +134,11 @@ class Driven(Rig):
         return self.fs.run(lambda: snapshot.apply(self.fs, plan, number))
 
     def mappings(self, number: int = 0) -> list[tuple[int, int, int, int]]:
-        return [(*m,) for m in self.fs.tables.domain(number).mappings()]
+        return [(*m,) for m in tables_of(self.fs).domain(number).mappings()]
 
     def state(self) -> object:
         """All that a refused snapshot must leave as it is."""
-        tables = self.fs.tables
+        tables = tables_of(self.fs)
         attached = [(d.source_id, d.table, d.domain_id) for d in tables.devices()]
         return [self.mappings(n) for n in tables.domains], attached, tables.bars()
 
@@ -164,12 +165,12 @@ def test_a_snapshot_and_the_switch_to_it(rig: Driven) -> None:
     assert rig.load(FIRST, AT + 5 * MIB) == 0x55
     assert rig.snapshot() == IDS[FIRST]
     assert rig.mappings() == [tuple(m) for m in rig.domains[FIRST].mappings()]
-    [entry] = rig.fs.tables.devices()
+    [entry] = tables_of(rig.fs).devices()
     assert (entry.source_id, entry.domain_id) == (FIRST, IDS[FIRST])
     assert rig.unit().walks(rig.root.root), "a snapshot changes no unit"
     rig.activation().check_live()
     assert rig.activation().switch_units() == ["dmar0"]
-    assert rig.unit().walks(rig.fs.tables.need_root().root)
+    assert rig.unit().walks(tables_of(rig.fs).need_root().root)
     assert rig.load(FIRST, AT + 5 * MIB) == 0x55
     assert rig.load(SECOND, SCRATCH) is None, "not attached: cut off"
     rig.activation().check_live()
@@ -300,11 +301,11 @@ def test_a_unit_that_never_obeys_again_is_told_of(legacy: Driven) -> None:
 
     legacy.map(FIRST, AT, "ram", 8 * MIB)
     legacy.snapshot()
-    assert legacy.fs.tables.adopted is None
+    assert tables_of(legacy.fs).adopted is None
     reason = "dmar0: .*; and the root table before is not in force: dmar0: "
     with pytest.raises(UnitError, match=reason):
         legacy.activation(changing=Dead(legacy.machine)).switch_units()
-    assert legacy.fs.tables.adopted is not None
+    assert tables_of(legacy.fs).adopted is not None
 
 
 def test_units_that_have_no_root_to_replace(legacy: Driven) -> None:
@@ -349,14 +350,14 @@ def test_devices_that_share_a_live_domain_share_one_here(rig: Driven) -> None:
     rig.root.attach(SECOND, rig.domains[FIRST].root, IDS[FIRST])
     rig.tell()
     assert [rig.snapshot(d) for d in (FIRST, SECOND)] == [IDS[FIRST]] * 2
-    assert [d.table for d in rig.fs.tables.devices()] == [rig.fs.tables.domain(0).root] * 2
+    assert [d.table for d in tables_of(rig.fs).devices()] == [tables_of(rig.fs).domain(0).root] * 2
     rig.activation().switch_units()
     assert rig.unit().faults() == []
 
 
 def test_ids_that_are_taken(rig: Driven) -> None:
     """Here by another domain, or by the kernel for other tables: then one that nobody has."""
-    tables = rig.fs.tables
+    tables = tables_of(rig.fs)
     tables.attach(1, SECOND, IDS[FIRST])
     number = rig.snapshot()
     assert number not in IDS.values()
@@ -381,12 +382,12 @@ def test_bars_of_other_devices(rig: Driven) -> None:
     )
     rig.domains[FIRST].map(AT, 0xFE00_4000, 2 * PAGE, 3)
     rig.snapshot()
-    assert rig.fs.tables.bars() == [Bar(SECOND, 0, 0xFE00_0000, 0x10000)]
+    assert tables_of(rig.fs).bars() == [Bar(SECOND, 0, 0xFE00_0000, 0x10000)]
     assert rig.mappings()[0] == (AT, 0xFE00_4000, 2 * PAGE, 3)
     rig.activation().check_live()
     rig.domains[FIRST].unmap(AT, 2 * PAGE)
     rig.snapshot()
-    assert rig.fs.tables.bars() == []
+    assert tables_of(rig.fs).bars() == []
 
 
 def test_memory_of_a_file_that_is_in_the_snapshot_stays(rig: Driven) -> None:
@@ -402,14 +403,14 @@ def test_memory_of_a_file_that_is_in_the_snapshot_stays(rig: Driven) -> None:
 def test_root_pgtables_is_made_like_the_live_tables(rig: Driven) -> None:
     rig.fs.unlink(IOMMU_INO, b"root-pgtables")
     rig.snapshot()
-    assert rig.fs.tables.config[:2] == (rig.mode, 4)
+    assert tables_of(rig.fs).config[:2] == (rig.mode, 4)
     rig.activation().switch_units()
 
 
 def test_a_kernel_that_has_adopted_the_tables(rig: Driven) -> None:
     """As in kdump mode: root and context tables are the kernel's, and page tables the region's."""
     rig.snapshot()
-    table = rig.fs.tables.domain(0)
+    table = tables_of(rig.fs).domain(0)
     rig.root.detach(FIRST)
     rig.root.attach(FIRST, table.root, IDS[FIRST])
     rig.activation().check_live()
@@ -423,12 +424,12 @@ def test_a_kernel_that_has_adopted_the_tables(rig: Driven) -> None:
 
 def test_a_device_that_does_not_persist_is_not_looked_at(rig: Driven) -> None:
     rig.snapshot()
-    rig.fs.tables.persist(FIRST, False)
+    tables_of(rig.fs).persist(FIRST, False)
     rig.map(FIRST, AT, "ram", 2 * MIB)
     rig.activation().check_live()
     with pytest.raises(BusyError, match=r"0000:00:05.0: attached, and not to persist: hand over"):
         rig.activation().switch_units()
-    rig.fs.tables.persist(FIRST, True)
+    tables_of(rig.fs).persist(FIRST, True)
     with pytest.raises(InvalidError, match="again"):
         rig.activation().check_live()
 
@@ -494,7 +495,7 @@ def test_memory_of_the_region_that_is_no_live_files(rig: Driven) -> None:
 
 
 def test_memory_of_a_table_file(rig: Driven) -> None:
-    at = rig.fs.tables.domain(1).root
+    at = tables_of(rig.fs).domain(1).root
     rig.domains[FIRST].map(AT, at, PAGE, 3)
     refused(rig, InvalidError, f"leads to memory at {at:#x} that does not survive")
 
@@ -578,10 +579,10 @@ def test_a_group_with_a_device_that_is_not_attached(rig: Driven) -> None:
     # Devices of a group have one domain.
     rig.root.detach(SECOND)
     rig.root.attach(SECOND, rig.domains[FIRST].root, IDS[FIRST])
-    rig.fs.tables.attach(0, SECOND)
+    tables_of(rig.fs).attach(0, SECOND)
     rig.snapshot(FIRST)
     rig.activation().check_live()
-    rig.fs.tables.persist(SECOND, False)
+    tables_of(rig.fs).persist(SECOND, False)
     with pytest.raises(InvalidError, match="is in the same IOMMU group"):
         rig.activation().check_live()
 
@@ -589,7 +590,7 @@ def test_a_group_with_a_device_that_is_not_attached(rig: Driven) -> None:
 def test_a_unit_that_no_driver_has(legacy: Driven) -> None:
     Path(legacy.host.path("sys/class/iommu/dmar0")).rmdir()
     refused(legacy, NotFoundError, r"0000:00:05.0: this kernel's driver does not have dmar0: .*=on")
-    legacy.fs.tables.attach(0, FIRST)
+    tables_of(legacy.fs).attach(0, FIRST)
     legacy.activation().check_live()
     with pytest.raises(BusyError, match=r"dmar0: it does not walk .* iommu activate"):
         legacy.activation().switch_units()
@@ -604,9 +605,9 @@ def test_registers_that_cannot_be_reached(legacy: Driven) -> None:
 
 
 def test_tables_of_another_shape(legacy: Driven) -> None:
-    legacy.fs.tables.create_root(Config(Mode.LEGACY, 3))
+    tables_of(legacy.fs).create_root(Config(Mode.LEGACY, 3))
     refused(legacy, InvalidError, r"live tables are of legacy mode with 4 levels, .* --levels 4")
-    legacy.fs.tables.create_root(Config(Mode.SCALABLE, 4))
+    tables_of(legacy.fs).create_root(Config(Mode.SCALABLE, 4))
     refused(legacy, InvalidError, r"the region's of scalable mode .*create --mode legacy")
 
 

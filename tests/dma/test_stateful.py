@@ -14,7 +14,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from pkernfs.dma.table_files import ROOT_NAME
+from pkernfs.dma.mount import tables_of
 from pkernfs.errors import (
     BusyError,
     ExistsError,
@@ -22,12 +22,9 @@ from pkernfs.errors import (
     NoTablePagesError,
     NotFoundError,
 )
-from pkernfs.fs.filesystem import (
-    FALLOC_KEEP_SIZE,
-    FALLOC_PUNCH_HOLE,
-    FALLOC_ZERO_RANGE,
-    RENAME_EXCHANGE,
-)
+from pkernfs.fs.file import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE
+from pkernfs.fs.namei import RENAME_EXCHANGE
+from pkernfs.fs.names import ROOT_PGTABLES
 from pkernfs.layout import BLOCK, IOMMU_INO, PAGE, ROOT_INO
 from support.checking import assert_clean
 from support.table_files import MIB, PHYS_BASE, Host
@@ -85,8 +82,8 @@ class TablesMachine(RuleBasedStateMachine):
             self.host.fs.unlink(IOMMU_INO, b"dom-%d" % number)
         for name in list(self.names):  # nothing is pinned for good
             self.host.fs.unlink(ROOT_INO, name.encode())
-        if self.host.fs.find(IOMMU_INO, ROOT_NAME):
-            self.host.fs.unlink(IOMMU_INO, ROOT_NAME)
+        if self.host.fs.find(IOMMU_INO, ROOT_PGTABLES):
+            self.host.fs.unlink(IOMMU_INO, ROOT_PGTABLES)
         assert_clean(self.host.region)
         self.host.close()
 
@@ -275,10 +272,10 @@ class TablesMachine(RuleBasedStateMachine):
 
     @rule()
     def unlink_root(self) -> None:
-        if not self.host.fs.find(IOMMU_INO, ROOT_NAME):
+        if not self.host.fs.find(IOMMU_INO, ROOT_PGTABLES):
             return
         busy = any(d.devices for d in self.domains.values())
-        self.expect(busy, partial(self.host.fs.unlink, IOMMU_INO, ROOT_NAME))
+        self.expect(busy, partial(self.host.fs.unlink, IOMMU_INO, ROOT_PGTABLES))
 
     @precondition(lambda self: self.has_domain() and self.has_file())
     @rule(n=PICK, d=PICK, iova=IOVAS, page=PAGES, count=COUNTS, perm=PERMS)
@@ -355,7 +352,7 @@ class TablesMachine(RuleBasedStateMachine):
     @rule(clean=st.booleans(), with_addresses=st.booleans())
     def remount(self, clean: bool, with_addresses: bool) -> None:
         """All that is known is found again, in a region with or without addresses of its own."""
-        with_addresses |= not self.host.fs.find(IOMMU_INO, ROOT_NAME)
+        with_addresses |= not self.host.fs.find(IOMMU_INO, ROOT_PGTABLES)
         before = self.host.state()
         pins = self._pins()
         self.host.remount(PHYS_BASE if with_addresses else None, clean=clean)
@@ -367,7 +364,7 @@ class TablesMachine(RuleBasedStateMachine):
         fs = self.host.fs
         return {
             name: [
-                (e.offset, fs.tables.holder([(e.region_offset, e.length)]))
+                (e.offset, tables_of(fs).holder([(e.region_offset, e.length)]))
                 for e in fs.extents(file.ino)
             ]
             for name, file in self.names.items()

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from pkernfs.dma import reports
+from pkernfs.dma.mount import mount_filesystem, tables_of
 from pkernfs.dma.output import Pause, Text
-from pkernfs.dma.table_files import ROOT_NAME, TableFiles
+from pkernfs.dma.table_files import TableFiles
 from pkernfs.errors import (
     BusyError,
     ExistsError,
@@ -25,13 +26,10 @@ from pkernfs.errors import (
     ReadOnlyError,
     TableDamageError,
 )
-from pkernfs.fs.filesystem import (
-    FALLOC_KEEP_SIZE,
-    FALLOC_PUNCH_HOLE,
-    FALLOC_ZERO_RANGE,
-    RENAME_EXCHANGE,
-    FileSystem,
-)
+from pkernfs.fs.file import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE
+from pkernfs.fs.filesystem import FileSystem
+from pkernfs.fs.namei import RENAME_EXCHANGE
+from pkernfs.fs.names import ROOT_PGTABLES
 from pkernfs.host.bars import Bar
 from pkernfs.iommu.config import Config
 from pkernfs.iommu.context_walk import Mode
@@ -114,7 +112,7 @@ def test_files_of_a_new_file_system_are_nobodys(host: Host) -> None:
 
 def test_a_mount_without_tables_does_not_load_them(host: Host) -> None:
     host.remount()
-    assert host.fs._tables is None
+    assert not host.fs.pins.active
 
 
 def test_made_with_touch_and_sized_with_truncate(host: Host) -> None:
@@ -132,7 +130,7 @@ def test_the_first_map_makes_root_pgtables(host: Host) -> None:
     ino = host.file_of("guest", 4 * MIB)
     host.dom(0)
     assert host.map(0, 0, ino) == 4 * MIB
-    root = host.fs.inode(table_ino(host, ROOT_NAME))
+    root = host.fs.inode(table_ino(host, ROOT_PGTABLES))
     assert (root.size, root.mode) == (2 * MIB, 0o100400)
     assert host.tables.config == Config(Mode.LEGACY, 4, host.physical(root.ino, PAGE))
     assert host.mappings(0) == [(0, host.physical(ino), 4 * MIB, RW)]
@@ -174,7 +172,7 @@ def test_growth_keeps_mappings(mapped: Host) -> None:
 
 def test_growth_of_root_pgtables_keeps_devices(mapped: Host) -> None:
     mapped.attach(0)
-    ino = table_ino(mapped, ROOT_NAME)
+    ino = table_ino(mapped, ROOT_PGTABLES)
     before = mapped.state()
     mapped.run(lambda: mapped.fs.setattr(ino, size=4 * MIB))
     assert mapped.state() == before
@@ -182,7 +180,7 @@ def test_growth_of_root_pgtables_keeps_devices(mapped: Host) -> None:
     mapped.assert_check_clean()
 
 
-@pytest.mark.parametrize("name", [b"dom-0", ROOT_NAME])
+@pytest.mark.parametrize("name", [b"dom-0", ROOT_PGTABLES])
 @pytest.mark.parametrize(
     "change",
     [
@@ -206,7 +204,7 @@ def test_no_garbage_into_tables(
 
 
 def test_a_table_file_is_not_mapped(mapped: Host) -> None:
-    for name in (b"dom-0", ROOT_NAME):
+    for name in (b"dom-0", ROOT_PGTABLES):
         ino = table_ino(mapped, name)
         refused(
             mapped,
@@ -518,7 +516,7 @@ def test_domain_ids(mapped: Host) -> None:
 def test_attach_makes_root_pgtables(host: Host) -> None:
     host.dom(7)
     assert host.attach(7) == 9
-    assert host.fs.find(IOMMU_INO, ROOT_NAME)
+    assert host.fs.find(IOMMU_INO, ROOT_PGTABLES)
     refused(host, ExistsError, lambda: host.tables.attach(7, DEVICE), "attached already")
     host.tables.detach(DEVICE)
     refused(host, NotFoundError, lambda: host.tables.detach(DEVICE), "not attached")
@@ -538,7 +536,7 @@ def test_root_pgtables_is_used_up(host: Host) -> None:
     attach = [partial(host.attach, 0, source_id) for source_id in range(250, 260)]
     says, number = until_refused(NoTablePagesError, host, attach)
     assert "root-pgtables: no free page for tables: it must grow by 2 MiB" in says
-    grow(host, 2, ROOT_NAME)
+    grow(host, 2, ROOT_PGTABLES)
     attach[number]()
     host.assert_check_clean()
 
@@ -553,7 +551,7 @@ def test_create_decides_mode_and_levels(host: Host, mode: Mode, levels: int) -> 
     host.dom(0)
     host.map(0, (1 << 9 * levels + 12) - 4 * MIB, host.file_of("guest", 4 * MIB))
     host.attach(0)
-    assert host.fs.inode(table_ino(host, ROOT_NAME)).size == 4 * MIB
+    assert host.fs.inode(table_ino(host, ROOT_PGTABLES)).size == 4 * MIB
     before = host.state()
     assert (before["config"].mode, before["config"].levels) == (mode, levels)
     host.remount()
@@ -585,7 +583,7 @@ def test_create_too_large_leaves_no_file(host: Host, size: int) -> None:
     with pytest.raises(PkernfsError):
         host.run(lambda: host.tables.create_root(Config(), size))
     assert host.tables.names == []
-    assert host.fs.find(IOMMU_INO, ROOT_NAME) == 0
+    assert host.fs.find(IOMMU_INO, ROOT_PGTABLES) == 0
 
 
 # ---------------------------------------------------------------------- pins
@@ -614,7 +612,7 @@ PINNED: dict[str, Callable[[Host], object]] = {
     "rename over dom-0, attached": lambda h: h.fs.rename(
         IOMMU_INO, b"dom-5", IOMMU_INO, b"dom-0", 0
     ),
-    "unlink root-pgtables": lambda h: h.fs.unlink(IOMMU_INO, ROOT_NAME),
+    "unlink root-pgtables": lambda h: h.fs.unlink(IOMMU_INO, ROOT_PGTABLES),
 }  # fmt: skip
 
 
@@ -758,7 +756,7 @@ def test_two_domains_pin(mapped: Host) -> None:
 def test_an_unused_domain_goes_with_its_pins(mapped: Host) -> None:
     mapped.fs.unlink(IOMMU_INO, b"dom-0")
     mapped.fs.unlink(ROOT_INO, b"guest")
-    mapped.fs.unlink(IOMMU_INO, ROOT_NAME)
+    mapped.fs.unlink(IOMMU_INO, ROOT_PGTABLES)
     assert mapped.state() == Host.state(mapped)
     assert (mapped.tables.domains, mapped.tables.root) == ({}, None)
 
@@ -766,13 +764,17 @@ def test_an_unused_domain_goes_with_its_pins(mapped: Host) -> None:
 def test_root_pgtables_stays_while_nothing_else_tells_of_the_tables(mapped: Host) -> None:
     bar = Bar(0x28, 0, 1 << 41, MIB)
     mapped.tables.map_bar(0, 1 << 40, bar, 0, None, RW)
-    refused(mapped, BusyError, lambda: mapped.fs.unlink(IOMMU_INO, ROOT_NAME), "dom-0 has mappings")
+    refused(
+        mapped, BusyError, lambda: mapped.fs.unlink(IOMMU_INO, ROOT_PGTABLES), "dom-0 has mappings"
+    )
     mapped.tables.unmap(0, 0, 1 << 48)
     mapped.tables.create_root(Config(levels=5))
     mapped.map(0, 0, ino_of(mapped, "guest"))
-    refused(mapped, BusyError, lambda: mapped.fs.unlink(IOMMU_INO, ROOT_NAME), "dom-0 has mappings")
+    refused(
+        mapped, BusyError, lambda: mapped.fs.unlink(IOMMU_INO, ROOT_PGTABLES), "dom-0 has mappings"
+    )
     mapped.tables.unmap(0, 0, 1 << 57)
-    mapped.fs.unlink(IOMMU_INO, ROOT_NAME)
+    mapped.fs.unlink(IOMMU_INO, ROOT_PGTABLES)
 
 
 def test_a_domain_that_replaces_another(mapped: Host) -> None:
@@ -795,7 +797,12 @@ def test_domains_change_places(mapped: Host) -> None:
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [(b"dom-0", ROOT_NAME), (ROOT_NAME, b"dom-1"), (b"dom-0", b"dom-65536"), (b"dom-0", b"dom-01")],
+    [
+        (b"dom-0", ROOT_PGTABLES),
+        (ROOT_PGTABLES, b"dom-1"),
+        (b"dom-0", b"dom-65536"),
+        (b"dom-0", b"dom-01"),
+    ],
 )
 def test_names_that_table_files_cannot_have(mapped: Host, old: bytes, new: bytes) -> None:
     for flags in (0, RENAME_EXCHANGE) if mapped.fs.find(IOMMU_INO, new) else (0,):
@@ -916,7 +923,7 @@ def test_tables_of_another_place_are_refused(
     mapped.attach(0)
     image = mapped.region.read(0, mapped.region.size)
     mapped.remount(2 * PHYS_BASE)
-    home = PHYS_BASE + (mapped.physical(table_ino(mapped, ROOT_NAME), PAGE) - 2 * PHYS_BASE)
+    home = PHYS_BASE + (mapped.physical(table_ino(mapped, ROOT_PGTABLES), PAGE) - 2 * PHYS_BASE)
     says = f"root-pgtables: its tables were made for {home:#x}"
     other = ino_of(mapped, "other")
     for operation in (
@@ -935,7 +942,7 @@ def test_tables_of_another_place_are_refused(
     # Nothing is pinned: no unit can be walking tables that are not where they say.
     mapped.run(lambda: mapped.fs.setattr(ino_of(mapped, "guest"), size=0))
     mapped.fs.unlink(IOMMU_INO, b"dom-0")
-    mapped.fs.unlink(IOMMU_INO, ROOT_NAME)
+    mapped.fs.unlink(IOMMU_INO, ROOT_PGTABLES)
     mapped.dom(0)
     mapped.map(0, 0, other)
     mapped.assert_check_clean()
@@ -944,7 +951,7 @@ def test_tables_of_another_place_are_refused(
     mapped.region.copy_in(0, image)
     mapped.region.close()
     mapped.region = mapped.file.open(phys_base=PHYS_BASE)
-    mapped.fs = FileSystem.mount(mapped.region)
+    mapped.fs = mount_filesystem(mapped.region)
     refused(mapped, BusyError, lambda: mapped.fs.unlink(ROOT_INO, b"guest"))
     mapped.assert_check_clean()
 
@@ -975,20 +982,20 @@ def test_a_read_only_mount(mapped: Host) -> None:
     mapped.fs.unmount()
     mapped.region.close()
     mapped.region = mapped.file.open(write=False, phys_base=None)
-    fs = mapped.fs = FileSystem.mount(mapped.region, read_only=True)
+    fs = mapped.fs = mount_filesystem(mapped.region, read_only=True)
     assert mapped.state() == before
     mapped.assert_check_clean()
     for operation in (
-        lambda: fs.tables.map_file(0, 0, 5, 0, None, RW),
-        lambda: fs.tables.unmap(0, GIB, PAGE),
-        lambda: fs.tables.attach(0, 5),
-        lambda: fs.tables.detach(DEVICE),
-        lambda: fs.tables.create_root(),
+        lambda: tables_of(fs).map_file(0, 0, 5, 0, None, RW),
+        lambda: tables_of(fs).unmap(0, GIB, PAGE),
+        lambda: tables_of(fs).attach(0, 5),
+        lambda: tables_of(fs).detach(DEVICE),
+        lambda: tables_of(fs).create_root(),
     ):
         refused(mapped, ReadOnlyError, operation, "read-only")
     mapped.region.close()
     mapped.region = mapped.file.open(phys_base=PHYS_BASE)
-    mapped.fs = FileSystem.mount(mapped.region)
+    mapped.fs = mount_filesystem(mapped.region)
 
 
 # ---------------------------------------------------------------------- questions
@@ -1023,19 +1030,19 @@ def test_walk_ends_where_directories_are_a_loop(mapped: Host) -> None:
     e = mapped.fs.mkdir(d, b"e", 0o755, 0, 0).ino
     directory = mapped.fs.inode(e)
     with mapped.fs.store:  # as a scribbled region has it
-        mapped.fs._inodes.touch(directory)
-        mapped.fs._names.add(directory, b"back", d, 4)
-        mapped.fs._inodes.save(directory)
+        mapped.fs.super.inodes.touch(directory)
+        mapped.fs._namei._names.add(directory, b"back", d, 4)
+        mapped.fs.super.inodes.save(directory)
     found = [item for item in reports.walk_files(mapped.fs) if not isinstance(item, Pause)]
     assert sorted(path for path, _ino in found) == [
         "/guest", "/iommu/dom-0", "/iommu/root-pgtables", "/other"
     ]  # fmt: skip
     with mapped.fs.store:
-        mapped.fs._inodes.touch(directory)
-        found_name = mapped.fs._names.locate(directory, b"back")
+        mapped.fs.super.inodes.touch(directory)
+        found_name = mapped.fs._namei._names.locate(directory, b"back")
         assert found_name is not None
-        mapped.fs._names.remove(directory, b"back", found_name[0])
-        mapped.fs._inodes.save(directory)
+        mapped.fs._namei._names.remove(directory, b"back", found_name[0])
+        mapped.fs.super.inodes.save(directory)
 
 
 def test_two_names_are_one_file(mapped: Host) -> None:

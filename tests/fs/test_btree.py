@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import CorruptionError, ExistsError, NoSpaceError
 from pkernfs.fs import names as names_module
 from pkernfs.fs import xattrs as xattrs_module
 from pkernfs.fs.btree import Tree
-from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.layout import (
     EXTENT,
@@ -48,8 +48,8 @@ class Grown:
         self.memory = MemoryFile(size)
         self.region = self.memory.open()
         make_filesystem(self.region)
-        self.fs = FileSystem.mount(self.region)
-        self.tree = Tree(self.fs.store, self.fs._pages, kind, OWNER, 0)
+        self.fs = mount_filesystem(self.region)
+        self.tree = Tree(self.fs.store, self.fs.super.pages, kind, OWNER, 0)
         self.model: dict[int, bytes] = {}
 
     def close(self) -> None:
@@ -180,7 +180,7 @@ class TreeMachine(RuleBasedStateMachine):
     @initialize(kind=st.sampled_from(KINDS))
     def start(self, kind: int) -> None:
         self.grown = Grown(kind, 16 << 20)
-        self.free_at_start = self.grown.fs._pages.free_pages
+        self.free_at_start = self.grown.fs.super.pages.free_pages
 
     def run(self, work: Callable[[Grown], None], give_up: bool) -> None:
         grown = self.grown
@@ -263,7 +263,7 @@ class TreeMachine(RuleBasedStateMachine):
             with self.grown.fs.store:
                 self.grown.tree.destroy()
             # Nothing has leaked: every page but the maps of blocks that were carved is back.
-            assert self.grown.fs._pages.free_pages % 511 == self.free_at_start % 511
+            assert self.grown.fs.super.pages.free_pages % 511 == self.free_at_start % 511
             self.grown.close()
 
 
@@ -403,7 +403,7 @@ def _collide(monkeypatch: pytest.MonkeyPatch, keys: int) -> None:
 def test_names_that_collide(monkeypatch: pytest.MonkeyPatch, keys: int) -> None:
     with MemoryFile(32 << 20) as memory, memory.open() as region:
         make_filesystem(region)
-        fs = FileSystem.mount(region)
+        fs = mount_filesystem(region)
         directory = fs.mkdir(1, b"d", 0o755, 0, 0).ino  # before: its key is the real one
         _collide(monkeypatch, keys)
         rnd = random.Random(keys)
@@ -435,7 +435,7 @@ def test_a_hash_has_room_for_so_many_names(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(names_module, "MAX_COLLISIONS", 300)
     with MemoryFile(64 << 20) as memory, memory.open() as region:
         make_filesystem(region)
-        fs = FileSystem.mount(region)
+        fs = mount_filesystem(region)
         directory = fs.mkdir(1, b"d", 0o755, 0, 0).ino
         target = fs.create(1, b"t", 0o100644, 0, 0).ino
         _collide(monkeypatch, 1)
@@ -454,7 +454,7 @@ def test_a_hash_has_room_for_so_many_names(monkeypatch: pytest.MonkeyPatch) -> N
 def test_attributes_that_collide(monkeypatch: pytest.MonkeyPatch) -> None:
     with MemoryFile(32 << 20) as memory, memory.open() as region:
         make_filesystem(region)
-        fs = FileSystem.mount(region)
+        fs = mount_filesystem(region)
         ino = fs.create(1, b"f", 0o100644, 0, 0).ino
         _collide(monkeypatch, 1)
         rnd = random.Random(1)

@@ -17,15 +17,13 @@ from unittest import mock
 import pytest
 
 from pkernfs.alloc import bitmap
+from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import CorruptionError, FormatError, NoSpaceError
 from pkernfs.fs import fsck, mkfs, superblock
-from pkernfs.fs.filesystem import (
-    FALLOC_KEEP_SIZE,
-    FALLOC_PUNCH_HOLE,
-    FALLOC_ZERO_RANGE,
-    RENAME_EXCHANGE,
-    FileSystem,
-)
+from pkernfs.fs.file import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE
+from pkernfs.fs.filesystem import FileSystem
+from pkernfs.fs.namei import RENAME_EXCHANGE
+from pkernfs.fs.super import Access
 from pkernfs.layout import (
     BLOCK,
     CLASS_DATA,
@@ -213,22 +211,22 @@ def orphan(fs: FileSystem) -> None:
 
 
 def release_all(fs: FileSystem) -> None:
-    for ino in list(fs._opens):
+    for ino in list(fs._life._opens):
         fs.release(ino)
 
 
 def inode_page_full(fs: FileSystem) -> None:
     """No inode is free: the next one makes the table grow."""
     i = 0
-    while fs._inodes.used < len(fs._inodes):
+    while fs.super.inodes.used < len(fs.super.inodes):
         make(fs, f"i{i}")
         i += 1
 
 
 def free_pages(fs: FileSystem, kind: int) -> list[int]:
     """Lengths of the free runs in the carved blocks of a class."""
-    blocks = fs._pages._partial.get(kind, {})
-    return [count for block in blocks for _, count in bitmap.runs(fs._pages._free[block])]
+    blocks = fs.super.pages._partial.get(kind, {})
+    return [count for block in blocks for _, count in bitmap.runs(fs.super.pages._free[block])]
 
 
 def use_up_meta(fs: FileSystem) -> None:
@@ -284,14 +282,14 @@ def without_space(operation: Operation) -> Operation:
 
 
 def _mount_again(fs: FileSystem) -> None:
-    FileSystem.mount(fs.region, clock=Clock(1 << 60)).read_only = True
+    mount_filesystem(fs.region, clock=Clock(1 << 60)).super.access = Access.READ_ONLY
 
 
 def _arrive(fs: FileSystem) -> None:
     """The first mount after a handover, and the end of its verification."""
-    again = FileSystem.mount(fs.region, clock=Clock(1 << 60))
+    again = mount_filesystem(fs.region, clock=Clock(1 << 60))
     verify(again)
-    again.read_only = True
+    again.super.access = Access.READ_ONLY
 
 
 SCENARIOS = [
@@ -604,15 +602,15 @@ def test_mkfs_cut(old: str, base: bytes, figures: Figures) -> None:
     with Region.anonymous(size) as region:
         region.copy_in(0, before)
         if old == "a file system":
-            trees.append(snapshot(FileSystem.mount(region)))
+            trees.append(snapshot(mount_filesystem(region)))
             region.copy_in(0, before)
         stores = recorded(lambda: mkfs.make_filesystem(region, clock=Clock()))
-        trees.append(snapshot(FileSystem.mount(region)))
+        trees.append(snapshot(mount_filesystem(region)))
     refused: list[bool] = []
 
     def look(region: Region) -> None:
         try:
-            fs = FileSystem.mount(region)
+            fs = mount_filesystem(region)
         except (FormatError, CorruptionError):
             refused.append(True)
             return
@@ -651,13 +649,13 @@ def test_fsck_cut(damage: str, base: bytes, figures: Figures) -> None:
         region.copy_in(0, bytes(damaged))
         stores = recorded(lambda: fsck.check(region, repair=True))
         check_structure(region)
-        tree = snapshot(FileSystem.mount(region, clock=Clock()))
+        tree = snapshot(mount_filesystem(region, clock=Clock()))
     replay = Replay(bytes(damaged))
 
     def look(region: Region) -> None:
         fsck.check(region, repair=True)
         check_structure(region)
-        fs = FileSystem.mount(region, clock=Clock())
+        fs = mount_filesystem(region, clock=Clock())
         if damage == "bits":
             assert snapshot(fs) == tree
         check_works(fs, thorough=False)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
+from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import (
     ArgumentTooLongError,
     BusyError,
@@ -107,7 +108,7 @@ def noise(length: int, seed: int = 1) -> bytes:
 
 def remount(fs: FileSystem) -> FileSystem:
     """As after a crash: a second instance on the same bytes; the first must not be used."""
-    return FileSystem.mount(fs.region)
+    return mount_filesystem(fs.region)
 
 
 # ------------------------------------------------------------------------------ space
@@ -320,7 +321,7 @@ def test_a_full_region_is_usable_and_empties_again(fs: FileSystem) -> None:
 def test_the_last_pages_of_a_full_region_are_found(fs: FileSystem) -> None:
     make(fs, b"small", b"x")
     big = make(fs, b"big")
-    resize(fs, big, fs._blocks.free_blocks * BLOCK)
+    resize(fs, big, fs.super.blocks.free_blocks * BLOCK)
     free = fs.statfs().free
     assert 0 < free < 1022
     assert until_full(lambda i: make(fs, b"s%d" % i, b"y" * PAGE)) > free - 100
@@ -356,7 +357,7 @@ def test_unlinking_a_large_fragmented_file(fs: FileSystem) -> None:
         # in turn, so that neither has two pages in a row; the sizes keep both in pages
         fs.fallocate(ino, KEEP_SIZE, (i % 250) * PAGE, PAGE)
         fs.write(spread, (i * 7 % 250) * PAGE, b"x")
-    assert len(list(fs._map.after(fs.inode(ino), 0))) > 1
+    assert len(list(fs._files._map.after(fs.inode(ino), 0))) > 1
     fs.unlink(ROOT, b"big")
     fs.unlink(ROOT, b"spread")
     assert fs.statfs().free >= free - 3
@@ -367,7 +368,7 @@ def _fragmented(fs: FileSystem, pieces: int) -> int:
     ino = make(fs, b"victim")
     small = []
     filler = make(fs, b"filler")
-    resize(fs, filler, (fs._blocks.free_blocks - 2 * pieces // 512 - 3) * BLOCK)
+    resize(fs, filler, (fs.super.blocks.free_blocks - 2 * pieces // 512 - 3) * BLOCK)
     for i in range(2 * pieces):
         small.append(b"s%d" % i)
         make(fs, small[-1], b"s")
@@ -704,7 +705,7 @@ def test_rename_matrix(same: bool, flags: int) -> None:
                 continue
             with MemoryFile(8 << 20) as memory, memory.open() as region:
                 make_filesystem(region)
-                fs = FileSystem.mount(region)
+                fs = mount_filesystem(region)
                 for side in (b"old", b"new"):
                     fs.mkdir(ROOT, side, 0o755, 0, 0)
                 _matrix_tree(fs)
@@ -927,7 +928,7 @@ def test_reading_a_file_of_any_time(fs: FileSystem, mtime: int) -> None:
 
 def test_which_times_an_operation_changes(fs: FileSystem) -> None:
     ticks = iter(range(10**18, 10**19))
-    fs._clock = lambda: next(ticks)
+    fs.super.clock = lambda: next(ticks)
     ino = make(fs, content=b"abc")
 
     def changes(work: Callable[[], object]) -> str:
@@ -1073,7 +1074,7 @@ def test_attributes_that_cannot_be(fs: FileSystem) -> None:
 def test_an_attribute_without_space_leaves_the_old_one(fs: FileSystem) -> None:
     ino = make(fs)
     fs.setxattr(ino, b"user.x", b"old")
-    resize(fs, make(fs, b"big"), fs._blocks.free_blocks * BLOCK)
+    resize(fs, make(fs, b"big"), fs.super.blocks.free_blocks * BLOCK)
     count = until_full(lambda i: fs.setxattr(ino, b"user.%d" % i, noise(65536)))
     kept = [b"user.%d" % i for i in range(count)]
     with pytest.raises(NoSpaceError):
@@ -1230,7 +1231,7 @@ def test_read_only_changes_nothing(fs: FileSystem) -> None:
     ino = make(fs, content=b"abc")
     fs.setattr(ino, atime=1, mtime=2)
     before = fs.region.read(0, fs.region.size)
-    frozen = FileSystem.mount(fs.region, read_only=True)
+    frozen = mount_filesystem(fs.region, read_only=True)
     assert contents(frozen, ino) == b"abc"
     attempts: tuple[Callable[[], object], ...] = (
         lambda: make(frozen, b"g"),
@@ -1283,7 +1284,7 @@ def test_regions_of_any_size(size: int) -> None:
     with MemoryFile(size) as memory:
         with memory.open() as region:
             make_filesystem(region)
-            fs = FileSystem.mount(region)
+            fs = mount_filesystem(region)
             ino = make(fs, content=b"abc")
             if size > GIB:
                 fs.setattr(ino, size=size // GIB * GIB - GIB)
@@ -1291,7 +1292,7 @@ def test_regions_of_any_size(size: int) -> None:
                 assert bytes(fs.read(ino, 0, 4)) == b"abc\0"
             fs.unmount()
         with memory.open() as region:
-            fs = FileSystem.mount(region)
+            fs = mount_filesystem(region)
             assert bytes(fs.read(ino, 0, 3)) == b"abc"
             if size < 23 * GIB:
                 assert_clean(region)
@@ -1300,7 +1301,7 @@ def test_regions_of_any_size(size: int) -> None:
 def test_what_is_no_file_system_is_refused() -> None:
     with MemoryFile(16 * MIB) as memory, memory.open() as region:
         with pytest.raises(FormatError):
-            FileSystem.mount(region)
+            mount_filesystem(region)
         region.copy_in(0, random.Random(1).randbytes(16 * MIB))
         with pytest.raises(FormatError):
-            FileSystem.mount(region)
+            mount_filesystem(region)

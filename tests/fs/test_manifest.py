@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 
+from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import (
     CorruptionError,
     InvalidError,
@@ -21,6 +22,7 @@ from pkernfs.errors import (
 from pkernfs.fs import fsck, manifest, state_page, superblock
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
+from pkernfs.fs.super import Access
 from pkernfs.layout import (
     ARRIVAL_FIRST_BOOT,
     ARRIVAL_LIVE_UPDATE,
@@ -52,7 +54,7 @@ OTHER_BOOT = bytes(range(16))
 
 def boot(number: int) -> mock._patch[mock.Mock]:
     """As if the kernel had been booted anew."""
-    return mock.patch("pkernfs.fs.filesystem._boot_id", return_value=bytes([number]) * 16)
+    return mock.patch("pkernfs.fs.super.Super.boot_id", return_value=bytes([number]) * 16)
 
 
 def make(fs: FileSystem, name: str, data: bytes, parent: int = ROOT_INO) -> int:
@@ -71,7 +73,7 @@ class Handed:
     places: dict[str, int]  # region offset of the first byte
 
     def mount(self, *, read_only: bool = False) -> FileSystem:
-        return FileSystem.mount(self.region, read_only=read_only)
+        return mount_filesystem(self.region, read_only=read_only)
 
     region: Region = None  # type: ignore[assignment]
 
@@ -96,7 +98,7 @@ def populated(fs: FileSystem) -> dict[str, int]:
 def handed(request: pytest.FixtureRequest) -> Iterator[Handed]:
     with MemoryFile(SIZE) as memory, memory.open() as region:
         make_filesystem(region)
-        fs = FileSystem.mount(region)
+        fs = mount_filesystem(region)
         inos = populated(fs)
         places = {
             name: fs.extents(ino)[0].region_offset
@@ -112,7 +114,10 @@ def handed(request: pytest.FixtureRequest) -> Iterator[Handed]:
 def changes_of(fs: FileSystem) -> dict[str, str]:
     arrival = verify(fs)
     assert not arrival.trouble
-    return {change["path"]: change["what"] for change in manifest.tell(fs, arrival.changes)}
+    return {
+        change["path"]: change["what"]
+        for change in manifest.tell(arrival.changes, fs.readdir, fs.holder)
+    }
 
 
 def has_digests(handed: Handed) -> bool:
@@ -226,13 +231,12 @@ def test_without_space_there_is_no_list(fs: FileSystem) -> None:
     assert fs.statfs() == space
     assert fs.hand_over(0, 0, 0, 0) == 1
     fs.unmount()
-    again = FileSystem.mount(fs.region)
+    again = mount_filesystem(fs.region)
     arrival = verify(again)
     assert "no list" in arrival.trouble
     assert arrival.result == RESULT_UNKNOWN
     again.unmount()
-    fs.frozen = False  # it is not this one's any more
-    fs.read_only = True
+    fs.super.access = Access.READ_ONLY  # it is not this one's any more
 
 
 # ---------------------------------------------------------------------- the first mount
@@ -333,8 +337,7 @@ def test_a_hole_that_got_bytes_is_found(handed: Handed) -> None:
 def page_of(handed: Handed, ino: int) -> int:
     """Region offset of the inode page of an inode."""
     fs = handed.mount(read_only=True)
-    pages = {index: page for page, index in fs.index_of_inode_pages().items()}
-    return pages[ino >> 4] * PAGE
+    return fs.super.inodes.where[ino >> 4] * PAGE
 
 
 def reseal(region: Region, at: int) -> None:
@@ -419,7 +422,7 @@ def test_a_damaged_list_is_no_reason_not_to_mount(handed: Handed, what: str) -> 
     record = state_page.read_record(state)
     fs = handed.mount(read_only=True)
     at = fs.extents(record.list_ino)[0].region_offset
-    data = bytearray(fs._read_list(record))
+    data = bytearray(fs._freezer.read_list(record))
     from pkernfs.region.digest import crc64
 
     if what == "data":
@@ -435,7 +438,7 @@ def test_a_damaged_list_is_no_reason_not_to_mount(handed: Handed, what: str) -> 
         record = record._replace(list_ino=handed.inos["f2"])
     else:
         data[:] = random.Random(3).randbytes(len(data))
-        data[: len(data) // 2] = bytes(fs._read_list(record))[: len(data) // 2]
+        data[: len(data) // 2] = bytes(fs._freezer.read_list(record))[: len(data) // 2]
         record = record._replace(list_digest=crc64(data))
     assert len(fs.extents(state_page.read_record(state).list_ino)) == 1
     region.copy_in(at, bytes(data))
@@ -505,7 +508,7 @@ def test_kinds_of_mounts() -> None:
             (4, ARRIVAL_LIVE_UPDATE, False),
         ):
             with boot(number):
-                fs = FileSystem.mount(region)
+                fs = mount_filesystem(region)
                 assert fs.arrival is not None
                 assert fs.arrival.kind == kind
                 if kind == ARRIVAL_LIVE_UPDATE or fs.arrival.record:
@@ -527,7 +530,7 @@ def test_the_history_keeps_the_last_ones() -> None:
         make_filesystem(region)
         for number in range(HISTORY_ENTRIES + 5):
             with boot(number + 1):
-                fs = FileSystem.mount(region)
+                fs = mount_filesystem(region)
                 verify(fs)
                 assert hand_over(fs, digests=False) == number + 1
                 fs.unmount()
@@ -543,11 +546,11 @@ def test_another_physical_address_is_told() -> None:
     with MemoryFile(16 * MIB) as memory:
         with memory.open(phys_base=1 << 30) as region:
             make_filesystem(region)
-            fs = FileSystem.mount(region)
+            fs = mount_filesystem(region)
             hand_over(fs)
             fs.unmount()
         with memory.open(phys_base=2 << 30) as region:
-            fs = FileSystem.mount(region)
+            fs = mount_filesystem(region)
             text = "physical address: 0x80000000, 0x40000000 at the handover"
             assert changes_of(fs) == {"": text}
             fs.unmount()
@@ -560,7 +563,7 @@ def test_holes_cost_nothing() -> None:
     """A sparse file of 1 TiB in a region of 2 TiB: its list has what there is memory for."""
     with MemoryFile(2 << 40) as memory, memory.open() as region:
         make_filesystem(region)
-        fs = FileSystem.mount(region)
+        fs = mount_filesystem(region)
         ino = make(fs, "ram", b"first")
         fs.run(lambda: fs.setattr(ino, size=1 << 40))
         fs.run(lambda: fs.write(ino, 1 << 39, b"middle"))
@@ -568,7 +571,7 @@ def test_holes_cost_nothing() -> None:
         record = state_page.read_record(fs.store.read(STATE_PAGE, MAGIC_STATE))
         assert record.list_bytes < 64 << 10
         fs.unmount()
-        again = FileSystem.mount(region)
+        again = mount_filesystem(region)
         arrival = verify(again)
         assert arrival.result == RESULT_EVERYTHING
         again.unmount()
@@ -579,13 +582,13 @@ def test_a_large_list() -> None:
     """More files than one inode page, leaf or piece of work has room for."""
     with Region.anonymous(256 * MIB) as region:
         make_filesystem(region)
-        fs = FileSystem.mount(region)
+        fs = mount_filesystem(region)
         inos = [make(fs, f"file{i}", b"%d" % i) for i in range(5000)]
         hand_over(fs)
         victim = fs.extents(inos[4321])[0].region_offset
         fs.unmount()
         region.copy_in(victim, b"x")
-        fs = FileSystem.mount(region)
+        fs = mount_filesystem(region)
         assert changes_of(fs) == {"/file4321": "bytes 0x0..0x200000"}
         fs.unmount()
         assert_clean(region)
@@ -596,7 +599,7 @@ def test_pages_of_the_list(fs: FileSystem) -> None:
     populated(fs)
     hand_over(fs)
     record = state_page.read_record(fs.store.read(STATE_PAGE, MAGIC_STATE))
-    listed = manifest.parse_list(fs._read_list(record), fs.superblock.uuid, 1)
+    listed = manifest.parse_list(fs._freezer.read_list(record), fs.superblock.uuid, 1)
     image = fsck.survey(fs.region)
     assert sorted(listed.pages) == sorted(image.metadata_pages())
     assert listed.magics.count(MAGIC_INODES) * 16 == len(listed.slots)
@@ -611,7 +614,7 @@ def test_no_changed_byte_goes_unnoticed(request: pytest.FixtureRequest) -> None:
     rng = random.Random(request.config.getoption("hypothesis_seed"))
     with Region.anonymous(32 * MIB) as region:
         make_filesystem(region)
-        fs = FileSystem.mount(region)
+        fs = mount_filesystem(region)
         for i in range(30):
             make(fs, f"f{i}", rng.randbytes(rng.randrange(1, 30_000)))
         directory = fs.mkdir(ROOT_INO, b"d", 0o755, 0, 0).ino
@@ -634,9 +637,9 @@ def test_no_changed_byte_goes_unnoticed(request: pytest.FixtureRequest) -> None:
             word = int.from_bytes(image[offset : offset + 8], "little") ^ flipped
             region.store_u64(offset, word)
             try:
-                mounted = FileSystem.mount(region)
+                mounted = mount_filesystem(region)
                 arrival = verify(mounted)
-                manifest.tell(mounted, arrival.changes)
+                manifest.tell(arrival.changes, mounted.readdir, mounted.holder)
                 if arrival.trouble:
                     seen["trouble"] += 1
                 else:

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import RegionError
 from pkernfs.fs import placement
-from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.fs.placement import Placement, encode, open_region, parse, read
 from pkernfs.host.iomem import Span
@@ -97,11 +97,11 @@ def test_a_mount_records_what_has_changed(machine: Machine) -> None:
     with path.open("rb") as source, other.open("r+b") as target:
         target.write(source.read())  # moved
     with open_region(str(other), write=True, host=machine) as region:
-        fs = FileSystem.mount(region, read_only=True)
-        placement.record(fs)
+        fs = mount_filesystem(region, read_only=True)
+        placement.record(fs.super)
         assert read(region) == Placement("dax0.1", 2 * M, (Span(G, 8 * M),))
-        fs = FileSystem.mount(region)
-        placement.record(fs)
+        fs = mount_filesystem(region)
+        placement.record(fs.super)
         fs.unmount()
         assert read(region) == Placement("dax0.2", 2 * M, (Span(G + 64 * M, 10 * M),))
         assert read(region) == parse(region.read(BACKUP_PAGE * PAGE, PAGE))

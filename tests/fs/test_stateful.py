@@ -10,8 +10,8 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import NoSpaceError, PkernfsError
-from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
 from support.checking import MemoryFile, assert_clean
 from support.posix_model import Model, Node
@@ -57,7 +57,7 @@ class FileSystemMachine(RuleBasedStateMachine):
         self.region = self.memory.open()
         make_filesystem(self.region)
         self.now = 10**18
-        self.fs = FileSystem.mount(self.region, clock=self.clock)
+        self.fs = mount_filesystem(self.region, clock=self.clock)
         self.model = Model()
         self.inos: dict[Node, int] = {self.model.root: 1, self.model.root.entries[b"iommu"]: 2}
         self.ctimes: dict[Node, int] = {}
@@ -348,7 +348,7 @@ class FileSystemMachine(RuleBasedStateMachine):
             self.fs.unmount()
         self.region.close()
         self.region = self.memory.open()
-        self.fs = FileSystem.mount(self.region, clock=self.clock)
+        self.fs = mount_filesystem(self.region, clock=self.clock)
         self.open_nodes = []
         self.model.crash()
         self.dirty = set(self.nodes())
@@ -358,7 +358,7 @@ class FileSystemMachine(RuleBasedStateMachine):
         """After a crash, too: what had no name any more stays, and nobody sees it."""
         self.region.close()
         self.region = self.memory.open(write=False)
-        self.fs = FileSystem.mount(self.region)
+        self.fs = mount_filesystem(self.region)
         self.open_nodes = []
         self.model.crash()
         self.dirty = set(self.nodes())
@@ -366,7 +366,7 @@ class FileSystemMachine(RuleBasedStateMachine):
             self.compare(node)
         self.region.close()
         self.region = self.memory.open()
-        self.fs = FileSystem.mount(self.region, clock=self.clock)
+        self.fs = mount_filesystem(self.region, clock=self.clock)
 
     @rule(most=st.integers(1, 8))
     def zero_ahead(self, most: int) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import CorruptionError, NoSpaceError, NotFoundError, ZeroingNeeded
 from pkernfs.fs import mkfs
 from pkernfs.fs.filesystem import FileSystem
@@ -95,7 +96,7 @@ def make(ops: Operations, name: bytes = b"f") -> int:
 
 def known(fs: FileSystem, ino: int) -> int:
     """How often the kernel is thought to know an inode."""
-    return fs._lookups.get(ino, 0)
+    return fs._life._lookups.get(ino, 0)
 
 
 # ---------------------------------------------------------------------- lookup counts
@@ -243,7 +244,7 @@ def test_expected_errors_are_errnos(ops: Operations) -> None:
 def test_corruption_ends_writing(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     region = Region.anonymous(8 * MIB)
     mkfs.make_filesystem(region)
-    fs = FileSystem.mount(region)
+    fs = mount_filesystem(region)
     ops = Operations(fs)
 
     def corrupt(*_: object) -> None:

@@ -30,6 +30,7 @@ from typing import Any
 import pytest
 
 from pkernfs.cli import fsck_main, mkfs_main
+from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import CorruptionError, FormatError
 from pkernfs.fs import fsck
 from pkernfs.fs.filesystem import FileSystem
@@ -511,7 +512,7 @@ def kill_round(mounted: Mounted, checker: Checker, rng: random.Random, round_: i
 def check_region(mounted: Mounted, checker: Checker, *, clean: bool) -> None:
     """Recover without a daemon, compare and check."""
     with Region.open(str(mounted.region), write=True) as region:
-        fs = FileSystem.mount(region)
+        fs = mount_filesystem(region)
         checker.check(lambda number: by_core(fs, number))
         check_structure(region)
         check_zero_blocks(region)
@@ -588,7 +589,7 @@ def test_mkfs_killed(tmp_path: Path, figures: Counter[str]) -> None:
         figures["kills of mkfs"] += 1
         with Region.open(str(path), write=True) as region:
             try:
-                fs = FileSystem.mount(region)
+                fs = mount_filesystem(region)
             except (FormatError, CorruptionError):
                 figures["without a file system after that"] += 1
                 continue
@@ -617,7 +618,7 @@ def test_fsck_killed(tmp_path: Path, figures: Counter[str]) -> None:
     path = tmp_path / "region"
     path.write_bytes(image)
     with Region.open(str(path), write=True) as region:
-        before = snapshot(FileSystem.mount(region, read_only=True))
+        before = snapshot(mount_filesystem(region, read_only=True))
     for number in range(40):
         path.write_bytes(image)
         with Region.open(str(path), write=True) as region:
@@ -634,7 +635,7 @@ def test_fsck_killed(tmp_path: Path, figures: Counter[str]) -> None:
         assert fsck_main(["-y", str(path)]) in (0, 1)
         assert fsck_main([str(path)]) == 0
         with Region.open(str(path), write=True) as region:
-            fs = FileSystem.mount(region)
+            fs = mount_filesystem(region)
             assert snapshot(fs) == before
             fs.unmount()
             check_structure(region)

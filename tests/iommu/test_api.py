@@ -10,7 +10,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from pkernfs.fs.filesystem import FileSystem
+from pkernfs.dma.mount import mount_filesystem, tables_of
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.iommu import Translation
 from pkernfs.layout import BLOCK, IOMMU_INO, ROOT_INO
@@ -51,12 +51,12 @@ def test_an_export_without_a_mount(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         file.truncate(32 * MIB)
     with Region.open("guests", write=True, phys_base=1 << 32) as region:
         make_filesystem(region)
-        fs = FileSystem.mount(region)
+        fs = mount_filesystem(region)
         ram = fs.create(ROOT_INO, b"ram", 0o100600, 0, 0).ino
         fs.setattr(ram, size=2 * BLOCK)
         fs.setattr(fs.create(IOMMU_INO, b"dom-0", 0o100400, 0, 0).ino, size=BLOCK)
-        fs.tables.map_file(0, 0, ram, 0, None, 3)
-        fs.tables.attach(0, 0x28)
+        tables_of(fs).map_file(0, 0, ram, 0, None, 3)
+        tables_of(fs).attach(0, 0x28)
         fs.unmount()
     known: dict[str, Any] = {}
     exec(blocks()[1], known)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import NoSpaceError, ReadOnlyError
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
@@ -329,7 +330,7 @@ def test_a_mount_completes_a_change_of_tables() -> None:
     """In a real dom-0: cut anywhere, mounted again, and fsck has nothing to say."""
     with Region.anonymous(32 * MIB, phys_base=PHYS_BASE) as region:
         make_filesystem(region)
-        fs = FileSystem.mount(region)
+        fs = mount_filesystem(region)
         ino = fs.create(IOMMU_INO, b"dom-0", 0o100400, 0, 0).ino
         fs.run(lambda: fs.setattr(ino, size=2 * MIB))
         ram = fs.create(ROOT_INO, b"ram", 0o100600, 0, 0).ino
@@ -346,7 +347,7 @@ def test_a_mount_completes_a_change_of_tables() -> None:
             region.copy_in(0, first)
             for offset, length, data in stores[:cut]:
                 region.copy_in(offset, bytes(length) if data is None else data)
-            mounted = FileSystem.mount(region)
+            mounted = mount_filesystem(region)
             again = PageTable(_table_memory(mounted, b"dom-0"), mounted.store.commit_words)
             mapped = sum(m.length for m in again.mappings())
             assert mapped in (0, 3 * MIB, 3 * MIB - PAGE)

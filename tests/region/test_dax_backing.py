@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import LockedError
-from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.host.iomem import Span
 from pkernfs.layout import BLOCK
@@ -43,7 +43,7 @@ def test_a_device_of_two_ranges(machine: Machine) -> None:
             (4 * M, 4 * M, G),
         ]
         make_filesystem(region)
-        fs = FileSystem.mount(region)
+        fs = mount_filesystem(region)
         ino = fs.create(1, b"f", 0o100600, 0, 0).ino
         fs.run(lambda: fs.write(ino, 0, b"x" * 4096))
         assert bytes(fs.read(ino, 0, 4096)) == b"x" * 4096

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import LockedError, RegionError
-from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.fs.superblock import describe
 from pkernfs.layout import BLOCK
@@ -42,7 +42,7 @@ def test_a_file_system_in_physical_memory(machine: Machine) -> None:
         assert region.known_zero() == []
         assert list(region.data_ranges(BLOCK, 3 * BLOCK)) == [(BLOCK, 3 * BLOCK)]
         make_filesystem(region)
-        fs = FileSystem.mount(region)
+        fs = mount_filesystem(region)
         ino = fs.create(1, b"guest-ram", 0o100600, 0, 0).ino
         fs.run(lambda: fs.write(ino, 0, b"physical" * 512))
         extent = next(iter(fs.extents(ino)))

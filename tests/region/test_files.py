@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from pkernfs.native._native import lib
 
+from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import LockedError, RegionError
-from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.layout import BLOCK, PAGE
 from pkernfs.region import files, locks
@@ -199,7 +199,7 @@ def test_removed_sparse_file_takes_no_memory(tmp_path: Path) -> None:
     Region.create(str(path), 256 << 20)
     with Region.open(str(path), write=True) as region:
         make_filesystem(region)
-        fs = FileSystem.mount(region)
+        fs = mount_filesystem(region)
         ino = fs.create(1, b"guest-ram", stat.S_IFREG | 0o600, 0, 0).ino
         fs.setattr(ino, size=200 << 20)
         fs.unlink(1, b"guest-ram")

@@ -23,6 +23,7 @@ from unittest import mock
 
 import pytest
 
+from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import NoSpaceError
 from pkernfs.fs import fsck, mkfs
 from pkernfs.fs.filesystem import FileSystem
@@ -98,7 +99,7 @@ def formatted(size: int = REGION_BYTES, populate: Operation | None = None) -> by
             region.copy_in(at, POISON)
         with mock.patch("pkernfs.fs.mkfs.os.urandom", lambda n: bytes(range(n))):
             mkfs.make_filesystem(region, uuid=bytes(range(16, 32)), clock=Clock())
-        fs = FileSystem.mount(region, clock=Clock())
+        fs = mount_filesystem(region, clock=Clock())
         if populate is not None:
             populate(fs)
         fs.unmount()
@@ -455,7 +456,7 @@ class Sweep:
         self.clock = Clock()
         with Region.anonymous(len(base)) as region:
             region.copy_in(0, base)
-            fs = FileSystem.mount(region, clock=self.clock)
+            fs = mount_filesystem(region, clock=self.clock)
             if scenario.setup is not None:
                 scenario.setup(fs)
             self.before = region.read(0, len(base))
@@ -471,7 +472,7 @@ class Sweep:
         for image in (self.before, self.after):
             with Region.anonymous(len(image)) as region:
                 region.copy_in(0, image)
-                fs = FileSystem.mount(region, clock=Clock())
+                fs = mount_filesystem(region, clock=Clock())
                 tree = snapshot(fs)
                 trees.append(tree)
                 torn = self.scenario.torn
@@ -496,7 +497,7 @@ class Sweep:
         verdict: list[str] = []
 
         def look(region: Region) -> None:
-            fs = FileSystem.mount(region, clock=Clock(1 << 61))
+            fs = mount_filesystem(region, clock=Clock(1 << 61))
             verdict.append(self.oracle.judge(fs))
             check_handover(fs)
             if number % 8 == 0:
@@ -507,7 +508,7 @@ class Sweep:
             self._fsck(region)
 
         def look_read_only(region: Region) -> None:
-            fs = FileSystem.mount(region, read_only=True, clock=Clock(1 << 61))
+            fs = mount_filesystem(region, read_only=True, clock=Clock(1 << 61))
             seen = self.oracle.judge(fs)
             assert seen in (verdict[0], "same"), f"read-only {seen}, else {verdict[0]}"
 
@@ -643,7 +644,7 @@ class Sweep:
 
 
 def _mount(region: Region) -> None:
-    FileSystem.mount(region, clock=Clock(1 << 61))
+    mount_filesystem(region, clock=Clock(1 << 61))
 
 
 def in_parallel(first: Callable[[], Result], second: Callable[[], Result]) -> Result:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from pkernfs.fs.filesystem import FileSystem
+from pkernfs.dma.mount import mount_filesystem
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.layout import (
     BLOCK,
@@ -64,7 +64,7 @@ class Populated:
 def populate(region: Region, names: int = 150, attributes: int = 40) -> Populated:
     """Format a region and fill it."""
     make_filesystem(region, label="damage")
-    fs = FileSystem.mount(region)
+    fs = mount_filesystem(region)
     inos: dict[str, int] = {}
 
     def new(path: str, mode: int = REG) -> int:

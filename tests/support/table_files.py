@@ -6,9 +6,9 @@ from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
 from pkernfs.dma import reports
+from pkernfs.dma.mount import mount_filesystem, tables_of
 from pkernfs.dma.output import Question, Record, Status, Text
 from pkernfs.dma.table_files import TableFiles
-from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.iommu.check import Report
 from pkernfs.iommu.export import assemble
@@ -48,14 +48,14 @@ class Host:
             for at in range(0, size, MIB):
                 self.region.copy_in(at, POISON)
         make_filesystem(self.region)
-        self.fs = FileSystem.mount(self.region)
+        self.fs = mount_filesystem(self.region)
 
     @classmethod
     def over(cls, region: Region) -> Host:
         """One in a region that has a file system; it is mounted now, and the caller's to close."""
         host = cls.__new__(cls)
         host.region = region
-        host.fs = FileSystem.mount(region)
+        host.fs = mount_filesystem(region)
         return host
 
     def close(self) -> None:
@@ -68,11 +68,11 @@ class Host:
             self.fs.unmount()
         self.region.close()
         self.region = self.file.open(phys_base=phys_base)
-        self.fs = FileSystem.mount(self.region)
+        self.fs = mount_filesystem(self.region)
 
     @property
     def tables(self) -> TableFiles:
-        return self.fs.tables
+        return tables_of(self.fs)
 
     def run(self, operation: Callable[[], T]) -> T:
         return self.fs.run(operation)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from pkernfs.dma.activation import Activation
-from pkernfs.fs.filesystem import FileSystem
+from pkernfs.dma.mount import mount_filesystem, tables_of
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.host.dmar import BRIDGE, Dmar
 from pkernfs.host.sysroot import Host
@@ -44,13 +44,13 @@ class Rig:
         for name in ("0000:00:05.0", "0000:00:06.0"):
             add_device(path / "host", name, config(command=BUS_MASTER))
         self.region = self._region(memory)
-        self.fs = FileSystem.mount(self.region)
-        self.fs.tables.create_root(Config(mode, 4))
+        self.fs = mount_filesystem(self.region)
+        tables_of(self.fs).create_root(Config(mode, 4))
         for number, device in enumerate((FIRST, SECOND)):
             self.file(f"dom-{number}", 2 * MIB, IOMMU_INO)
             scratch = self.file(f"scratch-{number}", PAGE)
-            self.fs.tables.map_file(number, SCRATCH, scratch, 0, None, 3)
-            self.fs.tables.attach(number, device)
+            tables_of(self.fs).map_file(number, SCRATCH, scratch, 0, None, 3)
+            tables_of(self.fs).attach(number, device)
 
     @staticmethod
     def _region(memory: Path) -> Region:
@@ -66,7 +66,7 @@ class Rig:
         """As after a SIGKILL: nothing was told to anybody."""
         self.region.close()
         self.region = self._region(self.memory)
-        self.fs = FileSystem.mount(self.region)
+        self.fs = mount_filesystem(self.region)
 
     def write_table(self, *structures: bytes, width: int = 47) -> None:
         there = Path(self.host.path("sys/firmware/acpi/tables"))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from pkernfs.dma.comparison import Finder, LiveTables, check_addresses
 from pkernfs.dma.kernel_adopted import Adopted
+from pkernfs.dma.mount import tables_of
 from pkernfs.dma.table_files import TableFiles
 from pkernfs.errors import (
     BusyError,
@@ -69,7 +70,7 @@ class Activation:
 
     @property
     def _tables(self) -> TableFiles:
-        return self._fs.tables
+        return tables_of(self._fs)
 
     # ------------------------------------------------------------------ at the mount
 

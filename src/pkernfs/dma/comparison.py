@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from pkernfs.dma.mount import tables_of
 from pkernfs.errors import InvalidError, NotFoundError, NotSupportedError
 from pkernfs.host.dmar import Dmar, read_dmar
 from pkernfs.host.pci import PciDevice, group_of, read_device, unit_of
@@ -49,7 +50,7 @@ class LiveTables:
         self._host = host
         self.dmar = read_dmar(host)
         self.found = {f.structure.name: f for f in find(host, self.dmar)}
-        self._memory = LiveMemory(host, fs.tables.region_memory())
+        self._memory = LiveMemory(host, tables_of(fs).region_memory())
         self._units: dict[str, LiveUnit] = {}
         self._mapped: dict[tuple[int, int], list[Mapping]] = {}
 
@@ -152,7 +153,7 @@ class LiveTables:
 
         :raises PkernfsError: something differs, or cannot be read; what, and the remedy.
         """
-        tables = self._fs.tables
+        tables = tables_of(self._fs)
         root = tables.need_root()
         transient = tables.transient()
         attached = [d for d in tables.devices() if d.source_id not in transient]
@@ -168,7 +169,7 @@ class LiveTables:
     def _check_device(self, ours: Device, device: PciDevice, live: LiveUnit) -> None:
         entry = live.entry(ours.source_id)
         self.check_names(device, live, entry.table)
-        config = self._fs.tables.config
+        config = tables_of(self._fs).config
         check_shape(
             entry.source_id, Shape(live.mode, entry.levels), Shape(config.mode, config.levels)
         )
@@ -184,7 +185,7 @@ class LiveTables:
 
     def _compare(self, ours: Device, live: list[Mapping]) -> None:
         number = self._number(ours)
-        table = self._fs.tables.domain(number)
+        table = tables_of(self._fs).domain(number)
         mapped = list(table.mappings())
         name = bdf_text(ours.source_id)
         for m in without(live, mapped):
@@ -199,7 +200,7 @@ class LiveTables:
             )
 
     def _number(self, ours: Device) -> int:
-        for number, table in self._fs.tables.domains.items():
+        for number, table in tables_of(self._fs).domains.items():
             if table.root == ours.table:
                 return number
         raise InvalidError(

@@ -12,6 +12,7 @@ import os
 from typing import TYPE_CHECKING, NamedTuple
 
 from pkernfs.dma.activation import Activation
+from pkernfs.dma.mount import tables_of
 from pkernfs.errors import InvalidError, NotFoundError, PermissionDeniedError, PkernfsError
 from pkernfs.host.dmar import read_dmar
 from pkernfs.host.pci import read_device, unit_of
@@ -58,7 +59,7 @@ class Jump:
 
         :raises PkernfsError: it cannot be seen what the units do.
         """
-        tables = self._fs.tables
+        tables = tables_of(self._fs)
         transient = tables.transient()
         attached = [d.source_id for d in tables.devices()]
         cut = [bdf_text(s) for s in attached if s in transient]
@@ -75,7 +76,7 @@ class Jump:
 
     def _in_force(self, source_ids: list[int]) -> dict[int, str]:
         """The devices that must go on, and the unit above each."""
-        root = self._fs.tables.root
+        root = tables_of(self._fs).root
         if not source_ids or root is None:
             return {}
         try:

@@ -14,9 +14,11 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pkernfs.dma.mount import tables_of
 from pkernfs.dma.output import PAUSE, Output, Pause, Question, Record, Status, Text
-from pkernfs.dma.table_files import ROOT_NAME, TableFiles
+from pkernfs.dma.table_files import TableFiles
 from pkernfs.errors import InvalidError, NotFoundError
+from pkernfs.fs.names import ROOT_PGTABLES
 from pkernfs.host.bars import Bar
 from pkernfs.iommu import export, show
 from pkernfs.iommu.check import Report, check
@@ -29,7 +31,7 @@ from pkernfs.vtd.entries import bdf_text
 if TYPE_CHECKING:
     from pkernfs.fs.filesystem import FileSystem
 
-_ROOT = ROOT_NAME.decode()
+_ROOT = ROOT_PGTABLES.decode()
 _NAMES_AT_ONCE = 32
 _WALKS = 3  # a file that is renamed while its name is looked for is missed
 _LINES_AT_ONCE = 128
@@ -131,7 +133,7 @@ def _names(fs: FileSystem, directory: int, cookie: int) -> list[tuple[bytes, int
 
 def mapped_pieces(fs: FileSystem) -> Generator[Pause, None, list[Owner]]:
     """Where files are of which something is mapped, or something close by."""
-    return pieces_of(fs, fs.tables.may_be_mapped)
+    return pieces_of(fs, tables_of(fs).may_be_mapped)
 
 
 def pieces_of(
@@ -179,7 +181,7 @@ def owners(fs: FileSystem) -> Generator[Pause, None, Owners]:
                 paths[found[1]] = found[0]
                 if not wanted:
                     break
-    return Owners(fs.tables.region_memory(), pieces, fs.tables.bars(), paths)
+    return Owners(tables_of(fs).region_memory(), pieces, tables_of(fs).bars(), paths)
 
 
 # ---------------------------------------------------------------------- translate
@@ -206,7 +208,7 @@ def translation(
 
     :raises NotFoundError, InvalidError, TableDamageError: there are no tables to walk.
     """
-    tables = fs.tables
+    tables = tables_of(fs)
     return translate(
         tables.region_memory(),
         tables.root_memory().first_page,
@@ -228,7 +230,7 @@ def show_text(fs: FileSystem, number: int | None, *, merge: bool = False) -> Out
 
     :raises NotFoundError, InvalidError, TableDamageError: no such domain, or nothing to walk.
     """
-    tables = fs.tables
+    tables = tables_of(fs)
     tables.check_place()
     devices = tables.devices()
     if number is None and tables.root is not None:
@@ -281,7 +283,7 @@ def _record(where: str, record: dict[str, Any]) -> Record:
 
 def show_records(fs: FileSystem, number: int | None) -> Output:
     """The same as records: entries as they are, and what is mapped with neighbours joined."""
-    tables = fs.tables
+    tables = tables_of(fs)
     tables.check_place()
     root = tables.root.root if tables.root is not None else None
     unit = export.unit(tables.config, root)
@@ -314,7 +316,7 @@ def export_records(fs: FileSystem, number: int | None) -> Output:
 
     :raises NotFoundError, InvalidError, TableDamageError: as :func:`show_text`.
     """
-    tables = fs.tables
+    tables = tables_of(fs)
     tables.check_place()
     numbers = sorted(tables.domains) if number is None else [number]
     names = {tables.domain(n).root: f"dom-{n}" for n in numbers}
@@ -363,7 +365,7 @@ def prepare_check(fs: FileSystem) -> Generator[Pause, None, CheckInput]:
 
     :raises InvalidError, TableDamageError: no addresses, or tables of another place.
     """
-    tables = fs.tables
+    tables = tables_of(fs)
     tables.check_place()
     pieces = yield from mapped_pieces(fs)
     allowed = [
@@ -374,7 +376,7 @@ def prepare_check(fs: FileSystem) -> Generator[Pause, None, CheckInput]:
     ]
     allowed += [(b.start, b.start + b.length) for b in tables.bars()]
     memories = {name: tables.memory(name) for name in tables.names}
-    root = memories.pop(ROOT_NAME, None)
+    root = memories.pop(ROOT_PGTABLES, None)
     domains = {name.decode(): memory for name, memory in memories.items()}
     return CheckInput(root, domains, allowed)
 

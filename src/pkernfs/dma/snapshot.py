@@ -13,6 +13,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 from pkernfs.dma.comparison import LiveTables
+from pkernfs.dma.mount import tables_of
 from pkernfs.dma.output import PAUSE, Pause
 from pkernfs.dma.reports import Owners, pieces_of
 from pkernfs.dma.table_files import FIRST_DOMAIN_ID
@@ -122,7 +123,7 @@ def plan(fs: FileSystem, host: Host, reading: Reading) -> Generator[Pause, None,
     bars = [bar for bar in all_bars(host) if _overlaps(ranges, bar.start, bar.length)]
     yield PAUSE
     inodes = {p.ino: str(p.ino) for p in pieces}
-    owners = Owners(fs.tables.region_memory(), pieces, bars, inodes)
+    owners = Owners(tables_of(fs).region_memory(), pieces, bars, inodes)
     return (yield from _share_out(reading, owners))
 
 
@@ -169,7 +170,7 @@ def apply(fs: FileSystem, plan: Plan, number: int) -> int:
     :raises PkernfsError: why not; nothing was changed.
     :raises ZeroingNeeded: see :meth:`FileSystem.fallocate`.
     """
-    tables, reading = fs.tables, plan.reading
+    tables, reading = tables_of(fs), plan.reading
     table = tables.domain(number)
     adopted = _adopted(fs, reading, number)
     if adopted is not None:
@@ -197,10 +198,10 @@ def apply(fs: FileSystem, plan: Plan, number: int) -> int:
 
 def _adopted(fs: FileSystem, reading: Reading, number: int) -> int | None:
     """The domain id, if dom-``number`` is the live domain itself, as a kdump kernel has it."""
-    for n, table in fs.tables.domains.items():
+    for n, table in tables_of(fs).domains.items():
         if table.root != reading.table:
             continue
-        for d in fs.tables.devices():
+        for d in tables_of(fs).devices():
             if (d.source_id, d.table, n) == (reading.source_id, table.root, number):
                 return d.domain_id
         raise BusyError(
@@ -212,7 +213,7 @@ def _adopted(fs: FileSystem, reading: Reading, number: int) -> int | None:
 
 def _check_attached(fs: FileSystem, reading: Reading, number: int) -> None:
     """:raises BusyError: the device is attached elsewhere, or something else to dom-``number``."""
-    tables = fs.tables
+    tables = tables_of(fs)
     name, root = bdf_text(reading.source_id), tables.domain(number).root
     for d in tables.devices():
         other = bdf_text(d.source_id)
@@ -246,7 +247,7 @@ def _is_there(fs: FileSystem, piece: Piece) -> bool:
     if not inode.is_reg or not inode.nlink or inode.flags & INODE_FLAG_TABLE:
         return False
     at = piece.physical
-    for _low, physical, length in fs.tables.file_pieces(piece.ino, piece.offset, piece.length):
+    for _low, physical, length in tables_of(fs).file_pieces(piece.ino, piece.offset, piece.length):
         if physical != at:
             return False
         at += length
@@ -258,7 +259,7 @@ def _domain_id(fs: FileSystem, reading: Reading, table: int) -> int:
 
     :raises NoSpaceError: there is none.
     """
-    devices = fs.tables.devices()
+    devices = tables_of(fs).devices()
     taken = reading.taken | {d.domain_id for d in devices if d.table != table}
     best = [d.domain_id for d in devices if d.table == table] + [reading.domain_id]
     for domain_id in chain(best, range(FIRST_DOMAIN_ID, reading.domain_ids)):

@@ -28,7 +28,7 @@ from pkernfs.errors import (
     TooBigError,
     UnitError,
 )
-from pkernfs.fs.names import is_table_name
+from pkernfs.fs.names import ROOT_PGTABLES, is_table_name
 from pkernfs.host.bars import Bar
 from pkernfs.iommu.config import (
     Config,
@@ -59,7 +59,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ROOT_NAME = b"root-pgtables"
 _KEEP_SIZE = 1
 _MAPPINGS_AT_ONCE = 256
 #: 0 is reserved with CAP.CM, and the kernel keeps 0 and 1 for itself.
@@ -114,10 +113,10 @@ class TableFiles:
         names = files.keys() | self._files.keys()
         changed = {n for n in names if files.get(n) != self._files.get(n)}
         self._files = files
-        if ROOT_NAME in changed:
+        if ROOT_PGTABLES in changed:
             self._open_root()
             changed |= files.keys()
-        for name in changed - {ROOT_NAME}:
+        for name in changed - {ROOT_PGTABLES}:
             self._open_domain(name)
         self._map_is_old = True
 
@@ -126,8 +125,8 @@ class TableFiles:
         self._config = Config()
         self._levels = (self._config.levels,)
         self._elsewhere = None
-        self._damaged.pop(ROOT_NAME, None)
-        file = self._files.get(ROOT_NAME)
+        self._damaged.pop(ROOT_PGTABLES, None)
+        file = self._files.get(ROOT_PGTABLES)
         if file is None or not file.size:
             return
         self._levels = LEVELS
@@ -148,7 +147,7 @@ class TableFiles:
         except InvalidError:
             return  # a region without physical addresses: whoever wants to change it is told
         except PkernfsError as e:
-            self._note_damage(ROOT_NAME, e)
+            self._note_damage(ROOT_PGTABLES, e)
 
     def _open_domain(self, name: bytes) -> None:
         number = domain_number(name)
@@ -221,7 +220,7 @@ class TableFiles:
         """Units walk the tables from now on, and have nothing cached; or none does any more."""
         self._walking = walking
         self._open_root()
-        for name in self._files.keys() - {ROOT_NAME}:
+        for name in self._files.keys() - {ROOT_PGTABLES}:
             self._open_domain(name)
 
     def _check_domain_adopted(self, number: int) -> None:
@@ -306,7 +305,7 @@ class TableFiles:
 
         :raises NotFoundError, InvalidError, TableDamageError: missing, never sized, elsewhere.
         """
-        return self._memory(self._sized(ROOT_NAME))
+        return self._memory(self._sized(ROOT_PGTABLES))
 
     @property
     def domains(self) -> dict[int, PageTable]:
@@ -317,7 +316,7 @@ class TableFiles:
     def names(self) -> list[bytes]:
         """The files of /iommu that are sized, domains by number."""
         sized = (name for name, file in self._files.items() if file.size)
-        return sorted(sized, key=lambda n: -1 if n == ROOT_NAME else domain_number(n))
+        return sorted(sized, key=lambda n: -1 if n == ROOT_PGTABLES else domain_number(n))
 
     def memory(self, name: bytes) -> Memory:
         """Where a table file's pages are.
@@ -358,15 +357,15 @@ class TableFiles:
 
         :raises NotFoundError, InvalidError, TableDamageError: missing, never sized, or damaged.
         """
-        self._sized(ROOT_NAME)
-        self._check_sound(ROOT_NAME)
+        self._sized(ROOT_PGTABLES)
+        self._check_sound(ROOT_PGTABLES)
         assert self._root is not None
         return self._root
 
     def _sized(self, name: bytes) -> TableFile:
         file = self._files.get(name)
         if file is None:
-            if name == ROOT_NAME:
+            if name == ROOT_PGTABLES:
                 raise NotFoundError("root-pgtables: there is none: no device is attached")
             raise NotFoundError(f"{name.decode()}: no such domain")
         if not file.size:
@@ -390,18 +389,18 @@ class TableFiles:
         if size <= 0 or size % BLOCK:
             raise InvalidError(f"root-pgtables: bad size: got {size:#x}, expected steps of 2 MiB")
         self.check_place()
-        if ROOT_NAME not in self._files:
-            self._fs.create(IOMMU_INO, ROOT_NAME, 0o100400, 0, 0)
-        if not self._files[ROOT_NAME].size:
+        if ROOT_PGTABLES not in self._files:
+            self._fs.create(IOMMU_INO, ROOT_PGTABLES, 0o100400, 0, 0)
+        if not self._files[ROOT_PGTABLES].size:
             self._size_root(size)
         self.need_root()
         self._configure(config)
 
     def _size_root(self, size: int) -> None:
         try:
-            self._fs.setattr(self._files[ROOT_NAME].ino, size=size)
+            self._fs.setattr(self._files[ROOT_PGTABLES].ino, size=size)
         except (NoSpaceError, TooBigError):
-            self._fs.unlink(IOMMU_INO, ROOT_NAME)
+            self._fs.unlink(IOMMU_INO, ROOT_PGTABLES)
             raise
 
     def _configure(self, config: Config) -> None:
@@ -414,12 +413,12 @@ class TableFiles:
         root = self.need_root()
         configure(root.memory, self._fs.store.commit_words, config)
         self._open_root()
-        for name in self._files.keys() - {ROOT_NAME}:
+        for name in self._files.keys() - {ROOT_PGTABLES}:
             self._open_domain(name)
 
     def _have_root(self) -> RootTables:
         """root-pgtables, made now if it is missing, with a record of where it is."""
-        file = self._files.get(ROOT_NAME)
+        file = self._files.get(ROOT_PGTABLES)
         if file is None or not file.size:  # a daemon that was stopped may have left an empty one
             self.create_root()
         root = self.need_root()
@@ -686,11 +685,15 @@ class TableFiles:
         """Source ids of the devices whose entries a handover clears."""
         return set() if self._root is None else load_transient(self._root.memory)
 
-    def zap(self) -> list[int]:
-        """Detach the devices that are not to outlive a handover; their source ids."""
+    def clear_non_persistent(self) -> list[int]:
+        """Detach the devices that are not to outlive a handover, while frozen; their source ids.
+
+        :raises InvalidError: not frozen.
+        """
         gone = [d.source_id for d in self.devices() if d.source_id in self.transient()]
-        for source_id in gone:
-            self._detach(source_id)
+        with self._fs.super.handing_over():
+            for source_id in gone:
+                self._detach(source_id)
         return gone
 
     # ------------------------------------------------------------------ pins
@@ -746,25 +749,25 @@ class TableFiles:
     def _table_holder(self, name: bytes) -> str | None:
         if self._elsewhere is not None or self._files[name].size == 0:
             return None  # no unit can be walking tables that are not where they say
-        if ROOT_NAME in self._damaged:
+        if ROOT_PGTABLES in self._damaged:
             return "root-pgtables is damaged, and may refer to it: run fsck.pkernfs"
         if self._root is None:
             return self._adopted_holder(name)
         devices = self._root.devices()
-        if name != ROOT_NAME:
+        if name != ROOT_PGTABLES:
             memory = Memory(self._fs.region, self._extents(self._files[name]))
             devices = [d for d in devices if memory.offset(d.table) is not None]
-        if name == ROOT_NAME and self._walking is not None:
+        if name == ROOT_PGTABLES and self._walking is not None:
             return f"{self._walking.names} walks it"
         if devices:
             return f"device {bdf_text(devices[0].source_id)} is attached"
-        if name == ROOT_NAME and (self._config.levels != Config().levels or self.bars()):
+        if name == ROOT_PGTABLES and (self._config.levels != Config().levels or self.bars()):
             return self._mapped_domain()  # what its tables are like is told nowhere else
         return self._adopted_holder(name)
 
     def _adopted_holder(self, name: bytes) -> str | None:
         """Which entry of the running kernel leads to a domain's tables."""
-        if self.adopted is not None and name != ROOT_NAME:
+        if self.adopted is not None and name != ROOT_PGTABLES:
             top = self._memory(self._files[name]).first_page
             for entry in self.adopted.entries():
                 if entry.table == top:

@@ -199,6 +199,13 @@ class Inode:
         return self.data_pages * (PAGE // _SECTOR)
 
 
+def clear_set_id(inode: Inode) -> None:
+    """Clear set-uid, and set-gid where it means a group to run as."""
+    inode.mode &= ~stat.S_ISUID
+    if inode.mode & stat.S_IXGRP:
+        inode.mode &= ~stat.S_ISGID
+
+
 class Stat(NamedTuple):
     """The attributes of an inode; times in ns, ``data_pages`` in 4 KiB."""
 

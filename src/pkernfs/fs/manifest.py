@@ -2,13 +2,13 @@
 
 The list is made by the command, kept by the file system in a file without a name, and compared by
 the first mount after it. Nothing here stores into a region; when that happens is
-:mod:`pkernfs.fs.filesystem`'s business.
+:mod:`pkernfs.fs.freeze`'s business.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -39,7 +39,13 @@ from pkernfs.region.checksum import page_checksum
 from pkernfs.region.region import Region
 
 if TYPE_CHECKING:
-    from pkernfs.fs.filesystem import FileSystem
+    from pkernfs.fs.file import Extent
+    from pkernfs.fs.super import Super
+
+    #: The extents of a file, by its inode number.
+    ExtentsOf = Callable[[int], list[Extent]]
+    #: Name, inode number, type and cookie of the entries of a directory behind a cookie.
+    Readdir = Callable[[int, int], Iterator[tuple[bytes, int, int, int]]]
 
 Buffer = bytes | bytearray | memoryview
 
@@ -343,11 +349,13 @@ class Verifier:
     """Compares the data of files with their digests, a batch at a time.
 
     :meth:`batches` and :meth:`take` belong to the thread of the file system, :meth:`run` may be
-    called in any. Files that are changed through the mount meanwhile (``fs.watch``) are skipped.
+    called in any. Files that are changed through the mount meanwhile are skipped: their numbers are
+    put into :attr:`changed_meanwhile`.
     """
 
-    def __init__(self, fs: FileSystem, arrival: Arrival) -> None:
-        self._fs = fs
+    def __init__(self, region: Region, extents: ExtentsOf, arrival: Arrival) -> None:
+        self._region = region
+        self._extents = extents
         self._files = arrival.files
         self._changes = arrival.changes
         self.changed_meanwhile: set[int] = set()
@@ -373,7 +381,7 @@ class Verifier:
 
     def _jobs(self, file: FileDigests) -> Iterator[_Job]:
         try:
-            extents = [(e.offset, e.length, e.region_offset) for e in self._fs.extents(file.ino)]
+            extents = [(e.offset, e.length, e.region_offset) for e in self._extents(file.ino)]
         except NotFoundError:
             self._missing(file.ino, "its inode is gone")
             return
@@ -381,7 +389,7 @@ class Verifier:
             self._missing(file.ino, str(e))
             return
         seen = set()
-        for number, parts in chunks_of(self._fs.region, extents, file.chunks):
+        for number, parts in chunks_of(self._region, extents, file.chunks):
             seen.add(number)
             yield _Job(file.ino, number, parts, file.chunks.get(number))
         for number in sorted(file.chunks.keys() - seen):
@@ -389,7 +397,7 @@ class Verifier:
 
     def run(self, batch: list[_Job], threads: int | None = None) -> list[tuple[int, int]]:
         """Inode and number of the chunks of a batch that differ."""
-        region = self._fs.region
+        region = self._region
         now = digest.digest_all(region, [job.parts for job in batch], threads=threads, nice=_NICE)
         differ = []
         for job, found in zip(batch, now, strict=True):
@@ -421,25 +429,29 @@ class Verifier:
             self._changes.of(ino).what.append(reason)
 
 
-def load(fs: FileSystem, record: HandoverFields, data: Buffer, arrival: Arrival) -> None:
+def load(state: Super, extents: ExtentsOf, data: Buffer, arrival: Arrival) -> None:
     """Compare the metadata with a list whose bytes are ``data``; note what is to be verified.
 
+    :param arrival: its record is that of the list.
     :raises PkernfsError: the list cannot be used.
     """
+    record = arrival.record
+    assert record is not None
     found = digest.crc64(data)
     if found != record.list_digest:
         raise CorruptionError(
             f"the handover's list: bad digest: got {found:#018x}, expected "
             f"{record.list_digest:#018x}"
         )
-    listed = parse_list(data, fs.superblock.uuid, record.number)
-    compare_metadata(fs.region, listed, fs.index_of_inode_pages(), arrival.changes)
+    listed = parse_list(data, state.superblock.uuid, record.number)
+    index_of = {page: index for index, page in enumerate(state.inodes.where)}
+    compare_metadata(state.region, listed, index_of, arrival.changes)
     if record.flags & HANDOVER_FLAG_DIGESTS:
         arrival.files = listed.files
-        arrival.verifier = Verifier(fs, arrival)
+        arrival.verifier = Verifier(state.region, extents, arrival)
 
 
-def paths_of(fs: FileSystem, inos: set[int]) -> dict[int, bytes]:
+def paths_of(inos: set[int], readdir: Readdir) -> dict[int, bytes]:
     """A path of each inode, as far as the directories can be read."""
     found: dict[int, bytes] = {}
     todo = [(1, b"")]
@@ -449,7 +461,7 @@ def paths_of(fs: FileSystem, inos: set[int]) -> dict[int, bytes]:
     while todo and len(found) < len(inos):
         directory, path = todo.pop()
         try:
-            for name, ino, kind, _ in fs.readdir(directory, 0):
+            for name, ino, kind, _ in readdir(directory, 0):
                 if ino in inos:
                     found.setdefault(ino, path + b"/" + name)
                 if kind == 4 and ino not in seen:
@@ -460,9 +472,14 @@ def paths_of(fs: FileSystem, inos: set[int]) -> dict[int, bytes]:
     return found
 
 
-def tell(fs: FileSystem, changes: Changes) -> list[dict[str, str]]:
-    """What has changed, by path: ``{"path", "what"}``; the path "" is the file system itself."""
-    paths = paths_of(fs, set(changes.by_ino))
+def tell(
+    changes: Changes, readdir: Readdir, holder: Callable[[int], str | None]
+) -> list[dict[str, str]]:
+    """Tell changes by path: ``{"path", "what"}``; the path "" is the file system itself.
+
+    :param readdir: :meth:`FileSystem.readdir`, and ``holder`` :meth:`FileSystem.holder`.
+    """
+    paths = paths_of(set(changes.by_ino), readdir)
     told = []
     for change in changes.all():
         path = ""
@@ -471,19 +488,19 @@ def tell(fs: FileSystem, changes: Changes) -> list[dict[str, str]]:
                 "utf-8", "backslashreplace"
             )
         what = change.text()
-        holder = _device_access(fs, change)
+        device = _device_access(change, holder)
         told.append(
             {
                 "path": path,
-                "what": f"{what} ({holder}: a device may write there)" if holder else what,
+                "what": f"{what} ({device}: a device may write there)" if device else what,
             }
         )
     return told
 
 
-def _device_access(fs: FileSystem, change: Change) -> str | None:
+def _device_access(change: Change, holder: Callable[[int], str | None]) -> str | None:
     """What lets a device write to a file whose data has changed; None: nothing does."""
     try:
-        return fs.holder(change.ino) if change.chunks else None
+        return holder(change.ino) if change.chunks else None
     except PkernfsError:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from pkernfs.alloc.pages import PageAllocator
 from pkernfs.errors import (
@@ -32,9 +33,17 @@ _unpack = NAME_ITEM.unpack_from
 _HEAD = NAME_ITEM.size
 _unpack_slot = ITEM_SLOT.unpack_from
 _SLOT_BYTES = ITEM_SLOT.size
+#: The name of the root table's file in /iommu.
+ROOT_PGTABLES = b"root-pgtables"
 _MAX_KNOWN = 131072  # some 200 bytes each
 
-Entry = tuple[int, int, int]
+
+class Entry(NamedTuple):
+    """A name that is there: its key in the directory's tree, and what it means."""
+
+    key: int
+    ino: int
+    kind: int
 
 
 def check_name(name: bytes) -> None:
@@ -74,12 +83,12 @@ class Names:
         ino = known.get(name) if known is not None else None
         if ino is None:
             found = self._look_up(directory, name)
-            ino = found[1] if found is not None else 0
+            ino = found.ino if found is not None else 0
             self._know(directory, name, ino)
         return ino
 
     def locate(self, directory: Inode, name: bytes) -> Entry | None:
-        """``(key, inode number, type)`` of a name; None if it is not there.
+        """The entry of a name; None if it is not there.
 
         :raises NameTooLongError: no name can be that long.
         """
@@ -103,7 +112,7 @@ class Names:
                 ino, kind = _unpack(item)
                 if not ino:
                     raise CorruptionError(f"directory {directory.ino}: a name for inode 0")
-                return found, ino, kind
+                return Entry(found, ino, kind)
         return None
 
     def _know(self, directory: Inode, name: bytes, ino: int) -> None:
@@ -189,7 +198,7 @@ class Names:
 
 def is_table_name(name: bytes) -> bool:
     """Whether a name is one of those that may be in /iommu."""
-    if name == b"root-pgtables":
+    if name == ROOT_PGTABLES:
         return True
     number = name[4:]
     if not name.startswith(b"dom-") or not number.isdigit() or len(number) > 5:

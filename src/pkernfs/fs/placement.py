@@ -36,7 +36,7 @@ from pkernfs.region.region import Region
 from pkernfs.region.spec import is_file_spec, resolve
 
 if TYPE_CHECKING:
-    from pkernfs.fs.filesystem import FileSystem
+    from pkernfs.fs.super import Super
 
 log = logging.getLogger(__name__)
 
@@ -153,19 +153,19 @@ def _check(region: Region) -> None:
         raise RegionError(f"{now}: the file system in it is that of {recorded}")
 
 
-def record(fs: FileSystem) -> None:
+def record(state: Super) -> None:
     """Keep the superblocks' record right, after a mount for writing."""
-    device = fs.region.dax
-    if device is None or fs.read_only or read(fs.region) == of_device(device):
+    device = state.region.dax
+    if device is None or state.read_only or read(state.region) == of_device(device):
         return
     image = encode(of_device(device))
     try:
-        with fs.store:
+        with state.store:
             for number in (SUPERBLOCK_PAGE, BACKUP_PAGE):
-                page = fs.store.edit(number, MAGIC_SUPERBLOCK)
+                page = state.store.edit(number, MAGIC_SUPERBLOCK)
                 page[PLACEMENT_OFFSET:RANGES_OFFSET] = image
     except (CorruptionError, FormatError) as e:
-        log.warning("%s: where it is was not recorded: %s: run fsck.pkernfs", fs.region.name, e)
+        log.warning("%s: where it is was not recorded: %s: run fsck.pkernfs", state.region.name, e)
 
 
 # ---------------------------------------------------------------------------- after a kexec

@@ -64,8 +64,8 @@ def _open_region(spec: str, options: Options) -> Region:
 
 
 def _open_filesystem(region: Region, options: Options) -> FileSystem:
+    from pkernfs.dma.mount import mount_filesystem
     from pkernfs.fs import placement
-    from pkernfs.fs.filesystem import FileSystem
 
     if "mkfs" in options:
         from pkernfs.fs import mkfs
@@ -75,18 +75,18 @@ def _open_filesystem(region: Region, options: Options) -> FileSystem:
             mkfs.make_filesystem(region)
         elif found.content is not mkfs.Content.PKERNFS:
             raise FormatError(f"{region.name}: not formatted: it holds {found.what}")
-    fs = FileSystem.mount(region, read_only="ro" in options)
-    placement.record(fs)
+    fs = mount_filesystem(region, read_only="ro" in options)
+    placement.record(fs.super)
     _adopt_units(fs)
     return fs
 
 
 def _adopt_units(fs: FileSystem) -> None:
     """Units may be walking the tables: before anything changes, they are told to forget."""
-    from pkernfs.dma.table_files import ROOT_NAME
+    from pkernfs.fs.names import ROOT_PGTABLES
     from pkernfs.layout import IOMMU_INO
 
-    if os.geteuid() or not fs.find(IOMMU_INO, ROOT_NAME):
+    if os.geteuid() or not fs.find(IOMMU_INO, ROOT_PGTABLES):
         return
     from pkernfs.dma.activation import Activation
 

@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pkernfs import layout
+from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import FormatError, NoSpaceError, PkernfsError, ReadOnlyError
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.fsck import Code, Report, check
@@ -96,7 +97,7 @@ def read_all(fs: FileSystem, ino: int = ROOT_INO) -> dict[bytes, object]:
 
 def assert_mounts(region: Region) -> dict[bytes, object]:
     """The file system mounts, reads, takes new files, and is clean after all."""
-    fs = FileSystem.mount(region)
+    fs = mount_filesystem(region)
     tree = read_all(fs)
     ino = fs.create(ROOT_INO, b"new file", REG, 0, 0).ino
     fs.write(ino, 0, b"new data" * 3000)
@@ -928,7 +929,7 @@ def test_every_code_has_a_case() -> None:
 def tree_of(pristine: tuple[bytes, dict[str, int]]) -> dict[bytes, object]:
     with Region.anonymous(REGION_BYTES) as region:
         region.copy_in(0, pristine[0])
-        fs = FileSystem.mount(region)
+        fs = mount_filesystem(region)
         tree = read_all(fs)
         fs.unmount()
         return tree
@@ -971,7 +972,7 @@ def test_inodes_of_a_damaged_page_become_roots_own(damage: Damage) -> None:
     assert isinstance(left, dict)
     assert b"a-name-that-takes-some-room-0020" not in left
     assert len(left) == 149
-    fs = FileSystem.mount(damage.region)
+    fs = mount_filesystem(damage.region)
     kept = fs.inode(many + 1 if many & 15 < 15 else many - 1)
     assert (kept.mode, kept.uid) == (stat.S_IFREG | 0o600, 0)
     fs.unmount()
@@ -1003,7 +1004,7 @@ def test_nameless_goes_to_lost_found(damage: Damage) -> None:
     assert isinstance(lost, dict)
     assert lost[b"#%d" % damage.inos["small"]] == b"small " * 700
     assert lost[b"#%d" % damage.inos["dir"]][b"sub"][b"deep"] == {b"file": b"at the bottom"}
-    fs = FileSystem.mount(damage.region)
+    fs = mount_filesystem(damage.region)
     assert stat.S_IMODE(fs.lookup(ROOT_INO, b"lost+found").mode) == 0o700
     fs.unmount()
     # And once more, into the one that is there.
@@ -1018,7 +1019,7 @@ def test_pending_truncation_is_completed(damage: Damage) -> None:
     data = tree[b"guest"]
     assert isinstance(data, bytes)
     assert len(data) == (4 << 20) + 100
-    fs = FileSystem.mount(damage.region)
+    fs = mount_filesystem(damage.region)
     fs.setattr(damage.inos["guest"], size=8 << 20)
     assert not bytes(fs.read(damage.inos["guest"], (4 << 20) + 100, 4 << 20)).strip(b"\0")
     fs.unmount()
@@ -1028,7 +1029,7 @@ def fragmented(file: MemoryFile) -> tuple[Populated, dict[int, bytes]]:
     """A file with so many extents that its tree has an inner node, and bytes in each."""
     with file.open() as region:
         populated = populate(region, names=5, attributes=1)
-        fs = FileSystem.mount(region)
+        fs = mount_filesystem(region)
         ino = fs.create(ROOT_INO, b"fragmented", REG, 0, 0).ino
         marks = {}
         for i in range(400):
@@ -1040,7 +1041,7 @@ def fragmented(file: MemoryFile) -> tuple[Populated, dict[int, bytes]]:
 
 
 def marks_left(region: Region, ino: int, marks: dict[int, bytes]) -> int:
-    fs = FileSystem.mount(region)
+    fs = mount_filesystem(region)
     left = sum(bytes(fs.read(ino, at, len(mark))) == mark for at, mark in marks.items())
     fs.unmount()
     return left
@@ -1064,7 +1065,7 @@ def test_guest_memory_survives_a_lost_node(what: str) -> None:
             report = check(region, repair=True)
             assert report.counts[Code.TREE_LEAF_FOUND] or what == "leaf"
             assert check(region, repair=False).clean
-            fs = FileSystem.mount(region)
+            fs = mount_filesystem(region)
             assert fs.lookup(ROOT_INO, b"fragmented").ino == ino
             fs.unmount()
             left = marks_left(region, ino, marks)
@@ -1079,7 +1080,7 @@ def test_guest_memory_survives_a_lost_node(what: str) -> None:
 
 def fill_up(d: Damage) -> None:
     """Use up every block and page that a mount gives away."""
-    fs = FileSystem.mount(d.region)
+    fs = mount_filesystem(d.region)
     ino = fs.create(ROOT_INO, b"filler", REG, 0, 0).ino
     for step in (BLOCK, PAGE):
         at = 0
@@ -1153,7 +1154,7 @@ def files_in(tree: dict[bytes, object]) -> list[tuple[bytes, object]]:
 def use(region: Region) -> None:
     """Mount what a stopped repair left, if that works, and take up space in it."""
     try:
-        fs = FileSystem.mount(region)
+        fs = mount_filesystem(region)
         fs.write(fs.create(ROOT_INO, b"in between", REG, 0, 0).ino, 0, b"in between" * 50000)
         fs.write(fs.create(ROOT_INO, b"large", REG, 0, 0).ino, 0, b"large" * BLOCK)
         fs.unmount()
@@ -1178,7 +1179,7 @@ def test_a_repair_may_be_stopped_at_any_store(
     check(region, repair=True)
     stores = trace_stop()
     assert len(stores) > 40
-    fs = FileSystem.mount(region)
+    fs = mount_filesystem(region)
     expected = files_in(read_all(fs))
     fs.unmount()
     for cut in sorted({*range(0, len(stores), max(1, len(stores) // 30)), len(stores) - 1}):
@@ -1192,7 +1193,7 @@ def test_a_repair_may_be_stopped_at_any_store(
         assert not report.counts[Code.ZERO_NOT_ZERO], cut
         again = check(region, repair=False)
         assert again.clean, (cut, [str(p) for p in again.problems])
-        fs = FileSystem.mount(region)
+        fs = mount_filesystem(region)
         found = [f for f in files_in(read_all(fs)) if f[0] not in (b"in between", b"large")]
         assert found == expected, cut
         fs.unmount()
@@ -1329,7 +1330,7 @@ def outcome(region: Region) -> None:
     again = check(region, repair=False)
     assert not again.problems, [str(p) for p in again.problems]
     assert not again.notes, [str(p) for p in again.notes]
-    fs = FileSystem.mount(region)
+    fs = mount_filesystem(region)
     read_all(fs)
     fs.unmount()
     assert check(region, repair=False).clean
@@ -1351,7 +1352,7 @@ HITS = st.lists(
 def use_damaged(region: Region) -> None:
     """Mount a damaged region, read all of it, change it: nothing but a PkernfsError comes of it."""
     with contextlib.suppress(PkernfsError):
-        fs = FileSystem.mount(region)
+        fs = mount_filesystem(region)
         with contextlib.suppress(PkernfsError):
             read_all(fs)
         for name in [entry[0] for entry in fs.readdir(1, 0)]:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from pkernfs.dma.mount import mount_filesystem, tables_of
 from pkernfs.fs import fsck
-from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.fsck import Code
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.iommu.config import config_offset
@@ -24,21 +24,21 @@ def region() -> Iterator[Region]:
     """A file system with a mapped file and an attached device, unmounted."""
     with Region.anonymous(64 * MIB, phys_base=BASE) as region:
         make_filesystem(region)
-        fs = FileSystem.mount(region)
+        fs = mount_filesystem(region)
         ram = fs.create(ROOT_INO, b"ram", 0o100600, 0, 0).ino
         fs.setattr(ram, size=8 * MIB)
         dom = fs.create(IOMMU_INO, b"dom-0", 0o100400, 0, 0).ino
         fs.setattr(dom, size=2 * MIB)
-        fs.tables.map_file(0, PAGE, ram, 0, None, 3)
-        fs.tables.attach(0, DEVICE)
+        tables_of(fs).map_file(0, PAGE, ram, 0, None, 3)
+        tables_of(fs).attach(0, DEVICE)
         fs.unmount()
         yield region
 
 
 def leaf_of(region: Region) -> int:
     """Region offset of the leaf that maps address 0x1000."""
-    fs = FileSystem.mount(region, read_only=True)
-    table = fs.tables.domain(0)
+    fs = mount_filesystem(region, read_only=True)
+    table = tables_of(fs).domain(0)
     at = table.root
     for _level in range(4, 1, -1):
         offset = table.memory.offset(at)
@@ -77,7 +77,7 @@ def test_a_stray_leaf_is_found_and_stays(region: Region, entry: int, finding: st
 
 def test_a_removed_file_s_memory_is_not_live(region: Region) -> None:
     """What a file of another kernel's daemon might have left: a leaf to memory that was freed."""
-    fs = FileSystem.mount(region)
+    fs = mount_filesystem(region)
     target = fs.create(ROOT_INO, b"other", 0o100600, 0, 0).ino
     fs.setattr(target, size=4 * MIB)
     physical = BASE + fs.extents(target)[0].region_offset
@@ -89,8 +89,8 @@ def test_a_removed_file_s_memory_is_not_live(region: Region) -> None:
 
 
 def test_a_table_as_data_is_found(region: Region) -> None:
-    fs = FileSystem.mount(region, read_only=True)
-    table = fs.tables.domain(0).root
+    fs = mount_filesystem(region, read_only=True)
+    table = tables_of(fs).domain(0).root
     region.store_u64(leaf_of(region), table | 3)
     report = fsck.check(region, repair=False)
     assert "LEAF_IS_TABLE" in report.problems[0].message
@@ -114,8 +114,8 @@ def test_addresses_are_found_in_the_tables(region: Region) -> None:
 
 
 def test_a_damaged_configuration_is_told(region: Region) -> None:
-    fs = FileSystem.mount(region, read_only=True)
-    at = config_offset(fs.tables.root_memory())
+    fs = mount_filesystem(region, read_only=True)
+    at = config_offset(tables_of(fs).root_memory())
     region.store_u64(at, 1)
     report = fsck.check(region, repair=False)
     assert [p.code for p in report.problems] == [Code.TABLES_BAD]
@@ -123,8 +123,8 @@ def test_a_damaged_configuration_is_told(region: Region) -> None:
 
 
 def test_a_damaged_configuration_is_told_where_nothing_else_tells_addresses(region: Region) -> None:
-    fs = FileSystem.mount(region, read_only=True)
-    region.store_u64(config_offset(fs.tables.root_memory()), 1)
+    fs = mount_filesystem(region, read_only=True)
+    region.store_u64(config_offset(tables_of(fs).root_memory()), 1)
     with Region.anonymous(region.size) as copy:
         copy.copy_in(0, region.view(0, region.size))
         report = fsck.check(copy, repair=False)
@@ -133,10 +133,10 @@ def test_a_damaged_configuration_is_told_where_nothing_else_tells_addresses(regi
 
 
 def test_a_damaged_configuration_is_told_where_no_device_is_attached(region: Region) -> None:
-    fs = FileSystem.mount(region)
-    fs.tables.detach(DEVICE)
-    fs.tables.unmap(0, 0, 1 << 40)
-    region.store_u64(config_offset(fs.tables.root_memory()), 1)
+    fs = mount_filesystem(region)
+    tables_of(fs).detach(DEVICE)
+    tables_of(fs).unmap(0, 0, 1 << 40)
+    region.store_u64(config_offset(tables_of(fs).root_memory()), 1)
     fs.unmount()
     report = fsck.check(region, repair=False)
     assert [p.code for p in report.problems] == [Code.TABLES_BAD]

@@ -1,0 +1,78 @@
+"""Mounting a file system whose files devices may depend on: the only way that a daemon mounts one.
+
+The table files take time to load, and most file systems have none: they are opened when they are
+first asked for, or by the mount if there are any.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from pkernfs.fs.filesystem import FileSystem
+
+if TYPE_CHECKING:
+    from pkernfs.dma.table_files import TableFiles
+    from pkernfs.region.region import Region
+
+
+class TablePins:
+    """What the table files of one file system hold; :class:`pkernfs.fs.pins.Pins`."""
+
+    def __init__(self, fs: FileSystem) -> None:
+        # Not a strong one: without tables, a file system that nobody has any more goes at once.
+        self._fs = weakref.ref(fs)
+        self._tables: TableFiles | None = None
+        self.active = False
+
+    @property
+    def tables(self) -> TableFiles:
+        """The table files, opened now if they are not yet."""
+        if self._tables is None:
+            from pkernfs.dma.table_files import TableFiles
+
+            fs = self._fs()
+            assert fs is not None
+            self._tables = TableFiles(fs)
+            self.active = True
+        return self._tables
+
+    def load(self) -> None:
+        """Open the table files: from here on, what they map is known."""
+        _ = self.tables
+
+    def changed(self) -> None:
+        """A file of /iommu has come, gone, grown or got another name."""
+        if self._tables is not None:
+            self._tables.refresh()
+
+    def holder(self, extents: Iterable[tuple[int, int]]) -> str | None:
+        """The words for what maps a byte of these ``(region offset, length)``; None: nothing."""
+        return None if self._tables is None else self._tables.holder(extents)
+
+    def check_unused(self, ino: int) -> None:
+        """:raises BusyError: that table file is in use, and by what."""
+        self.tables.check_unused(ino)
+
+
+def mount_filesystem(
+    region: Region, *, read_only: bool = False, clock: Callable[[], int] = time.time_ns
+) -> FileSystem:
+    """Open the file system in a region, with the pins of its tables.
+
+    :param clock: the time now, ns since 1970.
+    :raises FormatError, CorruptionError: see :meth:`FileSystem.mount`.
+    """
+    return FileSystem.mount(region, pins=TablePins, read_only=read_only, clock=clock)
+
+
+def tables_of(fs: FileSystem) -> TableFiles:
+    """The table files of a file system that :func:`mount_filesystem` has opened.
+
+    :raises PkernfsError: they cannot be opened.
+    """
+    pins = fs.pins
+    assert isinstance(pins, TablePins), "mounted without its tables"
+    return pins.tables

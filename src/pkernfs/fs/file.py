@@ -1,0 +1,428 @@
+"""Data and sizes of regular files: reading, writing, allocating, truncating, punching, seeking."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from pkernfs.errors import (
+    InvalidError,
+    IsDirError,
+    NoSpaceError,
+    NoSuchAddressError,
+    NotSupportedError,
+    PermissionDeniedError,
+    PkernfsError,
+    TooBigError,
+    ZeroingNeeded,
+)
+from pkernfs.fs.extents import LAST_PAGE, ExtentMap
+from pkernfs.fs.inodes import Inode, clear_set_id
+from pkernfs.fs.pins import PinGuard
+from pkernfs.fs.super import Access, Super
+from pkernfs.journal import TransactionTooLarge
+from pkernfs.layout import (
+    BLOCK,
+    INODE_FLAG_PENDING,
+    INODE_FLAG_TABLE,
+    MAX_FILE_BYTES,
+    PAGE,
+    PAGES_PER_BLOCK,
+    PENDING_TO_END,
+)
+
+FALLOC_KEEP_SIZE = 1
+FALLOC_PUNCH_HOLE = 2
+FALLOC_ZERO_RANGE = 16
+
+_TYPE, _REGULAR = 0o170000, stat.S_IFREG
+_WRITABLE = Access.WRITABLE
+_DAY_NS = 86400 * 10**9
+_ZERO_STEP_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A piece of a file: offsets and length in bytes."""
+
+    offset: int
+    length: int
+    region_offset: int
+
+
+class Piece(NamedTuple):
+    """Memory of a part of a file: offsets and length in bytes."""
+
+    offset: int
+    region_offset: int
+    length: int
+
+
+class Files:
+    """The bytes of the regular files of one file system."""
+
+    def __init__(self, state: Super, extents: ExtentMap, pins: PinGuard) -> None:
+        self._super = state
+        self._region = state.region
+        self._store = state.store
+        self._blocks = state.blocks
+        self._inodes = state.inodes
+        self._map = extents
+        self._pins = pins
+
+    # ------------------------------------------------------------------ data
+
+    def read(self, ino: int, offset: int, length: int) -> bytes | memoryview:
+        """Up to ``length`` bytes; fewer at the end of the file, zeros in holes.
+
+        A view of the region itself if one extent has it all: good until the next operation.
+        """
+        inode = self._inodes.get(ino)
+        if inode.mode & _TYPE != _REGULAR:  # is_reg, but for the call: each read asks
+            raise IsDirError(f"inode {ino}: not a regular file")
+        length = min(length, inode.size - offset)
+        if length <= 0:
+            return b""
+        if self._super.access is _WRITABLE:
+            self._update_atime(inode)
+        page, skip = divmod(offset, PAGE)
+        found = self._map.at(inode, page)
+        pending = inode.flags & INODE_FLAG_PENDING
+        if found is not None and not pending and (found[0] + found[2]) * PAGE >= offset + length:
+            return self._region.view((found[1] + page - found[0]) * PAGE + skip, length)
+        data = bytearray(length)
+        for low, at, count in self._pieces(inode, offset, offset + length):
+            data[low - offset : low - offset + count] = self._region.view(at, count)
+        if pending:  # a read-only mount cannot finish it
+            low = max(inode.pending_start - offset, 0)
+            high = min(inode.pending_end - offset, length)
+            data[low:high] = bytes(max(high - low, 0))
+        return bytes(data)
+
+    def _update_atime(self, inode: Inode) -> None:
+        """As with relatime: the first read after a change, and once a day."""
+        atime = inode.atime
+        if atime > inode.mtime and atime > inode.ctime and self._super.clock() - atime < _DAY_NS:
+            return
+        with self._store:
+            self._inodes.touch(inode, content=False)
+            inode.atime = self._super.clock()
+            self._inodes.save(inode)
+
+    def write(
+        self, ino: int, offset: int, data: bytes | memoryview, privileged: bool = True
+    ) -> int:
+        """Write at ``offset``: all of it, or an error and nothing.
+
+        A daemon that stops in between leaves the old size or the new one with all the data; what
+        was there before the old end (holes of a file in blocks included) may be old in part.
+
+        :raises NoSpaceError: nothing was written.
+        :raises PermissionDeniedError: a table file.
+        """
+        self._super.check_writable()
+        inode = self._inodes.get(ino)
+        if not inode.is_reg:
+            raise IsDirError(f"inode {ino}: not a regular file")
+        if inode.flags & INODE_FLAG_TABLE:
+            raise PermissionDeniedError("a table file: changed by `pkernfs iommu` only")
+        if not data:
+            return 0
+        end = offset + len(data)
+        if offset < 0 or end > MAX_FILE_BYTES - BLOCK:
+            raise TooBigError(f"offset {offset}: beyond the largest file")
+        first, last = offset // PAGE, -(-end // PAGE)
+        size = max(end, inode.size)
+        if self._map.holes(inode, first, last):
+            self._promote(inode, size)
+            if size > BLOCK // 2 or last - first > PAGES_PER_BLOCK // 2:
+                self._fill(inode, first, last, size)
+        marked = self._mark_tail(inode, max(inode.size, offset), end)
+        try:
+            with self._store:
+                self._inodes.touch(inode)
+                # New pages are not reachable before the commit: so the data is there with them.
+                if self._map.fill(inode, first, last, size):
+                    self._super.leave_reserve()
+                for low, at, count in self._pieces(inode, offset, end):
+                    self._region.copy_in(at, memoryview(data)[low - offset : low - offset + count])
+                inode.size = size
+                inode.mtime = inode.ctime = self._super.clock()
+                if not privileged:
+                    clear_set_id(inode)
+                if marked:
+                    self._clear_pending(inode)
+                self._inodes.save(inode)
+        except PkernfsError:
+            if marked:
+                self.finish_pending(inode)
+            raise
+        return len(data)
+
+    def _mark_tail(self, inode: Inode, start: int, end: int) -> bool:
+        """Before data goes into memory that the file has beyond its end: let a mount zero it.
+
+        Without that, what a write that was cut has stored there would come to light when the
+        file grows. False if there is no such memory, or if the data stays before the end.
+        """
+        if start >= end or not any(self._pieces(inode, start, end)):
+            return False
+        with self._store:
+            self._inodes.touch(inode)
+            self._set_pending(inode, start, end)
+            self._inodes.save(inode)
+        return True
+
+    # ------------------------------------------------------------------ sizes
+
+    def check_resize(self, inode: Inode, size: int) -> None:
+        """:raises IsDirError, InvalidError, TooBigError, PermissionDeniedError: a bad size."""
+        if inode.is_dir:
+            raise IsDirError(f"inode {inode.ino}: is a directory")
+        if not inode.is_reg:
+            raise InvalidError(f"inode {inode.ino}: not a regular file")
+        if size < 0:
+            raise InvalidError("negative size")
+        if size > MAX_FILE_BYTES - BLOCK:
+            raise TooBigError(f"size {size}: expected at most {MAX_FILE_BYTES - BLOCK}")
+        if inode.flags & INODE_FLAG_TABLE and (size < inode.size or size % BLOCK):
+            raise PermissionDeniedError("a table file only grows, in steps of 2 MiB")
+
+    def grow(self, inode: Inode, size: int) -> None:
+        """Allocate what a larger size needs, in transactions of its own.
+
+        What is allocated beyond the old size reads as zeros and is invisible until the size
+        follows, so each of them leaves the file as it was.
+        """
+        self._promote(inode, size)
+        first = inode.size // PAGE
+        self._fill(inode, first, -(-size // PAGE), size)
+
+    def _fill(self, inode: Inode, start: int, end: int, size: int) -> None:
+        """Allocate file pages start..end-1 in as few transactions as they fit; or nothing."""
+        added: list[tuple[int, int]] = []
+        todo = [(start, end)]
+        try:
+            while todo:
+                low, high = todo.pop()
+                try:
+                    self._fill_once(inode, low, high, size, added)
+                except TransactionTooLarge:
+                    middle = (low + high) // 2 // PAGES_PER_BLOCK * PAGES_PER_BLOCK
+                    if not low < middle < high:
+                        raise
+                    todo += [(middle, high), (low, middle)]
+        except (NoSpaceError, ZeroingNeeded):
+            for file_page, count in added:
+                self._remove_range(inode, file_page, file_page + count)
+            raise
+
+    def _fill_once(
+        self, inode: Inode, start: int, end: int, size: int, added: list[tuple[int, int]]
+    ) -> None:
+        with self._store:
+            self._inodes.touch(inode)
+            new = self._map.fill(inode, start, end, size)
+            if new:
+                self._inodes.save(inode)
+                self._super.leave_reserve()
+        added += [(file_page, count) for file_page, _page, count in new]
+
+    def _remove_range(self, inode: Inode, start: int, end: int) -> None:
+        while end > start:
+            with self._store:
+                self._inodes.touch(inode)
+                end = self._map.remove(inode, start, end)
+                self._inodes.save(inode)
+
+    def _promote(self, inode: Inode, size: int) -> None:
+        """Move a file that outgrows 4 KiB pages into a block."""
+        if not self._map.needs_promotion(inode, size):
+            return
+        if self._pins.holder_of(inode, 0, PAGES_PER_BLOCK) is not None:
+            return  # a device would go on using the pages
+        try:
+            with self._store:
+                block = self._blocks.choose(-(-size // BLOCK), inode.ino)
+        except NoSpaceError:
+            return  # it stays in pages
+        try:
+            for file_page, page, count in self._map.within(inode, 0, PAGES_PER_BLOCK):
+                self._region.copy_in(
+                    block * BLOCK + file_page * PAGE, self._region.view(page * PAGE, count * PAGE)
+                )
+            with self._store:
+                self._inodes.touch(inode)
+                self._blocks.take_chosen(block)
+                self._map.promote(inode, block)
+                self._inodes.save(inode)
+        except PkernfsError:
+            self._blocks.release_chosen(block)
+            raise
+
+    def set_size(self, inode: Inode, size: int) -> None:
+        """Inside a transaction: the new size, and what a smaller one frees."""
+        old = inode.size
+        inode.size = size
+        if size > old or not inode.data_pages:
+            return
+        self._blocks.forget_window(inode.ino)
+        kept = self._map.units_end(inode, size)
+        left = self._map.remove(inode, kept // PAGE, LAST_PAGE + 1)
+        if left > kept // PAGE or min(kept, old) > size:
+            self._set_pending(inode, size, PENDING_TO_END)
+
+    def _set_pending(self, inode: Inode, start: int, end: int) -> None:
+        inode.flags |= INODE_FLAG_PENDING
+        inode.pending_start = start
+        inode.pending_end = end
+
+    @staticmethod
+    def _clear_pending(inode: Inode) -> None:
+        inode.flags &= ~INODE_FLAG_PENDING
+        inode.pending_start = inode.pending_end = 0
+
+    def finish_pending(self, inode: Inode) -> None:
+        """Free the whole units of the pending range, zero the rest of it, clear it."""
+        start, end = inode.pending_start, inode.pending_end
+        first, last = -(-start // PAGE), min(end // PAGE, LAST_PAGE + 1)
+        while last > first:
+            with self._store:
+                self._inodes.touch(inode)
+                last = self._map.remove(inode, first, last)
+                self._inodes.save(inode)
+        self._zero_mapped(inode, start, end)
+        with self._store:
+            self._inodes.touch(inode)
+            self._clear_pending(inode)
+            self._inodes.save(inode)
+
+    def _zero_mapped(self, inode: Inode, start: int, end: int) -> None:
+        """Zero the bytes start..end-1 of a file where it has memory."""
+        for offset, at, length in self._pieces(inode, start, end):
+            del offset
+            self._region.zero(at, length)
+
+    # ------------------------------------------------------------------ fallocate
+
+    def fallocate(self, ino: int, mode: int, offset: int, length: int) -> None:
+        """Allocate, punch or zero a range, as fallocate(2).
+
+        :raises NotSupportedError: another mode.
+        """
+        for _ in self.fallocate_steps(ino, mode, offset, length):
+            pass
+
+    def fallocate_steps(self, ino: int, mode: int, offset: int, length: int) -> Iterator[None]:
+        """:meth:`fallocate` in pieces of less than a millisecond: others may run at each yield."""
+        self._super.check_writable()
+        inode = self._inodes.get(ino)
+        if inode.is_dir or not inode.is_reg:
+            raise NotSupportedError(f"inode {ino}: not a regular file")
+        if offset < 0 or length <= 0:
+            raise InvalidError("bad range")
+        if offset + length > MAX_FILE_BYTES - BLOCK:
+            raise TooBigError("range beyond the largest file")
+        if inode.flags & INODE_FLAG_TABLE:
+            raise PermissionDeniedError("a table file: it is sized with truncate")
+        if mode == FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE:
+            self._punch(inode, offset, offset + length)
+        elif mode & ~FALLOC_KEEP_SIZE in (0, FALLOC_ZERO_RANGE):
+            end = offset + length
+            size = max(inode.size, end)
+            self._promote(inode, size)
+            self._fill(inode, offset // PAGE, -(-end // PAGE), size)
+            if mode & FALLOC_ZERO_RANGE:
+                yield from self._zero_steps(ino, offset, end)
+            self._finish_fallocate(ino, mode, end)
+        else:
+            raise NotSupportedError(f"fallocate mode {mode:#x}: not supported")
+
+    def _finish_fallocate(self, ino: int, mode: int, end: int) -> None:
+        inode = self._inodes.get(ino)
+        with self._store:
+            self._inodes.touch(inode)
+            inode.ctime = self._super.clock()
+            grows = end > inode.size and not mode & FALLOC_KEEP_SIZE
+            if grows:
+                inode.size = end
+            if grows or mode & FALLOC_ZERO_RANGE:
+                inode.mtime = inode.ctime
+            self._inodes.save(inode)
+
+    def _zero_steps(self, ino: int, start: int, end: int) -> Iterator[None]:
+        while start < end:
+            inode = self._inodes.get(ino)
+            stop = min(end, start + _ZERO_STEP_BYTES)
+            self._zero_mapped(inode, start, min(stop, inode.size))
+            start = stop
+            if start < end:
+                yield
+                self._super.check_writable()
+
+    def _punch(self, inode: Inode, start: int, end: int) -> None:
+        if start >= inode.size:
+            end = max(end, start)
+        elif end >= inode.size:
+            end = -(-max(end, inode.size) // BLOCK) * BLOCK
+        self._pins.check_unpinned(inode, start // PAGE, -(-end // PAGE))
+        with self._store:
+            self._inodes.touch(inode)
+            self._set_pending(inode, start, end)
+            inode.mtime = inode.ctime = self._super.clock()
+            self._inodes.save(inode)
+        self.finish_pending(inode)
+
+    # ------------------------------------------------------------------ where the memory is
+
+    def seek(self, ino: int, offset: int, whence: int) -> int:
+        """lseek(2) with SEEK_DATA or SEEK_HOLE; allocated memory counts as data.
+
+        :raises NoSuchAddressError: at or beyond the end, or no more data.
+        """
+        inode = self._inodes.get(ino)
+        if not inode.is_reg:
+            raise InvalidError(f"inode {ino}: not a regular file")
+        if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
+            raise InvalidError(f"whence {whence}: not supported")
+        if offset < 0 or offset >= inode.size:
+            raise NoSuchAddressError("beyond the end")
+        end = -(-inode.size // PAGE)
+        at = offset
+        for file_page, _page, count in self._map.within(inode, offset // PAGE, end):
+            if file_page * PAGE > at:
+                break
+            if whence == os.SEEK_DATA:
+                return at
+            at = (file_page + count) * PAGE
+        else:
+            if whence == os.SEEK_HOLE:
+                return min(at, inode.size)
+            raise NoSuchAddressError("no more data")
+        return at if whence == os.SEEK_HOLE else file_page * PAGE
+
+    def pieces(self, ino: int, offset: int, length: int) -> Iterator[Piece]:
+        """The memory of a range of a file, in file order."""
+        return map(Piece._make, self._pieces(self._inodes.get(ino), offset, offset + length))
+
+    def extents(self, ino: int) -> list[Extent]:
+        """Where a file's bytes are, in file order; only what lies before its end."""
+        inode = self._inodes.get(ino)
+        if not inode.is_reg:
+            raise InvalidError(f"inode {ino}: not a regular file")
+        return [
+            Extent(file_page * PAGE, count * PAGE, page * PAGE)
+            for file_page, page, count in self._map.within(inode, 0, -(-inode.size // PAGE))
+        ]
+
+    def _pieces(self, inode: Inode, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """``(file offset, region offset, length)`` of the memory of bytes start..end-1."""
+        if end <= start:
+            return
+        for file_page, page, count in self._map.within(inode, start // PAGE, -(-end // PAGE)):
+            low = max(start, file_page * PAGE)
+            high = min(end, (file_page + count) * PAGE)
+            yield low, page * PAGE + low - file_page * PAGE, high - low

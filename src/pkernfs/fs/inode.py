@@ -1,0 +1,314 @@
+"""The life of inodes, from the first look-up to the last handle, and their attributes.
+
+An inode without names is an orphan: it goes with its last handle and its last look-up. A file that
+a rename has replaced keeps its data as long as someone who looked it up may open it.
+"""
+
+from __future__ import annotations
+
+import logging
+import stat
+from collections.abc import Iterator
+
+from pkernfs.errors import CorruptionError, StaleError
+from pkernfs.fs.extents import LAST_PAGE, ExtentMap
+from pkernfs.fs.file import Files
+from pkernfs.fs.inodes import Inode, clear_set_id
+from pkernfs.fs.pins import PinGuard
+from pkernfs.fs.super import Super
+from pkernfs.fs.xattrs import Overflow, Xattrs
+from pkernfs.layout import INODE_FLAG_BODY, INODE_FLAG_PENDING, INODE_FLAG_TABLE, PAGE
+
+log = logging.getLogger(__name__)
+
+_PERMISSIONS = 0o7777
+_S64_MAX = (1 << 63) - 1
+
+
+class InodeLife:
+    """Every inode of one file system, whatever names it has."""
+
+    def __init__(
+        self,
+        state: Super,
+        extents: ExtentMap,
+        overflow: Overflow,
+        files: Files,
+        pins: PinGuard,
+    ) -> None:
+        self._super = state
+        self._store = state.store
+        self._blocks = state.blocks
+        self._inodes = state.inodes
+        self._map = extents
+        self._overflow = overflow
+        self._xattrs = Xattrs(state.store, state.pages, state.superblock.fields.hash_key, overflow)
+        self._files = files
+        self._pins = pins
+        self._opens: dict[int, int] = {}
+        self._lookups: dict[int, int] = {}
+        self._nameless: set[int] = set()  # in use, to be freed when they no longer are
+        self._replaced: set[int] = set()  # those of them that have their data without being open
+
+    def numbers(self) -> Iterator[int]:
+        """Every inode number in use, ascending. Others may run in between: what is there all the
+        time is returned once, whatever name it has.
+        """
+        for ino in self._inodes.numbers():
+            yield ino
+            self._inodes.trim()
+
+    def new(self, mode: int, uid: int, gid: int) -> Inode:
+        """Make an inode without a name, in the open transaction; the caller saves it.
+
+        :raises NoSpaceError: the inode table cannot grow.
+        """
+        inode = self._inodes.new(mode)
+        inode.uid = uid
+        inode.gid = gid
+        inode.atime = inode.mtime = inode.ctime = inode.btime = self._super.clock()
+        return inode
+
+    # ------------------------------------------------------------------ who uses them
+
+    def remember(self, ino: int, n: int = 1) -> None:
+        """The kernel knows the inode ``n`` times more."""
+        self._lookups[ino] = self._lookups.get(ino, 0) + n
+
+    def forget(self, ino: int, n: int) -> None:
+        """The kernel knows the inode ``n`` times less; one without names goes with the last."""
+        left = self._lookups.get(ino, 0) - n
+        if left > 0:
+            self._lookups[ino] = left
+        else:
+            self._lookups.pop(ino, None)
+            self._reclaim(ino)
+
+    def open(self, ino: int) -> Inode:
+        """Count an open handle; the inode lives at least as long.
+
+        :raises StaleError: the last name of a file was removed since it was looked up.
+        """
+        inode = self._inodes.get(ino)
+        gone = inode.is_reg and not inode.nlink and ino not in self._replaced
+        if gone and ino not in self._opens:
+            raise StaleError(f"inode {ino}: was removed")
+        self._opens[ino] = self._opens.get(ino, 0) + 1
+        return inode
+
+    def release(self, ino: int) -> None:
+        """An open handle less."""
+        left = self._opens.get(ino, 0) - 1
+        if left > 0:
+            self._opens[ino] = left
+        else:
+            self._opens.pop(ino, None)
+            self._reclaim(ino)
+
+    def _in_use(self, ino: int) -> bool:
+        return ino in self._opens or ino in self._lookups
+
+    def _reclaim(self, ino: int) -> None:
+        if ino not in self._nameless or self._in_use(ino) or self._super.read_only:
+            return
+        self._nameless.discard(ino)
+        self._replaced.discard(ino)
+        inode = self._inodes.get(ino)
+        if not inode.nlink:
+            self.evict(inode)
+
+    def reclaim_all(self) -> None:
+        """Free what lost its last user while nothing could be freed."""
+        for ino in list(self._nameless):
+            self._reclaim(ino)
+
+    def forget_all(self) -> None:
+        """Nobody uses any inode any more."""
+        self._opens.clear()
+        self._lookups.clear()
+
+    # ------------------------------------------------------------------ the end of one
+
+    def drop_link(self, inode: Inode, *, replaced: bool = False) -> bool:
+        """Take a name away, in the open transaction; False: :meth:`evict` the inode after it.
+
+        :param replaced: the name goes on to be another inode's.
+        """
+        self._inodes.touch(inode)
+        if not inode.nlink:
+            raise CorruptionError(f"inode {inode.ino}: a name, but a link count of 0")
+        inode.nlink -= 1
+        inode.ctime = self._super.clock()
+        if inode.nlink:
+            self._inodes.save(inode)
+            return True
+        self._blocks.forget_window(inode.ino)
+        # Who has looked the name up may be about to open it: the old file is as good as the new,
+        # and to be told to look again and again, while it is replaced as often, is no answer.
+        if replaced and inode.is_reg and inode.ino in self._lookups:
+            self._replaced.add(inode.ino)
+        if inode.ino in self._opens or inode.ino in self._replaced:
+            self._nameless.add(inode.ino)
+            self._inodes.save(inode)
+            return True
+        # Nobody can open it any more: its space is free at once, its number when it is forgotten.
+        whole = not inode.is_reg or not inode.data_pages or self._remove_data(inode)
+        if whole and inode.ino not in self._lookups:
+            self._free(inode)
+            return True
+        self._nameless.add(inode.ino)
+        self._inodes.save(inode)
+        return whole or inode.ino in self._lookups
+
+    def drop_directory(self, inode: Inode) -> None:
+        """Take an empty directory's only name away, in the open transaction."""
+        self._inodes.touch(inode)
+        inode.nlink = 0
+        inode.ctime = self._super.clock()
+        if self._in_use(inode.ino):
+            self._nameless.add(inode.ino)
+            self._inodes.save(inode)
+        else:
+            self._free(inode)
+
+    def evict(self, inode: Inode) -> None:
+        """Free an inode that has no name and all it holds."""
+        while inode.is_reg and inode.data_pages:
+            with self._store:
+                self._inodes.touch(inode)
+                self._remove_data(inode)
+                self._inodes.save(inode)
+        self._blocks.forget_window(inode.ino)
+        with self._store:
+            self._inodes.touch(inode)
+            self._free(inode)
+
+    def _remove_data(self, inode: Inode) -> bool:
+        """Free as much of a file's data as fits the transaction; True if that was all."""
+        return self._map.remove(inode, 0, LAST_PAGE + 1) == 0
+
+    def _free(self, inode: Inode) -> None:
+        self._xattrs.destroy(inode)
+        if stat.S_ISLNK(inode.mode) and inode.flags & INODE_FLAG_BODY:
+            self._overflow.free(inode.ino, inode.body, inode.size)
+        self._inodes.free(inode)
+
+    def finish(self, inode: Inode) -> None:
+        """Complete what an interrupted operation left of an inode."""
+        if (not inode.nlink or inode.flags & INODE_FLAG_PENDING) and self._pins.is_held(
+            inode, 0, LAST_PAGE + 1
+        ):
+            log.error("inode %d: to be freed, but mapped for DMA: run fsck.pkernfs", inode.ino)
+            return
+        if not inode.nlink:
+            self.evict(inode)
+        elif inode.flags & INODE_FLAG_PENDING:
+            self._files.finish_pending(inode)
+
+    # ------------------------------------------------------------------ attributes
+
+    def setattr(
+        self,
+        ino: int,
+        *,
+        mode: int | None = None,
+        uid: int | None = None,
+        gid: int | None = None,
+        size: int | None = None,
+        atime: int | None = None,
+        mtime: int | None = None,
+        privileged: bool = True,
+        group_member: bool = True,
+    ) -> Inode:
+        """Change attributes. Times are ns since 1970; times beyond the format's are clamped.
+
+        A new owner or group clears the set-id bits of a file, and so does a new size unless
+        ``privileged``; a mode set by someone who is neither ``privileged`` nor in the group loses
+        set-gid. Growing allocates, shrinking frees.
+
+        :raises IsDirError, InvalidError, TooBigError, PermissionDeniedError: a bad size.
+        :raises NoSpaceError: nothing was changed.
+        """
+        self._super.check_writable()
+        inode = self._inodes.get(ino)
+        if size is not None:
+            self._files.check_resize(inode, size)
+            if size > inode.size:
+                self._files.grow(inode, size)
+            elif size < inode.size:
+                self._pins.check_unpinned(inode, size // PAGE)
+        with self._store:
+            self._inodes.touch(inode)
+            now = self._super.clock()
+            inode.ctime = now
+            if mode is not None:
+                self._set_mode(inode, mode, privileged or group_member)
+            if uid is not None or gid is not None:
+                self._set_owner(inode, uid, gid)
+            if size is not None:
+                inode.mtime = now
+                if not privileged:
+                    clear_set_id(inode)
+                self._files.set_size(inode, size)
+            if atime is not None:
+                inode.atime = _clamp(atime)
+            if mtime is not None:
+                inode.mtime = _clamp(mtime)
+            self._inodes.save(inode)
+        if inode.flags & INODE_FLAG_PENDING:
+            self._files.finish_pending(inode)
+        if size is not None and inode.flags & INODE_FLAG_TABLE:
+            self._pins.pins.changed()
+        return inode
+
+    def _set_mode(self, inode: Inode, mode: int, may_set_gid: bool) -> None:
+        mode &= _PERMISSIONS
+        if not may_set_gid and not inode.is_dir:
+            mode &= ~stat.S_ISGID
+        inode.mode = stat.S_IFMT(inode.mode) | mode
+
+    def _set_owner(self, inode: Inode, uid: int | None, gid: int | None) -> None:
+        if uid is not None:
+            inode.uid = uid
+        if gid is not None:
+            inode.gid = gid
+        if not inode.is_dir:
+            clear_set_id(inode)
+
+    # ------------------------------------------------------------------ extended attributes
+
+    def getxattr(self, ino: int, name: bytes) -> bytes:
+        """:raises NoDataError: there is no such attribute."""
+        return self._xattrs.get(self._inodes.get(ino), name)
+
+    def listxattr(self, ino: int) -> list[bytes]:
+        """Names of the attributes, with their namespaces."""
+        return self._xattrs.list(self._inodes.get(ino))
+
+    def setxattr(self, ino: int, name: bytes, value: bytes, flags: int = 0) -> None:
+        """Set an attribute; ``flags`` are XATTR_CREATE and XATTR_REPLACE.
+
+        :raises ExistsError, NoDataError, NotSupportedError, ArgumentTooLongError: as setxattr(2).
+        """
+        self._super.check_writable()
+        inode = self._inodes.get(ino)
+        with self._store:
+            self._inodes.touch(inode)
+            self._xattrs.set(inode, name, bytes(value), flags)
+            inode.ctime = self._super.clock()
+            self._inodes.save(inode)
+            self._super.leave_reserve()
+
+    def removexattr(self, ino: int, name: bytes) -> None:
+        """:raises NoDataError: there is no such attribute."""
+        self._super.check_writable()
+        inode = self._inodes.get(ino)
+        with self._store:
+            self._inodes.touch(inode)
+            self._xattrs.remove(inode, name)
+            inode.ctime = self._super.clock()
+            self._inodes.save(inode)
+
+
+def _clamp(ns: int) -> int:
+    return max(-_S64_MAX - 1, min(ns, _S64_MAX))
