@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pkernfs.dma.kernel_adopted import Adopted, LiveEntry
+from pkernfs.dma.kernel_adopted import KernelAdopted, LiveEntry
 from pkernfs.errors import BusyError
 from pkernfs.host.bars import Bar
 from pkernfs.host.dmar import UnitStructure
@@ -36,13 +36,13 @@ def kernel(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Kernel]:
     made.close()
 
 
-def adopted(kernel: Kernel, *, seen: bool = True) -> Adopted:
+def adopted(kernel: Kernel, *, seen: bool = True) -> KernelAdopted:
     """What it has adopted; ``seen``: the unit's registers can be read."""
     kernel.save()
     unit = Unit("dmar0", MemoryWindow(kernel.window)) if seen else None
     found = FoundUnit(UnitStructure(0, 0, 0, PAGE, True, ()), True, unit, "no /dev/mem")
     region = Memory(kernel.region, [(MIB, 128 * PAGE)])
-    return Adopted(kernel.ram.host, region, lambda: [found])
+    return KernelAdopted(kernel.ram.host, region, lambda: [found])
 
 
 def test_entries_that_lead_into_the_region(kernel: Kernel) -> None:
@@ -89,7 +89,7 @@ def test_a_unit_that_cannot_be_looked_at(kernel: Kernel) -> None:
 # ---------------------------------------------------------------------- what may change
 
 
-class Told(Adopted):
+class Told(KernelAdopted):
     """The entries that a test says there are."""
 
     def __init__(self, *entries: LiveEntry) -> None:
@@ -115,7 +115,7 @@ def host() -> Iterator[Host]:
         made.map(number, 0, guest(made))
         made.attach(number, device)
     top = made.tables.domain(0).root
-    made.tables.adopted = Told(LiveEntry("dmar0", DEVICE, top))
+    made.tables.kernel_adopted = Told(LiveEntry("dmar0", DEVICE, top))
     yield made
     assert_clean(made.region)
     made.fs.unmount()
@@ -160,11 +160,11 @@ def test_a_device_that_was_taken_over(host: Host) -> None:
     """Its entry leads elsewhere; one that has the same domain may be walking it still."""
     host.attach(0, 0x28 + 1)
     top = host.tables.domain(0).root
-    host.tables.adopted = Told(LiveEntry("dmar0", 0x28 + 1, top))
+    host.tables.kernel_adopted = Told(LiveEntry("dmar0", 0x28 + 1, top))
     host.run(lambda: host.tables.detach(DEVICE))
     with pytest.raises(BusyError, match=r"0000:00:05\.1"):
         host.run(lambda: host.tables.unmap(0, 0, PAGE))
-    host.tables.adopted = Told()
+    host.tables.kernel_adopted = Told()
     host.run(lambda: host.tables.detach(0x28 + 1))
     host.run(lambda: host.tables.unmap(0, 0, 4 * MIB))
 
@@ -172,17 +172,17 @@ def test_a_device_that_was_taken_over(host: Host) -> None:
 def test_the_export_says_who_is_walked(host: Host) -> None:
     _text, whole, _status = host.answer("export")
     assert [d["adopted_by"] for d in whole["devices"]] == ["dmar0", None]
-    host.tables.adopted = Blind()
+    host.tables.kernel_adopted = Blind()
     _text, whole, _status = host.answer("export")
     assert [d["adopted_by"] for d in whole["devices"]] == [None, None]
 
 
 def test_a_file_that_is_walked_is_not_removed(host: Host, caplog: pytest.LogCaptureFixture) -> None:
     """Not even if no device is attached in the region."""
-    told = host.tables.adopted
-    host.tables.adopted = None
+    told = host.tables.kernel_adopted
+    host.tables.kernel_adopted = None
     host.run(lambda: host.tables.detach(DEVICE))
-    host.tables.adopted = told
+    host.tables.kernel_adopted = told
     with pytest.raises(BusyError):
         host.run(lambda: host.fs.unlink(IOMMU_INO, b"dom-0"))
     assert "iommu/dom-0: in use: dmar0 walks it for device 0000:00:05.0" in caplog.text
@@ -190,5 +190,5 @@ def test_a_file_that_is_walked_is_not_removed(host: Host, caplog: pytest.LogCapt
     host.run(lambda: host.fs.unlink(IOMMU_INO, b"root-pgtables"))
     with pytest.raises(BusyError):
         host.run(lambda: host.fs.unlink(IOMMU_INO, b"dom-0"))
-    host.tables.adopted = Told()
+    host.tables.kernel_adopted = Told()
     host.run(lambda: host.fs.unlink(IOMMU_INO, b"dom-0"))

@@ -78,11 +78,11 @@ def test_records_do_not_run_into_each_other() -> None:
         with pytest.raises(NoSpaceError, match="devices are switched off already"):
             tables_of(fs).persist(1, False)
         assert load_bars(memory) == bars
-        assert tables_of(fs).transient() == switched
+        assert tables_of(fs).non_persistent() == switched
         tables_of(fs).persist(3, True)
         tables_of(fs).persist(3, True)
-        assert tables_of(fs).transient() == switched - {3}
+        assert tables_of(fs).non_persistent() == switched - {3}
         assert tables_of(fs).config.levels == 4
         fs.unmount()
         again = mount_filesystem(region)
-        assert tables_of(again).transient() == switched - {3}
+        assert tables_of(again).non_persistent() == switched - {3}

@@ -127,7 +127,7 @@ class Driven(Rig):
 
     def snapshot(self, device: int = FIRST, number: int = 0) -> int:
         tables = tables_of(self.fs)
-        kept = {d.source_id for d in tables.devices()} - tables.transient()
+        kept = {d.source_id for d in tables.devices()} - tables.non_persistent()
         with self.activation().live() as live:
             reading = snapshot.read(live, device, kept)
         plan = drain(snapshot.plan(self.fs, self.host, reading))
@@ -301,11 +301,11 @@ def test_a_unit_that_never_obeys_again_is_told_of(legacy: Driven) -> None:
 
     legacy.map(FIRST, AT, "ram", 8 * MIB)
     legacy.snapshot()
-    assert tables_of(legacy.fs).adopted is None
+    assert tables_of(legacy.fs).kernel_adopted is None
     reason = "dmar0: .*; and the root table before is not in force: dmar0: "
     with pytest.raises(UnitError, match=reason):
         legacy.activation(changing=Dead(legacy.machine)).switch_units()
-    assert tables_of(legacy.fs).adopted is not None
+    assert tables_of(legacy.fs).kernel_adopted is not None
 
 
 def test_units_that_have_no_root_to_replace(legacy: Driven) -> None:

@@ -822,17 +822,16 @@ def test_open_files_are_pinned_as_well(mapped: Host) -> None:
 
 
 def test_tables_being_checked_stay(mapped: Host) -> None:
-    mapped.tables.readers += 1
-    other = ino_of(mapped, "other")
-    for operation in (
-        lambda: mapped.tables.map_file(0, 0, other, 0, None, RW),
-        lambda: mapped.tables.unmap(0, GIB, PAGE),
-        lambda: mapped.tables.attach(0, DEVICE),
-        lambda: mapped.tables.create_root(),
-        lambda: mapped.fs.unlink(IOMMU_INO, b"dom-0"),
-    ):
-        refused(mapped, BusyError, operation, "try again")
-    mapped.tables.readers -= 1
+    with mapped.tables.reading():
+        other = ino_of(mapped, "other")
+        for operation in (
+            lambda: mapped.tables.map_file(0, 0, other, 0, None, RW),
+            lambda: mapped.tables.unmap(0, GIB, PAGE),
+            lambda: mapped.tables.attach(0, DEVICE),
+            lambda: mapped.tables.create_root(),
+            lambda: mapped.fs.unlink(IOMMU_INO, b"dom-0"),
+        ):
+            refused(mapped, BusyError, operation, "try again")
     mapped.map(0, 0, other)
 
 

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pkernfs.dma.comparison import Finder, LiveTables, check_addresses
-from pkernfs.dma.kernel_adopted import Adopted
+from pkernfs.dma.kernel_adopted import KernelAdopted
 from pkernfs.dma.mount import tables_of
 from pkernfs.dma.table_files import TableFiles
 from pkernfs.errors import (
@@ -106,7 +106,8 @@ class Activation:
     def _watch(self, driven: Sequence[FoundUnit]) -> None:
         """Tables that units of the kernel's walk do not change."""
         if driven:
-            self._tables.adopted = Adopted(self._host, self._tables.region_memory(), lambda: driven)
+            memory = self._tables.region_memory()
+            self._tables.kernel_adopted = KernelAdopted(self._host, memory, lambda: driven)
 
     def _walk(self, dmar: Dmar, units: Sequence[Unit]) -> None:
         """These units, and no others, walk the tables: start afresh with them."""
@@ -351,7 +352,7 @@ class Activation:
             raise PermissionDeniedError("switch: the file system is read-only")
         for name, reason in self._tables.damaged.items():
             raise InvalidError(f"iommu/{name.decode()}: damaged: {reason}: run the check")
-        transient = self._tables.transient()
+        transient = self._tables.non_persistent()
         for d in self._tables.devices():
             if d.source_id in transient:
                 raise BusyError(

@@ -155,7 +155,7 @@ class LiveTables:
         """
         tables = tables_of(self._fs)
         root = tables.need_root()
-        transient = tables.transient()
+        transient = tables.non_persistent()
         attached = [d for d in tables.devices() if d.source_id not in transient]
         kept = {d.source_id for d in attached}
         for entry in attached:

@@ -60,7 +60,7 @@ class Jump:
         :raises PkernfsError: it cannot be seen what the units do.
         """
         tables = tables_of(self._fs)
-        transient = tables.transient()
+        transient = tables.non_persistent()
         attached = [d.source_id for d in tables.devices()]
         cut = [bdf_text(s) for s in attached if s in transient]
         kept = [s for s in attached if s not in transient]

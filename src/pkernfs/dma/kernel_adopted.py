@@ -34,7 +34,7 @@ class LiveEntry(NamedTuple):
         return f"{self.unit} walks it for device {bdf_text(self.source_id)}"
 
 
-class Adopted:
+class KernelAdopted:
     """Which tables of a region the running kernel's own entries lead to now; asked each time.
 
     :param units: the units that the kernel drives.

@@ -289,7 +289,7 @@ def show_records(fs: FileSystem, number: int | None) -> Output:
     unit = export.unit(tables.config, root)
     yield Record({"unit": unit, "damaged": _damaged(tables), "devices": [], "domains": []})
     numbers = sorted(tables.domains) if number is None else [number]
-    transient = tables.transient()
+    transient = tables.non_persistent()
     shown = {tables.domain(n).root for n in numbers}
     for d in tables.devices():
         if number is None or d.table in shown:

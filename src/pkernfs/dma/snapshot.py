@@ -16,7 +16,7 @@ from pkernfs.dma.comparison import LiveTables
 from pkernfs.dma.mount import tables_of
 from pkernfs.dma.output import PAUSE, Pause
 from pkernfs.dma.reports import Owners, pieces_of
-from pkernfs.dma.table_files import FIRST_DOMAIN_ID
+from pkernfs.dma.root_pgtables import FIRST_DOMAIN_ID
 from pkernfs.errors import BusyError, InvalidError, NoSpaceError, NotFoundError, PkernfsError
 from pkernfs.host.bars import Bar, all_bars
 from pkernfs.host.sysroot import Host

@@ -1,0 +1,107 @@
+"""What tables pin: memory that they map, and table files that something refers to.
+
+It is found by walking the tables, never from a record of its own that could disagree with them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from pkernfs.dma.open_tables import OpenTables
+from pkernfs.dma.unit_notices import UnitNotices
+from pkernfs.errors import BusyError
+from pkernfs.fs.names import ROOT_PGTABLES
+from pkernfs.iommu.config import Config
+from pkernfs.iommu.memory import Memory
+from pkernfs.iommu.page_pool import BlockMap
+from pkernfs.region.region import Region
+from pkernfs.vtd.entries import bdf_text
+
+log = logging.getLogger(__name__)
+
+
+class Pinned:
+    """What the tables of one mounted file system pin."""
+
+    def __init__(self, region: Region, tables: OpenTables, units: UnitNotices) -> None:
+        self._region = region
+        self._tables = tables
+        self._units = units
+        self._map: BlockMap | None = None
+        self._generation = -1  # of the tables, when the map was made
+
+    # ------------------------------------------------------------------ memory
+
+    def holder(self, extents: Iterable[tuple[int, int]]) -> str | None:
+        """What maps a byte of these ``(region offset, length)``; None: nothing does."""
+        if not self._tables.trees:
+            return None
+        blocks = self._block_map()
+        wanted = [e for e in extents if blocks.any(*e)]
+        if not wanted:
+            return None
+        ranges = Memory(self._region, wanted).ranges
+        for number, tree in sorted(self._tables.trees.items()):
+            iova = tree.find(ranges)
+            if iova is not None:
+                return f"dom-{number} maps it at iova {iova:#x}"
+        return None
+
+    def may_be_mapped(self, offset: int, length: int) -> bool:
+        """Whether something of the 2 MiB blocks of a range of the region is mapped."""
+        return self._block_map().any(offset, length)
+
+    def _block_map(self) -> BlockMap:
+        """Which blocks are mapped; made again after a change, when it is asked for."""
+        if self._map is None:
+            self._map = BlockMap(self._region, self._tables.region_memory().pieces)
+        if self._generation != self._tables.generation:
+            self._map.clear()
+            for number, tree in self._tables.trees.items():
+                if not tree.mark(self._map):
+                    log.error("iommu/dom-%d: damaged: not all that it maps is known", number)
+            self._generation = self._tables.generation
+        return self._map
+
+    # ------------------------------------------------------------------ table files
+
+    def check_unused(self, ino: int) -> None:
+        """:raises BusyError: a table file that must stay as it is, and why."""
+        name = next((n for n, file in self._tables.files.items() if file.ino == ino), None)
+        if name is None:
+            return
+        if self._tables.being_read:
+            raise BusyError(f"iommu/{name.decode()}: it is being checked: try again")
+        holder = self._table_holder(name)
+        if holder is not None:
+            raise BusyError(f"iommu/{name.decode()}: in use: {holder}")
+
+    def _table_holder(self, name: bytes) -> str | None:
+        tables = self._tables
+        if tables.relocated is not None or tables.files[name].size == 0:
+            return None  # no unit can be walking tables that are not where they say
+        if ROOT_PGTABLES in tables.damaged:
+            return "root-pgtables is damaged, and may refer to it: run fsck.pkernfs"
+        if tables.root is None:
+            return self._adopted_holder(name)
+        devices = tables.root.devices()
+        if name != ROOT_PGTABLES:
+            memory = Memory(self._region, tables.extents_of(tables.files[name]))
+            devices = [d for d in devices if memory.offset(d.table) is not None]
+        if name == ROOT_PGTABLES and tables.walking is not None:
+            return f"{tables.walking.names} walks it"
+        if devices:
+            return f"device {bdf_text(devices[0].source_id)} is attached"
+        if name == ROOT_PGTABLES and (tables.config.levels != Config().levels or tables.bars()):
+            return tables.mapped_domain()  # what its tables are like is told nowhere else
+        return self._adopted_holder(name)
+
+    def _adopted_holder(self, name: bytes) -> str | None:
+        """Which entry of the running kernel leads to a domain's tables."""
+        if self._units.kernel_adopted is not None and name != ROOT_PGTABLES:
+            top = self._tables.memory_of(self._tables.files[name]).first_page
+            for entry in self._units.kernel_adopted.entries():
+                if entry.table == top:
+                    return f"{entry}, and the kernel has that unit"
+        return None

@@ -1,0 +1,109 @@
+"""Who walks the tables: units that are told of each change, and units that cannot be told.
+
+Units of the running kernel are not ours to tell. Tables that one of those walks do not change.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from pkernfs.dma.kernel_adopted import KernelAdopted
+from pkernfs.dma.open_tables import OpenTables
+from pkernfs.errors import BusyError, UnitError
+from pkernfs.iommu.context_walk import Device
+from pkernfs.vtd.entries import bdf_text
+
+if TYPE_CHECKING:
+    from pkernfs.fs.filesystem import FileSystem
+
+log = logging.getLogger(__name__)
+
+
+class UnitNotices:
+    """Has units forget what a change has taken away, before the change returns."""
+
+    def __init__(self, fs: FileSystem, tables: OpenTables) -> None:
+        self._fs = fs
+        self._tables = tables
+        #: Tables that the running kernel's own entries lead to; None: it has adopted none.
+        self.kernel_adopted: KernelAdopted | None = None
+
+    # ------------------------------------------------------------------ units that cannot be told
+
+    def check_domain(self, number: int) -> None:
+        """:raises BusyError: a unit of the kernel's walks dom-N."""
+        table = self._tables.domain(number)
+        if self.kernel_adopted is not None:
+            self.kernel_adopted.check(f"dom-{number}", [table.root])
+
+    def check_device(self, source_id: int) -> None:
+        """:raises BusyError: the kernel's own entry of a device leads to tables of the region."""
+        if self.kernel_adopted is not None:
+            files = [f for f in self._tables.files.values() if f.size]
+            tops = [self._tables.memory_of(f).first_page for f in files]
+            self.kernel_adopted.check(f"device {bdf_text(source_id)}", tops, source_id)
+
+    def adopted_by(self) -> dict[tuple[int, int], str]:
+        """Units of the running kernel by source ids and page tables; without what is not seen."""
+        if self.kernel_adopted is None:
+            return {}
+        try:
+            return {(e.source_id, e.table): e.unit for e in self.kernel_adopted.entries()}
+        except BusyError as e:
+            log.warning("%s", e)
+            return {}
+
+    # ------------------------------------------------------------------ units that are told
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Units are told of a change; if one does not obey, nothing is changed any more.
+
+        Memory that it may still reach would be used for something else otherwise.
+        """
+        try:
+            yield
+        except UnitError as e:
+            self._fs.fail(str(e))
+            raise
+
+    def mapped(self, number: int) -> None:
+        """Have the units forget what a change of dom-N has taken away, if it has."""
+        walking, root, table = self._tables.walking, self._tables.root, self._tables.domains[number]
+        if walking is None or root is None:
+            return
+        ids = sorted({d.domain_id for d in root.devices() if d.table == table.root})
+        with self._telling():
+            if ids and (table.stale or walking.caches_absent):
+                walking.forget_domains(root, ids)
+            else:
+                walking.written()
+        table.invalidated()
+
+    def attached(self) -> None:
+        """A device was attached: nothing was present before."""
+        walking = self._tables.walking
+        if walking is None:
+            return
+        root = self._tables.need_root()
+        with self._telling():
+            if walking.caches_absent:
+                walking.forget_everything(root)
+            else:
+                walking.written()
+
+    def detached(self, device: Device, *, table_gone: bool) -> None:
+        """A device was detached; ``table_gone``: the table of its entry is free."""
+        walking = self._tables.walking
+        if walking is None:
+            return
+        root = self._tables.need_root()
+        with self._telling():
+            if table_gone:
+                walking.forget_everything(root)
+            else:
+                walking.forget_device(root, device.source_id, device.domain_id)
+        root.invalidated()
