@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any, TypeVar
+
+import pytest
 
 from pkernfs.dma import reports
 from pkernfs.dma.mount import mount_filesystem, tables_of
 from pkernfs.dma.output import Question, Record, Status, Text
 from pkernfs.dma.table_files import TableFiles
+from pkernfs.errors import (
+    PkernfsError,
+)
+from pkernfs.fs.file import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE
 from pkernfs.fs.mkfs import make_filesystem
+from pkernfs.host.bars import Bar
 from pkernfs.iommu.check import Report
 from pkernfs.iommu.export import assemble
 from pkernfs.iommu.memory import Memory
 from pkernfs.iommu.translate import translate_domain
 from pkernfs.layout import BLOCK, IOMMU_INO, PAGE, ROOT_INO
+from pkernfs.region.checksum import crc32c
 from pkernfs.region.region import Region
 from support.checking import MemoryFile
 
@@ -169,3 +177,49 @@ class Host:
 def pages(count: int) -> int:
     """Bytes of so many pages."""
     return count * PAGE
+
+
+GIB = 1 << 30
+PUNCH = FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE
+BAR = Bar(0x30, 0, 0xFC00_0000, 16 * MIB)
+
+
+def ino_of(host: Host, name: str) -> int:
+    found: int = host.fs.lookup(ROOT_INO, name.encode()).ino
+    return found
+
+
+def table_ino(host: Host, name: bytes) -> int:
+    found: int = host.fs.lookup(IOMMU_INO, name).ino
+    return found
+
+
+def refused(
+    host: Host, error: type[PkernfsError], operation: Callable[[], Any], match: str = ""
+) -> None:
+    """``operation`` fails, in one line, and nothing of the region has changed."""
+    before = crc32c(host.region.view(0, host.region.size))
+    with pytest.raises(error, match=match or None) as caught:
+        host.run(operation)
+    assert "\n" not in str(caught.value)
+    assert crc32c(host.region.view(0, host.region.size)) == before
+
+
+def until_refused(
+    error: type[PkernfsError], host: Host, operations: Iterable[Callable[[], object]]
+) -> tuple[str, int]:
+    """Run them until one fails, and leaves the tables as they were; what it says, and which."""
+    for number, operation in enumerate(operations):
+        before = host.state()
+        try:
+            host.run(operation)
+        except error as e:
+            assert host.state() == before
+            return str(e), number
+    pytest.fail("none of them failed")
+
+
+def grow(host: Host, mib: int, name: bytes = b"dom-0") -> None:
+    inode = host.fs.inode(table_ino(host, name))
+    size = inode.size + mib * MIB
+    host.run(lambda: host.fs.setattr(inode.ino, size=size))

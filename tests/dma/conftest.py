@@ -1,0 +1,30 @@
+"""A file system with tables, for tests of pkernfs.dma."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from support.checking import assert_clean
+from support.table_files import GIB, MIB, Host, ino_of
+
+
+@pytest.fixture
+def host(request: pytest.FixtureRequest) -> Iterator[Host]:
+    made = Host(getattr(request, "param", 64 * MIB))
+    yield made
+    assert_clean(made.region)
+    made.fs.unmount()
+    assert_clean(made.region)
+    made.close()
+
+
+@pytest.fixture
+def mapped(host: Host) -> Host:
+    """guest, 4 MiB, is mapped at 1 GiB in dom-0; other, 4 MiB, is not."""
+    host.file_of("guest", 4 * MIB)
+    host.file_of("other", 4 * MIB)
+    host.dom(0)
+    host.map(0, GIB, ino_of(host, "guest"))
+    return host

@@ -1,0 +1,224 @@
+"""What tables pin: memory that they map, and table files that something refers to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+
+from pkernfs.errors import (
+    BusyError,
+    PermissionDeniedError,
+)
+from pkernfs.fs.file import FALLOC_ZERO_RANGE
+from pkernfs.fs.namei import RENAME_EXCHANGE
+from pkernfs.fs.names import ROOT_PGTABLES
+from pkernfs.layout import BLOCK, IOMMU_INO, PAGE, ROOT_INO
+from pkernfs.ratelimit import BURST
+from support.table_files import (
+    DEVICE,
+    MIB,
+    PUNCH,
+    Host,
+    grow,
+    ino_of,
+    refused,
+)
+
+PINNED: dict[str, Callable[[Host], object]] = {
+    "unlink": lambda h: h.fs.unlink(ROOT_INO, b"guest"),
+    "rename over it": lambda h: h.fs.rename(ROOT_INO, b"other", ROOT_INO, b"guest", 0),
+    "shrink": lambda h: h.fs.setattr(ino_of(h, "guest"), size=MIB),
+    "shrink by a byte": lambda h: h.fs.setattr(ino_of(h, "guest"), size=4 * MIB - 1),
+    "to nothing": lambda h: h.fs.setattr(ino_of(h, "guest"), size=0),
+    "punch": lambda h: h.fs.fallocate(ino_of(h, "guest"), PUNCH, MIB, PAGE),
+    "punch part of a page": lambda h: h.fs.fallocate(ino_of(h, "guest"), PUNCH, 5, 10),
+    "punch beyond": lambda h: h.fs.fallocate(ino_of(h, "guest"), PUNCH, 4 * MIB - 1, 9 * MIB),
+    "unlink dom-0, attached": lambda h: h.fs.unlink(IOMMU_INO, b"dom-0"),
+    "rename dom-0, attached": lambda h: h.fs.rename(IOMMU_INO, b"dom-0", IOMMU_INO, b"dom-1", 0),
+    "exchange dom-0, attached": lambda h: h.fs.rename(
+        IOMMU_INO, b"dom-5", IOMMU_INO, b"dom-0", RENAME_EXCHANGE
+    ),
+    "rename over dom-0, attached": lambda h: h.fs.rename(
+        IOMMU_INO, b"dom-5", IOMMU_INO, b"dom-0", 0
+    ),
+    "unlink root-pgtables": lambda h: h.fs.unlink(IOMMU_INO, ROOT_PGTABLES),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["", "remounted"])
+@pytest.mark.parametrize("what", PINNED)
+def test_pinned(mapped: Host, what: str, again: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """EBUSY, and the holder is named in the log."""
+    mapped.dom(5)
+    mapped.attach(0)
+    if again:
+        mapped.remount(clean=False)
+    caplog.clear()
+    refused(mapped, BusyError, lambda: PINNED[what](mapped))
+    said = "\n".join(r.getMessage() for r in caplog.records)
+    if "attached" in what or "root" in what:
+        assert "in use: device 0000:00:05.0 is attached" in said
+    else:
+        assert f"inode {ino_of(mapped, 'guest')}: busy: dom-0 maps it at iova 0x40" in said
+    mapped.assert_check_clean()
+    mapped.tables.detach(DEVICE)
+    mapped.tables.unmap(0, 0, 1 << 48)
+    mapped.run(lambda: PINNED[what](mapped))
+
+
+def test_refusals_do_not_fill_the_log(mapped: Host, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(300):
+        with pytest.raises(BusyError):
+            mapped.fs.unlink(ROOT_INO, b"guest")
+    assert len(caplog.records) == BURST + 1
+    assert caplog.records[-1].getMessage() == "more of these: not logged for up to 10 seconds"
+
+
+def test_the_last_of_two_names_is_pinned(mapped: Host) -> None:
+    guest = ino_of(mapped, "guest")
+    mapped.fs.link(guest, ROOT_INO, b"second")
+    mapped.fs.unlink(ROOT_INO, b"guest")
+    refused(mapped, BusyError, lambda: mapped.fs.unlink(ROOT_INO, b"second"), "mapped for DMA")
+    mapped.fs.link(guest, ROOT_INO, b"third")
+    mapped.fs.rename(ROOT_INO, b"other", ROOT_INO, b"second", 0)  # over one of two
+    refused(mapped, BusyError, lambda: mapped.fs.rename(ROOT_INO, b"second", ROOT_INO, b"third", 0))
+
+
+ALLOWED: dict[str, Callable[[Host], object]] = {
+    "write": lambda h: h.fs.write(ino_of(h, "guest"), 100, b"x" * 9000),
+    "append": lambda h: h.fs.write(ino_of(h, "guest"), 4 * MIB, b"x" * 9000),
+    "grow": lambda h: h.fs.setattr(ino_of(h, "guest"), size=9 * MIB),
+    "allocate": lambda h: h.fs.fallocate(ino_of(h, "guest"), 0, 0, 9 * MIB),
+    "zero": lambda h: h.fs.fallocate(ino_of(h, "guest"), FALLOC_ZERO_RANGE, 0, 4 * MIB),
+    "rename": lambda h: h.fs.rename(ROOT_INO, b"guest", ROOT_INO, b"new", 0),
+    "rename over another": lambda h: h.fs.rename(ROOT_INO, b"guest", ROOT_INO, b"other", 0),
+    "exchange": lambda h: h.fs.rename(ROOT_INO, b"guest", ROOT_INO, b"other", RENAME_EXCHANGE),
+    "chmod": lambda h: h.fs.setattr(ino_of(h, "guest"), mode=0o644, uid=5, gid=6),
+    "the same size": lambda h: h.fs.setattr(ino_of(h, "guest"), size=4 * MIB),
+    "punch another": lambda h: h.fs.fallocate(ino_of(h, "other"), PUNCH, 0, MIB),
+    "remove another": lambda h: h.fs.unlink(ROOT_INO, b"other"),
+    "shrink another": lambda h: h.fs.setattr(ino_of(h, "other"), size=1),
+    "rename an unattached domain": lambda h: h.fs.rename(
+        IOMMU_INO, b"dom-0", IOMMU_INO, b"dom-9", 0
+    ),
+    "grow the domain": lambda h: grow(h, 2),
+}
+
+
+@pytest.mark.parametrize("what", ALLOWED)
+def test_not_pinned(mapped: Host, what: str) -> None:
+    before = [m[:4] for m in mapped.mappings(0)]
+    mapped.run(lambda: ALLOWED[what](mapped))
+    (number,) = mapped.tables.domains
+    assert mapped.mappings(number) == before
+    mapped.assert_check_clean()
+
+
+def test_only_the_mapped_part_is_pinned(host: Host) -> None:
+    host.dom(0)
+    ino = host.file_of("guest", 8 * MIB)
+    host.map(0, 0, ino, 2 * MIB, PAGE)
+    host.run(lambda: host.fs.fallocate(ino, PUNCH, 0, 2 * MIB))
+    host.run(lambda: host.fs.fallocate(ino, PUNCH, 2 * MIB + PAGE, MIB))
+    refused(host, BusyError, lambda: host.fs.fallocate(ino, PUNCH, 2 * MIB + PAGE - 1, MIB))
+    refused(host, BusyError, lambda: host.fs.setattr(ino, size=2 * MIB + PAGE - 1))
+    host.run(lambda: host.fs.setattr(ino, size=2 * MIB + PAGE))
+    host.assert_check_clean()
+    host.tables.unmap(0, 0, PAGE)
+    host.run(lambda: host.fs.setattr(ino, size=0))
+
+
+def test_small_files_beside_a_mapped_one_are_not_pinned(host: Host) -> None:
+    """They share its 2 MiB block."""
+    host.dom(0)
+    one, two = host.file_of("one", 3 * PAGE), host.file_of("two", 3 * PAGE)
+    assert host.physical(one) // BLOCK == host.physical(two) // BLOCK
+    host.map(0, 0, one)
+    host.fs.unlink(ROOT_INO, b"two")
+    refused(host, BusyError, lambda: host.fs.unlink(ROOT_INO, b"one"))
+
+
+def test_a_mapped_small_file_stays_where_it_is(
+    host: Host, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file that outgrows 4 KiB pages moves into a block, unless a device may reach it."""
+    host.dom(0)
+    for name, is_mapped in (("free", False), ("guest", True)):
+        ino = host.file_of(name, data=b"x" * 3 * PAGE)
+        at = host.physical(ino)
+        if is_mapped:
+            host.map(0, 0, ino)
+        host.run(partial(host.fs.setattr, ino, size=5 * MIB))
+        host.run(partial(host.fs.write, ino, 5 * MIB, b"end"))
+        assert (host.physical(ino) == at) == is_mapped
+        assert bytes(host.fs.read(ino, 0, 4 * PAGE)) == b"x" * 3 * PAGE + bytes(PAGE)
+    assert not caplog.records  # nobody was refused anything
+    host.assert_check_clean()
+    host.tables.unmap(0, 0, 1 << 48)
+    host.fs.unlink(ROOT_INO, b"guest")
+
+
+def test_two_domains_pin(mapped: Host) -> None:
+    mapped.dom(1)
+    guest = ino_of(mapped, "guest")
+    mapped.map(1, 0, guest, 3 * MIB, MIB)
+    mapped.tables.unmap(0, 0, 1 << 48)
+    refused(mapped, BusyError, lambda: mapped.fs.unlink(ROOT_INO, b"guest"))
+    mapped.run(lambda: mapped.fs.setattr(guest, size=4 * MIB))
+    mapped.run(lambda: mapped.fs.fallocate(guest, PUNCH, 0, 3 * MIB))
+    mapped.tables.unmap(1, 0, MIB)
+    mapped.fs.unlink(ROOT_INO, b"guest")
+
+
+def test_an_unused_domain_goes_with_its_pins(mapped: Host) -> None:
+    mapped.fs.unlink(IOMMU_INO, b"dom-0")
+    mapped.fs.unlink(ROOT_INO, b"guest")
+    mapped.fs.unlink(IOMMU_INO, ROOT_PGTABLES)
+    assert mapped.state() == Host.state(mapped)
+    assert (mapped.tables.domains, mapped.tables.root) == ({}, None)
+
+
+def test_a_domain_that_replaces_another(mapped: Host) -> None:
+    mapped.dom(1)
+    mapped.map(1, 0, ino_of(mapped, "other"))
+    mapped.fs.rename(IOMMU_INO, b"dom-1", IOMMU_INO, b"dom-0", 0)
+    assert list(mapped.tables.domains) == [0]
+    assert mapped.mappings(0)[0][0] == 0
+    mapped.fs.unlink(ROOT_INO, b"guest")
+    refused(mapped, BusyError, lambda: mapped.fs.unlink(ROOT_INO, b"other"))
+
+
+def test_domains_change_places(mapped: Host) -> None:
+    mapped.dom(1)
+    mapped.map(1, 0, ino_of(mapped, "other"))
+    one, other = mapped.mappings(0), mapped.mappings(1)
+    mapped.fs.rename(IOMMU_INO, b"dom-1", IOMMU_INO, b"dom-0", RENAME_EXCHANGE)
+    assert (mapped.mappings(1), mapped.mappings(0)) == (one, other)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"dom-0", ROOT_PGTABLES),
+        (ROOT_PGTABLES, b"dom-1"),
+        (b"dom-0", b"dom-65536"),
+        (b"dom-0", b"dom-01"),
+    ],
+)
+def test_names_that_table_files_cannot_have(mapped: Host, old: bytes, new: bytes) -> None:
+    for flags in (0, RENAME_EXCHANGE) if mapped.fs.find(IOMMU_INO, new) else (0,):
+        refused(
+            mapped,
+            PermissionDeniedError,
+            partial(mapped.fs.rename, IOMMU_INO, old, IOMMU_INO, new, flags),
+        )
+
+
+def test_open_files_are_pinned_as_well(mapped: Host) -> None:
+    guest = ino_of(mapped, "guest")
+    mapped.fs.open(guest)
+    refused(mapped, BusyError, lambda: mapped.fs.unlink(ROOT_INO, b"guest"))
+    mapped.fs.release(guest)
+    mapped.assert_check_clean()

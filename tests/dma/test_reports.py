@@ -1,0 +1,136 @@
+"""Questions about tables, while they change."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+from typing import Any
+
+import pytest
+
+from pkernfs.dma import reports
+from pkernfs.dma.table_files import TableFiles
+from pkernfs.errors import (
+    InvalidError,
+)
+from pkernfs.layout import PAGE, ROOT_INO
+from support.table_files import (
+    BAR,
+    DEVICE,
+    GIB,
+    READ,
+    Host,
+    drain,
+    grow,
+    ino_of,
+    refused,
+)
+
+
+def test_show_goes_on_while_tables_change(mapped: Host) -> None:
+    """Each step walks from the top: what it prints was right when it was printed."""
+    ino = mapped.file_of("pages")
+    for at in range(0, 600 * PAGE, 2 * PAGE):
+        mapped.run(partial(mapped.fs.write, ino, at, b"x"))
+    mapped.run(lambda: mapped.fs.setattr(ino, size=600 * PAGE))
+    mapped.map(0, PAGE, ino)
+    lines: list[str] = []
+    for steps, text in enumerate(reports.show_text(mapped.fs, 0), 1):
+        assert isinstance(text, str)
+        lines += text.splitlines()
+        if steps == 3:  # the tables that are being shown go, and others take their pages
+            mapped.tables.unmap(0, 0, GIB)
+            mapped.map(0, 100 * GIB, ino)
+            mapped.map(0, 300 * PAGE, ino, 0, 2 * PAGE)
+        if steps == 5:
+            grow(mapped, 2)
+    shown = [int(line.split()[0], 16) for line in lines if line.startswith("0x")]
+    assert shown == sorted(set(shown))
+    assert shown[0] == 1
+    assert shown[-1] == (100 * GIB) // PAGE + 599
+    assert not mapped.fs.read_only
+
+
+def test_walk_ends_where_directories_are_a_loop(mapped: Host) -> None:
+    d = mapped.fs.mkdir(ROOT_INO, b"d", 0o755, 0, 0).ino
+    e = mapped.fs.mkdir(d, b"e", 0o755, 0, 0).ino
+    directory = mapped.fs.inode(e)
+    with mapped.fs.store:  # as a scribbled region has it
+        mapped.fs.super.inodes.touch(directory)
+        mapped.fs._namei._names.add(directory, b"back", d, 4)
+        mapped.fs.super.inodes.save(directory)
+    found = [item for item in reports.walk_files(mapped.fs) if item is not None]
+    assert sorted(path for path, _ino in found) == [
+        "/guest", "/iommu/dom-0", "/iommu/root-pgtables", "/other"
+    ]  # fmt: skip
+    with mapped.fs.store:
+        mapped.fs.super.inodes.touch(directory)
+        found_name = mapped.fs._namei._names.locate(directory, b"back")
+        assert found_name is not None
+        mapped.fs._namei._names.remove(directory, b"back", found_name[0])
+        mapped.fs.super.inodes.save(directory)
+
+
+def test_two_names_are_one_file(mapped: Host) -> None:
+    mapped.fs.link(ino_of(mapped, "guest"), ROOT_INO, b"second")
+    mapped.assert_check_clean()
+    _text, whole, _status = mapped.answer("export")
+    (mapping,) = whole["ioas"][0]["mappings"]
+    assert mapping["file"] in ("/guest", "/second")
+
+
+def test_a_rename_does_not_hide_a_file(mapped: Host) -> None:
+    """A check goes by inodes: a name that moves from where it has not looked to where it has."""
+    for at in range(100):
+        mapped.fs.mkdir(ROOT_INO, b"%d" % at, 0o755, 0, 0)
+    first, last = mapped.fs.find(ROOT_INO, b"0"), mapped.fs.find(ROOT_INO, b"99")
+    homes = itertools.cycle([ROOT_INO, first, last])
+    moves = itertools.pairwise(homes)
+
+    def move() -> None:
+        source, target = next(moves)
+        mapped.fs.rename(source, b"guest", target, b"guest", 0)
+
+    assert drain(reports.prepare_check(mapped.fs), move).run().clean
+    assert next(moves)[0] != ROOT_INO  # it has moved
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"device": -1, "iova": 0},
+        {"device": 0x10000, "iova": 0},
+        {"device": 5, "iova": -1},
+        {"device": 5, "iova": 1 << 64},
+        {"device": 5, "iova": 0, "pasid": -1},
+        {"device": 5, "iova": 0, "pasid": 1 << 20},
+        {"device": 5, "iova": 0, "access": 4},
+        {"device": 5, "iova": 0, "access": -1},
+        {"device": None, "iova": 0},
+        {"device": 5, "iova": None},
+    ],
+)
+def test_no_request_is_like_that(mapped: Host, bad: dict[str, Any]) -> None:
+    refused(mapped, InvalidError, lambda: mapped.answer("translate", **bad))
+
+
+def test_translate_says_whose_memory_it_is(mapped: Host) -> None:
+    mapped.attach(0)
+    mapped.tables.map_bar(0, 0, BAR, 0, None, READ)
+    assert isinstance(mapped.tables, TableFiles)
+    text, _, status = mapped.answer("translate", device=DEVICE, iova=GIB + 0x1234)
+    assert status == 0
+    at = mapped.physical(ino_of(mapped, "guest"), 0x1000) + 0x234
+    assert text.splitlines()[-1] == (
+        f"physical {at:#x} rw, 2 MiB page, domain id 2, /guest + 0x1234"
+    )
+    text, _, status = mapped.answer("translate", device=DEVICE, iova=0x5678)
+    assert text.splitlines()[-1].endswith(
+        "r, 2 MiB page, domain id 2, BAR 0 of 0000:00:06.0 + 0x5678"
+    )
+    text, _, status = mapped.answer("translate", device=DEVICE, iova=0x5678, access=2)
+    assert status == 1
+    assert text.splitlines()[-1].startswith("fault 0x05 WRITE")
+    text, _, status = mapped.answer("translate", device=DEVICE, iova=0xFEE0_0000)
+    assert status == 0
+    assert text.splitlines()[-1].startswith("interrupt")
