@@ -8,9 +8,10 @@ from collections.abc import Callable
 import pytest
 
 from pkernfs.dma.mount import mount_filesystem
-from pkernfs.errors import ReadOnlyError
+from pkernfs.errors import InvalidError, ReadOnlyError
 from pkernfs.fs.filesystem import FileSystem
-from pkernfs.layout import BLOCK, PAGE
+from pkernfs.fs.super import Access
+from pkernfs.layout import BLOCK, PAGE, STATE_FLAG_ERROR
 from support.checking import assert_clean
 from support.files import (
     MIB,
@@ -153,3 +154,47 @@ def test_after_a_failure_nothing_is_written(fs: FileSystem) -> None:
         fs.write(ino, 0, b"x")
     assert contents(fs, ino) == b"abc"
     fs.unmount()
+
+
+# ------------------------------------------------------------------------------ access
+
+
+def test_a_freeze_and_its_end(fs: FileSystem) -> None:
+    state = fs.super
+    with pytest.raises(InvalidError, match="not frozen"), state.handing_over():
+        pass
+    fs.freeze()
+    assert (state.access, fs.read_only, fs.frozen) == (Access.FROZEN, True, True)
+    with state.handing_over():
+        assert (state.access, fs.read_only, fs.frozen) == (Access.HANDING_OVER, False, True)
+        with pytest.raises(ReadOnlyError, match="frozen"):  # the handover's changes only
+            fs.mkdir(ROOT, b"d", 0o755, 0, 0)
+    assert state.access is Access.FROZEN
+    with pytest.raises(ReadOnlyError, match="frozen"):
+        fs.freeze()
+    fs.thaw()
+    assert (state.access, fs.read_only, fs.frozen) == (Access.WRITABLE, False, False)
+    with pytest.raises(InvalidError, match="no handover to undo"):
+        fs.thaw()
+
+
+@pytest.mark.parametrize("handing_over", [False, True])
+def test_a_failure_while_frozen(fs: FileSystem, handing_over: bool) -> None:
+    """It is noted in the region as soon as something may be stored there."""
+    state = fs.super
+    fs.freeze()
+    if handing_over:
+        with state.handing_over():
+            fs.fail("first")
+            assert fs.read_only
+    else:
+        fs.fail("first")
+    fs.fail("second")
+    assert bool(state.state().flags & STATE_FLAG_ERROR) is handing_over
+    assert (state.access, state.failure) == (Access.FROZEN_FAILED, "first")
+    fs.thaw()
+    assert (state.access, state.failure) == (Access.FAILED, "first")
+    assert state.state().flags & STATE_FLAG_ERROR
+    assert not fs.frozen
+    with pytest.raises(ReadOnlyError, match="read-only"):
+        fs.freeze()

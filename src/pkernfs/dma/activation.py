@@ -271,7 +271,7 @@ class Activation:
     # ------------------------------------------------------------------ from the kernel's tables
 
     def live(self) -> LiveTables:
-        """What units translate for the running kernel now; to be closed.
+        """Open what units translate for the running kernel now; the caller closes it.
 
         :raises PkernfsError: see :class:`LiveTables`.
         """

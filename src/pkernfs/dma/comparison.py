@@ -1,4 +1,4 @@
-"""What units translate for the running kernel, beside what a file system's tables say.
+"""The running kernel's tables beside a file system's: what units translate by each.
 
 Read anew each time: a kernel changes its tables whenever a VMM maps something, and says so nowhere.
 """
@@ -83,7 +83,7 @@ class LiveTables:
         return self.found[structure.name]
 
     def unit(self, found: FoundUnit) -> LiveUnit:
-        """What a unit walks now.
+        """Find the tables that a unit walks now.
 
         :raises PkernfsError: it cannot be seen; the reason.
         """
@@ -104,7 +104,7 @@ class LiveTables:
         return [self.unit(f) for f in driven if need_unit(f).state().translating]
 
     def mappings(self, live: LiveUnit, entry: Device) -> list[Mapping]:
-        """What an entry of :meth:`LiveUnit.entry` maps.
+        """List what an entry of :meth:`LiveUnit.entry` maps.
 
         :raises TableDamageError, PermissionDeniedError: it cannot be read.
         """
@@ -149,7 +149,7 @@ class LiveTables:
     # ------------------------------------------------------------------ the comparison
 
     def check(self) -> None:
-        """What is attached and persists is translated alike by both, in all that matters.
+        """Check that both translate alike what is attached and persists.
 
         :raises PkernfsError: something differs, or cannot be read; what, and the remedy.
         """

@@ -44,7 +44,7 @@ class Needs(NamedTuple):
 
 
 class Jump:
-    """What a file system's devices need of a kexec, and the panic that starts the next kernel."""
+    """A kexec by a panic: what a file system's devices need of it, and the panic itself."""
 
     def __init__(self, fs: FileSystem, host: Host = HOST) -> None:
         self._fs = fs
@@ -141,7 +141,7 @@ class Jump:
 
 
 def _holds(found: FoundUnit, root: int) -> bool:
-    """Whether requests below a unit depend on the tables below ``root``, or on the kernel's."""
+    """True if requests below a unit depend on the tables below ``root``, or on the kernel's."""
     return found.driven or need_unit(found).walks(root)
 
 

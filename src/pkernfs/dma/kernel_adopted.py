@@ -35,7 +35,7 @@ class LiveEntry(NamedTuple):
 
 
 class KernelAdopted:
-    """Which tables of a region the running kernel's own entries lead to now; asked each time.
+    """The tables of a region that the running kernel's own entries lead to; asked each time.
 
     :param units: the units that the kernel drives.
     """
@@ -75,7 +75,7 @@ class KernelAdopted:
         return [LiveEntry(name, e.source_id, e.table) for e in ours]
 
     def check(self, what: str, tables: Collection[int], source_id: int | None = None) -> None:
-        """Whether page tables may change; ``what`` begins the message.
+        """Check that page tables may change; ``what`` begins the message.
 
         :param source_id: only what this device does counts.
         :raises BusyError: an entry leads to one of ``tables``.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class TablePins:
-    """What the table files of one file system hold; :class:`pkernfs.fs.pins.Pins`."""
+    """The pins of one file system (:class:`pkernfs.fs.pins.Pins`): what its table files hold."""
 
     def __init__(self, fs: FileSystem) -> None:
         # Not a strong one: without tables, a file system that nobody has any more goes at once.
@@ -49,7 +49,7 @@ class TablePins:
             self._tables.refresh()
 
     def holder(self, extents: Iterable[tuple[int, int]]) -> str | None:
-        """The words for what maps a byte of these ``(region offset, length)``; None: nothing."""
+        """Name what maps a byte of these ``(region offset, length)``; None: nothing does."""
         return None if self._tables is None else self._tables.holder(extents)
 
     def check_unused(self, ino: int) -> None:

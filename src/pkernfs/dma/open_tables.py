@@ -231,25 +231,25 @@ class OpenTables:
         return sorted(sized, key=lambda n: -1 if n == ROOT_PGTABLES else domain_number(n))
 
     def memory(self, name: bytes) -> Memory:
-        """Where a table file's pages are.
+        """The pages of a table file, by its name.
 
         :raises InvalidError: no addresses, or never sized.
         """
         return self.memory_of(self.files[name])
 
     def memories(self) -> list[Memory]:
-        """Where the pages of all table files are."""
+        """The pages of each table file that is sized."""
         return [self.memory(name) for name in self.names]
 
     def root_memory(self) -> Memory:
-        """Where root-pgtables is, sound or not.
+        """The pages of root-pgtables, sound or not.
 
         :raises NotFoundError, InvalidError, TableDamageError: missing, never sized, elsewhere.
         """
         return self.memory_of(self._sized(ROOT_PGTABLES))
 
     def region_memory(self) -> Memory:
-        """Where the region's physical addresses are."""
+        """The whole region, by physical addresses."""
         if self._region_memory is None:
             self._region_memory = Memory.whole(self._fs.region)
         return self._region_memory
@@ -311,7 +311,7 @@ class OpenTables:
     # ------------------------------------------------------------------ what is in them
 
     def devices(self) -> list[Device]:
-        """What is attached, by source id."""
+        """List the devices that are attached, by source id."""
         return [] if self.root is None else self.root.devices()
 
     def non_persistent(self) -> set[int]:
@@ -323,7 +323,7 @@ class OpenTables:
         return [] if self.root is None else load_bars(self.root.memory)
 
     def mappings(self, number: int) -> Iterator[Mapping]:
-        """What dom-N maps, neighbours joined; its tables may change between two of them."""
+        """List what dom-N maps, neighbours joined; its tables may change between two of them."""
         at = 0
         while batch := list(islice(self.domain(number).mappings(at), _MAPPINGS_AT_ONCE)):
             yield from batch

@@ -1,4 +1,4 @@
-"""What tables pin: memory that they map, and table files that something refers to.
+"""The pins of tables: memory that they map, and table files that something refers to.
 
 It is found by walking the tables, never from a record of its own that could disagree with them.
 """
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class Pinned:
-    """What the tables of one mounted file system pin."""
+    """The memory and the files that the tables of one mounted file system pin."""
 
     def __init__(self, region: Region, tables: OpenTables, units: UnitNotices) -> None:
         self._region = region
@@ -34,7 +34,7 @@ class Pinned:
     # ------------------------------------------------------------------ memory
 
     def holder(self, extents: Iterable[tuple[int, int]]) -> str | None:
-        """What maps a byte of these ``(region offset, length)``; None: nothing does."""
+        """Name what maps a byte of these ``(region offset, length)``; None: nothing does."""
         if not self._tables.trees:
             return None
         blocks = self._block_map()
@@ -49,11 +49,11 @@ class Pinned:
         return None
 
     def may_be_mapped(self, offset: int, length: int) -> bool:
-        """Whether something of the 2 MiB blocks of a range of the region is mapped."""
+        """True if something of the 2 MiB blocks of a range of the region is mapped."""
         return self._block_map().any(offset, length)
 
     def _block_map(self) -> BlockMap:
-        """Which blocks are mapped; made again after a change, when it is asked for."""
+        """The blocks that are mapped; made again after a change, when it is asked for."""
         if self._map is None:
             self._map = BlockMap(self._region, self._tables.region_memory().pieces)
         if self._generation != self._tables.generation:
@@ -98,7 +98,7 @@ class Pinned:
         return self._adopted_holder(name)
 
     def _adopted_holder(self, name: bytes) -> str | None:
-        """Which entry of the running kernel leads to a domain's tables."""
+        """Name the entry of the running kernel that leads to a domain's tables."""
         if self._units.kernel_adopted is not None and name != ROOT_PGTABLES:
             top = self._tables.memory_of(self._tables.files[name]).first_page
             for entry in self._units.kernel_adopted.entries():

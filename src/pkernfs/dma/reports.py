@@ -1,4 +1,4 @@
-"""What the tables of a file system say, as text: translate, show, check and export.
+"""Questions about the tables of a file system, answered as text: translate, show, check, export.
 
 Each of these is a generator, so that a daemon can serve others in between; what it yields is in
 :mod:`pkernfs.dma.output`. A line is right for the moment at which it is made; between two of them
@@ -65,7 +65,7 @@ class Owners:
         self._paths = paths
 
     def split(self, physical: int, length: int) -> Iterator[export.Target]:
-        """What a range of physical memory is, piece by piece."""
+        """Tell what a range of physical memory is, piece by piece."""
         end = physical + length
         while physical < end:
             target = self._at(physical, end - physical)
@@ -73,7 +73,7 @@ class Owners:
             physical += target.length
 
     def _at(self, physical: int, length: int) -> export.Target:
-        """What is there, as far as it goes; what is nobody's goes up to the next that is."""
+        """Tell what is there, as far as it goes; what is nobody's goes up to the next that is."""
         for bar in self._bars:
             offset = physical - bar.start
             if 0 <= offset < bar.length:
@@ -96,8 +96,15 @@ class Owners:
         return export.Target(physical, min(length, piece.end - at), path, offset, at, None)
 
 
-def walk_files(fs: FileSystem) -> Iterator[tuple[str, int] | Pause]:
-    """Path and inode number of every regular file; or a place to pause.
+class NamedFile(NamedTuple):
+    """A regular file, by one of its paths."""
+
+    path: str
+    ino: int
+
+
+def walk_files(fs: FileSystem) -> Iterator[NamedFile | Pause]:
+    """Path and inode number of every regular file; Pause is a place to pause.
 
     Files that come, go or get another name meanwhile may be missing; one that has several names is
     there for each.
@@ -116,7 +123,7 @@ def walk_files(fs: FileSystem) -> Iterator[tuple[str, int] | Pause]:
                         seen.add(ino)
                         todo.append((ino, there))
                 elif kind == stat.S_IFREG >> 12:
-                    yield there, ino
+                    yield NamedFile(there, ino)
             if len(batch) < _NAMES_AT_ONCE:
                 break
             yield PAUSE
@@ -132,14 +139,14 @@ def _names(fs: FileSystem, directory: int, cookie: int) -> list[tuple[bytes, int
 
 
 def mapped_pieces(fs: FileSystem) -> Generator[Pause, None, list[Owner]]:
-    """Where files are of which something is mapped, or something close by."""
+    """Find the files of which something is mapped, or something close by."""
     return pieces_of(fs, tables_of(fs).may_be_mapped)
 
 
 def pieces_of(
     fs: FileSystem, wanted: Callable[[int, int], bool]
 ) -> Generator[Pause, None, list[Owner]]:
-    """Where files are in memory that is ``wanted``, which is asked for region offset and bytes.
+    """Find the files in memory that is ``wanted``, which is asked for region offset and bytes.
 
     By inode, not by name: a file that is renamed meanwhile is not missed.
     """
@@ -176,9 +183,9 @@ def owners(fs: FileSystem) -> Generator[Pause, None, Owners]:
         for found in walk_files(fs) if wanted else ():
             if isinstance(found, Pause):
                 yield PAUSE
-            elif found[1] in wanted:
-                wanted.remove(found[1])
-                paths[found[1]] = found[0]
+            elif found.ino in wanted:
+                wanted.remove(found.ino)
+                paths[found.ino] = found.path
                 if not wanted:
                     break
     return Owners(tables_of(fs).region_memory(), pieces, tables_of(fs).bars(), paths)

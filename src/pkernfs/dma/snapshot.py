@@ -1,7 +1,7 @@
 """A device's live domain as a complete one of a region: what the running kernel maps, in dom-N.
 
-Three steps: the live tables are read (:func:`read`, in any thread), what they map is found in the
-file system (:func:`plan`, in steps), and all is looked at once more and changed at once
+Three steps: the live tables are read (:func:`read`, in any thread). What they map is found in the
+file system (:func:`plan`, in steps). All is looked at once more and changed at once
 (:func:`apply`). docs/dma.md has the reasons.
 """
 
@@ -144,7 +144,7 @@ def _share_out(reading: Reading, owners: Owners) -> Generator[Pause, None, Plan]
 
 
 def _overlaps(ranges: Sequence[tuple[int, int]], start: int, length: int) -> bool:
-    """Whether one of sorted, disjoint ranges has something of this one."""
+    """True if one of sorted, disjoint ranges has something of this one."""
     last = bisect_left(ranges, (start + length, 0)) - 1
     return last >= 0 and ranges[last][1] > start
 
@@ -227,7 +227,7 @@ def _check_attached(fs: FileSystem, reading: Reading, number: int) -> None:
 
 
 def _check_files(fs: FileSystem, plan: Plan) -> None:
-    """What was found in files is still there: others were served meanwhile.
+    """Check that what was found in files is still there: others were served meanwhile.
 
     :raises BusyError: it is not.
     """

@@ -1,4 +1,4 @@
-"""Who walks the tables: units that are told of each change, and units that cannot be told.
+"""Units that walk the tables: those that are told of each change, those that cannot be told.
 
 Units of the running kernel are not ours to tell. Tables that one of those walks do not change.
 """

@@ -210,7 +210,7 @@ class Tree:
         return found
 
     def place(self, key: int) -> Place:
-        """Where ``key`` is or would be, for the calls that take it; the tree is not empty."""
+        """Find the place that ``key`` has or would have; the tree is not empty."""
         return self._descend(key)
 
     def find(

@@ -1,4 +1,4 @@
-"""Where a file's pages are: lookup, allocation, freeing (docs/format.md, section 6).
+"""The extents of files: lookup, allocation, freeing (docs/format.md, section 6).
 
 Page numbers are file pages (offset / 4096) or region pages. Everything that changes runs inside a
 transaction.
@@ -185,7 +185,7 @@ class ExtentMap:
         return added
 
     def _whole_slots(self, inode: Inode, page: int, end: int, size: int) -> int:
-        """How many 2 MiB slots from that of ``page`` on are to be whole blocks; 0: pages."""
+        """Count the 2 MiB slots from that of ``page`` on that are to be whole blocks; 0: pages."""
         slot = page // PAGES_PER_BLOCK
         last = -(-end // PAGES_PER_BLOCK)
         if not slot and size <= PAGES_UP_TO_BYTES and not inode.flags & INODE_FLAG_TABLE:
@@ -237,7 +237,7 @@ class ExtentMap:
                 count -= length
 
     def needs_promotion(self, inode: Inode, size: int) -> bool:
-        """Whether the file's first slot is in pages but its new ``size`` calls for a block."""
+        """True if the file's first slot is in pages but its new ``size`` calls for a block."""
         if size <= PAGES_UP_TO_BYTES or not inode.data_pages:
             return False
         first = next(self.within(inode, 0, PAGES_PER_BLOCK), None)

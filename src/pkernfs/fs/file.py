@@ -194,8 +194,8 @@ class Files:
     def grow(self, inode: Inode, size: int) -> None:
         """Allocate what a larger size needs, in transactions of its own.
 
-        What is allocated beyond the old size reads as zeros and is invisible until the size
-        follows, so each of them leaves the file as it was.
+        Each of them leaves the file as it was: what is allocated beyond the old size reads as
+        zeros, and is not seen until the size follows.
         """
         self._promote(inode, size)
         first = inode.size // PAGE
@@ -409,7 +409,10 @@ class Files:
         return map(Piece._make, self._pieces(self._inodes.get(ino), offset, offset + length))
 
     def extents(self, ino: int) -> list[Extent]:
-        """Where a file's bytes are, in file order; only what lies before its end."""
+        """List the memory of a file, in file order; only what lies before its end.
+
+        :raises InvalidError: not a regular file.
+        """
         inode = self._inodes.get(ino)
         if not inode.is_reg:
             raise InvalidError(f"inode {ino}: not a regular file")

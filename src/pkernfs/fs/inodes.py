@@ -66,6 +66,7 @@ _SECTOR = 512
 _MAX_MAJOR = (1 << 12) - 1
 _MAX_MINOR = (1 << 20) - 1
 
+#: File page, region page, pages. Bare: struct unpacks them so, and every read and write does.
 Extent = tuple[int, int, int]
 
 
@@ -185,17 +186,17 @@ class Inode:
 
     @property
     def is_dir(self) -> bool:
-        """Whether this is a directory."""
+        """True for a directory."""
         return self.mode & 0o170000 == stat.S_IFDIR
 
     @property
     def is_reg(self) -> bool:
-        """Whether this is a regular file."""
+        """True for a regular file."""
         return self.mode & 0o170000 == stat.S_IFREG
 
     @property
     def blocks512(self) -> int:
-        """What stat reports as st_blocks: 512-byte units held."""
+        """The st_blocks of stat: 512-byte units held."""
         return self.data_pages * (PAGE // _SECTOR)
 
 

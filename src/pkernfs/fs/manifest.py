@@ -1,7 +1,7 @@
 """A handover's list, and the comparison of a region with it (docs/format.md, section 11).
 
-The list is made by the command, kept by the file system in a file without a name, and compared by
-the first mount after it. Nothing here stores into a region; when that happens is
+The command makes the list, and the file system keeps it in a file without a name. The first mount
+after the handover compares. Nothing here stores into a region; when that happens is
 :mod:`pkernfs.fs.freeze`'s business.
 """
 
@@ -171,10 +171,17 @@ def parse_list(data: Buffer, uuid: bytes, number: int) -> HandoverList:
 Span = tuple[int, int, int]  # file offset, length, region offset
 
 
+class Chunk(NamedTuple):
+    """A chunk of a file: its number, and its parts in the region."""
+
+    number: int
+    parts: list[digest.Part]
+
+
 def chunks_of(
     region: Region, extents: Iterable[Span], wanted: Iterable[int] = ()
-) -> Iterator[tuple[int, list[digest.Part]]]:
-    """Number and parts of each chunk of a file that has memory which is not a hole of the region.
+) -> Iterator[Chunk]:
+    """Find each chunk of a file that has memory which is not a hole of the region.
 
     The extents ascend; chunks whose numbers are ``wanted`` come if they have any extent at all.
     """
@@ -187,7 +194,7 @@ def chunks_of(
             number, skip = divmod(offset, LIST_CHUNK_BYTES)
             if number != current:
                 if has_data or (parts and current in always):
-                    yield current, parts
+                    yield Chunk(current, parts)
                 current, parts, has_data = number, [], False
             piece = min(length, LIST_CHUNK_BYTES - skip)
             parts.append((start if is_data else digest.ZEROS, piece))
@@ -196,7 +203,7 @@ def chunks_of(
             start += piece
             length -= piece
     if has_data or (parts and current in always):
-        yield current, parts
+        yield Chunk(current, parts)
 
 
 def _spans(region: Region, extents: Iterable[Span]) -> Iterator[tuple[int, int, int, bool]]:
@@ -224,7 +231,7 @@ class Change:
     chunks: list[int] = field(default_factory=list)
 
     def text(self) -> str:
-        """What of it has changed."""
+        """Tell in words what of it has changed."""
         words = list(dict.fromkeys(self.what))
         runs: list[tuple[int, int]] = []
         for number in sorted(self.chunks):
@@ -307,7 +314,7 @@ def compare_metadata(
 
 @dataclass
 class Arrival:
-    """What a mount has found of the handover before it.
+    """The handover before a mount, and what has changed since.
 
     ``kind``: see :data:`pkernfs.fs.state_page.ARRIVALS`. ``record`` is None without a handover.
     ``trouble`` says why nothing could be compared.
@@ -338,11 +345,20 @@ class Arrival:
         return RESULT_METADATA
 
 
-class _Job(NamedTuple):
+class ChunkOf(NamedTuple):
+    """A chunk of a file, by its number."""
+
+    ino: int
+    number: int
+
+
+class Job(NamedTuple):
+    """A chunk to be compared with its digest; None: with zeros."""
+
     ino: int
     number: int
     parts: list[digest.Part]
-    expected: int | None  # None: zeros
+    expected: int | None
 
 
 class Verifier:
@@ -364,9 +380,9 @@ class Verifier:
         self.skipped: set[int] = set()
         self.finished = False
 
-    def batches(self) -> Iterator[list[_Job]]:
+    def batches(self) -> Iterator[list[Job]]:
         """Pieces of work, each for one :meth:`run` and one :meth:`take`."""
-        batch: list[_Job] = []
+        batch: list[Job] = []
         size = 0
         for file in self._files:
             for job in self._jobs(file):
@@ -379,7 +395,7 @@ class Verifier:
             yield batch
         self.finished = True
 
-    def _jobs(self, file: FileDigests) -> Iterator[_Job]:
+    def _jobs(self, file: FileDigests) -> Iterator[Job]:
         try:
             extents = [(e.offset, e.length, e.region_offset) for e in self._extents(file.ino)]
         except NotFoundError:
@@ -391,12 +407,12 @@ class Verifier:
         seen = set()
         for number, parts in chunks_of(self._region, extents, file.chunks):
             seen.add(number)
-            yield _Job(file.ino, number, parts, file.chunks.get(number))
+            yield Job(file.ino, number, parts, file.chunks.get(number))
         for number in sorted(file.chunks.keys() - seen):
             self._found(file.ino, number)
 
-    def run(self, batch: list[_Job], threads: int | None = None) -> list[tuple[int, int]]:
-        """Inode and number of the chunks of a batch that differ."""
+    def run(self, batch: list[Job], threads: int | None = None) -> list[ChunkOf]:
+        """Find the chunks of a batch that differ."""
         region = self._region
         now = digest.digest_all(region, [job.parts for job in batch], threads=threads, nice=_NICE)
         differ = []
@@ -406,10 +422,10 @@ class Verifier:
                 length = sum(length for _, length in job.parts)
                 expected = digest.digests(region, [[(digest.ZEROS, length)]])[0]
             if found != expected:
-                differ.append((job.ino, job.number))
+                differ.append(ChunkOf(job.ino, job.number))
         return differ
 
-    def take(self, batch: list[_Job], differ: list[tuple[int, int]]) -> None:
+    def take(self, batch: list[Job], differ: list[ChunkOf]) -> None:
         """Note what :meth:`run` has found."""
         for ino, number in differ:
             self._found(ino, number)
@@ -499,7 +515,7 @@ def tell(
 
 
 def _device_access(change: Change, holder: Callable[[int], str | None]) -> str | None:
-    """What lets a device write to a file whose data has changed; None: nothing does."""
+    """Name what lets a device write to a file whose data has changed; None: nothing does."""
     try:
         return holder(change.ino) if change.chunks else None
     except PkernfsError:

@@ -93,7 +93,7 @@ _FOREIGN = (
 
 
 class Content(enum.Enum):
-    """What a region holds before mkfs."""
+    """The content of a region before mkfs."""
 
     EMPTY = "nothing"
     PKERNFS = "a pkernfs"

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class Pins(Protocol):
-    """What devices depend on in one file system."""
+    """The memory and the files of one file system that devices depend on."""
 
     @property
     def active(self) -> bool:
@@ -36,7 +36,7 @@ class Pins(Protocol):
         """A file of /iommu has come, gone, grown or got another name."""
 
     def holder(self, extents: Iterable[tuple[int, int]]) -> str | None:
-        """The words for who holds a byte of these ``(region offset, length)``; None: nobody."""
+        """Name who holds a byte of these ``(region offset, length)``; None: nobody."""
 
     def check_unused(self, ino: int) -> None:
         """:raises BusyError: that file of /iommu must stay as it is, and why."""
@@ -70,11 +70,11 @@ class PinGuard:
         return holder is not None
 
     def holder(self, ino: int) -> str | None:
-        """The words for what maps a file's bytes for devices; None: nothing does."""
+        """Name what maps a file's bytes for devices; None: nothing does."""
         return self.holder_of(self._inodes.get(ino), 0, LAST_PAGE + 1)
 
     def holder_of(self, inode: Inode, start: int, end: int) -> str | None:
-        """The same, for what maps one of file pages start..end-1."""
+        """Name what maps one of file pages start..end-1; None: nothing does."""
         if not self.pins.active or not inode.is_reg or not inode.data_pages:
             return None
         pages = self._map.within(inode, start, end)

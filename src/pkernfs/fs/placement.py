@@ -1,4 +1,4 @@
-"""Which dax device a file system is in, as its superblock has it (docs/format.md, section 3).
+"""The dax device that a file system is in, as its superblock has it (docs/format.md, section 3).
 
 A kexec forgets how soft-reserved memory was divided into devices. The record in the superblock
 says it, and lies in the memory itself: it is found by looking at all memory of the dax regions.
@@ -53,7 +53,7 @@ class Placement:
         return f"/dev/{self.name} at {' and '.join(map(str, self.pieces))}"
 
     def covers(self, older: Placement) -> bool:
-        """Whether this is the older one, or that with more memory at its end."""
+        """True if this is the older one, or that with more memory at its end."""
         last = len(older.pieces) - 1
         same = self.pieces[:last] == older.pieces[:last] and len(self.pieces) > last
         return (
@@ -64,7 +64,7 @@ class Placement:
 
 
 def of_device(device: Device) -> Placement:
-    """Where a device is now."""
+    """The placement that a device has now."""
     return Placement(device.name, device.align, device.pieces)
 
 
@@ -190,7 +190,7 @@ def _put_back(path: str, name: str, host: Host) -> str:
 
 
 def _is_itself(path: str, name: str, host: Host) -> bool:
-    """Whether the file system of a device is in it, or none that has a record is."""
+    """True if the file system of a device is in it, or none that has a record is."""
     device = dax.read_device(name, host)
     if not device.size or device.driver not in (None, os.path.basename(dax.DRIVER)):
         return False

@@ -53,19 +53,19 @@ T = TypeVar("T")
 
 
 class Access(Enum):
-    """Who may change a mounted file system."""
+    """The state of a mounted file system: its users may change it, or why not."""
 
-    WRITABLE = "everybody"
+    WRITABLE = "writable"
     #: It was mounted so.
-    READ_ONLY = "nobody"
+    READ_ONLY = "read-only"
     #: An error was found in the region.
-    FAILED = "nobody until it was checked"
+    FAILED = "failed"
     #: A handover is being prepared, or was made.
-    FROZEN = "nobody until it is thawed"
-    #: A handover makes the changes that it needs itself.
-    HANDING_OVER = "only the handover"
-    #: An error was found while it was frozen.
-    FROZEN_FAILED = "nobody, and it fails when it is thawed"
+    FROZEN = "frozen"
+    #: Frozen, but for the changes that the handover makes itself.
+    HANDING_OVER = "handing over"
+    #: An error was found while it was frozen: it fails when it is thawed.
+    FROZEN_FAILED = "frozen, failed"
 
 
 _WRITABLE = Access.WRITABLE  # members of an Enum are slow to find in Python 3.11
@@ -85,7 +85,7 @@ class StatFs:
 
 
 class Super:
-    """What the parts of one file system share.
+    """The state that the parts of one file system share.
 
     :param clock: the time now, ns since 1970.
     :param may_write: the region may be stored into.

@@ -85,7 +85,7 @@ def encode(
 
 
 def is_trace(page: bytes | memoryview) -> bool:
-    """Whether these 4 KiB were ever a pkernfs superblock, damaged or not."""
+    """True if these 4 KiB were ever a pkernfs superblock, damaged or not."""
     at = SUPERBLOCK_OFFSET
     return (
         bytes(page[0:4]) == MAGIC_SUPERBLOCK.to_bytes(4, "little")
@@ -177,7 +177,7 @@ def _load_backup(region: Region, first_error: CorruptionError | FormatError) -> 
 
 
 def check_features(sb: Superblock) -> bool:
-    """Whether this version may write to the file system.
+    """Check the features; True if this version may write to the file system.
 
     :raises FormatError: an unknown incompat feature.
     """
@@ -188,7 +188,7 @@ def check_features(sb: Superblock) -> bool:
 
 
 def describe(region: Region) -> dict[str, Any]:
-    """What `pkernfs info` shows, from the region alone (it may be mounted meanwhile).
+    """Gather what `pkernfs info` shows, from the region alone (it may be mounted meanwhile).
 
     :raises FormatError, CorruptionError: as :func:`load`.
     """
