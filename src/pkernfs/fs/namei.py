@@ -97,7 +97,7 @@ class Namei:
         return inode
 
     def opendir(self, ino: int) -> Inode:
-        """:meth:`open` for a directory.
+        """Count an open handle of a directory; see :meth:`InodeLife.open`.
 
         :raises NotDirError: it is none.
         """

@@ -68,7 +68,9 @@ class Access(Enum):
     FROZEN_FAILED = "frozen, failed"
 
 
-_WRITABLE = Access.WRITABLE  # members of an Enum are slow to find in Python 3.11
+# Members of an Enum are slow to find in Python 3.11.
+_WRITABLE = Access.WRITABLE
+_CHANGING = (Access.WRITABLE, Access.HANDING_OVER)
 _FROZEN = (Access.FROZEN, Access.HANDING_OVER, Access.FROZEN_FAILED)
 
 
@@ -128,7 +130,7 @@ class Super:
     @property
     def read_only(self) -> bool:
         """Nobody may change anything now."""
-        return self.access not in (_WRITABLE, Access.HANDING_OVER)
+        return self.access not in _CHANGING
 
     @property
     def frozen(self) -> bool:
