@@ -18,8 +18,8 @@ import pytest
 from pkernfs.control import client
 from pkernfs.control.protocol import Abort, Commit, Freeze, Frozen, MakeManifest, WriteManifest
 from pkernfs.control.wire import Call, request_line
+from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import BusyError, InvalidError, PermissionDeniedError
-from pkernfs.fs.filesystem import FileSystem
 from pkernfs.region.region import Region
 from support.control import answer_to, socket_of
 from support.mounting import _PROGRAM, Mapper, Mounted, child, libc, run_as, run_pkernfs, wait_until
@@ -360,7 +360,7 @@ def test_damage_is_not_handed_over(mounted: Mounted) -> None:
     (mounted.path / "victim" / "name").write_bytes(b"x")
     mounted.unmount()
     with Region.open(str(mounted.region), write=False) as region:
-        fs = FileSystem.mount(region, read_only=True)
+        fs = mount_filesystem(region, read_only=True)
         at = fs.inode(fs.lookup(1, b"victim").ino).body * 4096
         before = region.read(at + 100, 16)
     mounted.start()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pkernfs.dma import reports
+from pkernfs.dma.output import Pause, Text
 from pkernfs.dma.table_files import TableFiles
 from pkernfs.errors import (
     InvalidError,
@@ -35,9 +36,9 @@ def test_show_goes_on_while_tables_change(mapped: Host) -> None:
     mapped.run(lambda: mapped.fs.setattr(ino, size=600 * PAGE))
     mapped.map(0, PAGE, ino)
     lines: list[str] = []
-    for steps, text in enumerate(reports.show_text(mapped.fs, 0), 1):
-        assert isinstance(text, str)
-        lines += text.splitlines()
+    for steps, item in enumerate(reports.show_text(mapped.fs, 0), 1):
+        assert isinstance(item, Text)
+        lines += item.text.splitlines()
         if steps == 3:  # the tables that are being shown go, and others take their pages
             mapped.tables.unmap(0, 0, GIB)
             mapped.map(0, 100 * GIB, ino)
@@ -59,7 +60,7 @@ def test_walk_ends_where_directories_are_a_loop(mapped: Host) -> None:
         mapped.fs.super.inodes.touch(directory)
         mapped.fs._namei._names.add(directory, b"back", d, 4)
         mapped.fs.super.inodes.save(directory)
-    found = [item for item in reports.walk_files(mapped.fs) if item is not None]
+    found = [item for item in reports.walk_files(mapped.fs) if not isinstance(item, Pause)]
     assert sorted(path for path, _ino in found) == [
         "/guest", "/iommu/dom-0", "/iommu/root-pgtables", "/other"
     ]  # fmt: skip

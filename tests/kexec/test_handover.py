@@ -8,8 +8,9 @@ from contextlib import contextmanager
 
 import pytest
 
+from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import CorruptionError, NoSpaceError, PkernfsError, RegionError
-from pkernfs.fs import manifest
+from pkernfs.fs import state_page
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.fsck import survey
 from pkernfs.kexec import handover, loaded
@@ -81,7 +82,7 @@ def name(fs: FileSystem) -> str:
 
 
 def record_of(fs: FileSystem) -> HandoverFields:
-    return manifest.read_record(fs.store.read(STATE_PAGE, MAGIC_STATE))
+    return state_page.read_record(fs.store.read(STATE_PAGE, MAGIC_STATE))
 
 
 def test_what_is_told_and_recorded(fs: FileSystem, name: str, watching: Watching) -> None:
@@ -99,7 +100,7 @@ def test_what_is_told_and_recorded(fs: FileSystem, name: str, watching: Watching
     assert (record.number, record.flags) == (1, HANDOVER_FLAG_DIGESTS)
     assert record.list_ino
     fs.unmount()
-    assert not verify(FileSystem.mount(fs.region, read_only=True)).changes.all()
+    assert not verify(mount_filesystem(fs.region, read_only=True)).changes.all()
     fs.thaw()
 
 

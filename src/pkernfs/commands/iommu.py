@@ -502,13 +502,13 @@ def _answers(args: argparse.Namespace, request: Read) -> Output:
 
 def _without_daemon(spec: str, phys_base: str | None, question: Question) -> Output:
     """Read a region that is not mounted; store nothing to it."""
+    from pkernfs.dma.mount import mount_filesystem
     from pkernfs.dma.reports import answer
-    from pkernfs.fs.filesystem import FileSystem
     from pkernfs.region.region import Region
 
     base = None if phys_base is None else parse_size(phys_base, "phys-base")
     with Region.open(canonical_spec(spec), write=False, phys_base=base) as region:
-        yield from answer(FileSystem.mount(region, read_only=True), question)
+        yield from answer(mount_filesystem(region, read_only=True), question)
 
 
 # ---------------------------------------------------------------------- units

@@ -17,6 +17,7 @@ from pkernfs.control import protocol, verification
 from pkernfs.control.protocol import Frozen, Nothing, OpenForWriting
 from pkernfs.control.server import Handlers
 from pkernfs.control.session import Session
+from pkernfs.dma.mount import tables_of
 from pkernfs.errors import BusyError, InvalidError
 from pkernfs.vtd.entries import bdf_text
 
@@ -102,7 +103,7 @@ class HandoverLease:
         """Record the handover, and let the client go."""
         self._check_lease()
         assert self._committed is not None
-        for source_id in self._fs.cut_off_transient():
+        for source_id in tables_of(self._fs).clear_non_persistent():
             log.warning("device %s: detached: it is not to persist", bdf_text(source_id))
         size = self._manifest_bytes if request.ino else 0
         number = self._fs.hand_over(request.ino, size, request.digest, request.flags)

@@ -18,9 +18,10 @@ from pkernfs.control.session import Session
 from pkernfs.dma import reports, snapshot
 from pkernfs.dma.activation import Activation
 from pkernfs.dma.crash_jump import Jump
+from pkernfs.dma.mount import tables_of
 from pkernfs.dma.output import Output, Pause, Record, Status, Text
-from pkernfs.dma.table_files import ROOT_NAME
 from pkernfs.errors import TableDamageError
+from pkernfs.fs.names import ROOT_PGTABLES
 from pkernfs.host.bars import read_bar
 from pkernfs.host.sysroot import HOST
 from pkernfs.iommu.check import Report
@@ -77,12 +78,12 @@ class TableRequests:
     async def create(self, request: protocol.CreateTables) -> Nothing:
         """Make root-pgtables."""
         config = Config(Mode[request.mode.upper()], request.levels)
-        await self._change(lambda: self._fs.tables.create_root(config, request.size))
+        await self._change(lambda: tables_of(self._fs).create_root(config, request.size))
         return Nothing()
 
     async def map_file(self, request: protocol.MapFile) -> ByteCount:
         """Map a range of a file."""
-        r, tables = request, self._fs.tables
+        r, tables = request, tables_of(self._fs)
         count = await self._change(
             lambda: tables.map_file(r.domain, r.iova, r.ino, r.offset, r.length, r.access),
             r.domain,
@@ -92,7 +93,7 @@ class TableRequests:
 
     async def map_bar(self, request: protocol.MapBar) -> ByteCount:
         """Map a range of a BAR."""
-        r, tables = request, self._fs.tables
+        r, tables = request, tables_of(self._fs)
         bar = read_bar(r.device, r.bar)
         count = await self._change(
             lambda: tables.map_bar(r.domain, r.iova, bar, r.offset, r.length, r.access), r.domain
@@ -102,31 +103,31 @@ class TableRequests:
     async def unmap(self, request: protocol.Unmap) -> ByteCount:
         """Unmap a range of addresses."""
         domain, iova, length = request.domain, request.iova, request.length
-        count = await self._change(lambda: self._fs.tables.unmap(domain, iova, length), domain)
+        count = await self._change(lambda: tables_of(self._fs).unmap(domain, iova, length), domain)
         return ByteCount(count)
 
     async def attach(self, request: protocol.Attach) -> Attached:
         """Attach a device."""
         domain, device = request.domain, request.device
-        return Attached(await self._change(lambda: self._fs.tables.attach(domain, device)))
+        return Attached(await self._change(lambda: tables_of(self._fs).attach(domain, device)))
 
     async def detach(self, request: protocol.Detach) -> Nothing:
         """Detach a device."""
-        await self._change(lambda: self._fs.tables.detach(request.device))
+        await self._change(lambda: tables_of(self._fs).detach(request.device))
         return Nothing()
 
     async def persist(self, request: protocol.Persist) -> Nothing:
         """Set whether a handover keeps a device's entries."""
-        await self._change(lambda: self._fs.tables.persist(request.device, request.on))
+        await self._change(lambda: tables_of(self._fs).persist(request.device, request.on))
         return Nothing()
 
     async def snapshot(self, request: protocol.Snapshot) -> Attached:
         """Read the kernel's tables in a thread, plan in steps, then change ours at once."""
         number, source_id = request.domain, request.device
         check_source_id(source_id)
-        tables = self._fs.tables
+        tables = tables_of(self._fs)
         tables.domain(number)
-        kept = {d.source_id for d in tables.devices()} - tables.transient()
+        kept = {d.source_id for d in tables.devices()} - tables.non_persistent()
         async with self._lock:
             with Activation(self._fs).live() as live:
                 # Only memory that does not change hands meanwhile is read there.
@@ -187,13 +188,9 @@ class TableRequests:
 
     async def _looking(self, look: Callable[[], T]) -> T:
         """Look at the tables in a thread, while they do not change."""
-        tables = self._fs.tables
         async with self._lock:
-            tables.readers += 1
-            try:
+            with tables_of(self._fs).reading():
                 return await trio.to_thread.run_sync(look)
-            finally:
-                tables.readers -= 1
 
     async def _change(self, operation: Callable[[], T], number: int | None = None) -> T:
         """Change root-pgtables, and dom-``number``."""
@@ -202,25 +199,25 @@ class TableRequests:
             done = await self._session.with_zeroing(operation)
         # What the kernel has of these files, or knows to be missing, is old.
         if not had_root and self._root_ino():
-            await self._session.invalidate_name(IOMMU_INO, ROOT_NAME)
-        names = [ROOT_NAME] if number is None else [ROOT_NAME, b"dom-%d" % number]
+            await self._session.invalidate_name(IOMMU_INO, ROOT_PGTABLES)
+        names = [ROOT_PGTABLES] if number is None else [ROOT_PGTABLES, b"dom-%d" % number]
         for name in names:
             if ino := self._fs.find(IOMMU_INO, name):
                 await self._session.invalidate(ino, data=True)
         return done
 
     def _root_ino(self) -> int:
-        return self._fs.find(IOMMU_INO, ROOT_NAME)
+        return self._fs.find(IOMMU_INO, ROOT_PGTABLES)
 
     # ------------------------------------------------------------------ reading
 
     async def devices(self, request: protocol.ListDevices) -> protocol.Devices:
         """List the devices that are attached."""
-        return protocol.Devices(tuple(d.source_id for d in self._fs.tables.devices()))
+        return protocol.Devices(tuple(d.source_id for d in tables_of(self._fs).devices()))
 
     async def root(self, request: protocol.FindRoot) -> protocol.RootTable:
         """Tell where the root table is."""
-        root = self._fs.tables.root
+        root = tables_of(self._fs).root
         return protocol.RootTable(None if root is None else root.root)
 
     async def read(self, request: protocol.Read) -> AsyncIterator[Text | Record | Status]:
@@ -253,13 +250,9 @@ class TableRequests:
 
     async def _examine(self) -> Report:
         """Check the tables in a thread, while they do not change."""
-        tables = self._fs.tables
-        tables.readers += 1
-        try:
+        with tables_of(self._fs).reading():
             given = await self._in_steps(reports.prepare_check(self._fs))
             return await trio.to_thread.run_sync(given.run)
-        finally:
-            tables.readers -= 1
 
     async def _in_steps(self, steps: Generator[Pause, None, T]) -> T:
         while True:

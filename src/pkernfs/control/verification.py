@@ -9,7 +9,7 @@ import trio
 
 from pkernfs.control.protocol import ChangedFile, Verification
 from pkernfs.errors import PkernfsError
-from pkernfs.fs import manifest
+from pkernfs.fs import manifest, state_page
 
 if TYPE_CHECKING:
     from pkernfs.fs.filesystem import FileSystem
@@ -29,7 +29,10 @@ def describe(fs: FileSystem) -> Verification:
         verifier.done_bytes if verifier else 0,
         verifier.total_bytes if verifier else 0,
         len(verifier.skipped) if verifier else 0,
-        tuple(ChangedFile(c["path"], c["what"]) for c in manifest.tell(fs, arrival.changes)),
+        tuple(
+            ChangedFile(c["path"], c["what"])
+            for c in manifest.tell(arrival.changes, fs.readdir, fs.holder)
+        ),
     )
 
 
@@ -72,14 +75,18 @@ def lines(fs: FileSystem) -> list[str]:
     name = fs.region.name
     gap = (arrival.gap_ns or 0) / 1e9
     said = [
-        f"{name}: {manifest.ARRIVALS[arrival.kind]}: mounted {gap:.3f} s after handover "
+        f"{name}: {state_page.ARRIVALS[arrival.kind]}: mounted {gap:.3f} s after handover "
         f"{arrival.record.number}"
     ]
     if arrival.trouble:
         said.append(f"{name}: cannot compare with the handover: {arrival.trouble}")
-    for change in manifest.tell(fs, arrival.changes):
+    for change in _changes(fs, arrival):
         said.append(
             f"{name}: changed since the handover: {change['path'] or 'file system'}: "
             f"{change['what']}"
         )
     return said
+
+
+def _changes(fs: FileSystem, arrival: manifest.Arrival) -> list[dict[str, str]]:
+    return manifest.tell(arrival.changes, fs.readdir, fs.holder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+from pkernfs.dma.mount import tables_of
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.kexec.mounted import Frozen, ManifestFile
 from pkernfs.region.region import Region
@@ -58,7 +59,7 @@ class LocalFileSystem:
 
     def commit(self, ino: int, digest: int, flags: int) -> int:
         """Record the handover; return its number."""
-        self._fs.cut_off_transient()
+        tables_of(self._fs).clear_non_persistent()
         number = self._fs.hand_over(ino, self._manifest_bytes if ino else 0, digest, flags)
         self._committed = True
         return number
