@@ -5,7 +5,9 @@ journal: own walk, own bitmaps. A check and a repair are the same work on an ove
 pages (:mod:`.image`); a repair stores it at the end, through the journal, so that fsck may be
 stopped at any instant and be run again.
 
-from pkernfs.fs.fsck import data, handover, maps, names, scavenge, superblocks, table, tables
+The passes are modules, numbered in the order in which :func:`_run` comes to them: superblocks,
+table, names, data, handover, scavenge, maps, counts, connect, repair, tables. The others are what
+they work with: structures (one page each), trees, claims, context, image, problems.
 """
 
 from __future__ import annotations
@@ -13,9 +15,19 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pkernfs.errors import ReadOnlyError
-from pkernfs.fs.fsck import data, handover, maps, names, scavenge, superblocks, table, tables
+from pkernfs.fs.fsck import (
+    connect,
+    counts,
+    data,
+    handover,
+    maps,
+    names,
+    scavenge,
+    superblocks,
+    table,
+    tables,
+)
 from pkernfs.fs.fsck import repair as repairs
-from pkernfs.fs.fsck.connect import Connector
 from pkernfs.fs.fsck.context import Context
 from pkernfs.fs.fsck.problems import Code, Problem, Report
 from pkernfs.fs.fsck.survey import Survey
@@ -79,7 +91,7 @@ def _examine(
     verify_zero: bool | None,
     progress: Callable[[int, int], None] | None,
 ) -> Context:
-    """All passes. ``repair`` None: not even the work of one is done where nothing is wrong."""
+    """Run all passes. ``repair`` None: nothing of a repair is worked out where nothing is wrong."""
     report = Report()
     told = 0
 
@@ -102,7 +114,7 @@ def _examine(
     except NoRoomError:
         ctx.report.add(Code.NO_ROOM, "file system", fixable=False)
         return ctx
-    ctx.report.summary = repairs.summarize(ctx)
+    ctx.report.summary = counts.summarize(ctx)
     return ctx
 
 
@@ -121,7 +133,7 @@ def _without_copies(before: Context) -> Context:
 
 
 def _run(ctx: Context) -> None:
-    """All passes, on the image."""
+    """Run all passes on the image; the order of their first calls is that of their numbers."""
     superblocks.load_state(ctx)
     superblocks.load_block_maps(ctx)
     table.load_table(ctx)
@@ -131,13 +143,13 @@ def _run(ctx: Context) -> None:
     handover.check_record(ctx)
     scavenge.find_leaves(ctx)
     maps.compare(ctx)
-    repairs.check_counts(ctx)
+    counts.compare(ctx)
     space = Allocator(ctx)
     scavenge.fill_gaps(ctx, space)
     scavenge.put_back(ctx)
-    Connector(ctx, space).run()
+    connect.Connector(ctx, space).run()
     if not ctx.only_look or ctx.report.problems:
         repairs.rebuild(ctx, space)
-        repairs.write_counts(ctx)
+        counts.write(ctx)
         maps.write(ctx)
     tables.check_tables(ctx)

@@ -1,4 +1,4 @@
-"""What is in use, as far as the walk has seen: a byte a block, a bit a page of carved blocks."""
+"""Claims: a byte for each block, a bit for each page of carved blocks, as the walk finds them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SET = re.compile(rb"[^\0]+")
 
 
 class Claims:
-    """Who comes first owns; a second claim fails.
+    """The first claim of a block or a page wins; a second one fails.
 
     ``kind`` has a byte for each block. ``pages`` and ``meta`` have an integer bitmap for each
     block that is known to be carved: all claimed pages, and those of them that are metadata. Bit 0

@@ -1,4 +1,4 @@
-"""Pass 7: every inode has a name, every directory hangs from the root once, links are counted.
+"""Pass 9: every inode has a name, every directory hangs from the root once, links are counted.
 
 Also here: the root and ``/iommu``, which must be there, orphans, and ``/lost+found``, which is made
 when something has to go there.

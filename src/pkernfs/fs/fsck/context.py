@@ -1,4 +1,4 @@
-"""What the passes share: the image, what they have learned, and what is to be put right."""
+"""The state that the passes share: the image, their findings, and the changes still to be made."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class TreeParts:
 
 @dataclass
 class DirectoryFix:
-    """What to change in a directory: slots as ``(page, slot)``, names to add."""
+    """Changes of a directory: slots as ``(page, slot)``, and names to add."""
 
     drop: set[tuple[int, int]] = field(default_factory=set)
     retype: dict[tuple[int, int], int] = field(default_factory=dict)

@@ -321,7 +321,7 @@ def _finish_pending(ctx: Context, ino: int, fields: InodeFields, extents: list[E
 
 
 def release_extent(ctx: Context, extent: Extent) -> None:
-    """What a kept extent holds is free once the repair is stored."""
+    """Free the pages or blocks of a kept extent once the repair is stored."""
     _, page, count = extent
     if ctx.claims.kind[page // PAGES_PER_BLOCK] == WHOLE:
         ctx.released_blocks.append((page // PAGES_PER_BLOCK, count // PAGES_PER_BLOCK))

@@ -15,7 +15,7 @@ _WHERE = f"handover record in the state page at {STATE_PAGE * PAGE:#x}"
 
 
 def check_record(ctx: Context) -> None:
-    """Whether the record belongs there and its list is whole; :attr:`Context.list_ino` if so."""
+    """Check that the record belongs there and its list is whole; set :attr:`Context.list_ino`."""
     if ctx.state is None:
         return
     record = HandoverFields(*HANDOVER.unpack_from(ctx.image.raw(STATE_PAGE), HANDOVER_OFFSET))
@@ -35,7 +35,7 @@ def check_record(ctx: Context) -> None:
 
 
 def _fault(ctx: Context, record: HandoverFields) -> str:
-    """Why the list cannot be used; ``""`` if it can."""
+    """Return the reason why the list cannot be used; ``""`` if it can."""
     ino = record.list_ino
     if not ctx.inodes.type_of(ino):
         return f"inode {ino} of its list does not exist"

@@ -92,7 +92,7 @@ class Image:
         return self._view[number * PAGE : number * PAGE + PAGE]
 
     def is_intact(self, number: int) -> bool:
-        """Whether the page is some metadata page of this file system, of whatever kind."""
+        """Tell if the page is an intact metadata page of this file system, of any kind."""
         if not 0 <= number < self.pages:
             return False
         page = self.raw(number)
@@ -117,11 +117,11 @@ class Image:
 
     @property
     def tells_holes(self) -> bool:
-        """Whether some of the region is known to be a hole, which reads as zeros."""
+        """Tell if some of the region is known to be a hole, which reads as zeros."""
         return self._data_starts != [0] or self._data_ends != [self.region.size]
 
     def is_zero(self, offset: int, length: int) -> bool:
-        """Whether a byte range of the region is zero; holes are not touched."""
+        """Tell if a byte range of the region is zero; holes are not touched."""
         return all(self.region.is_zero(o, n) for o, n in self.data_in(offset, length))
 
     # ------------------------------------------------------------------ changing
@@ -167,7 +167,7 @@ class Image:
     # ------------------------------------------------------------------ the journal
 
     def journal_state(self, uuid: bytes) -> int:
-        """What the region's journal holds: one of journal.py's three answers."""
+        """Look at the region's journal: one of the ``JOURNAL_`` answers of journal.py."""
         return self._transactions(uuid).journal_state()
 
     def _transactions(self, uuid: bytes) -> _Transactions:

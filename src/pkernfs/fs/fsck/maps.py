@@ -1,4 +1,4 @@
-"""Pass 6: what is marked as in use against what is; and, after all repairs, marking it right.
+"""Pass 7: compare what the maps mark as in use with what is; after all repairs, mark it right.
 
 The comparison is made before anything is allocated or freed for a repair, so that only what the
 region itself has wrong is reported.
@@ -134,7 +134,7 @@ def _compare_zero(ctx: Context, first: int, end: int) -> None:
 
 
 def _verify_zero(ctx: Context) -> None:
-    """What is in the blocks that are marked as zero, where that can be told."""
+    """Read the blocks that are marked as zero, where holes can be told or all is to be read."""
     if ctx.verify_zero is False or (ctx.verify_zero is None and not ctx.image.tells_holes):
         return
     not_zero = bytearray(ctx.blocks)

@@ -110,7 +110,7 @@ class Group:
         self.moved = False
 
     def repeats(self, base: int, name: bytes) -> bool:
-        """Whether the name was there; it is from now on."""
+        """Tell if the name was there before, and remember it."""
         if base != self.hash:
             self.hash = base
             self.names = [name]
@@ -161,7 +161,7 @@ def scan_names(
 
 
 def fix_of(ctx: Context, ino: int) -> DirectoryFix:
-    """What is to be changed in a directory."""
+    """Return the changes of a directory, to be added to."""
     fix = ctx.directories.get(ino)
     if fix is None:
         fix = ctx.directories[ino] = DirectoryFix()

@@ -1,4 +1,4 @@
-"""What can be wrong, as data: a code, a message and a remedy for each; and the report.
+"""Problems as data: a code, a message and a remedy for each; and the report of a check.
 
 Passes report a :class:`Code` with the words for its message; they never print and never decide how
 serious it is.
@@ -149,7 +149,7 @@ class Problem:
 
 
 class Report:
-    """What a check found. :attr:`notes` are normal after a crash and leave it :attr:`clean`."""
+    """The findings of a check. :attr:`notes` are normal after a crash: it is :attr:`clean`."""
 
     def __init__(self) -> None:
         self.problems: list[Problem] = []

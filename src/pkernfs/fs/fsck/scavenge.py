@@ -1,8 +1,9 @@
-"""Pass 5: what damaged nodes led to.
+"""Pass 6: find the leaves that damaged nodes and lost inodes led to.
 
 Leaves of trees say whose they are. Where a node above them or the inode itself was lost, they are
-searched for in all carved blocks, taken if a page map marks them as in use, and put back: names and
-extents under the file's own number, so that its name still leads to it.
+searched for in all carved blocks, and claimed if a page map marks them as in use. After the maps
+and the counts are compared they are put back: names and extents under the file's own number, so
+that its name still leads to it.
 """
 
 from __future__ import annotations

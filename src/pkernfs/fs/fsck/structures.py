@@ -308,7 +308,7 @@ def flag_faults(f: layout.InodeFields) -> int:
 
 
 def device_number_fits(f: layout.InodeFields) -> bool:
-    """Whether it is one that Linux can have, and there is none where none belongs."""
+    """Tell if Linux can have the device number; anything but a device must have 0."""
     if stat.S_ISCHR(f.mode) or stat.S_ISBLK(f.mode):
         return f.rdev_major < 1 << 12 and f.rdev_minor < 1 << 20
     return not f.rdev_major and not f.rdev_minor
@@ -377,7 +377,7 @@ def item_slots(page: Buffer, node: Node) -> list[tuple[int, int, int, int]]:
 
 
 def check_items(slots: list[tuple[int, int, int, int]], node: Node) -> tuple[list[bool], str]:
-    """Which items of a leaf lie inside it and clear of each other; and what is wrong, or ``""``.
+    """Tell of each item of a leaf if it lies inside and clear of others; and the fault, or ``""``.
 
     ``heap`` and ``garbage`` are compared with what the items take.
     """
@@ -408,7 +408,7 @@ def check_items(slots: list[tuple[int, int, int, int]], node: Node) -> tuple[lis
 
 
 def name_fault(name: bytes) -> str:
-    """Why this cannot be a file name; ``""`` if it can."""
+    """Return the reason why this cannot be a file name; ``""`` if it can."""
     if not 1 <= len(name) <= layout.MAX_NAME_BYTES:
         return f"bad length: got {len(name)}, expected 1..255"
     if b"/" in name or b"\0" in name or name in (b".", b".."):

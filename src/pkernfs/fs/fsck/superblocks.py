@@ -132,7 +132,7 @@ def _compare(image: Image, report: Report, before: Superblock) -> Superblock:
 
 
 def load_state(ctx: Context) -> None:
-    """The state page; what is wrong with it."""
+    """Load the state page and report what is wrong with it."""
     try:
         page = ctx.image.load(STATE_PAGE, MAGIC_STATE)
         state = parse_state(page)
@@ -147,7 +147,7 @@ def load_state(ctx: Context) -> None:
 
 
 def is_clean(ctx: Context) -> bool:
-    """Whether the last mount ended with an unmount, so that all counts are valid."""
+    """Tell if the last mount ended with an unmount, so that all counts are valid."""
     return ctx.state is not None and ctx.state.state == STATE_CLEAN
 
 
@@ -155,7 +155,7 @@ def is_clean(ctx: Context) -> bool:
 
 
 def load_block_maps(ctx: Context) -> None:
-    """What the block maps say; the static area is claimed."""
+    """Load the block maps into the context, and claim the static area."""
     kind = ctx.claims.kind
     maps = ctx.sb.map_pages()
     for done, (page, first, blocks) in enumerate(maps):
@@ -179,7 +179,7 @@ def load_block_maps(ctx: Context) -> None:
 
 
 def _assume_zero(ctx: Context) -> None:
-    """Where a map is lost, holes of the region are zero without a doubt."""
+    """Mark holes of the region as zero where a map is lost: they are, without a doubt."""
     if UNKNOWN in ctx.map_used:
         for first, count in ctx.image.region.known_zero():
             for block in range(first, min(first + count, ctx.blocks)):

@@ -1,4 +1,4 @@
-"""What a check has learned of a healthy file system, for who needs to know it all."""
+"""The outcome of a check, as a handover needs it: every metadata page and every file's data."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from pkernfs.layout import (
 
 
 class Survey:
-    """The outcome of a check. What it tells is right if the report is clean."""
+    """Metadata pages and files as a check has found them; right only if the report is clean."""
 
     def __init__(self, ctx: Context) -> None:
         self._ctx = ctx
 
     @property
     def report(self) -> Report:
-        """What was found wrong."""
+        """The report of the check."""
         return self._ctx.report
 
     @property

@@ -116,7 +116,7 @@ def _bad_entry(ctx: Context, reason: str) -> None:
 
 
 def _page_fault(ctx: Context, number: int, index: int, pages: dict[int, int]) -> str:
-    """Why this cannot be the inode page of an index; a damaged page that can be is none."""
+    """Return why this cannot be the inode page of an index; ``""`` for a damaged one that can."""
     if index in pages:
         return f"index {index} twice"
     try:
@@ -133,7 +133,7 @@ def _page_fault(ctx: Context, number: int, index: int, pages: dict[int, int]) ->
 
 
 def _plausible(ctx: Context, number: int) -> bool:
-    """Whether a damaged page lies where a page of metadata can be in use."""
+    """Tell if a damaged page lies where a page of metadata can be in use."""
     block, bit = divmod(number, PAGES_PER_BLOCK)
     used = ctx.page_map(block)
     return bool(bit) and ctx.map_carved[block] != 0 and (used is None or bool(used >> bit & 1))

@@ -1,4 +1,4 @@
-"""Last pass: the IOMMU's tables in /iommu, checked by the code that `pkernfs iommu check` uses.
+"""Pass 11: the IOMMU's tables in /iommu, checked by the code that `pkernfs iommu check` uses.
 
 Nothing of them is repaired: what a table should say cannot be guessed, and a device may be using
 it.
@@ -51,7 +51,7 @@ def check_tables(ctx: Context) -> None:
 
 
 def _table_files(ctx: Context) -> dict[bytes, Pieces]:
-    """Where each sized file of /iommu is: ``(region offset, bytes)``, by its name."""
+    """Find each table file of /iommu that has data: ``(region offset, bytes)``, by its name."""
     found: dict[bytes, Pieces] = {}
     if not ctx.inodes.type_of(IOMMU_INO):
         return found

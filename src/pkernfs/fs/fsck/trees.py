@@ -90,7 +90,7 @@ def items_fault(ctx: Context, leaf: Leaf, owner: int, parts: TreeParts, reason: 
 
 
 def key_fault(keys: Sequence[int], low: int, end: int) -> str:
-    """Why these are not the keys of a leaf for ``low`` <= key < ``end``; ``""`` if they are."""
+    """Return why these are not keys of a leaf for ``low`` <= key < ``end``; ``""`` if they are."""
     if not all(map(lt, keys, keys[1:])):
         return "keys out of order"
     if keys[0] < low or keys[-1] >= end:
