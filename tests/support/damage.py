@@ -322,6 +322,18 @@ class Damage:
         return number
 
 
+def name_item(ino: int, kind: int, name: bytes) -> bytes:
+    return NAME_ITEM.pack(ino, kind) + name
+
+
+def make_orphan(d: Damage, path: str) -> None:
+    ino = d.inos[path]
+    d.rename(ROOT_INO, path.encode(), None)
+    d.set_inode(ROOT_INO, size=d.inode(ROOT_INO).size - 1)
+    d.set_inode(ino, nlink=0)
+    d.set_inode_page(ino, 3, 1 << (ino & 15))
+
+
 def _set_bit(page: bytearray, offset: int, bit: int, value: int) -> None:
     if value:
         page[offset + bit // 8] |= 1 << bit % 8
