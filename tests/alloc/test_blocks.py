@@ -124,7 +124,9 @@ class SpaceMachine(RuleBasedStateMachine):
             self.space.close()
 
     def expected_free(self) -> int:
-        return self.space.total - 2 - len(self.owned) - len(self.space.blocks.carved_blocks())
+        return (
+            self.space.total - 2 - len(self.owned) - len(self.space.blocks.page_granular_blocks())
+        )
 
     @rule(
         count=st.integers(1, 12),
@@ -185,7 +187,7 @@ class SpaceMachine(RuleBasedStateMachine):
                 self.space.blocks.free(first, len(blocks))
                 # They are not to be had before the end of the transaction.
                 free = self.space.blocks.free_blocks
-                again: list[tuple[int, int]] = []
+                again: list[bitmap.Run] = []
                 if free:
                     again = self.space.blocks.alloc(1, first, zeroed=False)
                     assert not set(blocks) & {again[0][0]}
@@ -278,11 +280,16 @@ class SpaceMachine(RuleBasedStateMachine):
         """A crash: what is in memory only is gone, and everything else is as it was."""
         blocks, pages = self.space.blocks, self.space.pages
         self.claims = []
-        before = blocks.free_blocks, pages.free_pages, blocks.carved_blocks(), bytes(blocks._zero)
+        before = (
+            blocks.free_blocks,
+            pages.free_pages,
+            blocks.page_granular_blocks(),
+            bytes(blocks._zero),
+        )
         self.space.load()
         blocks, pages = self.space.blocks, self.space.pages
         assert before == (
-            blocks.free_blocks, pages.free_pages, blocks.carved_blocks(), bytes(blocks._zero)
+            blocks.free_blocks, pages.free_pages, blocks.page_granular_blocks(), bytes(blocks._zero)
         )  # fmt: skip
 
     @invariant()
@@ -290,7 +297,7 @@ class SpaceMachine(RuleBasedStateMachine):
         if not hasattr(self, "space"):
             return
         sp = self.space
-        carved = set(sp.blocks.carved_blocks())
+        carved = set(sp.blocks.page_granular_blocks())
         assert sp.blocks.free_blocks == self.expected_free()
         assert sp.bits(MAP_USED_OFFSET) == {0, 1} | carved | self.owned.keys()
         assert sp.bits(MAP_CARVED_OFFSET) == carved

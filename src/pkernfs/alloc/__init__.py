@@ -1,1 +1,1 @@
-"""Space: 2 MiB blocks, and 4 KiB pages carved from them."""
+"""Free space: 2 MiB blocks, and 4 KiB pages in blocks that are allocated page by page."""

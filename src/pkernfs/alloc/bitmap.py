@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 # One byte per bit, for expand(): entry i is the eight bits of i, lowest first.
 _EXPANDED = [bytes(value >> bit & 1 for bit in range(8)) for value in range(256)]
+
+
+class Run(NamedTuple):
+    """Bits, blocks or pages in a row."""
+
+    first: int
+    length: int
 
 
 def set_run(buffer: memoryview | bytearray, first: int, count: int, value: bool) -> None:
@@ -30,7 +39,7 @@ def _set_bit(buffer: memoryview | bytearray, bit: int, value: bool) -> None:
 
 
 def expand(buffer: memoryview | bytes, count: int) -> bytearray:
-    """The first ``count`` bits, one byte (0 or 1) each."""
+    """Expand the first ``count`` bits to one byte (0 or 1) each."""
     data = bytes(buffer[: -(-count // 8)])
     for byte, bit in ((0, 0), (255, 1)):  # most of a large region is alike
         if data.count(byte) == len(data):
@@ -41,7 +50,7 @@ def expand(buffer: memoryview | bytes, count: int) -> bytearray:
 
 
 def find_run(free: int, count: int) -> int:
-    """Lowest start of ``count`` set bits in a row in an integer bitmap; -1 if there is none."""
+    """Find the lowest start of ``count`` set bits in a row in an integer bitmap; -1: none."""
     have = 1
     starts = free
     while have < count and starts:
@@ -51,8 +60,8 @@ def find_run(free: int, count: int) -> int:
     return (starts & -starts).bit_length() - 1
 
 
-def runs(mask: int) -> list[tuple[int, int]]:
-    """``(first, count)`` of the set bits of an integer bitmap."""
+def runs(mask: int) -> list[Run]:
+    """List the runs of set bits of an integer bitmap, ascending."""
     found = []
     at = 0
     while mask:
@@ -60,7 +69,7 @@ def runs(mask: int) -> list[tuple[int, int]]:
         mask >>= skip
         at += skip
         count = (~mask & (mask + 1)).bit_length() - 1
-        found.append((at, count))
+        found.append(Run(at, count))
         mask >>= count
         at += count
     return found

@@ -1,17 +1,21 @@
 """The 2 MiB block allocator over the block maps.
 
-Which blocks are in use, carved or known to be zero is in the region; what is in flight (freed by
-the open transaction, claimed for zeroing, kept for a file that grows) is only in memory.
+The region holds which blocks are in use, page-granular (*carved* in the format) or known to be
+zero. Only memory holds what is in flight: blocks that the open transaction frees, that are claimed
+for zeroing, or that are kept for a file that grows.
 """
 
 from __future__ import annotations
 
 import re
 from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from pkernfs.alloc import bitmap
+from pkernfs.alloc.bitmap import Run
 from pkernfs.errors import CorruptionError, NoSpaceError, ZeroingNeeded
 from pkernfs.journal import PageStore
 from pkernfs.layout import (
@@ -29,7 +33,7 @@ from pkernfs.layout import (
 
 _FREE = 0
 _USED = 1
-_CARVED = 2
+_PAGE_GRANULAR = 2
 _CLAIMED = 3  # free, being zeroed
 _KEPT = 4  # free, kept for a file that grows
 _FREED = 5  # free once the open transaction is committed
@@ -52,20 +56,27 @@ class MapRange:
     phys_base: int | None
 
 
+class Piece(NamedTuple):
+    """Bytes of the region, from an offset on."""
+
+    offset: int
+    length: int
+
+
 @dataclass
 class Claim:
     """Free blocks that are being zeroed and that nobody else may allocate meanwhile."""
 
-    runs: list[tuple[int, int]]
+    runs: list[Run]
 
-    def pieces(self, most: int = 8 << 20) -> list[tuple[int, int]]:
-        """``(offset, length)`` in bytes, none longer than ``most``."""
+    def pieces(self, most: int = 8 << 20) -> list[Piece]:
+        """Cut the runs into pieces of the region of at most ``most`` bytes."""
         found = []
         for first, count in self.runs:
             offset, end = first * BLOCK, (first + count) * BLOCK
             while offset < end:
                 length = min(most, end - offset)
-                found.append((offset, length))
+                found.append(Piece(offset, length))
                 offset += length
         return found
 
@@ -99,7 +110,7 @@ class BlockAllocator:
             for bit, length in bitmap.runs(
                 int.from_bytes(page[MAP_CARVED_OFFSET : MAP_CARVED_OFFSET + MAP_BYTES], "little")
             ):
-                used[bit : bit + length] = bytes([_CARVED]) * length
+                used[bit : bit + length] = bytes([_PAGE_GRANULAR]) * length
             self._state[first : first + count] = used
             self._zero[first : first + count] = bitmap.expand(
                 page[MAP_ZERO_OFFSET : MAP_ZERO_OFFSET + MAP_BYTES], count
@@ -107,22 +118,22 @@ class BlockAllocator:
 
     # ------------------------------------------------------------------ questions
 
-    def is_carved(self, block: int) -> bool:
-        """Whether the block's pages are allocated one by one.
+    def is_page_granular(self, block: int) -> bool:
+        """Tell if the block's pages are allocated one by one.
 
         :raises CorruptionError: there is no such block.
         """
         if not 0 <= block < self.total_blocks:
             raise CorruptionError(f"block {block}: out of the region")
-        return self._state[block] == _CARVED
+        return self._state[block] == _PAGE_GRANULAR
 
-    def carved_blocks(self) -> list[int]:
-        """All carved blocks, ascending."""
+    def page_granular_blocks(self) -> list[int]:
+        """List the page-granular blocks, ascending."""
         found = []
-        block = self._state.find(_CARVED)
+        block = self._state.find(_PAGE_GRANULAR)
         while block >= 0:
             found.append(block)
-            block = self._state.find(_CARVED, block + 1)
+            block = self._state.find(_PAGE_GRANULAR, block + 1)
         return found
 
     def next_dirty(self, most: int) -> Claim | None:
@@ -142,34 +153,34 @@ class BlockAllocator:
         end = at
         while end < len(state) and end - at < most and state[end] == _FREE and not zero[end]:
             end += 1
-        return self.claim([(at, end - at)])
+        return self.claim([Run(at, end - at)])
 
     # ------------------------------------------------------------------ zeroing
 
-    def claim(self, runs: list[tuple[int, int]]) -> Claim:
+    def claim(self, runs: Iterable[tuple[int, int]]) -> Claim:
         """Keep free blocks from being allocated until :meth:`finish` or :meth:`release`.
 
         Blocks that are no longer free are left out.
         """
-        kept: list[tuple[int, int]] = []
+        kept: list[Run] = []
         for first, count in runs:
             for block in range(first, first + count):
                 if self._state[block] in (_FREE, _KEPT) and not self._zero[block]:
                     if kept and sum(kept[-1]) == block:
-                        kept[-1] = (kept[-1][0], kept[-1][1] + 1)
+                        kept[-1] = Run(kept[-1].first, kept[-1].length + 1)
                     else:
-                        kept.append((block, 1))
+                        kept.append(Run(block, 1))
         for first, count in kept:
             self._state[first : first + count] = bytes([_CLAIMED]) * count
         return Claim(kept)
 
     def release(self, claim: Claim) -> None:
-        """Give claimed blocks back as they are."""
+        """Let claimed blocks be allocated as they are."""
         for first, count in claim.runs:
             self._state[first : first + count] = bytes(count)
 
     def finish(self, claim: Claim) -> None:
-        """Record claimed blocks as zero and give them back; inside a transaction."""
+        """Record claimed blocks as zero and let them be allocated; inside a transaction."""
         for first, count in claim.runs:
             self._mark(first, count, zero=True)
 
@@ -184,13 +195,13 @@ class BlockAllocator:
 
     def alloc(
         self, count: int, goal: int | None = None, *, owner: int | None = None, zeroed: bool = True
-    ) -> list[tuple[int, int]]:
-        """Take ``count`` blocks: at ``goal`` if that is free, in one run if there is one.
+    ) -> list[Run]:
+        """Allocate ``count`` blocks: at ``goal`` if that is free, in one run if there is one.
 
         Runs of 1 GiB or more start at a 1 GiB aligned (physical) address where possible. A file
         (``owner``) that asks again and again has the blocks behind its last ones kept for it.
         With ``zeroed``, blocks that are not known to be zero are zeroed here if they are few.
-        Returns ``(first, count)`` runs in ascending order of use.
+        Returns runs of blocks in the order of use.
 
         :raises NoSpaceError: fewer than ``count`` blocks are free.
         :raises ZeroingNeeded: too many would have to be zeroed here.
@@ -201,7 +212,7 @@ class BlockAllocator:
         if zeroed:
             self._zero_now(runs)
         for first, length in runs:
-            self._take(first, length, _USED)
+            self._allocate(first, length, _USED)
         if owner is not None and goal is not None:
             self._keep(owner, sum(runs[-1]), count)
         return runs
@@ -219,7 +230,7 @@ class BlockAllocator:
             runs = self._plan_or_drop_windows(count, None)
         except NoSpaceError:
             runs = self._plan_or_drop_windows(1, None)
-        block = runs[0][0]
+        block = runs[0].first
         old_zero = bytes(self._zero[block : block + 1])
         if self._zero[block]:
             self._mark(block, 1, zero=False)
@@ -235,31 +246,31 @@ class BlockAllocator:
         self._store.on_abort.append(undo)
         return block
 
-    def take_chosen(self, block: int) -> None:
-        """The block from :meth:`choose` becomes file data."""
+    def alloc_chosen(self, block: int) -> None:
+        """Make the block from :meth:`choose` file data."""
         # Undone last: giving up leaves the block dirty and free.
-        self._store.on_abort.append(partial(self.release_chosen, block))
-        self._take(block, 1, _USED)
+        self._store.on_abort.append(partial(self.free_chosen, block))
+        self._allocate(block, 1, _USED)
 
-    def release_chosen(self, block: int) -> None:
-        """The block from :meth:`choose` is not wanted after all."""
+    def free_chosen(self, block: int) -> None:
+        """Let the block from :meth:`choose` be allocated by others: it is not wanted after all."""
         self._state[block] = _FREE
 
-    def alloc_carved(self) -> int:
-        """Take one block to be carved into pages; its bytes may be anything.
+    def alloc_page_granular(self) -> int:
+        """Allocate one block for pages; its bytes may be anything.
 
         :raises NoSpaceError: none is free.
         """
         runs = self._plan_or_drop_windows(1, None)
-        block = runs[0][0]
+        block = runs[0].first
         if self._zero[block]:
             # Its pages are filled before the transaction is committed: should it not be, the
             # block is free and must not be taken for zero.
             self._clear_zero_now(block)
-        self._take(block, 1, _CARVED)
+        self._allocate(block, 1, _PAGE_GRANULAR)
         return block
 
-    def _plan_or_drop_windows(self, count: int, goal: int | None) -> list[tuple[int, int]]:
+    def _plan_or_drop_windows(self, count: int, goal: int | None) -> list[Run]:
         runs = self._plan(count, goal)
         if runs is None and self._windows:
             self.drop_windows()
@@ -271,11 +282,14 @@ class BlockAllocator:
         return runs
 
     def free(self, first: int, count: int) -> None:
-        """Give blocks back; they can be allocated when the transaction is committed."""
+        """Free blocks; they can be allocated once the transaction is committed.
+
+        :raises CorruptionError: not all of them are in use.
+        """
         old = bytes(self._state[first : first + count])
-        if old.count(_USED) + old.count(_CARVED) != count:
+        if old.count(_USED) + old.count(_PAGE_GRANULAR) != count:
             raise CorruptionError(f"block {first}: {count} blocks freed that are not all in use")
-        self._mark(first, count, used=False, carved=False if _CARVED in old else None)
+        self._mark(first, count, used=False, page_granular=False if _PAGE_GRANULAR in old else None)
         self._state[first : first + count] = bytes([_FREED]) * count
         self._store.on_abort.append(partial(self._restore, first, old, None))
         self._store.on_commit.append(partial(self._freed, first, count))
@@ -290,14 +304,14 @@ class BlockAllocator:
             self._zero[first : first + len(zero)] = zero
             self.free_blocks += len(state)
 
-    def _take(self, first: int, count: int, kind: int) -> None:
+    def _allocate(self, first: int, count: int, kind: int) -> None:
         old = bytes(self._state[first : first + count])
         old_zero = bytes(self._zero[first : first + count])
         self._mark(
             first,
             count,
             used=True,
-            carved=True if kind == _CARVED else None,
+            page_granular=True if kind == _PAGE_GRANULAR else None,
             zero=False if 1 in old_zero else None,
         )
         self._state[first : first + count] = bytes([kind]) * count
@@ -311,7 +325,7 @@ class BlockAllocator:
         count: int,
         *,
         used: bool | None = None,
-        carved: bool | None = None,
+        page_granular: bool | None = None,
         zero: bool | None = None,
     ) -> None:
         for r in self._ranges:
@@ -323,7 +337,7 @@ class BlockAllocator:
                 page = self._store.edit(r.map_page + index, MAGIC_BLOCK_MAP)
                 for offset, value in (
                     (MAP_USED_OFFSET, used),
-                    (MAP_CARVED_OFFSET, carved),
+                    (MAP_CARVED_OFFSET, page_granular),
                     (MAP_ZERO_OFFSET, zero),
                 ):
                     if value is not None:
@@ -331,7 +345,7 @@ class BlockAllocator:
                 start += length
 
     def _clear_zero_now(self, block: int) -> None:
-        """The block is not known to be zero any more, whatever becomes of the transaction."""
+        """Clear the block's zero bit for good, whatever becomes of the transaction."""
         r = next(r for r in self._ranges if r.first_block <= block < r.first_block + r.blocks)
         index, bit = divmod(block - r.first_block, MAP_BLOCKS)
 
@@ -341,7 +355,7 @@ class BlockAllocator:
         self._store.change_now(r.map_page + index, MAGIC_BLOCK_MAP, change)
         self._zero[block] = 0
 
-    def _zero_now(self, runs: list[tuple[int, int]]) -> None:
+    def _zero_now(self, runs: Sequence[Run]) -> None:
         dirty: list[tuple[int, int]] = []
         for first, count in runs:
             end = first + count
@@ -359,24 +373,24 @@ class BlockAllocator:
 
     # ------------------------------------------------------------------ choosing
 
-    def _plan(self, count: int, goal: int | None) -> list[tuple[int, int]] | None:
-        """Runs to take, or None if there are not enough free blocks outside the windows."""
+    def _plan(self, count: int, goal: int | None) -> list[Run] | None:
+        """Choose the runs to allocate; None: too few blocks are free outside the windows."""
         if count > self.free_blocks:
             return None
-        head: list[tuple[int, int]] = []
+        head: list[Run] = []
         if goal is not None and 0 <= goal < self.total_blocks:
             length = self._free_at(goal, count)
             if length == count:
-                return [(goal, count)]
+                return [Run(goal, count)]
             if length:
-                head = [(goal, length)]
+                head = [Run(goal, length)]
                 count -= length
-        # What was taken at the goal must not be found again.
+        # What is allocated at the goal must not be found again.
         for first, length in head:
             self._state[first : first + length] = bytes([_USED]) * length
         try:
             found = self._find(count)
-            rest = [(found, count)] if found is not None else self._pick_largest(count)
+            rest = [Run(found, count)] if found is not None else self._pick_largest(count)
         finally:
             for first, length in head:
                 self._state[first : first + length] = bytes(length)
@@ -404,13 +418,13 @@ class BlockAllocator:
                     return at
         return None
 
-    def _pick_largest(self, count: int) -> list[tuple[int, int]] | None:
+    def _pick_largest(self, count: int) -> list[Run] | None:
         found = [(m.start(), m.end() - m.start()) for m in _FREE_RUNS.finditer(self._state)]
         found.sort(key=lambda run: (-run[1], run[0]))
         picked = []
         for first, length in found:
             length = min(length, count)
-            picked.append((first, length))
+            picked.append(Run(first, length))
             count -= length
             if not count:
                 return picked
@@ -437,12 +451,12 @@ class BlockAllocator:
                 self._state[block] = _FREE
 
     def forget_window(self, owner: int) -> None:
-        """The file stopped growing: what was kept for it is anybody's."""
+        """Let others allocate what was kept for a file that has stopped growing."""
         window = self._windows.pop(owner, None)
         if window:
             self._unkeep(window)
 
     def drop_windows(self) -> None:
-        """Space is short: keep nothing for anybody."""
+        """Keep nothing for anybody: space is short."""
         while self._windows:
             self._unkeep(self._windows.popitem()[1])

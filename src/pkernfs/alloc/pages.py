@@ -1,7 +1,7 @@
-"""4 KiB pages inside carved blocks: metadata, and the data of small files.
+"""4 KiB pages inside page-granular blocks (*carved* in the format): metadata, data of small files.
 
-Each carved block's page 0 is a page map. In memory there is an integer bitmap of free pages for
-each carved block.
+Page 0 of each such block is its page map. In memory there is an integer bitmap of free pages for
+each block.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import partial
 
 from pkernfs.alloc import bitmap
+from pkernfs.alloc.bitmap import Run
 from pkernfs.alloc.blocks import BlockAllocator
 from pkernfs.errors import CorruptionError, NoSpaceError
 from pkernfs.journal import PageStore
@@ -37,7 +38,7 @@ class PageAllocator:
         # Blocks with a free page, by class; dicts for their order.
         self._partial: dict[int, dict[int, None]] = {}
         self.free_pages = 0
-        for block in blocks.carved_blocks():
+        for block in blocks.page_granular_blocks():
             page = store.read(block * PAGES_PER_BLOCK, MAGIC_PAGE_MAP)
             used = self._used(page)
             if not used & 1:
@@ -67,19 +68,19 @@ class PageAllocator:
     # ------------------------------------------------------------------ allocating
 
     def alloc_one(self, kind: int = CLASS_META) -> int:
-        """Take one page of class ``kind``; its bytes may be anything.
+        """Allocate one page of class ``kind``; its bytes may be anything.
 
         :raises NoSpaceError: no page and no block is free.
         """
         for block in self._partial.get(kind, ()):
             mask = self._free[block]
             bit = (mask & -mask).bit_length() - 1
-            self._take(block, bit, 1)
+            self._allocate(block, bit, 1)
             return block * PAGES_PER_BLOCK + bit
-        return self.alloc(1, kind)[0][0]
+        return self.alloc(1, kind)[0].first
 
-    def alloc(self, count: int, kind: int, goal: int | None = None) -> list[tuple[int, int]]:
-        """Take ``count`` pages (at most 511) as ``(first page, pages)`` runs, few if possible.
+    def alloc(self, count: int, kind: int, goal: int | None = None) -> list[Run]:
+        """Allocate ``count`` pages (at most 511) in runs, as few as possible.
 
         ``goal`` is the page that would be best. The bytes may be anything.
 
@@ -92,28 +93,28 @@ class PageAllocator:
             found += [run] if run else self._anywhere(count, kind)
         return found
 
-    def _at_goal(self, count: int, goal: int) -> list[tuple[int, int]]:
+    def _at_goal(self, count: int, goal: int) -> list[Run]:
         block, bit = divmod(goal, PAGES_PER_BLOCK)
         mask = self._free.get(block, 0) >> bit
         length = min((~mask & (mask + 1)).bit_length() - 1, count)
         if not length:
             return []
-        self._take(block, bit, length)
-        return [(goal, length)]
+        self._allocate(block, bit, length)
+        return [Run(goal, length)]
 
-    def _in_partial(self, count: int, kind: int) -> tuple[int, int] | None:
+    def _in_partial(self, count: int, kind: int) -> Run | None:
         for tries, block in enumerate(self._partial.get(kind, ())):
             if tries == _TRIES:
                 break
             bit = bitmap.find_run(self._free[block], count)
             if bit >= 0:
-                self._take(block, bit, count)
-                return block * PAGES_PER_BLOCK + bit, count
+                self._allocate(block, bit, count)
+                return Run(block * PAGES_PER_BLOCK + bit, count)
         return None
 
-    def _in_new_block(self, count: int, kind: int) -> tuple[int, int] | None:
+    def _in_new_block(self, count: int, kind: int) -> Run | None:
         try:
-            block = self._blocks.alloc_carved()
+            block = self._blocks.alloc_page_granular()
         except NoSpaceError:
             return None
         page = self._store.new(block * PAGES_PER_BLOCK, MAGIC_PAGE_MAP, 0)
@@ -122,14 +123,14 @@ class PageAllocator:
         self._class[block] = kind
         self._set_free(block, _ALL_FREE)
         self._store.on_abort.append(partial(self._drop, block))
-        self._take(block, 1, count)
-        return block * PAGES_PER_BLOCK + 1, count
+        self._allocate(block, 1, count)
+        return Run(block * PAGES_PER_BLOCK + 1, count)
 
-    def _anywhere(self, count: int, kind: int) -> list[tuple[int, int]]:
-        """The last pages of a full region, of whatever class and in whatever pieces."""
+    def _anywhere(self, count: int, kind: int) -> list[Run]:
+        """Allocate the last pages of a full region, of any class and in any pieces."""
         if count > self.free_pages:
             raise NoSpaceError(f"no space: {count} pages wanted, {self.free_pages} free")
-        found: list[tuple[int, int]] = []
+        found: list[Run] = []
         while count:
             block = next(iter(self._partial.get(kind, ())), None)
             if block is None:
@@ -138,15 +139,15 @@ class PageAllocator:
                     self._set_class(block, kind)
             for bit, length in bitmap.runs(self._free[block]):
                 length = min(length, count)
-                self._take(block, bit, length)
-                found.append((block * PAGES_PER_BLOCK + bit, length))
+                self._allocate(block, bit, length)
+                found.append(Run(block * PAGES_PER_BLOCK + bit, length))
                 count -= length
                 if not count:
                     break
         return found
 
     def _set_class(self, block: int, kind: int) -> None:
-        """All further metadata goes here: one block is kept from being whole again, not many."""
+        """Make the block one for metadata: one is kept from being whole again, not many."""
         self._store.on_abort.append(partial(self._move, block, self._class[block]))
         self._move(block, kind)
         image = self._store.edit(block * PAGES_PER_BLOCK, MAGIC_PAGE_MAP)
@@ -157,7 +158,7 @@ class PageAllocator:
         self._class[block] = kind
         self._set_free(block, self._free[block])
 
-    def _take(self, block: int, bit: int, count: int) -> None:
+    def _allocate(self, block: int, bit: int, count: int) -> None:
         before = self._free[block]
         run = ((1 << count) - 1) << bit
         self._store.on_abort.append(partial(self._restore, block, before))
@@ -174,7 +175,10 @@ class PageAllocator:
     # ------------------------------------------------------------------ freeing
 
     def free(self, first: int, count: int = 1) -> None:
-        """Give pages of one carved block back; a block with none left in use goes with them."""
+        """Free pages of one block; a block with none left in use is freed with them.
+
+        :raises CorruptionError: not all of them are in use, or one is the page map.
+        """
         block, bit = divmod(first, PAGES_PER_BLOCK)
         run = ((1 << count) - 1) << bit
         image = self._store.edit(block * PAGES_PER_BLOCK, MAGIC_PAGE_MAP)
@@ -197,7 +201,7 @@ class PageAllocator:
             self._store.on_commit.append(partial(self._freed, block, run))
 
     def _has_other(self, block: int) -> bool:
-        """Whether another block of the class has free pages: the last one is kept carved."""
+        """Tell if another block of the class has free pages: the last one is kept."""
         blocks = self._partial.get(self._class[block], {})
         return len(blocks) > (1 if block in blocks else 0)
 

@@ -110,7 +110,7 @@ class ExtentMap:
         return (page // PAGES_PER_BLOCK + 1) * BLOCK
 
     def _is_carved(self, page: int) -> bool:
-        return self._blocks.is_carved(page // PAGES_PER_BLOCK)
+        return self._blocks.is_page_granular(page // PAGES_PER_BLOCK)
 
     # ------------------------------------------------------------------ the list itself
 
