@@ -3,100 +3,34 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from pkernfs.alloc import bitmap
-from pkernfs.alloc.blocks import INLINE_ZERO_BLOCKS, BlockAllocator, Claim
-from pkernfs.alloc.pages import PageAllocator
-from pkernfs.dma.mount import mount_filesystem
+from pkernfs.alloc.blocks import INLINE_ZERO_BLOCKS, Claim
 from pkernfs.errors import CorruptionError, NoSpaceError, ZeroingNeeded
-from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.layout import (
     BLOCK,
     BLOCKS_PER_GIB,
     CLASS_DATA,
     CLASS_META,
-    MAGIC_BLOCK_MAP,
-    MAP_BYTES,
     MAP_CARVED_OFFSET,
     MAP_USED_OFFSET,
     MAP_ZERO_OFFSET,
     PAGE,
     PAGES_PER_BLOCK,
 )
-from support.checking import MemoryFile
+from support.space import META_BLOCK, Space, space
 
 GIB = 1 << 30
-META_BLOCK = 2  # the first carved block of a small region
 
 
 class GiveUp(Exception):
     """Ends a transaction without its changes."""
-
-
-class Space:
-    """The allocators of a fresh file system."""
-
-    def __init__(self, size: int, phys_base: int | None = None) -> None:
-        self.memory = MemoryFile(size)
-        self.region = self.memory.open(phys_base=phys_base)
-        make_filesystem(self.region)
-        self.total = size // BLOCK
-        self.load()
-
-    def load(self) -> None:
-        """From what the region says, and nothing else."""
-        fs = mount_filesystem(self.region)
-        self.store = fs.store
-        self.blocks: BlockAllocator = fs.super.blocks
-        self.pages: PageAllocator = fs.super.pages
-
-    def close(self) -> None:
-        self.region.close()
-        self.memory.close()
-
-    def alloc(self, count: int, goal: int | None = None, owner: int | None = None) -> list[int]:
-        """One transaction; the blocks, in order of use."""
-        while True:
-            try:
-                with self.store:
-                    runs = self.blocks.alloc(count, goal, owner=owner)
-                return [b for first, n in runs for b in range(first, first + n)]
-            except ZeroingNeeded as e:
-                self.zero(self.blocks.claim(e.blocks))
-
-    def zero(self, claim: Claim) -> None:
-        for offset, length in claim.pieces():
-            self.region.zero(offset, length)
-        with self.store:
-            self.blocks.finish(claim)
-
-    def free(self, first: int, count: int) -> None:
-        with self.store:
-            self.blocks.free(first, count)
-
-    def bits(self, offset: int) -> set[int]:
-        """A bitmap of the block map, as it is in the region (small regions: one page)."""
-        page = self.store.read(2, MAGIC_BLOCK_MAP)
-        return {
-            b for b, bit in enumerate(bitmap.expand(page[offset:][:MAP_BYTES], self.total)) if bit
-        }
-
-
-@contextmanager
-def space(size: int, phys_base: int | None = None) -> Iterator[Space]:
-    made = Space(size, phys_base)
-    try:
-        yield made
-    finally:
-        made.close()
 
 
 # ------------------------------------------------------------------------------ the machine
@@ -450,73 +384,6 @@ def test_freeing_what_is_not_in_use() -> None:
             with pytest.raises(CorruptionError), sp.store:
                 sp.pages.free(number)
         assert sp.blocks.free_blocks == before
-
-
-def test_pages_fill_the_last_gaps_of_a_full_region() -> None:
-    with space(8 * BLOCK) as sp:
-        sp.alloc(sp.blocks.free_blocks - 1)
-        taken: list[int] = []
-        with sp.store:
-            taken += [p for f, n in sp.pages.alloc(500, CLASS_DATA) for p in range(f, f + n)]
-        with sp.store:
-            for page in taken[::2]:
-                sp.pages.free(page)
-        free = sp.pages.free_pages
-        with sp.store:
-            runs = sp.pages.alloc(511, CLASS_DATA)
-        assert sum(n for _, n in runs) == 511
-        with pytest.raises(NoSpaceError), sp.store:
-            sp.pages.alloc(free - 510, CLASS_META)
-        assert sp.pages.free_pages == free - 511
-        with sp.store:
-            sp.pages.alloc(free - 511, CLASS_META)
-        assert sp.pages.free_pages == 0
-        with pytest.raises(NoSpaceError), sp.store:
-            sp.pages.alloc_one()
-
-
-def test_an_empty_carved_block_is_given_back_whole() -> None:
-    with space(16 * BLOCK) as sp:
-        free = sp.blocks.free_blocks
-        taken: list[int] = []
-        for _ in range(4):
-            with sp.store:
-                taken += [p for f, n in sp.pages.alloc(511, CLASS_DATA) for p in range(f, f + n)]
-        assert sp.blocks.free_blocks == free - 4
-        random.Random(1).shuffle(taken)
-        for at in range(0, len(taken), 300):
-            with sp.store:
-                for page in taken[at : at + 300]:
-                    sp.pages.free(page)
-        assert sp.blocks.free_blocks >= free - 1
-
-
-# ------------------------------------------------------------------------------ bitmaps
-
-
-@given(
-    first=st.integers(0, 100), count=st.integers(0, 100), value=st.booleans(), seed=st.integers()
-)
-def test_set_run(first: int, count: int, value: bool, seed: int) -> None:
-    buffer = bytearray(random.Random(seed).randbytes(32))
-    expected = bitmap.expand(bytes(buffer), 256)
-    expected[first : first + count] = bytes([value]) * count
-    bitmap.set_run(buffer, first, count, value)
-    assert bitmap.expand(bytes(buffer), 256) == expected
-
-
-@given(mask=st.integers(0, (1 << 200) - 1), count=st.integers(1, 20))
-def test_find_run_and_runs(mask: int, count: int) -> None:
-    text = format(mask, "b")[::-1]
-    assert bitmap.find_run(mask, count) == text.find("1" * count)
-    found = bitmap.runs(mask)
-    assert sum(((1 << n) - 1) << at for at, n in found) == mask
-    assert all(a + n < b for (a, n), (b, _) in pairwise(found))
-
-
-def test_find_run_finds_nothing_in_nothing() -> None:
-    assert bitmap.find_run(0, 1) == -1
-    assert bitmap.runs(0) == []
 
 
 def _nothing_half_done(work: Callable[[Space], object]) -> None:

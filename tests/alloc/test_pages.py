@@ -1,0 +1,50 @@
+"""Pages: they fill gaps, and an empty block is whole again."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from pkernfs.errors import NoSpaceError
+from pkernfs.layout import BLOCK, CLASS_DATA, CLASS_META
+from support.space import space
+
+
+def test_pages_fill_the_last_gaps_of_a_full_region() -> None:
+    with space(8 * BLOCK) as sp:
+        sp.alloc(sp.blocks.free_blocks - 1)
+        taken: list[int] = []
+        with sp.store:
+            taken += [p for f, n in sp.pages.alloc(500, CLASS_DATA) for p in range(f, f + n)]
+        with sp.store:
+            for page in taken[::2]:
+                sp.pages.free(page)
+        free = sp.pages.free_pages
+        with sp.store:
+            runs = sp.pages.alloc(511, CLASS_DATA)
+        assert sum(n for _, n in runs) == 511
+        with pytest.raises(NoSpaceError), sp.store:
+            sp.pages.alloc(free - 510, CLASS_META)
+        assert sp.pages.free_pages == free - 511
+        with sp.store:
+            sp.pages.alloc(free - 511, CLASS_META)
+        assert sp.pages.free_pages == 0
+        with pytest.raises(NoSpaceError), sp.store:
+            sp.pages.alloc_one()
+
+
+def test_an_empty_carved_block_is_given_back_whole() -> None:
+    with space(16 * BLOCK) as sp:
+        free = sp.blocks.free_blocks
+        taken: list[int] = []
+        for _ in range(4):
+            with sp.store:
+                taken += [p for f, n in sp.pages.alloc(511, CLASS_DATA) for p in range(f, f + n)]
+        assert sp.blocks.free_blocks == free - 4
+        random.Random(1).shuffle(taken)
+        for at in range(0, len(taken), 300):
+            with sp.store:
+                for page in taken[at : at + 300]:
+                    sp.pages.free(page)
+        assert sp.blocks.free_blocks >= free - 1
