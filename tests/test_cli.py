@@ -22,7 +22,7 @@ import pytest
 
 from pkernfs import __version__, cli, layout
 from pkernfs.commands.progress import Progress
-from pkernfs.options import MOUNT_OPTIONS, format_size, parse_mount_options, parse_size
+from pkernfs.options import MOUNT_OPTIONS
 from pkernfs.region.region import Region
 from support.superblocks import damage, edit_superblocks
 
@@ -98,23 +98,6 @@ def mounting(command: Command, region: object, mount_point: object, options: str
 # ------------------------------------------------------------------------------- numbers, options
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("0", 0),
-        ("4096", 4096),
-        ("1K", 1 << 10),
-        ("3M", 3 << 20),
-        ("1G", 1 << 30),
-        ("2t", 2 << 40),
-        ("0x200000", 2 << 20),
-        ("0X10m", 16 << 20),
-    ],
-)
-def test_size(text: str, value: int) -> None:
-    assert parse_size(text) == value
-
-
 BAD_SIZES = ["", "G", "1.5G", "-1", "+1", "1 G", "1GB", "1GiB", "0x", "0xZ", "1e9", "ten", "\u0661"]
 
 
@@ -125,33 +108,6 @@ def test_size_nonsense(text: str, command: Command, tmp_path: Path) -> None:
     outcome = command("mkfs.pkernfs", f"-s{text}" if text else "-s=", tmp_path / "region")
     refused(outcome, 1, "mkfs.pkernfs", "bad size")
     assert not (tmp_path / "region").exists()
-
-
-@pytest.mark.parametrize(
-    ("size", "text"),
-    [
-        (100, "100 bytes"),
-        (4096, "4 KiB"),
-        (1 << 30, "1 GiB"),
-        (3 << 29, "1.5 GiB"),
-        (2**40, "1 TiB"),
-    ],
-)
-def test_format_size(size: int, text: str) -> None:
-    assert format_size(size) == text
-
-
-def test_mount_options() -> None:
-    given = "rw,dev,suid,noatime,nodev,_netdev,nofail,noauto,user,x-systemd.automount,mkfs"
-    expected = {"rw", "suid", "noatime", "nodev", "mkfs"}
-    assert set(parse_mount_options([given])) == expected
-    assert parse_mount_options(["ro", "phys_base=0x40000000,cache=direct"]) == {
-        "ro": True,
-        "phys_base": 1 << 30,
-        "cache": "direct",
-    }
-    assert parse_mount_options(["ro,rw"]) == {"rw": True}
-    assert parse_mount_options(["", ",defaults,"]) == {}
 
 
 # ------------------------------------------------------------------------------- the command line

@@ -1,4 +1,4 @@
-"""A log that does not fill."""
+"""Messages that clients cause: so many are logged, then one that says so, then none for a while."""
 
 from __future__ import annotations
 
@@ -19,3 +19,13 @@ def test_the_log_goes_on_later(caplog: pytest.LogCaptureFixture) -> None:
     said = [r.getMessage() for r in caplog.records]
     assert said[:BURST] == [f"first {number}" for number in range(BURST)]
     assert said[BURST + 1 :] == ["second"]
+
+
+def test_it_is_said_once_that_there_are_more(caplog: pytest.LogCaptureFixture) -> None:
+    now = 100.0
+    quiet = Quiet(logging.getLogger("pkernfs.test"), lambda: now)
+    for _ in range(10 * BURST):
+        quiet.warning("100 % of it")
+        now += SECONDS / (20 * BURST)
+    said = [r.getMessage() for r in caplog.records]
+    assert said == ["100 % of it"] * BURST + ["more of these: not logged for up to 10 seconds"]
