@@ -194,6 +194,24 @@ def test_so_many_pages_always_fit(region: Region, store: PageStore) -> None:
         again.read(page, MAGIC_TREE)
 
 
+@pytest.mark.parametrize("words", range(1, 7))
+def test_no_pattern_of_words_takes_more_than_the_images(
+    region: Region, store: PageStore, words: int
+) -> None:
+    """Every first, second, ... word of as many pages as are always safe."""
+    for first in range(0, SAFE_PAGES, 100):
+        fill(store, 100, first, first=FIRST + first)
+    pattern = (b"\xff" + bytes(8 * words - 1)) * (PAGE // words // 8 + 1)
+    mask = int.from_bytes(pattern[: PAGE - 64], "little")
+    with store:
+        for page in range(FIRST, FIRST + SAFE_PAGES):
+            image = store.edit(page, MAGIC_TREE)
+            changed = int.from_bytes(image[64:], "little") ^ mask
+            image[64:] = changed.to_bytes(PAGE - 64, "little")
+    assert SAFE_PAGES * PAGE < CAPACITY
+    assert RECORD.unpack_from(region.read(JOURNAL, RECORD.size))[4] <= SAFE_PAGES * PAGE
+
+
 def test_read_only(region: Region, store: PageStore) -> None:
     fill(store, 1)
     with MemoryFile(SIZE) as memory:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import inspect
+import re
 import struct
 from pathlib import Path
 from struct import Struct
@@ -247,6 +250,45 @@ def test_the_document_says_the_same(name: str) -> None:
 )
 def test_names_of_fields(fields: type, rows: list[Row]) -> None:
     assert list(fields._fields) == [name for *_, name in rows]  # type: ignore[attr-defined]
+
+
+def section(number: int) -> str:
+    """The text of a section of the document."""
+    parts = re.split(r"^## (\d+)\. ", DOCUMENT.read_text(), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))[str(number)]
+
+
+def test_classes_name_the_section_that_has_their_fields() -> None:
+    named = 0
+    for _, fields in inspect.getmembers(layout, inspect.isclass):
+        if match := re.search(r"\(section (\d+)\)", fields.__doc__ or ""):
+            named += 1
+            for name in fields._fields:  # type: ignore[attr-defined]
+                assert f"| {name} |" in section(int(match[1])), (fields, name)
+    assert named == 7
+
+
+def test_sections_that_are_named_anywhere_are_there() -> None:
+    root = Path(layout.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        for number in re.findall(r"(?:format\.md, |\()section (\d+)", path.read_text()):
+            assert section(int(number)), path
+
+
+def test_only_declarations_and_pure_conversions() -> None:
+    """Neither a region nor a file can be read or written with what the module imports."""
+    tree = ast.parse(inspect.getsource(layout))
+    names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    names |= {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+    assert names == {"__future__", "hashlib", "struct", "typing"}
+    assert "open" not in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+
+
+def test_every_structure_is_typed_out_here() -> None:
+    """But for the slots of a handover's list, sixteen words of the same kind."""
+    found = {name for name, value in vars(layout).items() if isinstance(value, Struct)}
+    assert found - {"LIST_SLOTS"} == set(TABLES)
+    assert layout.LIST_SLOTS.format == "<16I"
 
 
 def test_sizes() -> None:
