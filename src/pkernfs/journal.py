@@ -278,7 +278,7 @@ class PageStore:
 
     @property
     def is_open(self) -> bool:
-        """Whether a transaction is open."""
+        """Tell if a transaction is open."""
         return self._open
 
     def __enter__(self) -> PageStore:

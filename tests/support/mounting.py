@@ -41,7 +41,7 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 
 
 def is_mounted(path: Path | str) -> bool:
-    """Whether something is mounted at ``path``, dead or alive."""
+    """Tell if something is mounted at ``path``, dead or alive."""
     with open("/proc/self/mountinfo") as table:
         return any(line.split(" ")[4] == str(path) for line in table)
 
@@ -113,7 +113,7 @@ class Mounted:
         os.statvfs(self.path)  # answered by the daemon
 
     def words(self) -> str:
-        """What the ended daemon said on stderr."""
+        """Return the text that the ended daemon wrote to stderr."""
         assert self.daemon is not None
         assert self.daemon.stderr is not None
         return self.daemon.stderr.read()
@@ -136,7 +136,7 @@ class Mounted:
         subprocess.run(["umount", "-l", str(self.path)], check=True)
 
     def in_region(self, data: bytes) -> bool:
-        """Whether ``data`` stands somewhere in the region's own bytes."""
+        """Tell if ``data`` stands somewhere in the region's own bytes."""
         return data in self.region.read_bytes()
 
     def _close_pipe(self) -> None:

@@ -1,4 +1,4 @@
-"""What the models of the file system draw from."""
+"""Strategies that the models of the file system draw from."""
 
 from __future__ import annotations
 
