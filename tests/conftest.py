@@ -1,4 +1,4 @@
-"""What every test gets: capabilities, the settings of Hypothesis, and a file system to work on.
+"""Every test gets from here: capabilities, the settings of Hypothesis, a file system to work on.
 
 ``PKERNFS_REQUIRE=fuse,vm`` (set by scripts/test as root) turns a missing capability into a failure,
 so that a machine that lost its /dev/fuse does not look like a passing one.
@@ -22,7 +22,11 @@ from kexeclab.runner import Lab
 from pkernfs.dma.mount import mount_filesystem
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
+from pkernfs.region import locks
 from support.checking import MemoryFile, assert_clean
+
+#: What a test may take, and the slowest ones at the end of a run.
+pytest_plugins = ("support.budgets",)
 
 _COMMON = settings(
     deadline=None,
@@ -94,7 +98,7 @@ def new_qemu() -> Path:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What the lab's stages have told: figures are for people, also when all is well."""
+    """Write what the lab's stages told: figures are for people, also when all is well."""
     for report in terminalreporter.stats.get("passed", []):
         if report.when == "call" and "lab" in report.keywords and report.capstdout:
             terminalreporter.section(report.nodeid, sep="-")
@@ -114,6 +118,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def lab() -> Lab:
     """Machines in QEMU that a test's stages run in (marker ``lab``)."""
     return Lab()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give up at once on a region that is served: for tests in which the holder will not let go."""
+    monkeypatch.setattr(locks, "_SERVED_WAIT_SECONDS", 0.02)
 
 
 @pytest.fixture

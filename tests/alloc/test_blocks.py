@@ -250,7 +250,7 @@ class SpaceMachine(RuleBasedStateMachine):
             assert self.space.region.is_zero(block * BLOCK, BLOCK)
 
 
-TestSpace = SpaceMachine.TestCase
+TestSpace = pytest.mark.slow("a model of all of it")(SpaceMachine.TestCase)
 
 
 # ------------------------------------------------------------------------------ contiguity

@@ -267,7 +267,7 @@ class TreeMachine(RuleBasedStateMachine):
             self.grown.close()
 
 
-TestTreeMachine = TreeMachine.TestCase
+TestTreeMachine = pytest.mark.slow("a model of all of it")(TreeMachine.TestCase)
 
 
 def _orders(count: int) -> dict[str, list[int]]:
@@ -287,6 +287,7 @@ def _in_batches(grown: Grown, work: Callable[[int], None], keys: list[int], size
                 work(key)
 
 
+@pytest.mark.slow("three levels take 50,000 keys")
 @pytest.mark.parametrize("order", ["ascending", "descending", "random"])
 def test_three_levels_up_and_down(grown: Grown, order: str) -> None:
     # Large items make a deep tree of few keys; extents are always 24 bytes.
@@ -308,6 +309,7 @@ def test_three_levels_up_and_down(grown: Grown, order: str) -> None:
     assert grown.tree.root == 0
 
 
+@pytest.mark.slow("two inner nodes take 60,000 keys")
 def test_inner_nodes_join_below_a_moved_separator() -> None:
     """A key below its inner node's first slot is still found after that node is joined."""
     grown = Grown(TREE_EXTENTS)
@@ -332,6 +334,7 @@ def test_inner_nodes_join_below_a_moved_separator() -> None:
     grown.close()
 
 
+@pytest.mark.slow("inner nodes take 60,000 keys")
 @pytest.mark.parametrize("level", [0, 1])
 def test_separators_stay_ascending_when_keys_come_from_above(level: int) -> None:
     grown = Grown(TREE_EXTENTS)

@@ -7,6 +7,7 @@ import stat
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -415,4 +416,4 @@ class FileSystemMachine(RuleBasedStateMachine):
         self.memory.close()
 
 
-TestFileSystem = FileSystemMachine.TestCase
+TestFileSystem = pytest.mark.slow("a model of all of it")(FileSystemMachine.TestCase)

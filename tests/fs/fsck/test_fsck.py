@@ -98,6 +98,7 @@ def use_damaged(region: Region) -> None:
         fs.unmount()
 
 
+@pytest.mark.slow("each example is three checks and a mount")
 @given(hits=HITS, mount=st.booleans())
 def test_random_damage(pristine: Pristine, hits: list[tuple[int, int, int]], mount: bool) -> None:
     """Flipped bits and overwritten ranges: mount and fsck end well, or with a clear error."""
@@ -116,6 +117,7 @@ def test_random_damage(pristine: Pristine, hits: list[tuple[int, int, int]], mou
         outcome(region)
 
 
+@pytest.mark.slow("each example is three checks and a mount")
 @given(hits=HITS, mount=st.booleans())
 def test_random_damage_with_good_checksums(
     pristine: Pristine, hits: list[tuple[int, int, int]], mount: bool
@@ -141,6 +143,7 @@ def test_random_damage_with_good_checksums(
         outcome(region)
 
 
+@pytest.mark.slow("each example is three checks and a mount")
 @given(seed=st.integers(0, 1 << 32), keep=st.booleans())
 def test_random_bytes(pristine: Pristine, seed: int, keep: bool) -> None:
     """A region of noise, with or without a superblock in front."""

@@ -84,6 +84,7 @@ def use(region: Region) -> None:
         pass
 
 
+@pytest.mark.slow("each of 30 stops is three checks and a mount")
 @pytest.mark.parametrize("mount", [False, True])
 @pytest.mark.parametrize("batch", [400, 2])
 def test_a_repair_may_be_stopped_at_any_store(
