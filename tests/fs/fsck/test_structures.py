@@ -27,7 +27,7 @@ from pkernfs.fs.fsck.structures import (
     parse_overflow,
 )
 from pkernfs.layout import HEADER, INODE_FLAG_BODY, PAGE, TREE_EXTENTS, TREE_NAMES
-from pkernfs.region.region import page_checksum
+from pkernfs.region.checksum import page_checksum
 
 UUID = bytes(range(16))
 INODE = layout.InodeFields(17, 1, stat.S_IFREG | 0o644, *[0] * 17)

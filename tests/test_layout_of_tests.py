@@ -1,0 +1,159 @@
+"""The laws of the tests' house: one file for each module, helpers in support, nothing borrowed.
+
+tests/P/test_M.py has the tests of src/pkernfs/P/M.py. What is otherwise is listed here with its
+reason. tests/lab and tests/scripts are apart: they follow machines and scripts, not modules.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import pkernfs
+
+TESTS = Path(__file__).parent
+SOURCES = Path(pkernfs.__file__).parent
+APART = ("lab", "scripts", "support")
+
+#: Modules without a test file of their own: the file whose tests go through them, and why.
+TESTED_ELSEWHERE = {
+    "fuse.shim_build": "fuse/test_mount.py: it builds the extension that each mount loads",
+    "native.build": "region/test_region.py: it builds the extension that each region loads",
+}
+#: Test files that are named after no module, and why.
+NAMED_OTHERWISE = {
+    "dma/test_crash_points.py": "stores of several modules, cut at each",
+    "dma/test_damage.py": "tables and files damaged together, whatever module reads them",
+    "dma/test_persist.py": "one property of devices, from the command to the entry",
+    "dma/test_stateful.py": "a model of all operations on tables",
+    "fs/test_crash_points.py": "stores of several modules, cut at each",
+    "fs/test_stateful.py": "a model of the whole file system",
+    "fuse/test_mount.py": "real mounts: a file system as its users see it",
+    "fuse/test_sigkill.py": "daemons killed at any moment",
+    "fuse/test_stateful.py": "a model of a mounted file system",
+    "iommu/test_api.py": "names that the package exports",
+    "iommu/test_crash_points.py": "stores of several modules, cut at each",
+    "iommu/test_oracle.py": "QEMU's unit says whether tables are right",
+    "test_budgets.py": "of support/budgets.py",
+    "test_imports.py": "laws of the sources",
+    "test_layout_of_tests.py": "laws of the tests",
+    "vmm/test_package.py": "names that the package exports",
+}
+#: Modules and test files that are still to get the other of the two. To be empty.
+PENDING = {
+    "commands.doctor",
+    "commands.extents",
+    "commands.fsck",
+    "commands.handover",
+    "commands.info",
+    "commands.mkfs",
+    "commands.mount",
+    "commands.progress",
+    "control.client",
+    "control.freezing",
+    "control.handlers",
+    "control.mounts",
+    "dma.comparison",
+    "dma.reports",
+    "fs.extents",
+    "fs.inodes",
+    "fs.mkfs",
+    "fs.names",
+    "fs.superblock",
+    "fs.xattrs",
+    "fuse.shim",
+    "host.bars",
+    "host.boot",
+    "host.kernel_image",
+    "host.pci",
+    "host.pci_config",
+    "host.qemu",
+    "host.sysroot",
+    "iommu.config",
+    "iommu.context_walk",
+    "iommu.export",
+    "iommu.memory",
+    "iommu.page_pool",
+    "iommu.page_walk",
+    "iommu.root_tables",
+    "iommu.show",
+    "iommu.translate",
+    "region.physical_backing",
+    "region.spec",
+    "units.discovery",
+    "units.mmio",
+    "units.requirements",
+    "units.unit_set",
+    "units.window",
+    "vtd.invalidation",
+    "vtd.registers",
+    "kexec/test_handover.py",
+}
+
+MODULES = {
+    ".".join(path.relative_to(SOURCES).with_suffix("").parts): path
+    for path in sorted(SOURCES.rglob("*.py"))
+    if path.name != "__init__.py"
+}
+PACKAGES = {path.parent.relative_to(SOURCES) for path in SOURCES.rglob("__init__.py")}
+PYTHON = sorted(TESTS.rglob("*.py"))
+TEST_FILES = {
+    str(path.relative_to(TESTS)): path
+    for path in PYTHON
+    if path.name.startswith("test_") and path.relative_to(TESTS).parts[0] not in APART
+}
+
+
+def file_of(module: str) -> str:
+    """Name the file, below tests, that has the tests of a module."""
+    *packages, name = module.split(".")
+    return "/".join([*packages, f"test_{name}.py"])
+
+
+def names_something(file: str) -> bool:
+    """Tell if a test file is named after a module, or after a package that is a module too."""
+    directory, _, name = file.rpartition("/")
+    name = name.removeprefix("test_").removesuffix(".py")
+    is_module = ".".join(filter(None, [*directory.split("/"), name])) in MODULES
+    return is_module or (Path(directory) in PACKAGES and Path(directory).name == name)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_has_a_test_file(module: str) -> None:
+    if module in PENDING:
+        return
+    has_one = file_of(module) in TEST_FILES
+    assert has_one != (module in TESTED_ELSEWHERE), f"{module}: tests/{file_of(module)}"
+
+
+@pytest.mark.parametrize("file", TEST_FILES)
+def test_a_test_file_has_a_module(file: str) -> None:
+    if file not in PENDING:
+        assert names_something(file) != (file in NAMED_OTHERWISE), file
+
+
+def test_what_is_listed_is_there() -> None:
+    assert set(TESTED_ELSEWHERE) <= set(MODULES)
+    assert set(NAMED_OTHERWISE) <= set(TEST_FILES)
+    for why in TESTED_ELSEWHERE.values():
+        assert why.split(":")[0] in TEST_FILES, why
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=lambda path: str(path.relative_to(TESTS)))
+def test_helpers_are_in_support_and_nothing_is_imported_from_a_test(path: Path) -> None:
+    where = path.relative_to(TESTS).parts[0]
+    if where == "support":
+        assert not path.name.startswith("test_")
+    else:
+        assert path.name == "conftest.py" or path.name.startswith("test_")
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or "", *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        parts = {part for name in names for part in name.split(".")}
+        assert not {p for p in parts if p == "conftest" or p.startswith("test_")}, ast.unparse(node)
