@@ -307,6 +307,7 @@ def test_mkfs_pkernfs(harm: Callable[[Path], None], region: Path, command: Comma
     assert json.loads(command("pkernfs", "info", "--json", region).out)["label"] == "new"
 
 
+@pytest.mark.usefixtures("impatient")
 def test_in_use(region: Path, command: Command, tmp_path: Path) -> None:
     """What a mount holds is refused by all that would change it, and by a second mount."""
     with Region.open(str(region), write=True) as held, unchanged(region):

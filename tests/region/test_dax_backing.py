@@ -50,6 +50,7 @@ def test_a_device_of_two_ranges(machine: Machine) -> None:
         fs.unmount()
 
 
+@pytest.mark.usefixtures("impatient")
 def test_one_lock_for_dax_and_dev_mem(machine: Machine) -> None:
     machine.write("proc/cmdline", "memmap=512M%1G")
     machine.write("dev/mem", b"")

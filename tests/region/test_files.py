@@ -143,6 +143,7 @@ def test_a_region_is_locked_against_this_process_too(
     Region.open(path, write=True).close()
 
 
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize(("theirs", "ours"), [("w", True), ("w", False), ("r", True)])
 def test_a_region_is_locked_against_other_processes(
     path: str, theirs: str, ours: bool, monkeypatch: pytest.MonkeyPatch

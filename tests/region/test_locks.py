@@ -53,6 +53,7 @@ def attempt(host: Host, *spans: Span, exclusive: bool = True) -> None:
     os.close(lock.fd)
 
 
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize(
     ("span", "message"),
     [
