@@ -344,6 +344,7 @@ def test_a_domain_of_which_a_context_entry_has_another_page(host: Damaged) -> No
     host.fs.unlink(IOMMU_INO, b"dom-0")
 
 
+@pytest.mark.slow("65,000 context entries are checked")
 def test_the_largest_directories_of_all_devices_are_one_page() -> None:
     """Each of 65,000 context entries refers to the same 32 pages: that ends, and soon."""
     host = Damaged(Mode.SCALABLE)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -412,5 +413,5 @@ class TablesMachine(RuleBasedStateMachine):
         assert not self.host.fs.read_only
 
 
-TestTables = TablesMachine.TestCase
+TestTables = pytest.mark.slow("a model of all of it")(TablesMachine.TestCase)
 TestTables.settings = settings(max_examples=3 * settings().max_examples)

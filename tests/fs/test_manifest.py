@@ -228,6 +228,7 @@ def test_holes_cost_nothing() -> None:
         assert_clean(region)
 
 
+@pytest.mark.slow("5,000 files are listed, and compared twice")
 def test_a_large_list() -> None:
     """More files than one inode page, leaf or piece of work has room for."""
     with Region.anonymous(256 * MIB) as region:
@@ -259,10 +260,11 @@ def test_pages_of_the_list(fs: FileSystem) -> None:
 # ---------------------------------------------------------------------- anything at all
 
 
+@pytest.mark.slow("400 mounts, each of a region with a byte changed")
 def test_no_changed_byte_goes_unnoticed(request: pytest.FixtureRequest) -> None:
     """Bits flipped anywhere in metadata or data: the mount is refused, or tells of it."""
     rng = random.Random(request.config.getoption("hypothesis_seed"))
-    with Region.anonymous(32 * MIB) as region:
+    with Region.anonymous(16 * MIB) as region:
         make_filesystem(region)
         fs = mount_filesystem(region)
         for i in range(30):

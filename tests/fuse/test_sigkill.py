@@ -521,6 +521,7 @@ def check_region(mounted: Mounted, checker: Checker, *, clean: bool) -> None:
             check_structure(region)
 
 
+@pytest.mark.slow("daemons are killed for half a minute")
 @pytest.mark.crash
 @pytest.mark.fuse
 @pytest.mark.parametrize("options", ["", "cache=page"])

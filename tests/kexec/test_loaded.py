@@ -87,6 +87,7 @@ def test_a_kernel_that_would_be_put_into_the_region(memory: Memory) -> None:
         assert loaded.command_line_of_loaded(SPEC, memory.host, near) == RUNNING
 
 
+@pytest.mark.slow("300 memories of garbage")
 def test_garbage_in_memory_is_an_error(memory: Memory) -> None:
     memory.load(RUNNING, before=5)
     good = bytes(memory.bytes)

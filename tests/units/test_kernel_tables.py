@@ -216,6 +216,7 @@ def test_too_many_tables(legacy: Kernel) -> None:
         read_second_stage(legacy.memory(pages=20), legacy.domains[0].root, 4)
 
 
+@pytest.mark.slow("3 MiB of garbage, word by word")
 @pytest.mark.parametrize("seed", range(12))
 def test_garbage_is_refused_or_read_in_time(make: Make, seed: int) -> None:
     """All of RAM at random, with pointers into itself."""
