@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from pkernfs.alloc.bitmap import Run
 from pkernfs.layout import PAGES_PER_BLOCK
 
 FREE = 0
@@ -94,9 +95,9 @@ class Claims:
         self.kind[first : first + count] = bytes(count)
 
 
-def flag_runs(flags: bytes | bytearray) -> list[tuple[int, int]]:
-    """``(first, count)`` of the bytes that are not zero."""
-    runs: list[tuple[int, int]] = []
+def flag_runs(flags: bytes | bytearray) -> list[Run]:
+    """List the runs of bytes that are not zero, ascending."""
+    runs: list[Run] = []
     for start in range(0, len(flags), _STRIDE):  # most of a large region is free
         piece = flags[start : start + _STRIDE]
         if piece == _NO_FLAGS[: len(piece)]:
@@ -104,7 +105,7 @@ def flag_runs(flags: bytes | bytearray) -> list[tuple[int, int]]:
         for match in _SET.finditer(piece):
             first, count = start + match.start(), match.end() - match.start()
             if runs and sum(runs[-1]) == first:
-                runs[-1] = (runs[-1][0], runs[-1][1] + count)
+                runs[-1] = Run(runs[-1].first, runs[-1].length + count)
             else:
-                runs.append((first, count))
+                runs.append(Run(first, count))
     return runs

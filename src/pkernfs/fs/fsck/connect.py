@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pkernfs import layout
 from pkernfs.fs.fsck import superblocks
-from pkernfs.fs.fsck.context import Context
+from pkernfs.fs.fsck.context import Context, NewName
 from pkernfs.fs.fsck.names import entries_of, fix_of, uncount_name
 from pkernfs.fs.fsck.problems import Code
 from pkernfs.fs.fsck.scavenge import make_inode
@@ -53,13 +53,13 @@ class Connector:
     def _iommu(self) -> None:
         ctx = self._ctx
         there = False
-        for slot, _, target, _, name in entries_of(ctx, ROOT_INO):
-            if name != _IOMMU:
+        for entry in entries_of(ctx, ROOT_INO):
+            if entry.name != _IOMMU:
                 continue
-            there = target == IOMMU_INO and self._inodes.type_of(IOMMU_INO) == T_DIR
+            there = entry.target == IOMMU_INO and self._inodes.type_of(IOMMU_INO) == T_DIR
             if not there:
-                fix_of(ctx, ROOT_INO).drop.add(slot)
-                uncount_name(ctx, ROOT_INO, target)
+                fix_of(ctx, ROOT_INO).drop.add(entry.slot)
+                uncount_name(ctx, ROOT_INO, entry.target)
         if there:
             return
         ctx.report.add(Code.IOMMU_MISSING, "root directory")
@@ -151,7 +151,7 @@ class Connector:
     def _name(self, directory: int, name: bytes, ino: int) -> None:
         inodes = self._inodes
         kind = inodes.type_of(ino)
-        fix_of(self._ctx, directory).add.append((name, ino, kind))
+        fix_of(self._ctx, directory).add.append(NewName(name, ino, kind))
         row, above = inodes.row(ino), inodes.row(directory)
         inodes.names[row] += 1
         inodes.entries[above] += 1
@@ -163,13 +163,13 @@ class Connector:
         """Take a directory's one name away."""
         ctx = self._ctx
         parent = self._inodes.parent[self._inodes.row(ino)]
-        for slot, _, target, _, _ in entries_of(ctx, parent):
-            if target == ino:
-                fix_of(ctx, parent).drop.add(slot)
+        for entry in entries_of(ctx, parent):
+            if entry.target == ino:
+                fix_of(ctx, parent).drop.add(entry.slot)
                 uncount_name(ctx, parent, ino)
                 return
         fix = fix_of(ctx, parent)  # a name that this run has given it
-        fix.add = [entry for entry in fix.add if entry[1] != ino]
+        fix.add = [new for new in fix.add if new.target != ino]
         uncount_name(ctx, parent, ino)
 
     def _to_lost_found(self, ino: int) -> None:
@@ -183,15 +183,13 @@ class Connector:
 
     def _find_lost_found(self) -> int:
         ctx, inodes = self._ctx, self._inodes
-        names = {}
-        for _, _, target, _, name in entries_of(ctx, ROOT_INO):
-            if name.startswith(_LOST):
-                names[name] = target
+        entries = entries_of(ctx, ROOT_INO)
+        names = {entry.name: entry.target for entry in entries if entry.name.startswith(_LOST)}
         for target in names.values():
             row = inodes.row(target)
             if inodes.type_of(target) == T_DIR and inodes.parent[row] == ROOT_INO:
                 self._lost_found = target
-                self._taken = {entry[4] for entry in entries_of(ctx, target)}
+                self._taken = {entry.name for entry in entries_of(ctx, target)}
                 # It is on no path: it hangs from the root.
                 self._status[row] = _REACHED
                 return target

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from pkernfs import layout
 from pkernfs.errors import CorruptionError
@@ -24,6 +25,8 @@ from pkernfs.layout import (
 )
 
 Progress = Callable[[str, float], None]
+# Page of a leaf, and index in it. A plain tuple: one is made for each name of the file system.
+Slot = tuple[int, int]
 KEY_END = 1 << 64
 
 # Not known: the map page of the block is damaged.
@@ -37,21 +40,39 @@ def at(page: int) -> str:
 
 @dataclass
 class TreeParts:
-    """Nodes of a tree: all of them, and the leaves as ``(page, low key, end key)``."""
+    """Nodes of a tree: all of them, the leaves, and ``(low key, end key)`` of what was lost."""
 
     nodes: list[int] = field(default_factory=list)
-    leaves: list[tuple[int, int, int]] = field(default_factory=list)
+    leaves: list[int] = field(default_factory=list)
     lost: list[tuple[int, int]] = field(default_factory=list)
     faulty: bool = False
 
 
+class NewName(NamedTuple):
+    """A name that a directory gets."""
+
+    name: bytes
+    target: int
+    kind: int
+
+
+class Dangling(NamedTuple):
+    """A name in a directory whose inode has not been found."""
+
+    directory: int
+    slot: Slot
+    target: int
+    kind: int
+    name: bytes
+
+
 @dataclass
 class DirectoryFix:
-    """Changes of a directory: slots as ``(page, slot)``, and names to add."""
+    """Changes of a directory: slots to drop, slots that get another type, and names to add."""
 
-    drop: set[tuple[int, int]] = field(default_factory=set)
-    retype: dict[tuple[int, int], int] = field(default_factory=dict)
-    add: list[tuple[bytes, int, int]] = field(default_factory=list)
+    drop: set[Slot] = field(default_factory=set)
+    retype: dict[Slot, int] = field(default_factory=dict)
+    add: list[NewName] = field(default_factory=list)
 
 
 @dataclass
@@ -148,8 +169,8 @@ class Context:
         self.extents: dict[int, list[Extent]] = {}
         self.relocations: list[Relocation] = []
         self.directories: dict[int, DirectoryFix] = {}
-        self.dangling: list[tuple[int, int, int, int, int, bytes]] = []
-        self.attributes: dict[int, set[tuple[int, int]]] = {}
+        self.dangling: list[Dangling] = []
+        self.attributes: dict[int, set[Slot]] = {}
         self.attribute_names: dict[int, list[bytes]] = {}
         # Inodes made by this run.
         self.made: set[int] = set()

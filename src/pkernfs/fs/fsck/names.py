@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from pkernfs import layout
 from pkernfs.errors import CorruptionError
-from pkernfs.fs.fsck.context import Context, DirectoryFix, TreeParts
+from pkernfs.fs.fsck.context import Context, Dangling, DirectoryFix, Slot, TreeParts
 from pkernfs.fs.fsck.problems import Code
 from pkernfs.fs.fsck.structures import (
     T_DIR,
@@ -75,8 +76,8 @@ def _walk_extents(ctx: Context, ino: int, root: int) -> None:
     parts = _parts(ctx, ino, TREE_EXTENTS)
     found = ctx.tree_extents[ino] = array("Q")
     for leaf in walk(ctx, root, ino, TREE_EXTENTS, parts):
-        extents = extent_slots(leaf[1], leaf[2])
-        fault = key_fault([e[0] for e in extents], leaf[3], leaf[4])
+        extents = extent_slots(leaf.buffer, leaf.node)
+        fault = key_fault([e[0] for e in extents], leaf.low, leaf.end)
         if fault:
             shape_fault(ctx, leaf, ino, parts, fault)
         for extent in extents:
@@ -91,8 +92,8 @@ def _walk_names(ctx: Context, ino: int, root: int) -> None:
     parts = _parts(ctx, ino, TREE_NAMES)
     group = Group()
     for leaf in walk(ctx, root, ino, TREE_NAMES, parts):
-        slots = item_slots(leaf[1], leaf[2])
-        fault = key_fault([s[0] for s in slots], leaf[3], leaf[4])
+        slots = item_slots(leaf.buffer, leaf.node)
+        fault = key_fault([s[0] for s in slots], leaf.low, leaf.end)
         if fault:
             shape_fault(ctx, leaf, ino, parts, fault)
         scan_names(ctx, ino, leaf, slots, group, parts)
@@ -130,7 +131,7 @@ def scan_names(
     parts: TreeParts,
 ) -> None:
     """Check the names in a leaf of directory ``ino`` and count them for the inodes they name."""
-    page, buffer, node, _low, _end = leaf
+    page, buffer, node, _, _ = leaf
     good, reason = check_items(slots, node)
     if reason:
         items_fault(ctx, leaf, ino, parts, reason)
@@ -168,14 +169,12 @@ def fix_of(ctx: Context, ino: int) -> DirectoryFix:
     return fix
 
 
-def count_name(
-    ctx: Context, ino: int, slot: tuple[int, int], name: bytes, target: int, kind: int
-) -> None:
+def count_name(ctx: Context, ino: int, slot: Slot, name: bytes, target: int, kind: int) -> None:
     """Count a name for the inode it names; note it if there is none (yet)."""
     inodes = ctx.inodes
     row = inodes.row(target)
     if row < 0:
-        ctx.dangling.append((ino, *slot, target, kind, name))
+        ctx.dangling.append(Dangling(ino, slot, target, kind, name))
         return
     expected = inodes.type[row]
     if expected == T_DIR:
@@ -196,7 +195,7 @@ def drop_duplicates(ctx: Context, ino: int, parts: TreeParts) -> None:
     """Names that are not where their hash says may be there twice: keep the first of each."""
     fix = fix_of(ctx, ino)
     seen: set[bytes] = set()
-    unresolved = {(d[1], d[2]) for d in ctx.dangling if d[0] == ino}
+    unresolved = {d.slot for d in ctx.dangling if d.directory == ino}
     for slot, _key, target, _kind, name in entries_of(ctx, ino, parts):
         if slot in fix.drop:
             continue
@@ -219,11 +218,18 @@ def uncount_name(ctx: Context, ino: int, target: int) -> None:
         ctx.inodes.parent[row] = 0
 
 
-Entry = tuple[tuple[int, int], int, int, int, bytes]
+class Entry(NamedTuple):
+    """An entry of a directory."""
+
+    slot: Slot
+    key: int
+    target: int
+    kind: int
+    name: bytes
 
 
 def entries_of(ctx: Context, ino: int, parts: TreeParts | None = None) -> list[Entry]:
-    """``((page, slot), key, inode, type, name)`` of a directory's leaves; broken items left out."""
+    """List the entries of a directory; broken items are left out."""
     if parts is None:
         body = ctx.fields(ino).body
         parts = parts_of(ctx, body, ino, TREE_NAMES)
@@ -231,15 +237,15 @@ def entries_of(ctx: Context, ino: int, parts: TreeParts | None = None) -> list[E
     found: list[Entry] = []
     for slot, key, item in _items_left(ctx, parts, drop):
         target, kind = NAME_ITEM.unpack_from(item)
-        found.append((slot, key, target, kind, item[_HEAD:]))
+        found.append(Entry(slot, key, target, kind, item[_HEAD:]))
     return found
 
 
 def _items_left(
-    ctx: Context, parts: TreeParts, drop: set[tuple[int, int]]
-) -> Iterator[tuple[tuple[int, int], int, bytes]]:
+    ctx: Context, parts: TreeParts, drop: set[Slot]
+) -> Iterator[tuple[Slot, int, bytes]]:
     """``((page, slot), key, item)`` of a tree's leaves, but for the slots to drop."""
-    for page, _low, _end in parts.leaves:
+    for page in parts.leaves:
         buffer = ctx.image.raw(page)
         count = layout.TREE.unpack_from(buffer, layout.TREE_OFFSET)[2]
         for i in range(count):
@@ -258,8 +264,8 @@ def _walk_attributes(ctx: Context, ino: int, root: int) -> None:
     parts = _parts(ctx, ino, TREE_XATTRS)
     names: dict[bytes, int] = {}
     for leaf in walk(ctx, root, ino, TREE_XATTRS, parts):
-        slots = item_slots(leaf[1], leaf[2])
-        fault = key_fault([s[0] for s in slots], leaf[3], leaf[4])
+        slots = item_slots(leaf.buffer, leaf.node)
+        fault = key_fault([s[0] for s in slots], leaf.low, leaf.end)
         if fault:
             shape_fault(ctx, leaf, ino, parts, fault)
         scan_attributes(ctx, ino, leaf, slots, names, parts)
@@ -277,15 +283,15 @@ def scan_attributes(
     parts: TreeParts,
 ) -> None:
     """Check the attributes in a leaf and claim the pages of long values."""
-    good, reason = check_items(slots, leaf[2])
+    good, reason = check_items(slots, leaf.node)
     if reason:
         items_fault(ctx, leaf, ino, parts, reason)
     for i, (key, offset, length, _) in enumerate(slots):
-        if (leaf[0], i) in ctx.attributes.get(ino, ()):
+        if (leaf.page, i) in ctx.attributes.get(ino, ()):
             continue
-        item = bytes(leaf[1][offset : offset + length])
+        item = bytes(leaf.buffer[offset : offset + length])
         if not good[i] or not _attribute(ctx, ino, key, item, names):
-            ctx.attributes.setdefault(ino, set()).add((leaf[0], i))
+            ctx.attributes.setdefault(ino, set()).add((leaf.page, i))
 
 
 def _attribute(ctx: Context, ino: int, key: int, item: bytes, names: dict[bytes, int]) -> bool:

@@ -7,7 +7,7 @@ anew: in the overlay, as all changes are.
 from __future__ import annotations
 
 from pkernfs import layout
-from pkernfs.fs.fsck.context import Context, Relocation, TreeParts
+from pkernfs.fs.fsck.context import Context, NewName, Relocation, TreeParts
 from pkernfs.fs.fsck.data import joined, release_extent, show, triples
 from pkernfs.fs.fsck.names import attributes_of, entries_of
 from pkernfs.fs.fsck.structures import (
@@ -104,7 +104,7 @@ def _release_chain(ctx: Context, page: int, ino: int) -> None:
     """Give back the overflow pages of a value that was checked before."""
     while page:
         ctx.released_pages.append((page, 1))
-        page, _ = parse_overflow(ctx.image.raw(page), ino)
+        page = parse_overflow(ctx.image.raw(page), ino).following
 
 
 # ------------------------------------------------------------------------------ extents
@@ -225,7 +225,7 @@ def _rebuild_names(ctx: Context, space: Allocator, ino: int) -> None:
         ):
             items[key] = NAME_ITEM.pack(target, kind) + name
         else:
-            homeless.append((name, target, kind))
+            homeless.append(NewName(name, target, kind))
     taken = set(items)
     for name, target, kind in homeless:
         key = _free_key(name_key(name, hash_key), taken)

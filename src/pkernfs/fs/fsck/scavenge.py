@@ -32,7 +32,7 @@ from pkernfs.fs.fsck.structures import (
     parse_node,
 )
 from pkernfs.fs.fsck.table import new_inode_page
-from pkernfs.fs.fsck.trees import Allocator, parts_of
+from pkernfs.fs.fsck.trees import Allocator, Leaf, parts_of
 from pkernfs.layout import (
     HEADER,
     INODE,
@@ -222,8 +222,8 @@ def _put_names(ctx: Context, ino: int, numbers: list[int]) -> None:
         slots = item_slots(page, node)
         outside = {(number, i) for i, s in enumerate(slots) if not _is_in(s[0], ranges)}
         fix_of(ctx, ino).drop |= outside
-        scan_names(ctx, ino, (number, page, node, 0, KEY_END), slots, Group(), parts)
-        parts.leaves.append((number, 0, KEY_END))
+        scan_names(ctx, ino, Leaf(number, page, node, 0, KEY_END), slots, Group(), parts)
+        parts.leaves.append(number)
         _report_leaf(ctx, ino, number, len(slots) - len(outside))
     drop_duplicates(ctx, ino, parts)
 
@@ -238,17 +238,17 @@ def _put_attributes(ctx: Context, ino: int, numbers: list[int]) -> None:
         slots = item_slots(page, node)
         outside = {(number, i) for i, s in enumerate(slots) if not _is_in(s[0], ranges)}
         ctx.attributes.setdefault(ino, set()).update(outside)
-        scan_attributes(ctx, ino, (number, page, node, 0, KEY_END), slots, names, parts)
-        parts.leaves.append((number, 0, KEY_END))
+        scan_attributes(ctx, ino, Leaf(number, page, node, 0, KEY_END), slots, names, parts)
+        parts.leaves.append(number)
         _report_leaf(ctx, ino, number, len(slots) - len(outside))
 
 
 def _resolve_dangling(ctx: Context) -> None:
-    """Names whose inode did not come back go."""
-    for ino, page, slot, target, kind, name in ctx.dangling:
+    """Drop the names whose inode did not come back, and count the others."""
+    for ino, slot, target, kind, name in ctx.dangling:
         if ctx.inodes.row(target) >= 0:
-            count_name(ctx, ino, (page, slot), name, target, kind)
+            count_name(ctx, ino, slot, name, target, kind)
             continue
         ctx.report.add(Code.NAME_DANGLING, ctx.file(ino), name=repr(name), got=target)
-        fix_of(ctx, ino).drop.add((page, slot))
+        fix_of(ctx, ino).drop.add(slot)
     ctx.dangling.clear()

@@ -92,6 +92,14 @@ def check_header(
 # ------------------------------------------------------------------------------ superblock
 
 
+class MapPage(NamedTuple):
+    """A block map page, and which blocks it has the bits of."""
+
+    page: int
+    first_block: int
+    blocks: int
+
+
 @dataclass(frozen=True)
 class Superblock:
     """Superblock (section 3); ``ranges`` as in the table."""
@@ -105,15 +113,14 @@ class Superblock:
         """Blocks of the region."""
         return self.fields.region_bytes // BLOCK
 
-    def map_pages(self) -> list[tuple[int, int, int]]:
-        """``(page, first block, blocks)`` of each block map page."""
+    def map_pages(self) -> list[MapPage]:
+        """List the block map pages, in the order of their blocks."""
         found = []
         for r in self.ranges:
             for i in range(r.map_pages):
                 first = i * MAP_BLOCKS
-                found.append(
-                    (r.map_page + i, r.first_block + first, min(MAP_BLOCKS, r.blocks - first))
-                )
+                blocks = min(MAP_BLOCKS, r.blocks - first)
+                found.append(MapPage(r.map_page + i, r.first_block + first, blocks))
         return found
 
 
@@ -448,8 +455,15 @@ def parse_attribute(item: bytes) -> Attribute:
     return Attribute(name, value_bytes, page)
 
 
-def parse_overflow(page: Buffer, owner: int) -> tuple[int, int]:
-    """``(next, length)`` of an overflow page whose common header was checked.
+class Overflow(NamedTuple):
+    """Header of an overflow page (section 8); ``following`` 0: the last of its value."""
+
+    following: int
+    length: int
+
+
+def parse_overflow(page: Buffer, owner: int) -> Overflow:
+    """Parse an overflow page whose common header was checked.
 
     :raises CorruptionError: owner or length.
     """
@@ -457,4 +471,4 @@ def parse_overflow(page: Buffer, owner: int) -> tuple[int, int]:
     following, length = layout.OVERFLOW.unpack_from(page, layout.OVERFLOW_OFFSET)
     if not 1 <= length <= layout.OVERFLOW_DATA_BYTES:
         raise CorruptionError(f"bad length: got {length}, expected 1..4032")
-    return following, length
+    return Overflow(following, length)

@@ -30,13 +30,13 @@ class Survey:
 
     @property
     def uuid(self) -> bytes:
-        """The file system's."""
+        """The UUID of the file system."""
         return self._ctx.sb.uuid
 
     def metadata_pages(self) -> list[int]:
-        """Every metadata page in use but the state page and the journal."""
+        """List every metadata page in use but the state page and the journal, ascending."""
         ctx = self._ctx
-        pages = [SUPERBLOCK_PAGE, BACKUP_PAGE, *(page for page, _, _ in ctx.sb.map_pages())]
+        pages = [SUPERBLOCK_PAGE, BACKUP_PAGE, *(m.page for m in ctx.sb.map_pages())]
         for block, mask in ctx.claims.meta.items():
             first = block * PAGES_PER_BLOCK
             while mask:
@@ -45,7 +45,7 @@ class Survey:
         return sorted(pages)
 
     def files(self) -> Iterator[tuple[int, list[tuple[int, int, int]]]]:
-        """Inode number and extents of each regular file that has a name, but for tables.
+        """Yield inode number and extents of each regular file that has a name, but for tables.
 
         Tables are proved right by their own check, and a unit may set bits in them meanwhile.
 

@@ -86,8 +86,8 @@ def _walk_table(ctx: Context) -> dict[int, int]:
         parts.faulty = True
         return pages
     for leaf in walk(ctx, ctx.state.inode_root, 0, TREE_EXTENTS, parts):
-        extents = extent_slots(leaf[1], leaf[2])
-        fault = key_fault([e[0] for e in extents], leaf[3], leaf[4])
+        extents = extent_slots(leaf.buffer, leaf.node)
+        fault = key_fault([e[0] for e in extents], leaf.low, leaf.end)
         if fault:
             shape_fault(ctx, leaf, 0, parts, fault)
         for extent in extents:

@@ -55,11 +55,12 @@ def _table_files(ctx: Context) -> dict[bytes, Pieces]:
     found: dict[bytes, Pieces] = {}
     if not ctx.inodes.type_of(IOMMU_INO):
         return found
-    for _slot, _key, ino, _kind, name in entries_of(ctx, IOMMU_INO):
+    for entry in entries_of(ctx, IOMMU_INO):
+        ino = entry.target
         if ctx.inodes.type_of(ino) == T_REG and ctx.fields(ino).flags & INODE_FLAG_TABLE:
             pieces = list(_pieces(ctx, ino))
             if pieces:
-                found[name] = pieces
+                found[entry.name] = pieces
     return found
 
 

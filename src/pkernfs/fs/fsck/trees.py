@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from operator import lt
+from typing import NamedTuple
 
 from pkernfs.errors import CorruptionError
 from pkernfs.fs.fsck.claims import ALL_PAGES, CARVED, FREE
@@ -26,11 +27,19 @@ from pkernfs.layout import (
     TREE_SLOTS_OFFSET,
 )
 
-Leaf = tuple[int, Buffer, Node, int, int]
+
+class Leaf(NamedTuple):
+    """A leaf of a tree, and the keys that may be in it: ``low`` <= key < ``end``."""
+
+    page: int
+    buffer: Buffer
+    node: Node
+    low: int
+    end: int
 
 
 def walk(ctx: Context, root: int, owner: int, kind: int, parts: TreeParts) -> Iterator[Leaf]:
-    """Claim every node and yield the leaves ``(page, bytes, header, low key, end key)``.
+    """Claim every node and yield the leaves.
 
     Faults are reported and noted in ``parts``; what is below a node that cannot be used is in
     ``parts.lost``. No page is visited twice, so this ends whatever the region holds.
@@ -46,8 +55,8 @@ def walk(ctx: Context, root: int, owner: int, kind: int, parts: TreeParts) -> It
             continue
         parts.nodes.append(page)
         if not node.level:
-            parts.leaves.append((page, low, end))
-            yield page, buffer, node, low, end
+            parts.leaves.append(page)
+            yield Leaf(page, buffer, node, low, end)
             continue
         slots = inner_slots(buffer, node)
         keys = [key for key, _ in slots]
@@ -81,12 +90,12 @@ def _fault(ctx: Context, code: Code, page: int, owner: int, parts: TreeParts, re
 
 def shape_fault(ctx: Context, leaf: Leaf, owner: int, parts: TreeParts, reason: str) -> None:
     """Report a leaf whose slots are not as they must be; the tree will be built anew."""
-    _fault(ctx, Code.TREE_SHAPE, leaf[0], owner, parts, reason)
+    _fault(ctx, Code.TREE_SHAPE, leaf.page, owner, parts, reason)
 
 
 def items_fault(ctx: Context, leaf: Leaf, owner: int, parts: TreeParts, reason: str) -> None:
     """Report a leaf whose items are not as they must be; the tree will be built anew."""
-    _fault(ctx, Code.TREE_ITEMS, leaf[0], owner, parts, reason)
+    _fault(ctx, Code.TREE_ITEMS, leaf.page, owner, parts, reason)
 
 
 def key_fault(keys: Sequence[int], low: int, end: int) -> str:
@@ -106,16 +115,16 @@ def parts_of(ctx: Context, root: int, owner: int, kind: int) -> TreeParts:
     if known is not None:
         return known
     parts = TreeParts()
-    todo = [(root, 0, KEY_END)] if root else []
+    todo = [root] if root else []
     while todo:
-        page, low, end = todo.pop()
+        page = todo.pop()
         buffer = ctx.image.raw(page)
         node = parse_node(buffer, owner, kind)
         parts.nodes.append(page)
         if node.level:
-            todo += [(child, 0, KEY_END) for _, child in reversed(inner_slots(buffer, node))]
+            todo += [child for _, child in reversed(inner_slots(buffer, node))]
         else:
-            parts.leaves.append((page, low, end))
+            parts.leaves.append(page)
     return parts
 
 
