@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import random
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,3 +37,17 @@ def test_find_run_and_runs(mask: int, count: int) -> None:
 def test_find_run_finds_nothing_in_nothing() -> None:
     assert bitmap.find_run(0, 1) == -1
     assert bitmap.runs(0) == []
+
+
+def test_it_knows_nothing_of_file_systems() -> None:
+    tree = ast.parse(inspect.getsource(bitmap))
+    names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert names == {"__future__", "typing"}
+
+
+@pytest.mark.parametrize("bit", range(20))
+def test_bit_b_is_bit_b_mod_8_of_byte_b_div_8(bit: int) -> None:
+    buffer = bytearray(3)
+    bitmap.set_run(buffer, bit, 1, True)
+    assert buffer[bit // 8] == 1 << bit % 8
+    assert sum(buffer) == buffer[bit // 8]

@@ -414,3 +414,61 @@ def test_no_space_leaves_nothing_half_done() -> None:
         assert (sp.blocks.free_blocks, sp.pages.free_pages) == free
         sp.load()
         assert (sp.blocks.free_blocks, sp.pages.free_pages) == free
+
+
+# ------------------------------------------------------------------------------ what is in flight
+
+
+def test_a_claim_comes_in_pieces() -> None:
+    claim = Claim([bitmap.Run(3, 5), bitmap.Run(20, 1)])
+    assert claim.pieces(4 * BLOCK) == [
+        (3 * BLOCK, 4 * BLOCK),
+        (7 * BLOCK, BLOCK),
+        (20 * BLOCK, BLOCK),
+    ]
+    assert [length for _, length in claim.pieces()] == [8 << 20, 2 << 20, 2 << 20]
+
+
+@pytest.mark.parametrize(("count", "kept"), [(1, 8), (4, 8), (5, 10), (300, 512)])
+def test_how_much_is_kept_behind_a_growing_file(count: int, kept: int) -> None:
+    """At least 8 blocks, or twice what it took, up to 1 GiB."""
+    with space(3 * GIB) as sp:
+        taken = sp.alloc(count, 600, owner=5)
+        assert taken[0] == 600
+        others = sp.alloc(sp.blocks.free_blocks - kept)
+        assert not set(others) & set(range(600, 600 + count + kept))
+
+
+def test_the_64_files_that_grew_last_have_room() -> None:
+    with space(2 * GIB) as sp:
+        for owner in range(65):
+            sp.alloc(1, 100 + 10 * owner, owner=owner)
+        assert sp.alloc(1, 101) == [101]
+        assert sp.alloc(1, 111) != [111]
+
+
+def test_a_chosen_block_is_nobody_elses_and_dirty() -> None:
+    with space(16 * BLOCK) as sp:
+        free = sp.blocks.free_blocks
+        with sp.store:
+            block = sp.blocks.choose(1, 7)
+            assert block not in {b for f, n in sp.blocks.alloc(free - 1) for b in range(f, f + n)}
+            sp.region.copy_in(block * BLOCK, b"filled")
+            sp.blocks.alloc_chosen(block)
+        assert sp.blocks.free_blocks == 0
+        assert block in sp.bits(MAP_USED_OFFSET)
+        assert block not in sp.bits(MAP_ZERO_OFFSET)
+
+
+def test_a_chosen_block_that_is_not_wanted_is_free() -> None:
+    with space(16 * BLOCK) as sp:
+        free = sp.blocks.free_blocks
+        with sp.store:
+            block = sp.blocks.choose(1, 7)
+            sp.region.copy_in(block * BLOCK, b"filled")
+            sp.blocks.free_chosen(block)
+        assert sp.blocks.free_blocks == free
+        assert block not in sp.bits(MAP_USED_OFFSET)
+        assert block not in sp.bits(MAP_ZERO_OFFSET)
+        assert sp.alloc(1, block) == [block]
+        assert sp.region.is_zero(block * BLOCK, BLOCK)

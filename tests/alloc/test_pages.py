@@ -7,7 +7,14 @@ import random
 import pytest
 
 from pkernfs.errors import NoSpaceError
-from pkernfs.layout import BLOCK, CLASS_DATA, CLASS_META
+from pkernfs.layout import (
+    BLOCK,
+    CLASS_DATA,
+    CLASS_META,
+    MAGIC_PAGE_MAP,
+    PAGE_MAP_USED_OFFSET,
+    PAGES_PER_BLOCK,
+)
 from support.space import space
 
 
@@ -48,3 +55,38 @@ def test_an_empty_carved_block_is_given_back_whole() -> None:
                 for page in taken[at : at + 300]:
                     sp.pages.free(page)
         assert sp.blocks.free_blocks >= free - 1
+
+
+def test_page_0_of_each_block_is_its_map() -> None:
+    with space(16 * BLOCK) as sp:
+        for kind in (CLASS_META, CLASS_DATA):
+            with sp.store:
+                runs = sp.pages.alloc(511, kind)
+            assert all(first % PAGES_PER_BLOCK for first, _ in runs)
+            for block in {first // PAGES_PER_BLOCK for first, _ in runs}:
+                page = sp.store.read(block * PAGES_PER_BLOCK, MAGIC_PAGE_MAP)
+                assert page[PAGE_MAP_USED_OFFSET] & 1
+
+
+def test_data_and_metadata_are_in_different_blocks_while_there_is_room() -> None:
+    with space(16 * BLOCK) as sp:
+        blocks: dict[int, set[int]] = {CLASS_META: set(), CLASS_DATA: set()}
+        for i in range(1000):
+            kind = (CLASS_META, CLASS_DATA)[i % 2]
+            with sp.store:
+                ((page, _),) = sp.pages.alloc(1, kind)
+            blocks[kind].add(page // PAGES_PER_BLOCK)
+        assert not blocks[CLASS_META] & blocks[CLASS_DATA]
+        assert blocks[CLASS_META] | blocks[CLASS_DATA] == set(sp.blocks.page_granular_blocks())
+
+
+def test_the_goal_comes_first() -> None:
+    with space(16 * BLOCK) as sp:
+        with sp.store:
+            ((first, _),) = sp.pages.alloc(20, CLASS_DATA)
+        with sp.store:
+            sp.pages.free(first + 5, 10)
+        with sp.store:
+            runs = sp.pages.alloc(12, CLASS_DATA, first + 8)
+        assert runs[0] == (first + 8, 7)  # as far as it goes
+        assert sum(length for _, length in runs) == 12
