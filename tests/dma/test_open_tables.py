@@ -138,6 +138,7 @@ def test_a_region_without_addresses_gets_them_back(mapped: Host) -> None:
     mapped.assert_check_clean()
 
 
+@pytest.mark.slow("the whole region is copied, and mounted three times")
 def test_tables_of_another_place_are_refused(
     mapped: Host, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -90,6 +90,7 @@ def test_detach_without_root_pgtables(host: Host) -> None:
     refused(host, NotFoundError, lambda: host.tables.detach(DEVICE), "no device is attached")
 
 
+@pytest.mark.slow("root-pgtables takes 250 devices")
 def test_root_pgtables_is_used_up(host: Host) -> None:
     """In scalable mode each device takes two pages."""
     host.tables.create_root(Config(Mode.SCALABLE, 4))

@@ -54,6 +54,7 @@ def test_one_file_of_99_percent_by_truncate(fs: FileSystem) -> None:
     assert len(fs.extents(ino)) == 1
 
 
+@pytest.mark.slow("a gigabyte is written")
 @in_a_gib
 def test_one_file_of_99_percent_by_writes(fs: FileSystem) -> None:
     ino = make(fs)
@@ -208,6 +209,7 @@ def _fragmented(fs: FileSystem, pieces: int) -> int:
     return ino
 
 
+@pytest.mark.slow("a region is filled page by page")
 @pytest.mark.parametrize("how", ["unlink", "truncate", "punch", "rename", "close"])
 def test_freeing_more_extents_than_a_transaction_holds(fs: FileSystem, how: str) -> None:
     ino = _fragmented(fs, 1_500)

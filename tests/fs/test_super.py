@@ -31,6 +31,7 @@ from support.files import (
 # ------------------------------------------------------------------------------ space
 
 
+@pytest.mark.slow("10,000 files are made")
 @in_a_gib
 def test_ten_thousand_small_files_in_a_gib(fs: FileSystem) -> None:
     directory = fs.mkdir(ROOT, b"d", 0o755, 0, 0).ino

@@ -6,6 +6,7 @@ import contextlib
 import stat
 from functools import partial
 
+from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import NoSpaceError
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.fsck import Code, Report, check
@@ -35,7 +36,7 @@ def read_all(fs: FileSystem, ino: int = ROOT_INO) -> dict[bytes, object]:
 
 def assert_mounts(region: Region) -> dict[bytes, object]:
     """The file system mounts, reads, takes new files, and is clean after all."""
-    fs = FileSystem.mount(region)
+    fs = mount_filesystem(region)
     tree = read_all(fs)
     ino = fs.create(ROOT_INO, b"new file", REG, 0, 0).ino
     fs.write(ino, 0, b"new data" * 3000)
@@ -67,7 +68,7 @@ def repair_and_check(region: Region, *codes: Code) -> tuple[Report, dict[bytes, 
 def tree_of(pristine: Pristine) -> dict[bytes, object]:
     with Region.anonymous(REGION_BYTES) as region:
         region.copy_in(0, pristine[0])
-        fs = FileSystem.mount(region)
+        fs = mount_filesystem(region)
         tree = read_all(fs)
         fs.unmount()
         return tree
@@ -75,7 +76,7 @@ def tree_of(pristine: Pristine) -> dict[bytes, object]:
 
 def fill_up(d: Damage) -> None:
     """Use up every block and page that a mount gives away."""
-    fs = FileSystem.mount(d.region)
+    fs = mount_filesystem(d.region)
     ino = fs.create(ROOT_INO, b"filler", REG, 0, 0).ino
     for step in (BLOCK, PAGE):
         at = 0

@@ -256,11 +256,11 @@ class Files:
                 )
             with self._store:
                 self._inodes.touch(inode)
-                self._blocks.take_chosen(block)
+                self._blocks.alloc_chosen(block)
                 self._map.promote(inode, block)
                 self._inodes.save(inode)
         except PkernfsError:
-            self._blocks.release_chosen(block)
+            self._blocks.free_chosen(block)
             raise
 
     def set_size(self, inode: Inode, size: int) -> None:

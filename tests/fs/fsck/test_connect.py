@@ -6,7 +6,7 @@ import stat
 
 import pytest
 
-from pkernfs.fs.filesystem import FileSystem
+from pkernfs.dma.mount import mount_filesystem
 from pkernfs.fs.fsck import Code, check
 from pkernfs.fs.fsck.trees import Allocator, NoRoomError
 from pkernfs.layout import ROOT_INO, STATE_MOUNTED
@@ -117,7 +117,7 @@ def test_nameless_goes_to_lost_found(damage: Damage) -> None:
     assert isinstance(lost, dict)
     assert lost[b"#%d" % damage.inos["small"]] == b"small " * 700
     assert lost[b"#%d" % damage.inos["dir"]][b"sub"][b"deep"] == {b"file": b"at the bottom"}
-    fs = FileSystem.mount(damage.region)
+    fs = mount_filesystem(damage.region)
     assert stat.S_IMODE(fs.lookup(ROOT_INO, b"lost+found").mode) == 0o700
     fs.unmount()
     # And once more, into the one that is there.

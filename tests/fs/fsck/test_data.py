@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pkernfs import layout
-from pkernfs.fs.filesystem import FileSystem
+from pkernfs.dma.mount import mount_filesystem
 from pkernfs.fs.fsck import Code
 from pkernfs.layout import INODE_FLAG_PENDING, PAGE, PAGES_PER_BLOCK, STATE_MOUNTED, STATE_PAGE
 from support.damage import Damage, make_orphan
@@ -161,7 +161,7 @@ def test_pending_truncation_is_completed(damage: Damage) -> None:
     data = tree[b"guest"]
     assert isinstance(data, bytes)
     assert len(data) == (4 << 20) + 100
-    fs = FileSystem.mount(damage.region)
+    fs = mount_filesystem(damage.region)
     fs.setattr(damage.inos["guest"], size=8 << 20)
     assert not bytes(fs.read(damage.inos["guest"], (4 << 20) + 100, 4 << 20)).strip(b"\0")
     fs.unmount()

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import PkernfsError, ReadOnlyError
 from pkernfs.fs import fsck
-from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.fsck import Code, check
 from pkernfs.layout import PAGE
 from pkernfs.region.region import Region
@@ -63,7 +63,7 @@ def outcome(region: Region) -> None:
     again = check(region, repair=False)
     assert not again.problems, [str(p) for p in again.problems]
     assert not again.notes, [str(p) for p in again.notes]
-    fs = FileSystem.mount(region)
+    fs = mount_filesystem(region)
     read_all(fs)
     fs.unmount()
     assert check(region, repair=False).clean
@@ -85,7 +85,7 @@ HITS = st.lists(
 def use_damaged(region: Region) -> None:
     """Mount a damaged region, read all of it, change it: nothing but a PkernfsError comes of it."""
     with contextlib.suppress(PkernfsError):
-        fs = FileSystem.mount(region)
+        fs = mount_filesystem(region)
         with contextlib.suppress(PkernfsError):
             read_all(fs)
         for name in [entry[0] for entry in fs.readdir(1, 0)]:

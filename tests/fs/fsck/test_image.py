@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import PkernfsError
-from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.fsck import Code, check
 from pkernfs.layout import BLOCK, ROOT_INO, STATE_PAGE
 from pkernfs.region.region import Region
@@ -76,7 +76,7 @@ def files_in(tree: dict[bytes, object]) -> list[tuple[bytes, object]]:
 def use(region: Region) -> None:
     """Mount what a stopped repair left, if that works, and take up space in it."""
     try:
-        fs = FileSystem.mount(region)
+        fs = mount_filesystem(region)
         fs.write(fs.create(ROOT_INO, b"in between", REG, 0, 0).ino, 0, b"in between" * 50000)
         fs.write(fs.create(ROOT_INO, b"large", REG, 0, 0).ino, 0, b"large" * BLOCK)
         fs.unmount()
@@ -102,7 +102,7 @@ def test_a_repair_may_be_stopped_at_any_store(
     check(region, repair=True)
     stores = trace_stop()
     assert len(stores) > 40
-    fs = FileSystem.mount(region)
+    fs = mount_filesystem(region)
     expected = files_in(read_all(fs))
     fs.unmount()
     for cut in sorted({*range(0, len(stores), max(1, len(stores) // 30)), len(stores) - 1}):
@@ -116,7 +116,7 @@ def test_a_repair_may_be_stopped_at_any_store(
         assert not report.counts[Code.ZERO_NOT_ZERO], cut
         again = check(region, repair=False)
         assert again.clean, (cut, [str(p) for p in again.problems])
-        fs = FileSystem.mount(region)
+        fs = mount_filesystem(region)
         found = [f for f in files_in(read_all(fs)) if f[0] not in (b"in between", b"large")]
         assert found == expected, cut
         fs.unmount()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pkernfs.fs.filesystem import FileSystem
+from pkernfs.dma.mount import mount_filesystem
 from pkernfs.fs.fsck import Code, check
 from pkernfs.layout import BLOCK, ROOT_INO
 from pkernfs.region.region import Region
@@ -16,7 +16,7 @@ def fragmented(file: MemoryFile) -> tuple[Populated, dict[int, bytes]]:
     """A file with so many extents that its tree has an inner node, and bytes in each."""
     with file.open() as region:
         populated = populate(region, names=5, attributes=1)
-        fs = FileSystem.mount(region)
+        fs = mount_filesystem(region)
         ino = fs.create(ROOT_INO, b"fragmented", REG, 0, 0).ino
         marks = {}
         for i in range(400):
@@ -28,7 +28,7 @@ def fragmented(file: MemoryFile) -> tuple[Populated, dict[int, bytes]]:
 
 
 def marks_left(region: Region, ino: int, marks: dict[int, bytes]) -> int:
-    fs = FileSystem.mount(region)
+    fs = mount_filesystem(region)
     left = sum(bytes(fs.read(ino, at, len(mark))) == mark for at, mark in marks.items())
     fs.unmount()
     return left
@@ -52,7 +52,7 @@ def test_guest_memory_survives_a_lost_node(what: str) -> None:
             report = check(region, repair=True)
             assert report.counts[Code.TREE_LEAF_FOUND] or what == "leaf"
             assert check(region, repair=False).clean
-            fs = FileSystem.mount(region)
+            fs = mount_filesystem(region)
             assert fs.lookup(ROOT_INO, b"fragmented").ino == ino
             fs.unmount()
             left = marks_left(region, ino, marks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import stat
 
-from pkernfs.fs.filesystem import FileSystem
+from pkernfs.dma.mount import mount_filesystem
 from pkernfs.fs.fsck import Code
 from pkernfs.layout import BLOCK, INODE_FLAG_PENDING, IOMMU_INO, ROOT_INO
 from support.damage import REG, Damage
@@ -146,7 +146,7 @@ def test_inodes_of_a_damaged_page_become_roots_own(damage: Damage) -> None:
     assert isinstance(left, dict)
     assert b"a-name-that-takes-some-room-0020" not in left
     assert len(left) == 149
-    fs = FileSystem.mount(damage.region)
+    fs = mount_filesystem(damage.region)
     kept = fs.inode(many + 1 if many & 15 < 15 else many - 1)
     assert (kept.mode, kept.uid) == (stat.S_IFREG | 0o600, 0)
     fs.unmount()
