@@ -76,7 +76,7 @@ def machine(tmp_path: Path) -> Machine:
 def test_every_pkernfs_is_handed_over(asked: Asked, machine: Machine) -> None:
     prepared = prepare(Request(), machine)
     assert asked.points == prepared.mount_points == ["/mnt/a", "/mnt/b"]
-    assert prepared.jumping == []
+    assert prepared.with_devices == []
     assert not prepared.plan.crash
     assert prepared.plan.handovers == [
         ["pkernfs", "handover", "/mnt/a"],
@@ -97,7 +97,7 @@ def test_devices_that_must_go_on(asked: Asked, machine: Machine) -> None:
     prepared = prepare(Request(append="quiet"), machine)
     assert prepared.plan.crash
     assert prepared.plan.problems == []
-    assert prepared.jumping == ["/mnt/b"]
+    assert prepared.with_devices == ["/mnt/b"]
     assert prepared.plan.append.startswith("quiet ")
 
 
@@ -106,7 +106,7 @@ def test_an_orderly_one_asks_nobody(asked: Asked, machine: Machine) -> None:
     prepared = prepare(Request(orderly=True), machine)
     assert asked.points == []
     assert not prepared.plan.crash
-    assert prepared.jumping == []
+    assert prepared.with_devices == []
 
 
 def test_a_region_that_goes_with_this_kernel(asked: Asked, machine: Machine) -> None:

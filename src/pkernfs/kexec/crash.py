@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from pkernfs.errors import NotFoundError, RegionError
 from pkernfs.host import cmdline, kernel_image, pci
@@ -27,6 +28,20 @@ _SOFT_OF_RAM = re.compile(r"(\S+%\S+?)-1(\+0xefffffff)", re.IGNORECASE)
 #: vfio-pci puts a device that is bound, for one by vfio-pci.ids=, and not open to sleep otherwise.
 AWAKE = "vfio_pci.disable_idle_d3=1"
 _NEVER = ("elfcorehdr", "reset_devices", "vfio_pci.disable_idle_d3")
+
+
+class Rewritten(NamedTuple):
+    """A command line that was changed, and the parameter that was added."""
+
+    line: str
+    added: str
+
+
+class DriverCheck(NamedTuple):
+    """Modules that the next kernel must not load, and problems that remain."""
+
+    blocked: list[str]
+    problems: list[str]
 
 
 # ---------------------------------------------------------------------- the command line
@@ -95,22 +110,22 @@ def _gives_memory(part: str) -> bool:
     return bool(found) and found[0].kind is Kind.RAM
 
 
-def without_modules(line: str, names: Sequence[str]) -> tuple[str, str]:
-    """A command line whose kernel loads none of these modules; and what was added.
+def without_modules(line: str, names: Sequence[str]) -> Rewritten:
+    """Have the kernel load none of these modules.
 
     Of several ``module_blacklist=`` only the last one counts.
     """
     before = [n for v in cmdline.values(line, "module_blacklist") for n in v.split(",")]
     kept = [w for w in cmdline.quoted_words(line) if not w.startswith("module_blacklist=")]
     wanted = f"module_blacklist={','.join(dict.fromkeys([*before, *names]))}"
-    return cmdline.with_words(" ".join(kept), [wanted]), wanted
+    return Rewritten(cmdline.with_words(" ".join(kept), [wanted]), wanted)
 
 
-def with_iommu(line: str, *, scalable: bool) -> tuple[str, str]:
-    """A command line whose kernel drives the units in the tables' own mode; and what was added."""
+def with_iommu(line: str, *, scalable: bool) -> Rewritten:
+    """Have the kernel drive the units in the tables' own mode."""
     wanted = "intel_iommu=on," + ("sm_on" if scalable else "sm_off")
     kept = [w for w in cmdline.quoted_words(line) if not w.startswith("intel_iommu=")]
-    return cmdline.with_words(" ".join(kept), [wanted]), wanted
+    return Rewritten(cmdline.with_words(" ".join(kept), [wanted]), wanted)
 
 
 # ---------------------------------------------------------------------- will it adopt
@@ -166,10 +181,11 @@ def _mode_problems(line: str, config: kernel_image.Config, needs: Needs) -> Iter
         )
 
 
-def keep_drivers_away(
-    host: Host, image: str, devices: Sequence[str]
-) -> tuple[list[str], list[str]]:
-    """Modules that the next kernel must not load, for they would reset a device; and problems."""
+def keep_drivers_away(host: Host, image: str, devices: Sequence[str]) -> DriverCheck:
+    """Find the modules that the next kernel must not load, for they would reset a device.
+
+    :raises NotFoundError: there is no such device.
+    """
     release = kernel_image.release_of(host, image) or ""
     blocked: dict[str, str] = {}
     problems = []
@@ -190,7 +206,7 @@ def keep_drivers_away(
             else:
                 blocked[module] = device
     problems += _also_needed(host, blocked, devices)
-    return sorted(blocked), problems
+    return DriverCheck(sorted(blocked), problems)
 
 
 def _also_needed(host: Host, blocked: dict[str, str], devices: Sequence[str]) -> Iterator[str]:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from pkernfs.errors import PkernfsError, RegionError
 from pkernfs.host import cmdline
 from pkernfs.host.cmdline import Kind
-from pkernfs.host.iomem import Span
+from pkernfs.host.iomem import Span, overlap
 from pkernfs.host.kcore import Kcore, KcoreError
 from pkernfs.host.sysroot import HOST, Host
 from pkernfs.region import dax
@@ -128,7 +128,7 @@ def _needed(spans: list[Span], is_dax: bool, host: Host) -> Iterator[tuple[str, 
         yield spares[0], _SparesDax()
     for one in cmdline.named_regions(running):
         named = _spans_of(one.spec, host)
-        if any(a.start < b.end and b.start < a.end for a in named for b in spans):
+        if any(overlap(a, b) for a in named for b in spans):
             name = "" if one.name is None else f"{one.name}:"
             yield f"pkernfs={name}{one.spec}", _Names(one, host)
 

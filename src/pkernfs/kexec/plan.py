@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from pkernfs.errors import NotFoundError, RegionError
 from pkernfs.host import cmdline, iomem
@@ -28,6 +29,13 @@ CRASH_JUMP = (
     "# then units that the kernel drives get the region's root table, and it panics on processor 0 "
     "(echo c > /proc/sysrq-trigger)"
 )
+
+
+class KernelFiles(NamedTuple):
+    """Absolute paths of a kernel and its initrd, if it has one."""
+
+    kernel: str
+    initrd: str | None
 
 
 @dataclass
@@ -119,7 +127,7 @@ def _for_devices(
     plan.losses += crash.losses(host, needs, mount_points)
 
 
-def find_kernel(kernel: str | None, initrd: str | None, host: Host) -> tuple[str, str | None]:
+def find_kernel(kernel: str | None, initrd: str | None, host: Host) -> KernelFiles:
     """Return paths of the kernel and its initrd; the running kernel's if they are not given.
 
     :raises NotFoundError: there is none there.
@@ -133,7 +141,7 @@ def find_kernel(kernel: str | None, initrd: str | None, host: Host) -> tuple[str
     for path in (kernel, initrd):
         if path is not None and not os.path.isfile(host.path(path.lstrip("/"))):
             raise NotFoundError(f"{path}: no such file: name one with --kernel and --initrd")
-    return kernel, initrd
+    return KernelFiles(kernel, initrd)
 
 
 def without_boot_loader(line: str) -> str:

@@ -34,12 +34,12 @@ class Prepared:
     """A kexec that is decided.
 
     :ivar mount_points: of the file systems to hand over, in their order
-    :ivar jumping: of those with devices that must go on
+    :ivar with_devices: of those with devices that must go on
     """
 
     plan: Plan
     mount_points: list[str]
-    jumping: list[str]
+    with_devices: list[str]
 
 
 def prepare(request: Request, host: Host = HOST) -> Prepared:
@@ -72,8 +72,8 @@ def prepare(request: Request, host: Host = HOST) -> Prepared:
         needs=needs,
         host=host,
     )
-    jumping = [point for point, n in mount_needs.needs.items() if n.devices]
-    return Prepared(plan, points, jumping)
+    with_devices = [point for point, n in mount_needs.needs.items() if n.devices]
+    return Prepared(plan, points, with_devices)
 
 
 def ask(mounts: list[Mount]) -> dict[str, Needs]:

@@ -50,7 +50,7 @@ def hand_over_and_start(
         for point in prepared.mount_points:
             _hand_over(point, plan, observer, handed)
         if plan.crash:
-            _start_by_panic(prepared.jumping, observer)
+            _start_by_panic(prepared.with_devices, observer)
         else:
             _run(plan.start)
 
