@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pkernfs.errors import InvalidError, NotFoundError
-from pkernfs.host.bars import Bar, all_bars, parse_bar, parse_device, read_bar
+from pkernfs.host.bars import Bar, all_bars, parse_bar, read_bar
 from pkernfs.host.sysroot import Host
 from support.dmar_tables import add_device, config
 
@@ -61,12 +61,6 @@ def test_bad_bar(text: str) -> None:
 def test_parse_bar() -> None:
     assert parse_bar("0000:00:06.0:5") == (0x30, 5)
     assert parse_bar("ff:1f.7:0") == (0xFFFF, 0)
-
-
-def test_a_device_of_another_segment_has_no_root_table() -> None:
-    assert parse_device("0000:00:05.0") == parse_device("00:05.0") == 0x28
-    with pytest.raises(InvalidError, match="only PCI segment 0000"):
-        parse_device("0001:00:05.0")
 
 
 def test_the_bars_of_all_devices(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pkernfs.errors import InvalidError
 from pkernfs.host.dmar import IOAPIC, Scope, parse
 from pkernfs.host.pci import (
     PciDevice,
@@ -14,6 +15,7 @@ from pkernfs.host.pci import (
     driver_module_of,
     group_of,
     modalias_of,
+    parse_device,
     read_device,
     reserved_memory_of,
     unit_of,
@@ -57,6 +59,12 @@ def test_reserved_memory_is_the_devices_that_it_names() -> None:
 
 
 # ---------------------------------------------------------------------- sysfs
+
+
+def test_a_device_of_another_segment_has_no_root_table() -> None:
+    assert parse_device("0000:00:05.0") == parse_device("00:05.0") == 0x28
+    with pytest.raises(InvalidError, match="only PCI segment 0000"):
+        parse_device("0001:00:05.0")
 
 
 def test_devices_as_sysfs_has_them(tmp_path: Path) -> None:

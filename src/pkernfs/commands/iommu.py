@@ -307,7 +307,7 @@ def _unmap(args: argparse.Namespace) -> int:
 
 def _attach(args: argparse.Namespace) -> int:
     from pkernfs.control import client, protocol
-    from pkernfs.host.bars import parse_device
+    from pkernfs.host.pci import parse_device
 
     _mount, number = _domain(args.dom)
     client.call(args.dom, protocol.Attach(number, parse_device(args.bdf)))
@@ -316,7 +316,7 @@ def _attach(args: argparse.Namespace) -> int:
 
 def _snapshot(args: argparse.Namespace) -> int:
     from pkernfs.control import client, protocol
-    from pkernfs.host.bars import parse_device
+    from pkernfs.host.pci import parse_device
 
     _mount, number = _domain(args.dom)
     client.call(args.dom, protocol.Snapshot(number, parse_device(args.bdf)))
@@ -325,7 +325,7 @@ def _snapshot(args: argparse.Namespace) -> int:
 
 def _detach(args: argparse.Namespace) -> int:
     from pkernfs.control import client, protocol
-    from pkernfs.host.bars import parse_device
+    from pkernfs.host.pci import parse_device
 
     device = parse_device(args.bdf)
     client.call(_mount_with(args, device), protocol.Detach(device))
@@ -334,7 +334,7 @@ def _detach(args: argparse.Namespace) -> int:
 
 def _persist(args: argparse.Namespace) -> int:
     from pkernfs.control import client, protocol
-    from pkernfs.host.bars import parse_device
+    from pkernfs.host.pci import parse_device
 
     device = parse_device(args.bdf)
     client.call(_mount_with(args, device), protocol.Persist(device, args.switch == "on"))
@@ -461,7 +461,7 @@ def _read(args: argparse.Namespace) -> int:
 
 def _request(args: argparse.Namespace) -> Read:
     from pkernfs.control.protocol import Read
-    from pkernfs.host.bars import parse_device
+    from pkernfs.host.pci import parse_device
     from pkernfs.vtd.entries import parse_perm
 
     request = Read(

@@ -10,10 +10,10 @@ import contextlib
 from typing import NamedTuple
 
 from pkernfs.errors import InvalidError, NotFoundError
-from pkernfs.host.pci import DEVICES, all_devices
+from pkernfs.host.pci import DEVICES, all_devices, parse_device
 from pkernfs.host.sysroot import HOST, Host
 from pkernfs.layout import PAGE
-from pkernfs.vtd.entries import bdf_text, parse_bdf
+from pkernfs.vtd.entries import bdf_text
 
 _BARS = 6
 _IORESOURCE_MEM = 0x200
@@ -50,17 +50,6 @@ def parse_bar(text: str) -> BarName:
     if number not in [str(n) for n in range(_BARS)]:
         raise InvalidError(f"BAR {text!r}: expected DDDD:BB:DD.F:N with N from 0 to 5")
     return BarName(parse_device(name), int(number))
-
-
-def parse_device(text: str) -> int:
-    """Return the source id of a device of segment 0, which is the one that a root table is for.
-
-    :raises InvalidError: no device's address, or of another segment.
-    """
-    segment, source_id = parse_bdf(text)
-    if segment:
-        raise InvalidError(f"device {text!r}: only PCI segment 0000 is supported")
-    return source_id
 
 
 def read_bar(source_id: int, number: int, host: Host = HOST) -> Bar:

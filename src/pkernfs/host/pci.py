@@ -47,6 +47,17 @@ class PciDevice(NamedTuple):
         return bdf_text(self.source_id, self.segment)
 
 
+def parse_device(text: str) -> int:
+    """Return the source id of a device of segment 0, which is the one that a root table is for.
+
+    :raises InvalidError: no device's address, or of another segment.
+    """
+    segment, source_id = parse_bdf(text)
+    if segment:
+        raise InvalidError(f"device {text!r}: only PCI segment 0000 is supported")
+    return source_id
+
+
 def read_device(host: Host, source_id: int, segment: int = 0) -> PciDevice | None:
     """Read a device as it is now; None: there is none."""
     name = bdf_text(source_id, segment)
