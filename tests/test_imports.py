@@ -41,7 +41,7 @@ LAYERS = (
     ("cli",),
 )
 #: Not part of the running program: they build the extension modules.
-BUILDERS = {"native.build", "fuse.shim_build"}
+BUILDERS = {"native.build", "native.compiler", "fuse.shim_build"}
 #: The extension modules, and who alone may use each.
 EXTENSIONS = {
     "native._native": {

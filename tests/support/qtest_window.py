@@ -20,7 +20,7 @@ class Bus(Protocol):
 
 
 class QtestWindow:
-    """As native.c does the steps, one load or store at a time."""
+    """As mmio.c does the steps, one load or store at a time."""
 
     def __init__(self, bus: Bus, base: int = UNIT) -> None:
         self._bus = bus

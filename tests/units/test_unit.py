@@ -104,7 +104,7 @@ def test_a_fault_record() -> None:
     assert str(fault).endswith("write of 0x0: fault reason 0xff")
 
 
-# ---------------------------------------------------------------------- native.c's steps
+# ---------------------------------------------------------------------- mmio.c's steps
 
 
 def test_steps_on_memory() -> None:

@@ -13,7 +13,7 @@ from kexeclab import LabError, cache, rootfs
 CHECKOUT = Path(__file__).resolve().parents[3]
 _BUILT_FROM = ("pyproject.toml", "setup.py", "README.md", "src")
 _COPIED = (*_BUILT_FROM, "scripts", "tests", "docs", "CHANGELOG.md")
-_GENERATED = ("__pycache__", ".hypothesis", "_native.c", "_shim.c")
+_GENERATED = ("__pycache__", ".hypothesis", "_native.c", "_shim.c", "_declared.h")
 _INSTALL = f"""
 set -e
 cp -r {rootfs.PROJECT} /tmp/source

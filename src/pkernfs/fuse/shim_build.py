@@ -2,9 +2,17 @@
 
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 from cffi import FFI
+
+_SOURCE = str(Path(__file__).resolve().parents[2])
+sys.path.insert(0, _SOURCE)
+try:
+    from pkernfs.native import compiler
+finally:
+    sys.path.remove(_SOURCE)
 
 _STATE = """
     struct pk_request {
@@ -71,15 +79,12 @@ ffibuilder.set_source(
     "pkernfs.fuse._shim",
     _PROLOGUE + Path(__file__).with_name("shim.c").read_text(),
     extra_compile_args=[
-        "-O2",
-        "-Wall",
-        "-Wextra",
-        "-std=gnu11",
+        *compiler.COMPILE,
         "-D_FILE_OFFSET_BITS=64",
         *_pkg_config("--cflags"),
     ],
-    extra_link_args=[*_pkg_config("--libs"), "-ldl"],
+    extra_link_args=[*_pkg_config("--libs"), "-ldl", *compiler.LINK],
 )
 
 if __name__ == "__main__":
-    ffibuilder.compile(tmpdir=str(Path(__file__).parents[2]), verbose=True)
+    ffibuilder.compile(tmpdir=_SOURCE, verbose=True)

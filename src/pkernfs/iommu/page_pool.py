@@ -1,4 +1,4 @@
-"""The pages of page tables, and the loops over them that are native.c's.
+"""The pages of page tables, and the loops over them that are pagetable.c's.
 
 Everything of :mod:`pkernfs.iommu` that touches cffi pointers is here; what the entries mean is
 :mod:`pkernfs.vtd.entries`'s business.
@@ -25,7 +25,7 @@ class Mapping(NamedTuple):
 
 
 class RawFinding(NamedTuple):
-    """What native.c's walk found wrong: a code, and the entry (its address, what it holds)."""
+    """What pagetable.c's walk found wrong: a code, and the entry (its address, what it holds)."""
 
     code: int
     level: int
@@ -51,7 +51,7 @@ _SCAN_BATCH = 512
 
 
 class TablePool:
-    """The pages of one domain's page tables, as the loops of native.c see them.
+    """The pages of one domain's page tables, as the loops of pagetable.c see them.
 
     Which pages are in use is found by :meth:`check`. A change runs between :meth:`begin` and
     :meth:`commit` or :meth:`abort`; pages that it takes are not reachable before the caller's

@@ -1,1 +1,1 @@
-"""The C of the core: stores, checksums, the journal's commit, loops over page tables, registers."""
+"""The C of the core, a file for each subject; native.h says what each file offers."""

@@ -1,106 +1,98 @@
-"""Builds ``pkernfs.native._native`` from native.c, in cffi's API mode."""
+"""Builds ``pkernfs.native._native`` from the C files beside it, in cffi's API mode.
 
+Each thing is declared once: structures and functions in native.h, of which cffi gets the part that
+is marked for it; numbers that Python declares as well (the format of entries, registers, the
+journal's record) in Python, from where they go to _declared.h.
+"""
+
+import os
+import re
+import sys
 from pathlib import Path
 
 from cffi import FFI
 
+_HERE = Path(__file__).resolve().parent
+_SOURCE = _HERE.parents[1]
+# A checkout is built before it is installed, and another one may be installed already.
+sys.path.insert(0, str(_SOURCE))
+try:
+    from pkernfs import layout
+    from pkernfs.native import compiler
+    from pkernfs.vtd import entries, registers
+finally:
+    sys.path.remove(str(_SOURCE))
+
+#: What _declared.h is made from.
+_DECLARATIONS = ("layout.py", "vtd/entries.py", "vtd/registers.py")
+
+_LEAF = entries.SecondStageLeaf4K
+_SMALL = {
+    "PAGE": layout.PAGE,
+    "BLOCK": layout.BLOCK,
+    "RECORD_MAGIC": layout.MAGIC_RECORD,
+    "RECORD_BYTES": layout.RECORD.size,
+    "RUN_BYTES": layout.RUN.size,
+    "PT_PAGE_SHIFT": entries.PAGE_SHIFT,
+    "PT_LEVEL_BITS": entries.LEVEL_BITS,
+    "PT_ENTRIES": entries.ENTRIES,
+    "PT_MAX_LEVEL": max(entries.LEVELS),
+    "PT_MAX_LEAF_LEVEL": entries.LARGEST_LEAF_LEVEL,
+    "MMIO_GCMD": registers.Command.OFFSET,
+    "MMIO_GSTS": registers.STATUS,
+    "MMIO_KEPT": registers.KEPT,
+    **{f"STEP_{kind.name}": kind.value for kind in registers.Kind},
+}
+#: Parts of an entry; 64 bits wide, so that their complements are.
+_MASKS = {
+    "PT_READ_WRITE": entries.READ_WRITE,
+    "PT_LARGE": entries.PS,
+    "PT_ACCESSED_DIRTY": _LEAF.A.mask | _LEAF.D.mask,
+    "PT_SNOOP": _LEAF.SNP.mask,
+    "PT_ADDRESS": entries.ADDRESS_MASK,
+}
+
+
+def declared_header() -> str:
+    """_declared.h: the numbers that Python declares, for C."""
+    lines = [f"/* Made by build.py from {', '.join(_DECLARATIONS)}. */"]
+    lines += [f"#define {name} {value:#x}u" for name, value in _SMALL.items()]
+    lines += [f"#define {name} {value:#x}ull" for name, value in _MASKS.items()]
+    return "\n".join(lines) + "\n"
+
+
+def cdef_of(header: str) -> str:
+    """The part of native.h that is for cffi: without values of #defines, with declared numbers."""
+    part = header.split("/* cdef */", 1)[1].split("/* end of cdef */", 1)[0]
+    part = re.sub(r"^#define (\w+) .*$", r"#define \1 ...", part, flags=re.MULTILINE)
+    for name, value in _SMALL.items():
+        part = re.sub(rf"\b{name}\b", str(value), part)
+    return part
+
+
+def _store_if_other(path: Path, text: str) -> None:
+    """Write a file unless it is so already: what depends on it would be compiled again."""
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+_store_if_other(_HERE / "_declared.h", declared_header())
+
+# setuptools wants them relative to setup.py; compile() changes the directory.
+_from = _HERE if __name__ == "__main__" else Path(os.path.relpath(_HERE))
+
 ffibuilder = FFI()
-
-ffibuilder.cdef(
-    """
-    void pk_trace_start(void);
-    uint64_t pk_trace_stop(void);
-    const uint8_t *pk_trace_data(void);
-
-    void pk_copy(uint8_t *base, uint64_t offset, const uint8_t *data, uint64_t n);
-    void pk_zero(uint8_t *base, uint64_t offset, uint64_t n);
-    void pk_store_u64(uint8_t *base, uint64_t offset, uint64_t value);
-    int pk_is_zero(const uint8_t *p, uint64_t n);
-
-    uint32_t pk_crc32c(uint32_t crc, const uint8_t *p, uint64_t n);
-    uint32_t pk_page_crc(const uint8_t *page);
-    uint64_t pk_crc64(uint64_t crc, const uint8_t *p, uint64_t n);
-    uint64_t pk_digest(const uint8_t *base, uint64_t size, const uint64_t *parts,
-                       const uint64_t *ends, uint64_t n, uint64_t *digests);
-    void pk_page_sums(const uint8_t *base, const uint64_t *numbers, uint64_t n, int slots,
-                      uint32_t *sums);
-
-    int64_t pk_commit(uint8_t *base, uint64_t journal, uint64_t capacity, uint64_t sequence,
-                      const uint8_t *uuid, uint8_t *images, const uint64_t *numbers,
-                      const uint8_t *fresh, uint64_t n);
-    int64_t pk_commit_words(uint8_t *base, uint64_t journal, uint64_t capacity,
-                            uint64_t sequence, const uint8_t *uuid, const uint64_t *offsets,
-                            const uint64_t *words, uint64_t n);
-    int pk_journal_state(const uint8_t *base, uint64_t size, uint64_t journal,
-                         uint64_t capacity, const uint8_t *uuid);
-    void pk_journal_replay(uint8_t *base, uint64_t journal);
-
-    struct pk_piece { uint64_t physical, offset, length, first; };
-    struct pk_pool {
-        const struct pk_piece *pieces;
-        uint64_t n_pieces;
-        uint8_t *state;
-        uint64_t n_pages, cursor;
-        uint64_t free, wanted, peak;
-    };
-    struct pk_mapping { uint64_t iova, physical, length, bits; };
-    struct pk_finding { uint64_t code, level, iova, where, value; };
-    struct pk_check {
-        uint64_t table_reserved[6], leaf_reserved[6];
-        const uint64_t *allowed, *tables;
-        uint64_t n_allowed, n_tables, hint;
-        struct pk_finding *found;
-        uint64_t max_found, n_found, n_leaves, n_seen, bytes;
-    };
-    int pk_pt_is_live(const struct pk_pool *pool, uint64_t physical);
-    uint64_t pk_pt_take(struct pk_pool *pool);
-    void pk_pt_give_back(struct pk_pool *pool, uint64_t physical);
-    void pk_pt_fill(uint64_t *entries, uint64_t first, uint64_t step, uint64_t n);
-    uint64_t pk_pt_build(uint8_t *base, struct pk_pool *pool, unsigned level, unsigned leaf,
-                         uint64_t physical, uint64_t bits);
-    uint64_t pk_pt_conflict(const uint64_t *entries, uint64_t first, uint64_t step, uint64_t n);
-    int pk_pt_any(const uint64_t *entries, uint64_t n);
-    uint64_t pk_pt_merged(const uint64_t *entries, uint64_t step);
-    uint64_t pk_pt_verify(const uint8_t *base, const struct pk_pool *pool, uint64_t table,
-                          unsigned level, uint64_t physical, uint64_t bits);
-    uint64_t pk_pt_drop(const uint8_t *base, struct pk_pool *pool, uint64_t table,
-                        unsigned level);
-    uint64_t pk_pt_copy(uint8_t *base, struct pk_pool *pool, uint64_t table, unsigned level,
-                        uint64_t bits, uint64_t *bytes);
-    int64_t pk_pt_scan(const uint8_t *base, const struct pk_pool *pool, uint64_t root,
-                       unsigned levels, uint64_t *from, uint64_t to, struct pk_mapping *out,
-                       uint64_t max);
-    void pk_pt_check(const uint8_t *base, struct pk_pool *pool, struct pk_check *c,
-                     uint64_t root, unsigned levels);
-
-    int pk_pt_mark(const uint8_t *base, const struct pk_pool *pool, uint64_t root,
-                   unsigned levels, const struct pk_pool *memory, uint8_t *blocks,
-                   uint8_t *seen);
-    uint64_t pk_pt_find(const uint8_t *base, const struct pk_pool *pool, uint64_t root,
-                        unsigned levels, const uint64_t *ranges, uint64_t n, uint8_t *seen);
-
-    struct pk_step { uint64_t kind, offset, value, mask; };
-    uint32_t pk_mmio_read32(const uint8_t *registers, uint64_t offset);
-    uint64_t pk_mmio_read64(const uint8_t *registers, uint64_t offset);
-    int pk_mmio_run(uint8_t *registers, const uint8_t *memory, const struct pk_step *steps,
-                    uint64_t n, const struct pk_step *last, uint64_t n_last,
-                    uint64_t nanoseconds);
-    void pk_flush_lines(const uint8_t *p, uint64_t n);
-
-    uint8_t *pk_map(int fd, uint64_t offset, uint64_t size, uint64_t align, int writable,
-                    int *error);
-    void pk_unmap(uint8_t *map, uint64_t size);
-    void pk_exit_on_bus_error(const char *line, int status);
-    int pk_msync(uint8_t *map, uint64_t size);
-    uint64_t pk_fs_magic(int fd);
-    """
-)
-
+ffibuilder.cdef(cdef_of((_HERE / "native.h").read_text()))
 ffibuilder.set_source(
     "pkernfs.native._native",
-    Path(__file__).with_name("native.c").read_text(),
-    extra_compile_args=["-O2", "-Wall", "-Wextra", "-std=gnu11"],
+    '#include "native.h"',
+    sources=[str(_from / path.name) for path in sorted(_HERE.glob("[!_]*.c"))],
+    include_dirs=[str(_from)],
+    depends=[str(_from / name) for name in ("native.h", "_declared.h")],
+    # Calls from file to file are direct ones, and no other module's function takes their place.
+    extra_compile_args=[*compiler.COMPILE, "-fvisibility=hidden"],
+    extra_link_args=compiler.LINK,
 )
 
 if __name__ == "__main__":
-    ffibuilder.compile(tmpdir=str(Path(__file__).parents[2]), verbose=True)
+    ffibuilder.compile(tmpdir=str(_SOURCE), verbose=True)

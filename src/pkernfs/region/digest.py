@@ -1,7 +1,7 @@
 """Digests of a region's bytes, at the speed of memory: CRC-64 of chunks, checksums of pages.
 
 CRC-64/NVME finds accidents (a change is missed once in 2^64 times); it proves nothing about who
-made one. The loops are in native.c and run without the interpreter lock.
+made one. The loops are in digest.c and run without the interpreter lock.
 """
 
 from __future__ import annotations

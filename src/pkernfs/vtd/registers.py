@@ -219,7 +219,7 @@ class Granularity(enum.IntEnum):
 
 
 class Kind(enum.IntEnum):
-    """What a step does; native.c has the same numbers."""
+    """What a step does; mmio.c does it."""
 
     WRITE_32 = 0
     WRITE_64 = 1
