@@ -30,10 +30,12 @@ SAFE_PAGES = 400  # their images fill less than the 2 MiB of the journal
 _ZERO_PAGE = bytes(PAGE)
 _unpack_magic = Struct("<I").unpack_from
 _MAX_VERIFIED = 1 << 17
+#: So that cffi refuses fewer bytes than C reads.
+_C_PAGE = ffi.typeof(f"uint8_t[{PAGE}]")
 
-JOURNAL_EMPTY = 0
-JOURNAL_PENDING = 1
-JOURNAL_DAMAGED = -1
+JOURNAL_EMPTY: int = lib.JOURNAL_EMPTY
+JOURNAL_PENDING: int = lib.JOURNAL_PENDING
+JOURNAL_DAMAGED: int = lib.JOURNAL_DAMAGED
 
 
 class TransactionTooLarge(NoSpaceError):
@@ -73,7 +75,7 @@ class PageStore:
         self._fresh = ffi.new("uint8_t[]", MAX_PAGES)
         self._used = 0
         self._open = False
-        self._uuid_c = ffi.from_buffer("uint8_t[]", uuid)
+        self._uuid_c = ffi.from_buffer("uint8_t[16]", uuid)
 
     # ------------------------------------------------------------------ recovery
 
@@ -98,7 +100,9 @@ class PageStore:
         if state == JOURNAL_EMPTY:
             return False
         if write and self.region.writable:
-            lib.pk_journal_replay(self.region.base, self._journal)
+            lib.pk_journal_replay(
+                self.region.base, self.region.size, self._journal, self._capacity, self._uuid_c
+            )
         else:
             self._replay_in_memory()
         self._verified.clear()
@@ -184,17 +188,20 @@ class PageStore:
         if changed is not None:
             change(changed)
         self.sequence += 1
-        lib.pk_commit(
+        done = lib.pk_commit(
             self.region.base,
+            self.region.size,
             self._journal,
             self._capacity,
             self.sequence,
             self._uuid_c,
-            ffi.from_buffer("uint8_t[]", image),
+            ffi.from_buffer(_C_PAGE, image),
             ffi.new("uint64_t[]", [page]),
             ffi.new("uint8_t[]", [0]),
             1,
         )
+        if done < 0:
+            raise _refusal(done)
 
     def commit_words(self, words: Sequence[tuple[int, int]]) -> None:
         """Store ``(region offset, word)`` as one, in that order, each as an aligned 8-byte store.
@@ -216,6 +223,7 @@ class PageStore:
         self.sequence += 1
         done = lib.pk_commit_words(
             self.region.base,
+            self.region.size,
             self._journal,
             self._capacity,
             self.sequence,
@@ -225,7 +233,7 @@ class PageStore:
             len(words),
         )
         if done < 0:
-            raise TransactionTooLarge("change too large for the journal")
+            raise _refusal(done)
 
     def _take(self, page: int, fresh: int) -> memoryview:
         if not self._open:
@@ -256,7 +264,7 @@ class PageStore:
             raise CorruptionError(
                 f"{where}: bad magic: got {got_magic:#010x}, expected {magic:#010x}"
             )
-        expected = int(lib.pk_page_crc(ffi.from_buffer("uint8_t[]", data)))
+        expected = int(lib.pk_page_crc(ffi.from_buffer(_C_PAGE, data)))
         if checksum != expected:
             raise CorruptionError(
                 f"{where}: bad checksum: got {checksum:#010x}, expected {expected:#010x}"
@@ -300,6 +308,7 @@ class PageStore:
             sequence = self.sequence = self.sequence + 1
             done = lib.pk_commit(
                 self.region.base,
+                self.region.size,
                 self._journal,
                 self._capacity,
                 sequence,
@@ -311,7 +320,7 @@ class PageStore:
             )
             if done < 0:
                 self._abort()
-                raise TransactionTooLarge("change too large for the journal")
+                raise _refusal(done)
             if len(self._verified) > _MAX_VERIFIED:
                 self._verified.clear()
             for page, image in self._images.items():
@@ -337,3 +346,10 @@ class PageStore:
         self.on_abort = []
         for callback in reversed(callbacks):
             callback()
+
+
+def _refusal(code: int) -> Exception:
+    """Why C did not commit; nothing that is in use was touched."""
+    if code == lib.COMMIT_OUTSIDE:
+        return CorruptionError("a change reaches out of the region: run fsck")
+    return TransactionTooLarge("change too large for the journal")

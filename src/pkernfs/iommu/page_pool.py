@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from pkernfs.errors import TableDamageError
+from pkernfs.errors import RegionError, TableDamageError
 from pkernfs.layout import BLOCK, PAGE
 from pkernfs.native._native import ffi, lib
 from pkernfs.region.region import Region
+from pkernfs.vtd.entries import ENTRIES
 
 
 class Mapping(NamedTuple):
@@ -34,6 +35,27 @@ class RawFinding(NamedTuple):
     value: int
 
 
+class Scanned(NamedTuple):
+    """Some mappings, and the address to go on from; None: that is all."""
+
+    mappings: list[Mapping]
+    next: int | None
+
+
+class Copied(NamedTuple):
+    """A copy of a table (its physical address or ``NO_PAGE``), and the bytes that it maps."""
+
+    table: int
+    mapped_bytes: int
+
+
+class Reserved(NamedTuple):
+    """Bits that must be zero in entries of one level."""
+
+    table: int
+    leaf: int
+
+
 class TreeFigures(NamedTuple):
     """What one walk saw: the first findings, how many there were, and sizes."""
 
@@ -44,21 +66,29 @@ class TreeFigures(NamedTuple):
     mapped_bytes: int
 
 
-NO_PAGE = (1 << 64) - 1
-_BROKEN = NO_PAGE - 1
-_FREE, _LIVE, _NEW, _DEAD, _ASIDE = range(5)
+NO_PAGE: int = lib.PT_NONE
 _SCAN_BATCH = 512
+#: So that cffi refuses fewer bytes than C reads.
+_C_TABLE = ffi.typeof(f"uint64_t[{ENTRIES}]")
+#: What a page is; NEW and FREED are so until the change is committed, DEFERRED until the unit has
+#: forgotten what it had cached.
+_FREE: int = lib.PAGE_FREE
+_REACHABLE: int = lib.PAGE_REACHABLE
+_NEW: int = lib.PAGE_NEW
+_FREED: int = lib.PAGE_FREED
+_DEFERRED: int = lib.PAGE_DEFERRED
 
 
 class TablePool:
     """The pages of one domain's page tables, as the loops of pagetable.c see them.
 
     Which pages are in use is found by :meth:`check`. A change runs between :meth:`begin` and
-    :meth:`commit` or :meth:`abort`; pages that it takes are not reachable before the caller's
-    commit, and those that it gives back stay as they are until then.
+    :meth:`commit` or :meth:`abort`; pages that it allocates are not reachable before the caller's
+    commit, and those that it frees stay as they are until then.
 
-    :param pieces: ``(physical address, region offset, length)`` in bytes, sorted.
-    :param tables: False: nothing in there will be walked or taken; it costs no byte for each page.
+    :param pieces: ``(physical address, region offset, length)`` in bytes, whole pages, sorted.
+    :param tables: False: no page of it is one of a table; it costs no byte for each page.
+    :raises RegionError: a piece is not whole pages inside the region.
     """
 
     def __init__(
@@ -68,6 +98,8 @@ class TablePool:
         self._pieces = ffi.new("struct pk_piece[]", len(pieces))
         first = 0
         for at, (physical, offset, length) in enumerate(pieces):
+            if (physical | offset | length) % PAGE or not 0 < length <= region.size - offset:
+                raise RegionError(f"memory at {physical:#x}: not whole pages of {region.name}")
             self._pieces[at] = (physical, offset, length, first)
             first += length // PAGE
         self._state = bytearray(first if tables else 0)
@@ -76,19 +108,21 @@ class TablePool:
         self._pool.pieces = self._pieces
         self._pool.n_pieces = len(pieces)
         self._pool.state = self._state_c
-        self._pool.n_pages = first
+        self._pool.n_pages = len(self._state)
+        #: Where the last piece ends in the region, in bytes.
+        self._end = max((offset + length for _physical, offset, length in pieces), default=0)
 
     # ------------------------------------------------------------------ pages
 
     @property
     def free_pages(self) -> int:
-        """Pages that a change may take."""
+        """Pages that a change may allocate."""
         return self._state.count(_FREE)
 
     @property
     def used_pages(self) -> int:
         """Pages that are reachable from the top-level table."""
-        return self._state.count(_LIVE)
+        return self._state.count(_REACHABLE)
 
     def begin(self) -> None:
         """Start a change."""
@@ -101,36 +135,36 @@ class TablePool:
         """How many free pages too few the change has had so far."""
         return max(0, int(self._pool.peak - self._pool.free))
 
-    def commit(self, *, aside: bool) -> None:
-        """What was taken is live; what was given back is free, or put ``aside``."""
-        self._become({_NEW: _LIVE, _DEAD: _ASIDE if aside else _FREE})
+    def commit(self, *, deferred: bool) -> None:
+        """What was allocated is reachable; what was freed is free, or ``deferred``."""
+        self._become({_NEW: _REACHABLE, _FREED: _DEFERRED if deferred else _FREE})
 
     def abort(self) -> None:
         """Nothing has changed."""
-        self._become({_NEW: _FREE, _DEAD: _LIVE})
+        self._become({_NEW: _FREE, _FREED: _REACHABLE})
 
     def release(self) -> None:
-        """What was put aside is free."""
-        self._become({_ASIDE: _FREE})
+        """Deferred pages are free."""
+        self._become({_DEFERRED: _FREE})
 
     def _become(self, changes: dict[int, int]) -> None:
         table = bytes(changes.get(state, state) for state in range(256))
         self._state[:] = self._state.translate(table)
 
-    def is_live(self, physical: int) -> bool:
+    def is_reachable(self, physical: int) -> bool:
         """Whether a table that was found by the walk, and is still wanted, is there."""
-        return bool(lib.pk_pt_is_live(self._pool, physical))
+        return bool(lib.pk_pt_is_reachable(self._pool, physical))
 
-    def take(self) -> int:
+    def alloc(self) -> int:
         """Physical address of a free page; ``NO_PAGE``: there is none, which is counted."""
-        return int(lib.pk_pt_take(self._pool))
+        return int(lib.pk_pt_alloc(self._pool))
 
-    def give_back(self, physical: int) -> None:
+    def free(self, physical: int) -> None:
         """The table there is no longer wanted."""
-        lib.pk_pt_give_back(self._pool, physical)
+        lib.pk_pt_free(self._pool, physical)
 
     def new_pages(self) -> Iterator[int]:
-        """Region offsets of the pages that the change has taken."""
+        """Region offsets of the pages that the change has allocated."""
         at = self._state.find(_NEW)
         for piece in self._pieces:
             while 0 <= at < piece.first + piece.length // PAGE:
@@ -149,38 +183,40 @@ class TablePool:
         return None if found == NO_PAGE else found
 
     def drop(self, table: int, level: int) -> int:
-        """Give back a table and all below it; the bytes that it mapped."""
+        """Free a table and all below it; the bytes that it mapped."""
         return int(lib.pk_pt_drop(self._base, self._pool, table, level))
 
-    def copy(self, table: int, level: int, perm: int) -> tuple[int, int]:
-        """A copy with other permissions, for the old one: its address or ``NO_PAGE``, and bytes.
+    def copy(self, table: int, level: int, perm: int) -> Copied:
+        """A copy of a table and all below it with other permissions; the old ones are freed.
 
-        :raises TableDamageError: something below the table is no live table.
+        :raises TableDamageError: something below the table is no reachable table.
         """
         mapped = ffi.new("uint64_t *")
         new = int(lib.pk_pt_copy(self._base, self._pool, table, level, perm, mapped))
-        if new == _BROKEN:
+        if new == lib.PT_BROKEN:
             raise TableDamageError(f"page table at {table:#x}: damaged below: run the check")
-        return new, int(mapped[0])
+        return Copied(new, int(mapped[0]))
 
-    def scan(
-        self, root: int, levels: int, start: int, end: int
-    ) -> tuple[list[Mapping], int | None] | None:
-        """Some mappings from ``start`` on, and where to go on; None: the tables are damaged."""
+    def scan(self, root: int, levels: int, start: int, end: int) -> Scanned | None:
+        """Some mappings from ``start`` on; None: the tables are damaged."""
         out = ffi.new("struct pk_mapping[]", _SCAN_BATCH)
         at = ffi.new("uint64_t *", start)
         count = int(lib.pk_pt_scan(self._base, self._pool, root, levels, at, end, out, _SCAN_BATCH))
         if count < 0:
             return None
         found = [Mapping(m.iova, m.physical, m.length, m.bits) for m in out[0:count]]
-        return found, None if at[0] == NO_PAGE else int(at[0])
+        return Scanned(found, None if at[0] == NO_PAGE else int(at[0]))
 
     def mark(self, root: int, levels: int, memory: TablePool, blocks: bytearray) -> bool:
         """Set the byte of each 2 MiB block that a leaf below ``root`` maps something of.
 
         ``memory`` says where the region's blocks are. Tables that cannot be reached are passed by:
         False.
+
+        :raises RegionError: there are fewer bytes in ``blocks`` than ``memory`` has blocks.
         """
+        if len(blocks) * BLOCK < memory._end:
+            raise RegionError(f"blocks: got {len(blocks)}, expected up to {memory._end:#x} bytes")
         blocks_c = ffi.from_buffer("uint8_t[]", blocks)
         seen = ffi.new("uint8_t[]", len(self._state))
         done = lib.pk_pt_mark(self._base, self._pool, root, levels, memory._pool, blocks_c, seen)
@@ -202,20 +238,20 @@ class TablePool:
         root: int,
         levels: int,
         *,
-        reserved: Sequence[tuple[int, int]],
+        reserved: Sequence[Reserved],
         allowed: Sequence[tuple[int, int]],
         tables: Sequence[tuple[int, int]],
         max_findings: int,
     ) -> TreeFigures:
         """Walk all tables below ``root``, each once, and note which pages they are.
 
-        ``reserved`` has masks of a table entry and of a leaf for each level from 0 on; ``allowed``
-        and ``tables`` are sorted ranges of physical addresses that leaves may, and must not, reach.
+        ``reserved`` is for each level from 0 on; ``allowed`` and ``tables`` are sorted ranges of
+        physical addresses that leaves may, and must not, reach.
         """
         self._state[:] = bytes(len(self._state))
         c = ffi.new("struct pk_check *")
-        c.table_reserved = [table for table, _leaf in reserved]
-        c.leaf_reserved = [leaf for _table, leaf in reserved]
+        c.table_reserved = [one.table for one in reserved]
+        c.leaf_reserved = [one.leaf for one in reserved]
         allowed_c = ffi.new("uint64_t[]", [x for pair in allowed for x in pair] or [0])
         tables_c = ffi.new("uint64_t[]", [x for pair in tables for x in pair] or [0])
         found_c = ffi.new("struct pk_finding[]", max_findings)
@@ -255,20 +291,22 @@ class BlockMap:
 
 def fill_entries(words: memoryview, first: int, step: int) -> None:
     """A run of leaves into those of ``words`` (8-byte items) that are not present."""
-    lib.pk_pt_fill(ffi.from_buffer("uint64_t[]", words), first, step, len(words))
+    entries = ffi.from_buffer("uint64_t[]", words)
+    lib.pk_pt_fill(entries, first, step, len(entries))
 
 
 def conflicting_entry(words: memoryview, first: int, step: int) -> int:
     """Index of the first entry that is present and not what that run has there; or the length."""
     entries = ffi.from_buffer("uint64_t[]", words)
-    return int(lib.pk_pt_conflict(entries, first, step, len(words)))
+    return int(lib.pk_pt_conflict(entries, first, step, len(entries)))
 
 
 def any_present(words: memoryview) -> bool:
     """Whether one of the entries is present."""
-    return bool(lib.pk_pt_any(ffi.from_buffer("uint64_t[]", words), len(words)))
+    entries = ffi.from_buffer("uint64_t[]", words)
+    return bool(lib.pk_pt_any(entries, len(entries)))
 
 
 def merged_entry(words: memoryview, step: int) -> int:
     """The leaf that can stand for a whole table of leaves of ``step`` bytes; 0: none can."""
-    return int(lib.pk_pt_merged(ffi.from_buffer("uint64_t[]", words), step))
+    return int(lib.pk_pt_merged(ffi.from_buffer(_C_TABLE, words), step))

@@ -273,7 +273,7 @@ class PageTable:
         except BaseException:
             self._pool.abort()
             raise
-        self._pool.commit(aside=self.walked)
+        self._pool.commit(deferred=self.walked)
 
     def _images(self, root: _Image) -> list[_Image]:
         images = [root]
@@ -292,8 +292,8 @@ class PageTable:
             assert image.parent is not None
             if not self._pool.free_pages:
                 break
-            new = self._pool.take()
-            self._pool.give_back(image.physical)
+            new = self._pool.alloc()
+            self._pool.free(image.physical)
             image.physical, image.fresh = new, True
             words = image.parent.words
             words[image.index] = words[image.index] & ~ADDRESS_MASK | new
@@ -325,7 +325,7 @@ class PageTable:
         child = image.children.get(index)
         if child is None:
             at = image.words[index] & ADDRESS_MASK
-            if not self._pool.is_live(at):
+            if not self._pool.is_reachable(at):
                 raise TableDamageError(f"page table at {at:#x}: not one of this domain's tables")
             child = _Image(at, image.level - 1, self._read(at), image, index, fresh=False)
             image.children[index] = child
@@ -333,7 +333,7 @@ class PageTable:
 
     def _new(self, image: _Image, index: int) -> _Image:
         """A new empty table for an entry. Without a free page all goes on, to count them."""
-        at = self._pool.take()
+        at = self._pool.alloc()
         child = _Image(at, image.level - 1, bytes(PAGE), image, index, fresh=True)
         image.children[index] = child
         image.words[index] = at & ADDRESS_MASK | READ_WRITE
@@ -351,7 +351,7 @@ class PageTable:
     def _put(self, image: _Image, index: int, entry: int) -> None:
         """``entry`` instead of the child table that has an image."""
         child = image.children.pop(index)
-        self._pool.give_back(child.physical)
+        self._pool.free(child.physical)
         image.words[index] = entry
 
     def _merge(self, image: _Image, index: int) -> None:

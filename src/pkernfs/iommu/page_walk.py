@@ -1,18 +1,31 @@
-"""Walks over all of one domain's page tables, in C: what is mapped, and what is wrong."""
+"""Walks over all of one domain's page tables: what is mapped, what is wrong, and each leaf.
+
+All that has to be fast is in C (pagetable.c); :func:`leaves` is for who wants entries as they are.
+"""
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from pkernfs.errors import TableDamageError
-from pkernfs.iommu.page_pool import BlockMap, Mapping, RawFinding, TablePool
-from pkernfs.vtd.entries import LEAVES, MAX_PHYSICAL_BITS, SecondStageTable
+from pkernfs.iommu.memory import Words
+from pkernfs.iommu.page_pool import BlockMap, Mapping, RawFinding, Reserved, TablePool
+from pkernfs.vtd.entries import (
+    ADDRESS_MASK,
+    ENTRIES,
+    LEAVES,
+    LEVELS,
+    MAX_PHYSICAL_BITS,
+    SecondStageTable,
+    is_leaf,
+    is_present,
+    leaf_bytes,
+)
 
 MAX_FINDINGS = 1000
 _EVERYWHERE = [(0, 1 << 63)]
-_MAX_LEVEL = 5
 
 
 class Code(enum.IntEnum):
@@ -97,13 +110,12 @@ def check_tree(
     :param allowed: sorted, disjoint ranges of physical addresses that leaves may map.
     :param tables: the same, of all memory that holds tables.
     """
-    none = (0, 0)
-    reserved = [none] + [
-        (
+    reserved = [Reserved(0, 0)] + [
+        Reserved(
             SecondStageTable.reserved(physical_bits),
             LEAVES[level].reserved(physical_bits) if level in LEAVES else 0,
         )
-        for level in range(1, _MAX_LEVEL + 1)
+        for level in range(1, max(LEVELS) + 1)
     ]
     figures = pool.check(
         root, levels, reserved=reserved, allowed=allowed, tables=tables, max_findings=MAX_FINDINGS
@@ -149,6 +161,94 @@ def _continues(last: Mapping, m: Mapping) -> bool:
         and last.physical + last.length == m.physical
         and last.perm == m.perm
     )
+
+
+#: The words of the table at a physical address, which is one of that level. It raises where there
+#: is none, and where there are too many: tables may refer to each other in circles.
+Read = Callable[[int, int], tuple[int, ...]]
+
+
+class Leaf(NamedTuple):
+    """An entry that maps memory, and the address that it translates."""
+
+    iova: int
+    entry: int
+
+
+class Leaves(NamedTuple):
+    """Entries of one table, one after the other, that refer to no table; some are not present.
+
+    ``iova`` is what the first of them translates, ``path`` the entries that led to the table, the
+    highest first.
+    """
+
+    level: int
+    iova: int
+    entries: tuple[int, ...]
+    path: tuple[int, ...]
+
+    def present(self) -> Iterator[Leaf]:
+        """Those that are present."""
+        size = leaf_bytes(self.level)
+        for index, entry in enumerate(self.entries):
+            if is_present(entry):
+                yield Leaf(self.iova + index * size, entry)
+
+
+def leaves(
+    read: Read, table: int, level: int, *, start: int = 0, lowest: int = 1
+) -> Iterator[Leaves]:
+    """What is no reference to a table, in order of the addresses, from address ``start`` on.
+
+    :param level: that of the table; entries of tables below level ``lowest`` are left out.
+    :raises TableDamageError: ``read`` does.
+    """
+    return _leaves(read, table, level, 0, (), start, lowest)
+
+
+def _leaves(
+    read: Read,
+    table: int,
+    level: int,
+    iova: int,
+    path: tuple[int, ...],
+    start: int,
+    lowest: int,
+) -> Iterator[Leaves]:
+    words = read(table, level)
+    size = leaf_bytes(level)
+    first = min(max(0, start - iova) // size, ENTRIES)
+    for index in range(first, ENTRIES if level > 1 else first):
+        entry = words[index]
+        if not is_present(entry) or is_leaf(entry, level):
+            continue
+        if first < index:
+            yield Leaves(level, iova + first * size, words[first:index], path)
+        first = index + 1
+        if level > lowest:
+            at = iova + index * size
+            below = entry & ADDRESS_MASK
+            yield from _leaves(read, below, level - 1, at, (*path, entry), start, lowest)
+    if first < ENTRIES:
+        yield Leaves(level, iova + first * size, words[first:], path)
+
+
+def reader(memory: Words, most: int) -> Read:
+    """Reads up to ``most`` tables that are in some memory, for one walk.
+
+    :raises TableDamageError (of what is returned): a table is elsewhere, or there are more.
+    """
+    left = most
+
+    def read(physical: int, level: int) -> tuple[int, ...]:
+        nonlocal left
+        left -= 1
+        words = memory.words(physical, ENTRIES)
+        if words is None or left < 0:
+            raise TableDamageError(f"page table at {physical:#x}: damaged: run the check")
+        return words
+
+    return read
 
 
 def without(these: Sequence[Mapping], those: Sequence[Mapping]) -> Iterator[Mapping]:

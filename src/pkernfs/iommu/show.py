@@ -7,15 +7,16 @@ The lines come one by one: a domain of 4 KiB pages has many.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
-from pkernfs.errors import TableDamageError
 from pkernfs.iommu.context_walk import Device
 from pkernfs.iommu.export import Record, Target
 from pkernfs.iommu.memory import Memory
 from pkernfs.iommu.page_pool import Mapping
+from pkernfs.iommu.page_walk import leaves, reader
 from pkernfs.iommu.translate import Translation
 from pkernfs.layout import PAGE
-from pkernfs.vtd.entries import ADDRESS_MASK, bdf_text, is_leaf, is_present, leaf_bytes, perm_text
+from pkernfs.vtd.entries import LEVELS, bdf_text, leaf_bytes, perm_text
 
 _TRANSLATION_HEAD = "B.D.F\tRoot_entry\t\t\t\tContext_entry\t\t\t\tPASID\tPASID_table_entry"
 DOMAIN_COLUMNS = "{:<17}\t{:<18}\t{:<18}\t{:<18}\t{:<18}\t{}".format(
@@ -53,21 +54,32 @@ def domain_struct(
     """
     yield domain_head(device, table, pasid)
     yield DOMAIN_COLUMNS
-    for _end, line in leaf_lines(memory, table, levels):
-        yield line
+    for line in leaf_lines(memory, table, levels):
+        yield line.text
     yield ""
 
 
-def leaf_lines(
-    memory: Memory, table: int, levels: int, start: int = 0
-) -> Iterator[tuple[int, str]]:
-    """The end of what each leaf maps, and its line, from address ``start`` on.
+class LeafLine(NamedTuple):
+    """The end of what a leaf maps, and the line for it."""
+
+    end: int
+    text: str
+
+
+def leaf_lines(memory: Memory, table: int, levels: int, start: int = 0) -> Iterator[LeafLine]:
+    """A line for each leaf, from address ``start`` on.
 
     The tables must not change meanwhile; afterwards one may go on from the last end.
 
     :raises TableDamageError: a table outside ``memory``, or reached too often.
     """
-    return _Leaves(memory, start).lines(table, levels, 0, [0] * 6)
+    nothing = (0,) * (max(LEVELS) - levels)
+    read = reader(memory, memory.size // PAGE)
+    for run in leaves(read, table, levels, start=start):
+        size = leaf_bytes(run.level)
+        path = "".join(f"{entry:#018x}\t" for entry in (*nothing, *run.path))
+        for iova, entry in run.present():
+            yield LeafLine(iova + size, f"{iova // PAGE:#015x} |\t{path}{entry:#018x}")
 
 
 def domain_head(device: str, table: int, pasid: int | None = None) -> str:
@@ -142,42 +154,6 @@ def merged(mappings: Iterable[Mapping]) -> Iterator[str]:
         iova = f"{m.iova:#018x}-{m.iova + m.length - 1:#x}"
         physical = f"{m.physical:#018x}-{m.physical + m.length - 1:#x}"
         yield f"{iova:<33}\t{physical:<33}\t{perm_text(m.perm)}"
-
-
-class _Leaves:
-    def __init__(self, memory: Memory, first: int) -> None:
-        self._memory = memory
-        self._first = first
-        self._left = memory.size // PAGE
-
-    def lines(
-        self, table: int, level: int, start: int, path: list[int]
-    ) -> Iterator[tuple[int, str]]:
-        self._left -= 1
-        words = self._memory.words(table, PAGE // 8)
-        if words is None or self._left < 0:
-            raise TableDamageError(f"page table at {table:#x}: damaged: run the check")
-        size = leaf_bytes(level)
-        skip = max(0, self._first - start) // size
-        for index, entry in enumerate(words[skip:], skip):
-            if not is_present(entry):
-                continue
-            path[level] = entry
-            at = start + index * size
-            if is_leaf(entry, level):
-                yield at + size, _leaf_line(at, path)
-            else:
-                yield from self.lines(entry & ADDRESS_MASK, level - 1, at, path)
-            path[level] = 0
-
-
-def _leaf_line(iova: int, path: list[int]) -> str:
-    shown = [path[5], path[4], path[3]]
-    if path[2]:
-        shown.append(path[2])
-        if path[1]:
-            shown.append(path[1])
-    return "\t".join([f"{iova // PAGE:#015x} |", *[f"{entry:#018x}" for entry in shown]])
 
 
 def _words(words: Iterable[int]) -> str:

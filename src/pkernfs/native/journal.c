@@ -122,23 +122,36 @@ static void carry_out(uint8_t *base, uint64_t journal, struct record *head, cons
 	pk_store_u64(base, journal, 0);
 }
 
+/* Whether a region of size bytes has that journal in it, with room for a record. */
+static int has_journal(uint64_t size, uint64_t journal, uint64_t capacity)
+{
+	return capacity >= sizeof(struct record) && capacity <= size && journal <= size - capacity &&
+	       journal % 8 == 0;
+}
+
 /*
  * Commit n page images as one: fresh ones in place, the changed words of the others through the
  * journal.  images holds n pages one after the other, numbers their page numbers, fresh one byte
- * each.  Returns the length of the record, -1 if the journal is too small for it, -2 without
- * memory; in both cases no page that is in use was touched.
+ * each.  Returns the length of the record, COMMIT_TOO_LARGE if the journal is too small for it,
+ * COMMIT_NO_MEMORY, or COMMIT_OUTSIDE if a page or the journal is not inside size bytes; then no
+ * page that is in use was touched.
  */
-int64_t pk_commit(uint8_t *base, uint64_t journal, uint64_t capacity, uint64_t sequence,
-		  const uint8_t *uuid, uint8_t *images, const uint64_t *numbers,
+int64_t pk_commit(uint8_t *base, uint64_t size, uint64_t journal, uint64_t capacity,
+		  uint64_t sequence, const uint8_t *uuid, uint8_t *images, const uint64_t *numbers,
 		  const uint8_t *fresh, uint64_t n)
 {
 	struct record head = { .magic = RECORD_MAGIC, .sequence = sequence };
 	int64_t used = 0;
 
+	if (!has_journal(size, journal, capacity))
+		return COMMIT_OUTSIDE;
 	if (!make_scratch(capacity))
-		return -2;
-	for (uint64_t i = 0; i < n; i++)
+		return COMMIT_NO_MEMORY;
+	for (uint64_t i = 0; i < n; i++) {
+		if (numbers[i] >= size / PAGE)
+			return COMMIT_OUTSIDE;
 		seal(images + i * PAGE);
+	}
 	for (uint64_t i = 0; i < n; i++) {
 		if (fresh[i])
 			continue;
@@ -146,7 +159,7 @@ int64_t pk_commit(uint8_t *base, uint64_t journal, uint64_t capacity, uint64_t s
 				 numbers[i] * PAGE, base + numbers[i] * PAGE, images + i * PAGE,
 				 &head.runs);
 		if (used < 0)
-			return -1;
+			return COMMIT_TOO_LARGE;
 	}
 	for (uint64_t i = 0; i < n; i++)
 		if (fresh[i])
@@ -162,15 +175,20 @@ int64_t pk_commit(uint8_t *base, uint64_t journal, uint64_t capacity, uint64_t s
  * Commit n single words as one record; they are stored in the order that they are given in.
  * Returns as pk_commit() does.
  */
-int64_t pk_commit_words(uint8_t *base, uint64_t journal, uint64_t capacity, uint64_t sequence,
-			const uint8_t *uuid, const uint64_t *offsets, const uint64_t *words,
-			uint64_t n)
+int64_t pk_commit_words(uint8_t *base, uint64_t size, uint64_t journal, uint64_t capacity,
+			uint64_t sequence, const uint8_t *uuid, const uint64_t *offsets,
+			const uint64_t *words, uint64_t n)
 {
 	struct record head = { .magic = RECORD_MAGIC, .sequence = sequence };
 	uint64_t used = sizeof(head);
 
+	if (!has_journal(size, journal, capacity))
+		return COMMIT_OUTSIDE;
+	for (uint64_t i = 0; i < n; i++)
+		if (offsets[i] % 8 || offsets[i] > size - 8)
+			return COMMIT_OUTSIDE;
 	if (!make_scratch(capacity))
-		return -2;
+		return COMMIT_NO_MEMORY;
 	for (uint64_t i = 0; i < n;) {
 		struct run r = { offsets[i], 1 };
 
@@ -178,7 +196,7 @@ int64_t pk_commit_words(uint8_t *base, uint64_t journal, uint64_t capacity, uint
 		       offsets[i + r.words] == r.offset + 8 * r.words)
 			r.words++;
 		if (used + sizeof(r) + 8 * r.words > capacity)
-			return -1;
+			return COMMIT_TOO_LARGE;
 		memcpy(scratch + used, &r, sizeof(r));
 		memcpy(scratch + used + sizeof(r), words + i, 8 * r.words);
 		used += sizeof(r) + 8 * r.words;
@@ -193,49 +211,57 @@ int64_t pk_commit_words(uint8_t *base, uint64_t journal, uint64_t capacity, uint
 }
 
 /*
- * What a journal holds: 0 nothing, 1 a whole record (its runs stay inside the region and outside
- * the journal), -1 a damaged one.
+ * What a journal holds: JOURNAL_EMPTY; JOURNAL_PENDING, a whole record (its runs stay inside the
+ * region and outside the journal); JOURNAL_DAMAGED.
  */
 int pk_journal_state(const uint8_t *base, uint64_t size, uint64_t journal, uint64_t capacity,
 		     const uint8_t *uuid)
 {
-	const uint8_t *runs = base + journal + sizeof(struct record);
+	const uint8_t *runs;
 	struct record head;
 	uint64_t at = 0, count = 0;
 
+	if (!has_journal(size, journal, capacity))
+		return JOURNAL_DAMAGED;
+	runs = base + journal + sizeof(head);
 	memcpy(&head, base + journal, sizeof(head));
 	if (!head.commit)
-		return 0;
+		return JOURNAL_EMPTY;
 	if (head.magic != RECORD_MAGIC || head.commit != head.sequence ||
 	    memcmp(head.uuid, uuid, 16) || head.length > capacity - sizeof(head) ||
 	    record_crc(base + journal, head.length) != head.checksum)
-		return -1;
+		return JOURNAL_DAMAGED;
 	while (at < head.length) {
 		struct run r;
 		uint64_t bytes;
 
 		if (head.length - at < sizeof(r))
-			return -1;
+			return JOURNAL_DAMAGED;
 		memcpy(&r, runs + at, sizeof(r));
 		if (!r.words || r.words > WORDS || r.words > (head.length - at - sizeof(r)) / 8)
-			return -1;
+			return JOURNAL_DAMAGED;
 		bytes = 8 * r.words;
 		if (r.offset % 8 || r.offset > size || bytes > size - r.offset)
-			return -1;
+			return JOURNAL_DAMAGED;
 		if (r.offset < journal + capacity && r.offset + bytes > journal)
-			return -1;
+			return JOURNAL_DAMAGED;
 		at += sizeof(r) + bytes;
 		count++;
 	}
-	return count == head.runs ? 1 : -1;
+	return count == head.runs ? JOURNAL_PENDING : JOURNAL_DAMAGED;
 }
 
-/* Carry out the record that pk_journal_state() found whole; any number of times is once. */
-void pk_journal_replay(uint8_t *base, uint64_t journal)
+/* Carry out the record if it is whole; any number of times is once.  Returns what there was. */
+int pk_journal_replay(uint8_t *base, uint64_t size, uint64_t journal, uint64_t capacity,
+		      const uint8_t *uuid)
 {
+	int state = pk_journal_state(base, size, journal, capacity, uuid);
 	struct record head;
 
+	if (state != JOURNAL_PENDING)
+		return state;
 	memcpy(&head, base + journal, sizeof(head));
 	apply(base, base + journal + sizeof(head), head.length);
 	pk_store_u64(base, journal, 0);
+	return state;
 }

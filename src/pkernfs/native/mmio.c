@@ -47,9 +47,38 @@ static uint64_t monotonic_ns(void)
 	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
-/* Returns 0 if a wait was in vain for so long. */
-static int do_step(uint8_t *registers, const uint8_t *memory, const struct pk_step *s, uint64_t ns)
+/* Whether size aligned bytes at an offset are among the first n. */
+static int is_inside(uint64_t offset, uint64_t size, uint64_t n)
 {
+	return offset % size == 0 && n >= size && offset <= n - size;
+}
+
+/* Whether a step is of a known kind, and reaches nothing but what it may. */
+static int may_do(const struct pk_reach *reach, const struct pk_step *s)
+{
+	uint64_t n = reach->n_registers;
+
+	switch (s->kind) {
+	case STEP_WRITE_32:
+	case STEP_WAIT_32:
+		return is_inside(s->offset, 4, n);
+	case STEP_WRITE_64:
+	case STEP_WAIT_64:
+		return is_inside(s->offset, 8, n);
+	case STEP_WAIT_SAME:
+		return is_inside(s->offset, 8, n) && is_inside(s->value, 8, n);
+	case STEP_COMMAND:
+		return is_inside(MMIO_GCMD, 4, n) && is_inside(MMIO_GSTS, 4, n);
+	case STEP_WAIT_MEMORY:
+		return reach->memory && is_inside(s->offset, 4, reach->n_memory);
+	}
+	return 0;
+}
+
+/* Returns 0 if a wait was in vain for so long. */
+static int do_step(const struct pk_reach *reach, const struct pk_step *s, uint64_t ns)
+{
+	uint8_t *registers = reach->registers;
 	uint64_t start;
 	uint32_t in_force;
 
@@ -69,23 +98,32 @@ static int do_step(uint8_t *registers, const uint8_t *memory, const struct pk_st
 		return 1;
 	}
 	start = monotonic_ns();
-	while (!step_is_done(registers, memory, s))
+	while (!step_is_done(registers, reach->memory, s))
 		if (monotonic_ns() - start > ns)
-			return step_is_done(registers, memory, s);
+			return step_is_done(registers, reach->memory, s);
 	return 1;
 }
 
-/* Do steps up to the first wait in vain, and then last in any case; whether all was done. */
-int pk_mmio_run(uint8_t *registers, const uint8_t *memory, const struct pk_step *steps, uint64_t n,
+/*
+ * Do steps up to the first wait in vain, and then last in any case: RUN_DONE or RUN_IN_VAIN.
+ * RUN_OUTSIDE: one of them is no step, or reaches further than it may; then none was done.
+ */
+int pk_mmio_run(const struct pk_reach *reach, const struct pk_step *steps, uint64_t n,
 		const struct pk_step *last, uint64_t n_last, uint64_t nanoseconds)
 {
 	int done = 1;
 
-	for (uint64_t i = 0; i < n && done; i++)
-		done = do_step(registers, memory, &steps[i], nanoseconds);
+	for (uint64_t i = 0; i < n; i++)
+		if (!may_do(reach, &steps[i]))
+			return RUN_OUTSIDE;
 	for (uint64_t i = 0; i < n_last; i++)
-		done &= do_step(registers, memory, &last[i], nanoseconds);
-	return done;
+		if (!may_do(reach, &last[i]))
+			return RUN_OUTSIDE;
+	for (uint64_t i = 0; i < n && done; i++)
+		done = do_step(reach, &steps[i], nanoseconds);
+	for (uint64_t i = 0; i < n_last; i++)
+		done &= do_step(reach, &last[i], nanoseconds);
+	return done ? RUN_DONE : RUN_IN_VAIN;
 }
 
 /* Write cache lines back to memory, for a unit that reads it without asking the caches. */

@@ -46,17 +46,33 @@ void pk_page_sums(const uint8_t *base, const uint64_t *numbers, uint64_t n, int 
 
 /* ---------------------------------------------------------------- journal.c */
 
-int64_t pk_commit(uint8_t *base, uint64_t journal, uint64_t capacity, uint64_t sequence,
-		  const uint8_t *uuid, uint8_t *images, const uint64_t *numbers,
+enum pk_commit_error { COMMIT_TOO_LARGE = -1, COMMIT_NO_MEMORY = -2, COMMIT_OUTSIDE = -3 };
+enum pk_journal_state { JOURNAL_DAMAGED = -1, JOURNAL_EMPTY, JOURNAL_PENDING };
+
+int64_t pk_commit(uint8_t *base, uint64_t size, uint64_t journal, uint64_t capacity,
+		  uint64_t sequence, const uint8_t *uuid, uint8_t *images, const uint64_t *numbers,
 		  const uint8_t *fresh, uint64_t n);
-int64_t pk_commit_words(uint8_t *base, uint64_t journal, uint64_t capacity, uint64_t sequence,
-			const uint8_t *uuid, const uint64_t *offsets, const uint64_t *words,
-			uint64_t n);
+int64_t pk_commit_words(uint8_t *base, uint64_t size, uint64_t journal, uint64_t capacity,
+			uint64_t sequence, const uint8_t *uuid, const uint64_t *offsets,
+			const uint64_t *words, uint64_t n);
 int pk_journal_state(const uint8_t *base, uint64_t size, uint64_t journal, uint64_t capacity,
 		     const uint8_t *uuid);
-void pk_journal_replay(uint8_t *base, uint64_t journal);
+int pk_journal_replay(uint8_t *base, uint64_t size, uint64_t journal, uint64_t capacity,
+		      const uint8_t *uuid);
 
 /* ---------------------------------------------------------------- pagetable.c */
+
+#define PT_NONE (~0ull)		/* instead of a physical address or an offset: there is none */
+#define PT_BROKEN (~1ull)
+
+/* Of a page in a pool: NEW and FREED are so until the change is committed; see page_pool.py. */
+enum pk_page_state { PAGE_FREE, PAGE_REACHABLE, PAGE_NEW, PAGE_FREED, PAGE_DEFERRED };
+
+/* The first of page_walk.Code. */
+enum pk_found {
+	FOUND_TABLE_OUTSIDE = 1, FOUND_TABLE_TWICE, FOUND_RESERVED_BITS, FOUND_LEAF_OUTSIDE,
+	FOUND_LEAF_IS_TABLE
+};
 
 struct pk_piece { uint64_t physical, offset, length, first; };	/* first: number of its first page */
 
@@ -75,14 +91,14 @@ struct pk_finding { uint64_t code, level, iova, where, value; };
 struct pk_check {
 	uint64_t table_reserved[PT_MAX_LEVEL + 1], leaf_reserved[PT_MAX_LEVEL + 1];
 	const uint64_t *allowed, *tables;	/* start, end; start, end; ... sorted */
-	uint64_t n_allowed, n_tables, hint;
+	uint64_t n_allowed, n_tables;
 	struct pk_finding *found;
 	uint64_t max_found, n_found, n_leaves, n_seen, bytes;
 };
 
-int pk_pt_is_live(const struct pk_pool *pool, uint64_t physical);
-uint64_t pk_pt_take(struct pk_pool *pool);
-void pk_pt_give_back(struct pk_pool *pool, uint64_t physical);
+int pk_pt_is_reachable(const struct pk_pool *pool, uint64_t physical);
+uint64_t pk_pt_alloc(struct pk_pool *pool);
+void pk_pt_free(struct pk_pool *pool, uint64_t physical);
 void pk_pt_fill(uint64_t *entries, uint64_t first, uint64_t step, uint64_t n);
 uint64_t pk_pt_build(uint8_t *base, struct pk_pool *pool, unsigned level, unsigned leaf,
 		     uint64_t physical, uint64_t bits);
@@ -107,9 +123,19 @@ uint64_t pk_pt_find(const uint8_t *base, const struct pk_pool *pool, uint64_t ro
 
 struct pk_step { uint64_t kind, offset, value, mask; };
 
+/* Bytes that steps may reach. */
+struct pk_reach {
+	uint8_t *registers;
+	uint64_t n_registers;
+	const uint8_t *memory;
+	uint64_t n_memory;
+};
+
+enum pk_run { RUN_IN_VAIN, RUN_DONE, RUN_OUTSIDE };
+
 uint32_t pk_mmio_read32(const uint8_t *registers, uint64_t offset);
 uint64_t pk_mmio_read64(const uint8_t *registers, uint64_t offset);
-int pk_mmio_run(uint8_t *registers, const uint8_t *memory, const struct pk_step *steps, uint64_t n,
+int pk_mmio_run(const struct pk_reach *reach, const struct pk_step *steps, uint64_t n,
 		const struct pk_step *last, uint64_t n_last, uint64_t nanoseconds);
 void pk_flush_lines(const uint8_t *p, uint64_t n);
 

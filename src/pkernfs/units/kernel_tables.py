@@ -6,7 +6,6 @@ read between two of its stores. Time and memory are bounded, whatever is in ther
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from itertools import islice
 from struct import Struct
 from typing import NamedTuple
@@ -21,21 +20,18 @@ from pkernfs.errors import (
 from pkernfs.host.kcore import Kcore, KcoreError
 from pkernfs.host.sysroot import Host
 from pkernfs.iommu.context_walk import ANYBODYS, ContextReader, Device, Mode
-from pkernfs.iommu.memory import Memory, Words
+from pkernfs.iommu.memory import Memory, Piece, Words
 from pkernfs.iommu.page_pool import Mapping, TablePool
-from pkernfs.iommu.page_walk import Code, Finding, check_tree, scan_tree
+from pkernfs.iommu.page_walk import Code, Finding, check_tree, leaves, scan_tree
 from pkernfs.layout import PAGE
 from pkernfs.region.region import Region
 from pkernfs.units.unit import Unit
 from pkernfs.vtd.entries import (
-    ADDRESS_MASK,
     ENTRIES,
     PGTT_FIRST_STAGE,
     PGTT_NESTED,
     PGTT_PASS_THROUGH,
     bdf_text,
-    is_leaf,
-    is_present,
     width_bits,
 )
 from pkernfs.vtd.registers import RootTableAddress
@@ -231,8 +227,11 @@ def read_second_stage(memory: Words, table: int, levels: int) -> list[Mapping]:
 
     :raises TableDamageError: a cycle, a table that is nowhere, reserved bits, too much of it.
     """
-    with Region.anonymous(MAX_PAGES * PAGE) as copy:  # it costs what is stored to it
-        pool = TablePool(copy, _copy(copy, memory, table, levels))
+    with Region.anonymous(MAX_PAGES * PAGE) as region:  # it costs what is stored to it
+        copy = _Copy(region, memory)
+        for _run in leaves(copy.read, table, levels):
+            pass
+        pool = TablePool(region, copy.pieces())
         report = check_tree(pool, table, levels, name="live")
         if report.findings:
             raise TableDamageError(report.findings[0].message)
@@ -244,27 +243,26 @@ def read_second_stage(memory: Words, table: int, levels: int) -> list[Mapping]:
     return found
 
 
-def _copy(copy: Region, memory: Words, table: int, levels: int) -> list[tuple[int, int, int]]:
-    """Copy all tables from ``table`` down, each once; ``(physical, offset, length)``, sorted."""
-    places: dict[int, int] = {}
-    todo = [table]
-    for level in range(levels, 0, -1):
-        below: list[int] = []
-        for at in todo:
-            words = None if at in places or at % PAGE else memory.words(at, ENTRIES)
-            if words is None or len(places) == MAX_PAGES:
-                why = "reached a second time" if at in places else "not in memory, or too many"
-                raise TableDamageError(f"page table of level {level} at {at:#x}: {why}")
-            places[at] = len(places) * PAGE
-            copy.copy_in(places[at], _PAGE_OF_WORDS.pack(*words))
-            if level > 1:
-                below += _references(words, level)
-        todo = below
-    return [(at, offset, PAGE) for at, offset in sorted(places.items())]
+class _Copy:
+    """A copy of tables, each once, in the order in which they are read."""
 
+    def __init__(self, region: Region, memory: Words) -> None:
+        self._region = region
+        self._memory = memory
+        self._offsets: dict[int, int] = {}
 
-def _references(words: Sequence[int], level: int) -> Iterator[int]:
-    """The tables that a table's entries refer to."""
-    for entry in words:
-        if is_present(entry) and not is_leaf(entry, level):
-            yield entry & ADDRESS_MASK
+    def read(self, physical: int, level: int) -> tuple[int, ...]:
+        """The words of a table, which are copied."""
+        known = physical in self._offsets
+        full = len(self._offsets) == MAX_PAGES
+        words = None if known or full or physical % PAGE else self._memory.words(physical, ENTRIES)
+        if words is None:
+            why = "reached a second time" if known else "not in memory, or too many"
+            raise TableDamageError(f"page table of level {level} at {physical:#x}: {why}")
+        offset = self._offsets[physical] = len(self._offsets) * PAGE
+        self._region.copy_in(offset, _PAGE_OF_WORDS.pack(*words))
+        return words
+
+    def pieces(self) -> list[Piece]:
+        """What was copied, as :class:`TablePool` wants it."""
+        return [Piece(at, offset, PAGE) for at, offset in sorted(self._offsets.items())]

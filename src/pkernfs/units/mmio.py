@@ -42,18 +42,26 @@ class MemoryWindow:
         seconds: float = 1.0,
     ) -> bool:
         """Do ``steps``, then ``last``: see :class:`~pkernfs.units.window.Window`."""
-        base = ffi.NULL if memory is None else memory.base
-        count, closing = len(steps), len(last)
+        reach = ffi.new(
+            "struct pk_reach *",
+            {
+                "registers": self._registers,
+                "n_registers": len(self._registers),
+                "memory": ffi.NULL if memory is None else memory.base,
+                "n_memory": 0 if memory is None else memory.size,
+            },
+        )
         done = lib.pk_mmio_run(
-            self._registers,
-            base,
+            reach,
             ffi.new("struct pk_step[]", [tuple(s) for s in steps]),
-            count,
+            len(steps),
             ffi.new("struct pk_step[]", [tuple(s) for s in last]),
-            closing,
+            len(last),
             int(seconds * 1e9),
         )
-        return bool(done)
+        if done == lib.RUN_OUTSIDE:
+            raise UnitError("a step reaches beyond the unit's registers or the memory")
+        return bool(done == lib.RUN_DONE)
 
     def _check(self, offset: int, length: int) -> None:
         if offset % length or not 0 <= offset <= len(self._mapped) - length:

@@ -10,7 +10,9 @@ from pkernfs.host.pci import PciDevice, reserved_memory_of, unit_of
 from pkernfs.iommu.config import Config
 from pkernfs.iommu.context_walk import Mode
 from pkernfs.iommu.memory import Memory
-from pkernfs.vtd.entries import ENTRIES, bdf_text, is_leaf, is_present
+from pkernfs.iommu.page_walk import leaves, reader
+from pkernfs.layout import PAGE
+from pkernfs.vtd.entries import LARGEST_LEAF_LEVEL, bdf_text, is_present
 from pkernfs.vtd.registers import Capabilities, Capability, ExtendedCapability
 
 _SIZES = {2: "2 MiB", 3: "1 GiB"}
@@ -61,20 +63,11 @@ def shortcomings(able: Capabilities, wanted: Demands, host_bits: int) -> Iterato
 
 def largest_leaf(memory: Memory, table: int, levels: int) -> int:
     """Level of the largest leaf of a domain's tables, which are sound: 1, 2 or 3."""
-    largest = 1
-    todo = [(table, levels)]
-    while todo:
-        at, level = todo.pop()
-        for entry in memory.words(at, ENTRIES) or ():
-            if not is_present(entry):
-                continue
-            if is_leaf(entry, level):
-                largest = max(largest, level)
-                if largest == 3:
-                    return largest
-            elif level - 1 > largest:  # what is below may be larger than what is known
-                todo.append((entry & 0x000F_FFFF_FFFF_F000, level - 1))
-    return largest
+    for level in range(LARGEST_LEAF_LEVEL, 1, -1):  # what is below a level may be large
+        runs = leaves(reader(memory, memory.size // PAGE), table, levels, lowest=level)
+        if any(is_present(entry) for run in runs for entry in run.entries):
+            return level
+    return 1
 
 
 def unfit(dmar: Dmar, device: PciDevice | None, source_id: int) -> str | None:
