@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from pkernfs.errors import (
     NotFoundError,
@@ -21,8 +19,6 @@ from pkernfs.errors import (
 )
 from pkernfs.host.sysroot import Host
 from pkernfs.iommu import READ, READ_WRITE, Memory, Mode
-from pkernfs.iommu.page_pool import Mapping
-from pkernfs.iommu.page_walk import without
 from pkernfs.layout import PAGE
 from pkernfs.units.kernel_tables import LiveMemory, LiveUnit, read_second_stage
 from pkernfs.units.mmio import MemoryWindow
@@ -235,32 +231,3 @@ def test_garbage_is_refused_or_read_in_time(make: Make, seed: int) -> None:
 
 def _pointer(rng: random.Random) -> int:
     return AT + rng.randrange(3 * MIB // PAGE) * PAGE | rng.choice((1, 3, 3, 3))
-
-
-# ---------------------------------------------------------------------- differences
-
-RUNS = st.lists(
-    st.tuples(st.integers(0, 3), st.integers(1, 5), st.integers(0, 2), st.sampled_from((1, 3))),
-    max_size=12,
-)
-
-
-def _runs(pieces: Sequence[tuple[int, int, int, int]]) -> list[Mapping]:
-    """Pages that are skipped, mapped, where to, with which permissions."""
-    found, at = [], 0
-    for skip, count, shift, perm in pieces:
-        at += skip
-        found.append(Mapping(at * PAGE, (at + 100 * shift) * PAGE, count * PAGE, perm))
-        at += count
-    return found
-
-
-def _by_page(runs: Sequence[Mapping]) -> dict[int, tuple[int, int]]:
-    return {m.iova + at: (m.physical + at, m.perm) for m in runs for at in range(0, m.length, PAGE)}
-
-
-@given(RUNS, RUNS)
-def test_without(first: list[tuple[int, int, int, int]], other: list[tuple[int, ...]]) -> None:
-    these, those = _runs(first), _runs(other)  # type: ignore[arg-type]
-    expected = dict(_by_page(these).items() - _by_page(those).items())
-    assert _by_page(list(without(these, those))) == expected

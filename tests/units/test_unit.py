@@ -1,4 +1,4 @@
-"""A remapping unit: its registers bit by bit, and QEMU's put in force, told to forget, and off.
+"""A remapping unit, QEMU's: put in force, told to forget, and off.
 
 QEMU runs without a guest, so that a test is the kernel where one is needed: one that remaps
 interrupts has a queue of its own in force, and keeps its place in it.
@@ -6,7 +6,6 @@ interrupts has a queue of its own in force, and keeps its place in it.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,18 +15,13 @@ from pkernfs.errors import InvalidError, UnitError
 from pkernfs.iommu import READ, Mode
 from pkernfs.layout import PAGE
 from pkernfs.region.region import Region
-from pkernfs.units.mmio import MemoryWindow
 from pkernfs.units.unit import QueueMemory, Unit
 from pkernfs.vtd.invalidation import descriptor, device, domain, everything
 from pkernfs.vtd.registers import (
-    KEPT,
-    REGISTERS,
     STATUS,
-    Capabilities,
     Command,
     Kind,
     Step,
-    parse_fault,
 )
 from support.kernel_queue import (
     Kernel,
@@ -37,120 +31,6 @@ from support.qtest_window import UNIT, QtestWindow
 
 QUEUE = 14 * MIB  # of ours, in QEMU's memory
 KERNEL_QUEUE = 15 * MIB
-
-#: Typed out by hand from chapter 11 (and compared with Linux, drivers/iommu/intel/iommu.h).
-FIELDS = """
-Version 0x00 MIN 3:0 MAX 7:4
-Capability 0x08 ND 2:0 AFL 3:3 RWBF 4:4 PLMR 5:5 PHMR 6:6 CM 7:7 SAGAW 12:8 MGAW 21:16 ZLR 22:22
- FRO 33:24 SSLPS 37:34 PSI 39:39 NFR 47:40 MAMV 53:48 DWD 54:54 DRD 55:55 FS1GP 56:56 PI 59:59
- FS5LP 60:60 ECMDS 61:61 ESIRTPS 62:62 ESRTPS 63:63
-ExtendedCapability 0x10 C 0:0 QI 1:1 DT 2:2 IR 3:3 EIM 4:4 PT 6:6 SC 7:7 IRO 17:8 MHMV 23:20
- NEST 26:26 PRS 29:29 SRS 31:31 PSS 39:35 PASID 40:40 SMTS 43:43 SSADS 45:45 SSTS 46:46 FSTS 47:47
- SMPWCS 48:48 ADMS 52:52
-Command 0x18 CFI 23:23 SIRTP 24:24 IRE 25:25 QIE 26:26 WBF 27:27 EAFL 28:28 SFL 29:29 SRTP 30:30
- TE 31:31
-RootTableAddress 0x20 TTM 11:10 RTA 63:12
-ContextCommand 0x28 DID 15:0 SID 31:16 FM 33:32 CAIG 60:59 CIRG 62:61 ICC 63:63
-FaultStatus 0x34 PFO 0:0 PPF 1:1 IQE 4:4 ICE 5:5 ITE 6:6 FRI 15:8
-ProtectedMemory 0x64 PRS 0:0 EPM 31:31
-QueueHead 0x80 QH 18:4
-QueueTail 0x88 QT 18:4
-QueueAddress 0x90 QS 2:0 DW 11:11 IQA 63:12
-InvalidateAddress 0x00 AM 5:0 IH 6:6 ADDR 63:12
-Iotlb 0x08 DID 47:32 DW 48:48 DR 49:49 IAIG 58:57 IIRG 61:60 IVT 63:63
-FaultRecord 0x00 FI 63:12 SID 79:64 T2 92:92 FR 103:96 PV 123:104 T1 126:126 F 127:127
-"""
-
-
-def test_every_field_is_where_the_specification_has_it() -> None:
-    expected: dict[str, list[str]] = {}
-    for line in FIELDS.replace("\n ", " ").strip().splitlines():
-        name, offset, *fields = line.split()
-        expected[name] = [offset, *fields]
-    found = {}
-    for register in REGISTERS:
-        fields = [
-            word
-            for name, field in vars(register).items()
-            if hasattr(field, "msb")
-            for word in (name, f"{field.msb}:{field.lsb}")
-        ]
-        found[register.__name__] = [f"0x{register.OFFSET:02x}", *fields]
-    assert found == expected
-
-
-def test_capabilities_in_words() -> None:
-    qemu = Capabilities(0x10, 0xD2008C222F0606, 0xF42)
-    assert (qemu.major, qemu.domain_ids, qemu.levels) == (1, 65536, (3, 4))
-    assert (qemu.address_bits, qemu.largest_leaf) == (48, 3)
-    assert (qemu.fault_records, qemu.iotlb_offset, qemu.register_bytes) == ((0x220, 1), 0xF0, PAGE)
-    assert "queued invalidation" in qemu.words()
-    small = Capabilities(0x60, 1 << 7 | 1 << 8 + 3 | 38 << 16 | 0x3FF << 24 | 7 << 40, 1)
-    assert (small.major, small.domain_ids, small.levels) == (6, 16, (5,))
-    assert (small.address_bits, small.largest_leaf) == (39, 1)
-    assert (small.fault_records, small.register_bytes) == ((0x3FF0, 8), 5 * PAGE)
-    assert small.words()[-2:] == ["coherent walks", "caching mode"]
-
-
-def test_a_fault_record() -> None:
-    assert parse_fault(0x1234_5000, 0x28 | 6 << 32) is None
-    fault = parse_fault(0x1234_5678, 1 << 63 | 1 << 62 | 0x28 | 6 << 32)
-    assert fault is not None
-    assert fault[:5] == (0x28, 0x1234_5000, 6, False, None)
-    assert str(fault) == "0000:00:05.0: read of 0x12345000: no read permission (0x06)"
-    fault = parse_fault(0, 1 << 63 | 1 << 31 | 5 << 40 | 0xFF << 32)
-    assert fault is not None
-    assert (fault.write, fault.pasid) == (True, 5)
-    assert str(fault).endswith("write of 0x0: fault reason 0xff")
-
-
-# ---------------------------------------------------------------------- mmio.c's steps
-
-
-def test_steps_on_memory() -> None:
-    registers = bytearray(PAGE)
-    window = MemoryWindow(registers)
-    registers[STATUS : STATUS + 4] = 0xFF00_0003.to_bytes(4, "little")
-    assert window.run(
-        [
-            Step(Kind.WRITE_32, 0x100, 0x1_1234_5678),
-            Step(Kind.WRITE_64, 0x108, 0x1122_3344_5566_7788),
-            Step(Kind.COMMAND, Command.OFFSET, Command.SRTP.mask, Command.TE.mask),
-            Step(Kind.WAIT_32, 0x100, 0x5678, 0xFFFF),
-            Step(Kind.WAIT_64, 0x108, 0x1122 << 48, 0xFFFF << 48),
-            Step(Kind.WAIT_SAME, 0x108, 0x108),
-        ]
-    )
-    assert window.read32(0x100) == 0x1234_5678
-    assert window.read64(0x108) == 0x1122_3344_5566_7788
-    # The one-shot bits are not repeated, TE is off, and all else is kept.
-    assert window.read32(Command.OFFSET) == (0xFF00_0003 & KEPT | 1 << 30) & ~(1 << 31)
-
-
-def test_a_wait_in_vain_ends_the_steps_but_not_the_last_ones() -> None:
-    window = MemoryWindow(bytearray(PAGE))
-    steps = [Step(Kind.WAIT_32, 8, 1, 1), Step(Kind.WRITE_32, 0, 1)]
-    assert not window.run(steps, [Step(Kind.WRITE_32, 4, 2)], seconds=0.01)
-    assert (window.read32(0), window.read32(4)) == (0, 2)
-
-
-def test_a_wait_for_memory_that_another_stores() -> None:
-    region = Region.anonymous(2 * MIB)
-    window = MemoryWindow(bytearray(PAGE))
-    other = threading.Timer(0.05, region.store_u64, (64, 7))
-    other.start()
-    assert window.run([Step(Kind.WAIT_MEMORY, 64, 7)], memory=region, seconds=10)
-    other.join()
-    region.close()
-
-
-@pytest.mark.parametrize("offset", [-8, 2, PAGE, PAGE - 4])
-def test_registers_that_are_not_there(offset: int) -> None:
-    with pytest.raises(UnitError):
-        MemoryWindow(bytearray(PAGE)).read64(offset)
-
-
-# ---------------------------------------------------------------------- QEMU's unit
 
 
 @pytest.fixture(params=[Mode.LEGACY, Mode.SCALABLE], ids=["legacy", "scalable"])

@@ -671,12 +671,13 @@ struct visit {
 static enum way visit_table(void *state, struct table *t)
 {
 	struct visit *v = state;
-	uint8_t bit = (uint8_t)(1u << t->level);
+	uint8_t bit;
 
 	if (!t->entries) {
 		v->failed = 1;
 		return PASS_BY;
 	}
+	bit = (uint8_t)(1u << t->level);
 	if (v->seen[t->page] & bit)
 		return PASS_BY;
 	v->seen[t->page] |= bit;
