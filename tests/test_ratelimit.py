@@ -6,12 +6,12 @@ import logging
 
 import pytest
 
-from pkernfs.ratelimit import BURST, SECONDS, Quiet
+from pkernfs.ratelimit import BURST, SECONDS, RateLimit
 
 
 def test_the_log_goes_on_later(caplog: pytest.LogCaptureFixture) -> None:
     now = 0.0
-    quiet = Quiet(logging.getLogger("pkernfs.test"), lambda: now)
+    quiet = RateLimit(logging.getLogger("pkernfs.test"), lambda: now)
     for number in range(BURST + 5):
         quiet.warning(f"first {number}")
     now = SECONDS
@@ -23,7 +23,7 @@ def test_the_log_goes_on_later(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_it_is_said_once_that_there_are_more(caplog: pytest.LogCaptureFixture) -> None:
     now = 100.0
-    quiet = Quiet(logging.getLogger("pkernfs.test"), lambda: now)
+    quiet = RateLimit(logging.getLogger("pkernfs.test"), lambda: now)
     for _ in range(10 * BURST):
         quiet.warning("100 % of it")
         now += SECONDS / (20 * BURST)

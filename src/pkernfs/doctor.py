@@ -23,7 +23,7 @@ from pkernfs.kexec import systemd
 from pkernfs.region import dax, physical
 from pkernfs.region.spec import looks_physical, parse_span
 from pkernfs.units import discovery
-from pkernfs.units.requirements import Demands, shortcomings
+from pkernfs.units.requirements import Requirements, unmet_requirements
 
 OK, WARNING, MISSING, UNKNOWN = "ok", "warning", "missing", "unknown"
 
@@ -324,14 +324,14 @@ def _check_capabilities(host: Host, config: Config) -> Iterator[Result]:
     except PkernfsError as e:
         yield Result("dma", "units", UNKNOWN, str(e), "as root")
         return
-    wanted = Demands(IommuConfig(), [], _HUGE_LEAF, 0, 0)
+    wanted = Requirements(IommuConfig(), [], _HUGE_LEAF, 0, 0)
     for found in discovery.find_units(host, dmar, write=False):
         name = found.structure.name
         able_to = discovery.capabilities(host, found)
         if able_to is None:
             yield Result("dma", name, UNKNOWN, found.why_not, "iomem=relaxed, and root")
             continue
-        lacks = list(shortcomings(able_to, wanted, dmar.host_bits))
+        lacks = list(unmet_requirements(able_to, wanted, dmar.host_bits))
         if lacks:
             remedy = "other tables, if it walks any: pkernfs iommu create --mode, --levels"
             yield Result("dma", name, MISSING, "; ".join(lacks), remedy)

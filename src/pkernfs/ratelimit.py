@@ -10,7 +10,7 @@ BURST = 20
 SECONDS = 10.0
 
 
-class Quiet:
+class RateLimit:
     """Passes on the first messages of each span of time, and says once that there are more."""
 
     def __init__(self, log: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from pkernfs.alloc import bitmap
-from pkernfs.alloc.blocks import INLINE_ZERO_BLOCKS, Claim
+from pkernfs.alloc.blocks import INLINE_ZERO_BLOCKS, IsolatedBlocks
 from pkernfs.errors import CorruptionError, NoSpaceError, ZeroingNeeded
 from pkernfs.layout import (
     BLOCK,
@@ -43,7 +43,7 @@ class SpaceMachine(RuleBasedStateMachine):
     def start(self, blocks: int) -> None:
         self.space = Space(blocks * BLOCK)
         self.owned: dict[int, int] = {}  # block: owner
-        self.claims: list[Claim] = []
+        self.claims: list[IsolatedBlocks] = []
         self.page_owners: dict[int, int] = {}  # page: class
         used = self.space.pages._free
         self.meta_pages = {
@@ -72,7 +72,7 @@ class SpaceMachine(RuleBasedStateMachine):
     def alloc(self, count: int, near: int | None, owner: int, keep: bool, give_up: bool) -> None:
         sp = self.space
         free = self.expected_free()
-        claimed = sum(n for claim in self.claims for _, n in claim.runs)
+        claimed = sum(n for isolated in self.claims for _, n in isolated.runs)
         states = bytes(sp.blocks._state), bytes(sp.blocks._zero)
         try:
             with sp.store:
@@ -96,7 +96,7 @@ class SpaceMachine(RuleBasedStateMachine):
             asked = sum(n for _, n in e.blocks)
             assert asked > INLINE_ZERO_BLOCKS or claimed
             if e.blocks:
-                self.claims.append(sp.blocks.claim(e.blocks))
+                self.claims.append(sp.blocks.isolate(e.blocks))
             return
         except GiveUp:
             assert sp.blocks.free_blocks == free
@@ -137,25 +137,25 @@ class SpaceMachine(RuleBasedStateMachine):
             del self.owned[block]
 
     @rule(most=st.integers(1, 6))
-    def claim(self, most: int) -> None:
-        claim = self.space.blocks.next_dirty(most)
-        if claim:
-            assert not {b for f, n in claim.runs for b in range(f, f + n)} & self.owned.keys()
-            assert sum(n for _, n in claim.runs) <= most
-            self.claims.append(claim)
+    def isolate(self, most: int) -> None:
+        isolated = self.space.blocks.next_dirty(most)
+        if isolated:
+            assert not {b for f, n in isolated.runs for b in range(f, f + n)} & self.owned.keys()
+            assert sum(n for _, n in isolated.runs) <= most
+            self.claims.append(isolated)
 
     @rule(finish=st.booleans())
     def end_claim(self, finish: bool) -> None:
         if self.claims:
-            claim = self.claims.pop()
+            isolated = self.claims.pop()
             if finish:
-                self.space.zero(claim)
+                self.space.zero(isolated)
             else:
-                self.space.blocks.release(claim)
+                self.space.blocks.putback(isolated)
 
     @rule(owner=st.integers(1, 3))
     def stop_growing(self, owner: int) -> None:
-        self.space.blocks.forget_window(owner)
+        self.space.blocks.drop_preallocation(owner)
 
     @rule(
         count=st.integers(1, 511),
@@ -174,7 +174,7 @@ class SpaceMachine(RuleBasedStateMachine):
                 if give_up:
                     raise GiveUp
         except NoSpaceError:
-            claimed = any(claim.runs for claim in self.claims)
+            claimed = any(isolated.runs for isolated in self.claims)
             assert count > sp.pages.free_pages
             assert not sp.blocks.free_blocks or claimed
             assert before == (sp.pages.free_pages, sp.blocks.free_blocks)
@@ -320,7 +320,7 @@ def test_what_is_kept_is_let_go() -> None:
         assert first == [10]
         assert sp.alloc(1, 11) != [11]
         assert sp.alloc(1, 11, owner=5) == [11]
-        sp.blocks.forget_window(5)
+        sp.blocks.drop_preallocation(5)
         assert sp.alloc(1, 12) == [12]
 
 
@@ -349,15 +349,15 @@ def test_few_dirty_blocks_are_zeroed_at_once_and_many_are_asked_for() -> None:
             sp.blocks.alloc(INLINE_ZERO_BLOCKS + 1)
         assert sum(n for _, n in caught.value.blocks) == INLINE_ZERO_BLOCKS + 1
         assert sp.blocks.free_blocks == free
-        claim = sp.blocks.claim(caught.value.blocks)
+        isolated = sp.blocks.isolate(caught.value.blocks)
         other = sp.blocks.next_dirty(100)
         assert other
-        claimed = {b for c in (claim, other) for f, n in c.runs for b in range(f, f + n)}
-        assert len(claimed) == sum(n for c in (claim, other) for _, n in c.runs)
+        claimed = {b for c in (isolated, other) for f, n in c.runs for b in range(f, f + n)}
+        assert len(claimed) == sum(n for c in (isolated, other) for _, n in c.runs)
         with pytest.raises(ZeroingNeeded), sp.store:  # later, not never
             sp.blocks.alloc(free)
-        sp.zero(claim)
-        sp.blocks.release(other)
+        sp.zero(isolated)
+        sp.blocks.putback(other)
         for block in sp.alloc(free):
             assert sp.region.is_zero(block * BLOCK, BLOCK)
         assert sp.blocks.next_dirty(1) is None
@@ -420,13 +420,13 @@ def test_no_space_leaves_nothing_half_done() -> None:
 
 
 def test_a_claim_comes_in_pieces() -> None:
-    claim = Claim([bitmap.Run(3, 5), bitmap.Run(20, 1)])
-    assert claim.pieces(4 * BLOCK) == [
+    isolated = IsolatedBlocks([bitmap.Run(3, 5), bitmap.Run(20, 1)])
+    assert isolated.pieces(4 * BLOCK) == [
         (3 * BLOCK, 4 * BLOCK),
         (7 * BLOCK, BLOCK),
         (20 * BLOCK, BLOCK),
     ]
-    assert [length for _, length in claim.pieces()] == [8 << 20, 2 << 20, 2 << 20]
+    assert [length for _, length in isolated.pieces()] == [8 << 20, 2 << 20, 2 << 20]
 
 
 @pytest.mark.parametrize(("count", "kept"), [(1, 8), (4, 8), (5, 10), (300, 512)])

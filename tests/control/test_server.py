@@ -295,7 +295,7 @@ def test_a_client_that_never_reads_is_dropped(
         finally:
             dropped.set()
 
-    monkeypatch.setattr(server, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(server, "REQUEST_TIMEOUT_SECONDS", 0.3)
     handlers: dict[type[Request[Any]], server.Handler] = {Forever: flood, Count: _count}
     with (
         Serving(handlers, tmp_path / "sockets") as serving,

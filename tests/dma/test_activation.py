@@ -28,7 +28,7 @@ from pkernfs.iommu.config import Config
 from pkernfs.iommu.context_walk import Mode
 from pkernfs.layout import IOMMU_INO, PAGE, ROOT_INO
 from pkernfs.region.region import Region
-from pkernfs.vtd.registers import Command, Kind, Step
+from pkernfs.vtd.registers import Command, Step, StepKind
 from support.dmar_tables import add_device, config, drhd, rmrr, scope
 from support.kernel_queue import Kernel
 from support.mounting import Mounted, run_pkernfs
@@ -137,9 +137,9 @@ def test_the_next_daemon_finds_them_in_force(rig: Rig) -> None:
     tables_of(rig.fs).domain(0).unmap(AT, 2 * MIB)
     assert rig.load(FIRST, AT) == 0x88, "nothing was cached: nothing is shown"
     rig.remount()
-    assert tables_of(rig.fs).walking is None
-    rig.activation().adopt()
-    assert tables_of(rig.fs).walking is not None
+    assert tables_of(rig.fs).active_units is None
+    rig.activation().resume_units()
+    assert tables_of(rig.fs).active_units is not None
     assert rig.load(FIRST, AT) is None
     tables_of(rig.fs).map_file(0, AT, rig.fs.find(ROOT_INO, b"ram"), 0, None, 3)
     assert rig.load(FIRST, AT) == 0x88
@@ -149,8 +149,8 @@ def test_the_next_daemon_finds_them_in_force(rig: Rig) -> None:
 
 def test_a_mount_of_which_nothing_is_in_force(rig: Rig) -> None:
     rig.remount()
-    rig.activation().adopt()
-    assert tables_of(rig.fs).walking is None
+    rig.activation().resume_units()
+    assert tables_of(rig.fs).active_units is None
     with pytest.raises(NotFoundError, match="no unit walks the tables"):
         rig.activation().deactivate([], forced=True)
 
@@ -166,7 +166,7 @@ def test_off_again(rig: Rig) -> None:
         Path(rig.host.path(f"sys/bus/pci/devices/{name}/config")).write_bytes(config())
     assert rig.activation().deactivate(["all"], forced=False) == ["dmar0"]
     assert not rig.unit().state().translating
-    assert tables_of(rig.fs).walking is None
+    assert tables_of(rig.fs).active_units is None
     rig.activate()
     assert rig.load(FIRST, AT) is None
 
@@ -209,14 +209,14 @@ def test_a_unit_that_does_not_obey_ends_all_changes(legacy: Rig) -> None:
         deaf = False
 
         def _do(self, step: Step, memory: Region | None, seconds: float) -> bool:
-            if self.deaf and step.kind is Kind.WAIT_64:
+            if self.deaf and step.kind is StepKind.WAIT_64:
                 return False
             return super()._do(step, memory, seconds)
 
     window = Deaf(legacy.machine)
     ram = legacy.file("ram", 2 * MIB)
     tables_of(legacy.fs).map_file(0, AT, ram, 0, None, 3)
-    legacy.activation(window).activate([], cutting_off=False)
+    legacy.activation(window).activate([], block_others=False)
     window.deaf = True
     with pytest.raises(UnitError, match=r"dmar0: invalidation .*: the unit does not end it"):
         tables_of(legacy.fs).unmap(0, AT, 2 * MIB)
@@ -232,12 +232,12 @@ def test_a_unit_that_caches_what_is_absent_is_told_of_every_change(tmp_path: Pat
         told = 0
 
         def _do(self, step: Step, memory: Region | None, seconds: float) -> bool:
-            self.told += step.kind is Kind.WRITE_64
+            self.told += step.kind is StepKind.WRITE_64
             return super()._do(step, memory, seconds)
 
     try:
         window = Counting(rig.machine)
-        rig.activation(window).activate([], cutting_off=False)
+        rig.activation(window).activate([], block_others=False)
         ram = rig.file("ram", PAGE)
         rig.put(ram, 0, 5)
         before = window.told
@@ -272,9 +272,9 @@ def refused(rig: Rig, kind: type[PkernfsError], message: str, *names: str) -> No
     """Activation is refused, and nothing was changed."""
     before = rig.unit().state()
     with pytest.raises(kind, match=message):
-        rig.activation().activate(names, cutting_off=False)
+        rig.activation().activate(names, block_others=False)
     assert rig.unit().state() == before
-    assert tables_of(rig.fs).walking is None
+    assert tables_of(rig.fs).active_units is None
 
 
 def test_a_unit_that_the_kernels_driver_has(legacy: Rig) -> None:
@@ -286,7 +286,7 @@ def test_a_unit_that_translates_for_somebody_else(legacy: Rig) -> None:
     window = legacy.window
     window.write64(0x20, 32 * MIB)
     for bit in (Command.SRTP.mask, Command.TE.mask):
-        window.run([Step(Kind.COMMAND, Command.OFFSET, bit)])
+        window.run([Step(StepKind.COMMAND, Command.OFFSET, bit)])
     refused(legacy, BusyError, "dmar0: translates already, by the tables at 0x2000000")
 
 
@@ -355,14 +355,14 @@ def test_devices_that_the_kernel_has_at_work(legacy: Rig) -> None:
     add_device(root, "0000:00:1c.0", config(command=BUS_MASTER, kind=6, express=4), "pcieport")
     add_device(root, "0000:00:1c.0/0000:01:00.0", config(command=BUS_MASTER, express=0), "nvme")
     refused(legacy, BusyError, r"not attached: 0000:00:02.0 \(ahci\): their DMA would fail")
-    assert legacy.activation().activate([], cutting_off=True) == ["dmar0"]
+    assert legacy.activation().activate([], block_others=True) == ["dmar0"]
 
 
 def test_nothing_is_attached(legacy: Rig) -> None:
     for device in (FIRST, SECOND):
         tables_of(legacy.fs).detach(device)
     refused(legacy, InvalidError, "no device is attached: attach one, or say --unit")
-    assert legacy.activation().activate(["dmar0"], cutting_off=False) == ["dmar0"]
+    assert legacy.activation().activate(["dmar0"], block_others=False) == ["dmar0"]
     tables_of(legacy.fs).attach(0, FIRST)
     assert legacy.load(FIRST, SCRATCH) is not None
 

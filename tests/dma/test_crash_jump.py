@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pkernfs.dma.crash_jump import Jump
+from pkernfs.dma.crash_jump import CrashJump
 from pkernfs.errors import InvalidError, PermissionDeniedError, PkernfsError
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.vtd.entries import parse_bdf
@@ -41,7 +41,7 @@ def fs(host: Host) -> FileSystem:
 def test_only_what_was_handed_over_is_left(machine: Machine, fs: FileSystem) -> None:
     for panic in (True, False):
         with pytest.raises(InvalidError, match="not handed over"):
-            Jump(fs, machine).go(panic=panic)
+            CrashJump(fs, machine).start(panic=panic)
     assert machine.read("proc/sysrq-trigger") == ""
 
 
@@ -49,7 +49,7 @@ def test_without_a_kernel_there_is_no_panic(machine: Machine, fs: FileSystem) ->
     machine.write("sys/kernel/kexec_crash_loaded", "0")
     fs.freeze()
     with pytest.raises(InvalidError, match="no kernel is loaded"):
-        Jump(fs, machine).go(panic=True)
+        CrashJump(fs, machine).start(panic=True)
     assert machine.read("proc/sysrq-trigger") == ""
 
 
@@ -57,7 +57,7 @@ def test_a_trigger_that_is_not_there(machine: Machine, fs: FileSystem) -> None:
     Path(machine.path("proc/sysrq-trigger")).unlink()
     fs.freeze()
     with pytest.raises(PermissionDeniedError, match="sysrq-trigger: No such file"):
-        Jump(fs, machine).go(panic=True)
+        CrashJump(fs, machine).start(panic=True)
 
 
 def test_a_kernel_that_does_not_panic(machine: Machine, fs: FileSystem) -> None:
@@ -65,7 +65,7 @@ def test_a_kernel_that_does_not_panic(machine: Machine, fs: FileSystem) -> None:
     before = os.sched_getaffinity(0)
     fs.freeze()
     with pytest.raises(PkernfsError, match="asked to panic: it did not"):
-        Jump(fs, machine).go(panic=True)
+        CrashJump(fs, machine).start(panic=True)
     assert machine.read("proc/sysrq-trigger") == "c"
     assert os.sched_getaffinity(0) == before
     assert "VmLck:\t       0 kB" in Path("/proc/self/status").read_text()
@@ -77,6 +77,6 @@ def test_needs_of_a_region_whose_addresses_are_made_up(machine: Machine, host: H
     for name in (EDU, NIC):
         host.attach(0, parse_bdf(name)[1])
     host.tables.persist(parse_bdf(NIC)[1], False)
-    assert Jump(host.fs, machine).needs()._asdict() == {
+    assert CrashJump(host.fs, machine).needs()._asdict() == {
         "devices": [], "units": [], "cut": [NIC], "scalable": False,
     }  # fmt: skip

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pkernfs.dma.kernel_adopted import KernelAdopted, LiveEntry
+from pkernfs.dma.kernel_adopted import KernelAdopted, KernelEntry
 from pkernfs.errors import BusyError
 from pkernfs.host.bars import Bar
 from pkernfs.host.dmar import UnitStructure
@@ -49,7 +49,7 @@ def test_entries_that_lead_into_the_region(kernel: Kernel) -> None:
     first, _second, third = (d.root for d in kernel.domains)
     kernel.root.attach(EDU, first, 2)
     kernel.root.attach(NIC, third, 4)
-    assert adopted(kernel).entries() == [LiveEntry("dmar0", EDU, first)]
+    assert adopted(kernel).entries() == [KernelEntry("dmar0", EDU, first)]
 
 
 def test_they_are_read_anew(kernel: Kernel) -> None:
@@ -73,7 +73,7 @@ def test_they_are_read_anew(kernel: Kernel) -> None:
 
 def test_a_unit_that_translates_nothing(kernel: Kernel) -> None:
     kernel.root.attach(EDU, kernel.domains[0].root, 2)
-    kernel.put_in_force(status=0)
+    kernel.enable_translation(status=0)
     assert adopted(kernel).entries() == []
 
 
@@ -92,17 +92,17 @@ def test_a_unit_that_cannot_be_looked_at(kernel: Kernel) -> None:
 class Told(KernelAdopted):
     """The entries that a test says there are."""
 
-    def __init__(self, *entries: LiveEntry) -> None:
+    def __init__(self, *entries: KernelEntry) -> None:
         self.told = list(entries)
 
-    def entries(self) -> list[LiveEntry]:
+    def entries(self) -> list[KernelEntry]:
         return self.told
 
 
 class Blind(Told):
     """A kernel that does not let its tables be read."""
 
-    def entries(self) -> list[LiveEntry]:
+    def entries(self) -> list[KernelEntry]:
         raise BusyError("not to be seen")
 
 
@@ -115,7 +115,7 @@ def host() -> Iterator[Host]:
         made.map(number, 0, guest(made))
         made.attach(number, device)
     top = made.tables.domain(0).root
-    made.tables.kernel_adopted = Told(LiveEntry("dmar0", DEVICE, top))
+    made.tables.kernel_adopted = Told(KernelEntry("dmar0", DEVICE, top))
     yield made
     assert_clean(made.region)
     made.fs.unmount()
@@ -160,7 +160,7 @@ def test_a_device_that_was_taken_over(host: Host) -> None:
     """Its entry leads elsewhere; one that has the same domain may be walking it still."""
     host.attach(0, 0x28 + 1)
     top = host.tables.domain(0).root
-    host.tables.kernel_adopted = Told(LiveEntry("dmar0", 0x28 + 1, top))
+    host.tables.kernel_adopted = Told(KernelEntry("dmar0", 0x28 + 1, top))
     host.run(lambda: host.tables.detach(DEVICE))
     with pytest.raises(BusyError, match=r"0000:00:05\.1"):
         host.run(lambda: host.tables.unmap(0, 0, PAGE))

@@ -41,7 +41,7 @@ from pkernfs.units.discovery import FoundUnit
 from pkernfs.units.mmio import MemoryWindow
 from pkernfs.units.unit import QueueMemory, Unit
 from pkernfs.vtd.invalidation import everything
-from pkernfs.vtd.registers import STATUS, Command, Kind, RootTableAddress, Step
+from pkernfs.vtd.registers import STATUS, Command, RootTableAddress, Step, StepKind
 from support.dmar_tables import add_device, config, drhd, rmrr, scope
 from support.kernel_queue import Kernel
 from support.mounting import Mounted, run_pkernfs
@@ -74,7 +74,7 @@ class Driven(Rig):
             self.domains[device] = self.domain(number + 1)
             self.map(device, SCRATCH, f"scratch-{number}", PAGE)
             self.root.attach(device, self.domains[device].root, IDS[device])
-        self.unit().put_in_force(self.root.root, mode, self.queue())
+        self.unit().enable_translation(self.root.root, mode, self.queue())
         Path(self.host.path("sys/class/iommu/dmar0")).mkdir(parents=True)
         self.ram = self.file("ram", 8 * MIB)
         self.put(self.ram, 5 * MIB, 0x55)
@@ -168,12 +168,12 @@ def test_a_snapshot_and_the_switch_to_it(rig: Driven) -> None:
     [entry] = tables_of(rig.fs).devices()
     assert (entry.source_id, entry.domain_id) == (FIRST, IDS[FIRST])
     assert rig.unit().walks(rig.root.root), "a snapshot changes no unit"
-    rig.activation().check_live()
+    rig.activation().check_kernel_tables()
     assert rig.activation().switch_units() == ["dmar0"]
     assert rig.unit().walks(tables_of(rig.fs).need_root().root)
     assert rig.load(FIRST, AT + 5 * MIB) == 0x55
     assert rig.load(SECOND, SCRATCH) is None, "not attached: cut off"
-    rig.activation().check_live()
+    rig.activation().check_kernel_tables()
     assert rig.activation().switch_units() == []
 
 
@@ -214,26 +214,26 @@ def test_the_device_is_at_work_all_the_time(rig: Driven, laps: int) -> None:
     assert rig.load(FIRST, AT + 5 * MIB) == 0x1000 + window.steps
 
 
-@pytest.mark.parametrize("deaf_to", [Kind.WAIT_32, Kind.WAIT_64, Kind.WAIT_MEMORY])
-def test_a_unit_that_does_not_obey_keeps_the_kernels_root(rig: Driven, deaf_to: Kind) -> None:
+@pytest.mark.parametrize("deaf_to", [StepKind.WAIT_32, StepKind.WAIT_64, StepKind.WAIT_MEMORY])
+def test_a_unit_that_does_not_obey_keeps_the_kernels_root(rig: Driven, deaf_to: StepKind) -> None:
     class Deaf(QtestWindow):
         left = 1
         armed = True  # or with the new root
 
         def _do(self, step: Step, memory: Region | None, seconds: float) -> bool:
             done = super()._do(step, memory, seconds)
-            self.armed = self.armed or step[:2] == (Kind.WRITE_64, RootTableAddress.OFFSET)
+            self.armed = self.armed or step[:2] == (StepKind.WRITE_64, RootTableAddress.OFFSET)
             if step.kind is deaf_to and self.left and self.armed:
-                self.left -= deaf_to is not Kind.WAIT_MEMORY  # that is tried three times
+                self.left -= deaf_to is not StepKind.WAIT_MEMORY  # that is tried three times
                 return False
             return done
 
     rig.map(FIRST, AT, "ram", 8 * MIB)
     rig.snapshot()
     by_queue = rig.unit().needs_queue(rig.mode)
-    if by_queue is (deaf_to is Kind.WAIT_64):
+    if by_queue is (deaf_to is StepKind.WAIT_64):
         return  # no such step
-    if deaf_to is not Kind.WAIT_32:  # a loan of the queue is tried again
+    if deaf_to is not StepKind.WAIT_32:  # a loan of the queue is tried again
         with pytest.raises(UnitError, match="dmar0: "):
             rig.activation(changing=Deaf(rig.machine)).switch_units()  # while it rehearses
     window = Deaf(rig.machine)
@@ -296,8 +296,11 @@ def test_a_unit_that_never_obeys_again_is_told_of(legacy: Driven) -> None:
 
         def _do(self, step: Step, memory: Region | None, seconds: float) -> bool:
             done = super()._do(step, memory, seconds)
-            self.switched = self.switched or step[:2] == (Kind.WRITE_64, RootTableAddress.OFFSET)
-            return done and not (self.switched and step.kind is Kind.WAIT_32)
+            self.switched = self.switched or step[:2] == (
+                StepKind.WRITE_64,
+                RootTableAddress.OFFSET,
+            )
+            return done and not (self.switched and step.kind is StepKind.WAIT_32)
 
     legacy.map(FIRST, AT, "ram", 8 * MIB)
     legacy.snapshot()
@@ -312,7 +315,7 @@ def test_units_that_have_no_root_to_replace(legacy: Driven) -> None:
     unit, queue = legacy.unit(), None
     with pytest.raises(UnitError, match="translates in another mode than scalable"):
         unit.replace_root(legacy.root.root, Mode.SCALABLE, queue)
-    unit.take_out_of_force(Mode.LEGACY, queue)
+    unit.disable_translation(Mode.LEGACY, queue)
     with pytest.raises(UnitError, match="does not translate"):
         unit.replace_root(legacy.root.root, Mode.LEGACY, queue)
     assert not unit.state().translating
@@ -326,9 +329,9 @@ def test_a_snapshot_follows_what_the_vmm_does(rig: Driven) -> None:
     rig.snapshot()
     rig.map(FIRST, AT + 2 * MIB, "ram", 6 * MIB, 2 * MIB)
     with pytest.raises(InvalidError, match=r"0000:00:05.0: its live domain maps iova 0x40200000 "):
-        rig.activation().check_live()
+        rig.activation().check_kernel_tables()
     rig.snapshot()
-    rig.activation().check_live()
+    rig.activation().check_kernel_tables()
     rig.domains[FIRST].unmap(AT, 4 * MIB)
     with pytest.raises(InvalidError, match=r"dom-0 maps iova 0x40000000 .*snapshot 0000:00:05.0 "):
         rig.activation().switch_units()
@@ -336,7 +339,7 @@ def test_a_snapshot_follows_what_the_vmm_does(rig: Driven) -> None:
     rig.snapshot()
     rig.domains[FIRST].protect(AT + 4 * MIB, PAGE, 1)
     with pytest.raises(InvalidError, match=r"iova 0x40400000 .0x1000 bytes, r. to"):
-        rig.activation().check_live()
+        rig.activation().check_kernel_tables()
     rig.snapshot()
     assert rig.mappings() == [tuple(m) for m in rig.domains[FIRST].mappings()]
     rig.tell()
@@ -370,9 +373,9 @@ def test_ids_that_are_taken(rig: Driven) -> None:
     rig.root.attach(SECOND, rig.domains[SECOND].root, IDS[FIRST])
     rig.root.attach(FIRST, rig.domains[FIRST].root, 9)
     with pytest.raises(InvalidError, match=r"0000:00:05.0: .* domain id 7, .* to 0000:00:06.0"):
-        rig.activation().check_live()
+        rig.activation().check_kernel_tables()
     assert rig.snapshot() == 9
-    rig.activation().check_live()
+    rig.activation().check_kernel_tables()
 
 
 def test_bars_of_other_devices(rig: Driven) -> None:
@@ -384,7 +387,7 @@ def test_bars_of_other_devices(rig: Driven) -> None:
     rig.snapshot()
     assert tables_of(rig.fs).bars() == [Bar(SECOND, 0, 0xFE00_0000, 0x10000)]
     assert rig.mappings()[0] == (AT, 0xFE00_4000, 2 * PAGE, 3)
-    rig.activation().check_live()
+    rig.activation().check_kernel_tables()
     rig.domains[FIRST].unmap(AT, 2 * PAGE)
     rig.snapshot()
     assert tables_of(rig.fs).bars() == []
@@ -413,7 +416,7 @@ def test_a_kernel_that_has_adopted_the_tables(rig: Driven) -> None:
     table = tables_of(rig.fs).domain(0)
     rig.root.detach(FIRST)
     rig.root.attach(FIRST, table.root, IDS[FIRST])
-    rig.activation().check_live()
+    rig.activation().check_kernel_tables()
     before = rig.state()
     assert rig.snapshot() == IDS[FIRST]
     with pytest.raises(BusyError, match="its live tables are those of dom-0: attach it there"):
@@ -426,12 +429,12 @@ def test_a_device_that_does_not_persist_is_not_looked_at(rig: Driven) -> None:
     rig.snapshot()
     tables_of(rig.fs).persist(FIRST, False)
     rig.map(FIRST, AT, "ram", 2 * MIB)
-    rig.activation().check_live()
+    rig.activation().check_kernel_tables()
     with pytest.raises(BusyError, match=r"0000:00:05.0: attached, and not to persist: hand over"):
         rig.activation().switch_units()
     tables_of(rig.fs).persist(FIRST, True)
     with pytest.raises(InvalidError, match="again"):
-        rig.activation().check_live()
+        rig.activation().check_kernel_tables()
 
 
 def test_a_frozen_file_system_can_be_switched(rig: Driven) -> None:
@@ -581,17 +584,17 @@ def test_a_group_with_a_device_that_is_not_attached(rig: Driven) -> None:
     rig.root.attach(SECOND, rig.domains[FIRST].root, IDS[FIRST])
     tables_of(rig.fs).attach(0, SECOND)
     rig.snapshot(FIRST)
-    rig.activation().check_live()
+    rig.activation().check_kernel_tables()
     tables_of(rig.fs).persist(SECOND, False)
     with pytest.raises(InvalidError, match="is in the same IOMMU group"):
-        rig.activation().check_live()
+        rig.activation().check_kernel_tables()
 
 
 def test_a_unit_that_no_driver_has(legacy: Driven) -> None:
     Path(legacy.host.path("sys/class/iommu/dmar0")).rmdir()
     refused(legacy, NotFoundError, r"0000:00:05.0: this kernel's driver does not have dmar0: .*=on")
     tables_of(legacy.fs).attach(0, FIRST)
-    legacy.activation().check_live()
+    legacy.activation().check_kernel_tables()
     with pytest.raises(BusyError, match=r"dmar0: it does not walk .* iommu activate"):
         legacy.activation().switch_units()
 
@@ -633,12 +636,12 @@ def test_too_few_pages_for_tables(rig: Driven) -> None:
     refused(rig, NoSpaceError, r"dom-0: no free page for tables: it must grow by 2 MiB")
     rig.fs.setattr(rig.fs.find(IOMMU_INO, b"dom-0"), size=4 * MIB)
     rig.snapshot()
-    rig.activation().check_live()
+    rig.activation().check_kernel_tables()
 
 
 def test_nothing_is_attached(legacy: Driven) -> None:
     legacy.region._backing.real_addresses = False
-    legacy.activation().check_live()
+    legacy.activation().check_kernel_tables()
     assert legacy.activation().switch_units() == []
     legacy.fs.unlink(IOMMU_INO, b"root-pgtables")
     assert legacy.activation().switch_units() == []

@@ -171,10 +171,10 @@ def big(size: int) -> Operation:
 
 def zero_free(fs: FileSystem) -> None:
     """All free blocks are known to be zero, as after a while of idling."""
-    while (claim := fs.next_dirty(64 * MIB)) is not None:
-        for offset, length in claim.pieces():
+    while (isolated := fs.next_dirty(64 * MIB)) is not None:
+        for offset, length in isolated.pieces():
             fs.region.zero(offset, length)
-        fs.finish_zeroing(claim)
+        fs.finish_zeroing(isolated)
 
 
 def names(directory: str, first: int, last: int, length: int = 40) -> Operation:
@@ -285,7 +285,7 @@ def _mount_again(fs: FileSystem) -> None:
     mount_filesystem(fs.region, clock=Clock(1 << 60)).super.access = Access.READ_ONLY
 
 
-def _arrive(fs: FileSystem) -> None:
+def _compare_handover(fs: FileSystem) -> None:
     """The first mount after a handover, and the end of its verification."""
     again = mount_filesystem(fs.region, clock=Clock(1 << 60))
     verify(again)
@@ -298,7 +298,7 @@ SCENARIOS = [
     Scenario("hand over, inode table grows", hand_over, setup=inode_page_full),
     Scenario("hand over, with an orphan", hand_over, setup=orphan),
     Scenario("abort a handover", lambda fs: fs.thaw(), setup=hand_over),
-    Scenario("first mount after a handover", _arrive, setup=hand_over),
+    Scenario("first mount after a handover", _compare_handover, setup=hand_over),
     Scenario("create", lambda fs: fs.create(at(fs, "d"), b"new", REG, 1, 1)),
     Scenario("create, first name", lambda fs: fs.create(at(fs, "d/sub"), b"new", REG, 1, 1)),
     Scenario("create a device", lambda fs: fs.create(1, b"dev", stat.S_IFBLK | 0o600, 0, 0, 2049)),

@@ -115,7 +115,7 @@ def test_abort_leaves_nothing(fs: FileSystem) -> None:
     with pytest.raises(InvalidError, match="no handover to undo"):
         fs.thaw()
     fs.freeze()  # and a freeze that never came to a handover
-    ino, _ = fs.make_list(100_000)
+    ino, _ = fs.make_manifest(100_000)
     assert ino
     fs.thaw()
     assert fs.statfs() == space
@@ -124,13 +124,13 @@ def test_abort_leaves_nothing(fs: FileSystem) -> None:
 def test_a_list_is_written_only_where_it_is(fs: FileSystem) -> None:
     ino = file_of(fs, "file", b"data")
     with pytest.raises(InvalidError, match="not frozen"):
-        fs.make_list(100)
+        fs.make_manifest(100)
     fs.freeze()
-    made, touched = fs.make_list(5000)
+    made, touched = fs.make_manifest(5000)
     assert touched
     for wrong, offset, length in ((ino, 0, 1), (made, -1, 1), (made, 4999, 2), (made, 1 << 63, 1)):
         with pytest.raises(InvalidError):
-            fs.write_list(wrong, offset, bytes(length))
+            fs.write_manifest(wrong, offset, bytes(length))
     with pytest.raises(CorruptionError, match="did not arrive"):
         fs.hand_over(made, 5000, 12345, 0)
     with pytest.raises(CorruptionError, match="something else"):
@@ -148,14 +148,14 @@ def test_without_space_there_is_no_list(fs: FileSystem) -> None:
     space = fs.statfs()
     fs.freeze()
     with pytest.raises(NoSpaceError):
-        fs.make_list(1 << 20)
+        fs.make_manifest(1 << 20)
     assert fs.statfs() == space
     assert fs.hand_over(0, 0, 0, 0) == 1
     fs.unmount()
     again = mount_filesystem(fs.region)
-    arrival = verify(again)
-    assert "no list" in arrival.trouble
-    assert arrival.result == RESULT_UNKNOWN
+    mount_report = verify(again)
+    assert "no list" in mount_report.trouble
+    assert mount_report.result == RESULT_UNKNOWN
     again.unmount()
     fs.super.access = Access.READ_ONLY  # it is not this one's any more
 
@@ -177,9 +177,9 @@ def test_the_list_is_gone_after_the_mount(handed: Handed) -> None:
 def test_a_read_only_mount_keeps_the_record(handed: Handed) -> None:
     before = handed.region.read(0, SIZE)
     fs = handed.mount(read_only=True)
-    arrival = verify(fs)
-    assert arrival.record is not None
-    assert not arrival.changes.all()
+    mount_report = verify(fs)
+    assert mount_report.record is not None
+    assert not mount_report.changes.all()
     fs.unmount()
     assert handed.region.read(0, SIZE) == before
 
@@ -215,11 +215,11 @@ def test_a_damaged_list_is_no_reason_not_to_mount(handed: Handed, what: str) -> 
     region.copy_in(STATE_PAGE * PAGE, bytes(state))
     reseal(region, STATE_PAGE * PAGE)
     fs = handed.mount()
-    arrival = verify(fs)
-    assert arrival.trouble or arrival.changes.all()
+    mount_report = verify(fs)
+    assert mount_report.trouble or mount_report.changes.all()
     if what != "garbage":
-        assert arrival.trouble
-        assert arrival.result == RESULT_UNKNOWN
+        assert mount_report.trouble
+        assert mount_report.result == RESULT_UNKNOWN
     file_of(fs, "new", b"works")
     fs.unmount()
     assert_clean(region)
@@ -232,9 +232,9 @@ def test_a_second_handover_while_verifying(handed: Handed) -> None:
     fs.unmount()
     again = handed.mount()
     assert not changes_of(again)
-    assert again.arrival is not None
-    assert again.arrival.record is not None
-    assert again.arrival.record.number == 2
+    assert again.mount_report is not None
+    assert again.mount_report.record is not None
+    assert again.mount_report.record.number == 2
     again.unmount()
 
 

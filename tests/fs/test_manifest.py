@@ -39,13 +39,13 @@ from support.handover import hand_over, verify
 def test_nothing_has_changed(handed: Handed) -> None:
     with boot(9):
         fs = handed.mount()
-        arrival = verify(fs)
-    assert arrival.kind == ARRIVAL_LIVE_UPDATE
-    assert arrival.gap_ns is not None
-    assert 0 < arrival.gap_ns < 60e9
-    assert not arrival.trouble
-    assert not arrival.changes.all()
-    digests = arrival.verifier is not None
+        mount_report = verify(fs)
+    assert mount_report.kind == ARRIVAL_LIVE_UPDATE
+    assert mount_report.gap_ns is not None
+    assert 0 < mount_report.gap_ns < 60e9
+    assert not mount_report.trouble
+    assert not mount_report.changes.all()
+    digests = mount_report.verifier is not None
     entry = state_page.read_history(fs.store.read(STATE_PAGE, MAGIC_STATE))[0]
     assert entry.result == (RESULT_EVERYTHING if digests else RESULT_METADATA)
     assert entry.number == 1
@@ -59,7 +59,7 @@ def test_nothing_has_changed(handed: Handed) -> None:
     assert facts["state"] == "clean"
     assert facts["handover"] is None
     assert facts["arrival"] == "live update"
-    assert facts["history"][0]["gap_ns"] == arrival.gap_ns
+    assert facts["history"][0]["gap_ns"] == mount_report.gap_ns
     assert facts["history"][0]["result"] == ("unchanged" if digests else "metadata unchanged")
 
 
@@ -186,7 +186,7 @@ def test_a_removed_file_is_named(handed: Handed) -> None:
 
 def test_files_that_change_meanwhile_are_not_accused(handed: Handed) -> None:
     fs = handed.mount()
-    if fs.arrival is None or fs.arrival.verifier is None:
+    if fs.mount_report is None or fs.mount_report.verifier is None:
         fs.unmount()
         return
     inos = handed.inos
@@ -195,13 +195,13 @@ def test_files_that_change_meanwhile_are_not_accused(handed: Handed) -> None:
     fs.setattr(inos["ram"], size=MIB)
     fs.unlink(ROOT_INO, b"f6")
     handed.region.copy_in(handed.places["f4"], b"!!")
-    arrival = verify(fs)
-    assert [change.ino for change in arrival.changes.all()] == [inos["f4"]]
-    assert arrival.verifier is not None
-    assert arrival.verifier.skipped == {inos["f5"], inos["ram"], inos["f6"]}
+    mount_report = verify(fs)
+    assert [change.ino for change in mount_report.changes.all()] == [inos["f4"]]
+    assert mount_report.verifier is not None
+    assert mount_report.verifier.skipped == {inos["f5"], inos["ram"], inos["f6"]}
     fs.write(inos["f5"], 0, b"later")
-    assert arrival.verifier.changed_meanwhile == {inos["f5"], inos["ram"], inos["f6"]} | (
-        arrival.verifier.changed_meanwhile - {inos["f5"]}
+    assert mount_report.verifier.changed_meanwhile == {inos["f5"], inos["ram"], inos["f6"]} | (
+        mount_report.verifier.changed_meanwhile - {inos["f5"]}
     )
     fs.unmount()
 
@@ -222,8 +222,8 @@ def test_holes_cost_nothing() -> None:
         assert record.list_bytes < 64 << 10
         fs.unmount()
         again = mount_filesystem(region)
-        arrival = verify(again)
-        assert arrival.result == RESULT_EVERYTHING
+        mount_report = verify(again)
+        assert mount_report.result == RESULT_EVERYTHING
         again.unmount()
         assert_clean(region)
 
@@ -250,7 +250,7 @@ def test_pages_of_the_list(fs: FileSystem) -> None:
     populated(fs)
     hand_over(fs)
     record = state_page.read_record(fs.store.read(STATE_PAGE, MAGIC_STATE))
-    listed = manifest.parse_list(fs._freezer.read_list(record), fs.superblock.uuid, 1)
+    listed = manifest.parse_manifest(fs._freezer.read_list(record), fs.superblock.uuid, 1)
     image = fsck.survey(fs.region)
     assert sorted(listed.pages) == sorted(image.metadata_pages())
     assert listed.magics.count(MAGIC_INODES) * 16 == len(listed.slots)
@@ -290,12 +290,12 @@ def test_no_changed_byte_goes_unnoticed(request: pytest.FixtureRequest) -> None:
             region.store_u64(offset, word)
             try:
                 mounted = mount_filesystem(region)
-                arrival = verify(mounted)
-                manifest.tell(arrival.changes, mounted.readdir, mounted.holder)
-                if arrival.trouble:
+                mount_report = verify(mounted)
+                manifest.tell(mount_report.changes, mounted.readdir, mounted.holder)
+                if mount_report.trouble:
                     seen["trouble"] += 1
                 else:
-                    assert arrival.changes.all(), f"{offset:#x}: {flipped:#x} went unnoticed"
+                    assert mount_report.changes.all(), f"{offset:#x}: {flipped:#x} went unnoticed"
                     seen["told"] += 1
             except PkernfsError:
                 seen["refused"] += 1

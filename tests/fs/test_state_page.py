@@ -32,10 +32,10 @@ def test_kinds_of_mounts() -> None:
         ):
             with boot(number):
                 fs = mount_filesystem(region)
-                assert fs.arrival is not None
-                assert fs.arrival.kind == kind
-                if kind == ARRIVAL_LIVE_UPDATE or fs.arrival.record:
-                    expected.insert(0, (kind, fs.arrival.record is not None))
+                assert fs.mount_report is not None
+                assert fs.mount_report.kind == kind
+                if kind == ARRIVAL_LIVE_UPDATE or fs.mount_report.record:
+                    expected.insert(0, (kind, fs.mount_report.record is not None))
                 verify(fs)
                 if handing:
                     hand_over(fs, digests=False)
@@ -44,7 +44,7 @@ def test_kinds_of_mounts() -> None:
         facts = superblock.describe(region)
         assert facts["arrival"] == "live update"
         found = [(e["arrival"], e["handover"] is not None) for e in facts["history"]]
-        assert found == [(state_page.ARRIVALS[kind], had) for kind, had in expected]
+        assert found == [(state_page.MOUNT_KINDS[kind], had) for kind, had in expected]
         assert facts["history"][0]["gap_ns"] is None
 
 

@@ -371,11 +371,11 @@ class FileSystemMachine(RuleBasedStateMachine):
 
     @rule(most=st.integers(1, 8))
     def zero_ahead(self, most: int) -> None:
-        claim = self.fs.next_dirty(most * BLOCK)
-        if claim:
-            for offset, length in claim.pieces():
+        isolated = self.fs.next_dirty(most * BLOCK)
+        if isolated:
+            for offset, length in isolated.pieces():
                 self.region.zero(offset, length)
-            self.fs.finish_zeroing(claim)
+            self.fs.finish_zeroing(isolated)
 
     # ------------------------------------------------------------------ what always holds
 

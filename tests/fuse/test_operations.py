@@ -44,15 +44,15 @@ class Waiting:
         self.asked.append("turn")
         yield
 
-    async def settle(self) -> None:
-        self.asked.append("settle")
+    async def drain(self) -> None:
+        self.asked.append("drain")
 
     async def zero(self, need: ZeroingNeeded) -> None:
         self.asked.append(f"zero {need.blocks}")
-        claim = self.fs.claim_zeroing(need.blocks)
-        for offset, length in claim.pieces():
+        isolated = self.fs.isolate_for_zeroing(need.blocks)
+        for offset, length in isolated.pieces():
             self.fs.region.zero(offset, length)
-        self.fs.finish_zeroing(claim)
+        self.fs.finish_zeroing(isolated)
 
     async def sync(self) -> None:
         self.asked.append("sync")
@@ -294,7 +294,7 @@ def run_once(ops: Operations, error: Exception, monkeypatch: pytest.MonkeyPatch,
     ("error", "asked"),
     [
         (ZeroingNeeded([(5, 20)]), ["turn", "zero [(5, 20)]"]),
-        (NoSpaceError("no free block"), ["turn", "settle"]),
+        (NoSpaceError("no free block"), ["turn", "drain"]),
     ],
 )
 def test_handlers_wait_for_memory(

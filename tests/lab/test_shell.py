@@ -20,7 +20,7 @@ pytestmark = pytest.mark.lab
 _ROOT = Path(__file__).resolve().parents[2]
 _DIGEST = "md5sum /mnt/pkernfs/guest-ram"
 _PROMPT = rb"~ # "
-_PATIENCE_SECONDS = 300  # a boot, or a command, on a machine with much else to do
+_TIMEOUT_SECONDS = 300  # a boot, or a command, on a machine with much else to do
 
 
 def session() -> list[str]:
@@ -40,7 +40,7 @@ class Terminal:
     def wait_for(self, pattern: bytes) -> re.Match[bytes]:
         """Read until ``pattern`` is there; what comes up to its end is done with."""
         assert self._process.stdout
-        deadline = time.monotonic() + _PATIENCE_SECONDS
+        deadline = time.monotonic() + _TIMEOUT_SECONDS
         while not (found := re.search(pattern, bytes(self._seen))):
             ready = select.select([self._process.stdout], [], [], 1.0)[0]
             data = os.read(self._process.stdout.fileno(), 65536) if ready else b""
@@ -77,7 +77,7 @@ def shell() -> Iterator[Terminal]:
     )
     try:
         yield Terminal(process)
-        process.communicate(timeout=_PATIENCE_SECONDS)
+        process.communicate(timeout=_TIMEOUT_SECONDS)
         assert process.returncode == 0
     finally:
         with suppress(ProcessLookupError):

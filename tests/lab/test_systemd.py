@@ -38,11 +38,11 @@ WantedBy=multi-user.target
 """
 #: So that the test itself goes on while systemd stops everything for a kexec that is called off.
 SURVIVE = "[Unit]\nDefaultDependencies=no\nIgnoreOnIsolate=yes\n"
-PATIENCE_SECONDS = 90
+REQUEST_TIMEOUT_SECONDS = 90
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
-    until(what, condition, PATIENCE_SECONDS, every=0.2)
+    until(what, condition, REQUEST_TIMEOUT_SECONDS, every=0.2)
 
 
 def systemctl(guest: Guest, *words: str) -> str:

@@ -25,7 +25,7 @@ MIB = 1 << 20
 REGION_BYTES = 64 * MIB
 RAM_BYTES = 16 * MIB
 SCRIPT = Path(__file__).parents[2] / "scripts" / "live-update"
-PATIENCE_SECONDS = 30
+REQUEST_TIMEOUT_SECONDS = 30
 
 
 @pytest.fixture(params=["tmpfs", "hugetlbfs"])
@@ -73,7 +73,7 @@ class Counting:
     def wait_for(self, count: int) -> None:
         """Wait until so many numbers are written."""
         enough = f"{count} numbers"
-        until(enough, lambda: len(self.numbers()) >= count, PATIENCE_SECONDS, every=0.02)
+        until(enough, lambda: len(self.numbers()) >= count, REQUEST_TIMEOUT_SECONDS, every=0.02)
 
     def end(self) -> None:
         """No QEMU of this machine is left, whatever happened."""
@@ -82,7 +82,7 @@ class Counting:
         if pid_file.exists():
             process = os.pidfd_open(int(pid_file.read_text()))
             signal.pidfd_send_signal(process, signal.SIGKILL)
-            select.select([process], [], [], PATIENCE_SECONDS)
+            select.select([process], [], [], REQUEST_TIMEOUT_SECONDS)
             os.close(process)
             pid_file.unlink(missing_ok=True)
         pid_file.with_suffix(".qmp").unlink(missing_ok=True)

@@ -298,9 +298,9 @@ def check_zero_blocks(region: Region) -> None:
 
 def check_handover(fs: FileSystem) -> None:
     """:raises AssertionError: a handover came before this mount, and something has changed."""
-    arrival = fs.arrival
-    assert arrival is not None
-    if arrival.record is not None and arrival.record.list_ino:
+    mount_report = fs.mount_report
+    assert mount_report is not None
+    if mount_report.record is not None and mount_report.record.list_ino:
         found = verify(fs)
         assert not found.trouble, f"handover: {found.trouble}"
         assert not len(found.changes), f"handover: {[c.text() for c in found.changes.all()]}"

@@ -68,11 +68,11 @@ def populated(fs: FileSystem) -> dict[str, int]:
 
 
 def changes_of(fs: FileSystem) -> dict[str, str]:
-    arrival = verify(fs)
-    assert not arrival.trouble
+    mount_report = verify(fs)
+    assert not mount_report.trouble
     return {
         change["path"]: change["what"]
-        for change in manifest.tell(arrival.changes, fs.readdir, fs.holder)
+        for change in manifest.tell(mount_report.changes, fs.readdir, fs.holder)
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pkernfs.fs.filesystem import FileSystem
-from pkernfs.fs.manifest import Arrival
+from pkernfs.fs.manifest import MountReport
 from pkernfs.kexec import handover
 from pkernfs.kexec.local import LocalFileSystem
 
@@ -13,13 +13,13 @@ def hand_over(fs: FileSystem, *, digests: bool = True) -> int:
     return handover.hand_over(LocalFileSystem(fs), digests=digests, threads=1).number
 
 
-def verify(fs: FileSystem) -> Arrival:
+def verify(fs: FileSystem) -> MountReport:
     """Run what the daemon runs beside its requests; what the mount has found in the end."""
-    arrival = fs.arrival
-    assert arrival is not None
-    if arrival.verifier is not None:
-        for batch in arrival.verifier.batches():
-            arrival.verifier.take(batch, arrival.verifier.run(batch, threads=1))
+    mount_report = fs.mount_report
+    assert mount_report is not None
+    if mount_report.verifier is not None:
+        for batch in mount_report.verifier.batches():
+            mount_report.verifier.take(batch, mount_report.verifier.run(batch, threads=1))
         if not fs.read_only:
             fs.end_verification()
-    return arrival
+    return mount_report

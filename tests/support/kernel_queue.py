@@ -8,8 +8,8 @@ from pkernfs.vtd.invalidation import wait_descriptor
 from pkernfs.vtd.registers import (
     STATUS,
     Command,
-    Kind,
     Step,
+    StepKind,
 )
 from support.qtest_window import QtestWindow
 
@@ -31,8 +31,8 @@ class Kernel:
         self.window.write64(0x90, queue | (wide << 11) | wide)
         assert self.window.run(
             [
-                Step(Kind.COMMAND, Command.OFFSET, Command.QIE.mask),
-                Step(Kind.WAIT_32, STATUS, Command.QIE.mask, Command.QIE.mask),
+                Step(StepKind.COMMAND, Command.OFFSET, Command.QIE.mask),
+                Step(StepKind.WAIT_32, STATUS, Command.QIE.mask, Command.QIE.mask),
             ]
         )
 

@@ -8,7 +8,7 @@ from pkernfs.iommu import Config, Memory, Mode, PageTable, RootTables, configure
 from pkernfs.iommu.memory import store_words
 from pkernfs.layout import PAGE
 from pkernfs.region.region import Region
-from pkernfs.units.kernel_tables import MAX_PAGES, LiveMemory, LiveUnit
+from pkernfs.units.kernel_tables import MAX_PAGES, KernelTables, MachineMemory
 from pkernfs.units.mmio import MemoryWindow
 from pkernfs.units.unit import Unit
 from pkernfs.vtd.registers import STATUS, Command, RootTableAddress
@@ -31,14 +31,14 @@ class Kernel:
         self.root = RootTables(root, store_words(self.region))
         self.domains = [self.domain(MIB + i * 64 * PAGE, levels) for i in range(3)]
         self.window = bytearray(PAGE)
-        self.opened: list[LiveMemory] = []
-        self.put_in_force()
+        self.opened: list[MachineMemory] = []
+        self.enable_translation()
 
     def domain(self, offset: int, levels: int) -> PageTable:
         memory = Memory(self.region, [(offset, 64 * PAGE)])
         return PageTable(memory, store_words(self.region), levels=levels)
 
-    def put_in_force(self, *, status: int = Command.TE.mask, mode: int | None = None) -> None:
+    def enable_translation(self, *, status: int = Command.TE.mask, mode: int | None = None) -> None:
         ttm = self.mode if mode is None else mode
         register = self.root.root | RootTableAddress.TTM.put("TTM", ttm)
         self.window[STATUS : STATUS + 4] = status.to_bytes(4, "little")
@@ -49,13 +49,13 @@ class Kernel:
         self.ram.bytes[AT : AT + 3 * MIB] = self.region.read(0, 3 * MIB)
         self.ram.save()
 
-    def memory(self, pages: int = MAX_PAGES) -> LiveMemory:
+    def memory(self, pages: int = MAX_PAGES) -> MachineMemory:
         self.save()
-        self.opened.append(LiveMemory(self.ram.host, pages=pages))
+        self.opened.append(MachineMemory(self.ram.host, pages=pages))
         return self.opened[-1]
 
-    def live(self) -> LiveUnit:
-        return LiveUnit(Unit("dmar0", MemoryWindow(self.window)), self.memory())
+    def live(self) -> KernelTables:
+        return KernelTables(Unit("dmar0", MemoryWindow(self.window)), self.memory())
 
     def close(self) -> None:
         for memory in self.opened:

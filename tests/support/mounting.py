@@ -23,7 +23,7 @@ from pkernfs.region.region import Region
 from support.checking import assert_clean
 
 MIB = 1 << 20
-PATIENCE_SECONDS = 20.0
+REQUEST_TIMEOUT_SECONDS = 20.0
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -31,9 +31,9 @@ libc = ctypes.CDLL(None, use_errno=True)
 def wait_until(condition: Callable[[], bool], what: str) -> None:
     """Wait until ``condition`` holds.
 
-    :raises TimeoutError: it did not for :data:`PATIENCE_SECONDS`.
+    :raises TimeoutError: it did not for :data:`REQUEST_TIMEOUT_SECONDS`.
     """
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline = time.monotonic() + REQUEST_TIMEOUT_SECONDS
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError(f"waited in vain: {what}")
@@ -52,7 +52,7 @@ _PROGRAM = "import sys; from pkernfs.cli import main; sys.exit(main())"
 def run_pkernfs(*words: str) -> subprocess.CompletedProcess[str]:
     """``pkernfs WORDS``, and what came of it."""
     command = [sys.executable, "-c", _PROGRAM, *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+    return subprocess.run(command, capture_output=True, text=True, timeout=REQUEST_TIMEOUT_SECONDS)
 
 
 class Mounted:
@@ -121,7 +121,7 @@ class Mounted:
     def wait(self) -> int:
         """The exit status of the daemon, which has been made to end."""
         assert self.daemon is not None
-        return self.daemon.wait(PATIENCE_SECONDS)
+        return self.daemon.wait(REQUEST_TIMEOUT_SECONDS)
 
     def unmount(self) -> None:
         """umount(8), and the daemon's end."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from pkernfs.region.region import Region
-from pkernfs.vtd.registers import KEPT, STATUS, Command, Kind, Step
+from pkernfs.vtd.registers import KEPT, STATUS, Command, Step, StepKind
 
 UNIT = 0xFED9_0000  # where QEMU has the registers
 
@@ -55,11 +55,11 @@ class QtestWindow:
 
     def _do(self, step: Step, memory: Region | None, seconds: float) -> bool:
         kind, offset, value, mask = step
-        if kind is Kind.WRITE_32:
+        if kind is StepKind.WRITE_32:
             self.write32(offset, value)
-        elif kind is Kind.WRITE_64:
+        elif kind is StepKind.WRITE_64:
             self.write64(offset, value)
-        elif kind is Kind.COMMAND:
+        elif kind is StepKind.COMMAND:
             self.write32(Command.OFFSET, self.read32(STATUS) & KEPT & ~mask | value)
         else:
             # QEMU does what it is told before it answers: the time is for what never comes.
@@ -71,11 +71,11 @@ class QtestWindow:
 
     def _is_so(self, step: Step, memory: Region | None) -> bool:
         kind, offset, value, mask = step
-        if kind is Kind.WAIT_32:
+        if kind is StepKind.WAIT_32:
             return self.read32(offset) & mask == value
-        if kind is Kind.WAIT_64:
+        if kind is StepKind.WAIT_64:
             return self.read64(offset) & mask == value
-        if kind is Kind.WAIT_SAME:
+        if kind is StepKind.WAIT_SAME:
             return self.read64(offset) == self.read64(value)
         assert memory is not None
         return memory.view(offset, 4).cast("I")[0] == value

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pkernfs.alloc import bitmap
-from pkernfs.alloc.blocks import BlockAllocator, Claim, MapRange
+from pkernfs.alloc.blocks import BlockAllocator, IsolatedBlocks, MapRange
 from pkernfs.alloc.pages import PageAllocator
 from pkernfs.errors import ZeroingNeeded
 from pkernfs.fs import superblock
@@ -67,13 +67,13 @@ class Space:
                     runs = self.blocks.alloc(count, goal, owner=owner)
                 return [b for first, n in runs for b in range(first, first + n)]
             except ZeroingNeeded as e:
-                self.zero(self.blocks.claim(e.blocks))
+                self.zero(self.blocks.isolate(e.blocks))
 
-    def zero(self, claim: Claim) -> None:
-        for offset, length in claim.pieces():
+    def zero(self, isolated: IsolatedBlocks) -> None:
+        for offset, length in isolated.pieces():
             self.region.zero(offset, length)
         with self.store:
-            self.blocks.finish(claim)
+            self.blocks.finish_zeroing(isolated)
 
     def free(self, first: int, count: int) -> None:
         with self.store:

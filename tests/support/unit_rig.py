@@ -83,7 +83,7 @@ class Rig:
         return Activation(self.fs, self.host, find)
 
     def activate(self) -> None:
-        assert self.activation().activate([], cutting_off=False) == ["dmar0"]
+        assert self.activation().activate([], block_others=False) == ["dmar0"]
 
     def unit(self) -> Unit:
         return Unit("dmar0", self.window, UNIT)

@@ -20,7 +20,7 @@ from pkernfs.errors import (
 from pkernfs.host.sysroot import Host
 from pkernfs.iommu import READ, READ_WRITE, Memory, Mode
 from pkernfs.layout import PAGE
-from pkernfs.units.kernel_tables import LiveMemory, LiveUnit, read_second_stage
+from pkernfs.units.kernel_tables import KernelTables, MachineMemory, read_second_stage
 from pkernfs.units.mmio import MemoryWindow
 from pkernfs.units.unit import Unit
 from support.made_up_kernel import (
@@ -131,10 +131,10 @@ def test_another_pasid(scalable: Kernel) -> None:
 
 
 def test_units_that_are_not_to_be_read(legacy: Kernel) -> None:
-    legacy.put_in_force(status=0)
+    legacy.enable_translation(status=0)
     with pytest.raises(NotFoundError, match=r"dmar0: .* does not translate"):
         legacy.live()
-    legacy.put_in_force(mode=3)
+    legacy.enable_translation(mode=3)
     with pytest.raises(NotSupportedError, match="dmar0: tables of another mode"):
         legacy.live()
 
@@ -145,12 +145,12 @@ def test_units_that_are_not_to_be_read(legacy: Kernel) -> None:
 def test_no_kcore(legacy: Kernel) -> None:
     legacy.save()
     (legacy.ram.root / "proc/kcore").unlink()
-    memory = LiveMemory(legacy.ram.host)
+    memory = MachineMemory(legacy.ram.host)
     with pytest.raises(PermissionDeniedError, match="a kernel without CONFIG_PROC_KCORE"):
-        LiveUnit(Unit("dmar0", MemoryWindow(legacy.window)), memory)
+        KernelTables(Unit("dmar0", MemoryWindow(legacy.window)), memory)
     (legacy.ram.root / "proc/kcore").write_bytes(b"nothing")
     with pytest.raises(PermissionDeniedError, match="not what it should be"):
-        LiveUnit(Unit("dmar0", MemoryWindow(legacy.window)), memory)
+        KernelTables(Unit("dmar0", MemoryWindow(legacy.window)), memory)
 
 
 def test_a_kernel_that_is_locked_down(legacy: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +174,7 @@ def test_tables_in_a_region_are_read_there(legacy: Kernel) -> None:
     """As a kdump kernel has them, which adopted them; no /proc/kcore has that memory."""
     legacy.domains[0].map(0, 1 << 30, PAGE, READ)
     region = Memory(legacy.region, [(MIB, MIB)])
-    with LiveMemory(Host("/nowhere"), region) as memory:
+    with MachineMemory(Host("/nowhere"), region) as memory:
         found = read_second_stage(memory, legacy.domains[0].root, 4)
     assert found == [(0, 1 << 30, PAGE, READ)]
 

@@ -14,7 +14,7 @@ from pkernfs.host.sysroot import Host
 from pkernfs.layout import PAGE
 from pkernfs.region.region import Region
 from pkernfs.units.mmio import MemoryWindow, open_window
-from pkernfs.vtd.registers import KEPT, STATUS, Command, Kind, Step
+from pkernfs.vtd.registers import KEPT, STATUS, Command, Step, StepKind
 
 MIB = 1 << 20
 BASE = 16 * PAGE
@@ -26,12 +26,12 @@ def test_steps_on_memory() -> None:
     registers[STATUS : STATUS + 4] = 0xFF00_0003.to_bytes(4, "little")
     assert window.run(
         [
-            Step(Kind.WRITE_32, 0x100, 0x1_1234_5678),
-            Step(Kind.WRITE_64, 0x108, 0x1122_3344_5566_7788),
-            Step(Kind.COMMAND, Command.OFFSET, Command.SRTP.mask, Command.TE.mask),
-            Step(Kind.WAIT_32, 0x100, 0x5678, 0xFFFF),
-            Step(Kind.WAIT_64, 0x108, 0x1122 << 48, 0xFFFF << 48),
-            Step(Kind.WAIT_SAME, 0x108, 0x108),
+            Step(StepKind.WRITE_32, 0x100, 0x1_1234_5678),
+            Step(StepKind.WRITE_64, 0x108, 0x1122_3344_5566_7788),
+            Step(StepKind.COMMAND, Command.OFFSET, Command.SRTP.mask, Command.TE.mask),
+            Step(StepKind.WAIT_32, 0x100, 0x5678, 0xFFFF),
+            Step(StepKind.WAIT_64, 0x108, 0x1122 << 48, 0xFFFF << 48),
+            Step(StepKind.WAIT_SAME, 0x108, 0x108),
         ]
     )
     assert window.read32(0x100) == 0x1234_5678
@@ -42,8 +42,8 @@ def test_steps_on_memory() -> None:
 
 def test_a_wait_in_vain_ends_the_steps_but_not_the_last_ones() -> None:
     window = MemoryWindow(bytearray(PAGE))
-    steps = [Step(Kind.WAIT_32, 8, 1, 1), Step(Kind.WRITE_32, 0, 1)]
-    assert not window.run(steps, [Step(Kind.WRITE_32, 4, 2)], seconds=0.01)
+    steps = [Step(StepKind.WAIT_32, 8, 1, 1), Step(StepKind.WRITE_32, 0, 1)]
+    assert not window.run(steps, [Step(StepKind.WRITE_32, 4, 2)], seconds=0.01)
     assert (window.read32(0), window.read32(4)) == (0, 2)
 
 
@@ -52,7 +52,7 @@ def test_a_wait_for_memory_that_another_stores() -> None:
     window = MemoryWindow(bytearray(PAGE))
     other = threading.Timer(0.05, region.store_u64, (64, 7))
     other.start()
-    assert window.run([Step(Kind.WAIT_MEMORY, 64, 7)], memory=region, seconds=10)
+    assert window.run([Step(StepKind.WAIT_MEMORY, 64, 7)], memory=region, seconds=10)
     other.join()
     region.close()
 
@@ -72,26 +72,26 @@ def region() -> Iterator[Region]:
 @pytest.mark.parametrize(
     "step",
     [
-        Step(Kind.WRITE_32, PAGE, 1),
-        Step(Kind.WRITE_32, PAGE - 2, 1),
-        Step(Kind.WRITE_32, 2, 1),
-        Step(Kind.WRITE_64, PAGE - 4, 1),
-        Step(Kind.WRITE_64, 4, 1),
-        Step(Kind.WRITE_64, (1 << 64) - 8, 1),
-        Step(Kind.WAIT_32, PAGE, 0),
-        Step(Kind.WAIT_64, PAGE, 0),
-        Step(Kind.WAIT_SAME, 0, PAGE),
-        Step(Kind.WAIT_SAME, PAGE, 0),
-        Step(Kind.WAIT_MEMORY, 2 * MIB, 0),
-        Step(Kind.WAIT_MEMORY, 2 * MIB - 2, 0),
-        Step(Kind.WAIT_MEMORY, (1 << 64) - 4, 0),
+        Step(StepKind.WRITE_32, PAGE, 1),
+        Step(StepKind.WRITE_32, PAGE - 2, 1),
+        Step(StepKind.WRITE_32, 2, 1),
+        Step(StepKind.WRITE_64, PAGE - 4, 1),
+        Step(StepKind.WRITE_64, 4, 1),
+        Step(StepKind.WRITE_64, (1 << 64) - 8, 1),
+        Step(StepKind.WAIT_32, PAGE, 0),
+        Step(StepKind.WAIT_64, PAGE, 0),
+        Step(StepKind.WAIT_SAME, 0, PAGE),
+        Step(StepKind.WAIT_SAME, PAGE, 0),
+        Step(StepKind.WAIT_MEMORY, 2 * MIB, 0),
+        Step(StepKind.WAIT_MEMORY, 2 * MIB - 2, 0),
+        Step(StepKind.WAIT_MEMORY, (1 << 64) - 4, 0),
         Step(7, 0, 0),  # type: ignore[arg-type]
     ],
 )
 def test_steps_that_reach_too_far_are_not_begun(region: Region, step: Step) -> None:
     registers = bytearray(PAGE)
     window = MemoryWindow(registers)
-    first = Step(Kind.WRITE_32, 0, 1)
+    first = Step(StepKind.WRITE_32, 0, 1)
     for steps, last in (([first, step], []), ([first], [step])):
         with pytest.raises(UnitError, match="reaches beyond"):
             window.run(steps, last, memory=region, seconds=0)
@@ -100,18 +100,18 @@ def test_steps_that_reach_too_far_are_not_begun(region: Region, step: Step) -> N
 
 def test_a_wait_for_memory_where_there_is_none() -> None:
     with pytest.raises(UnitError, match="reaches beyond"):
-        MemoryWindow(bytearray(PAGE)).run([Step(Kind.WAIT_MEMORY, 0, 0)])
+        MemoryWindow(bytearray(PAGE)).run([Step(StepKind.WAIT_MEMORY, 0, 0)])
 
 
 def test_a_command_where_the_unit_has_no_such_registers() -> None:
     with pytest.raises(UnitError, match="reaches beyond"):
-        MemoryWindow(bytearray(STATUS)).run([Step(Kind.COMMAND, Command.OFFSET, 1)])
+        MemoryWindow(bytearray(STATUS)).run([Step(StepKind.COMMAND, Command.OFFSET, 1)])
 
 
 def test_every_kind_is_known_to_c() -> None:
     registers = bytearray(PAGE)
     with Region.anonymous(2 * MIB) as region:
-        for kind in Kind:
+        for kind in StepKind:
             assert MemoryWindow(registers).run([Step(kind, 0, 0)], memory=region)
 
 
@@ -133,7 +133,7 @@ def test_as_many_registers_as_the_unit_says(tmp_path: Path) -> None:
     # Fault records at 0x3ff0 and eight of them: five pages.
     host = device(tmp_path, 0x60, 1 << 10 | 0x3FF << 24 | 7 << 40, 1)
     window = open_window(BASE, host, write=True)
-    assert window.run([Step(Kind.WRITE_64, 5 * PAGE - 8, 0x1122_3344_5566_7788)])
+    assert window.run([Step(StepKind.WRITE_64, 5 * PAGE - 8, 0x1122_3344_5566_7788)])
     with pytest.raises(UnitError):
         window.read32(5 * PAGE)
     assert open_window(BASE, host, write=False).read32(5 * PAGE - 4) == 0x1122_3344

@@ -20,8 +20,8 @@ from pkernfs.vtd.invalidation import descriptor, device, domain, everything
 from pkernfs.vtd.registers import (
     STATUS,
     Command,
-    Kind,
     Step,
+    StepKind,
 )
 from support.kernel_queue import (
     Kernel,
@@ -50,7 +50,7 @@ def unit(lab: Lab) -> Unit:
     window = QtestWindow(lab.machine)
     bits = Command.TE.mask | Command.QIE.mask
     assert window.run(
-        [Step(Kind.COMMAND, Command.OFFSET, 0, bits), Step(Kind.WAIT_32, STATUS, 0, bits)]
+        [Step(StepKind.COMMAND, Command.OFFSET, 0, bits), Step(StepKind.WAIT_32, STATUS, 0, bits)]
     )
     return Unit("dmar0", window, UNIT)
 
@@ -66,22 +66,22 @@ def test_on_and_off(lab: Lab, unit: Unit) -> None:
     assert (queue is None) == (lab.mode is Mode.LEGACY)
     assert not unit.walks(lab.root.root)
     lab.first.map(0x10_0000, 16 * MIB, PAGE, READ)
-    unit.put_in_force(lab.root.root, lab.mode, queue)
+    unit.enable_translation(lab.root.root, lab.mode, queue)
     assert unit.walks(lab.root.root)
     assert not unit.walks(lab.root.root + PAGE)
     assert not unit.state().queue_on
     assert lab.load(0x28, [0x10_0000]) == [lab.word(16 * MIB)]
-    unit.put_in_force(lab.root.root, lab.mode, queue)  # again: nothing but forgetting
+    unit.enable_translation(lab.root.root, lab.mode, queue)  # again: nothing but forgetting
     with pytest.raises(UnitError, match="translates already, by the tables at"):
-        unit.put_in_force(lab.root.root + PAGE, lab.mode, queue)
+        unit.enable_translation(lab.root.root + PAGE, lab.mode, queue)
     assert unit.walks(lab.root.root)
-    unit.take_out_of_force(lab.mode, queue)
+    unit.disable_translation(lab.mode, queue)
     assert not unit.state().translating
 
 
 def test_faults_are_read_and_freed(lab: Lab, unit: Unit) -> None:
     queue = queue_of(lab)
-    unit.put_in_force(lab.root.root, lab.mode, queue)
+    unit.enable_translation(lab.root.root, lab.mode, queue)
     lab.machine.start(0x30, 0x7654_3000, 0x40000, 1)
     lab.machine.finish(0x30)
     [fault] = unit.faults()
@@ -94,7 +94,7 @@ def test_what_a_unit_has_cached_is_forgotten(lab: Lab, unit: Unit) -> None:
     """Each kind of invalidation, by registers or our queue, and by the kernel's."""
     scalable = lab.mode is Mode.SCALABLE
     queue = queue_of(lab)
-    unit.put_in_force(lab.root.root, lab.mode, queue)
+    unit.enable_translation(lab.root.root, lab.mode, queue)
     kernel: Kernel | None = None
     for turn in range(2):
         for what in (domain(2), everything(scalable=scalable)):
@@ -134,14 +134,14 @@ def test_the_kernels_queue_is_given_back_wherever_its_tail_is(
     kernel.submit()
     while kernel.place != place:
         kernel.submit()
-    unit.put_in_force(lab.root.root, lab.mode, queue_of(lab))
+    unit.enable_translation(lab.root.root, lab.mode, queue_of(lab))
     for _turn in range(3):
         unit.invalidate(everything(scalable=lab.mode is Mode.SCALABLE), queue_of(lab))
         assert unit.state().queue_on
         assert kernel.window.read64(0x90) & -PAGE == KERNEL_QUEUE
         assert kernel.window.read64(0x80) == kernel.window.read64(0x88) == kernel.tail
         kernel.submit()
-    unit.take_out_of_force(lab.mode, queue_of(lab))
+    unit.disable_translation(lab.mode, queue_of(lab))
     kernel.submit()
 
 
@@ -165,7 +165,7 @@ def test_what_the_kernel_adds_while_its_queue_is_lent_is_run(
     kernel.submit()
     while kernel.place != 0:
         kernel.submit()
-    unit.put_in_force(lab.root.root, lab.mode, queue_of(lab))
+    unit.enable_translation(lab.root.root, lab.mode, queue_of(lab))
     window = Racing(lab.machine)
     racing = Unit("dmar0", window, UNIT)
     for at in range(50):
@@ -207,7 +207,7 @@ def test_a_loan_that_was_cut_short_is_ended(lab: Lab, unit: Unit, place: int) ->
     kernel.submit()
     while kernel.place != 0:
         kernel.submit()
-    unit.put_in_force(lab.root.root, lab.mode, queue_of(lab))
+    unit.enable_translation(lab.root.root, lab.mode, queue_of(lab))
     half = unit.queue_bytes() // 2
     queue = QueueMemory(lab.region, QUEUE, QUEUE, 2 * half)
     note = QueueMemory(lab.region, QUEUE + half, QUEUE + half, PAGE)
@@ -222,8 +222,8 @@ def test_a_loan_that_was_cut_short_is_ended(lab: Lab, unit: Unit, place: int) ->
         try:
             dying.invalidate(domain(2), queue)
         except Killed:
-            found += next_one.end_interrupted_loan(note)
-            assert not next_one.end_interrupted_loan(note)
+            found += next_one.restore_interrupted_queue(note)
+            assert not next_one.restore_interrupted_queue(note)
             assert kernel.window.read64(0x90) & -PAGE == KERNEL_QUEUE
             kernel.submit()
             kernel.submit()
@@ -231,7 +231,7 @@ def test_a_loan_that_was_cut_short_is_ended(lab: Lab, unit: Unit, place: int) ->
             break
     assert left > 12
     assert left - found < 8  # before it had begun, and when it had ended but for the note
-    assert not unit.end_interrupted_loan(note)
+    assert not unit.restore_interrupted_queue(note)
 
 
 def test_a_note_is_not_believed_where_no_queue_is_missing(lab: Lab, unit: Unit) -> None:
@@ -239,8 +239,8 @@ def test_a_note_is_not_believed_where_no_queue_is_missing(lab: Lab, unit: Unit) 
     kernel = kernel_of(lab)
     kernel.submit()
     note = QueueMemory(lab.region, QUEUE + 2 * PAGE, QUEUE + 2 * PAGE, PAGE)
-    unit._lend(domain(2)[0], queue_of(lab), 30 * MIB, 1)
-    assert not unit.end_interrupted_loan(note)
+    unit._prepare_queue(domain(2)[0], queue_of(lab), 30 * MIB, 1)
+    assert not unit.restore_interrupted_queue(note)
     assert kernel.window.read64(0x90) & -PAGE == KERNEL_QUEUE
     kernel.submit()
 
@@ -279,11 +279,11 @@ def test_a_unit_that_does_not_obey(lab: Lab, unit: Unit) -> None:
 
     class Deaf(QtestWindow):
         def _do(self, step: Step, memory: Region | None, seconds: float) -> bool:
-            if step.kind is Kind.COMMAND and step.value & Command.TE.mask:
+            if step.kind is StepKind.COMMAND and step.value & Command.TE.mask:
                 return True
             return super()._do(step, memory, seconds)
 
     deaf = Unit("dmar0", Deaf(lab.machine), UNIT)
     with pytest.raises(UnitError, match="dmar0: translation on: the unit does not do it"):
-        deaf.put_in_force(lab.root.root, lab.mode, queue_of(lab))
+        deaf.enable_translation(lab.root.root, lab.mode, queue_of(lab))
     assert not unit.state().translating

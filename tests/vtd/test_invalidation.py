@@ -15,7 +15,7 @@ from pkernfs.vtd.invalidation import (
     register_steps,
     wait_descriptor,
 )
-from pkernfs.vtd.registers import Granularity, Kind, Step
+from pkernfs.vtd.registers import Granularity, Step, StepKind
 
 IOTLB_AT = 0xF0
 BUSY = 1 << 63
@@ -62,13 +62,13 @@ def test_commands_to_registers() -> None:
     what = Invalidation(Cache.CONTEXT, Granularity.SELECTIVE, 2, 0x28)
     command = BUSY | 3 << 61 | 0x28 << 16 | 2
     assert register_steps(what, IOTLB_AT) == [
-        Step(Kind.WRITE_64, 0x28, command),
-        Step(Kind.WAIT_64, 0x28, 0, BUSY),
+        Step(StepKind.WRITE_64, 0x28, command),
+        Step(StepKind.WAIT_64, 0x28, 0, BUSY),
     ]
     command = BUSY | 2 << 60 | 3 << 48 | 7 << 32
     assert register_steps(domain(7)[0], IOTLB_AT) == [
-        Step(Kind.WRITE_64, IOTLB_AT + 8, command),
-        Step(Kind.WAIT_64, IOTLB_AT + 8, 0, BUSY),
+        Step(StepKind.WRITE_64, IOTLB_AT + 8, command),
+        Step(StepKind.WAIT_64, IOTLB_AT + 8, 0, BUSY),
     ]
 
 

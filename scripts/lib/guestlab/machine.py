@@ -21,7 +21,7 @@ QEMU = "qemu-system-x86_64"
 READY_LINE = re.compile(r"guest: user space is up, (\S+) is in (\d+) pages")
 BANNER = re.compile(r"Linux version [^\r\n]+")
 _STOP_SECONDS = 30
-_PATIENCE_SECONDS = 15  # with an accelerator that something slower can replace
+_TIMEOUT_SECONDS = 15  # with an accelerator that something slower can replace
 
 
 def qemu_path() -> str | None:
@@ -181,7 +181,7 @@ def _first_that_boots(recipe: Recipe, seconds: float, stack: ExitStack) -> Guest
         with ExitStack() as attempt:
             guest = attempt.enter_context(running(recipe, accelerator))
             with suppress(GuestLabError):
-                guest.wait_until_ready(min(seconds, _PATIENCE_SECONDS))
+                guest.wait_until_ready(min(seconds, _TIMEOUT_SECONDS))
                 stack.push(attempt.pop_all())
                 return guest
         os.truncate(recipe.ram, 0)  # nothing of a failed attempt is to be found later

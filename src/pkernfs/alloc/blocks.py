@@ -34,13 +34,13 @@ from pkernfs.layout import (
 _FREE = 0
 _USED = 1
 _PAGE_GRANULAR = 2
-_CLAIMED = 3  # free, being zeroed
+_ISOLATED = 3  # free, being zeroed
 _KEPT = 4  # free, kept for a file that grows
 _FREED = 5  # free once the open transaction is committed
 
 _FREE_RUNS = re.compile(rb"\x00+")
-_MAX_WINDOWS = 64
-_MAX_WINDOW_BLOCKS = BLOCKS_PER_GIB
+_MAX_PREALLOCATIONS = 64
+_MAX_PREALLOCATED_BLOCKS = BLOCKS_PER_GIB
 
 # So much is zeroed on the spot; more is the caller's to do elsewhere.
 INLINE_ZERO_BLOCKS = 4
@@ -64,7 +64,7 @@ class Piece(NamedTuple):
 
 
 @dataclass
-class Claim:
+class IsolatedBlocks:
     """Free blocks that are being zeroed and that nobody else may allocate meanwhile."""
 
     runs: list[Run]
@@ -136,8 +136,8 @@ class BlockAllocator:
             block = self._state.find(_PAGE_GRANULAR, block + 1)
         return found
 
-    def next_dirty(self, most: int) -> Claim | None:
-        """Claim up to ``most`` free blocks that are not known to be zero, in one run."""
+    def next_dirty(self, most: int) -> IsolatedBlocks | None:
+        """IsolatedBlocks up to ``most`` free blocks that are not known to be zero, in one run."""
         state, zero = self._state, self._zero
         at = 0
         while True:
@@ -153,11 +153,11 @@ class BlockAllocator:
         end = at
         while end < len(state) and end - at < most and state[end] == _FREE and not zero[end]:
             end += 1
-        return self.claim([Run(at, end - at)])
+        return self.isolate([Run(at, end - at)])
 
     # ------------------------------------------------------------------ zeroing
 
-    def claim(self, runs: Iterable[tuple[int, int]]) -> Claim:
+    def isolate(self, runs: Iterable[tuple[int, int]]) -> IsolatedBlocks:
         """Keep free blocks from being allocated until :meth:`finish` or :meth:`release`.
 
         Blocks that are no longer free are left out.
@@ -171,23 +171,23 @@ class BlockAllocator:
                     else:
                         kept.append(Run(block, 1))
         for first, count in kept:
-            self._state[first : first + count] = bytes([_CLAIMED]) * count
-        return Claim(kept)
+            self._state[first : first + count] = bytes([_ISOLATED]) * count
+        return IsolatedBlocks(kept)
 
-    def release(self, claim: Claim) -> None:
+    def putback(self, isolated: IsolatedBlocks) -> None:
         """Let claimed blocks be allocated as they are."""
-        for first, count in claim.runs:
+        for first, count in isolated.runs:
             self._state[first : first + count] = bytes(count)
 
-    def finish(self, claim: Claim) -> None:
+    def finish_zeroing(self, isolated: IsolatedBlocks) -> None:
         """Record claimed blocks as zero and let them be allocated; inside a transaction."""
-        for first, count in claim.runs:
+        for first, count in isolated.runs:
             self._mark(first, count, zero=True)
 
         def done() -> None:
-            for first, count in claim.runs:
+            for first, count in isolated.runs:
                 self._zero[first : first + count] = b"\1" * count
-            self.release(claim)
+            self.putback(isolated)
 
         self._store.on_commit.append(done)
 
@@ -207,8 +207,8 @@ class BlockAllocator:
         :raises ZeroingNeeded: too many would have to be zeroed here.
         """
         if owner is not None:
-            self.forget_window(owner)
-        runs = self._plan_or_drop_windows(count, goal)
+            self.drop_preallocation(owner)
+        runs = self._plan_or_drop_preallocations(count, goal)
         if zeroed:
             self._zero_now(runs)
         for first, length in runs:
@@ -225,11 +225,11 @@ class BlockAllocator:
 
         :raises NoSpaceError: no block is free.
         """
-        self.forget_window(owner)
+        self.drop_preallocation(owner)
         try:
-            runs = self._plan_or_drop_windows(count, None)
+            runs = self._plan_or_drop_preallocations(count, None)
         except NoSpaceError:
-            runs = self._plan_or_drop_windows(1, None)
+            runs = self._plan_or_drop_preallocations(1, None)
         block = runs[0].first
         old_zero = bytes(self._zero[block : block + 1])
         if self._zero[block]:
@@ -237,7 +237,7 @@ class BlockAllocator:
             self._zero[block] = 0
         else:
             self._store.region.zero(block * BLOCK, BLOCK)
-        self._state[block] = _CLAIMED
+        self._state[block] = _ISOLATED
 
         def undo() -> None:
             self._state[block] = _FREE
@@ -261,7 +261,7 @@ class BlockAllocator:
 
         :raises NoSpaceError: none is free.
         """
-        runs = self._plan_or_drop_windows(1, None)
+        runs = self._plan_or_drop_preallocations(1, None)
         block = runs[0].first
         if self._zero[block]:
             # Its pages are filled before the transaction is committed: should it not be, the
@@ -270,13 +270,13 @@ class BlockAllocator:
         self._allocate(block, 1, _PAGE_GRANULAR)
         return block
 
-    def _plan_or_drop_windows(self, count: int, goal: int | None) -> list[Run]:
+    def _plan_or_drop_preallocations(self, count: int, goal: int | None) -> list[Run]:
         runs = self._plan(count, goal)
         if runs is None and self._windows:
-            self.drop_windows()
+            self.drop_preallocations()
             runs = self._plan(count, goal)
         if runs is None:
-            if count <= self.free_blocks and _CLAIMED in self._state:
+            if count <= self.free_blocks and _ISOLATED in self._state:
                 raise ZeroingNeeded([])  # enough, once the claims are let go
             raise NoSpaceError(f"no space: {count} blocks wanted, {self.free_blocks} free")
         return runs
@@ -435,14 +435,14 @@ class BlockAllocator:
     def _keep(self, owner: int, start: int, count: int) -> None:
         """Keep as many blocks behind a growing file as it just took, at least 8."""
         length = (
-            self._free_at(start, min(max(8, 2 * count), _MAX_WINDOW_BLOCKS))
+            self._free_at(start, min(max(8, 2 * count), _MAX_PREALLOCATED_BLOCKS))
             if (start < self.total_blocks)
             else 0
         )
         if length:
             self._state[start : start + length] = bytes([_KEPT]) * length
             self._windows[owner] = (start, length)
-            if len(self._windows) > _MAX_WINDOWS:
+            if len(self._windows) > _MAX_PREALLOCATIONS:
                 self._unkeep(self._windows.popitem(last=False)[1])
 
     def _unkeep(self, window: tuple[int, int]) -> None:
@@ -450,13 +450,13 @@ class BlockAllocator:
             if self._state[block] == _KEPT:
                 self._state[block] = _FREE
 
-    def forget_window(self, owner: int) -> None:
+    def drop_preallocation(self, owner: int) -> None:
         """Let others allocate what was kept for a file that has stopped growing."""
         window = self._windows.pop(owner, None)
         if window:
             self._unkeep(window)
 
-    def drop_windows(self) -> None:
+    def drop_preallocations(self) -> None:
         """Keep nothing for anybody: space is short."""
         while self._windows:
             self._unkeep(self._windows.popitem()[1])

@@ -55,7 +55,7 @@ class HandoverLease:
         self._refuse_a_second()
         with trio.move_on_after(_CLOSING_SECONDS):
             while session.writers():
-                await session.settle()
+                await session.drain()
                 await trio.sleep(0.001)
         async with session.hold_zeroing():
             self._refuse_a_second()
@@ -90,13 +90,13 @@ class HandoverLease:
         """Make room for a manifest."""
         self._check_lease()
         self._manifest_bytes = request.size
-        ino, pages = self._fs.make_list(request.size)
+        ino, pages = self._fs.make_manifest(request.size)
         return protocol.ManifestFile(ino, tuple(sorted(pages)))
 
     async def write_manifest(self, request: protocol.WriteManifest) -> Nothing:
         """Store a piece of the manifest."""
         self._check_lease()
-        self._fs.write_list(request.ino, request.offset, request.data)
+        self._fs.write_manifest(request.ino, request.offset, request.data)
         return Nothing()
 
     async def commit(self, request: protocol.Commit) -> protocol.Committed:

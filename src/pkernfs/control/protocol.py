@@ -230,7 +230,7 @@ class Snapshot(Call[Attached], op="iommu.snapshot"):
 
 
 @dataclass(frozen=True)
-class CheckKernelTables(Call[Nothing], op="iommu.check_live"):
+class CheckKernelTables(Call[Nothing], op="iommu.check_kernel_tables"):
     """Compare what the kernel's tables hold for the devices with the region's."""
 
 

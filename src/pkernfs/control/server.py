@@ -37,7 +37,7 @@ Handlers = Mapping[type[Request[Any]], Handler]
 #: Bytes of a request at most.
 MAX_REQUEST_BYTES = 1 << 20
 #: How long (seconds) a client may take for its request, and for reading each line of the answer.
-PATIENCE_SECONDS = 10.0
+REQUEST_TIMEOUT_SECONDS = 10.0
 
 MAX_CLIENTS = 32
 
@@ -145,7 +145,7 @@ async def _read_line(stream: trio.SocketStream) -> bytes:
     :raises trio.TooSlowError: it does not come.
     """
     received = bytearray()
-    with trio.fail_after(PATIENCE_SECONDS):
+    with trio.fail_after(REQUEST_TIMEOUT_SECONDS):
         while True:
             chunk = await stream.receive_some(65536)
             if not chunk:
@@ -159,5 +159,5 @@ async def _read_line(stream: trio.SocketStream) -> bytes:
 
 
 async def _send(stream: trio.SocketStream, line: bytes) -> None:
-    with trio.fail_after(PATIENCE_SECONDS):
+    with trio.fail_after(REQUEST_TIMEOUT_SECONDS):
         await stream.send_all(line)

@@ -15,7 +15,7 @@ class Session(Protocol):
     def hold_zeroing(self) -> AbstractAsyncContextManager[object]:
         """Keep everybody else from zeroing memory, and so no request waits for it."""
 
-    async def settle(self) -> None:
+    async def drain(self) -> None:
         """Wait until the requests that are there already have been handled."""
 
     async def pause(self) -> None:

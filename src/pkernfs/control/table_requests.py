@@ -17,7 +17,7 @@ from pkernfs.control.protocol import Attached, ByteCount, Nothing, UnitNames
 from pkernfs.control.session import Session
 from pkernfs.dma import reports, snapshot
 from pkernfs.dma.activation import Activation
-from pkernfs.dma.crash_jump import Jump
+from pkernfs.dma.crash_jump import CrashJump
 from pkernfs.dma.mount import tables_of
 from pkernfs.dma.output import Output, Pause, Record, Status, Text
 from pkernfs.errors import TableDamageError
@@ -48,7 +48,7 @@ class TableRequests:
         # Held by a change over the zeroing of what it maps, and by a check over its thread: both
         # need tables that stay as they are. Nothing that serves the file system ever takes it.
         self._lock = trio.Lock()
-        self._jump = Jump(fs)
+        self._jump = CrashJump(fs)
 
     def handlers(self) -> Handlers:
         """The handlers by request."""
@@ -136,8 +136,8 @@ class TableRequests:
         return Attached(await self._change(lambda: snapshot.apply(self._fs, plan, number), number))
 
     async def check_kernel_tables(self, request: protocol.CheckKernelTables) -> Nothing:
-        """See :meth:`Activation.check_live`."""
-        await self._looking(Activation(self._fs).check_live)
+        """See :meth:`Activation.check_kernel_tables`."""
+        await self._looking(Activation(self._fs).check_kernel_tables)
         return Nothing()
 
     async def switch(self, request: protocol.Switch) -> UnitNames:
@@ -154,7 +154,7 @@ class TableRequests:
                     f"activate: the tables are not sound: {report.found} problems, the first: "
                     f"{report.findings[0].message}: see pkernfs iommu check"
                 )
-            names = Activation(self._fs).activate(list(request.units), cutting_off=request.cut_off)
+            names = Activation(self._fs).activate(list(request.units), block_others=request.cut_off)
             return UnitNames(tuple(names))
 
     async def deactivate(self, request: protocol.Deactivate) -> UnitNames:
@@ -164,7 +164,7 @@ class TableRequests:
             return UnitNames(tuple(names))
 
     async def kexec_needs(self, request: protocol.FindKexecNeeds) -> protocol.KexecNeeds:
-        """See :meth:`Jump.needs`."""
+        """See :meth:`CrashJump.needs`."""
         needs = await self._looking(self._jump.needs)
         return protocol.KexecNeeds(
             tuple(needs.devices), tuple(needs.cut), needs.scalable, tuple(needs.units)
@@ -177,11 +177,11 @@ class TableRequests:
         jump, and the file system is frozen.
         """
         async with self._lock:
-            self._jump.go(panic=request.panic)
+            self._jump.start(panic=request.panic)
         return Nothing()
 
     async def undo_crash_jump(self, request: protocol.UndoCrashJump) -> Nothing:
-        """See :meth:`Jump.undo`."""
+        """See :meth:`CrashJump.undo`."""
         async with self._lock:
             self._jump.undo()
         return Nothing()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from pkernfs.dma.comparison import Finder, LiveTables, check_addresses
+from pkernfs.dma.comparison import Finder, KernelUnits, check_addresses
 from pkernfs.dma.kernel_adopted import KernelAdopted
 from pkernfs.dma.mount import tables_of
 from pkernfs.dma.table_files import TableFiles
@@ -30,9 +30,15 @@ from pkernfs.host.pci import PciDevice, all_devices, read_device, unit_of
 from pkernfs.host.sysroot import HOST, Host
 from pkernfs.iommu.root_tables import RootTables
 from pkernfs.units.discovery import FoundUnit, find_units, need_unit, reach_unit
-from pkernfs.units.requirements import Demands, cut_off, largest_leaf, shortcomings, unfit
+from pkernfs.units.requirements import (
+    Requirements,
+    cut_off,
+    largest_leaf,
+    unfit_reason,
+    unmet_requirements,
+)
 from pkernfs.units.unit import Unit
-from pkernfs.units.unit_set import Walking, end_interrupted_loans, with_queue
+from pkernfs.units.unit_set import ActiveUnits, restore_interrupted_queues, with_queue
 from pkernfs.vtd.entries import bdf_text
 
 if TYPE_CHECKING:
@@ -74,7 +80,7 @@ class Activation:
 
     # ------------------------------------------------------------------ at the mount
 
-    def adopt(self) -> None:
+    def resume_units(self) -> None:
         """Find the units that walk the tables already: have them forget all, and tell them on.
 
         :raises UnitError: a unit does not obey.
@@ -100,7 +106,7 @@ class Activation:
                 log.debug("%s: %s", found.structure.name, found.why_not)
             elif not found.driven:
                 units.append(found.unit)
-        end_interrupted_loans(units, root)
+        restore_interrupted_queues(units, root)
         self._walk(dmar, [u for u in units if u.walks(root.root)])
 
     def _watch(self, driven: Sequence[FoundUnit]) -> None:
@@ -112,24 +118,24 @@ class Activation:
     def _walk(self, dmar: Dmar, units: Sequence[Unit]) -> None:
         """These units, and no others, walk the tables: start afresh with them."""
         if not units:
-            self._tables.set_walking(None)
+            self._tables.set_active_units(None)
             return
-        walking = Walking(units, self._tables.config.mode, lambda s: self._admit(dmar, s))
-        walking.write_back(self._tables.memories())
-        walking.forget_everything(self._tables.need_root())
-        self._tables.set_walking(walking)
+        active_units = ActiveUnits(units, self._tables.config.mode, lambda s: self._admit(dmar, s))
+        active_units.write_back(self._tables.memories())
+        active_units.invalidate_all(self._tables.need_root())
+        self._tables.set_active_units(active_units)
 
     def _admit(self, dmar: Dmar, source_id: int) -> None:
         """:raises InvalidError: a device that must not be attached while units walk the tables."""
         device = read_device(self._host, source_id)
-        reason = unfit(dmar, device, source_id)
+        reason = unfit_reason(dmar, device, source_id)
         if reason is not None:
             raise InvalidError(reason)
         assert device is not None
         above = unit_of(dmar, device)
-        walking = self._tables.walking
+        active_units = self._tables.active_units
         assert above is not None
-        if walking is not None and above.name not in [u.name for u in walking.units]:
+        if active_units is not None and above.name not in [u.name for u in active_units.units]:
             raise InvalidError(
                 f"device {device.name}: below {above.name}, which does not walk these tables: "
                 f"activate it as well: its DMA is not translated"
@@ -137,11 +143,11 @@ class Activation:
 
     # ------------------------------------------------------------------ on
 
-    def activate(self, names: Sequence[str], *, cutting_off: bool) -> list[str]:
+    def activate(self, names: Sequence[str], *, block_others: bool) -> list[str]:
         """Put the tables, which have been checked, in force; the names of the units.
 
         :param names: ``all``, or units; none: those that attached devices are below.
-        :param cutting_off: devices that are at work and not attached may lose their DMA.
+        :param block_others: devices that are at work and not attached may lose their DMA.
         :raises PkernfsError: why not; nothing was changed then.
         """
         root = self._need_tables()
@@ -151,9 +157,9 @@ class Activation:
         self._check_devices(dmar, chosen)
         for found in chosen:
             self._check_unit(found, dmar, root)
-        if not cutting_off:
+        if not block_others:
             self._check_others(dmar, chosen)
-        return self._put_in_force(dmar, [need_unit(f) for f in chosen], root)
+        return self._enable(dmar, [need_unit(f) for f in chosen], root)
 
     def _need_tables(self) -> RootTables:
         if os.geteuid():
@@ -191,7 +197,7 @@ class Activation:
     def _check_devices(self, dmar: Dmar, chosen: Sequence[FoundUnit]) -> None:
         names = [f.structure.name for f in chosen]
         for entry, device in zip(self._tables.devices(), self._attached(), strict=True):
-            reason = unfit(dmar, device, entry.source_id)
+            reason = unfit_reason(dmar, device, entry.source_id)
             if reason is not None:
                 raise InvalidError(reason)
             assert device is not None
@@ -211,7 +217,7 @@ class Activation:
                 "region's tables in force"
             )
         unit = need_unit(found)
-        reasons = list(shortcomings(unit.capabilities, self._demands(), dmar.host_bits))
+        reasons = list(unmet_requirements(unit.capabilities, self._requirements(), dmar.host_bits))
         if reasons:
             raise NotSupportedError(f"{name}: {'; '.join(reasons)}")
         state = unit.state()
@@ -221,7 +227,7 @@ class Activation:
                 "there has to switch it off"
             )
 
-    def _demands(self) -> Demands:
+    def _requirements(self) -> Requirements:
         tables = self._tables
         levels = tables.config.levels
         largest, end = 1, 0
@@ -232,7 +238,7 @@ class Activation:
         ranges = [*tables.region_memory().ranges]
         ranges += [(bar.start, bar.start + bar.length) for bar in tables.bars()]
         ids = sorted({d.domain_id for d in tables.devices()})
-        return Demands(tables.config, ids, largest, end, max(last for _first, last in ranges))
+        return Requirements(tables.config, ids, largest, end, max(last for _first, last in ranges))
 
     def _check_others(self, dmar: Dmar, chosen: Sequence[FoundUnit]) -> None:
         attached = {d.source_id for d in self._tables.devices()}
@@ -245,23 +251,23 @@ class Activation:
                 "--cut-off"
             )
 
-    def _put_in_force(self, dmar: Dmar, units: Sequence[Unit], root: RootTables) -> list[str]:
-        before = self._tables.walking
+    def _enable(self, dmar: Dmar, units: Sequence[Unit], root: RootTables) -> list[str]:
+        before = self._tables.active_units
         mode = self._tables.config.mode
         self._tables.ready_for_units()
         root = self._tables.need_root()
-        end_interrupted_loans(units, root)
-        Walking(units, mode).write_back(self._tables.memories())
+        restore_interrupted_queues(units, root)
+        ActiveUnits(units, mode).write_back(self._tables.memories())
         on: list[Unit] = []
         try:
             for unit in units:
                 if unit.walks(root.root):
                     continue
-                with_queue(unit, mode, root, partial(unit.put_in_force, root.root, mode))
+                with_queue(unit, mode, root, partial(unit.enable_translation, root.root, mode))
                 on.append(unit)
         except PkernfsError:
             for unit in on:
-                with_queue(unit, mode, root, partial(unit.take_out_of_force, mode))
+                with_queue(unit, mode, root, partial(unit.disable_translation, mode))
             raise
         names = [u.name for u in units]
         others = [] if before is None else [u for u in before.units if u.name not in names]
@@ -270,14 +276,14 @@ class Activation:
 
     # ------------------------------------------------------------------ from the kernel's tables
 
-    def live(self) -> LiveTables:
+    def live(self) -> KernelUnits:
         """Open what units translate for the running kernel now; the caller closes it.
 
-        :raises PkernfsError: see :class:`LiveTables`.
+        :raises PkernfsError: see :class:`KernelUnits`.
         """
-        return LiveTables(self._fs, self._host, self._find)
+        return KernelUnits(self._fs, self._host, self._find)
 
-    def check_live(self) -> None:
+    def check_kernel_tables(self) -> None:
         """Devices that are attached and persist have what their live domains have.
 
         It is so for a unit that walks these tables already, and of no matter for one that the
@@ -309,11 +315,11 @@ class Activation:
             self._watch([found for found in live.found.values() if found.driven])
         root, mode = self._tables.need_root(), self._tables.config.mode
         units = [self._reach(self._host, f.structure) for f in chosen]
-        end_interrupted_loans(units, root)
+        restore_interrupted_queues(units, root)
         if units:
-            rehearsal = Walking(units, mode)
+            rehearsal = ActiveUnits(units, mode)
             rehearsal.write_back(self._tables.memories())
-            rehearsal.forget_everything(root)
+            rehearsal.invalidate_all(root)
         try:
             for unit in units:
                 self._switched.append((unit, unit.state().root))
@@ -352,14 +358,14 @@ class Activation:
             raise PermissionDeniedError("switch: the file system is read-only")
         for name, reason in self._tables.damaged.items():
             raise InvalidError(f"iommu/{name.decode()}: damaged: {reason}: run the check")
-        transient = self._tables.non_persistent()
+        non_persistent = self._tables.non_persistent()
         for d in self._tables.devices():
-            if d.source_id in transient:
+            if d.source_id in non_persistent:
                 raise BusyError(
                     f"device {bdf_text(d.source_id)}: attached, and not to persist: hand over first"
                 )
 
-    def _to_switch(self, live: LiveTables) -> list[FoundUnit]:
+    def _to_switch(self, live: KernelUnits) -> list[FoundUnit]:
         """The units above attached devices that do not walk the tables yet."""
         root = self._tables.need_root()
         above = [live.above(live.device(d.source_id)) for d in self._tables.devices()]
@@ -372,7 +378,7 @@ class Activation:
                     f"{name}: it does not walk the region's tables: pkernfs iommu activate"
                 )
             able = need_unit(found).capabilities
-            reasons = list(shortcomings(able, self._demands(), live.dmar.host_bits))
+            reasons = list(unmet_requirements(able, self._requirements(), live.dmar.host_bits))
             if reasons:
                 raise NotSupportedError(f"{name}: {'; '.join(reasons)}")
         return chosen
@@ -386,21 +392,23 @@ class Activation:
         :param forced: although attached devices could do DMA, which then goes anywhere.
         :raises PkernfsError: why not.
         """
-        walking = self._tables.walking
-        if walking is None:
+        active_units = self._tables.active_units
+        if active_units is None:
             raise NotFoundError("no unit walks the tables of this mount")
-        known = [u.name for u in walking.units]
+        known = [u.name for u in active_units.units]
         for name in names:
             if name not in (*known, "all"):
                 raise NotFoundError(f"{name}: does not walk them: {', '.join(known)} does")
-        chosen = [u for u in walking.units if not names or "all" in names or u.name in names]
+        chosen = [u for u in active_units.units if not names or "all" in names or u.name in names]
         dmar = read_dmar(self._host)
         if not forced:
             self._check_idle(dmar, [u.name for u in chosen])
         root = self._tables.need_root()
         for unit in chosen:
-            with_queue(unit, walking.mode, root, partial(unit.take_out_of_force, walking.mode))
-        self._walk(dmar, [u for u in walking.units if u not in chosen])
+            with_queue(
+                unit, active_units.mode, root, partial(unit.disable_translation, active_units.mode)
+            )
+        self._walk(dmar, [u for u in active_units.units if u not in chosen])
         return [u.name for u in chosen]
 
     def _check_idle(self, dmar: Dmar, names: Sequence[str]) -> None:

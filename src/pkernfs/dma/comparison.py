@@ -17,8 +17,8 @@ from pkernfs.iommu.context_walk import Device
 from pkernfs.iommu.page_pool import Mapping
 from pkernfs.iommu.page_walk import without
 from pkernfs.units.discovery import FoundUnit, need_unit
-from pkernfs.units.kernel_tables import LiveMemory, LiveUnit, Shape, check_shape
-from pkernfs.units.requirements import unfit
+from pkernfs.units.kernel_tables import KernelTables, MachineMemory, Shape, check_shape
+from pkernfs.units.requirements import unfit_reason
 from pkernfs.vtd.entries import bdf_text, perm_text
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def check_addresses(region: Region) -> None:
         )
 
 
-class LiveTables:
+class KernelUnits:
     """The units of the machine as the running kernel has them now.
 
     :raises NotFoundError, InvalidError, PermissionDeniedError: see :func:`read_dmar`.
@@ -50,11 +50,11 @@ class LiveTables:
         self._host = host
         self.dmar = read_dmar(host)
         self.found = {f.structure.name: f for f in find(host, self.dmar)}
-        self._memory = LiveMemory(host, tables_of(fs).region_memory())
-        self._units: dict[str, LiveUnit] = {}
+        self._memory = MachineMemory(host, tables_of(fs).region_memory())
+        self._units: dict[str, KernelTables] = {}
         self._mapped: dict[tuple[int, int], list[Mapping]] = {}
 
-    def __enter__(self) -> LiveTables:
+    def __enter__(self) -> KernelUnits:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -71,7 +71,7 @@ class LiveTables:
         device = read_device(self._host, source_id)
         if device is None:
             raise NotFoundError(f"device {bdf_text(source_id)}: no such device")
-        reason = unfit(self.dmar, device, source_id)
+        reason = unfit_reason(self.dmar, device, source_id)
         if reason is not None:
             raise InvalidError(reason)
         return device
@@ -82,7 +82,7 @@ class LiveTables:
         assert structure is not None
         return self.found[structure.name]
 
-    def unit(self, found: FoundUnit) -> LiveUnit:
+    def unit(self, found: FoundUnit) -> KernelTables:
         """Find the tables that a unit walks now.
 
         :raises PkernfsError: it cannot be seen; the reason.
@@ -90,10 +90,10 @@ class LiveTables:
         name = found.structure.name
         if name not in self._units:
             self._memory.begin()
-            self._units[name] = LiveUnit(need_unit(found), self._memory)
+            self._units[name] = KernelTables(need_unit(found), self._memory)
         return self._units[name]
 
-    def driven(self) -> list[LiveUnit]:
+    def driven(self) -> list[KernelTables]:
         """The units of segment 0, whose devices these tables are for, that the kernel drives.
 
         Without those that do not translate.
@@ -103,8 +103,8 @@ class LiveTables:
         driven = [f for f in self.found.values() if f.driven and not f.structure.segment]
         return [self.unit(f) for f in driven if need_unit(f).state().translating]
 
-    def mappings(self, live: LiveUnit, entry: Device) -> list[Mapping]:
-        """List what an entry of :meth:`LiveUnit.entry` maps.
+    def mappings(self, live: KernelTables, entry: Device) -> list[Mapping]:
+        """List what an entry of :meth:`KernelTables.entry` maps.
 
         :raises TableDamageError, PermissionDeniedError: it cannot be read.
         """
@@ -128,7 +128,7 @@ class LiveTables:
                     "first, persist it, or use a slot with a group of its own"
                 )
 
-    def check_names(self, device: PciDevice, live: LiveUnit, table: int) -> None:
+    def check_names(self, device: PciDevice, live: KernelTables, table: int) -> None:
         """A device must have no other name in its requests than its own.
 
         The kernel has an entry with the same page tables for each that it knows of, as some
@@ -155,8 +155,8 @@ class LiveTables:
         """
         tables = tables_of(self._fs)
         root = tables.need_root()
-        transient = tables.non_persistent()
-        attached = [d for d in tables.devices() if d.source_id not in transient]
+        non_persistent = tables.non_persistent()
+        attached = [d for d in tables.devices() if d.source_id not in non_persistent]
         kept = {d.source_id for d in attached}
         for entry in attached:
             device = self.device(entry.source_id)
@@ -166,7 +166,7 @@ class LiveTables:
             self.check_group(device, kept)
             self._check_device(entry, device, self.unit(found))
 
-    def _check_device(self, ours: Device, device: PciDevice, live: LiveUnit) -> None:
+    def _check_device(self, ours: Device, device: PciDevice, live: KernelTables) -> None:
         entry = live.entry(ours.source_id)
         self.check_names(device, live, entry.table)
         config = tables_of(self._fs).config

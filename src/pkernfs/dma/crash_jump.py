@@ -43,7 +43,7 @@ class Needs(NamedTuple):
     scalable: bool
 
 
-class Jump:
+class CrashJump:
     """A kexec by a panic: what a file system's devices need of it, and the panic itself."""
 
     def __init__(self, fs: FileSystem, host: Host = HOST) -> None:
@@ -60,13 +60,13 @@ class Jump:
         :raises PkernfsError: it cannot be seen what the units do.
         """
         tables = tables_of(self._fs)
-        transient = tables.non_persistent()
+        non_persistent = tables.non_persistent()
         attached = [d.source_id for d in tables.devices()]
-        cut = [bdf_text(s) for s in attached if s in transient]
-        kept = [s for s in attached if s not in transient]
-        devices = self._in_force(kept) if self._fs.region.real_addresses else {}
+        cut = [bdf_text(s) for s in attached if s in non_persistent]
+        kept = [s for s in attached if s not in non_persistent]
+        devices = self._dependent_devices(kept) if self._fs.region.real_addresses else {}
         if devices:
-            self._activation.check_live()
+            self._activation.check_kernel_tables()
         return Needs(
             [bdf_text(s) for s in devices],
             sorted(set(devices.values())),
@@ -74,7 +74,7 @@ class Jump:
             tables.config.mode is Mode.SCALABLE,
         )
 
-    def _in_force(self, source_ids: list[int]) -> dict[int, str]:
+    def _dependent_devices(self, source_ids: list[int]) -> dict[int, str]:
         """The devices that must go on, and the unit above each."""
         root = tables_of(self._fs).root
         if not source_ids or root is None:
@@ -92,7 +92,7 @@ class Jump:
                 found[source_id] = above.name
         return found
 
-    def go(self, *, panic: bool) -> None:
+    def start(self, *, panic: bool) -> None:
         """Give units that the kernel drives the region's root table; then panic, if this is last.
 
         :raises PkernfsError: why not; the machine goes on, and units are as they were.
@@ -110,7 +110,7 @@ class Jump:
             _move_to_boot_processor()
             _keep_in_memory()
             self._activation.switch_units()
-            self._pull(trigger)
+            self._panic(trigger)
         finally:
             ctypes.CDLL(None).munlockall()
             os.sched_setaffinity(0, before)
@@ -123,7 +123,7 @@ class Jump:
         """
         self._activation.switch_back()
 
-    def _pull(self, trigger: int) -> None:
+    def _panic(self, trigger: int) -> None:
         """:raises PkernfsError: there was no panic; units are as they were."""
         why = "it did not"
         try:

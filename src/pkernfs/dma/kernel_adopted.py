@@ -17,13 +17,13 @@ from pkernfs.host.sysroot import Host
 from pkernfs.iommu.memory import Memory
 from pkernfs.layout import PAGE
 from pkernfs.units.discovery import FoundUnit, need_unit
-from pkernfs.units.kernel_tables import LiveMemory, LiveUnit
+from pkernfs.units.kernel_tables import KernelTables, MachineMemory
 from pkernfs.vtd.entries import bdf_text
 
 log = logging.getLogger(__name__)
 
 
-class LiveEntry(NamedTuple):
+class KernelEntry(NamedTuple):
     """An entry of a unit that the kernel drives, which leads to page tables in the region."""
 
     unit: str
@@ -47,21 +47,21 @@ class KernelAdopted:
         self._memory = memory
         self._units = units
 
-    def entries(self) -> list[LiveEntry]:
+    def entries(self) -> list[KernelEntry]:
         """All of them.
 
         :raises BusyError: this kernel may have adopted tables, and that cannot be seen.
         """
-        found: list[LiveEntry] = []
-        with LiveMemory(self._host, self._memory) as memory:
+        found: list[KernelEntry] = []
+        with MachineMemory(self._host, self._memory) as memory:
             for unit in self._units():
                 found += self._of(unit, memory)
         return found
 
-    def _of(self, found: FoundUnit, memory: LiveMemory) -> list[LiveEntry]:
+    def _of(self, found: FoundUnit, memory: MachineMemory) -> list[KernelEntry]:
         name = found.structure.name
         try:
-            live = LiveUnit(need_unit(found), memory).entries
+            live = KernelTables(need_unit(found), memory).entries
         except NotFoundError:
             return []  # it does not translate
         except PkernfsError as e:
@@ -72,7 +72,7 @@ class KernelAdopted:
                 f"this kernel may have adopted these tables, and {name} cannot be looked at: {e}"
             ) from None
         ours = [e for e in live if self._memory.offset(e.table, PAGE) is not None]
-        return [LiveEntry(name, e.source_id, e.table) for e in ours]
+        return [KernelEntry(name, e.source_id, e.table) for e in ours]
 
     def check(self, what: str, tables: Collection[int], source_id: int | None = None) -> None:
         """Check that page tables may change; ``what`` begins the message.

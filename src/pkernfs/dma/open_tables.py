@@ -23,12 +23,12 @@ from pkernfs.fs.names import ROOT_PGTABLES, is_table_name
 from pkernfs.host.bars import Bar
 from pkernfs.iommu.config import (
     Config,
-    adopt_addresses,
+    assume_addresses,
     config_offset,
     config_page,
     load_bars,
     load_config,
-    load_transient,
+    load_non_persistent,
 )
 from pkernfs.iommu.context_walk import Device
 from pkernfs.iommu.memory import Memory
@@ -37,7 +37,7 @@ from pkernfs.iommu.page_table import PageTable
 from pkernfs.iommu.page_walk import Tree
 from pkernfs.iommu.root_tables import RootTables
 from pkernfs.layout import INODE_FLAG_TABLE, IOMMU_INO, PAGE
-from pkernfs.units.unit_set import Walking
+from pkernfs.units.unit_set import ActiveUnits
 from pkernfs.vtd.entries import LARGEST_LEAF_LEVEL, LEVELS
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class OpenTables:
         #: Why the tables are of no use where they are, if they were made for another place.
         self.relocated: str | None = None
         #: The units that walk the tables now. They are told of each change before it returns.
-        self.walking: Walking | None = None
+        self.active_units: ActiveUnits | None = None
         self._readers = 0
         #: Counts the changes of what is mapped.
         self.generation = 0
@@ -116,9 +116,9 @@ class OpenTables:
             self._open_domain(name)
         self.generation += 1
 
-    def set_walking(self, walking: Walking | None) -> None:
+    def set_active_units(self, active_units: ActiveUnits | None) -> None:
         """Units walk the tables from now on, and have nothing cached; or none does any more."""
-        self.walking = walking
+        self.active_units = active_units
         self.reopen()
 
     def reopen(self) -> None:
@@ -148,7 +148,7 @@ class OpenTables:
             self.root = RootTables(
                 memory,
                 self._fs.store.commit_words,
-                walked=self.walking is not None,
+                walked=self.active_units is not None,
                 coherent=self._coherent,
             )
         except InvalidError:
@@ -164,7 +164,7 @@ class OpenTables:
         file = self.files.get(name)
         if file is None or not file.size or self.relocated is not None:
             return
-        walking = self.walking
+        active_units = self.active_units
         try:
             if extents := self.extents_of(file):
                 there = Memory(self._fs.region, extents)
@@ -174,8 +174,8 @@ class OpenTables:
                 self.memory_of(file),
                 self._fs.store.commit_words,
                 levels=self.config.levels,
-                largest=LARGEST_LEAF_LEVEL if walking is None else walking.largest_leaf,
-                walked=walking is not None,
+                largest=LARGEST_LEAF_LEVEL if active_units is None else active_units.largest_leaf,
+                walked=active_units is not None,
                 coherent=self._coherent,
             )
         except InvalidError:
@@ -205,7 +205,7 @@ class OpenTables:
     def _assume_addresses(self, file: TableFile) -> None:
         """Give a region without addresses of its own those that its tables were made with."""
         for first in self._fs.extents(file.ino)[:1]:
-            adopt_addresses(self._fs.region, first.region_offset + PAGE)
+            assume_addresses(self._fs.region, first.region_offset + PAGE)
 
     def _say_relocated(self, memory: Memory) -> str:
         home = self.config.home
@@ -220,7 +220,7 @@ class OpenTables:
 
     @property
     def _coherent(self) -> bool:
-        return self.walking is None or self.walking.coherent
+        return self.active_units is None or self.active_units.coherent
 
     # ------------------------------------------------------------------ where they are
 
@@ -316,7 +316,7 @@ class OpenTables:
 
     def non_persistent(self) -> set[int]:
         """Source ids of the devices whose entries a handover clears."""
-        return set() if self.root is None else load_transient(self.root.memory)
+        return set() if self.root is None else load_non_persistent(self.root.memory)
 
     def bars(self) -> list[Bar]:
         """The BARs that may be mapped."""

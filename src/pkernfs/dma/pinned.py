@@ -84,20 +84,20 @@ class Pinned:
         if ROOT_PGTABLES in tables.damaged:
             return "root-pgtables is damaged, and may refer to it: run fsck.pkernfs"
         if tables.root is None:
-            return self._adopted_holder(name)
+            return self._kernel_holder(name)
         devices = tables.root.devices()
         if name != ROOT_PGTABLES:
             memory = Memory(self._region, tables.extents_of(tables.files[name]))
             devices = [d for d in devices if memory.offset(d.table) is not None]
-        if name == ROOT_PGTABLES and tables.walking is not None:
-            return f"{tables.walking.names} walks it"
+        if name == ROOT_PGTABLES and tables.active_units is not None:
+            return f"{tables.active_units.names} walks it"
         if devices:
             return f"device {bdf_text(devices[0].source_id)} is attached"
         if name == ROOT_PGTABLES and (tables.config.levels != Config().levels or tables.bars()):
             return tables.mapped_domain()  # what its tables are like is told nowhere else
-        return self._adopted_holder(name)
+        return self._kernel_holder(name)
 
-    def _adopted_holder(self, name: bytes) -> str | None:
+    def _kernel_holder(self, name: bytes) -> str | None:
         """Name the entry of the running kernel that leads to a domain's tables."""
         if self._units.kernel_adopted is not None and name != ROOT_PGTABLES:
             top = self._tables.memory_of(self._tables.files[name]).first_page

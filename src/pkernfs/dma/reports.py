@@ -296,11 +296,11 @@ def show_records(fs: FileSystem, number: int | None) -> Output:
     unit = export.unit(tables.config, root)
     yield Record({"unit": unit, "damaged": _damaged(tables), "devices": [], "domains": []})
     numbers = sorted(tables.domains) if number is None else [number]
-    transient = tables.non_persistent()
+    non_persistent = tables.non_persistent()
     shown = {tables.domain(n).root for n in numbers}
     for d in tables.devices():
         if number is None or d.table in shown:
-            yield _record("devices", show.device_record(d, d.source_id not in transient))
+            yield _record("devices", show.device_record(d, d.source_id not in non_persistent))
     for n in numbers:
         table = tables.domain(n)
         record = {"id": f"dom-{n}", "table": table.root, "levels": table.levels}

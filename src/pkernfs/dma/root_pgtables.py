@@ -8,7 +8,7 @@ from pkernfs.dma.open_tables import OpenTables
 from pkernfs.dma.unit_notices import UnitNotices
 from pkernfs.errors import BusyError, InvalidError, NoSpaceError, TooBigError
 from pkernfs.fs.names import ROOT_PGTABLES
-from pkernfs.iommu.config import Config, config_words, configure, set_transient
+from pkernfs.iommu.config import Config, config_words, configure, set_non_persistent
 from pkernfs.iommu.root_tables import MAX_DOMAIN_ID, RootTables
 from pkernfs.layout import BLOCK, IOMMU_INO
 from pkernfs.vtd.entries import check_source_id
@@ -58,8 +58,8 @@ class RootPgtables:
             raise
 
     def _configure(self, config: Config) -> None:
-        if self._tables.walking is not None:
-            raise BusyError(f"root-pgtables: in use: {self._tables.walking.names} walks it")
+        if self._tables.active_units is not None:
+            raise BusyError(f"root-pgtables: in use: {self._tables.active_units.names} walks it")
         if config.levels != self._tables.config.levels:
             mapped = self._tables.mapped_domain()
             if mapped is not None:
@@ -94,8 +94,8 @@ class RootPgtables:
         self._tables.check_writable()
         table = self._tables.domain(number)
         check_source_id(source_id)
-        if self._tables.walking is not None:
-            self._tables.walking.admit(source_id)
+        if self._tables.active_units is not None:
+            self._tables.active_units.admit(source_id)
         root = self.have()
         if domain_id is None:
             domain_id = self._domain_id(root, number, table.root)
@@ -108,8 +108,8 @@ class RootPgtables:
         for domain_id, other in taken.items():
             if other == table:
                 return domain_id
-        walking = self._tables.walking
-        limit = MAX_DOMAIN_ID + 1 if walking is None else walking.domain_ids
+        active_units = self._tables.active_units
+        limit = MAX_DOMAIN_ID + 1 if active_units is None else active_units.domain_ids
         wanted = number + FIRST_DOMAIN_ID
         if wanted < limit and wanted not in taken:
             return wanted
@@ -139,7 +139,7 @@ class RootPgtables:
         self._tables.check_writable()
         check_source_id(source_id)
         root = self.have()
-        set_transient(root.memory, self._fs.store.commit_words, source_id, not on)
+        set_non_persistent(root.memory, self._fs.store.commit_words, source_id, not on)
 
     def clear_non_persistent(self) -> list[int]:
         """Detach the devices that are not to outlive a handover, while frozen; their source ids.

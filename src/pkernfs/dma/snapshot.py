@@ -12,7 +12,7 @@ from collections.abc import Generator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
-from pkernfs.dma.comparison import LiveTables
+from pkernfs.dma.comparison import KernelUnits
 from pkernfs.dma.mount import tables_of
 from pkernfs.dma.output import PAUSE, Pause
 from pkernfs.dma.reports import Owners, pieces_of
@@ -72,7 +72,7 @@ class Plan(NamedTuple):
 # ---------------------------------------------------------------------- reading
 
 
-def read(live: LiveTables, source_id: int, kept: set[int]) -> Reading:
+def read(live: KernelUnits, source_id: int, kept: set[int]) -> Reading:
     """Read a device's live domain; nothing is changed.
 
     :param kept: source ids of the devices that are attached and persist.

@@ -17,7 +17,7 @@ from pkernfs.dma.unit_notices import UnitNotices
 from pkernfs.iommu.config import Config
 from pkernfs.iommu.page_table import PageTable
 from pkernfs.iommu.root_tables import RootTables
-from pkernfs.units.unit_set import Walking
+from pkernfs.units.unit_set import ActiveUnits
 
 if TYPE_CHECKING:
     from pkernfs.fs.filesystem import FileSystem
@@ -38,7 +38,7 @@ class TableFiles:
 
         self.refresh = tables.refresh
         self.reading = tables.reading
-        self.set_walking = tables.set_walking
+        self.set_active_units = tables.set_active_units
         self.check_place = tables.check_place
         self.root_memory = tables.root_memory
         self.memory = tables.memory
@@ -95,9 +95,9 @@ class TableFiles:
         return self._tables.names
 
     @property
-    def walking(self) -> Walking | None:
+    def active_units(self) -> ActiveUnits | None:
         """The units that walk these tables now; None: none does, as far as is known."""
-        return self._tables.walking
+        return self._tables.active_units
 
     @property
     def kernel_adopted(self) -> KernelAdopted | None:

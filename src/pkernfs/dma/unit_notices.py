@@ -59,7 +59,7 @@ class UnitNotices:
     # ------------------------------------------------------------------ units that are told
 
     @contextmanager
-    def _telling(self) -> Iterator[None]:
+    def _invalidating(self) -> Iterator[None]:
         """Units are told of a change; if one does not obey, nothing is changed any more.
 
         Memory that it may still reach would be used for something else otherwise.
@@ -72,38 +72,42 @@ class UnitNotices:
 
     def mapped(self, number: int) -> None:
         """Have the units forget what a change of dom-N has taken away, if it has."""
-        walking, root, table = self._tables.walking, self._tables.root, self._tables.domains[number]
-        if walking is None or root is None:
+        active_units, root, table = (
+            self._tables.active_units,
+            self._tables.root,
+            self._tables.domains[number],
+        )
+        if active_units is None or root is None:
             return
         ids = sorted({d.domain_id for d in root.devices() if d.table == table.root})
-        with self._telling():
-            if ids and (table.stale or walking.caches_absent):
-                walking.forget_domains(root, ids)
+        with self._invalidating():
+            if ids and (table.stale or active_units.caches_absent):
+                active_units.invalidate_domains(root, ids)
             else:
-                walking.written()
+                active_units.flush_write_buffers()
         table.invalidated()
 
     def attached(self) -> None:
         """A device was attached: nothing was present before."""
-        walking = self._tables.walking
-        if walking is None:
+        active_units = self._tables.active_units
+        if active_units is None:
             return
         root = self._tables.need_root()
-        with self._telling():
-            if walking.caches_absent:
-                walking.forget_everything(root)
+        with self._invalidating():
+            if active_units.caches_absent:
+                active_units.invalidate_all(root)
             else:
-                walking.written()
+                active_units.flush_write_buffers()
 
     def detached(self, device: Device, *, table_gone: bool) -> None:
         """A device was detached; ``table_gone``: the table of its entry is free."""
-        walking = self._tables.walking
-        if walking is None:
+        active_units = self._tables.active_units
+        if active_units is None:
             return
         root = self._tables.need_root()
-        with self._telling():
+        with self._invalidating():
             if table_gone:
-                walking.forget_everything(root)
+                active_units.invalidate_all(root)
             else:
-                walking.forget_device(root, device.source_id, device.domain_id)
+                active_units.invalidate_device(root, device.source_id, device.domain_id)
         root.invalidated()

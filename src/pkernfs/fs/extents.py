@@ -98,7 +98,7 @@ class ExtentMap:
             found.append((start, end - start))
         return found
 
-    def units_end(self, inode: Inode, size: int) -> int:
+    def allocation_end(self, inode: Inode, size: int) -> int:
         """End in bytes of the units (blocks or pages) that hold the first ``size`` bytes."""
         if not size:
             return 0

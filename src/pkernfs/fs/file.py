@@ -269,8 +269,8 @@ class Files:
         inode.size = size
         if size > old or not inode.data_pages:
             return
-        self._blocks.forget_window(inode.ino)
-        kept = self._map.units_end(inode, size)
+        self._blocks.drop_preallocation(inode.ino)
+        kept = self._map.allocation_end(inode, size)
         left = self._map.remove(inode, kept // PAGE, LAST_PAGE + 1)
         if left > kept // PAGE or min(kept, old) > size:
             self._set_pending(inode, size, PENDING_TO_END)

@@ -51,7 +51,7 @@ class FileSystem:
         self.fail = state.fail
         self.sync = state.sync
         self.statfs = state.statfs
-        self.claim_zeroing = state.claim_zeroing
+        self.isolate_for_zeroing = state.isolate_for_zeroing
         self.next_dirty = state.next_dirty
         self.finish_zeroing = state.finish_zeroing
         self.abandon_zeroing = state.abandon_zeroing
@@ -94,8 +94,8 @@ class FileSystem:
 
         self.freeze = state.freeze
         self.thaw = freezer.thaw
-        self.make_list = freezer.make_list
-        self.write_list = freezer.write_list
+        self.make_manifest = freezer.make_manifest
+        self.write_manifest = freezer.write_manifest
         self.hand_over = freezer.hand_over
         self.end_verification = freezer.end_verification
 
@@ -112,17 +112,17 @@ class FileSystem:
         return self.super.frozen
 
     @property
-    def cookies(self) -> dict[int, Any]:
+    def attribute_cache(self) -> dict[int, Any]:
         """For the caller to keep what it made of an inode's attributes, by number.
 
         An entry goes when the inode changes; all go when there are too many.
         """
-        return self.super.inodes.cookies
+        return self.super.inodes.attribute_cache
 
     @property
-    def arrival(self) -> manifest.Arrival | None:
+    def mount_report(self) -> manifest.MountReport | None:
         """The handover before this mount, and what has changed since."""
-        return self._freezer.arrival
+        return self._freezer.mount_report
 
     @property
     def next_handover(self) -> int:
@@ -170,11 +170,11 @@ class FileSystem:
             log.error("%s: %s: run fsck.pkernfs", name, reason)
         if not inodes.get(ROOT_INO).is_dir:
             raise CorruptionError("root inode: not a directory")
-        arrival = self._freezer.arrive(state)
+        mount_report = self._freezer.compare_handover(state)
         if self.read_only:
             return
         history = self._freezer.history_entry(state)
-        self.super.mark_mounted(state, arrival.kind, arrival.mounted_at, history)
+        self.super.mark_mounted(state, mount_report.kind, mount_report.mounted_at, history)
         try:
             if inodes.get(IOMMU_INO).size:
                 self.pins.load()  # from here on, what is held is known
@@ -183,8 +183,8 @@ class FileSystem:
             return
         for ino in unfinished:
             self._life.finish(inodes.get(ino))
-        if arrival.verifier is not None:
-            inodes.watch = arrival.verifier.changed_meanwhile
+        if mount_report.verifier is not None:
+            inodes.watch = mount_report.verifier.changed_meanwhile
 
     def unmount(self) -> None:
         """Reclaim what was unlinked but open, and mark the region clean.

@@ -50,7 +50,7 @@ class Freezer:
         self._life = life
         self._list_ino = 0  # of the handover that is under way
         #: What the mount has found; None before it has looked.
-        self.arrival: manifest.Arrival | None = None
+        self.mount_report: manifest.MountReport | None = None
 
     # ------------------------------------------------------------------ before
 
@@ -70,11 +70,11 @@ class Freezer:
             self._super.fail(failure)
             return
         for ino in {record.list_ino, self._list_ino} - {0}:
-            self._drop_list(ino)
+            self._drop_manifest(ino)
         self._list_ino = 0
         self._life.reclaim_all()
 
-    def _drop_list(self, ino: int) -> None:
+    def _drop_manifest(self, ino: int) -> None:
         try:
             inode = self._inodes.get(ino)
             if inode.is_reg and not inode.nlink:
@@ -82,7 +82,7 @@ class Freezer:
         except NotFoundError:
             pass
 
-    def make_list(self, size: int) -> NewList:
+    def make_manifest(self, size: int) -> NewList:
         """Make room for a handover's list of ``size`` bytes, while frozen.
 
         :raises NoSpaceError: there is none; nothing was changed.
@@ -109,16 +109,16 @@ class Freezer:
                 self._inodes.save(inode)
         except BaseException:
             if ino:
-                self._drop_list(ino)
+                self._drop_manifest(ino)
             raise
         finally:
             self._store.touched = None
         return NewList(ino, touched)
 
-    def write_list(self, ino: int, offset: int, data: bytes) -> None:
+    def write_manifest(self, ino: int, offset: int, data: bytes) -> None:
         """Fill a part of the list; no metadata changes.
 
-        :raises InvalidError: not the list that :meth:`make_list` made, or beyond its end.
+        :raises InvalidError: not the list that :meth:`make_manifest` made, or beyond its end.
         """
         inode = self._inodes.get(ino)
         if not self._super.frozen or inode.nlink or offset < 0 or offset + len(data) > inode.size:
@@ -160,49 +160,49 @@ class Freezer:
 
     # ------------------------------------------------------------------ after
 
-    def arrive(self, state: StateFields) -> manifest.Arrival:
+    def compare_handover(self, state: StateFields) -> manifest.MountReport:
         """See what kind of mount this is, and compare with the handover before it."""
         kind = ARRIVAL_REMOUNT if state.boot_id == self._super.boot_id() else ARRIVAL_LIVE_UPDATE
         if not state.mounts:
             kind = ARRIVAL_FIRST_BOOT
-        arrival = self.arrival = manifest.Arrival(kind, self._super.clock())
+        mount_report = self.mount_report = manifest.MountReport(kind, self._super.clock())
         if state.state != STATE_FROZEN:
-            return arrival
+            return mount_report
         record = state_page.read_record(self._store.read(STATE_PAGE, MAGIC_STATE))
-        arrival.record = record
+        mount_report.record = record
         if not record.list_ino:
-            arrival.trouble = "the handover has left no list to compare with"
-            return arrival
+            mount_report.trouble = "the handover has left no list to compare with"
+            return mount_report
         try:
-            manifest.load(self._super, self._files.extents, self.read_list(record), arrival)
+            manifest.load(self._super, self._files.extents, self.read_list(record), mount_report)
         except PkernfsError as e:
-            arrival.trouble = str(e)
+            mount_report.trouble = str(e)
         base = NO_PHYSICAL if self._region.phys_base is None else self._region.phys_base
         if base != record.phys_base:
-            arrival.changes.add_structure(
+            mount_report.changes.add_structure(
                 f"physical address: {_address(base)}, {_address(record.phys_base)} at the handover"
             )
-        return arrival
+        return mount_report
 
     def history_entry(self, before: StateFields) -> HistoryFields | None:
         """The history's entry for this mount; None if it is an ordinary one.
 
         :param before: the state that :meth:`arrive` was given.
         """
-        arrival = self.arrival
-        assert arrival is not None
-        record = arrival.record
-        if record is None and arrival.kind != ARRIVAL_LIVE_UPDATE:
+        mount_report = self.mount_report
+        assert mount_report is not None
+        record = mount_report.record
+        if record is None and mount_report.kind != ARRIVAL_LIVE_UPDATE:
             return None
         return HistoryFields(
             record.number if record else 0,
             record.handed_over_at if record else 0,
-            arrival.mounted_at,
+            mount_report.mounted_at,
             record.boot_id if record else before.boot_id,
             self._super.boot_id(),
-            arrival.kind,
-            arrival.result,
-            len(arrival.changes),
+            mount_report.kind,
+            mount_report.result,
+            len(mount_report.changes),
         )
 
     def read_list(self, record: HandoverFields) -> bytes:
@@ -221,15 +221,18 @@ class Freezer:
     def end_verification(self) -> None:
         """The verifier has finished: note the result in the history."""
         self._inodes.watch = None
-        arrival = self.arrival
-        if arrival is None or self._super.read_only:
+        mount_report = self.mount_report
+        if mount_report is None or self._super.read_only:
             return
         with self._store:
             page = self._store.edit(STATE_PAGE, MAGIC_STATE)
             entries = state_page.read_history(page)
-            if entries and entries[0].mounted_at == arrival.mounted_at:
+            if entries and entries[0].mounted_at == mount_report.mounted_at:
                 state_page.set_newest(
-                    page, entries[0]._replace(result=arrival.result, changed=len(arrival.changes))
+                    page,
+                    entries[0]._replace(
+                        result=mount_report.result, changed=len(mount_report.changes)
+                    ),
                 )
 
 

@@ -47,7 +47,7 @@ class InodeLife:
         self._pins = pins
         self._opens: dict[int, int] = {}
         self._lookups: dict[int, int] = {}
-        self._nameless: set[int] = set()  # in use, to be freed when they no longer are
+        self._orphans: set[int] = set()  # in use, to be freed when they no longer are
         self._replaced: set[int] = set()  # those of them that have their data without being open
 
     def numbers(self) -> Iterator[int]:
@@ -109,9 +109,9 @@ class InodeLife:
         return ino in self._opens or ino in self._lookups
 
     def _reclaim(self, ino: int) -> None:
-        if ino not in self._nameless or self._in_use(ino) or self._super.read_only:
+        if ino not in self._orphans or self._in_use(ino) or self._super.read_only:
             return
-        self._nameless.discard(ino)
+        self._orphans.discard(ino)
         self._replaced.discard(ino)
         inode = self._inodes.get(ino)
         if not inode.nlink:
@@ -119,7 +119,7 @@ class InodeLife:
 
     def reclaim_all(self) -> None:
         """Free what lost its last user while nothing could be freed."""
-        for ino in list(self._nameless):
+        for ino in list(self._orphans):
             self._reclaim(ino)
 
     def forget_all(self) -> None:
@@ -142,13 +142,13 @@ class InodeLife:
         if inode.nlink:
             self._inodes.save(inode)
             return True
-        self._blocks.forget_window(inode.ino)
+        self._blocks.drop_preallocation(inode.ino)
         # Who has looked the name up may be about to open it: the old file is as good as the new,
         # and to be told to look again and again, while it is replaced as often, is no answer.
         if replaced and inode.is_reg and inode.ino in self._lookups:
             self._replaced.add(inode.ino)
         if inode.ino in self._opens or inode.ino in self._replaced:
-            self._nameless.add(inode.ino)
+            self._orphans.add(inode.ino)
             self._inodes.save(inode)
             return True
         # Nobody can open it any more: its space is free at once, its number when it is forgotten.
@@ -156,7 +156,7 @@ class InodeLife:
         if whole and inode.ino not in self._lookups:
             self._free(inode)
             return True
-        self._nameless.add(inode.ino)
+        self._orphans.add(inode.ino)
         self._inodes.save(inode)
         return whole or inode.ino in self._lookups
 
@@ -166,7 +166,7 @@ class InodeLife:
         inode.nlink = 0
         inode.ctime = self._super.clock()
         if self._in_use(inode.ino):
-            self._nameless.add(inode.ino)
+            self._orphans.add(inode.ino)
             self._inodes.save(inode)
         else:
             self._free(inode)
@@ -178,7 +178,7 @@ class InodeLife:
                 self._inodes.touch(inode)
                 self._remove_data(inode)
                 self._inodes.save(inode)
-        self._blocks.forget_window(inode.ino)
+        self._blocks.drop_preallocation(inode.ino)
         with self._store:
             self._inodes.touch(inode)
             self._free(inode)

@@ -59,7 +59,7 @@ _TYPES = {
     stat.S_IFBLK,
 }
 _MAX_CACHED = 8192
-_MAX_COOKIES = 131072  # some 250 bytes each, if they are pyfuse3's
+_MAX_CACHED_ATTRIBUTES = 131072  # some 250 bytes each, if they are pyfuse3's
 _MAX_NEW_PAGES = 64
 _NO_INLINE = bytes(INODE_INLINE_BYTES)
 _SECTOR = 512
@@ -231,7 +231,7 @@ class InodeTable:
         self._store = store
         self._pages = pages
         self._cache: dict[int, Inode] = {}
-        self.cookies: dict[int, Any] = {}
+        self.attribute_cache: dict[int, Any] = {}
         #: Page number of each inode page.
         self.where = array("Q")
         state = store.read(STATE_PAGE, MAGIC_STATE)
@@ -357,8 +357,8 @@ class InodeTable:
         if len(self._cache) > _MAX_CACHED:
             for ino in list(self._cache)[: _MAX_CACHED // 2]:
                 del self._cache[ino]
-        if len(self.cookies) > _MAX_COOKIES:
-            self.cookies.clear()
+        if len(self.attribute_cache) > _MAX_CACHED_ATTRIBUTES:
+            self.attribute_cache.clear()
 
     # ------------------------------------------------------------------ changing
 
@@ -369,7 +369,7 @@ class InodeTable:
         """
         if self.watch is not None and content:
             self.watch.add(inode.ino)
-        self.cookies.pop(inode.ino, None)
+        self.attribute_cache.pop(inode.ino, None)
         self._store.on_abort.append(partial(self._reload, inode))
 
     def _reload(self, inode: Inode) -> None:

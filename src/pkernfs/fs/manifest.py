@@ -67,7 +67,7 @@ class FileDigests(NamedTuple):
 
 
 @dataclass(frozen=True)
-class HandoverList:
+class Manifest:
     """A list, parsed. Arrays of the same length tell of one metadata page each."""
 
     pages: array[int]
@@ -78,12 +78,12 @@ class HandoverList:
     files: list[FileDigests]
 
 
-def room_for_list(length: int) -> int:
+def room_for_manifest(length: int) -> int:
     """Bytes to make room for, where a list of ``length`` bytes is what making it will change."""
     return -(-(length + _ROOM_BYTES) // PAGE) * PAGE
 
 
-def build_list(
+def build_manifest(
     region: Region, uuid: bytes, number: int, pages: Iterable[int], files: list[FileDigests]
 ) -> bytes:
     """The list of a frozen file system; ``pages`` are its intact metadata pages.
@@ -117,7 +117,7 @@ def build_list(
     return b"".join((head, entries, slots.tobytes(), heads, chunks.tobytes()))
 
 
-def parse_list(data: Buffer, uuid: bytes, number: int) -> HandoverList:
+def parse_manifest(data: Buffer, uuid: bytes, number: int) -> Manifest:
     """The list whose bytes these are; its digest was checked.
 
     :raises CorruptionError: it contradicts itself, or belongs to another handover.
@@ -156,7 +156,7 @@ def parse_list(data: Buffer, uuid: bytes, number: int) -> HandoverList:
         if left < 0:
             raise CorruptionError(f"the handover's list: too many chunks of inode {ino}")
         files.append(FileDigests(ino, dict(next(chunks) for _ in range(count))))
-    return HandoverList(
+    return Manifest(
         array("Q", words[0::3].tolist()),
         array("Q", words[1::3].tolist()),
         magics,
@@ -168,7 +168,7 @@ def parse_list(data: Buffer, uuid: bytes, number: int) -> HandoverList:
 
 # ------------------------------------------------------------------------------ chunks of files
 
-Span = tuple[int, int, int]  # file offset, length, region offset
+ExtentRange = tuple[int, int, int]  # file offset, length, region offset
 
 
 class Chunk(NamedTuple):
@@ -179,7 +179,7 @@ class Chunk(NamedTuple):
 
 
 def chunks_of(
-    region: Region, extents: Iterable[Span], wanted: Iterable[int] = ()
+    region: Region, extents: Iterable[ExtentRange], wanted: Iterable[int] = ()
 ) -> Iterator[Chunk]:
     """Find each chunk of a file that has memory which is not a hole of the region.
 
@@ -206,7 +206,7 @@ def chunks_of(
         yield Chunk(current, parts)
 
 
-def _spans(region: Region, extents: Iterable[Span]) -> Iterator[tuple[int, int, int, bool]]:
+def _spans(region: Region, extents: Iterable[ExtentRange]) -> Iterator[tuple[int, int, int, bool]]:
     """``(file offset, region offset, length, whether it is data)``: extents cut at holes."""
     for offset, length, start in extents:
         at = start
@@ -272,7 +272,7 @@ class Changes:
 
 
 def compare_metadata(
-    region: Region, listed: HandoverList, index_of: dict[int, int], changes: Changes
+    region: Region, listed: Manifest, index_of: dict[int, int], changes: Changes
 ) -> None:
     """Compare every page of a list with the region; ``index_of`` is the inode table by page.
 
@@ -313,10 +313,10 @@ def compare_metadata(
 
 
 @dataclass
-class Arrival:
+class MountReport:
     """The handover before a mount, and what has changed since.
 
-    ``kind``: see :data:`pkernfs.fs.state_page.ARRIVALS`. ``record`` is None without a handover.
+    ``kind``: see :data:`pkernfs.fs.state_page.MOUNT_KINDS`. ``record`` is None without a handover.
     ``trouble`` says why nothing could be compared.
     """
 
@@ -369,11 +369,11 @@ class Verifier:
     put into :attr:`changed_meanwhile`.
     """
 
-    def __init__(self, region: Region, extents: ExtentsOf, arrival: Arrival) -> None:
+    def __init__(self, region: Region, extents: ExtentsOf, mount_report: MountReport) -> None:
         self._region = region
         self._extents = extents
-        self._files = arrival.files
-        self._changes = arrival.changes
+        self._files = mount_report.files
+        self._changes = mount_report.changes
         self.changed_meanwhile: set[int] = set()
         self.total_bytes = sum(len(file.chunks) for file in self._files) * LIST_CHUNK_BYTES
         self.done_bytes = 0
@@ -445,13 +445,13 @@ class Verifier:
             self._changes.of(ino).what.append(reason)
 
 
-def load(state: Super, extents: ExtentsOf, data: Buffer, arrival: Arrival) -> None:
+def load(state: Super, extents: ExtentsOf, data: Buffer, mount_report: MountReport) -> None:
     """Compare the metadata with a list whose bytes are ``data``; note what is to be verified.
 
-    :param arrival: its record is that of the list.
+    :param mount_report: its record is that of the list.
     :raises PkernfsError: the list cannot be used.
     """
-    record = arrival.record
+    record = mount_report.record
     assert record is not None
     found = digest.crc64(data)
     if found != record.list_digest:
@@ -459,12 +459,12 @@ def load(state: Super, extents: ExtentsOf, data: Buffer, arrival: Arrival) -> No
             f"the handover's list: bad digest: got {found:#018x}, expected "
             f"{record.list_digest:#018x}"
         )
-    listed = parse_list(data, state.superblock.uuid, record.number)
+    listed = parse_manifest(data, state.superblock.uuid, record.number)
     index_of = {page: index for index, page in enumerate(state.inodes.where)}
-    compare_metadata(state.region, listed, index_of, arrival.changes)
+    compare_metadata(state.region, listed, index_of, mount_report.changes)
     if record.flags & HANDOVER_FLAG_DIGESTS:
-        arrival.files = listed.files
-        arrival.verifier = Verifier(state.region, extents, arrival)
+        mount_report.files = listed.files
+        mount_report.verifier = Verifier(state.region, extents, mount_report)
 
 
 def paths_of(inos: set[int], readdir: Readdir) -> dict[int, bytes]:

@@ -14,7 +14,7 @@ from pkernfs.errors import BusyError
 from pkernfs.fs.extents import LAST_PAGE, ExtentMap
 from pkernfs.fs.inodes import Inode, InodeTable
 from pkernfs.layout import INODE_FLAG_TABLE, IOMMU_INO, PAGE
-from pkernfs.ratelimit import Quiet
+from pkernfs.ratelimit import RateLimit
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class PinGuard:
     def __init__(self, inodes: InodeTable, extents: ExtentMap) -> None:
         self._inodes = inodes
         self._map = extents
-        self._refusals = Quiet(log)
+        self._refusals = RateLimit(log)
 
     def check_unpinned(self, inode: Inode, start: int = 0, end: int = LAST_PAGE + 1) -> None:
         """:raises BusyError: a device may reach file pages start..end-1, or a table is in use."""

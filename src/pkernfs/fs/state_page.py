@@ -36,7 +36,7 @@ from pkernfs.layout import (
 Buffer = bytes | bytearray | memoryview
 
 STATE_NAMES = {STATE_CLEAN: "clean", STATE_MOUNTED: "mounted", STATE_FROZEN: "frozen"}
-ARRIVALS = {
+MOUNT_KINDS = {
     ARRIVAL_FIRST_BOOT: "first boot",
     ARRIVAL_LIVE_UPDATE: "live update",
     ARRIVAL_REMOUNT: "remount",
@@ -115,7 +115,7 @@ def describe(state_page: Buffer, frozen: bool) -> dict[str, Any]:
 def _describe_entry(entry: HistoryFields) -> dict[str, Any]:
     handed_over = bool(entry.handed_over_at)
     return {
-        "arrival": ARRIVALS.get(entry.arrival, "unknown"),
+        "arrival": MOUNT_KINDS.get(entry.arrival, "unknown"),
         "handover": entry.number if handed_over else None,
         "handed_over_ns": entry.handed_over_at,
         "mounted_ns": entry.mounted_at,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TypeVar
 
-from pkernfs.alloc.blocks import BlockAllocator, Claim, MapRange
+from pkernfs.alloc.blocks import BlockAllocator, IsolatedBlocks, MapRange
 from pkernfs.alloc.pages import PageAllocator
 from pkernfs.errors import (
     InvalidError,
@@ -292,31 +292,31 @@ class Super:
             free_files=free_files,
         )
 
-    def claim_zeroing(self, blocks: list[tuple[int, int]]) -> Claim:
+    def isolate_for_zeroing(self, blocks: list[tuple[int, int]]) -> IsolatedBlocks:
         """Keep blocks from being allocated while the caller zeroes them."""
-        return self.blocks.claim(blocks)
+        return self.blocks.isolate(blocks)
 
-    def next_dirty(self, most_bytes: int) -> Claim | None:
-        """Claim some free blocks that need zeroing; None if there are none."""
+    def next_dirty(self, most_bytes: int) -> IsolatedBlocks | None:
+        """IsolatedBlocks some free blocks that need zeroing; None if there are none."""
         if self.read_only:
             return None
         return self.blocks.next_dirty(max(1, most_bytes // BLOCK))
 
-    def finish_zeroing(self, claim: Claim) -> None:
+    def finish_zeroing(self, isolated: IsolatedBlocks) -> None:
         """The claimed blocks are zero now: record that, and let them be allocated."""
         if self.read_only:
-            self.blocks.release(claim)
+            self.blocks.putback(isolated)
             return
         try:
             with self.store:
-                self.blocks.finish(claim)
+                self.blocks.finish_zeroing(isolated)
         except PkernfsError:
-            self.blocks.release(claim)
+            self.blocks.putback(isolated)
             raise
 
-    def abandon_zeroing(self, claim: Claim) -> None:
+    def abandon_zeroing(self, isolated: IsolatedBlocks) -> None:
         """The claimed blocks were not zeroed."""
-        self.blocks.release(claim)
+        self.blocks.putback(isolated)
 
     def run(self, operation: Callable[[], T]) -> T:
         """Carry out an operation for a caller without an event loop: zeroes what it needs."""
@@ -324,7 +324,7 @@ class Super:
             try:
                 return operation()
             except ZeroingNeeded as e:
-                claim = self.claim_zeroing(e.blocks)
-                for offset, length in claim.pieces():
+                isolated = self.isolate_for_zeroing(e.blocks)
+                for offset, length in isolated.pieces():
                     self.region.zero(offset, length)
-                self.finish_zeroing(claim)
+                self.finish_zeroing(isolated)

@@ -220,7 +220,7 @@ def describe(region: Region) -> dict[str, Any]:
             "mounted_ns": state.mounted_at,
             "unmounted_ns": state.unmounted_at,
             "boot_id": state_page.uuid_text(state.boot_id),
-            "arrival": state_page.ARRIVALS.get(state.arrival),
+            "arrival": state_page.MOUNT_KINDS.get(state.arrival),
             **state_page.describe(page, state.state == STATE_FROZEN),
         }
     else:

@@ -46,7 +46,7 @@ def in_background(serve: Callable[[Ready], None], failed_status: int) -> None:
     child = os.fork()
     if not child:
         os.close(read_end)
-        _be_the_daemon(serve, write_end, failed_status)
+        _run_daemon(serve, write_end, failed_status)
     os.close(write_end)
     with open(read_end, "rb") as answer:
         word = answer.read(1)
@@ -63,7 +63,7 @@ def in_background(serve: Callable[[Ready], None], failed_status: int) -> None:
     raise DaemonError("the daemon ended before the mount answered")
 
 
-def _be_the_daemon(serve: Callable[[Ready], None], write_end: int, failed_status: int) -> NoReturn:
+def _run_daemon(serve: Callable[[Ready], None], write_end: int, failed_status: int) -> NoReturn:
     status = failed_status
     pipe = open(write_end, "wb", buffering=0)  # noqa: SIM115 - until it is ready, or ends
 

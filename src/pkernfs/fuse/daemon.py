@@ -47,7 +47,7 @@ def run_mount(
         with _open_region(spec, options) as region:
             fs = _open_filesystem(region, options)
             try:
-                _tell_arrival(fs, options, tell)
+                _report_mount(fs, options, tell)
                 serve(fs, region, mountpoint, options, ready)
             finally:
                 region.serving(False)
@@ -77,11 +77,11 @@ def _open_filesystem(region: Region, options: Options) -> FileSystem:
             raise FormatError(f"{region.name}: not formatted: it holds {found.what}")
     fs = mount_filesystem(region, read_only="ro" in options)
     placement.record(fs.super)
-    _adopt_units(fs)
+    _resume_units(fs)
     return fs
 
 
-def _adopt_units(fs: FileSystem) -> None:
+def _resume_units(fs: FileSystem) -> None:
     """Units may be walking the tables: before anything changes, they are told to forget."""
     from pkernfs.fs.names import ROOT_PGTABLES
     from pkernfs.layout import IOMMU_INO
@@ -91,15 +91,15 @@ def _adopt_units(fs: FileSystem) -> None:
     from pkernfs.dma.activation import Activation
 
     try:
-        Activation(fs).adopt()
+        Activation(fs).resume_units()
     except PkernfsError as e:
         fs.fail(f"units walk the tables: {e}")
 
 
-def _tell_arrival(fs: FileSystem, options: Options, tell: Callable[[str], None]) -> None:
+def _report_mount(fs: FileSystem, options: Options, tell: Callable[[str], None]) -> None:
     """After a handover: how long ago it was, and what has changed since."""
-    arrival = fs.arrival
-    if arrival is None or arrival.record is None:
+    mount_report = fs.mount_report
+    if mount_report is None or mount_report.record is None:
         return
     from pkernfs.control import verification
 
@@ -151,7 +151,7 @@ def serve(
         server.freed = session.freed
         module.trio = FastTrio(session.idle)
         region.serving(True)
-        _calm_collector()
+        _tune_garbage_collector()
         trio.run(session.run, ready)
     finally:
         region.serving(False)
@@ -173,7 +173,7 @@ def _listen(mountpoint: str, mount: Mount | None) -> Listener | None:
         return None
 
 
-def _calm_collector() -> None:
+def _tune_garbage_collector() -> None:
     """Look for cycles rarely: it takes long, all that is here stays, and handlers make none."""
     gc.collect()
     gc.freeze()

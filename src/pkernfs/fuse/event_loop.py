@@ -92,7 +92,7 @@ class _FastLowLevel:
         self._idle = idle
         self.wait_readable: Callable[[int], Awaitable[None]] = trio.lowlevel.wait_readable
         if shim.attached():
-            self.wait_readable = self._make_wait(shim.took_a_break)
+            self.wait_readable = self._make_wait(shim.found_no_request)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._lowlevel, name)

@@ -66,7 +66,7 @@ class Operations(Handlers, pyfuse3.Operations):
         self.writers: dict[int, int] = {}  # how often each inode is open for writing
         self._timeout = timeout
         self._opened = pyfuse3.FileInfo(direct_io=cache == "direct", keep_cache=False)
-        self._cookies = fs.cookies
+        self._attribute_cache = fs.attribute_cache
         self._invalidated = self.data.invalidated
         self._without_capability = self.data.without_capability
         self._absent = EntryAttributes()
@@ -83,7 +83,7 @@ class Operations(Handlers, pyfuse3.Operations):
 
     def _attributes(self, ino: int) -> EntryAttributes:
         """Return the inode's attributes as pyfuse3 wants them, made once for each change."""
-        entry: EntryAttributes | None = self._cookies.get(ino)
+        entry: EntryAttributes | None = self._attribute_cache.get(ino)
         if entry is None:
             now = self.fs.stat(ino)
             entry = EntryAttributes()
@@ -101,7 +101,7 @@ class Operations(Handlers, pyfuse3.Operations):
             entry.st_atime_ns = now.atime
             entry.st_mtime_ns = now.mtime
             entry.st_ctime_ns = now.ctime
-            self._cookies[ino] = entry
+            self._attribute_cache[ino] = entry
             self._invalidated.discard(ino)
         return entry
 

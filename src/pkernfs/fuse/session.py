@@ -24,7 +24,7 @@ from pkernfs.fuse.event_loop import RecurringEvent
 import pyfuse3  # isort: skip
 
 if TYPE_CHECKING:
-    from pkernfs.alloc.blocks import Claim
+    from pkernfs.alloc.blocks import IsolatedBlocks
     from pkernfs.control.sockets import Listener
     from pkernfs.fs.filesystem import FileSystem
     from pkernfs.fuse.operations import Operations
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 _MIB = 1 << 20
 _ZERO_BATCH_BYTES = 64 * _MIB  # one thread call: what an unmount may wait for
-_SETTLE_SECONDS = 0.05
+_DRAIN_SECONDS = 0.05
 _ZERO_DELAY_SECONDS = 0.05  # more will be freed in a moment
 
 _Result = TypeVar("_Result")
@@ -77,7 +77,7 @@ class Session:
             background.start_soon(self._zero_ahead)
             background.start_soon(self._handle_signals)
             background.start_soon(self._announce, ready)
-            background.start_soon(self._take_orders)
+            background.start_soon(self._serve_control_socket)
             background.start_soon(self._verify)
             self._start_loop()
             await self._ended.wait()
@@ -93,7 +93,7 @@ class Session:
         ready()
         self._ready.set()
 
-    async def _take_orders(self) -> None:
+    async def _serve_control_socket(self) -> None:
         """Serve the control socket, when nobody waits for the mount any more.
 
         Its modules are loaded in a thread: that takes as long as hundreds of requests.
@@ -109,7 +109,7 @@ class Session:
 
     async def _verify(self) -> None:
         """Compare the files with the digests of the handover, if it has some."""
-        if self._fs.arrival is not None and self._fs.arrival.verifier is not None:
+        if self._fs.mount_report is not None and self._fs.mount_report.verifier is not None:
             from pkernfs.control.verification import verify
 
             await verify(self._fs)
@@ -155,14 +155,14 @@ class Session:
         async with self._zeroing:
             yield
 
-    async def settle(self) -> None:
+    async def drain(self) -> None:
         """Wait until the requests that are there already have been handled, or for a moment."""
-        with trio.move_on_after(_SETTLE_SECONDS):
+        with trio.move_on_after(_DRAIN_SECONDS):
             await self.idle.wait()
 
     async def zero(self, need: ZeroingNeeded) -> None:
         """Zero what an operation needs, in a thread; inside :meth:`turn`."""
-        await self._zero_claim(self._fs.claim_zeroing(need.blocks))
+        await self._zero_isolated(self._fs.isolate_for_zeroing(need.blocks))
 
     async def with_zeroing(self, operation: Callable[[], _Result]) -> _Result:
         """Run an operation that may need zeroed memory; for a task beside the session loop."""
@@ -213,9 +213,9 @@ class Session:
         while not self._fs.read_only or self._fs.frozen:
             try:
                 async with self._zeroing:
-                    claim = self._fs.next_dirty(_ZERO_BATCH_BYTES)
-                    if claim is not None:
-                        await self._zero_claim(claim)
+                    isolated = self._fs.next_dirty(_ZERO_BATCH_BYTES)
+                    if isolated is not None:
+                        await self._zero_isolated(isolated)
                         continue
             except PkernfsError as e:
                 self._fs.fail(f"zeroing: {e}")
@@ -224,13 +224,13 @@ class Session:
             await self._dirty.wait()
             await trio.sleep(_ZERO_DELAY_SECONDS)
 
-    async def _zero_claim(self, claim: Claim) -> None:
+    async def _zero_isolated(self, isolated: IsolatedBlocks) -> None:
         try:
-            await trio.to_thread.run_sync(_zero, self._region, claim.pieces())
+            await trio.to_thread.run_sync(_zero, self._region, isolated.pieces())
         except BaseException:
-            self._fs.abandon_zeroing(claim)
+            self._fs.abandon_zeroing(isolated)
             raise
-        self._fs.finish_zeroing(claim)
+        self._fs.finish_zeroing(isolated)
 
     # ------------------------------------------------------------------ the end
 

@@ -7,7 +7,7 @@ is made by our ``fuse_session_new`` (shim.c). Then::
     pyfuse3.init(...)
     shim.attach()
 
-File-system semantics are not here: a :class:`Server` gets the added operations.
+File-system semantics are not here: a :class:`ExtraOperations` gets the added operations.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ finally:
 
 log = logging.getLogger(__name__)
 
-#: What a :class:`Server` method returns when :func:`reply_later` will follow.
+#: What a :class:`ExtraOperations` method returns when :func:`reply_later` will follow.
 LATER: int = lib.PK_LATER
 
 #: The request being handled: ``uid``, ``nodeid``, and ``kill``: the kernel wants set-id bits gone.
@@ -44,7 +44,7 @@ _HANDLE_KILLPRIV_V2 = 1 << 28
 _DIRECT_IO_ALLOW_MMAP = 1 << 36
 
 
-class Server(Protocol):
+class ExtraOperations(Protocol):
     """The operations that pyfuse3 has no slot for. Each returns a result or a negative errno."""
 
     def on_write(self, req: Any, ino: int, data: memoryview, offset: int, writeback: bool) -> int:
@@ -82,13 +82,18 @@ class Capabilities:
     protocol: tuple[int, int]
 
 
-_server: Server | None = None
+_server: ExtraOperations | None = None
 _keep: list[Any] = []  # memory that C holds a pointer to
 _attached = False
 
 
 def prepare(
-    server: Server, *, fsname: bytes, direct: bool, killpriv: bool = True, spin_us: float = 0
+    server: ExtraOperations,
+    *,
+    fsname: bytes,
+    direct: bool,
+    killpriv: bool = True,
+    spin_us: float = 0,
 ) -> None:
     """Set up what the next session is to be; call it before ``pyfuse3.init``.
 
@@ -166,7 +171,7 @@ def attached() -> bool:
     return _attached
 
 
-def took_a_break() -> bool:
+def found_no_request() -> bool:
     """Tell whether the last read of the device found no request; asking clears the answer."""
     if lib.pk_idle:
         lib.pk_idle = 0

@@ -34,7 +34,7 @@ class Waiting(Protocol):
     def turn(self) -> contextlib.AbstractAsyncContextManager[object]:
         """Serve others meanwhile, but let nobody else zero: what is free can be allocated."""
 
-    async def settle(self) -> None:
+    async def drain(self) -> None:
         """Wait until the requests that are there already have been handled."""
 
     async def zero(self, need: ZeroingNeeded) -> None:
@@ -90,7 +90,7 @@ class Handlers:
         try:
             async with self.waiting.turn():
                 if not isinstance(reason, ZeroingNeeded):
-                    await self.waiting.settle()
+                    await self.waiting.drain()
                 while True:
                     if isinstance(reason, ZeroingNeeded):
                         await self.waiting.zero(reason)

@@ -12,7 +12,7 @@ from pkernfs.iommu.page_pool import Mapping
 from pkernfs.iommu.page_table import PageTable
 from pkernfs.iommu.page_walk import Code, Finding
 from pkernfs.iommu.root_tables import RootTables
-from pkernfs.iommu.translate import Step, Translation, translate, translate_domain
+from pkernfs.iommu.translate import Translation, WalkStep, translate, translate_domain
 from pkernfs.vtd.entries import READ, READ_WRITE, WRITE, FaultReason, parse_bdf, parse_perm
 
 __all__ = [
@@ -33,8 +33,8 @@ __all__ = [
     "PageTable",
     "Report",
     "RootTables",
-    "Step",
     "Translation",
+    "WalkStep",
     "check",
     "configure",
     "load_config",

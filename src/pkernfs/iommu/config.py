@@ -81,7 +81,7 @@ def parse_config(data: bytes) -> Config:
     return Config(Mode(mode), levels, home)
 
 
-def adopt_addresses(region: Region, at: int) -> None:
+def assume_addresses(region: Region, at: int) -> None:
     """Give a region without addresses of its own those that its tables were made with.
 
     :param at: region offset of the configuration page. What it says is not trusted: an address that
@@ -136,17 +136,17 @@ def forget_bar(memory: Memory, commit: Commit, bar: Bar) -> None:
         _store_slot(memory, commit, slots.index(bar), (0, 0, 0, 0))
 
 
-def load_transient(memory: Memory) -> set[int]:
+def load_non_persistent(memory: Memory) -> set[int]:
     """Source ids of the devices whose entries a handover clears; damaged slots are passed by."""
-    return {source_id for source_id in _transient_slots(memory) if source_id is not None}
+    return {source_id for source_id in _non_persistent_slots(memory) if source_id is not None}
 
 
-def set_transient(memory: Memory, commit: Commit, source_id: int, on: bool) -> None:
+def set_non_persistent(memory: Memory, commit: Commit, source_id: int, on: bool) -> None:
     """Have a handover clear a device's entries, or keep them, which is how it is without this.
 
     :raises NoSpaceError: it is set for too many devices.
     """
-    slots = _transient_slots(memory)
+    slots = _non_persistent_slots(memory)
     if (source_id in slots) == on:
         return
     if on and None not in slots:
@@ -160,7 +160,7 @@ def _transient(source_id: int) -> bytes:
     return _TRANSIENT.pack(source_id, _VALID, crc32c(_TRANSIENT.pack(source_id, _VALID, 0)))
 
 
-def _transient_slots(memory: Memory) -> list[int | None]:
+def _non_persistent_slots(memory: Memory) -> list[int | None]:
     page = memory.region.read(config_offset(memory), PAGE)
     slots: list[int | None] = []
     for at in range(_TRANSIENT_AT, _TRANSIENT_AT + _MAX_TRANSIENT * _TRANSIENT.size, 8):

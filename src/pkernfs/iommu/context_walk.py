@@ -33,8 +33,8 @@ from pkernfs.vtd.entries import (
 BUSES = 256
 PASIDS_PER_TABLE = 64
 #: What pkernfs makes, and what a kernel may make.
-OURS = (PGTT_SECOND_STAGE, PGTT_PASS_THROUGH)
-ANYBODYS = (PGTT_FIRST_STAGE, PGTT_SECOND_STAGE, PGTT_NESTED, PGTT_PASS_THROUGH)
+SUPPORTED_PGTT = (PGTT_SECOND_STAGE, PGTT_PASS_THROUGH)
+KNOWN_PGTT = (PGTT_FIRST_STAGE, PGTT_SECOND_STAGE, PGTT_NESTED, PGTT_PASS_THROUGH)
 Note = Callable[[Finding], object]
 
 
@@ -93,7 +93,7 @@ class ContextReader:
         note: Note,
         physical_bits: int = MAX_PHYSICAL_BITS,
         *,
-        kinds: Collection[int] = OURS,
+        kinds: Collection[int] = SUPPORTED_PGTT,
         place: str = "root-pgtables",
     ) -> None:
         self.pages: set[int] = set()
@@ -167,7 +167,7 @@ class ContextReader:
         told = False  # of one page of the directory: they are up to 32, for each device
         for first in range(0, count, PAGE // 8):
             at = start + 8 * first
-            words = self._table(at, what, where, quiet=told)
+            words = self._table(at, what, where, silent=told)
             told = told or not words
             for slot, word in enumerate(words[:count]):
                 if not word & 1:
@@ -207,16 +207,16 @@ class ContextReader:
             yield Device(source_id, number, root, context, entry, pointer, levels, did, here)
 
     def _table(
-        self, address: int, what: str, where: int, *, quiet: bool = False
+        self, address: int, what: str, where: int, *, silent: bool = False
     ) -> tuple[int, ...]:
         """The words of a table page, unless it is elsewhere or was seen before."""
         if address in self.pages:
-            if not quiet:
+            if not silent:
                 self._found(Code.TABLE_TWICE, where, f"{what}: table reached before", address)
             return ()
         words = self._memory.words(address, PAGE // 8) if address % PAGE == 0 else None
         if words is None:
-            if not quiet:
+            if not silent:
                 reason = f"{what}: table outside {self._place}"
                 self._found(Code.TABLE_OUTSIDE, where, reason, address)
             return ()

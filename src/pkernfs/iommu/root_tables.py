@@ -70,7 +70,7 @@ class RootTables:
         reader = ContextReader(memory, self.root, self.config.mode, _refuse, physical_bits)
         self._devices = {d.source_id: d for d in reader.devices()}
         self._used = reader.pages | {config_page(memory)}
-        self._aside: set[int] = set()
+        self._deferred: set[int] = set()
 
     def _committing(self, commit: Commit) -> Commit:
         def store(words: Sequence[tuple[int, int]]) -> None:
@@ -97,8 +97,8 @@ class RootTables:
 
     def invalidated(self) -> None:
         """The unit has been told to forget what it had cached: put-aside pages are free."""
-        self._used -= self._aside
-        self._aside.clear()
+        self._used -= self._deferred
+        self._deferred.clear()
 
     # ------------------------------------------------------------------ changes
 
@@ -161,7 +161,7 @@ class RootTables:
             freed.append(table)
         del self._devices[source_id]
         if self.walked:
-            self._aside.update(freed)
+            self._deferred.update(freed)
         else:
             self._used.difference_update(freed)
         return not stays
@@ -232,7 +232,7 @@ class RootTables:
         words = self.memory.words(directory, 1)
         return [directory, *[PasidDirectoryEntry.SMPTBLPTR.get(w) for w in words or () if w & _P]]
 
-    def spare(self, length: int, alignment: int) -> Piece:
+    def find_free_run(self, length: int, alignment: int) -> Piece:
         """Consecutive memory near the end of the file that is no table now; it stays free.
 
         :param length: bytes; ``alignment`` is that of its physical address. Whole pages.

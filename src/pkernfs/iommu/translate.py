@@ -40,7 +40,7 @@ from pkernfs.vtd.entries import (
 LEVEL_NAMES = {5: "PML5E", 4: "PML4E", 3: "PDPE", 2: "PDE", 1: "PTE"}
 
 
-class Step(NamedTuple):
+class WalkStep(NamedTuple):
     """An entry that was read: what it is, its physical address, its words (lowest first)."""
 
     name: str
@@ -56,7 +56,7 @@ class Translation:
     """
 
     iova: int
-    steps: list[Step] = field(default_factory=list)
+    steps: list[WalkStep] = field(default_factory=list)
     physical: int | None = None
     perm: int = 0
     level: int = 0
@@ -137,7 +137,7 @@ class _Walk:
         words = self.memory.words(address, count)
         if words is None:
             raise _Fault(failed)
-        self.result.steps.append(Step(name, address, words))
+        self.result.steps.append(WalkStep(name, address, words))
         return words
 
     def check(self, kind: type[Entry], entry: int, reason: FaultReason) -> None:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from pkernfs.errors import CorruptionError, NoSpaceError, PkernfsError, RegionError
 from pkernfs.fs.fsck import Survey, survey
-from pkernfs.fs.manifest import FileDigests, build_list, chunks_of, room_for_list
+from pkernfs.fs.manifest import FileDigests, build_manifest, chunks_of, room_for_manifest
 from pkernfs.kexec import loaded
 from pkernfs.kexec.daemon import Daemon
 from pkernfs.kexec.mounted import Frozen, MountedFileSystem
@@ -169,15 +169,15 @@ def _make_manifest(
     observer: Observer,
 ) -> _Manifest:
     """Have the file system keep a manifest of what was checked."""
-    data = build_list(region, frozen.uuid, frozen.number, checked.pages, files)
-    room = room_for_list(len(data))
+    data = build_manifest(region, frozen.uuid, frozen.number, checked.pages, files)
+    room = room_for_manifest(len(data))
     try:
         made = mounted.make_manifest(room)
     except NoSpaceError:
         observer.say(f"{mounted.name}: no space for the list: the next mount cannot compare")
         return _Manifest(0, b"")
     pages = (checked.pages | made.pages) - {STATE_PAGE}
-    data = build_list(region, frozen.uuid, frozen.number, pages, files)
+    data = build_manifest(region, frozen.uuid, frozen.number, pages, files)
     data += bytes(room - len(data))
     mounted.write_manifest(made.ino, data)
     return _Manifest(made.ino, data)

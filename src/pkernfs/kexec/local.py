@@ -49,13 +49,13 @@ class LocalFileSystem:
 
         :raises NoSpaceError: there is none; nothing was changed.
         """
-        ino, pages = self._fs.make_list(size)
+        ino, pages = self._fs.make_manifest(size)
         self._manifest_bytes = size
         return ManifestFile(ino, pages)
 
     def write_manifest(self, ino: int, data: bytes) -> None:
         """Fill the manifest."""
-        self._fs.write_list(ino, 0, data)
+        self._fs.write_manifest(ino, 0, data)
 
     def commit(self, ino: int, digest: int, flags: int) -> int:
         """Record the handover; return its number."""

@@ -41,7 +41,7 @@ _SMALL = {
     "MMIO_GCMD": registers.Command.OFFSET,
     "MMIO_GSTS": registers.STATUS,
     "MMIO_KEPT": registers.KEPT,
-    **{f"STEP_{kind.name}": kind.value for kind in registers.Kind},
+    **{f"STEP_{kind.name}": kind.value for kind in registers.StepKind},
 }
 #: Parts of an entry; 64 bits wide, so that their complements are.
 _MASKS = {

@@ -19,7 +19,7 @@ from pkernfs.errors import (
 )
 from pkernfs.host.kcore import Kcore, KcoreError
 from pkernfs.host.sysroot import Host
-from pkernfs.iommu.context_walk import ANYBODYS, ContextReader, Device, Mode
+from pkernfs.iommu.context_walk import KNOWN_PGTT, ContextReader, Device, Mode
 from pkernfs.iommu.memory import Memory, Piece, Words
 from pkernfs.iommu.page_pool import Mapping, TablePool
 from pkernfs.iommu.page_walk import Code, Finding, check_tree, leaves, scan_tree
@@ -51,7 +51,7 @@ _REFUSED = {
 }
 
 
-class LiveMemory:
+class MachineMemory:
     """All of this machine's memory: a region's own, and the kernel's through /proc/kcore.
 
     :param region: memory that is a region's, and not in /proc/kcore.
@@ -69,7 +69,7 @@ class LiveMemory:
         """Count anew from here on."""
         self._left = self._pages * PAGE
 
-    def __enter__(self) -> LiveMemory:
+    def __enter__(self) -> MachineMemory:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -111,13 +111,13 @@ class LiveMemory:
         return "root is needed (CAP_SYS_RAWIO)"
 
 
-class LiveUnit:
+class KernelTables:
     """What one unit that translates walks now.
 
     :raises NotFoundError: it does not translate.
     :raises NotSupportedError: its tables are of a mode that nobody here knows.
     :raises TableDamageError: not all of root, context and PASID tables can be read.
-    :raises PermissionDeniedError: see :class:`LiveMemory`.
+    :raises PermissionDeniedError: see :class:`MachineMemory`.
     """
 
     def __init__(self, unit: Unit, memory: Words) -> None:
@@ -143,7 +143,7 @@ class LiveUnit:
         """Every present entry, by source id and PASID."""
         wrong: list[Finding] = []
         reader = ContextReader(
-            self._memory, self.root, self.mode, wrong.append, kinds=ANYBODYS, place="memory"
+            self._memory, self.root, self.mode, wrong.append, kinds=KNOWN_PGTT, place="memory"
         )
         try:
             found = list(reader.devices())

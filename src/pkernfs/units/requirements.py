@@ -18,7 +18,7 @@ from pkernfs.vtd.registers import Capabilities, Capability, ExtendedCapability
 _SIZES = {2: "2 MiB", 3: "1 GiB"}
 
 
-class Demands(NamedTuple):
+class Requirements(NamedTuple):
     """What tables ask of a unit.
 
     ``largest_leaf`` is its level, ``end`` the end of the highest address that is mapped, and
@@ -32,7 +32,7 @@ class Demands(NamedTuple):
     physical_end: int
 
 
-def shortcomings(able: Capabilities, wanted: Demands, host_bits: int) -> Iterator[str]:
+def unmet_requirements(able: Capabilities, wanted: Requirements, host_bits: int) -> Iterator[str]:
     """Why a unit cannot walk the tables."""
     mode, levels = wanted.config.mode, wanted.config.levels
     if able.version >> 8 or not able.major:
@@ -70,7 +70,7 @@ def largest_leaf(memory: Memory, table: int, levels: int) -> int:
     return 1
 
 
-def unfit(dmar: Dmar, device: PciDevice | None, source_id: int) -> str | None:
+def unfit_reason(dmar: Dmar, device: PciDevice | None, source_id: int) -> str | None:
     """Why a device must not depend on these tables; None: it may."""
     name = bdf_text(source_id)
     if device is None:

@@ -40,13 +40,13 @@ from pkernfs.vtd.registers import (
     FaultRecord,
     FaultStatus,
     Iotlb,
-    Kind,
     ProtectedMemory,
     QueueAddress,
     QueueHead,
     QueueTail,
     RootTableAddress,
     Step,
+    StepKind,
     Version,
     parse_fault,
 )
@@ -55,19 +55,19 @@ from pkernfs.vtd.registers import (
 _QUEUE_ONLY = 6
 _DONE = 1
 #: How long (seconds) our queue is in force at most: the kernel may wait with its interrupts off.
-_LOAN_SECONDS = 0.1
+_BORROW_SECONDS = 0.1
 _TRIES = 3
-#: Where the way round the kernel's queue begins, in slots: see _loan().
+#: Where the way round the kernel's queue begins, in slots: see _borrow_queue().
 _RESTART = 4
 #: Magic, IQA, the unit's base, _OFF.._AT_BEGIN, the tail, zero, CRC-32C.
-_LOAN = struct.Struct("<8sQQIIxxxxI")
-_LOAN_MAGIC = b"pkqueue\0"
-_LOAN_AT = 64
+_QUEUE_STATE = struct.Struct("<8sQQIIxxxxI")
+_QUEUE_STATE_MAGIC = b"pkqueue\0"
+_QUEUE_STATE_AT = 64
 _OFF, _ON, _AT_BEGIN = range(3)
 _MODES = {Mode.LEGACY: 0, Mode.SCALABLE: 1}
 _QUEUE_ERRORS = FaultStatus.IQE.mask | FaultStatus.ICE.mask | FaultStatus.ITE.mask
 
-_IDLE = Step(Kind.WAIT_SAME, QueueHead.OFFSET, QueueTail.OFFSET)
+_IDLE = Step(StepKind.WAIT_SAME, QueueHead.OFFSET, QueueTail.OFFSET)
 
 
 class QueueMemory(NamedTuple):
@@ -153,8 +153,10 @@ class Unit:
         """Free the fault records, and clear their overflow."""
         first, count = self.capabilities.fault_records
         last_word = FaultRecord.F.mask >> 96
-        steps = [Step(Kind.WRITE_32, first + 16 * i + 12, last_word) for i in range(count)]
-        self._window.run([*steps, Step(Kind.WRITE_32, FaultStatus.OFFSET, FaultStatus.PFO.mask)])
+        steps = [Step(StepKind.WRITE_32, first + 16 * i + 12, last_word) for i in range(count)]
+        self._window.run(
+            [*steps, Step(StepKind.WRITE_32, FaultStatus.OFFSET, FaultStatus.PFO.mask)]
+        )
 
     def coherent(self, mode: Mode) -> bool:
         """Whether walks see what is in the processor's caches.
@@ -169,8 +171,8 @@ class Unit:
         """Set and clear bits of GCMD, and wait until GSTS agrees on ``waits`` (default: these)."""
         wait = (on | off) if waits is None else waits
         steps = [
-            Step(Kind.COMMAND, Command.OFFSET, on, off),
-            Step(Kind.WAIT_32, STATUS, on & wait, wait),
+            Step(StepKind.COMMAND, Command.OFFSET, on, off),
+            Step(StepKind.WAIT_32, STATUS, on & wait, wait),
         ]
         if not self._window.run(steps):
             raise UnitError(
@@ -182,13 +184,13 @@ class Unit:
         """Have what was stored to tables reach memory, on units that want to be told (6.8)."""
         if self.capabilities.has(Capability.RWBF):
             steps = [
-                Step(Kind.COMMAND, Command.OFFSET, Command.WBF.mask),
-                Step(Kind.WAIT_32, STATUS, 0, Command.WBF.mask),
+                Step(StepKind.COMMAND, Command.OFFSET, Command.WBF.mask),
+                Step(StepKind.WAIT_32, STATUS, 0, Command.WBF.mask),
             ]
             if not self._window.run(steps):
                 raise UnitError(f"{self.name}: write-buffer flush: the unit does not end it")
 
-    def put_in_force(self, root: int, mode: Mode, queue: QueueMemory | None) -> None:
+    def enable_translation(self, root: int, mode: Mode, queue: QueueMemory | None) -> None:
         """Translate DMA by the tables below ``root``, which are complete and written back.
 
         On failure all is as it was before, as far as the unit obeys.
@@ -233,31 +235,31 @@ class Unit:
         try:
             self.flush_write_buffer()
             self._set_root(wanted)
-            self._forget_roots(mode, queue)
+            self._invalidate_roots(mode, queue)
             self._verify(wanted, before)
         except PkernfsError as e:
             try:
                 self._set_root(before.root_register)
-                self._forget_roots(mode, queue)
+                self._invalidate_roots(mode, queue)
             except PkernfsError as back:
                 raise UnitError(f"{e}; and the root table before is not in force: {back}") from None
             raise
 
-    def _forget_roots(self, mode: Mode, queue: QueueMemory | None) -> None:
+    def _invalidate_roots(self, mode: Mode, queue: QueueMemory | None) -> None:
         """Nothing of an older root is used (6.6)."""
         if not self.capabilities.has(Capability.ESRTPS):
             self.invalidate(everything(scalable=mode is Mode.SCALABLE), queue)
 
     def _set_root(self, register: int) -> None:
-        self._window.run([Step(Kind.WRITE_64, RootTableAddress.OFFSET, register)])
+        self._window.run([Step(StepKind.WRITE_64, RootTableAddress.OFFSET, register)])
         self._command("new root table", on=Command.SRTP.mask)
 
     def _end_protection(self, before: State) -> None:
         """Protected memory is closed to all DMA: translation protects from now on (11.4.8)."""
         if before.protected:
             steps = [
-                Step(Kind.WRITE_32, ProtectedMemory.OFFSET, 0),
-                Step(Kind.WAIT_32, ProtectedMemory.OFFSET, 0, ProtectedMemory.PRS.mask),
+                Step(StepKind.WRITE_32, ProtectedMemory.OFFSET, 0),
+                Step(StepKind.WAIT_32, ProtectedMemory.OFFSET, 0, ProtectedMemory.PRS.mask),
             ]
             if not self._window.run(steps):
                 raise UnitError(f"{self.name}: protected memory: the unit does not open it")
@@ -275,15 +277,15 @@ class Unit:
 
     def _undo(self, before: State) -> None:
         steps = [
-            Step(Kind.COMMAND, Command.OFFSET, 0, Command.TE.mask),
-            Step(Kind.WAIT_32, STATUS, 0, Command.TE.mask),
-            Step(Kind.WRITE_64, RootTableAddress.OFFSET, before.root_register),
-            Step(Kind.COMMAND, Command.OFFSET, Command.SRTP.mask),
-            Step(Kind.WAIT_32, STATUS, Command.SRTP.mask, Command.SRTP.mask),
+            Step(StepKind.COMMAND, Command.OFFSET, 0, Command.TE.mask),
+            Step(StepKind.WAIT_32, STATUS, 0, Command.TE.mask),
+            Step(StepKind.WRITE_64, RootTableAddress.OFFSET, before.root_register),
+            Step(StepKind.COMMAND, Command.OFFSET, Command.SRTP.mask),
+            Step(StepKind.WAIT_32, STATUS, Command.SRTP.mask, Command.SRTP.mask),
         ]
         self._window.run([], steps)
 
-    def take_out_of_force(self, mode: Mode, queue: QueueMemory | None) -> None:
+    def disable_translation(self, mode: Mode, queue: QueueMemory | None) -> None:
         """Translate no more. The root table stays set, which without translation means nothing.
 
         A unit drains DMA under way before it says that translation is off (11.4.4.1).
@@ -344,20 +346,23 @@ class Unit:
             # QEMU (7.2 to 10.0) does not give DW back. Linux sets it if a unit has scalable mode.
             dw = QueueAddress.DW.put("DW", self._wide)
             theirs = self._window.read64(QueueAddress.OFFSET) | dw
-            place, tail = self._place_of_kernel(), self._tail()
-            ours = self._lend(what, memory, theirs, place)
-            last = self._give_back(theirs, place)
+            place, tail = self._kernel_queue_state(), self._tail()
+            ours = self._prepare_queue(what, memory, theirs, place)
+            last = self._restore_queue(theirs, place)
             done = self._window.run(
-                self._loan(memory, ours, place), last, memory=memory.region, seconds=_LOAN_SECONDS
+                self._borrow_queue(memory, ours, place),
+                last,
+                memory=memory.region,
+                seconds=_BORROW_SECONDS,
             )
             refused = self._queue_errors()
             if refused:
                 self._replace_refused(memory, ours, last)
             if place == _ON and self._tail() < tail:
-                self._window.run(self._lap(theirs))
+                self._window.run(self._drain_wrapped(theirs))
             if self.state().queue_on != (place != _OFF):
                 raise UnitError(f"{self.name}: invalidation queue: the unit does not switch it")
-            self._end_loan(memory)
+            self._clear_queue_state(memory)
             if refused:
                 raise UnitError(f"{self.name}: invalidation ({what}): got FSTS {refused:#x}")
             if done:
@@ -367,7 +372,7 @@ class Unit:
     def _tail(self) -> int:
         return self._window.read64(QueueTail.OFFSET) & QueueTail.QT.mask
 
-    def _place_of_kernel(self) -> int:
+    def _kernel_queue_state(self) -> int:
         """Whether a queue is on, and its tail so near its begin that nothing of ours would run."""
         if not self.state().queue_on:
             return _OFF
@@ -378,30 +383,30 @@ class Unit:
             raise UnitError(f"{self.name}: the kernel's queue is at its begin: try again")
         return _AT_BEGIN
 
-    def _loan(self, memory: QueueMemory, ours: int, place: int) -> list[Step]:
+    def _borrow_queue(self, memory: QueueMemory, ours: int, place: int) -> list[Step]:
         """What puts our queue in force and waits until it is done."""
-        use_ours = [Step(Kind.WRITE_64, QueueAddress.OFFSET, ours), *self._switch(on=True)]
+        use_ours = [Step(StepKind.WRITE_64, QueueAddress.OFFSET, ours), *self._switch(on=True)]
         if place != _ON:
             tail = 2 * DESCRIPTOR_BYTES[self._wide]
-            use_ours.insert(0, Step(Kind.WRITE_64, QueueTail.OFFSET, 0))
-            use_ours.append(Step(Kind.WRITE_64, QueueTail.OFFSET, tail))
+            use_ours.insert(0, Step(StepKind.WRITE_64, QueueTail.OFFSET, 0))
+            use_ours.append(Step(StepKind.WRITE_64, QueueTail.OFFSET, tail))
         before = [] if place == _OFF else [_IDLE, *self._switch(on=False)]
-        wait = Step(Kind.WAIT_MEMORY, self._status_offset(memory), _DONE)
+        wait = Step(StepKind.WAIT_MEMORY, self._status_offset(memory), _DONE)
         return [*before, *use_ours, wait, _IDLE]
 
-    def _give_back(self, theirs: int, place: int) -> list[Step]:
+    def _restore_queue(self, theirs: int, place: int) -> list[Step]:
         """What puts the kernel's queue in force again, if it was."""
         off, on = self._switch(on=False), self._switch(on=True)
-        steps = [*off, Step(Kind.WRITE_64, QueueAddress.OFFSET, theirs)]
+        steps = [*off, Step(StepKind.WRITE_64, QueueAddress.OFFSET, theirs)]
         if place == _OFF:
             return off
         if place == _ON:
             return [*steps, *on, _IDLE]
         # Back to the begin, from where the kernel goes on, it is once round the queue.
-        first = Step(Kind.WRITE_64, QueueTail.OFFSET, _RESTART * DESCRIPTOR_BYTES[self._wide])
-        return [*steps, first, *on, _IDLE, Step(Kind.WRITE_64, QueueTail.OFFSET, 0), _IDLE]
+        first = Step(StepKind.WRITE_64, QueueTail.OFFSET, _RESTART * DESCRIPTOR_BYTES[self._wide])
+        return [*steps, first, *on, _IDLE, Step(StepKind.WRITE_64, QueueTail.OFFSET, 0), _IDLE]
 
-    def _lap(self, theirs: int) -> list[Step]:
+    def _drain_wrapped(self, theirs: int) -> list[Step]:
         """Once round the kernel's queue: its tail came round while ours was in force.
 
         What it had added before the end of the queue is run so. It may add more meanwhile: wherever
@@ -414,7 +419,7 @@ class Unit:
         return [
             step
             for at in (behind, tail)
-            for step in (Step(Kind.WRITE_64, QueueTail.OFFSET, at), _IDLE)
+            for step in (Step(StepKind.WRITE_64, QueueTail.OFFSET, at), _IDLE)
         ]
 
     def _replace_refused(self, memory: QueueMemory, ours: int, last: Sequence[Step]) -> None:
@@ -425,7 +430,7 @@ class Unit:
         memory.region.flush_lines(memory.offset, len(image))
         tail = self._tail()
         self._clear_queue_errors()
-        self._window.run([Step(Kind.WRITE_64, QueueTail.OFFSET, tail)], last)
+        self._window.run([Step(StepKind.WRITE_64, QueueTail.OFFSET, tail)], last)
 
     @property
     def _wide(self) -> bool:
@@ -435,11 +440,13 @@ class Unit:
     def _switch(self, *, on: bool) -> list[Step]:
         bit = Command.QIE.mask
         return [
-            Step(Kind.COMMAND, Command.OFFSET, bit if on else 0, 0 if on else bit),
-            Step(Kind.WAIT_32, STATUS, bit if on else 0, bit),
+            Step(StepKind.COMMAND, Command.OFFSET, bit if on else 0, 0 if on else bit),
+            Step(StepKind.WAIT_32, STATUS, bit if on else 0, bit),
         ]
 
-    def _lend(self, what: Invalidation, memory: QueueMemory, theirs: int, place: int) -> int:
+    def _prepare_queue(
+        self, what: Invalidation, memory: QueueMemory, theirs: int, place: int
+    ) -> int:
         """Prepare our queue, and a note on whose it replaces; our IQA."""
         shape = theirs & QueueAddress.DW.mask
         if place != _OFF:  # as large as theirs, for the tail stays
@@ -450,10 +457,12 @@ class Unit:
         status = memory.physical + memory.length // 2
         image = queue_image(descriptor_of(what), wait_descriptor(status, _DONE), shape)
         memory.region.copy_in(memory.offset, image)
-        note = bytearray(_LOAN.pack(_LOAN_MAGIC, theirs, self.base, place, self._tail(), 0))
+        note = bytearray(
+            _QUEUE_STATE.pack(_QUEUE_STATE_MAGIC, theirs, self.base, place, self._tail(), 0)
+        )
         note[-4:] = crc32c(note).to_bytes(4, "little")
         page = bytearray(PAGE)
-        page[_LOAN_AT : _LOAN_AT + _LOAN.size] = note
+        page[_QUEUE_STATE_AT : _QUEUE_STATE_AT + _QUEUE_STATE.size] = note
         memory.region.copy_in(self._status_offset(memory), page)
         memory.region.flush_lines(memory.offset, memory.length // 2 + PAGE)
         return memory.physical | shape
@@ -462,28 +471,28 @@ class Unit:
     def _status_offset(memory: QueueMemory) -> int:
         return memory.offset + memory.length // 2
 
-    def _end_loan(self, memory: QueueMemory) -> None:
-        memory.region.store_u64(self._status_offset(memory) + _LOAN_AT, 0)
+    def _clear_queue_state(self, memory: QueueMemory) -> None:
+        memory.region.store_u64(self._status_offset(memory) + _QUEUE_STATE_AT, 0)
 
-    def end_interrupted_loan(self, page: QueueMemory) -> bool:
+    def restore_interrupted_queue(self, page: QueueMemory) -> bool:
         """Give the kernel its queue back if we were killed before that; False: nothing to do.
 
         What a note says is believed only where the unit shows that a queue is missing, or is the
         one before the note: a region could hold anything.
 
-        :param page: one that may have the note that :meth:`_lend` left.
+        :param page: one that may have the note that :meth:`_prepare_queue` left.
         :raises UnitError: the unit does not take it.
         """
-        at = page.offset + _LOAN_AT
-        data = page.region.read(at, _LOAN.size)
-        magic, theirs, base, place, tail, crc = _LOAN.unpack(data)
-        if magic != _LOAN_MAGIC or base != self.base or crc != crc32c(data[:-4] + bytes(4)):
+        at = page.offset + _QUEUE_STATE_AT
+        data = page.region.read(at, _QUEUE_STATE.size)
+        magic, theirs, base, place, tail, crc = _QUEUE_STATE.unpack(data)
+        if magic != _QUEUE_STATE_MAGIC or base != self.base or crc != crc32c(data[:-4] + bytes(4)):
             return False
         missing = self._queue_is_missing(page.physical)
         if missing:
-            steps = self._give_back(theirs, place)
+            steps = self._restore_queue(theirs, place)
             if place == _ON and self._tail() < tail:
-                steps += self._lap(theirs)
+                steps += self._drain_wrapped(theirs)
             if not self._window.run(steps):
                 raise UnitError(f"{self.name}: the kernel's queue: the unit does not take it back")
         page.region.store_u64(at, 0)
@@ -503,4 +512,4 @@ class Unit:
         return status if status & _QUEUE_ERRORS else 0
 
     def _clear_queue_errors(self) -> None:
-        self._window.run([Step(Kind.WRITE_32, FaultStatus.OFFSET, _QUEUE_ERRORS)])
+        self._window.run([Step(StepKind.WRITE_32, FaultStatus.OFFSET, _QUEUE_ERRORS)])

@@ -21,7 +21,7 @@ def _anything(source_id: int) -> None:
     """Every device may be attached."""
 
 
-class Walking:
+class ActiveUnits:
     """Units that have one root table in force. Each method has returned when they have obeyed.
 
     :param admit: raises a PkernfsError if a device must not be attached.
@@ -55,19 +55,19 @@ class Walking:
                 for piece in memory.pieces:
                     memory.region.flush_lines(piece.offset, piece.length)
 
-    def forget_everything(self, root: RootTables) -> None:
+    def invalidate_all(self, root: RootTables) -> None:
         """After a change that is not known, or of the root table."""
         self._tell(root, everything(scalable=self.mode is Mode.SCALABLE))
 
-    def forget_domains(self, root: RootTables, domain_ids: Sequence[int]) -> None:
+    def invalidate_domains(self, root: RootTables, domain_ids: Sequence[int]) -> None:
         """After a change of page tables that may be cached."""
         self._tell(root, [one for number in domain_ids for one in domain(number)])
 
-    def forget_device(self, root: RootTables, source_id: int, domain_id: int) -> None:
+    def invalidate_device(self, root: RootTables, source_id: int, domain_id: int) -> None:
         """After a change of a present context entry."""
         self._tell(root, device(source_id, domain_id, scalable=self.mode is Mode.SCALABLE))
 
-    def written(self) -> None:
+    def flush_write_buffers(self) -> None:
         """After a change of what was not present: nothing of it is cached."""
         for unit in self.units:
             unit.flush_write_buffer()
@@ -89,13 +89,13 @@ def with_queue(
         use(None)
         return
     length = unit.queue_bytes()
-    piece = root.spare(length, length // 2)
+    piece = root.find_free_run(length, length // 2)
     region = root.memory.region
     use(QueueMemory(region, piece.offset, piece.physical, length))
     region.zero(piece.offset, length)
 
 
-def end_interrupted_loans(units: Sequence[Unit], root: RootTables) -> None:
+def restore_interrupted_queues(units: Sequence[Unit], root: RootTables) -> None:
     """Give the kernel its queue back where a daemon was killed before that.
 
     :raises UnitError: a unit does not take it.
@@ -105,4 +105,4 @@ def end_interrupted_loans(units: Sequence[Unit], root: RootTables) -> None:
         for at in range(0, piece.length, PAGE):
             page = QueueMemory(region, piece.offset + at, piece.physical + at, PAGE)
             for unit in units:
-                unit.end_interrupted_loan(page)
+                unit.restore_interrupted_queue(page)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from typing import NamedTuple
 
-from pkernfs.vtd.registers import ContextCommand, Granularity, Iotlb, Kind, QueueAddress, Step
+from pkernfs.vtd.registers import ContextCommand, Granularity, Iotlb, QueueAddress, Step, StepKind
 
 #: Bytes of a descriptor, by IQA.DW.
 DESCRIPTOR_BYTES = (16, 32)
@@ -78,7 +78,7 @@ def register_steps(what: Invalidation, iotlb_offset: int) -> list[Step]:
             | Iotlb.DID.put("DID", what.domain_id)
         )
         at, busy = iotlb_offset + Iotlb.OFFSET, Iotlb.IVT.mask
-    return [Step(Kind.WRITE_64, at, command), Step(Kind.WAIT_64, at, 0, busy)]
+    return [Step(StepKind.WRITE_64, at, command), Step(StepKind.WAIT_64, at, 0, busy)]
 
 
 def descriptor(what: Invalidation) -> tuple[int, int]:

@@ -218,7 +218,7 @@ class Granularity(enum.IntEnum):
 # ---------------------------------------------------------------------- reaching registers
 
 
-class Kind(enum.IntEnum):
+class StepKind(enum.IntEnum):
     """What a step does; mmio.c does it."""
 
     WRITE_32 = 0
@@ -233,7 +233,7 @@ class Kind(enum.IntEnum):
 class Step(NamedTuple):
     """One of several loads and stores that are made in a row."""
 
-    kind: Kind
+    kind: StepKind
     offset: int
     value: int
     mask: int = 0

@@ -38,7 +38,7 @@ class Connector:
         self._root()
         self._iommu()
         self._reach()
-        self._nameless()
+        self._orphans()
         self._count()
 
     # ------------------------------------------------------------------ what must be there
@@ -127,7 +127,7 @@ class Connector:
         )
         self._to_lost_found(ino)
 
-    def _nameless(self) -> None:
+    def _orphans(self) -> None:
         inodes = self._inodes
         for index in sorted(inodes.page_of):
             row = inodes.row_of[index]

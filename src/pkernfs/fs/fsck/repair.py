@@ -216,7 +216,7 @@ def _rebuild_names(ctx: Context, space: Allocator, ino: int) -> None:
     fix = ctx.directories.get(ino)
     hash_key = ctx.sb.fields.hash_key
     items: dict[int, bytes] = {}
-    homeless = list(fix.add) if fix else []
+    misplaced = list(fix.add) if fix else []
     for slot, key, target, kind, name in entries_of(ctx, ino, parts):
         if fix and slot in fix.retype:
             kind = fix.retype[slot]
@@ -225,9 +225,9 @@ def _rebuild_names(ctx: Context, space: Allocator, ino: int) -> None:
         ):
             items[key] = NAME_ITEM.pack(target, kind) + name
         else:
-            homeless.append(NewName(name, target, kind))
+            misplaced.append(NewName(name, target, kind))
     taken = set(items)
-    for name, target, kind in homeless:
+    for name, target, kind in misplaced:
         key = _free_key(name_key(name, hash_key), taken)
         taken.add(key)
         items[key] = NAME_ITEM.pack(target, kind) + name

@@ -81,24 +81,24 @@ def _is_empty(ctx: Context, name: bytes, pieces: Pieces) -> bool:
 def _check(ctx: Context, files: dict[bytes, Pieces]) -> Report:
     # Loaded where there are tables only: a handover is in a hurry.
     from pkernfs.iommu.check import check
-    from pkernfs.iommu.config import adopt_addresses, load_bars
+    from pkernfs.iommu.config import assume_addresses, load_bars
     from pkernfs.iommu.memory import Memory, merge_ranges
 
     region = ctx.image.region
     root_pieces = files.get(_ROOT)
     if root_pieces is not None:
-        adopt_addresses(region, root_pieces[0][0] + PAGE)
+        assume_addresses(region, root_pieces[0][0] + PAGE)
     memories = {name: Memory(region, pieces) for name, pieces in files.items()}
     root = memories.pop(_ROOT, None)
-    ranges = merge_ranges(_live_ranges(ctx, region))
+    ranges = merge_ranges(_linked_ranges(ctx, region))
     if root is not None:
-        _check_home(root)
+        _check_tables_address(root)
         ranges += [(b.start, b.start + b.length) for b in load_bars(root)]
     domains = {name.decode(errors="replace"): memory for name, memory in memories.items()}
     return check(root, domains, ranges)
 
 
-def _check_home(root: Memory) -> None:
+def _check_tables_address(root: Memory) -> None:
     """:raises InvalidError: the tables were made for another place."""
     from pkernfs.iommu.config import config_page, load_config
 
@@ -112,7 +112,7 @@ def _check_home(root: Memory) -> None:
         )
 
 
-def _live_ranges(ctx: Context, region: Region) -> Iterator[tuple[int, int]]:
+def _linked_ranges(ctx: Context, region: Region) -> Iterator[tuple[int, int]]:
     """Physical ranges of the data of files that have a name and are no tables."""
     for ino in ctx.inodes.of_type(T_REG):
         if not ctx.inodes.names[ctx.inodes.row(ino)] or ctx.fields(ino).flags & INODE_FLAG_TABLE:

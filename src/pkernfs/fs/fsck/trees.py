@@ -1,4 +1,4 @@
-"""Walking the trees of the format, and building new ones (docs/format.md, section 7)."""
+"""ActiveUnits the trees of the format, and building new ones (docs/format.md, section 7)."""
 
 from __future__ import annotations
 
