@@ -31,7 +31,7 @@ _BOOT_PROCESSOR = 0
 
 
 class Needs(NamedTuple):
-    """What the devices of a file system need of a kexec, by their names.
+    """The needs of the devices of a file system in a kexec, by their names.
 
     ``devices`` must go on, ``units`` are above them, ``cut`` are cut off. ``scalable`` is the mode
     of the tables.
