@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pkernfs.native._native import lib
 
 from pkernfs.errors import CorruptionError, NoSpaceError, ReadOnlyError
 from pkernfs.journal import (
@@ -455,3 +456,64 @@ def test_a_cut_record_without_commit_is_nothing(region: Region, store: PageStore
     assert store.journal_state() == JOURNAL_EMPTY
     assert not store.recover()
     assert region.is_zero(FIRST * PAGE, PAGE)
+
+
+# ------------------------------------------------------------------------------ what C is not to do
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_records_are_not_carried_out(name: str, region: Region, store: PageStore) -> None:
+    """Not even by who does not ask what the journal holds."""
+    region.copy_in(JOURNAL, HOSTILE[name])
+    before = region.read(0, SIZE)
+    done = lib.pk_journal_replay(region.base, SIZE, JOURNAL, CAPACITY, store._uuid_c)
+    assert done == JOURNAL_DAMAGED
+    assert region.read(0, SIZE) == before
+
+
+@pytest.mark.parametrize(
+    ("journal", "capacity"),
+    [(JOURNAL, 63), (SIZE, PAGE), (SIZE - PAGE, 2 * PAGE), (1 << 63, 1 << 63), (JOURNAL + 4, PAGE)],
+)
+def test_a_journal_that_is_not_in_the_region(
+    journal: int, capacity: int, region: Region, store: PageStore
+) -> None:
+    uuid = store._uuid_c
+    assert lib.pk_journal_state(region.base, SIZE, journal, capacity, uuid) == JOURNAL_DAMAGED
+    store._journal, store._capacity = journal, capacity
+    with pytest.raises(CorruptionError, match="out of the region"):
+        fill(store, 1)
+    with pytest.raises(CorruptionError, match="out of the region"):
+        store.commit_words([(FIRST * PAGE, 1)])
+    assert region.is_zero(FIRST * PAGE, PAGE)
+
+
+@pytest.mark.parametrize("page", [SIZE // PAGE, 1 << 40, (1 << 64) - 1])
+def test_pages_that_are_not_in_the_region(page: int, region: Region, store: PageStore) -> None:
+    calls: list[str] = []
+    before = region.read(0, SIZE)
+
+    def new_page() -> None:
+        store.on_abort.append(lambda: calls.append("abort"))
+        store.new(FIRST, MAGIC_TREE, 5)
+        store.new(page, MAGIC_TREE, 5)
+        store.edit(page, MAGIC_TREE)[100] = 1
+
+    with pytest.raises(CorruptionError, match="out of the region"), store:
+        new_page()
+    assert calls == ["abort"]
+    assert not store.is_open
+    assert region.read(0, SIZE) == before
+
+
+def test_words_that_are_not_in_the_region(region: Region, store: PageStore) -> None:
+    store.total_pages = 1 << 40
+    for offset in (SIZE, SIZE + 8, SIZE - 4 + (1 << 32)):
+        with pytest.raises(CorruptionError, match="out of the region"):
+            store.commit_words([(FIRST * PAGE, 1), (offset // 8 * 8, 1)])
+    assert region.is_zero(FIRST * PAGE, PAGE)
+
+
+def test_a_short_uuid_is_refused(region: Region) -> None:
+    with pytest.raises(ValueError, match="buffer is too small"):
+        PageStore(region, UUID[:15], JOURNAL_PAGE, 2, SIZE // PAGE)

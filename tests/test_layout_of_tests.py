@@ -21,7 +21,8 @@ APART = ("lab", "scripts", "support")
 TESTED_ELSEWHERE = {
     "dma.table_files": "dma/test_open_tables.py: it binds what the parts offer",
     "fuse.shim_build": "fuse/test_mount.py: it builds the extension that each mount loads",
-    "native.build": "region/test_region.py: it builds the extension that each region loads",
+    "native.compiler": "native/test_build.py: flags of the compiler, which scripts/sanitize sets",
+    "units.window": "units/test_mmio.py: a protocol, and that is the window that is real",
 }
 #: Test files that are named after no module, and why.
 NAMED_OTHERWISE = {
@@ -73,24 +74,9 @@ PENDING = {
     "fuse.session",
     "fuse.shim",
     "fuse.waiting",
-    "iommu.config",
-    "iommu.context_walk",
-    "iommu.export",
-    "iommu.memory",
-    "iommu.page_pool",
-    "iommu.page_walk",
-    "iommu.root_tables",
-    "iommu.show",
-    "iommu.translate",
     "kexec.mounted",
     "kexec.observer",
     "region.physical_backing",
-    "units.mmio",
-    "units.requirements",
-    "units.unit_set",
-    "units.window",
-    "vtd.invalidation",
-    "vtd.registers",
 }
 
 MODULES = {

@@ -97,3 +97,12 @@ def test_sums_of_pages(region: Region) -> None:
     assert not digest.page_sums(region, array("Q"))
     with pytest.raises(RegionError, match="out of the region"):
         digest.page_sums(region, array("Q", [2048]))
+
+
+@pytest.mark.parametrize("kind", ["I", "B", "d"])
+def test_numbers_of_pages_are_words_of_8_bytes(region: Region, kind: str) -> None:
+    """Narrower ones would be read beyond their end."""
+    with pytest.raises(TypeError, match="page numbers: got items"):
+        digest.page_sums(region, array(kind, [0, 1]))
+    with pytest.raises(TypeError, match="page numbers: got items"):
+        digest.slot_sums(region, array(kind, [0, 1]))

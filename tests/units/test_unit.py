@@ -15,7 +15,7 @@ from pkernfs.errors import InvalidError, UnitError
 from pkernfs.iommu import READ, Mode
 from pkernfs.layout import PAGE
 from pkernfs.region.region import Region
-from pkernfs.units.unit import QueueMemory, Unit
+from pkernfs.units.unit import QueueMemory, QueuePlace, QueueState, Unit
 from pkernfs.vtd.invalidation import descriptor, device, domain, everything
 from pkernfs.vtd.registers import (
     STATUS,
@@ -239,7 +239,8 @@ def test_a_note_is_not_believed_where_no_queue_is_missing(lab: Lab, unit: Unit) 
     kernel = kernel_of(lab)
     kernel.submit()
     note = QueueMemory(lab.region, QUEUE + 2 * PAGE, QUEUE + 2 * PAGE, PAGE)
-    unit._prepare_queue(domain(2)[0], queue_of(lab), 30 * MIB, 1)
+    state = QueueState(30 * MIB, QueuePlace.ON, unit._tail())
+    unit._prepare_queue(domain(2)[0], queue_of(lab), state)
     assert not unit.restore_interrupted_queue(note)
     assert kernel.window.read64(0x90) & -PAGE == KERNEL_QUEUE
     kernel.submit()

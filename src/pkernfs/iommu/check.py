@@ -23,7 +23,7 @@ _MAX_KEPT = 10 * MAX_FINDINGS
 
 @dataclass
 class Report:
-    """What was found, and how much was looked at. ``found`` counts what is not kept as well."""
+    """Findings, and how much was looked at. ``found`` counts those that are not kept as well."""
 
     findings: list[Finding] = field(default_factory=list)
     found: int = 0
@@ -34,7 +34,7 @@ class Report:
 
     @property
     def clean(self) -> bool:
-        """Nothing is wrong."""
+        """True if nothing is wrong."""
         return not self.found
 
     def note(self, finding: Finding) -> None:
@@ -55,7 +55,7 @@ def check(
     """Check root-pgtables (None: there is none) and the page tables of all domains.
 
     :param domains: the pages of each domain file, by its name.
-    :param allowed: ``(start, end)`` of physical addresses that may be mapped: the memory of live
+    :param allowed: ``(start, end)`` of physical addresses that may be mapped: the memory of linked
         files, but not of table files, and device BARs.
     """
     report = Report()
@@ -68,7 +68,7 @@ def check(
     config = config or Config()
     memories = [*domains.values(), *([root] if root is not None else [])]
     tables = merge_ranges(r for memory in memories for r in memory.ranges)
-    live = without_ranges(merge_ranges(allowed), tables)
+    mappable = without_ranges(merge_ranges(allowed), tables)
     if root is not None:
         _check_root(report, root, domains, config, physical_bits)
     for name, memory in domains.items():
@@ -76,7 +76,7 @@ def check(
             TablePool(memory.region, memory.pieces),
             memory.first_page,
             config.levels,
-            allowed=live,
+            allowed=mappable,
             tables=tables,
             physical_bits=physical_bits,
             name=name,

@@ -1,8 +1,8 @@
 """The configuration page: the second page of root-pgtables, which no hardware reads.
 
-It says what the tables of a region are like, where they were when they were made, which device BARs
-they may map, and which devices a handover cuts off (docs/iommu.md). All zero stands for legacy mode
-and 4 levels.
+It has the tables' mode and levels, and the address at which they were made. It has the device BARs
+that they may map, and the devices whose entries a handover clears (docs/iommu.md). All zero stands
+for legacy mode and 4 levels.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _VALID = 1
 
 
 class Config(NamedTuple):
-    """What a region's tables are like; decided when root-pgtables is made.
+    """The mode and levels of a region's tables, which the creation of root-pgtables decides.
 
     ``home`` is the physical address that the configuration page had when it was stored; 0: not
     known. Tables are good at that place only.
@@ -58,7 +58,7 @@ def config_words(config: Config) -> tuple[int, ...]:
 
 
 def load_config(memory: Memory) -> Config:
-    """What root-pgtables says.
+    """Read what root-pgtables says.
 
     :raises TableDamageError: it is damaged, or of another version.
     """
@@ -66,7 +66,7 @@ def load_config(memory: Memory) -> Config:
 
 
 def parse_config(data: bytes) -> Config:
-    """What the first 24 bytes of the configuration page say.
+    """Decode the first 24 bytes of the configuration page.
 
     :raises TableDamageError: they are damaged, or of another version.
     """
@@ -188,7 +188,7 @@ def _slots(memory: Memory) -> list[Bar | None]:
 
 
 def _can_be(bar: Bar) -> bool:
-    """Whether a device can have such a BAR."""
+    """Tell if a device can have such a BAR."""
     whole = bar.length > 0 and not (bar.start | bar.length) % PAGE
     return whole and bar.start + bar.length <= 1 << MAX_PHYSICAL_BITS
 

@@ -55,7 +55,7 @@ Split = Callable[[int, int], Iterator[Target]]
 def head(
     config: Config, root: int | None, uuid: bytes, region: Record, damaged: dict[str, str]
 ) -> Record:
-    """What is said once: of the region, and of the unit that is to walk its tables.
+    """Describe once the region, and the unit that is to walk its tables.
 
     ``damaged`` has the reason for each file whose tables the document lacks.
     """
@@ -72,7 +72,7 @@ def head(
 
 
 def unit(config: Config, root: int | None) -> Record:
-    """What the unit has to be like that is to walk the tables."""
+    """Describe the unit that is to walk the tables."""
     return {
         "mode": config.mode.name.lower(),
         "levels": config.levels,
@@ -100,7 +100,7 @@ def hwpt(name: str, table: int, levels: int, devices: Iterable[Device]) -> Recor
 
 
 def device(d: Device, name: str | None, unit: str | None) -> Record:
-    """What a device is attached to; ``name`` is None if that is no domain of the region.
+    """Describe what a device is attached to; ``name`` is None if that is no domain of the region.
 
     ``unit``: that of the running kernel which walks these tables for it, if one does.
     """
@@ -120,7 +120,7 @@ def container(name: str, table: int, devices: Iterable[Device]) -> Record:
 
 
 def mappings(found: Iterable[Mapping], split: Split) -> Iterator[Record]:
-    """What to map, in order of the addresses; pieces of one file that follow each other are one."""
+    """List what to map, by address; pieces of one file that follow each other are one."""
     last: Record | None = None
     for m in found:
         iova = m.iova
@@ -175,13 +175,13 @@ def _add_pieces(pieces: list[Record], more: Iterable[Record]) -> None:
 
 
 def _end(piece: Record) -> int | None:
-    """Where in the region it ends, if it is there."""
+    """Return the region offset at which a piece ends, if it is in the region."""
     start: int | None = piece["region_offset"]
     return None if start is None else start + int(piece["length"])
 
 
 def _follows(last: Record, record: Record) -> bool:
-    """Whether a VMM maps both with one call: virtually consecutive, wherever the memory is."""
+    """Tell if a VMM maps both with one call: their addresses follow each other."""
     if last["iova"] + last["length"] != record["iova"]:
         return False
     if last["iommufd_flags"] != record["iommufd_flags"]:

@@ -1,4 +1,4 @@
-"""Where physical addresses are in a region: of one file's pages, or of a whole region."""
+"""Physical addresses to region offsets: of one file's pages, or of a whole region."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Commit = Callable[[Sequence[tuple[int, int]]], object]
 
 
 class Words(Protocol):
-    """Where tables are read: a region's memory, or a running kernel's."""
+    """Memory that tables are read from: a region's, or a running kernel's."""
 
     def words(self, physical: int, count: int) -> tuple[int, ...] | None:
         """``count`` 8-byte words at a physical address; None if they are not in there."""
@@ -122,7 +122,7 @@ def merge_ranges(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 def without_ranges(
     ranges: list[tuple[int, int]], holes: list[tuple[int, int]]
 ) -> list[tuple[int, int]]:
-    """What is left of sorted, disjoint ranges outside of sorted, disjoint holes."""
+    """Cut sorted, disjoint holes out of sorted, disjoint ranges."""
     left = []
     at = 0
     for start, end in ranges:

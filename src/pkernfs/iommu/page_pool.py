@@ -26,7 +26,7 @@ class Mapping(NamedTuple):
 
 
 class RawFinding(NamedTuple):
-    """What pagetable.c's walk found wrong: a code, and the entry (its address, what it holds)."""
+    """One finding of pagetable.c's walk: a code, and the entry (its address, what it holds)."""
 
     code: int
     level: int
@@ -57,7 +57,7 @@ class Reserved(NamedTuple):
 
 
 class TreeFigures(NamedTuple):
-    """What one walk saw: the first findings, how many there were, and sizes."""
+    """The figures of one walk: the first findings, how many there were, and sizes."""
 
     findings: list[RawFinding]
     found: int
@@ -132,19 +132,19 @@ class TablePool:
 
     @property
     def missing_pages(self) -> int:
-        """How many free pages too few the change has had so far."""
+        """The number of pages that the change lacks so far."""
         return max(0, int(self._pool.peak - self._pool.free))
 
     def commit(self, *, deferred: bool) -> None:
-        """What was allocated is reachable; what was freed is free, or ``deferred``."""
+        """Make allocated pages reachable, and freed ones free, or ``deferred``."""
         self._become({_NEW: _REACHABLE, _FREED: _DEFERRED if deferred else _FREE})
 
     def abort(self) -> None:
-        """Nothing has changed."""
+        """Take back what the change has allocated and freed."""
         self._become({_NEW: _FREE, _FREED: _REACHABLE})
 
     def release(self) -> None:
-        """Deferred pages are free."""
+        """Make deferred pages free."""
         self._become({_DEFERRED: _FREE})
 
     def _become(self, changes: dict[int, int]) -> None:
@@ -152,15 +152,15 @@ class TablePool:
         self._state[:] = self._state.translate(table)
 
     def is_reachable(self, physical: int) -> bool:
-        """Whether a table that was found by the walk, and is still wanted, is there."""
+        """Tell if the walk has found a table there that is still wanted."""
         return bool(lib.pk_pt_is_reachable(self._pool, physical))
 
     def alloc(self) -> int:
-        """Physical address of a free page; ``NO_PAGE``: there is none, which is counted."""
+        """Allocate a page: its physical address, or ``NO_PAGE``; pages that lack are counted."""
         return int(lib.pk_pt_alloc(self._pool))
 
     def free(self, physical: int) -> None:
-        """The table there is no longer wanted."""
+        """Free the page of a table."""
         lib.pk_pt_free(self._pool, physical)
 
     def new_pages(self) -> Iterator[int]:
@@ -267,7 +267,7 @@ class TablePool:
 
 
 class BlockMap:
-    """Which 2 MiB blocks of a region are mapped by page tables, a byte each.
+    """The 2 MiB blocks of a region that page tables map, a byte each.
 
     :param pieces: where the region's physical addresses are, as for :class:`TablePool`.
     """
@@ -277,7 +277,7 @@ class BlockMap:
         self._blocks = bytearray(-(-region.size // BLOCK))
 
     def clear(self) -> None:
-        """No block is mapped."""
+        """Unmark all blocks."""
         self._blocks[:] = bytes(len(self._blocks))
 
     def add_tree(self, pool: TablePool, root: int, levels: int) -> bool:
@@ -285,7 +285,7 @@ class BlockMap:
         return pool.mark(root, levels, self._memory, self._blocks)
 
     def any(self, offset: int, length: int) -> bool:
-        """Whether a block of that range is marked."""
+        """Tell if a block of that range is marked."""
         return self._blocks.find(1, offset // BLOCK, -(-(offset + length) // BLOCK)) >= 0
 
 
@@ -302,7 +302,7 @@ def conflicting_entry(words: memoryview, first: int, step: int) -> int:
 
 
 def any_present(words: memoryview) -> bool:
-    """Whether one of the entries is present."""
+    """Tell if one of the entries is present."""
     entries = ffi.from_buffer("uint64_t[]", words)
     return bool(lib.pk_pt_any(entries, len(entries)))
 

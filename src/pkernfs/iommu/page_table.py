@@ -1,12 +1,12 @@
 """Second-stage page tables of one domain, changed under an IOMMU that may be walking them.
 
 A change is planned on private images of the tables that it touches. Then new tables, which nothing
-reaches yet, are stored in free pages, and the words of live tables that differ go out as one commit
-(one journal record), each as an aligned 8-byte store. Every single one of these stores leaves valid
-tables: it changes what its own entry maps from before to after, and nothing else. docs/iommu.md
-has the reasons.
+reaches yet, are stored in free pages. Words of reachable tables that differ go out as one commit
+(one journal record), each as an aligned 8-byte store. Each of these stores leaves valid tables: it
+changes what its own entry maps from before to after, and nothing else. docs/iommu.md has the
+reasons.
 
-Where the pool's pages are is :mod:`.memory`'s business, what may be mapped the caller's.
+The places of the pool's pages are :mod:`.memory`'s business. The caller decides what may be mapped.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from pkernfs.vtd.entries import (
     width_bits,
 )
 
-#: Words of live tables that one change stores; a table with many of them is replaced instead.
+#: Words of reachable tables that one change stores; a table with many of them is replaced instead.
 RECORD_WORDS = 16384
 
 
@@ -81,9 +81,9 @@ class PageTable:
 
     :param levels: 3, 4 or 5, for addresses of 39, 48 or 57 bits.
     :param largest: level of the largest leaf that the unit knows: 1 4 KiB, 2 2 MiB, 3 1 GiB.
-    :param walked: a unit may have entries of these tables cached, so that pages which a change
-        frees are put aside until :meth:`invalidated`. What was aside before is not known: the unit
-        has to forget everything before the first change.
+    :param walked: a unit may have entries of these tables cached: the free of pages that a change
+        frees is deferred until :meth:`invalidated`. Earlier deferred ones are not known: the unit
+        has to invalidate everything before the first change.
     :param coherent: units see what is in the processor's caches; else what is stored is written
         back as well, new tables before what refers to them.
     :raises TableDamageError: what is in the pages is no such tree.
@@ -135,12 +135,12 @@ class PageTable:
         return self._pool.used_pages
 
     def invalidated(self) -> None:
-        """The unit has been told to forget what it had cached: put-aside pages are free."""
+        """Free the deferred pages: the unit has invalidated what it had cached."""
         self._pool.release()
         self.stale = False
 
     def mappings(self, start: int = 0, end: int | None = None) -> Iterator[Mapping]:
-        """What is mapped, in order, neighbours joined; cut at leaves, not at start and end."""
+        """List what is mapped, in order, neighbours joined; cut at leaves, not at start and end."""
         end = 1 << width_bits(self.levels) if end is None else end
         return scan_tree(self._pool, self.root, self.levels, start, end)
 
@@ -282,11 +282,11 @@ class PageTable:
         return images
 
     def _bounded(self, images: list[_Image]) -> list[tuple[int, int]]:
-        """The words of live tables to store; the most changed tables are replaced if too many."""
+        """List the words to store into reachable tables; if too many, replace the most changed."""
         changed = {id(i): self._changed(i) for i in images if not i.fresh}
         total = sum(len(words) for words in changed.values())
-        live = [i for i in images if not i.fresh and i.parent is not None]
-        for image in sorted(live, key=lambda i: -len(changed[id(i)])):
+        replaceable = [i for i in images if not i.fresh and i.parent is not None]
+        for image in sorted(replaceable, key=lambda i: -len(changed[id(i)])):
             if total <= self._record_words or len(changed[id(image)]) < 2:
                 break
             assert image.parent is not None
@@ -302,10 +302,10 @@ class PageTable:
 
     def _changed(self, image: _Image) -> list[tuple[int, int]]:
         offset = self._offset(image.physical)
-        live = self._region.view(offset, PAGE)
-        if live == image.words.cast("B"):
+        now = self._region.view(offset, PAGE)
+        if now == image.words.cast("B"):
             return []
-        pairs = zip(image.words, live.cast("Q"), strict=True)
+        pairs = zip(image.words, now.cast("Q"), strict=True)
         return [(offset + 8 * i, new) for i, (new, old) in enumerate(pairs) if new != old]
 
     def _offset(self, physical: int) -> int:

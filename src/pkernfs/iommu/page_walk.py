@@ -29,7 +29,7 @@ _EVERYWHERE = [(0, 1 << 63)]
 
 
 class Code(enum.IntEnum):
-    """What can be wrong with reachable entries."""
+    """The kinds of findings about reachable entries."""
 
     TABLE_OUTSIDE = 1
     TABLE_TWICE = 2
@@ -81,7 +81,7 @@ class Tree(NamedTuple):
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing is mapped."""
+        """True if nothing is mapped."""
         return self.find(_EVERYWHERE) is None
 
     def mark(self, blocks: BlockMap) -> bool:
@@ -131,7 +131,7 @@ def _finding(name: str, f: RawFinding) -> Finding:
 
 
 def scan_tree(pool: TablePool, root: int, levels: int, start: int, end: int) -> Iterator[Mapping]:
-    """What is mapped from ``start`` to ``end``, in order, neighbours joined.
+    """List what is mapped from ``start`` to ``end``, in order, neighbours joined.
 
     Memory does not grow with the number of leaves.
 
@@ -198,7 +198,7 @@ class Leaves(NamedTuple):
 def leaves(
     read: Read, table: int, level: int, *, start: int = 0, lowest: int = 1
 ) -> Iterator[Leaves]:
-    """What is no reference to a table, in order of the addresses, from address ``start`` on.
+    """List entries that refer to no table, in order of the addresses, from address ``start`` on.
 
     :param level: that of the table; entries of tables below level ``lowest`` are left out.
     :raises TableDamageError: ``read`` does.

@@ -45,8 +45,8 @@ _P = 1
 class RootTables:
     """The tables in root-pgtables; the only writer of them.
 
-    :param walked: a unit may have entries cached: pages that a change frees are put aside until
-        :meth:`invalidated`.
+    :param walked: a unit may have entries cached: the free of pages that a change frees is deferred
+        until :meth:`invalidated`.
     :param coherent: as for :class:`~pkernfs.iommu.page_table.PageTable`.
     :raises TableDamageError: what is in the file is not a root table with its context tables.
     """
@@ -92,11 +92,11 @@ class RootTables:
         return len(self._used)
 
     def devices(self) -> list[Device]:
-        """What is attached, by source id."""
+        """List what is attached, by source id."""
         return [self._devices[s] for s in sorted(self._devices)]
 
     def invalidated(self) -> None:
-        """The unit has been told to forget what it had cached: put-aside pages are free."""
+        """Free the deferred pages: the unit has invalidated what it had cached."""
         self._used -= self._deferred
         self._deferred.clear()
 

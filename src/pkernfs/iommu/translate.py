@@ -50,7 +50,7 @@ class WalkStep(NamedTuple):
 
 @dataclass
 class Translation:
-    """How a request ends: at ``physical`` with permissions ``perm``, or with ``fault``.
+    """The end of a request: at ``physical`` with permissions ``perm``, or with ``fault``.
 
     ``interrupt``: a write to that address is an interrupt, which no table translates.
     """

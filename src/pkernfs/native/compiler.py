@@ -1,4 +1,4 @@
-"""How the two extension modules are compiled; only their builders import this."""
+"""Flags of the compiler for the two extension modules; only their builders import this."""
 
 import os
 import shlex

@@ -51,6 +51,8 @@ def slot_sums(region: Region, pages: array[int]) -> array[int]:
 
 
 def _sums(region: Region, pages: array[int], slots: int) -> array[int]:
+    if pages.typecode not in ("Q", "L") or pages.itemsize != 8:
+        raise TypeError(f"page numbers: got items {pages.typecode!r}, expected 'Q'")
     if pages and max(pages) >= region.size // PAGE:
         raise RegionError(f"{region.name}: page {max(pages):#x}: out of the region")
     sums = array("I", bytes(4 * len(pages) * (16 if slots else 1)))
@@ -90,7 +92,7 @@ def digests(region: Region, chunks: list[list[Part]]) -> array[int]:
 
 
 def cores() -> int:
-    """How many threads may run at once here."""
+    """Count the processors that threads of this process may use."""
     return len(os.sched_getaffinity(0))
 
 

@@ -26,7 +26,7 @@ class FoundUnit(NamedTuple):
 
 
 def is_driven(host: Host, name: str) -> bool:
-    """Whether this kernel's driver has a unit: it then shows it in /sys/class/iommu."""
+    """Tell if this kernel's driver has a unit: it then shows it in /sys/class/iommu."""
     return name in host.list(_CLASS)
 
 
@@ -49,7 +49,7 @@ def find_units(host: Host, dmar: Dmar, *, write: bool) -> list[FoundUnit]:
 
 
 def unit_record(host: Host, found: FoundUnit, roots: dict[int, str]) -> dict[str, Any]:
-    """What ``pkernfs iommu units --json`` prints of a unit.
+    """Make the record of a unit that ``pkernfs iommu units --json`` prints.
 
     :param roots: physical addresses of root tables, and the mounts that they are of.
     """
@@ -98,14 +98,14 @@ def _state(unit: Unit, driven: bool, roots: dict[int, str]) -> dict[str, Any]:
 
 
 def capabilities(host: Host, found: FoundUnit) -> Capabilities | None:
-    """What a unit is able to do, by its registers or by the kernel's driver; None: nobody tells."""
+    """Read a unit's capabilities from its registers or from sysfs; None: neither has them."""
     if found.unit is not None:
         return found.unit.capabilities
     return _capabilities_in_sysfs(host, found.structure.name)
 
 
 def _capabilities_in_sysfs(host: Host, name: str) -> Capabilities | None:
-    """What the kernel's driver shows of a unit that it has."""
+    """Read what the kernel's driver shows of a unit that it has."""
     directory = f"{_CLASS}/{name}/intel-iommu"
     texts = [host.find(f"{directory}/{file}") for file in ("version", "cap", "ecap")]
     try:

@@ -112,7 +112,7 @@ class MachineMemory:
 
 
 class KernelTables:
-    """What one unit that translates walks now.
+    """The tables that one unit walks now.
 
     :raises NotFoundError: it does not translate.
     :raises NotSupportedError: its tables are of a mode that nobody here knows.
@@ -181,7 +181,7 @@ class KernelTables:
         return [e for e in self.entries if e.domain_id == domain_id and e.table != table]
 
     def mappings(self, entry: Device) -> list[Mapping]:
-        """What a second-stage entry's tables map, in order, neighbours joined.
+        """List what a second-stage entry's tables map, in order, neighbours joined.
 
         :raises TableDamageError: they are damaged, or too many.
         """
@@ -194,7 +194,7 @@ class KernelTables:
 
 
 class Shape(NamedTuple):
-    """What tables are like: those of a region can stand for live ones of the same shape only."""
+    """Mode and levels of tables: a region's can stand for a kernel's of the same shape only."""
 
     mode: Mode
     levels: int
@@ -203,13 +203,14 @@ class Shape(NamedTuple):
         return f"{self.mode.name.lower()} mode with {self.levels} levels"
 
 
-def check_shape(source_id: int, live: Shape, ours: Shape) -> None:
-    """:raises InvalidError: a region's tables are of another shape than a device's live ones."""
-    if live != ours:
+def check_shape(source_id: int, kernel: Shape, ours: Shape) -> None:
+    """:raises InvalidError: a region's tables are of another shape than a device's kernel ones."""
+    if kernel != ours:
+        mode = kernel.mode.name.lower()
         raise InvalidError(
-            f"device {bdf_text(source_id)}: its live tables are of {live}, the region's of {ours}: "
-            f"detach all devices, and pkernfs iommu create --mode {live.mode.name.lower()} "
-            f"--levels {live.levels}"
+            f"device {bdf_text(source_id)}: its live tables are of {kernel}, "
+            f"the region's of {ours}: detach all devices, and pkernfs iommu create "
+            f"--mode {mode} --levels {kernel.levels}"
         )
 
 
@@ -223,7 +224,7 @@ def _remedy(entry: Device) -> str:
 
 
 def read_second_stage(memory: Words, table: int, levels: int) -> list[Mapping]:
-    """What second-stage tables map, in order, neighbours joined; they are read page by page.
+    """List what second-stage tables map, in order, neighbours joined, reading them page by page.
 
     :raises TableDamageError: a cycle, a table that is nowhere, reserved bits, too much of it.
     """
@@ -264,5 +265,5 @@ class _Copy:
         return words
 
     def pieces(self) -> list[Piece]:
-        """What was copied, as :class:`TablePool` wants it."""
+        """List what was copied, as :class:`TablePool` wants it."""
         return [Piece(at, offset, PAGE) for at, offset in sorted(self._offsets.items())]

@@ -1,4 +1,4 @@
-"""Why a unit cannot walk given tables, and why a device must not depend on them."""
+"""Reasons why a unit cannot walk given tables, and why a device must not depend on them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SIZES = {2: "2 MiB", 3: "1 GiB"}
 
 
 class Requirements(NamedTuple):
-    """What tables ask of a unit.
+    """The things that tables ask of a unit.
 
     ``largest_leaf`` is its level, ``end`` the end of the highest address that is mapped, and
     ``physical_end`` that of the memory that they refer to.
@@ -33,7 +33,7 @@ class Requirements(NamedTuple):
 
 
 def unmet_requirements(able: Capabilities, wanted: Requirements, host_bits: int) -> Iterator[str]:
-    """Why a unit cannot walk the tables."""
+    """List the reasons why a unit cannot walk the tables."""
     mode, levels = wanted.config.mode, wanted.config.levels
     if able.version >> 8 or not able.major:
         yield f"unknown version: got {able.version:#x}"
@@ -71,7 +71,7 @@ def largest_leaf(memory: Memory, table: int, levels: int) -> int:
 
 
 def unfit_reason(dmar: Dmar, device: PciDevice | None, source_id: int) -> str | None:
-    """Why a device must not depend on these tables; None: it may."""
+    """Return the reason why a device must not depend on these tables; None: it may."""
     name = bdf_text(source_id)
     if device is None:
         return f"device {name}: there is none: detach it"

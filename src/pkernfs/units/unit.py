@@ -1,14 +1,15 @@
-"""A remapping unit: its state, putting a root table in force, making it forget what it cached.
+"""A remapping unit: its state, translation on and off, its root table, invalidation.
 
 Everything is derived from the registers; nothing is recorded of what was done. Stores into GCMD
-repeat what GSTS has in force, for a kernel that does not translate DMA may well remap interrupts,
-and lose each of them otherwise.
+repeat what GSTS says is on: a kernel that does not translate DMA may well remap interrupts, and
+would lose each of them.
 
 Sections are those of the VT-d specification, revision 5.10; docs/dma.md has the reasons.
 """
 
 from __future__ import annotations
 
+import enum
 import struct
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -54,16 +55,15 @@ from pkernfs.vtd.registers import (
 #: From this major version on, the registers for invalidations are gone (6.5).
 _QUEUE_ONLY = 6
 _DONE = 1
-#: How long (seconds) our queue is in force at most: the kernel may wait with its interrupts off.
+#: How long (seconds) a unit has our queue at most: the kernel may wait with its interrupts off.
 _BORROW_SECONDS = 0.1
 _TRIES = 3
 #: Where the way round the kernel's queue begins, in slots: see _borrow_queue().
 _RESTART = 4
-#: Magic, IQA, the unit's base, _OFF.._AT_BEGIN, the tail, zero, CRC-32C.
+#: Magic, IQA, the unit's base, a QueuePlace, the tail, zero, CRC-32C.
 _QUEUE_STATE = struct.Struct("<8sQQIIxxxxI")
 _QUEUE_STATE_MAGIC = b"pkqueue\0"
 _QUEUE_STATE_AT = 64
-_OFF, _ON, _AT_BEGIN = range(3)
 _MODES = {Mode.LEGACY: 0, Mode.SCALABLE: 1}
 _QUEUE_ERRORS = FaultStatus.IQE.mask | FaultStatus.ICE.mask | FaultStatus.ITE.mask
 
@@ -79,6 +79,22 @@ class QueueMemory(NamedTuple):
     length: int
 
 
+class QueuePlace(enum.IntEnum):
+    """The kernel's place in its invalidation queue."""
+
+    OFF = 0  # it has none
+    ON = 1
+    AT_BEGIN = 2  # its tail is so near the begin that nothing of ours would run before it
+
+
+class QueueState(NamedTuple):
+    """The kernel's invalidation queue before a unit borrows another: IQA, place and tail."""
+
+    address: int
+    place: QueuePlace
+    tail: int
+
+
 class State(NamedTuple):
     """GSTS, RTADDR and PMEN of a unit, as they are."""
 
@@ -88,22 +104,22 @@ class State(NamedTuple):
 
     @property
     def translating(self) -> bool:
-        """Whether DMA is translated."""
+        """True if the unit translates DMA."""
         return bool(Command.TE.get(self.status))
 
     @property
     def queue_on(self) -> bool:
-        """Whether the invalidation queue is in force."""
+        """True if the invalidation queue is on."""
         return bool(Command.QIE.get(self.status))
 
     @property
     def remaps_interrupts(self) -> bool:
-        """Whether interrupts are remapped."""
+        """True if the unit remaps interrupts."""
         return bool(Command.IRE.get(self.status))
 
     @property
     def root(self) -> int:
-        """Physical address of the root table, in force or not."""
+        """Physical address of the root table, whether DMA is translated or not."""
         return RootTableAddress.RTA.get(self.root_register)
 
 
@@ -123,7 +139,7 @@ class Unit:
     # ------------------------------------------------------------------ state
 
     def state(self) -> State:
-        """What is in force now."""
+        """Read GSTS, RTADDR and PMEN."""
         has_regions = self.capabilities.has(Capability.PLMR) or self.capabilities.has(
             Capability.PHMR
         )
@@ -135,7 +151,7 @@ class Unit:
         )
 
     def walks(self, root: int) -> bool:
-        """Whether DMA is translated by the tables below a root table."""
+        """Tell if the unit translates DMA by the tables below a root table."""
         state = self.state()
         return state.translating and state.root == root
 
@@ -159,7 +175,7 @@ class Unit:
         )
 
     def coherent(self, mode: Mode) -> bool:
-        """Whether walks see what is in the processor's caches.
+        """Tell if walks see what is in the processor's caches.
 
         In scalable mode that is a bit of each PASID table entry, which pkernfs leaves clear.
         """
@@ -222,7 +238,7 @@ class Unit:
         Until this returns a request may meet either root. Both have to translate it to the same,
         by entries that share no domain id unless they share what it maps (11.4.4.1).
 
-        On failure the old root is in force again, as far as the unit obeys.
+        On failure the unit has the old root again, as far as the unit obeys.
 
         :raises UnitError: the unit does not do it, does not translate, or in another mode.
         """
@@ -298,7 +314,7 @@ class Unit:
     # ------------------------------------------------------------------ invalidations
 
     def needs_queue(self, mode: Mode) -> bool:
-        """Whether invalidations have to go through a queue: see :meth:`queue_bytes`."""
+        """Tell if invalidations have to go through a queue: see :meth:`queue_bytes`."""
         return (
             self.state().queue_on or mode is Mode.SCALABLE or self.capabilities.major >= _QUEUE_ONLY
         )
@@ -334,23 +350,20 @@ class Unit:
             raise UnitError(f"{self.name}: invalidation ({what}): refused by the unit")
 
     def _by_queue(self, what: Invalidation, memory: QueueMemory) -> None:
-        """Through a queue in memory of ours that is in force only meanwhile.
+        """Invalidate through a queue in memory of ours, which the unit borrows meanwhile.
 
-        The queue that is in force otherwise, if one is, belongs to the kernel, which remaps
-        interrupts and keeps its place in it in memory that nobody else can reach. So the unit is
-        lent ours, and then gets the kernel's again, and both times runs what is before the tail,
-        which stays the kernel's. In our queue that is the invalidation and waits; in the kernel's
-        what has been done before. Whatever the kernel may add meanwhile is run too.
+        The queue that it has otherwise, if any, belongs to the kernel, which remaps interrupts.
+        The kernel keeps its place in the queue where nobody else can reach it. So the unit borrows
+        ours, and then gets the kernel's again. Both times it runs what is before the tail, which
+        stays the kernel's. In our queue that is the invalidation and waits; in the kernel's what
+        has been done before. Whatever the kernel may add meanwhile is run too.
         """
         for _try in range(_TRIES):
-            # QEMU (7.2 to 10.0) does not give DW back. Linux sets it if a unit has scalable mode.
-            dw = QueueAddress.DW.put("DW", self._wide)
-            theirs = self._window.read64(QueueAddress.OFFSET) | dw
-            place, tail = self._kernel_queue_state(), self._tail()
-            ours = self._prepare_queue(what, memory, theirs, place)
-            last = self._restore_queue(theirs, place)
+            kernel = self._kernel_queue_state()
+            ours = self._prepare_queue(what, memory, kernel)
+            last = self._restore_queue(kernel)
             done = self._window.run(
-                self._borrow_queue(memory, ours, place),
+                self._borrow_queue(memory, ours, kernel.place),
                 last,
                 memory=memory.region,
                 seconds=_BORROW_SECONDS,
@@ -358,9 +371,9 @@ class Unit:
             refused = self._queue_errors()
             if refused:
                 self._replace_refused(memory, ours, last)
-            if place == _ON and self._tail() < tail:
-                self._window.run(self._drain_wrapped(theirs))
-            if self.state().queue_on != (place != _OFF):
+            if self._has_wrapped(kernel):
+                self._window.run(self._drain_wrapped(kernel))
+            if self.state().queue_on != (kernel.place is not QueuePlace.OFF):
                 raise UnitError(f"{self.name}: invalidation queue: the unit does not switch it")
             self._clear_queue_state(memory)
             if refused:
@@ -372,48 +385,61 @@ class Unit:
     def _tail(self) -> int:
         return self._window.read64(QueueTail.OFFSET) & QueueTail.QT.mask
 
-    def _kernel_queue_state(self) -> int:
-        """Whether a queue is on, and its tail so near its begin that nothing of ours would run."""
+    def _kernel_queue_state(self) -> QueueState:
+        """Read the state of the kernel's queue.
+
+        :raises UnitError: it is at its begin, on a unit where that may mean anything.
+        """
+        # QEMU (7.2 to 10.0) does not give DW back. Linux sets it if a unit has scalable mode.
+        dw = QueueAddress.DW.put("DW", self._wide)
+        address = self._window.read64(QueueAddress.OFFSET) | dw
+        return QueueState(address, self._kernel_place(), self._tail())
+
+    def _kernel_place(self) -> QueuePlace:
         if not self.state().queue_on:
-            return _OFF
+            return QueuePlace.OFF
         if self._tail() >= 2 * DESCRIPTOR_BYTES[self._wide]:
-            return _ON
+            return QueuePlace.ON
         if self.capabilities.has(Capability.ESIRTPS):
             # Perhaps the kernel's queue was never used, and what is in its slots means nothing.
             raise UnitError(f"{self.name}: the kernel's queue is at its begin: try again")
-        return _AT_BEGIN
+        return QueuePlace.AT_BEGIN
 
-    def _borrow_queue(self, memory: QueueMemory, ours: int, place: int) -> list[Step]:
-        """What puts our queue in force and waits until it is done."""
+    def _has_wrapped(self, kernel: QueueState) -> bool:
+        """Tell if the kernel's tail came round while the unit had our queue."""
+        return kernel.place is QueuePlace.ON and self._tail() < kernel.tail
+
+    def _borrow_queue(self, memory: QueueMemory, ours: int, place: QueuePlace) -> list[Step]:
+        """Steps that have the unit use our queue, and wait until it is done."""
         use_ours = [Step(StepKind.WRITE_64, QueueAddress.OFFSET, ours), *self._switch(on=True)]
-        if place != _ON:
+        if place is not QueuePlace.ON:
             tail = 2 * DESCRIPTOR_BYTES[self._wide]
             use_ours.insert(0, Step(StepKind.WRITE_64, QueueTail.OFFSET, 0))
             use_ours.append(Step(StepKind.WRITE_64, QueueTail.OFFSET, tail))
-        before = [] if place == _OFF else [_IDLE, *self._switch(on=False)]
+        before = [] if place is QueuePlace.OFF else [_IDLE, *self._switch(on=False)]
         wait = Step(StepKind.WAIT_MEMORY, self._status_offset(memory), _DONE)
         return [*before, *use_ours, wait, _IDLE]
 
-    def _restore_queue(self, theirs: int, place: int) -> list[Step]:
-        """What puts the kernel's queue in force again, if it was."""
+    def _restore_queue(self, kernel: QueueState) -> list[Step]:
+        """Steps that have the unit use the kernel's queue again, if it had one."""
         off, on = self._switch(on=False), self._switch(on=True)
-        steps = [*off, Step(StepKind.WRITE_64, QueueAddress.OFFSET, theirs)]
-        if place == _OFF:
+        steps = [*off, Step(StepKind.WRITE_64, QueueAddress.OFFSET, kernel.address)]
+        if kernel.place is QueuePlace.OFF:
             return off
-        if place == _ON:
+        if kernel.place is QueuePlace.ON:
             return [*steps, *on, _IDLE]
         # Back to the begin, from where the kernel goes on, it is once round the queue.
         first = Step(StepKind.WRITE_64, QueueTail.OFFSET, _RESTART * DESCRIPTOR_BYTES[self._wide])
         return [*steps, first, *on, _IDLE, Step(StepKind.WRITE_64, QueueTail.OFFSET, 0), _IDLE]
 
-    def _drain_wrapped(self, theirs: int) -> list[Step]:
-        """Once round the kernel's queue: its tail came round while ours was in force.
+    def _drain_wrapped(self, kernel: QueueState) -> list[Step]:
+        """Steps once round the kernel's queue: its tail came round while the unit had ours.
 
-        What it had added before the end of the queue is run so. It may add more meanwhile: wherever
-        it stores its tail in between, what is in the queue has been run in the end, and the unit is
-        not ahead of the kernel.
+        The unit runs so what the kernel had added before the end of the queue. The kernel may add
+        more meanwhile. Wherever it stores its tail in between, the unit has run what is in the
+        queue in the end, and is not ahead of the kernel.
         """
-        length = PAGE << QueueAddress.QS.get(theirs)
+        length = PAGE << QueueAddress.QS.get(kernel.address)
         tail = self._tail()
         behind = (tail - 2 * DESCRIPTOR_BYTES[self._wide]) % length
         return [
@@ -434,7 +460,7 @@ class Unit:
 
     @property
     def _wide(self) -> bool:
-        """Whether the descriptors of a queue of ours have 256 bits, as scalable mode wants them."""
+        """True if the descriptors of our queues have 256 bits, as scalable mode wants them."""
         return self.capabilities.extended(ExtendedCapability.SMTS)
 
     def _switch(self, *, on: bool) -> list[Step]:
@@ -444,13 +470,11 @@ class Unit:
             Step(StepKind.WAIT_32, STATUS, bit if on else 0, bit),
         ]
 
-    def _prepare_queue(
-        self, what: Invalidation, memory: QueueMemory, theirs: int, place: int
-    ) -> int:
+    def _prepare_queue(self, what: Invalidation, memory: QueueMemory, kernel: QueueState) -> int:
         """Prepare our queue, and a note on whose it replaces; our IQA."""
-        shape = theirs & QueueAddress.DW.mask
-        if place != _OFF:  # as large as theirs, for the tail stays
-            shape |= theirs & QueueAddress.QS.mask
+        shape = kernel.address & QueueAddress.DW.mask
+        if kernel.place is not QueuePlace.OFF:  # as large as the kernel's, for the tail stays
+            shape |= kernel.address & QueueAddress.QS.mask
         length = PAGE << QueueAddress.QS.get(shape)
         if memory.length < 2 * length or memory.physical % length:
             raise InvalidError(f"{self.name}: queue at {memory.physical:#x}: too small, unaligned")
@@ -458,7 +482,9 @@ class Unit:
         image = queue_image(descriptor_of(what), wait_descriptor(status, _DONE), shape)
         memory.region.copy_in(memory.offset, image)
         note = bytearray(
-            _QUEUE_STATE.pack(_QUEUE_STATE_MAGIC, theirs, self.base, place, self._tail(), 0)
+            _QUEUE_STATE.pack(
+                _QUEUE_STATE_MAGIC, kernel.address, self.base, kernel.place, kernel.tail, 0
+            )
         )
         note[-4:] = crc32c(note).to_bytes(4, "little")
         page = bytearray(PAGE)
@@ -484,22 +510,28 @@ class Unit:
         :raises UnitError: the unit does not take it.
         """
         at = page.offset + _QUEUE_STATE_AT
-        data = page.region.read(at, _QUEUE_STATE.size)
-        magic, theirs, base, place, tail, crc = _QUEUE_STATE.unpack(data)
-        if magic != _QUEUE_STATE_MAGIC or base != self.base or crc != crc32c(data[:-4] + bytes(4)):
+        kernel = self._noted_state(page.region.read(at, _QUEUE_STATE.size))
+        if kernel is None:
             return False
         missing = self._queue_is_missing(page.physical)
         if missing:
-            steps = self._restore_queue(theirs, place)
-            if place == _ON and self._tail() < tail:
-                steps += self._drain_wrapped(theirs)
+            steps = self._restore_queue(kernel)
+            if self._has_wrapped(kernel):
+                steps += self._drain_wrapped(kernel)
             if not self._window.run(steps):
                 raise UnitError(f"{self.name}: the kernel's queue: the unit does not take it back")
         page.region.store_u64(at, 0)
         return missing
 
+    def _noted_state(self, data: bytes) -> QueueState | None:
+        """Decode a note about this unit; None: it is none."""
+        magic, address, base, place, tail, crc = _QUEUE_STATE.unpack(data)
+        if magic != _QUEUE_STATE_MAGIC or base != self.base or crc != crc32c(data[:-4] + bytes(4)):
+            return None
+        return QueueState(address, QueuePlace(place), tail) if place in list(QueuePlace) else None
+
     def _queue_is_missing(self, note: int) -> bool:
-        """Whether interrupts are remapped without a queue, or by the queue before that page."""
+        """Tell if the unit remaps interrupts without a queue, or has the queue before that page."""
         state = self.state()
         if not state.queue_on:
             return state.remaps_interrupts

@@ -22,7 +22,7 @@ def _anything(source_id: int) -> None:
 
 
 class ActiveUnits:
-    """Units that have one root table in force. Each method has returned when they have obeyed.
+    """Units that walk one root table. Each method returns when all of them have obeyed.
 
     :param admit: raises a PkernfsError if a device must not be attached.
     :raises UnitError (of the methods): a unit does not; what it does from then on is not known.

@@ -274,7 +274,7 @@ PGTT_PASS_THROUGH = 4
 
 
 def leaf_bytes(level: int) -> int:
-    """What one entry of a table of that level maps, in bytes."""
+    """Return the bytes that one entry of a table of that level maps."""
     return 1 << PAGE_SHIFT + LEVEL_BITS * (level - 1)
 
 
@@ -284,12 +284,12 @@ def width_bits(levels: int) -> int:
 
 
 def is_present(entry: int) -> bool:
-    """Whether a second-stage entry is present: it has no bit for that, R or W makes it so."""
+    """Tell if a second-stage entry is present: it has no bit for that, R or W makes it so."""
     return bool(entry & READ_WRITE)
 
 
 def is_leaf(entry: int, level: int) -> bool:
-    """Whether a present second-stage entry maps memory, and is no reference to a table."""
+    """Tell if a present second-stage entry maps memory, and is no reference to a table."""
     return level == 1 or (level <= LARGEST_LEAF_LEVEL and bool(entry & PS))
 
 
@@ -402,7 +402,7 @@ class FaultReason(enum.IntEnum):
 
     @property
     def text(self) -> str:
-        """What it means, in words."""
+        """The meaning of the reason, in words."""
         return _FAULT_TEXTS[self.name.removeprefix("SM_")]
 
 

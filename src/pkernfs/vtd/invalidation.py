@@ -1,4 +1,4 @@
-"""What a unit is told to forget: as commands to registers, and as descriptors of its queue.
+"""Invalidations: as commands to registers, and as descriptors of the invalidation queue.
 
 6.5 of the VT-d specification, revision 5.10; descriptors are those of 6.5.2. Nothing here touches a
 unit.
@@ -21,7 +21,7 @@ _STATUS_WRITE = 1 << 5
 
 
 class Cache(enum.Enum):
-    """What a unit caches."""
+    """The caches of a unit."""
 
     CONTEXT = "context cache"
     PASID = "PASID cache"

@@ -208,7 +208,7 @@ KEPT = 0x96FF_FFFF
 
 
 class Granularity(enum.IntEnum):
-    """How much an invalidation is about (CIRG, IIRG, and G of descriptors)."""
+    """The extent of an invalidation (CIRG, IIRG, and G of descriptors)."""
 
     GLOBAL = 1
     DOMAIN = 2
@@ -219,11 +219,11 @@ class Granularity(enum.IntEnum):
 
 
 class StepKind(enum.IntEnum):
-    """What a step does; mmio.c does it."""
+    """The kinds of steps; mmio.c does them."""
 
     WRITE_32 = 0
     WRITE_64 = 1
-    COMMAND = 2  # GCMD: what GSTS has in force, with the bits of mask cleared and of value set
+    COMMAND = 2  # GCMD: what GSTS says is on, with the bits of mask cleared and of value set
     WAIT_32 = 3  # until a register's bits of mask are value
     WAIT_64 = 4
     WAIT_SAME = 5  # until two registers of 64 bits, at offset and value, are the same
@@ -243,18 +243,18 @@ class Step(NamedTuple):
 
 
 class Capabilities(NamedTuple):
-    """What a unit is able to do: VER, CAP and ECAP as they are."""
+    """The capabilities of a unit: VER, CAP and ECAP as they are."""
 
     version: int
     cap: int
     ecap: int
 
     def has(self, field: Field) -> bool:
-        """Whether a bit of CAP is set."""
+        """Tell if a bit of CAP is set."""
         return bool(field.get(self.cap))
 
     def extended(self, field: Field) -> bool:
-        """Whether a bit of ECAP is set."""
+        """Tell if a bit of ECAP is set."""
         return bool(field.get(self.ecap))
 
     @property
@@ -264,7 +264,7 @@ class Capabilities(NamedTuple):
 
     @property
     def domain_ids(self) -> int:
-        """How many there are: ids are below that."""
+        """The number of domain ids: all are below it."""
         return 1 << 4 + 2 * Capability.ND.get(self.cap)
 
     @property
@@ -302,7 +302,7 @@ class Capabilities(NamedTuple):
         return -(-end // PAGE) * PAGE
 
     def words(self) -> list[str]:
-        """What of it matters here, for people."""
+        """Name the capabilities that matter here, for people."""
         sizes = ("4 KiB", "2 MiB", "1 GiB")[: self.largest_leaf]
         modes = ["legacy"] + ["scalable"] * self.extended(ExtendedCapability.SMTS)
         yes = [
@@ -343,7 +343,7 @@ class Fault(NamedTuple):
 
 
 def parse_fault(low: int, high: int) -> Fault | None:
-    """What a record holds; None: it is free."""
+    """Decode a fault record; None: it is free."""
     record = high << 64 | low
     if not FaultRecord.F.get(record):
         return None
