@@ -716,7 +716,9 @@ INLINED enum way mark_leaf(void *state, const struct table *t, unsigned level, u
 		uint64_t first = (p->offset + from) / BLOCK;
 		uint64_t last = (p->offset + to - 1) / BLOCK;
 
-		memset(v->blocks + first, 1, last - first + 1);
+		v->blocks[first] = 1;	/* most leaves are in one: no call for them */
+		if (last > first)
+			memset(v->blocks + first, 1, last - first + 1);
 	}
 	return GO_ON;
 }
