@@ -6,7 +6,7 @@ import errno
 from collections.abc import Callable
 
 import pytest
-from pkernfs.native._native import ffi
+from pkernfs.native._native import ffi, lib
 
 from pkernfs.errors import RegionError
 from pkernfs.layout import BLOCK, PAGE
@@ -114,3 +114,12 @@ def test_physical_addresses(path: str) -> None:
         assert region.physical(3 * BLOCK + 17) == (5 << 30) + 3 * BLOCK + 17
     with Region.anonymous(BLOCK, phys_base=1 << 40) as region:
         assert region.physical(8) == (1 << 40) + 8
+
+
+@pytest.mark.parametrize(
+    ("size", "align"), [(2 << 20, 3 << 20), (2 << 20, (1 << 64) - 1), ((1 << 64) - 4096, 4096)]
+)
+def test_a_mapping_that_would_not_be_where_there_is_room(size: int, align: int) -> None:
+    error = ffi.new("int *")
+    assert lib.pk_map(-1, 0, size, align, 1, error) == ffi.NULL
+    assert error[0] == errno.EINVAL

@@ -47,6 +47,11 @@ uint8_t *pk_map(int fd, uint64_t offset, uint64_t size, uint64_t align, int writ
 
 	if (align < BLOCK)
 		align = BLOCK;
+	/* Else the mapping could begin before the room that is made for it. */
+	if (align & (align - 1) || size > UINT64_MAX - align) {
+		*error = EINVAL;
+		return NULL;
+	}
 	span = size + align;
 	room = mmap(NULL, span, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (room == MAP_FAILED) {
