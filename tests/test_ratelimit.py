@@ -11,11 +11,11 @@ from pkernfs.ratelimit import BURST, SECONDS, RateLimit
 
 def test_the_log_goes_on_later(caplog: pytest.LogCaptureFixture) -> None:
     now = 0.0
-    quiet = RateLimit(logging.getLogger("pkernfs.test"), lambda: now)
+    limit = RateLimit(logging.getLogger("pkernfs.test"), lambda: now)
     for number in range(BURST + 5):
-        quiet.warning(f"first {number}")
+        limit.warning(f"first {number}")
     now = SECONDS
-    quiet.warning("second")
+    limit.warning("second")
     said = [r.getMessage() for r in caplog.records]
     assert said[:BURST] == [f"first {number}" for number in range(BURST)]
     assert said[BURST + 1 :] == ["second"]
@@ -23,9 +23,9 @@ def test_the_log_goes_on_later(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_it_is_said_once_that_there_are_more(caplog: pytest.LogCaptureFixture) -> None:
     now = 100.0
-    quiet = RateLimit(logging.getLogger("pkernfs.test"), lambda: now)
+    limit = RateLimit(logging.getLogger("pkernfs.test"), lambda: now)
     for _ in range(10 * BURST):
-        quiet.warning("100 % of it")
+        limit.warning("100 % of it")
         now += SECONDS / (20 * BURST)
     said = [r.getMessage() for r in caplog.records]
     assert said == ["100 % of it"] * BURST + ["more of these: not logged for up to 10 seconds"]
