@@ -1,97 +1,38 @@
-"""The FUSE adapter over a real core in memory, without a mount: handlers are driven by hand."""
+"""pyfuse3's handlers over a real core in memory, without a mount: they are driven by hand."""
 
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import stat
-import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from pkernfs.dma.mount import mount_filesystem
-from pkernfs.errors import CorruptionError, NoSpaceError, NotFoundError, ZeroingNeeded
-from pkernfs.fs import mkfs
+from pkernfs.errors import NotFoundError
 from pkernfs.fs.filesystem import FileSystem
-from pkernfs.fuse import extents_xattr, shim
+from pkernfs.fuse import extents_xattr
 from pkernfs.fuse.operations import Operations
-from pkernfs.region.region import Region
+from support.fuse_handlers import (
+    AS_ROOT,
+    AS_USER,
+    ROOT,
+    Waiting,
+    do,
+    fails,
+    make,
+    make_operations,
+    set_fields,
+)
 
 import pyfuse3  # isort: skip  # after the shim
 
-MIB = 1 << 20
 EXTENTS_XATTR = extents_xattr.NAME.encode()
-ROOT = pyfuse3.ROOT_INODE
-AS_ROOT = SimpleNamespace(uid=0, gid=0, pid=1, umask=0o022)
-AS_USER = SimpleNamespace(uid=1000, gid=1000, pid=1, umask=0o022)
-
-
-class Waiting:
-    """Notes what it is asked for, and does it at once."""
-
-    def __init__(self, fs: FileSystem) -> None:
-        self.fs = fs
-        self.asked: list[str] = []
-        self.tasks: list[Callable[[], Awaitable[None]]] = []
-
-    @asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
-        self.asked.append("turn")
-        yield
-
-    async def drain(self) -> None:
-        self.asked.append("drain")
-
-    async def zero(self, need: ZeroingNeeded) -> None:
-        self.asked.append(f"zero {need.blocks}")
-        isolated = self.fs.isolate_for_zeroing(need.blocks)
-        for offset, length in isolated.pieces():
-            self.fs.region.zero(offset, length)
-        self.fs.finish_zeroing(isolated)
-
-    async def sync(self) -> None:
-        self.asked.append("sync")
-
-    async def pause(self) -> None:
-        self.asked.append("pause")
-
-    def start(self, task: Callable[[], Awaitable[None]]) -> None:
-        self.tasks.append(task)
 
 
 @pytest.fixture
 def ops(fs: FileSystem) -> Operations:
-    operations = Operations(fs, timeout=5)
-    operations.waiting = Waiting(fs)
-    return operations
-
-
-def do(handler: Coroutine[Any, Any, Any]) -> Any:
-    """The result of a handler, which does not wait for anything."""
-    try:
-        handler.send(None)
-    except StopIteration as e:
-        return e.value
-    handler.close()
-    raise AssertionError("the handler waits")
-
-
-def fails(handler: Coroutine[Any, Any, Any]) -> int:
-    """The errno that a handler fails with."""
-    with pytest.raises(pyfuse3.FUSEError) as caught:
-        do(handler)
-    return caught.value.errno
-
-
-def make(ops: Operations, name: bytes = b"f") -> int:
-    info, entry = do(ops.create(ROOT, name, stat.S_IFREG | 0o644, os.O_RDWR, AS_ROOT))
-    do(ops.release(info.fh))
-    return int(entry.st_ino)
+    return make_operations(fs)
 
 
 def known(fs: FileSystem, ino: int) -> int:
@@ -197,17 +138,6 @@ def test_attributes_are_made_once_for_each_change(ops: Operations) -> None:
     assert (after.attr_timeout, after.entry_timeout, after.generation) == (5, 5, entry.generation)
 
 
-def set_fields(**values: int) -> tuple[pyfuse3.EntryAttributes, SimpleNamespace]:
-    attributes = pyfuse3.EntryAttributes()
-    fields = SimpleNamespace(
-        **{f"update_{n}": False for n in "atime mtime ctime mode uid gid size".split()}
-    )
-    for name, value in values.items():
-        setattr(attributes, f"st_{name}", value)
-        setattr(fields, f"update_{name.removesuffix('_ns')}", True)
-    return attributes, fields
-
-
 def test_setattr_changes_what_is_asked_for(ops: Operations) -> None:
     ino = make(ops)
     before = do(ops.getattr(ino, AS_ROOT)).st_mtime_ns
@@ -241,106 +171,7 @@ def test_expected_errors_are_errnos(ops: Operations) -> None:
     assert fails(ops.flush(1)) == errno.ENOSYS
 
 
-def test_corruption_ends_writing(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    region = Region.anonymous(8 * MIB)
-    mkfs.make_filesystem(region)
-    fs = mount_filesystem(region)
-    ops = Operations(fs)
-
-    def corrupt(*_: object) -> None:
-        raise CorruptionError("inode 17 at 0x202000: bad checksum")
-
-    ino = make(ops)
-    monkeypatch.setattr(fs, "readlink", corrupt)
-    with caplog.at_level(logging.ERROR):
-        assert fails(ops.readlink(ino, AS_ROOT)) == errno.EUCLEAN
-        assert fails(ops.readlink(ino, AS_ROOT)) == errno.EUCLEAN
-    assert caplog.text.count("inode 17 at 0x202000") == 1, "said once"
-    assert fs.read_only
-    assert fails(ops.unlink(ROOT, b"f", AS_ROOT)) == errno.EROFS
-    assert ops.data.on_write(None, ino, memoryview(b"x"), 0, False) == -errno.EROFS
-
-
-def test_a_bug_is_logged_and_an_io_error(
-    ops: Operations, fs: FileSystem, monkeypatch: pytest.MonkeyPatch, caplog: Any
-) -> None:
-    def bug(*_: object) -> None:
-        raise KeyError("oops")
-
-    monkeypatch.setattr(fs, "seek", bug)
-    monkeypatch.setattr(fs, "readlink", bug)
-    with caplog.at_level(logging.ERROR):
-        assert fails(ops.readlink(1, AS_ROOT)) == errno.EIO
-        assert ops.data.on_lseek(1, 0, os.SEEK_DATA) == -errno.EIO
-    assert caplog.text.count("KeyError: 'oops'") == 2
-    assert not fs.read_only
-
-
-# ---------------------------------------------------------------------- waiting
-
-
-def run_once(ops: Operations, error: Exception, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """The first call of a core method fails with ``error``."""
-    original = getattr(ops.fs, name)
-
-    def fail_first(*args: Any, **kwargs: Any) -> Any:
-        monkeypatch.setattr(ops.fs, name, original)
-        raise error
-
-    monkeypatch.setattr(ops.fs, name, fail_first)
-
-
-@pytest.mark.parametrize(
-    ("error", "asked"),
-    [
-        (ZeroingNeeded([(5, 20)]), ["turn", "zero [(5, 20)]"]),
-        (NoSpaceError("no free block"), ["turn", "drain"]),
-    ],
-)
-def test_handlers_wait_for_memory(
-    ops: Operations, monkeypatch: pytest.MonkeyPatch, error: Exception, asked: list[str]
-) -> None:
-    ino = make(ops)
-    run_once(ops, error, monkeypatch, "setattr")
-    entry = do(ops.setattr(ino, *set_fields(size=4 * MIB), None, AS_ROOT))
-    assert entry.st_size == 4 * MIB
-    assert isinstance(ops.waiting, Waiting)
-    assert ops.waiting.asked == asked
-
-
-def test_no_space_that_stays_is_an_error(ops: Operations) -> None:
-    ino = make(ops)
-    attributes, fields = set_fields(size=1 << 40)
-    assert fails(ops.setattr(ino, attributes, fields, None, AS_ROOT)) == errno.ENOSPC
-    assert do(ops.getattr(ino, AS_ROOT)).st_size == 0
-
-
-def test_added_operations_are_answered_later(
-    ops: Operations, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    replies: list[tuple[object, int, bool]] = []
-
-    def reply(req: object, result: int, *, counted: bool) -> None:
-        replies.append((req, result, counted))
-
-    monkeypatch.setattr(shim, "reply_later", reply)
-    waiting = ops.waiting
-    assert isinstance(waiting, Waiting)
-    ino = make(ops)
-    run_once(ops, ZeroingNeeded([(5, 1)]), monkeypatch, "write")
-    data = bytearray(b"written")
-    assert ops.data.on_write("w", ino, memoryview(data), 0, False) == shim.LATER
-    data[:] = b"another"  # the buffer is used again
-    assert ops.data.on_fallocate("f", ino, 0, 0, 4 * MIB) == 0
-    run_once(ops, ZeroingNeeded([(6, 1)]), monkeypatch, "fallocate_steps")
-    assert ops.data.on_fallocate("f", ino, 16, 4 * MIB, 12 * MIB) == shim.LATER
-    assert ops.data.on_fallocate("g", ino, 16, MIB, 12 * MIB) == shim.LATER
-    assert ops.data.on_fallocate("h", ino, 99, MIB, 12 * MIB) == -errno.EOPNOTSUPP
-    for task in waiting.tasks:
-        do(task())  # type: ignore[arg-type]
-    assert replies == [("w", 7, True), ("f", 0, False), ("g", 0, False)]
-    assert bytes(do(ops.read(ino, 0, 7))) == b"written"
-    assert "pause" in waiting.asked
+# ---------------------------------------------------------------------- fsync
 
 
 def test_fsync(ops: Operations, fs: FileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,29 +200,3 @@ def test_namespaces(ops: Operations) -> None:
     assert fails(ops.getxattr(ino, b"system.x", AS_ROOT)) == errno.EOPNOTSUPP
     do(ops.removexattr(ino, b"user.a", AS_ROOT))
     assert fails(ops.getxattr(ino, b"user.a", AS_ROOT)) == errno.ENODATA
-
-
-def test_extents_come_in_pages(
-    ops: Operations, fs: FileSystem, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ino = make(ops)
-    many = [SimpleNamespace(offset=i, length=1, region_offset=2 * i) for i in range(5000)]
-    monkeypatch.setattr(fs, "extents", lambda _: many)
-    monkeypatch.setattr(fs.region, "physical_runs", lambda at, length: [(at, length, 1 << 40 | at)])
-    found: list[tuple[int, ...]] = []
-    while page := do(ops.getxattr(ino, EXTENTS_XATTR + b".%d" % len(found), AS_ROOT)):
-        assert len(page) <= 65536
-        found += struct.iter_unpack("<QQQQ", page)
-    assert found == [(i, 1, 2 * i, 1 << 40 | 2 * i) for i in range(5000)]
-    page = do(ops.getxattr(ino, EXTENTS_XATTR, AS_USER))
-    assert {record[3] for record in struct.iter_unpack("<QQQQ", page)} == {2**64 - 1}
-    for suffix in (b".", b".x", b".-1", b"x", b".99999999999999999999999", b".1.2"):
-        assert fails(ops.getxattr(ino, EXTENTS_XATTR + suffix, AS_ROOT)) == errno.ENODATA
-
-
-def test_a_write_takes_the_file_capability(ops: Operations) -> None:
-    ino = make(ops)
-    for _ in range(2):
-        do(ops.setxattr(ino, b"security.capability", b"c", AS_ROOT))
-        assert ops.data.on_write(None, ino, memoryview(b"x"), 0, False) == 1
-        assert do(ops.listxattr(ino, AS_ROOT)) == []

@@ -1,0 +1,95 @@
+"""Handlers that fail or wait: errnos, and zeroed memory."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from typing import Any
+
+import pytest
+
+from pkernfs.dma.mount import mount_filesystem
+from pkernfs.errors import CorruptionError, NoSpaceError, ZeroingNeeded
+from pkernfs.fs import mkfs
+from pkernfs.fs.filesystem import FileSystem
+from pkernfs.fuse.operations import Operations
+from pkernfs.region.region import Region
+from support.fuse_handlers import (
+    AS_ROOT,
+    ROOT,
+    Waiting,
+    do,
+    fails,
+    make,
+    make_operations,
+    run_once,
+    set_fields,
+)
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def ops(fs: FileSystem) -> Operations:
+    return make_operations(fs)
+
+
+def test_corruption_ends_writing(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    region = Region.anonymous(8 * MIB)
+    mkfs.make_filesystem(region)
+    fs = mount_filesystem(region)
+    ops = Operations(fs)
+
+    def corrupt(*_: object) -> None:
+        raise CorruptionError("inode 17 at 0x202000: bad checksum")
+
+    ino = make(ops)
+    monkeypatch.setattr(fs, "readlink", corrupt)
+    with caplog.at_level(logging.ERROR):
+        assert fails(ops.readlink(ino, AS_ROOT)) == errno.EUCLEAN
+        assert fails(ops.readlink(ino, AS_ROOT)) == errno.EUCLEAN
+    assert caplog.text.count("inode 17 at 0x202000") == 1, "said once"
+    assert fs.read_only
+    assert fails(ops.unlink(ROOT, b"f", AS_ROOT)) == errno.EROFS
+    assert ops.data.on_write(None, ino, memoryview(b"x"), 0, False) == -errno.EROFS
+
+
+def test_a_bug_is_logged_and_an_io_error(
+    ops: Operations, fs: FileSystem, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    def bug(*_: object) -> None:
+        raise KeyError("oops")
+
+    monkeypatch.setattr(fs, "seek", bug)
+    monkeypatch.setattr(fs, "readlink", bug)
+    with caplog.at_level(logging.ERROR):
+        assert fails(ops.readlink(1, AS_ROOT)) == errno.EIO
+        assert ops.data.on_lseek(1, 0, os.SEEK_DATA) == -errno.EIO
+    assert caplog.text.count("KeyError: 'oops'") == 2
+    assert not fs.read_only
+
+
+@pytest.mark.parametrize(
+    ("error", "asked"),
+    [
+        (ZeroingNeeded([(5, 20)]), ["turn", "zero [(5, 20)]"]),
+        (NoSpaceError("no free block"), ["turn", "drain"]),
+    ],
+)
+def test_handlers_wait_for_memory(
+    ops: Operations, monkeypatch: pytest.MonkeyPatch, error: Exception, asked: list[str]
+) -> None:
+    ino = make(ops)
+    run_once(ops, error, monkeypatch, "setattr")
+    entry = do(ops.setattr(ino, *set_fields(size=4 * MIB), None, AS_ROOT))
+    assert entry.st_size == 4 * MIB
+    assert isinstance(ops.waiting, Waiting)
+    assert ops.waiting.asked == asked
+
+
+def test_no_space_that_stays_is_an_error(ops: Operations) -> None:
+    ino = make(ops)
+    attributes, fields = set_fields(size=1 << 40)
+    assert fails(ops.setattr(ino, attributes, fields, None, AS_ROOT)) == errno.ENOSPC
+    assert do(ops.getattr(ino, AS_ROOT)).st_size == 0
