@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterator
 from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 
 from pkernfs.control import protocol
-from pkernfs.control.handlers import handlers
 from pkernfs.control.protocol import BY_OP, REQUESTS
 from pkernfs.control.wire import (
-    Call,
     Done,
     Item,
     Request,
@@ -24,7 +21,6 @@ from pkernfs.control.wire import (
     request_line,
 )
 from pkernfs.dma.output import Question
-from pkernfs.fs.filesystem import FileSystem
 
 #: A value of each kind of field.
 VALUES: dict[Any, Any] = {int: 3, bool: True, str: "ü\n", bytes: b"\0\xff", dict: {"a": [1, None]}}
@@ -78,17 +74,3 @@ def test_a_question_has_all_that_was_asked() -> None:
     assert asked.question() == Question("show", 1, 2, 3, 4, 1, True, True)
     assert [f.name for f in dataclasses.fields(asked)] == list(Question._fields)
     assert protocol.Read("check").question() == Question("check")
-
-
-def test_each_request_has_a_handler_of_its_types(fs: FileSystem) -> None:
-    found = handlers(fs, None)  # type: ignore[arg-type]  # nothing is asked
-    assert set(found) == set(REQUESTS)
-    for kind, handler in found.items():
-        hints = get_type_hints(handler)
-        assert hints["request"] is kind
-        answer = hints["return"]
-        if issubclass(kind, Call):
-            assert (answer,) == kind.answers
-        else:
-            assert get_origin(answer) is AsyncIterator
-            assert get_args(get_args(answer)[0]) == kind.answers

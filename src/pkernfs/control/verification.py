@@ -29,10 +29,7 @@ def describe(fs: FileSystem) -> Verification:
         verifier.done_bytes if verifier else 0,
         verifier.total_bytes if verifier else 0,
         len(verifier.skipped) if verifier else 0,
-        tuple(
-            ChangedFile(c["path"], c["what"])
-            for c in manifest.tell(mount_report.changes, fs.readdir, fs.holder)
-        ),
+        tuple(ChangedFile(c["path"], c["what"]) for c in _changes(fs, mount_report)),
     )
 
 

@@ -1,0 +1,110 @@
+"""pkernfs info: lines from facts, and what a mount's daemon adds to them, if it does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pkernfs.commands import info
+from pkernfs.control import client
+from pkernfs.control.mounts import FSTYPE, Mount
+from pkernfs.control.protocol import ChangedFile, Verification
+from pkernfs.control.wire import VersionError
+from pkernfs.errors import InvalidError, PermissionDeniedError
+
+FACTS: dict[str, Any] = {
+    "region": "/dev/shm/region",
+    "label": "",
+    "size_bytes": 3 << 20,
+    "created_ns": 0,
+    "mount_points": [],
+    "features": {"compat": 1, "incompat": 0},
+    "ranges": [
+        {"offset": 0, "length": 1 << 21, "physical": 1 << 30},
+        {"offset": 1 << 21, "length": 1 << 20, "physical": None},
+    ],
+    "handover": {"number": 3, "handed_over_ns": 10**9, "digests": True},
+    "history": [
+        {"arrival": "first boot", "mounted_ns": 0, "handover": None},
+        {"arrival": "live update", "mounted_ns": 0, "handover": 3, "gap_ns": 1_500_000_000,
+         "result": "as it was", "changed": "/f"},
+    ],
+    "kexec": {
+        "path": "panic",
+        "units": [{"unit": "dmar0", "adopted": False, "log": "Failed to copy\n"}],
+    },
+    "verification": {
+        "state": "running", "trouble": "", "done_bytes": 25, "total_bytes": 100,
+        "not_verified": 2, "changes": ({"path": "", "what": "metadata"},),
+    },
+}  # fmt: skip
+
+
+def test_each_fact_has_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    info._print_facts(FACTS)
+    lines = capsys.readouterr().out.splitlines()
+    for line in (
+        "region: /dev/shm/region",
+        "label: -",
+        "size: 3145728 bytes (3 MiB)",
+        "created: never",
+        "mount points: -",
+        "features: compat 0x1, incompat 0x0",
+        "range 0: 2 MiB at 0x0, physical 0x40000000",
+        "range 1: 1 MiB at 0x200000",
+        "history: first boot, mounted never, without a handover",
+        "history: live update, mounted never, 1.500 s after handover 3: as it was (/f)",
+        "verification: running, 25%, 2 files not, for they were changed meanwhile",
+        "changed: file system: metadata",
+    ):
+        assert line in lines, lines
+    assert any(line.startswith("handover: number 3, 1970-") for line in lines)
+    assert any("dmar0: not adopted" in line and "\\n" in line for line in lines)
+
+
+def answering(monkeypatch: pytest.MonkeyPatch, answer: object) -> None:
+    """Have every daemon answer so."""
+
+    def call(path: str, request: object) -> object:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(client, "call", call)
+
+
+def test_the_daemon_tells_of_the_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    answering(monkeypatch, Verification("done", "", 7, 7, 0, (ChangedFile("/f", "gone"),)))
+    assert info._verification("/mnt/a") == {
+        "state": "done", "trouble": "", "done_bytes": 7, "total_bytes": 7, "not_verified": 0,
+        "changes": ({"path": "/f", "what": "gone"},),
+    }  # fmt: skip
+    answering(monkeypatch, Verification("none", "", 0, 0, 0, ()))
+    assert info._verification("/mnt/a") == {"state": "none", "trouble": "", "changes": ()}
+
+
+def test_a_daemon_that_does_not_tell(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answering(monkeypatch, PermissionDeniedError("not for you"))
+    assert info._verification("/mnt/a") is None
+    assert capsys.readouterr().err == ""
+    answering(monkeypatch, VersionError(daemon=1, program=2).at("/mnt/a"))
+    assert info._verification("/mnt/a") is None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("pkernfs: /mnt/a: the daemon of this mount speaks protocol 1")
+
+
+def test_a_region_or_where_it_is_mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mount = Mount(7, str(tmp_path), FSTYPE, "512M!1G", 0)
+    (tmp_path / "region").touch()
+    assert info.region_of(str(tmp_path / "region")) == str(tmp_path / "region")
+    with pytest.raises(InvalidError, match="it is a directory and not on a pkernfs mount"):
+        info.region_of(str(tmp_path))
+    monkeypatch.setattr(info, "mount_of", lambda path: mount)
+    assert info.region_of(str(tmp_path)) == "512M!1G", "anywhere in it"
+    monkeypatch.setattr(info, "mount_of", lambda path: pytest.fail("its daemon may be dead"))
+    monkeypatch.setattr(info, "mount_at", lambda path: mount)
+    assert info.region_of(str(tmp_path)) == "512M!1G"

@@ -1,0 +1,36 @@
+"""The handlers of a mount: one for each request, with its types."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from typing import get_args, get_origin, get_type_hints
+
+import trio
+
+from pkernfs.control.handlers import handlers
+from pkernfs.control.protocol import REQUESTS, Ping, Pong
+from pkernfs.control.wire import Call
+from pkernfs.fs.filesystem import FileSystem
+from support.made_up_session import MadeUpSession, reply_of
+
+
+def test_each_request_has_a_handler_of_its_types(fs: FileSystem) -> None:
+    found = handlers(fs, MadeUpSession(fs))
+    assert set(found) == set(REQUESTS)
+    for kind, handler in found.items():
+        hints = get_type_hints(handler)
+        assert hints["request"] is kind
+        answer = hints["return"]
+        if issubclass(kind, Call):
+            assert (answer,) == kind.answers
+        else:
+            assert get_origin(answer) is AsyncIterator
+            assert get_args(get_args(answer)[0]) == kind.answers
+
+
+def test_ping_says_who_serves(fs: FileSystem) -> None:
+    found = handlers(fs, MadeUpSession(fs))
+    assert trio.run(reply_of, found, Ping()) == Pong(os.getpid(), fs.region.name, False)
+    fs.fail("test")
+    assert trio.run(reply_of, found, Ping()).read_only

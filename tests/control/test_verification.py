@@ -1,0 +1,88 @@
+"""The outcome of a handover: compared beside requests or before them, and told in lines."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import trio
+
+from pkernfs.control import verification
+from pkernfs.control.protocol import ChangedFile
+from pkernfs.dma.mount import mount_filesystem
+from pkernfs.errors import CorruptionError
+from pkernfs.fs.filesystem import FileSystem
+from pkernfs.fs.mkfs import make_filesystem
+from support.checking import MemoryFile
+from support.handed import MIB, file_of
+from support.handover import hand_over
+
+
+@pytest.fixture
+def fs() -> Iterator[FileSystem]:
+    """Mounted after a handover with digests; a byte of the file ``f`` has changed since."""
+    with MemoryFile(16 * MIB) as memory, memory.open() as region:
+        make_filesystem(region)
+        before = mount_filesystem(region)
+        ino = file_of(before, "f", b"as it was")
+        at = before.extents(ino)[0].region_offset
+        hand_over(before)
+        before.unmount()
+        region.copy_in(at, b"A")
+        yield mount_filesystem(region)
+
+
+def test_beside_the_requests(fs: FileSystem, caplog: pytest.LogCaptureFixture) -> None:
+    assert verification.describe(fs).state == "running"
+    trio.run(verification.verify, fs)
+    found = verification.describe(fs)
+    assert (found.state, found.trouble, found.not_verified) == ("done", "", 0)
+    assert 0 < found.done_bytes <= found.total_bytes
+    (change,) = found.changes
+    assert change.path == "/f"
+    assert "changed since the handover: /f: " in caplog.text
+    caplog.clear()
+    trio.run(verification.verify, fs)
+    assert caplog.text == "", "once is enough"
+
+
+def test_before_anybody_is_served(fs: FileSystem) -> None:
+    (said,) = verification.lines(fs)
+    assert "s after handover 1" in said
+    verification.verify_now(fs)
+    assert verification.describe(fs).state == "done"
+    first, second = verification.lines(fs)
+    assert first == said
+    assert second.startswith(f"{fs.region.name}: changed since the handover: /f: ")
+
+
+def test_what_cannot_be_compared_is_said(
+    fs: FileSystem, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert fs.mount_report is not None
+
+    def fail(_: object) -> None:
+        raise CorruptionError("manifest: says the test")
+
+    monkeypatch.setattr(fs.mount_report.verifier, "run", fail)
+    with caplog.at_level(logging.ERROR):
+        trio.run(verification.verify, fs)
+    assert verification.describe(fs).trouble == "manifest: says the test"
+    assert "cannot compare with the handover: manifest: says the test" in caplog.text
+    assert "manifest: says the test" in verification.lines(fs)[1]
+
+
+def test_a_change_has_a_path_and_words(fs: FileSystem) -> None:
+    verification.verify_now(fs)
+    assert [type(change) for change in verification.describe(fs).changes] == [ChangedFile]
+
+
+def test_without_a_handover_nothing_is_said() -> None:
+    with MemoryFile(16 * MIB) as memory, memory.open() as region:
+        make_filesystem(region)
+        fs = mount_filesystem(region)
+        trio.run(verification.verify, fs)
+        verification.verify_now(fs)
+        assert verification.lines(fs) == []
+        assert verification.describe(fs).state == "none"

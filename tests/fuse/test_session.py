@@ -1,0 +1,212 @@
+"""The tasks of a mount, with pyfuse3's loop made up: the beginning, zeroing, waiting, the end."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from pkernfs.dma.mount import mount_filesystem
+from pkernfs.errors import CorruptionError, ZeroingNeeded
+from pkernfs.fs.filesystem import FileSystem
+from pkernfs.fs.mkfs import make_filesystem
+from pkernfs.fuse.session import Session
+from pkernfs.layout import ROOT_INO
+from pkernfs.region.region import Region
+
+import pyfuse3  # isort: skip  # after the shim
+
+MIB = 1 << 20
+
+
+def is_dirty(fs: FileSystem) -> bool:
+    """There is free memory that has to be zeroed."""
+    isolated = fs.next_dirty(1)
+    if isolated is not None:
+        fs.abandon_zeroing(isolated)
+    return isolated is not None
+
+
+class Rig:
+    """A session whose loop runs until it is told to end."""
+
+    def __init__(self, region: Region, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fs = mount_filesystem(region)
+        self.region = region
+        self.operations: Any = SimpleNamespace(initialized=True, writers={})
+        self.loops = 0
+        self.ready = 0
+        self.invalidated: list[tuple[Any, ...]] = []
+        monkeypatch.setattr(pyfuse3, "main", self._loop)
+        monkeypatch.setattr(pyfuse3, "invalidate_inode", self._invalidate)
+
+    async def _loop(self, **_: int) -> None:
+        self.loops += 1
+        await self.end.wait()
+
+    def _invalidate(self, *what: Any) -> None:
+        self.invalidated.append(what)
+        raise FileNotFoundError("the kernel does not know it")
+
+    def _count(self) -> None:
+        self.ready += 1
+
+    def run(
+        self, work: Callable[[Session], Awaitable[None]], clock: MockClock | None = None
+    ) -> None:
+        """Do ``work`` while the session runs; then its loops end."""
+
+        async def main() -> None:
+            self.end = trio.Event()
+            session = Session(self.fs, self.region, "/mnt/a", self.operations, None)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(session.run, self._count)
+                await trio.testing.wait_all_tasks_blocked()
+                await work(session)
+                self.end.set()
+
+        trio.run(main, clock=clock)
+
+
+@pytest.fixture
+def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
+    with Region.anonymous(16 * MIB) as region:
+        make_filesystem(region)
+        yield Rig(region, monkeypatch)
+
+
+def large_file(fs: FileSystem) -> int:
+    """A file of 4 MiB; made before the session runs, which zeroes beside it."""
+    ino = fs.create(ROOT_INO, b"f", 0o100600, 0, 0).ino
+    fs.run(lambda: fs.write(ino, 0, b"x" * (4 * MIB)))
+    return ino
+
+
+def test_ready_is_said_once_it_is_initialized(rig: Rig) -> None:
+    rig.operations.initialized = False
+
+    async def work(session: Session) -> None:
+        assert (rig.loops, rig.ready) == (1, 0)
+        rig.operations.initialized = True
+        while not rig.ready:
+            await trio.sleep(0.001)
+
+    rig.run(work)
+    assert rig.ready == 1
+
+
+def test_freed_memory_is_zeroed_ahead(rig: Rig) -> None:
+    ino = large_file(rig.fs)
+
+    async def all_zeroed(session: Session) -> None:
+        while True:
+            async with session.hold_zeroing():  # nothing is being zeroed
+                if not is_dirty(rig.fs):
+                    break
+            await trio.sleep(0.001)
+        await trio.testing.wait_all_tasks_blocked()
+
+    async def work(session: Session) -> None:
+        await all_zeroed(session)
+        rig.fs.setattr(ino, size=0)
+        await trio.testing.wait_all_tasks_blocked()
+        assert is_dirty(rig.fs), "nobody was told"
+        session.freed()
+        with trio.fail_after(20):
+            await all_zeroed(session)
+
+    rig.run(work)
+
+
+def test_an_operation_is_run_again_with_zeroed_memory(rig: Rig) -> None:
+    ino = large_file(rig.fs)
+
+    async def work(session: Session) -> None:
+        asked = 0
+
+        def operation() -> int:
+            nonlocal asked
+            asked += 1
+            if asked == 1:
+                raise ZeroingNeeded([(5, 1)])
+            return rig.fs.write(ino, 0, b"x")
+
+        assert await session.with_zeroing(operation) == 1
+        assert asked >= 2
+
+    rig.run(work)
+
+
+def test_one_zeroes_at_a_time_and_others_are_served(rig: Rig) -> None:
+    order: list[str] = []
+
+    async def work(session: Session) -> None:
+        async def second() -> None:
+            async with session.hold_zeroing():
+                order.append("second")
+
+        before = rig.loops
+        async with session.turn():
+            await trio.testing.wait_all_tasks_blocked()
+            assert rig.loops == before + 1, "another loop reads"
+            session.start(second)
+            await trio.testing.wait_all_tasks_blocked()
+            order.append("first")
+
+    rig.run(work)
+    assert order == ["first", "second"]
+
+
+def test_draining_ends_when_the_loop_is_idle_or_soon(rig: Rig) -> None:
+    async def work(session: Session) -> None:
+        async def idle() -> None:
+            session.idle.notify_all()
+
+        began = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(session.drain)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(idle)
+        assert trio.current_time() == began
+        await session.drain()
+        assert trio.current_time() > began
+
+    rig.run(work, MockClock(autojump_threshold=0.01))
+
+
+def test_what_the_kernel_does_not_know_is_no_error(rig: Rig) -> None:
+    async def work(session: Session) -> None:
+        await session.invalidate(5)
+        await session.invalidate(6, data=True)
+
+    rig.run(work)
+    assert rig.invalidated == [(5, True), (6, False)]
+
+
+def test_corruption_while_zeroing_ends_writing(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def corrupt(_: int) -> None:
+        raise CorruptionError("bitmap: says the test")
+
+    async def work(session: Session) -> None:
+        monkeypatch.setattr(rig.fs, "next_dirty", corrupt)
+        session.freed()
+        while not rig.fs.read_only:
+            await trio.sleep(0.001)
+
+    rig.run(work)
+
+
+def test_writers_are_those_of_the_handlers(rig: Rig) -> None:
+    rig.operations.writers[5] = 2
+
+    async def work(session: Session) -> None:
+        found = session.writers()
+        assert found == {5: 2}
+        found.clear()
+        assert session.writers() == {5: 2}
+
+    rig.run(work)

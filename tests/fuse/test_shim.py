@@ -1,0 +1,87 @@
+"""The shim without a session: what is prepared for C, and what C's calls become.
+
+What a kernel makes of it is in test_mount.py.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+import pytest
+from pkernfs.fuse._shim import ffi, lib
+
+from pkernfs.errors import NotSupportedError
+from pkernfs.fuse import shim
+
+
+class Server:
+    """Notes what it is asked, and answers with a number."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Any, ...]] = []
+
+    def on_write(self, req: Any, ino: int, data: memoryview, offset: int, writeback: bool) -> int:
+        self.asked.append(("write", req, ino, bytes(data), offset, writeback))
+        return len(data)
+
+    def on_fallocate(self, req: Any, ino: int, mode: int, offset: int, length: int) -> int:
+        self.asked.append(("fallocate", req, ino, mode, offset, length))
+        return shim.LATER
+
+    def on_lseek(self, ino: int, offset: int, whence: int) -> int:
+        self.asked.append(("lseek", ino, offset, whence))
+        return -errno.ENXIO
+
+    def on_copy(
+        self, req: Any, ino_in: int, off_in: int, ino_out: int, off_out: int, length: int
+    ) -> int:
+        self.asked.append(("copy", req, ino_in, off_in, ino_out, off_out, length))
+        return length
+
+
+@pytest.fixture
+def server() -> Server:
+    server = Server()
+    shim.prepare(server, fsname=b"a,b\\c", direct=True, spin_us=1.5)
+    return server
+
+
+def test_calls_of_c_go_to_the_server(server: Server) -> None:
+    data = ffi.new("char[]", b"written")
+    request = ffi.NULL
+    assert shim._on_write(request, 5, data, 7, 100, 1) == 7
+    assert shim._on_fallocate(request, 5, 3, 100, 200) == shim.LATER
+    assert shim._on_lseek(5, 100, 4) == -errno.ENXIO
+    assert shim._on_copy(request, 5, 1, 6, 2, 30) == 30
+    assert server.asked == [
+        ("write", request, 5, b"written", 100, True),
+        ("fallocate", request, 5, 3, 100, 200),
+        ("lseek", 5, 100, 4),
+        ("copy", request, 5, 1, 6, 2, 30),
+    ]
+
+
+def test_what_is_prepared(server: Server) -> None:
+    assert ffi.string(lib.pk_mount_arg) == b"-ofsname=a\\,b\\\\c"
+    assert lib.pk_spin_ns == 1500
+    assert lib.pk_wanted & shim._DIRECT_IO_ALLOW_MMAP
+    assert lib.pk_wanted & shim._HANDLE_KILLPRIV_V2
+    shim.prepare(server, fsname=b"x", direct=False, killpriv=False)
+    assert not lib.pk_wanted & (shim._DIRECT_IO_ALLOW_MMAP | shim._HANDLE_KILLPRIV_V2)
+    assert lib.pk_unwanted == shim._AUTO_INVAL_DATA
+
+
+def test_without_a_session_nothing_is_attached(server: Server) -> None:
+    with pytest.raises(NotSupportedError, match="operations cannot be added"):
+        shim.attach()
+    assert not shim.attached()
+    assert not shim.may_map_direct()
+    assert not shim.capabilities().attached
+
+
+def test_a_break_is_told_once(server: Server) -> None:
+    assert not shim.found_no_request()
+    lib.pk_idle = 1
+    assert shim.found_no_request()
+    assert not shim.found_no_request()
