@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib
-import io
 import json
 import os
 import subprocess
@@ -21,7 +20,6 @@ from typing import NamedTuple
 import pytest
 
 from pkernfs import __version__, cli, layout
-from pkernfs.commands.progress import Progress
 from pkernfs.options import MOUNT_OPTIONS
 from pkernfs.region.region import Region
 from support.superblocks import damage, edit_superblocks
@@ -578,34 +576,6 @@ def test_bug_is_not_a_repaired_file_system(
     outcome = command("fsck.pkernfs", region)
     assert outcome.status == 8
     assert "Traceback" in outcome.err
-
-
-# -------------------------------------------------------------------------------- progress
-
-
-class _Screen(io.StringIO):
-    def __init__(self, terminal: bool) -> None:
-        super().__init__()
-        self.terminal = terminal
-
-    def isatty(self) -> bool:
-        return self.terminal
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_progress(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    screen = _Screen(terminal)
-    monkeypatch.setattr("sys.stderr", screen)
-    clock = iter(range(100))
-    monkeypatch.setattr("time.monotonic", lambda: next(clock))
-    with Progress("/region") as progress:
-        for step in range(4):
-            progress(step, 4)
-    if terminal:
-        assert "/region: 50%" in screen.getvalue()
-        assert screen.getvalue().endswith("\r\033[K")
-    else:
-        assert screen.getvalue() == ""
 
 
 def test_remount_is_refused(command: Command, tmp_path: Path) -> None:

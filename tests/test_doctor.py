@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from pkernfs.host import kernel_image
 from support.dmar_tables import drhd
 from support.dmar_tables import table as dmar_table
 from support.made_up_host import Machine, make_machine
-from support.mounting import run_pkernfs
 
 GOOD = {
     "DEVMEM": "y", "STRICT_DEVMEM": "y", "DEV_DAX": "m", "KEXEC": "y", "INTEL_IOMMU": "y",
@@ -141,14 +139,3 @@ def test_the_configuration_is_found_elsewhere(machine: Machine) -> None:
     assert kernel_image.running_config(machine) is None
     machine.write("boot/config-7.3.4-cloud-amd64", "CONFIG_KEXEC=y\n# CONFIG_DEVMEM is not set\n")
     assert kernel_image.running_config(machine) == {"KEXEC": "y"}
-
-
-def test_the_command_on_this_machine() -> None:
-    done = run_pkernfs("doctor", "--json")
-    found = json.loads(done.stdout)
-    assert done.returncode == (0 if found["able"]["mount"] else 1)
-    assert {c["name"] for c in found["checks"]} >= {"kernel", "/dev/fuse", "libfuse", "DMAR"}
-    assert all(c["remedy"] for c in found["checks"] if c["status"] == "missing")
-    plain = run_pkernfs("doctor")
-    assert plain.stdout.startswith("mount a file system: ")
-    assert not plain.stderr

@@ -120,6 +120,7 @@ def test_no_signal_between_two_units(daemons: Daemons, monkeypatch: pytest.Monke
     assert daemons.asked[2:5] == ["/mnt/a kexec_jump", "/mnt/b kexec_jump", "/mnt/a kexec_undo"]
 
 
+@pytest.mark.slow("runs the command twice, as a program of its own")
 def test_the_command_says_what_is_missing(tmp_path: Path) -> None:
     done = run_pkernfs("kexec", "--dry-run", "--kernel", str(tmp_path / "none"))
     assert (done.returncode, done.stdout) == (1, "")
