@@ -306,6 +306,7 @@ def steps(stores: list[Store]) -> Iterator[tuple[int, bytes]]:
             yield offset + at, data[at : at + 8]
 
 
+@pytest.mark.slow("hundreds of recoveries")
 @pytest.mark.parametrize("seed", range(4))
 def test_before_or_after_at_every_step(seed: int) -> None:
     rnd = random.Random(seed)

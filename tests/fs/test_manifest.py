@@ -209,6 +209,7 @@ def test_files_that_change_meanwhile_are_not_accused(handed: Handed) -> None:
 # ---------------------------------------------------------------------- at any size
 
 
+@pytest.mark.slow("a region of 2 TiB is mounted twice")
 def test_holes_cost_nothing() -> None:
     """A sparse file of 1 TiB in a region of 2 TiB: its list has what there is memory for."""
     with MemoryFile(2 << 40) as memory, memory.open() as region:
