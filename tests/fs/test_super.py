@@ -46,6 +46,7 @@ def test_ten_thousand_small_files_in_a_gib(fs: FileSystem) -> None:
     assert fs.statfs().free * PAGE > 950 * MIB
 
 
+@pytest.mark.slow("a region is filled twice, page by page")
 def test_a_full_region_is_usable_and_empties_again(fs: FileSystem) -> None:
     def fill() -> list[bytes]:
         made = []
