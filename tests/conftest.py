@@ -24,6 +24,7 @@ from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.region import locks
 from support.checking import MemoryFile, assert_clean
+from support.command_lines import Command, runner
 
 #: What a test may take, and the slowest ones at the end of a run.
 pytest_plugins = ("support.budgets",)
@@ -124,6 +125,12 @@ def lab() -> Lab:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give up at once on a region that is served: for tests in which the holder will not let go."""
     monkeypatch.setattr(locks, "_SERVED_WAIT_SECONDS", 0.02)
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run a command line in this process."""
+    return runner(capsys)
 
 
 @pytest.fixture

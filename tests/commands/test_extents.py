@@ -17,6 +17,7 @@ from pkernfs.commands.extents import describe, read_extents
 from pkernfs.control.mounts import FSTYPE, Mount
 from pkernfs.errors import NotSupportedError
 from pkernfs.fuse.extents_xattr import NAME, Extent
+from support.command_lines import Command, refused
 
 FOUND = [
     Extent(0, 0x200000, 0x400000, 0x40400000),
@@ -85,3 +86,10 @@ def test_what_is_printed(
     assert [line.split()[3] for line in lines] == ["0x40400000", "-", "0x0"]
     assert extents.run(argparse.Namespace(file="file", json=True)) == 0
     assert json.loads(capsys.readouterr().out)["file"] == "file"
+
+
+def test_extents_refuses(command: Command, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"x")
+    refused(command("pkernfs", "extents", file), 1, "pkernfs", "not on a pkernfs mount")
+    refused(command("pkernfs", "extents", tmp_path / "no"), 1, "pkernfs", "No such file")

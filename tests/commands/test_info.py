@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pkernfs.control.mounts import FSTYPE, Mount
 from pkernfs.control.protocol import ChangedFile, Verification
 from pkernfs.control.wire import VersionError
 from pkernfs.errors import InvalidError, PermissionDeniedError
+from support.command_lines import FOREIGN, SIZE, Command, no_superblock, refused, unchanged
 
 FACTS: dict[str, Any] = {
     "region": "/dev/shm/region",
@@ -108,3 +110,35 @@ def test_a_region_or_where_it_is_mounted(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(info, "mount_of", lambda path: pytest.fail("its daemon may be dead"))
     monkeypatch.setattr(info, "mount_at", lambda path: mount)
     assert info.region_of(str(tmp_path)) == "512M!1G"
+
+
+# ------------------------------------------------------------------------------- region files
+
+
+def test_info(region: Path, command: Command) -> None:
+    with unchanged(region):
+        text = command("pkernfs", "info", region)
+        facts = json.loads(command("pkernfs", "info", "--json", region).out)
+    assert (text.status, text.err) == (0, "")
+    assert "here" in text.out
+    assert facts["region"] == str(region)
+    assert facts["mount_points"] == []
+
+
+def test_info_backup_superblock(region: Path, command: Command) -> None:
+    no_superblock(region)
+    with unchanged(region):
+        outcome = command("pkernfs", "info", "--json", region)
+    assert outcome.status == 0
+    assert json.loads(outcome.out)["label"] == "here"
+    assert "backup" in outcome.err
+
+
+def test_info_refuses(command: Command, tmp_path: Path) -> None:
+    refused(command("pkernfs", "info", tmp_path), 1, "pkernfs", "directory")
+    refused(command("pkernfs", "info", tmp_path / "no"), 1, "pkernfs", "No such file")
+    for fill in FOREIGN:
+        path = tmp_path / fill.__name__
+        path.write_bytes(bytes(SIZE))
+        fill(path)
+        refused(command("pkernfs", "info", path), 1, "pkernfs", str(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,16 @@ from pkernfs.commands.mount import check_mount_point, exit_status
 from pkernfs.control.mounts import FSTYPE, Mount
 from pkernfs.errors import BusyError, NotDirError, NotFoundError, PkernfsError, RegionError
 from pkernfs.fuse.background import DaemonError
+from support.command_lines import (
+    FOREIGN,
+    MIB,
+    SIZE,
+    Command,
+    mounting,
+    no_superblocks,
+    refused,
+    unchanged,
+)
 
 
 def failing(error: Exception) -> Callable[[], None]:
@@ -107,3 +118,62 @@ def test_it_is_a_directory(tmp_path: Path) -> None:
         check_mount_point(str(tmp_path / "file"))
     with pytest.raises(NotFoundError):
         check_mount_point(str(tmp_path / "missing"))
+
+
+# ------------------------------------------------------------------------------- bad input
+
+
+def test_mount_usage(region: Path, command: Command, tmp_path: Path) -> None:
+    with unchanged(region):
+        for option in ("bogus", "ro=1", "phys_base", "phys_base=1Q", "phys_base=12", "cache=warm"):
+            refused(mounting(command, region, tmp_path, option), 1, "pkernfs", option.split("=")[0])
+            # ... and in the form that mount(8) uses, before anything goes to the background
+            outcome = command("pkernfs", region, tmp_path, "-o", f"rw,dev,{option}")
+            refused(outcome, 1, "pkernfs")
+
+
+def test_mount_point(region: Path, command: Command, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with unchanged(region):
+        refused(mounting(command, region, tmp_path / "no"), 32, "pkernfs", "does not exist")
+        refused(mounting(command, region, file), 32, "pkernfs", "not a directory")
+
+
+def test_mount_bad_regions(command: Command, tmp_path: Path) -> None:
+    refused(mounting(command, tmp_path / "no", tmp_path), 32, "pkernfs", "No such file")
+    refused(mounting(command, tmp_path, tmp_path), 32, "pkernfs", "irectory")
+    refused(mounting(command, "/dev/null", tmp_path), 32, "pkernfs", "/dev/null")
+    for size in (0, 4096, MIB):
+        small = tmp_path / f"small-{size}"
+        small.write_bytes(bytes(size))
+        with unchanged(small):
+            refused(mounting(command, small, tmp_path), 32, "pkernfs")
+            refused(mounting(command, small, tmp_path, "mkfs"), 32, "pkernfs", str(small))
+
+
+@pytest.mark.parametrize("fill", FOREIGN)
+@pytest.mark.parametrize("options", ["rw", "mkfs"])
+def test_mount_other_data(
+    fill: Callable[[Path], None], options: str, command: Command, tmp_path: Path
+) -> None:
+    path = tmp_path / "region"
+    path.write_bytes(b"")
+    os.truncate(path, SIZE)
+    fill(path)
+    with unchanged(path):
+        refused(mounting(command, path, tmp_path, options), 32, "pkernfs")
+
+
+@pytest.mark.parametrize("options", ["rw", "ro", "mkfs"])
+def test_mount_never_formats_a_damaged_pkernfs(
+    options: str, region: Path, command: Command, tmp_path: Path
+) -> None:
+    no_superblocks(region)
+    with unchanged(region):
+        refused(mounting(command, region, tmp_path, options), 32, "pkernfs")
+
+
+def test_remount_is_refused(command: Command, tmp_path: Path) -> None:
+    outcome = mounting(command, tmp_path / "region", tmp_path, "remount,ro")
+    refused(outcome, 32, "pkernfs", "cannot remount")
