@@ -31,9 +31,7 @@ TESTED_ELSEWHERE = {
     "fs.extents": "fs/test_file.py: data and sizes are what extents are for",
     "fs.inodes": "fs/test_inode.py: the table by what inodes of it do",
     "fs.mkfs": "commands/test_mkfs.py: what is formatted, and what is refused",
-    "fs.names": "fs/test_namei.py: names by the operations that have them",
     "fs.superblock": "fs/fsck/test_superblocks.py: each field of both copies, damaged",
-    "fs.xattrs": "fs/test_inode.py: attributes of inodes",
 }
 #: Test files that are named after no module, and why.
 NAMED_OTHERWISE = {

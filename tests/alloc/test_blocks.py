@@ -24,13 +24,9 @@ from pkernfs.layout import (
     PAGE,
     PAGES_PER_BLOCK,
 )
-from support.space import META_BLOCK, Space, space
+from support.space import META_BLOCK, GiveUp, Space, space
 
 GIB = 1 << 30
-
-
-class GiveUp(Exception):
-    """Ends a transaction without its changes."""
 
 
 # ------------------------------------------------------------------------------ the machine

@@ -13,9 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from pkernfs.dma.mount import mount_filesystem
-from pkernfs.errors import CorruptionError, ExistsError, NoSpaceError
-from pkernfs.fs import names as names_module
-from pkernfs.fs import xattrs as xattrs_module
+from pkernfs.errors import CorruptionError, NoSpaceError
 from pkernfs.fs.btree import Tree
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.layout import (
@@ -24,7 +22,6 @@ from pkernfs.layout import (
     INNER_SLOT,
     ITEM_SLOT,
     MAGIC_TREE,
-    MAX_COLLISIONS,
     MAX_EXTENT_SLOTS,
     MAX_INNER_SLOTS,
     PAGE,
@@ -391,87 +388,7 @@ def test_replace_extent_in_any_leaf() -> None:
     grown.close()
 
 
-# ------------------------------------------------------------------------------ collisions
-
-
-def _collide(monkeypatch: pytest.MonkeyPatch, keys: int) -> None:
-    def key(name: bytes, _hash_key: bytes) -> int:
-        return (len(name) % keys + 1) << 11
-
-    monkeypatch.setattr(names_module, "name_key", key)
-    monkeypatch.setattr(xattrs_module, "name_key", key)
-
-
-@pytest.mark.parametrize("keys", [1, 3])
-def test_names_that_collide(monkeypatch: pytest.MonkeyPatch, keys: int) -> None:
-    with MemoryFile(32 << 20) as memory, memory.open() as region:
-        make_filesystem(region)
-        fs = mount_filesystem(region)
-        directory = fs.mkdir(1, b"d", 0o755, 0, 0).ino  # before: its key is the real one
-        _collide(monkeypatch, keys)
-        rnd = random.Random(keys)
-        model: dict[bytes, int] = {}
-        for step in range(1_500):
-            name = b"n%d" % rnd.randrange(400)
-            if name in model and rnd.random() < 0.6:
-                fs.unlink(directory, name)
-                del model[name]
-            elif name not in model:
-                model[name] = fs.create(directory, name, 0o100644, 0, 0).ino
-            else:
-                with pytest.raises(ExistsError):
-                    fs.create(directory, name, 0o100644, 0, 0)
-            if step % 100 == 0:
-                found = list(fs.readdir(directory, 0))
-                assert {name: ino for name, ino, _, _ in found} == model
-                cookies = [cookie for *_, cookie in found]
-                assert cookies == sorted(set(cookies))
-                for name, ino in model.items():
-                    assert fs.lookup(directory, name).ino == ino
-        for name in list(model):
-            fs.rename(directory, name, directory, name + b"'")
-        assert {n for n, *_ in fs.readdir(directory, 0)} == {n + b"'" for n in model}
-
-
-def test_a_hash_has_room_for_so_many_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert MAX_COLLISIONS == 2048
-    monkeypatch.setattr(names_module, "MAX_COLLISIONS", 300)
-    with MemoryFile(64 << 20) as memory, memory.open() as region:
-        make_filesystem(region)
-        fs = mount_filesystem(region)
-        directory = fs.mkdir(1, b"d", 0o755, 0, 0).ino
-        target = fs.create(1, b"t", 0o100644, 0, 0).ino
-        _collide(monkeypatch, 1)
-        for i in range(300):
-            fs.link(target, directory, b"%04d" % i)
-        before = list(fs.readdir(directory, 0))
-        with pytest.raises(NoSpaceError):
-            fs.link(target, directory, b"more")
-        assert list(fs.readdir(directory, 0)) == before
-        fs.unlink(directory, b"0100")
-        fs.link(target, directory, b"more")
-        assert fs.lookup(directory, b"more").ino == target
-        assert fs.inode(target).nlink == 301
-
-
-def test_attributes_that_collide(monkeypatch: pytest.MonkeyPatch) -> None:
-    with MemoryFile(32 << 20) as memory, memory.open() as region:
-        make_filesystem(region)
-        fs = mount_filesystem(region)
-        ino = fs.create(1, b"f", 0o100644, 0, 0).ino
-        _collide(monkeypatch, 1)
-        rnd = random.Random(1)
-        model: dict[bytes, bytes] = {}
-        for _ in range(600):
-            name = b"user.%02d" % rnd.randrange(60)
-            if name in model and rnd.random() < 0.4:
-                fs.removexattr(ino, name)
-                del model[name]
-            else:
-                model[name] = rnd.randbytes(rnd.choice((0, 5, 500, 512, 513, 5_000)))
-                fs.setxattr(ino, name, model[name])
-        assert sorted(fs.listxattr(ino)) == sorted(model)
-        assert {name: fs.getxattr(ino, name) for name in model} == model
+# ------------------------------------------------------------------------------ groups of keys
 
 
 @settings(max_examples=10)

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import pytest
 
 from pkernfs.errors import (
-    ArgumentTooLongError,
-    ExistsError,
-    InvalidError,
-    NoDataError,
-    NoSpaceError,
     NotFoundError,
-    NotSupportedError,
-    RangeTooSmallError,
     StaleError,
 )
 from pkernfs.fs import inodes as inodes_module
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.inodes import Inode
-from pkernfs.layout import BLOCK, PAGE
+from pkernfs.layout import PAGE
 from support.checking import assert_clean
 from support.files import (
     KEEP_SIZE,
@@ -34,7 +26,6 @@ from support.files import (
     noise,
     remount,
     resize,
-    until_full,
 )
 
 # ------------------------------------------------------------------------------ space
@@ -153,79 +144,6 @@ def test_set_id_bits(fs: FileSystem) -> None:
         mode(lambda i: fs.setattr(i, mode=0o6755, privileged=False, group_member=False), 0)
         == 0o4755
     )
-
-
-# ------------------------------------------------------------------------------ attributes
-
-
-@pytest.mark.parametrize("length", [0, 1, 511, 512, 513, 4032, 4033, 65535, 65536])
-def test_attribute_values(fs: FileSystem, length: int) -> None:
-    ino = make(fs)
-    free = fs.statfs().free
-    value = noise(length)
-    fs.setxattr(ino, b"user.x", value)
-    fs.setxattr(ino, b"trusted." + b"n" * 247, value)
-    assert fs.getxattr(ino, b"user.x") == value
-    again = remount(fs)
-    assert again.getxattr(ino, b"trusted." + b"n" * 247) == value
-    again.setxattr(ino, b"user.x", b"short")
-    assert again.getxattr(ino, b"user.x") == b"short"
-    for name in again.listxattr(ino):
-        again.removexattr(ino, name)
-    assert again.listxattr(ino) == []
-    assert again.statfs().free >= free
-    again.setxattr(ino, b"security.y", value)
-    again.unlink(ROOT, b"f")
-    assert again.statfs().free >= free
-
-
-def test_many_attributes(fs: FileSystem) -> None:
-    ino = make(fs)
-    model = {b"user.%d" % i: noise(i % 700, i) for i in range(1_000)}
-    for name, value in model.items():
-        fs.setxattr(ino, name, value)
-    assert sorted(fs.listxattr(ino)) == sorted(model)
-    fs = remount(fs)
-    assert {name: fs.getxattr(ino, name) for name in fs.listxattr(ino)} == model
-
-
-def test_attributes_that_cannot_be(fs: FileSystem) -> None:
-    ino = make(fs)
-    with pytest.raises(NoDataError):
-        fs.getxattr(ino, b"user.x")
-    with pytest.raises(NoDataError):
-        fs.removexattr(ino, b"user.x")
-    with pytest.raises(NoDataError):
-        fs.setxattr(ino, b"user.x", b"", os.XATTR_REPLACE)
-    fs.setxattr(ino, b"user.x", b"1", os.XATTR_CREATE)
-    with pytest.raises(ExistsError):
-        fs.setxattr(ino, b"user.x", b"2", os.XATTR_CREATE)
-    fs.setxattr(ino, b"user.x", b"3", os.XATTR_REPLACE)
-    with pytest.raises(NotSupportedError):
-        fs.setxattr(ino, b"system.posix_acl_access", b"")
-    with pytest.raises(InvalidError):
-        fs.setxattr(ino, b"user.", b"")
-    with pytest.raises(RangeTooSmallError):
-        fs.setxattr(ino, b"user." + b"n" * 251, b"")
-    with pytest.raises(ArgumentTooLongError):
-        fs.setxattr(ino, b"user.x", bytes(65537))
-    assert fs.listxattr(ino) == [b"user.x"]
-    assert fs.getxattr(ino, b"user.x") == b"3"
-
-
-def test_an_attribute_without_space_leaves_the_old_one(fs: FileSystem) -> None:
-    ino = make(fs)
-    fs.setxattr(ino, b"user.x", b"old")
-    resize(fs, make(fs, b"big"), fs.super.blocks.free_blocks * BLOCK)
-    count = until_full(lambda i: fs.setxattr(ino, b"user.%d" % i, noise(65536)))
-    kept = [b"user.%d" % i for i in range(count)]
-    with pytest.raises(NoSpaceError):
-        fs.setxattr(ino, b"user.x", noise(65536))
-    assert fs.getxattr(ino, b"user.x") == b"old"
-    assert sorted(fs.listxattr(ino)) == sorted([*kept, b"user.x"])
-    for name in kept:
-        fs.removexattr(ino, name)
-    fs.setxattr(ino, b"user.x", noise(65536))
 
 
 # ------------------------------------------------------------------------------ lives of inodes

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from pkernfs.alloc import bitmap
 from pkernfs.alloc.blocks import BlockAllocator, IsolatedBlocks, MapRange
 from pkernfs.alloc.pages import PageAllocator
-from pkernfs.errors import ZeroingNeeded
+from pkernfs.errors import PkernfsError, ZeroingNeeded
 from pkernfs.fs import superblock
+from pkernfs.fs.inodes import Inode
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.journal import PageStore
-from pkernfs.layout import BLOCK, MAGIC_BLOCK_MAP, MAP_BYTES, PAGES_PER_BLOCK
+from pkernfs.layout import BLOCK, MAGIC_BLOCK_MAP, MAP_BYTES, PAGE, PAGES_PER_BLOCK
 from support.checking import MemoryFile
 
 #: The first page-granular block of a small region.
 META_BLOCK = 2
+
+
+class GiveUp(Exception):
+    """Ends a transaction without its changes."""
 
 
 class Space:
@@ -78,6 +84,34 @@ class Space:
     def free(self, first: int, count: int) -> None:
         with self.store:
             self.blocks.free(first, count)
+
+    def free_bytes(self) -> int:
+        """What may be had in pages, but for the page maps of blocks that are not carved yet."""
+        pages = PAGES_PER_BLOCK - 1
+        return (self.blocks.free_blocks * pages + self.pages.free_pages) * PAGE
+
+    def change(self, inode: Inode, work: Callable[[], object], *, give_up: bool = False) -> bool:
+        """A transaction over an inode that is in no table; False if it was given up.
+
+        Like the table, it puts the inode's fields back after any failure.
+        """
+        before = copy.copy(inode)
+        while True:
+            try:
+                with self.store:
+                    work()
+                    if give_up:
+                        raise GiveUp
+            except (GiveUp, ZeroingNeeded, PkernfsError) as e:
+                for field in Inode.__slots__:
+                    setattr(inode, field, getattr(before, field))
+                if isinstance(e, GiveUp):
+                    return False
+                if not isinstance(e, ZeroingNeeded):
+                    raise
+                self.zero(self.blocks.isolate(e.blocks))
+            else:
+                return True
 
     def bits(self, offset: int) -> set[int]:
         """A bitmap of the block map, as it is in the region (small regions: one page)."""
