@@ -31,7 +31,6 @@ TESTED_ELSEWHERE = {
     "fs.extents": "fs/test_file.py: data and sizes are what extents are for",
     "fs.inodes": "fs/test_inode.py: the table by what inodes of it do",
     "fs.mkfs": "commands/test_mkfs.py: what is formatted, and what is refused",
-    "fs.superblock": "fs/fsck/test_superblocks.py: each field of both copies, damaged",
 }
 #: Test files that are named after no module, and why.
 NAMED_OTHERWISE = {
