@@ -30,7 +30,6 @@ TESTED_ELSEWHERE = {
     "dma.comparison": "dma/test_snapshot.py: it compares on the way to a snapshot and a switch",
     "fs.extents": "fs/test_file.py: data and sizes are what extents are for",
     "fs.inodes": "fs/test_inode.py: the table by what inodes of it do",
-    "fs.mkfs": "commands/test_mkfs.py: what is formatted, and what is refused",
 }
 #: Test files that are named after no module, and why.
 NAMED_OTHERWISE = {
