@@ -34,7 +34,6 @@ from support.files import (
     noise,
     remount,
     resize,
-    until_full,
 )
 
 # ------------------------------------------------------------------------------ space
@@ -66,60 +65,6 @@ def test_one_file_of_99_percent_by_writes(fs: FileSystem) -> None:
     assert len(fs.extents(ino)) == 1
     for offset in range(0, size, 97 * MIB):
         assert bytes(fs.read(ino, offset, MIB)) == data
-
-
-@pytest.mark.parametrize("step", [PAGE, 3 * PAGE + 5, 100_000, BLOCK, 5 * MIB])
-def test_a_growing_file_stays_one_extent(fs: FileSystem, step: int) -> None:
-    ino = make(fs)
-    data = noise(step)
-    end = min(40 * MIB, 400 * step)
-    for offset in range(0, end, step):
-        fs.run(lambda offset=offset: fs.write(ino, offset, data))  # type: ignore[misc]
-    assert len(fs.extents(ino)) == 1
-    assert contents(fs, ino) == data * len(range(0, end, step))
-
-
-@in_a_gib
-def test_files_growing_in_turn_are_in_few_pieces(fs: FileSystem) -> None:
-    files = [make(fs, b"%d" % i) for i in range(4)]
-    for size in range(BLOCK, 160 * MIB, BLOCK):
-        for ino in files:
-            resize(fs, ino, size)
-    assert max(len(fs.extents(ino)) for ino in files) <= 8  # each piece is twice the last
-
-
-def test_grown_by_truncate_in_steps_is_one_extent(fs: FileSystem) -> None:
-    ino = make(fs)
-    for size in range(MIB, 40 * MIB, 3 * MIB):
-        resize(fs, ino, size)
-    assert len(fs.extents(ino)) == 1
-
-
-@pytest.mark.parametrize("size", [1, PAGE, MIB - 1, MIB])
-def test_growing_from_pages_to_a_block_keeps_the_data(fs: FileSystem, size: int) -> None:
-    data = noise(size)
-    ino = make(fs, content=data)
-    assert fs.inode(ino).data_pages == -(-size // PAGE)
-    resize(fs, ino, 5 * MIB)
-    assert contents(fs, ino) == data + bytes(5 * MIB - size)
-    (extent,) = fs.extents(ino)
-    assert extent.region_offset % BLOCK == 0
-    again = make(fs, b"g", data)
-    fs.write(again, size, b"more" * MIB)
-    assert contents(fs, again) == data + b"more" * MIB
-    assert len(fs.extents(again)) == 1
-
-
-def test_a_sparse_small_file_grows_out_of_pages(fs: FileSystem) -> None:
-    ino = make(fs)
-    for page in range(0, 250, 3):
-        fs.write(ino, page * PAGE, bytes([page + 1]) * PAGE)
-    resize(fs, ino, 3 * MIB)
-    expected = bytearray(3 * MIB)
-    for page in range(0, 250, 3):
-        expected[page * PAGE : (page + 1) * PAGE] = bytes([page + 1]) * PAGE
-    assert contents(fs, ino) == expected
-    assert len(fs.extents(ino)) == 1
 
 
 @pytest.mark.parametrize("size", [PAGE + 1, MIB + 17, 3 * MIB + 5, 4 * MIB, 5 * MIB - 1])
@@ -191,47 +136,6 @@ def test_zeroing_needed_leaves_nothing_half_done(fs: FileSystem) -> None:
     assert fs.statfs().free in (free, free - 511)  # it may have moved into a block
     resize(fs, ino, 50 * MIB)
     assert contents(fs, ino) == b"abc" + bytes(50 * MIB - 3)
-
-
-def _fragmented(fs: FileSystem, pieces: int) -> int:
-    """A file of as many extents, made by filling every second free page of a full region."""
-    ino = make(fs, b"victim")
-    small = []
-    filler = make(fs, b"filler")
-    resize(fs, filler, (fs.super.blocks.free_blocks - 2 * pieces // 512 - 3) * BLOCK)
-    for i in range(2 * pieces):
-        small.append(b"s%d" % i)
-        make(fs, small[-1], b"s")
-    rest = make(fs, b"rest")
-    until_full(lambda i: fs.write(rest, i * PAGE, b"r"))
-    for name in small[::2]:
-        fs.unlink(ROOT, name)
-    return ino
-
-
-@pytest.mark.slow("a region is filled page by page")
-@pytest.mark.parametrize("how", ["unlink", "truncate", "punch", "rename", "close"])
-def test_freeing_more_extents_than_a_transaction_holds(fs: FileSystem, how: str) -> None:
-    ino = _fragmented(fs, 1_500)
-    until_full(lambda i: fs.write(ino, (8 + i) * PAGE, b"v" * PAGE))
-    extents = fs.extents(ino)
-    assert len(extents) > 500  # more than one transaction frees
-    free, pages = fs.statfs().free, fs.inode(ino).data_pages
-    if how == "unlink":
-        fs.unlink(ROOT, b"victim")
-    elif how == "truncate":
-        fs.setattr(ino, size=0)
-    elif how == "punch":
-        fs.fallocate(ino, PUNCH, 0, fs.inode(ino).size)
-        assert not any(contents(fs, ino))
-    elif how == "rename":
-        fs.rename(ROOT, b"rest", ROOT, b"victim")
-    else:
-        fs.open(ino)
-        fs.unlink(ROOT, b"victim")
-        assert bytes(fs.read(ino, 100 * PAGE, 4)) == b"vvvv"
-        fs.release(ino)
-    assert fs.statfs().free >= free + pages
 
 
 # ------------------------------------------------------------------------------ punch, zero, seek
