@@ -28,7 +28,6 @@ TESTED_ELSEWHERE = {
     "kexec.mounted": "kexec/test_local.py: a protocol, by what has it",
     "kexec.observer": "kexec/test_handover.py: a protocol, by what is told",
     "dma.comparison": "dma/test_snapshot.py: it compares on the way to a snapshot and a switch",
-    "fs.inodes": "fs/test_inode.py: the table by what inodes of it do",
 }
 #: Test files that are named after no module, and why.
 NAMED_OTHERWISE = {

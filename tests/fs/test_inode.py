@@ -10,16 +10,13 @@ from pkernfs.errors import (
     NotFoundError,
     StaleError,
 )
-from pkernfs.fs import inodes as inodes_module
 from pkernfs.fs.filesystem import FileSystem
-from pkernfs.fs.inodes import Inode
 from pkernfs.layout import PAGE
 from support.checking import assert_clean
 from support.files import (
     KEEP_SIZE,
     MIB,
     PUNCH,
-    REG,
     ROOT,
     contents,
     make,
@@ -249,17 +246,6 @@ def test_orphans_are_reclaimed_after_a_crash(fs: FileSystem) -> None:
     assert_clean(fs.region)
 
 
-def test_numbers_are_used_again_with_another_generation(fs: FileSystem) -> None:
-    seen: dict[int, set[int]] = {}
-    for i in range(100):
-        inode = fs.create(ROOT, b"f%d" % i, REG, 0, 0)
-        assert inode.generation not in seen.setdefault(inode.ino, set())
-        seen[inode.ino].add(inode.generation)
-        fs.unlink(ROOT, b"f%d" % i)
-    assert len(seen) < 16
-    assert not any(ino % 16 == 0 for ino in seen)
-
-
 def test_forgetting_is_counted(fs: FileSystem) -> None:
     ino = make(fs)
     fs.remember(ino, 3)
@@ -269,16 +255,3 @@ def test_forgetting_is_counted(fs: FileSystem) -> None:
     fs.forget(ino, 1)
     with pytest.raises(NotFoundError):
         fs.inode(ino)
-
-
-def test_the_inode_cache_may_forget_anything(
-    fs: FileSystem, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(inodes_module, "_MAX_CACHED", 10)
-    for i in range(200):
-        ino = make(fs, b"%d" % i, b"%d" % i)
-        fs.setattr(ino, mode=0o600, uid=i)
-        fs.lookup(ROOT, b"%d" % (i // 2))
-    for i in range(200):
-        inode: Inode = fs.lookup(ROOT, b"%d" % i)
-        assert (inode.uid, contents(fs, inode.ino)) == (i, b"%d" % i)
