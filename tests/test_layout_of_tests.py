@@ -27,7 +27,6 @@ TESTED_ELSEWHERE = {
     "units.window": "units/test_mmio.py: a protocol, and that is the window that is real",
     "kexec.mounted": "kexec/test_local.py: a protocol, by what has it",
     "kexec.observer": "kexec/test_handover.py: a protocol, by what is told",
-    "dma.comparison": "dma/test_snapshot.py: it compares on the way to a snapshot and a switch",
 }
 #: Test files that are named after no module, and why.
 NAMED_OTHERWISE = {
