@@ -1,7 +1,8 @@
 """The laws of the tests' house: one file for each module, helpers in support, nothing borrowed.
 
-tests/P/test_M.py has the tests of src/pkernfs/P/M.py. What is otherwise is listed here with its
-reason. tests/lab and tests/scripts are apart: they follow machines and scripts, not modules.
+tests/P/test_M.py has the tests of src/pkernfs/P/M.py; only a module that declares and does nothing
+needs none. What is otherwise is listed here with its reason. tests/lab and tests/scripts are apart:
+they follow machines and scripts, not modules.
 """
 
 from __future__ import annotations
@@ -17,16 +18,13 @@ TESTS = Path(__file__).parent
 SOURCES = Path(pkernfs.__file__).parent
 APART = ("lab", "scripts", "support")
 
-#: Modules without a test file of their own: the file whose tests go through them, and why.
+#: Modules without a test file of their own, as they only declare: the file in which what they
+#: declare is used, and how.
 TESTED_ELSEWHERE = {
-    "dma.table_files": "dma/test_open_tables.py: it binds what the parts offer",
     "control.session": "control/test_table_requests.py: a protocol; its handlers have one made up",
     "dma.output": "control/test_protocol.py: questions and items go over the wire and come back",
-    "fuse.shim_build": "fuse/test_mount.py: it builds the extension that each mount loads",
-    "native.compiler": "native/test_build.py: flags of the compiler, which scripts/sanitize sets",
-    "units.window": "units/test_mmio.py: a protocol, and that is the window that is real",
     "kexec.mounted": "kexec/test_local.py: a protocol, by what has it",
-    "kexec.observer": "kexec/test_handover.py: a protocol, by what is told",
+    "units.window": "units/test_mmio.py: a protocol, and that is the window that is real",
 }
 #: Test files that are named after no module, and why.
 NAMED_OTHERWISE = {
@@ -84,6 +82,14 @@ def test_a_module_has_a_test_file_or_a_reason() -> None:
 def test_a_test_file_has_a_module_or_a_reason() -> None:
     without = {file for file in TEST_FILES if not names_something(file)}
     assert sorted(without) == sorted(NAMED_OTHERWISE)
+
+
+@pytest.mark.parametrize("module", TESTED_ELSEWHERE)
+def test_a_module_without_a_test_file_only_declares(module: str) -> None:
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert ast.get_docstring(node), node.name
+            assert len(node.body) == 1, f"{node.name} does something: test it"
 
 
 def test_tests_that_reasons_name_are_there() -> None:
