@@ -337,6 +337,36 @@ def test_a_file_that_grows_is_one_extent(file: File, flags: int) -> None:
     assert len(list(file.map.after(file.inode, 0))) == 1
 
 
+@pytest.mark.parametrize("unit", [1, SLOT], ids=["pages", "blocks"])
+@pytest.mark.parametrize("others", [0, 20], ids=["inline", "tree"])
+def test_a_hole_that_is_filled_again_is_no_seam(file: File, unit: int, others: int) -> None:
+    """The pages that were there are free, and the best ones."""
+    for page in range(others):
+        file.fill(200 + 2 * page, 201 + 2 * page, MIB)
+    base = 100 if unit == 1 else SLOT
+    file.fill(base, base + 5 * unit, 6 * BLOCK if unit > 1 else MIB)
+    [whole] = file.map.within(file.inode, base, base + 5 * unit)
+    file.remove(base + 2 * unit, base + 3 * unit)
+    file.check()
+    assert len(list(file.map.within(file.inode, base, base + 5 * unit))) == 2
+    file.fill(base + 2 * unit, base + 3 * unit, 6 * BLOCK if unit > 1 else MIB)
+    assert list(file.map.within(file.inode, base, base + 5 * unit)) == [whole]
+
+
+def test_blocks_that_are_not_in_one_run(mapped: Mapped) -> None:
+    first, second = mapped.files
+    slot = 1
+    while mapped.space.blocks.free_blocks:
+        (first, second)[slot % 2].fill(slot * SLOT, (slot + 1) * SLOT, 1 << 30)
+        slot += 1
+    second.remove(0, 100 * SLOT)
+    free = mapped.space.blocks.free_blocks
+    assert free > 2
+    added = first.fill(50 * SLOT, (50 + free) * SLOT, 1 << 30)
+    assert len(added) == free
+    mapped.check()
+
+
 def test_from_pages_to_a_block(file: File) -> None:
     assert not file.map.needs_promotion(file.inode, BLOCK), "nothing is there"
     file.fill(3, 7, 7 * PAGE)
