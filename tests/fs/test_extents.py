@@ -337,6 +337,23 @@ def test_a_file_that_grows_is_one_extent(file: File, flags: int) -> None:
     assert len(list(file.map.after(file.inode, 0))) == 1
 
 
+def test_five_extents_are_in_the_inode(file: File) -> None:
+    """The sixth makes a tree, which stays as long as there is one."""
+    for page in range(0, 10, 2):
+        file.fill(page, page + 1, MIB)
+    assert len(file.inode.extents) == 5
+    assert not file.inode.flags & INODE_FLAG_BODY
+    file.fill(10, 11, MIB)
+    assert file.inode.extents == []
+    assert file.inode.flags & INODE_FLAG_BODY
+    file.remove(2, 100)
+    assert file.inode.flags & INODE_FLAG_BODY
+    file.remove(0, 1)
+    assert not file.inode.flags & INODE_FLAG_BODY
+    file.fill(3, 4, MIB)
+    assert len(file.inode.extents) == 1
+
+
 @pytest.mark.parametrize("unit", [1, SLOT], ids=["pages", "blocks"])
 @pytest.mark.parametrize("others", [0, 20], ids=["inline", "tree"])
 def test_a_hole_that_is_filled_again_is_no_seam(file: File, unit: int, others: int) -> None:
