@@ -21,7 +21,8 @@ ROOT = Path(pkernfs.__file__).parent
 #: Lowest first. A module imports from its own package and from packages in lower layers.
 LAYERS = (
     ("errors",),
-    ("layout", "ratelimit"),
+    ("quantities", "ratelimit"),
+    ("layout",),
     ("options",),
     ("vtd",),
     ("host",),

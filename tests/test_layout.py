@@ -13,6 +13,7 @@ from struct import Struct
 import pytest
 
 from pkernfs import layout
+from pkernfs.quantities import Ino
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "format.md"
 
@@ -280,7 +281,14 @@ def test_only_declarations_and_pure_conversions() -> None:
     tree = ast.parse(inspect.getsource(layout))
     names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     names |= {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
-    assert names == {"__future__", "hashlib", "struct", "typing"}
+    assert names == {
+        "__future__",
+        "collections.abc",
+        "hashlib",
+        "pkernfs.quantities",
+        "struct",
+        "typing",
+    }
     assert "open" not in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
 
 
@@ -412,7 +420,7 @@ def test_a_hash_of_zero_counts_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_inode_numbers() -> None:
-    assert layout.split_ino(1) == (0, 1)
-    assert layout.split_ino(15) == (0, 15)
-    assert layout.split_ino(17) == (1, 1)
-    assert layout.split_ino(16 * 1000 + 9) == (1000, 9)
+    assert layout.split_ino(Ino(1)) == (0, 1)
+    assert layout.split_ino(Ino(15)) == (0, 15)
+    assert layout.split_ino(Ino(17)) == (1, 1)
+    assert layout.split_ino(Ino(16 * 1000 + 9)) == (1000, 9)

@@ -21,7 +21,9 @@ from cffi import FFI
 
 from pkernfs.dma.mount import mount_filesystem
 from pkernfs.fs.mkfs import make_filesystem
-from pkernfs.region.digest import cores, digest_all
+from pkernfs.layout import ROOT_INO
+from pkernfs.quantities import RegionOff
+from pkernfs.region.digest import Part, cores, digest_all
 from pkernfs.region.region import Region
 
 MIB = 1 << 20
@@ -63,7 +65,7 @@ def _plain_reader(directory: Path) -> Callable[[Region], None]:
                     at = next(todo, None)
                 if at is None:
                     return
-                view = region.view(at, STEP)
+                view = region.view(RegionOff(at), STEP)
                 lib.read_all(ffi.from_buffer("uint8_t[]", view), STEP)
 
         workers = [threading.Thread(target=work) for _ in range(cores())]
@@ -87,11 +89,11 @@ def _make(path: Path, size: int) -> None:
     with Region.open(str(path), write=True) as region:
         make_filesystem(region)
         fs = mount_filesystem(region)
-        parents = [fs.mkdir(1, b"d%d" % i, 0o755, 0, 0).ino for i in range(10)]
+        parents = [fs.mkdir(ROOT_INO, b"d%d" % i, 0o755, 0, 0).ino for i in range(10)]
         for i in range(1000):
             ino = fs.create(parents[i % 10], b"f%d" % i, 0o100644, 0, 0).ino
             fs.run(lambda ino=ino, i=i: fs.write(ino, 0, b"x" * (37 * i % 20_000 + 1)))  # type: ignore[misc]
-        ino = fs.create(1, b"guest-ram", 0o100644, 0, 0).ino
+        ino = fs.create(ROOT_INO, b"guest-ram", 0o100644, 0, 0).ino
         fs.run(lambda: fs.write(ino, 0, os.urandom(MIB) * 32))
         fs.unmount()
 
@@ -132,7 +134,7 @@ def _round(
             command = found["command"]
         subprocess.run(["umount", mount], check=True)
     found["command"] = command
-    chunks = [[(at, CHUNK)] for at in range(0, data.size, CHUNK)]
+    chunks = [[Part(RegionOff(at), CHUNK)] for at in range(0, data.size, CHUNK)]
     reads, digests = [], []
     for _ in range(TURNS):
         reads.append(_seconds(lambda: read(data)))
@@ -154,7 +156,7 @@ def main() -> None:
         _make(large, 1 << 40)
         _make(small, 1 << 30)
         with Region.anonymous(DIGEST_BYTES) as data:
-            data.copy_in(0, os.urandom(MIB) * (DIGEST_BYTES // MIB))
+            data.copy_in(RegionOff(0), os.urandom(MIB) * (DIGEST_BYTES // MIB))
             for region in (large, small):  # the first mount after a handover is what is timed
                 subprocess.run([sys.executable, "-c", PROGRAM, str(region), str(mount)], check=True)
                 _pkernfs("handover", mount)

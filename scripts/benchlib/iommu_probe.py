@@ -27,6 +27,7 @@ from pkernfs.iommu.memory import Memory
 from pkernfs.iommu.page_table import PageTable
 from pkernfs.journal import PageStore
 from pkernfs.layout import IOMMU_INO, PAGE, ROOT_INO
+from pkernfs.quantities import Ino, Iova, PageNo, PhysAddr, PhysRange, RegionOff, RegionRun
 from pkernfs.region.region import Region
 
 MIB = 1 << 20
@@ -34,9 +35,9 @@ GIB = 1 << 30
 REGION_BYTES = 64 * MIB
 FILES_BYTES = 68 * GIB
 UNLINKS = 51
-PHYS_BASE = 1 << 40
-POOL = (16 * MIB, 40 * MIB)
-DATA = 1 << 45
+PHYS_BASE = PhysAddr(1 << 40)
+POOL = RegionRun(RegionOff(16 * MIB), 40 * MIB)
+DATA = PhysAddr(1 << 45)
 FILL = """
 #include <stdint.h>
 void fill(uint64_t *p, uint64_t first, uint64_t step, uint64_t n)
@@ -55,7 +56,8 @@ def _plain_fill(directory: str) -> Callable[[Region, int], None]:
     lib: Any = ffi.dlopen(ffi.compile(tmpdir=directory))
 
     def fill(region: Region, entries: int) -> None:
-        lib.fill(ffi.from_buffer("uint64_t[]", region.view(POOL[0], 8 * entries)), 3, PAGE, entries)
+        words = ffi.from_buffer("uint64_t[]", region.view(POOL.offset, 8 * entries))
+        lib.fill(words, 3, PAGE, entries)
 
     return fill
 
@@ -73,22 +75,22 @@ def _round(
     memory = Memory(region, [POOL])
     entries = 16 * GIB // PAGE
     large = PageTable(memory, store.commit_words, largest=2)
-    found["map-2m"] = _milliseconds(lambda: large.map(0, DATA, 64 * GIB, 3))
-    found["unmap-2m"] = _milliseconds(lambda: large.unmap(0, 64 * GIB))
+    found["map-2m"] = _milliseconds(lambda: large.map(Iova(0), DATA, 64 * GIB, 3))
+    found["unmap-2m"] = _milliseconds(lambda: large.unmap(Iova(0), 64 * GIB))
     region.zero(*POOL)
     found["fill-c"] = _milliseconds(lambda: fill(region, entries))
     region.zero(*POOL)
     small = PageTable(memory, store.commit_words, largest=1)
-    found["map-4k"] = _milliseconds(lambda: small.map(0, DATA, 16 * GIB, 3))
+    found["map-4k"] = _milliseconds(lambda: small.map(Iova(0), DATA, 16 * GIB, 3))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    allowed = [(DATA, DATA + 16 * GIB)]
+    allowed = [PhysRange.of(DATA, 16 * GIB)]
     found["open"] = _milliseconds(lambda: PageTable(memory, store.commit_words, largest=1))
     found["check"] = _milliseconds(
         lambda: check(None, {"dom-0": memory}, allowed, config=Config()).clean or sys.exit("check")
     )
     found["scan"] = _milliseconds(lambda: sum(1 for _m in small.mappings()))
     found["growth"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    found["unmap-4k"] = _milliseconds(lambda: small.unmap(0, 16 * GIB))
+    found["unmap-4k"] = _milliseconds(lambda: small.unmap(Iova(0), 16 * GIB))
     return found
 
 
@@ -109,10 +111,10 @@ def _files_round() -> dict[str, float]:
     (_low, at, _length), *_ = fs.pieces(guest, 0, PAGE)
     start = (PHYS_BASE + at) % GIB  # as aligned as memory is: 1 GiB leaves
     found["file-map-2m"] = _milliseconds(
-        lambda: tables_of(fs).map_file(0, GIB + start + 2 * MIB, guest, 0, 64 * GIB, 3)
+        lambda: tables_of(fs).map_file(0, Iova(GIB + start + 2 * MIB), guest, 0, 64 * GIB, 3)
     )
     found["file-map-4k"] = _milliseconds(
-        lambda: tables_of(fs).map_file(1, GIB + start + PAGE, guest, 0, 16 * GIB, 3)
+        lambda: tables_of(fs).map_file(1, Iova(GIB + start + PAGE), guest, 0, 16 * GIB, 3)
     )
     fs.unmount()
     found["mount"] = _milliseconds(lambda: mount_filesystem(region))
@@ -133,10 +135,10 @@ def _files_round() -> dict[str, float]:
     return found
 
 
-def _file(fs: FileSystem, directory: int, name: bytes, size: int) -> int:
+def _file(fs: FileSystem, directory: Ino, name: bytes, size: int) -> Ino:
     ino = fs.create(directory, name, 0o100600, 0, 0).ino
     fs.run(lambda: fs.setattr(ino, size=size))
-    return int(ino)
+    return ino
 
 
 def main() -> int:
@@ -145,9 +147,9 @@ def main() -> int:
         fill = _plain_fill(directory)
     region = Region.anonymous(REGION_BYTES, phys_base=PHYS_BASE)
     for at in range(0, REGION_BYTES, MIB):  # touched before anything is timed
-        region.copy_in(at, b"\xff" * MIB)
-    region.zero(0, REGION_BYTES)
-    store = PageStore(region, bytes(16), 512, 511, REGION_BYTES // PAGE)
+        region.copy_in(RegionOff(at), b"\xff" * MIB)
+    region.zero(RegionOff(0), REGION_BYTES)
+    store = PageStore(region, bytes(16), PageNo(512), 511, REGION_BYTES // PAGE)
     for _ in range(rounds):
         print(json.dumps(_round(region, store, fill) | _files_round()), flush=True)
     return 0

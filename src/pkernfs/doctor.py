@@ -20,6 +20,7 @@ from pkernfs.host.dmar import read_dmar
 from pkernfs.host.sysroot import HOST, Host
 from pkernfs.iommu.config import Config as IommuConfig
 from pkernfs.kexec import systemd
+from pkernfs.quantities import Iova, PhysAddr
 from pkernfs.region import dax, physical
 from pkernfs.region.spec import looks_physical, parse_span
 from pkernfs.units import discovery
@@ -324,7 +325,7 @@ def _check_capabilities(host: Host, config: Config) -> Iterator[Result]:
     except PkernfsError as e:
         yield Result("dma", "units", UNKNOWN, str(e), "as root")
         return
-    wanted = Requirements(IommuConfig(), [], _HUGE_LEAF, 0, 0)
+    wanted = Requirements(IommuConfig(), [], _HUGE_LEAF, Iova(0), PhysAddr(0))
     for found in discovery.find_units(host, dmar, write=False):
         name = found.structure.name
         able_to = discovery.capabilities(host, found)

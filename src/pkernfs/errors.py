@@ -219,8 +219,9 @@ class UsageError(PkernfsError):
 class ZeroingNeeded(Exception):  # not an error: control flow
     """The operation needs more zeroed memory than may be zeroed at once; nothing was changed.
 
-    ``blocks`` are ``(first, count)`` runs of free 2 MiB blocks. The caller claims them, zeroes them
-    where it likes, finishes the claim and calls the operation again.
+    ``blocks`` are ``(first, count)`` runs of free 2 MiB blocks; plain pairs, for errors know no
+    other module. The caller claims them, zeroes them where it likes, finishes the claim and calls
+    the operation again.
     """
 
     def __init__(self, blocks: list[tuple[int, int]]) -> None:

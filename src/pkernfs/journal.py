@@ -10,9 +10,9 @@ What the pages mean is not this module's business.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from struct import Struct
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 from pkernfs.errors import CorruptionError, NoSpaceError, ReadOnlyError
 from pkernfs.layout import (
@@ -23,12 +23,12 @@ from pkernfs.layout import (
     RUN,
 )
 from pkernfs.native._native import ffi, lib
+from pkernfs.quantities import Ino, PageNo, RegionOff, Word, pages_from
 from pkernfs.region.region import Region
 
 MAX_PAGES = 1024
 SAFE_PAGES = 400  # their images fill less than the 2 MiB of the journal
 _ZERO_PAGE = bytes(PAGE)
-_unpack_magic = Struct("<I").unpack_from
 _MAX_VERIFIED = 1 << 17
 #: So that cffi refuses fewer bytes than C reads.
 _C_PAGE = ffi.typeof(f"uint8_t[{PAGE}]")
@@ -50,24 +50,30 @@ class PageStore:
     """
 
     def __init__(
-        self, region: Region, uuid: bytes, journal_page: int, journal_pages: int, total_pages: int
+        self,
+        region: Region,
+        uuid: bytes,
+        journal_page: PageNo,
+        journal_pages: int,
+        total_pages: int,
     ) -> None:
         self.region = region
         self.uuid = uuid
         self.total_pages = total_pages
         self.on_commit: list[Callable[[], object]] = []
         self.on_abort: list[Callable[[], object]] = []
-        self._view = region.view(0, total_pages * PAGE)
-        self._journal = journal_page * PAGE
+        self._view = region.view(RegionOff(0), total_pages * PAGE)
+        self._journal = RegionOff(journal_page * PAGE)
         self._capacity = journal_pages * PAGE
         self.sequence = 0  # of the last transaction that changed something
-        self._verified: dict[int, int] = {}
-        self._overlay: dict[int, bytearray] = {}
-        self._images: dict[int, memoryview] = {}
+        self._verified: dict[PageNo, int] = {}
+        self._overlay: dict[PageNo, bytearray] = {}
+        self._images: dict[PageNo, memoryview] = {}
+        self._made: dict[PageNo, int] = {}  # of them: those of :meth:`new`, and their magic
         #: What callers made of unchanged pages; an entry goes when its page is changed.
-        self.decoded: dict[int, Any] = {}
+        self.decoded: dict[PageNo, Any] = {}
         #: Gets the numbers of the pages that transactions change, if it is a set.
-        self.touched: set[int] | None = None
+        self.touched: set[PageNo] | None = None
         self._arena = ffi.new("uint8_t[]", MAX_PAGES * PAGE)
         self._arena_view = memoryview(ffi.buffer(self._arena))
         self._slots: list[memoryview] = []
@@ -110,18 +116,12 @@ class PageStore:
         return True
 
     def _replay_in_memory(self) -> None:
-        length = RECORD.unpack_from(self._view, self._journal)[4]
-        at = self._journal + RECORD.size
-        end = at + length
-        while at < end:
-            offset, words = RUN.unpack_from(self._view, at)
-            at += RUN.size
-            self._overlay_store(offset, self._view[at : at + 8 * words])
-            at += 8 * words
+        for offset, data in runs_of_record(self._view, self._journal):
+            self._overlay_store(offset, data)
 
-    def _overlay_store(self, offset: int, data: memoryview) -> None:
+    def _overlay_store(self, offset: RegionOff, data: memoryview) -> None:
         while len(data):
-            number, start = divmod(offset, PAGE)
+            number, start = PageNo(offset // PAGE), offset % PAGE
             length = min(PAGE - start, len(data))
             page = self._overlay.get(number)
             if page is None:
@@ -129,12 +129,12 @@ class PageStore:
                     self._view[number * PAGE : (number + 1) * PAGE]
                 )
             page[start : start + length] = data[:length]
-            offset += length
+            offset = RegionOff(offset + length)
             data = data[length:]
 
     # ------------------------------------------------------------------ pages
 
-    def read(self, page: int, magic: int) -> memoryview:
+    def read(self, page: PageNo, magic: int) -> memoryview:
         """The current contents of a metadata page: of this transaction, or of the region.
 
         :raises CorruptionError: out of the region, or not an intact page of that kind.
@@ -148,7 +148,7 @@ class PageStore:
             return memoryview(self._overlay[page]).toreadonly()
         return self._view[page * PAGE : page * PAGE + PAGE]
 
-    def edit(self, page: int, magic: int) -> memoryview:
+    def edit(self, page: PageNo, magic: int) -> memoryview:
         """A private image of a metadata page, to be changed in this transaction."""
         image = self._images.get(page)
         if image is None:
@@ -158,21 +158,24 @@ class PageStore:
             image[:] = self._view[page * PAGE : page * PAGE + PAGE]
         return image
 
-    def new(self, page: int, magic: int, owner: int) -> memoryview:
+    def new(self, page: PageNo, magic: int, owner: Ino) -> memoryview:
         """A zeroed image with its header, for a page that nothing refers to yet."""
         image = self._images.get(page)
         if image is None:
             image = self._take(page, 1)
         image[:] = _ZERO_PAGE
         HEADER.pack_into(image, 0, magic, 0, page, owner, self.uuid)
+        self._made[page] = magic
         return image
 
-    def forget(self, page: int) -> None:
-        """The page is free from this transaction on: what kind it was is no longer known."""
-        self.decoded.pop(page, None)
-        self.on_commit.append(lambda: self._verified.pop(page, None))
+    def forget(self, first: PageNo, count: int = 1) -> None:
+        """Pages are free from this transaction on: what kind they were is no longer known."""
+        pages = (first,) if count == 1 else pages_from(first, count)
+        for page in pages:
+            self.decoded.pop(page, None)
+            self.on_commit.append(partial(self._verified.pop, page, None))
 
-    def change_now(self, page: int, magic: int, change: Callable[[memoryview], object]) -> None:
+    def change_now(self, page: PageNo, magic: int, change: Callable[[memoryview], object]) -> None:
         """Change one page for good, as a transaction of its own inside the open one.
 
         For what has to be known before the open transaction may store in place. ``change`` gets
@@ -187,14 +190,8 @@ class PageStore:
         change(memoryview(image))
         if changed is not None:
             change(changed)
-        self.sequence += 1
         done = lib.pk_commit(
-            self.region.base,
-            self.region.size,
-            self._journal,
-            self._capacity,
-            self.sequence,
-            self._uuid_c,
+            *self._next_record(),
             ffi.from_buffer(_C_PAGE, image),
             ffi.new("uint64_t[]", [page]),
             ffi.new("uint8_t[]", [0]),
@@ -203,8 +200,8 @@ class PageStore:
         if done < 0:
             raise _refusal(done)
 
-    def commit_words(self, words: Sequence[tuple[int, int]]) -> None:
-        """Store ``(region offset, word)`` as one, in that order, each as an aligned 8-byte store.
+    def commit_words(self, words: Sequence[Word]) -> None:
+        """Store words as one, in that order, each as an aligned 8-byte store.
 
         For memory that is no metadata page: its own journal record, outside any transaction.
 
@@ -220,22 +217,23 @@ class PageStore:
                 raise RuntimeError(f"a word cannot be stored at {offset:#x}")
         offsets = ffi.new("uint64_t[]", [offset for offset, _word in words])
         values = ffi.new("uint64_t[]", [word for _offset, word in words])
+        done = lib.pk_commit_words(*self._next_record(), offsets, values, len(words))
+        if done < 0:
+            raise _refusal(done)
+
+    def _next_record(self) -> tuple[Any, ...]:
+        """What each commit tells C: the region, the journal, a sequence number of its own."""
         self.sequence += 1
-        done = lib.pk_commit_words(
+        return (
             self.region.base,
             self.region.size,
             self._journal,
             self._capacity,
             self.sequence,
             self._uuid_c,
-            offsets,
-            values,
-            len(words),
         )
-        if done < 0:
-            raise _refusal(done)
 
-    def _take(self, page: int, fresh: int) -> memoryview:
+    def _take(self, page: PageNo, fresh: int) -> memoryview:
         if not self._open:
             raise RuntimeError("a page is changed outside a transaction")
         used = self._used
@@ -251,7 +249,7 @@ class PageStore:
         self._used = used + 1
         return image
 
-    def _verify(self, page: int, magic: int) -> None:
+    def _verify(self, page: PageNo, magic: int) -> None:
         kind = MAGIC_NAMES[magic]
         if not 0 <= page < self.total_pages:
             raise CorruptionError(
@@ -305,29 +303,19 @@ class PageStore:
 
     def _commit(self) -> None:
         if self._used:
-            sequence = self.sequence = self.sequence + 1
             done = lib.pk_commit(
-                self.region.base,
-                self.region.size,
-                self._journal,
-                self._capacity,
-                sequence,
-                self._uuid_c,
-                self._arena,
-                self._numbers,
-                self._fresh,
-                self._used,
+                *self._next_record(), self._arena, self._numbers, self._fresh, self._used
             )
             if done < 0:
                 self._abort()
                 raise _refusal(done)
             if len(self._verified) > _MAX_VERIFIED:
                 self._verified.clear()
-            for page, image in self._images.items():
-                self._verified[page] = _unpack_magic(image)[0]
+            self._verified.update(self._made)  # the others are what they were found to be
             if self.touched is not None:
                 self.touched.update(self._images)
         self._images.clear()
+        self._made.clear()
         self._used = 0
         self._open = False
         self.on_abort.clear()
@@ -339,6 +327,7 @@ class PageStore:
 
     def _abort(self) -> None:
         self._images.clear()
+        self._made.clear()
         self._used = 0
         self._open = False
         self.on_commit.clear()
@@ -346,6 +335,24 @@ class PageStore:
         self.on_abort = []
         for callback in reversed(callbacks):
             callback()
+
+
+class RecordRun(NamedTuple):
+    """Bytes that a record stores: from which region offset on, and the bytes."""
+
+    offset: RegionOff
+    data: memoryview
+
+
+def runs_of_record(view: memoryview, at: RegionOff) -> Iterator[RecordRun]:
+    """Yield what the record at ``at`` stores, in order."""
+    end = at + RECORD.size + RECORD.unpack_from(view, at)[4]
+    position = at + RECORD.size
+    while position < end:
+        offset, words = RUN.unpack_from(view, position)
+        position += RUN.size
+        yield RecordRun(offset, view[position : position + 8 * words])
+        position += 8 * words
 
 
 def _refusal(code: int) -> Exception:

@@ -7,12 +7,11 @@ are little-endian and naturally aligned.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from struct import Struct
-from typing import NamedTuple, NewType
+from typing import NamedTuple, cast
 
-Ino = NewType("Ino", int)
-PageNo = NewType("PageNo", int)
-BlockNo = NewType("BlockNo", int)
+from pkernfs.quantities import BlockNo, Ino, PageNo, PhysAddr, RegionOff
 
 PAGE = 4096
 BLOCK = 2 << 20
@@ -67,6 +66,11 @@ BACKUP_PAGE = PageNo(PAGES_PER_BLOCK)
 JOURNAL_PAGE = PageNo(PAGES_PER_BLOCK + 1)
 JOURNAL_PAGES = PAGES_PER_BLOCK - 1
 
+#: Owner of the pages that belong to no inode, and the inode number of nothing.
+NO_INO = Ino(0)
+#: In fields of structures: there is none. The page with this number is the superblock's.
+NO_PAGE = PageNo(0)
+
 # ------------------------------------------------------------------------------ page header
 
 HEADER_BYTES = 64
@@ -80,7 +84,7 @@ SUPERBLOCK_OFFSET = 64
 RANGES_OFFSET = 512
 RANGE = Struct("<QQQQQI20x")
 MAX_RANGES = 50
-NO_PHYSICAL = (1 << 64) - 1
+NO_PHYSICAL = PhysAddr((1 << 64) - 1)
 
 # Where the region was: kind, number of pieces, alignment, name of the device; then the pieces
 PLACEMENT = Struct("<HHI24s")
@@ -106,7 +110,7 @@ class SuperblockFields(NamedTuple):
     feature_incompat: int
     region_bytes: int
     created: int
-    journal_page: int
+    journal_page: PageNo
     journal_pages: int
     hash_key: bytes
     label: bytes
@@ -115,10 +119,10 @@ class SuperblockFields(NamedTuple):
 class RangeFields(NamedTuple):
     """Range table entry (section 3); block numbers, page numbers."""
 
-    first_block: int
+    first_block: BlockNo
     blocks: int
-    phys_base: int
-    map_page: int
+    phys_base: PhysAddr
+    map_page: PageNo
     map_pages: int
     node: int
 
@@ -134,7 +138,10 @@ STATE_FLAG_ERROR = 1
 
 
 class StateFields(NamedTuple):
-    """State page from offset 64 (section 4)."""
+    """State page from offset 64 (section 4).
+
+    ``free_inode_page`` is 1 + the index of an inode page, 0: none.
+    """
 
     state: int
     flags: int
@@ -142,7 +149,7 @@ class StateFields(NamedTuple):
     mounted_at: int
     unmounted_at: int
     boot_id: bytes
-    inode_root: int
+    inode_root: PageNo
     inode_pages: int
     free_inode_page: int
     inodes_used: int
@@ -170,14 +177,14 @@ class HandoverFields(NamedTuple):
     number: int
     handed_over_at: int
     boot_id: bytes
-    list_ino: int
+    list_ino: Ino
     list_bytes: int
     list_digest: int
     flags: int
-    phys_base: int
+    phys_base: PhysAddr
 
 
-NO_HANDOVER = HandoverFields(0, 0, bytes(16), 0, 0, 0, 0, 0)
+NO_HANDOVER = HandoverFields(0, 0, bytes(16), NO_INO, 0, 0, 0, PhysAddr(0))
 
 HISTORY = Struct("<QQQ16s16sIIQ")  # and 8 reserved bytes
 HISTORY_OFFSET = 256
@@ -264,7 +271,7 @@ PENDING_TO_END = MAX_FILE_BYTES
 class InodeFields(NamedTuple):
     """Inode but for its inline bytes (section 6)."""
 
-    ino: int
+    ino: Ino
     generation: int
     mode: int
     uid: int
@@ -279,15 +286,34 @@ class InodeFields(NamedTuple):
     rdev_major: int
     rdev_minor: int
     data_pages: int
-    xattr_root: int
+    xattr_root: PageNo
     pending_start: int
     pending_end: int
-    parent: int
-    body: int
+    parent: Ino
+    body: PageNo
+
+
+class InodeSlot(NamedTuple):
+    """Where an inode is: index of its page in the inode table, slot 1..15 in that page."""
+
+    page_index: int
+    slot: int
 
 
 EXTENT = Struct("<QQQ")
 EXTENT_BYTES = EXTENT.size
+
+
+class Extent(NamedTuple):
+    """``pages`` pages of a file, from its page ``file_page`` on: region pages, from ``page`` on.
+
+    In the tree of the inode table ``file_page`` is the index of an inode page.
+    """
+
+    file_page: int
+    page: PageNo
+    pages: int
+
 
 # ------------------------------------------------------------------------------ trees
 
@@ -325,6 +351,23 @@ OVERFLOW_DATA_BYTES = PAGE - OVERFLOW_DATA_OFFSET
 RECORD = Struct("<QIIQQQ16sQ")
 RUN = Struct("<QQ")
 
+# ------------------------------------------------------------------------------ conversions
+
+
+def block_of(page: PageNo) -> BlockNo:
+    """The block that a page is in."""
+    return BlockNo(page // PAGES_PER_BLOCK)
+
+
+def first_page(block: BlockNo) -> PageNo:
+    """The first page of a block; its page map, if it has one."""
+    return PageNo(block * PAGES_PER_BLOCK)
+
+
+def page_offset(page: PageNo) -> RegionOff:
+    """Where a page starts."""
+    return RegionOff(page * PAGE)
+
 
 def name_key(name: bytes, hash_key: bytes) -> int:
     """First of the 2048 keys that a name may have in a name or attribute tree (section 8)."""
@@ -333,6 +376,12 @@ def name_key(name: bytes, hash_key: bytes) -> int:
     return (value or 1) << COLLISION_BITS
 
 
-def split_ino(ino: int) -> tuple[int, int]:
-    """Index of the inode page and slot in it of an inode number (section 6)."""
-    return ino >> 4, ino & 15
+def split_ino(ino: Ino) -> InodeSlot:
+    """The place of an inode by its number (section 6)."""
+    return InodeSlot(ino >> 4, ino & 15)
+
+
+def inos_of(index: int) -> Sequence[Ino]:
+    """Return the numbers of the inodes in a page of the inode table, by slot (section 6)."""
+    first = index * SLOTS_PER_INODE_PAGE
+    return cast(Sequence[Ino], range(first, first + SLOTS_PER_INODE_PAGE))  # one call for all

@@ -9,6 +9,7 @@ import re
 from typing import NamedTuple
 
 from pkernfs.errors import NotSupportedError, UsageError
+from pkernfs.quantities import PhysAddr
 
 _SIZE = re.compile(r"(0[xX][0-9a-fA-F]+|[0-9]+)([KMGTkmgt]?)", re.ASCII)
 _SHIFT = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
@@ -168,10 +169,10 @@ def _parse_value(name: str, value: str) -> int | str:
     return value
 
 
-def _parse_phys_base(text: str) -> int:
+def _parse_phys_base(text: str) -> PhysAddr:
     address = parse_size(text, "phys_base")
     if address % _PAGE or address >> _ADDRESS_BITS:
         raise UsageError(
             f"bad phys_base: got {text}, expected a multiple of 4096 below 2^{_ADDRESS_BITS}"
         )
-    return address
+    return PhysAddr(address)

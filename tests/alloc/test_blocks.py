@@ -10,7 +10,6 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from pkernfs.alloc import bitmap
 from pkernfs.alloc.blocks import INLINE_ZERO_BLOCKS, IsolatedBlocks
 from pkernfs.errors import CorruptionError, NoSpaceError, ZeroingNeeded
 from pkernfs.layout import (
@@ -21,9 +20,11 @@ from pkernfs.layout import (
     MAP_CARVED_OFFSET,
     MAP_USED_OFFSET,
     MAP_ZERO_OFFSET,
-    PAGE,
     PAGES_PER_BLOCK,
+    first_page,
+    page_offset,
 )
+from pkernfs.quantities import BlockNo, BlockRun, Ino, PageNo, PhysAddr, RegionOff, pages_from
 from support.space import META_BLOCK, GiveUp, Space, space
 
 GIB = 1 << 30
@@ -38,9 +39,9 @@ class SpaceMachine(RuleBasedStateMachine):
     @initialize(blocks=st.integers(5, 14))
     def start(self, blocks: int) -> None:
         self.space = Space(blocks * BLOCK)
-        self.owned: dict[int, int] = {}  # block: owner
+        self.owned: dict[BlockNo, Ino] = {}  # block: owner
         self.claims: list[IsolatedBlocks] = []
-        self.page_owners: dict[int, int] = {}  # page: class
+        self.page_owners: dict[PageNo, int] = {}  # page: class
         used = self.space.pages._free
         self.meta_pages = {
             block * PAGES_PER_BLOCK + bit
@@ -65,7 +66,9 @@ class SpaceMachine(RuleBasedStateMachine):
         keep=st.booleans(),
         give_up=st.booleans(),
     )
-    def alloc(self, count: int, near: int | None, owner: int, keep: bool, give_up: bool) -> None:
+    def alloc(
+        self, count: int, near: BlockNo | None, owner: Ino, keep: bool, give_up: bool
+    ) -> None:
         sp = self.space
         free = self.expected_free()
         claimed = sum(n for isolated in self.claims for _, n in isolated.runs)
@@ -73,7 +76,7 @@ class SpaceMachine(RuleBasedStateMachine):
         try:
             with sp.store:
                 runs = sp.blocks.alloc(count, near, owner=owner if keep else None)
-                taken = [b for first, n in runs for b in range(first, first + n)]
+                taken = [BlockNo(b) for first, n in runs for b in range(first, first + n)]
                 assert len(taken) == count == len(set(taken))
                 assert not set(taken) & self.owned.keys()
                 assert (
@@ -98,26 +101,26 @@ class SpaceMachine(RuleBasedStateMachine):
             assert sp.blocks.free_blocks == free
             return
         for block in taken:
-            assert sp.region.is_zero(block * BLOCK, BLOCK), "stale bytes"
+            assert sp.region.is_zero(RegionOff(block * BLOCK), BLOCK), "stale bytes"
             self.owned[block] = owner
             # What the owner stores there must never be seen again.
-            sp.region.copy_in(block * BLOCK + 17 * owner, b"stale")
-            sp.region.copy_in((block + 1) * BLOCK - 1, b"s")
+            sp.region.copy_in(RegionOff(block * BLOCK + 17 * owner), b"stale")
+            sp.region.copy_in(RegionOff((block + 1) * BLOCK - 1), b"s")
 
     @rule(number=st.integers(0, 100), count=st.integers(1, 4), give_up=st.booleans())
     def free(self, number: int, count: int, give_up: bool) -> None:
         if not self.owned:
             return
         first = sorted(self.owned)[number % len(self.owned)]
-        blocks: list[int] = []
+        blocks: list[BlockNo] = []
         while first + len(blocks) in self.owned and len(blocks) < count:
-            blocks.append(first + len(blocks))
+            blocks.append(BlockNo(first + len(blocks)))
         try:
             with self.space.store:
                 self.space.blocks.free(first, len(blocks))
                 # They are not to be had before the end of the transaction.
                 free = self.space.blocks.free_blocks
-                again: list[bitmap.Run] = []
+                again: list[BlockRun] = []
                 if free:
                     again = self.space.blocks.alloc(1, first, zeroed=False)
                     assert not set(blocks) & {again[0][0]}
@@ -150,7 +153,7 @@ class SpaceMachine(RuleBasedStateMachine):
                 self.space.blocks.putback(isolated)
 
     @rule(owner=st.integers(1, 3))
-    def stop_growing(self, owner: int) -> None:
+    def stop_growing(self, owner: Ino) -> None:
         self.space.blocks.drop_preallocation(owner)
 
     @rule(
@@ -159,14 +162,14 @@ class SpaceMachine(RuleBasedStateMachine):
         near=st.integers(0, 1 << 12),
         give_up=st.booleans(),
     )
-    def alloc_pages(self, count: int, kind: int, near: int, give_up: bool) -> None:
+    def alloc_pages(self, count: int, kind: int, near: PageNo, give_up: bool) -> None:
         sp = self.space
         free = sp.pages.free_pages + sp.blocks.free_blocks * 511
         before = sp.pages.free_pages, sp.blocks.free_blocks
         try:
             with sp.store:
                 runs = sp.pages.alloc(count, kind, near)
-                taken = [p for first, n in runs for p in range(first, first + n)]
+                taken = [p for first, n in runs for p in pages_from(first, n)]
                 if give_up:
                     raise GiveUp
         except NoSpaceError:
@@ -186,7 +189,7 @@ class SpaceMachine(RuleBasedStateMachine):
             assert page // PAGES_PER_BLOCK not in self.owned
             self.page_owners[page] = kind
             if kind == CLASS_DATA:
-                sp.region.copy_in(page * PAGE, b"stale")
+                sp.region.copy_in(page_offset(page), b"stale")
 
     @rule(seed=st.integers(0, 1000), share=st.sampled_from([0.1, 0.9, 1.0]), give_up=st.booleans())
     def free_pages(self, seed: int, share: float, give_up: bool) -> None:
@@ -243,7 +246,7 @@ class SpaceMachine(RuleBasedStateMachine):
         assert known == {b for b, bit in enumerate(self.space.blocks._zero) if bit}
         assert not known & self.space.bits(MAP_USED_OFFSET)
         for block in known:
-            assert self.space.region.is_zero(block * BLOCK, BLOCK)
+            assert self.space.region.is_zero(RegionOff(block * BLOCK), BLOCK)
 
 
 TestSpace = pytest.mark.slow("a model of all of it")(SpaceMachine.TestCase)
@@ -256,7 +259,7 @@ def test_one_run_if_there_is_one() -> None:
     with space(64 * BLOCK) as sp:
         taken = sp.alloc(60)
         assert taken == list(range(taken[0], taken[0] + 60))
-        for block in (*range(5, 10), *range(20, 32), *range(40, 45)):
+        for block in map(BlockNo, (*range(5, 10), *range(20, 32), *range(40, 45))):
             sp.free(block, 1)
         assert sp.alloc(12) == list(range(20, 32))
         with sp.store, pytest.raises(ZeroingNeeded):
@@ -276,7 +279,7 @@ def test_the_goal_comes_first() -> None:
 
 @pytest.mark.parametrize("phase", [None, 0, BLOCK, 300 * BLOCK, GIB - BLOCK])
 def test_a_gib_starts_at_a_physical_gib(phase: int | None) -> None:
-    base = None if phase is None else (7 << 30) + phase
+    base = None if phase is None else PhysAddr((7 << 30) + phase)
     with space(4 * GIB, base) as sp:
         for _ in range(2):
             taken = sp.alloc(BLOCKS_PER_GIB)
@@ -296,7 +299,7 @@ def test_small_ones_do_not_cut_up_an_empty_region() -> None:
 
 def test_two_that_grow_in_turn_keep_out_of_each_others_way() -> None:
     with space(2 * GIB) as sp:
-        files: dict[int, list[int]] = {7: [], 8: []}
+        files: dict[int, list[BlockNo]] = {7: [], 8: []}
         for _ in range(200):
             for owner, have in files.items():
                 have += sp.alloc(1, have[-1] + 1 if have else None, owner)
@@ -316,7 +319,7 @@ def test_what_is_kept_is_let_go() -> None:
         assert first == [10]
         assert sp.alloc(1, 11) != [11]
         assert sp.alloc(1, 11, owner=5) == [11]
-        sp.blocks.drop_preallocation(5)
+        sp.blocks.drop_preallocation(Ino(5))
         assert sp.alloc(1, 12) == [12]
 
 
@@ -334,12 +337,12 @@ def test_few_dirty_blocks_are_zeroed_at_once_and_many_are_asked_for() -> None:
     with space(32 * BLOCK) as sp:
         taken = sp.alloc(sp.blocks.free_blocks)
         for block in taken:
-            sp.region.copy_in(block * BLOCK, b"\xff" * BLOCK)
+            sp.region.copy_in(RegionOff(block * BLOCK), b"\xff" * BLOCK)
         for block in taken:
             sp.free(block, 1)
         with sp.store:
             ((first, count),) = sp.blocks.alloc(INLINE_ZERO_BLOCKS)
-        assert sp.region.is_zero(first * BLOCK, count * BLOCK)
+        assert sp.region.is_zero(RegionOff(first * BLOCK), count * BLOCK)
         free = sp.blocks.free_blocks
         with pytest.raises(ZeroingNeeded) as caught, sp.store:
             sp.blocks.alloc(INLINE_ZERO_BLOCKS + 1)
@@ -355,7 +358,7 @@ def test_few_dirty_blocks_are_zeroed_at_once_and_many_are_asked_for() -> None:
         sp.zero(isolated)
         sp.blocks.putback(other)
         for block in sp.alloc(free):
-            assert sp.region.is_zero(block * BLOCK, BLOCK)
+            assert sp.region.is_zero(RegionOff(block * BLOCK), BLOCK)
         assert sp.blocks.next_dirty(1) is None
 
 
@@ -367,7 +370,7 @@ def test_freeing_what_is_not_in_use() -> None:
             if first <= META_BLOCK:
                 continue
             with pytest.raises(CorruptionError), sp.store:
-                sp.blocks.free(first, count)
+                sp.blocks.free(BlockNo(first), count)
 
         def twice() -> None:
             sp.blocks.free(block, 1)
@@ -375,19 +378,20 @@ def test_freeing_what_is_not_in_use() -> None:
 
         with pytest.raises(CorruptionError), sp.store:
             twice()
-        page = META_BLOCK * PAGES_PER_BLOCK
+        page = first_page(META_BLOCK)
         for number in (page, page + 200, block * PAGES_PER_BLOCK):
             with pytest.raises(CorruptionError), sp.store:
-                sp.pages.free(number)
+                sp.pages.free(PageNo(number))
         assert sp.blocks.free_blocks == before
 
 
 def _nothing_half_done(work: Callable[[Space], object]) -> None:
     with space(8 * BLOCK) as sp:
-        before = sp.region.read(0, BLOCK), sp.blocks.free_blocks, sp.pages.free_pages
+        start = RegionOff(0)
+        before = sp.region.read(start, BLOCK), sp.blocks.free_blocks, sp.pages.free_pages
         with pytest.raises(NoSpaceError), sp.store:
             work(sp)
-        assert (sp.region.read(0, BLOCK), sp.blocks.free_blocks, sp.pages.free_pages) == before
+        assert (sp.region.read(start, BLOCK), sp.blocks.free_blocks, sp.pages.free_pages) == before
         sp.load()
         assert (sp.blocks.free_blocks, sp.pages.free_pages) == before[1:]
 
@@ -402,7 +406,7 @@ def test_no_space_leaves_nothing_half_done() -> None:
             sp.pages.alloc(100, CLASS_DATA)
 
     _nothing_half_done(blocks)
-    _nothing_half_done(lambda sp: sp.blocks.alloc(6, 4, owner=3))
+    _nothing_half_done(lambda sp: sp.blocks.alloc(6, BlockNo(4), owner=Ino(3)))
     with space(8 * BLOCK) as sp:
         free = sp.blocks.free_blocks, sp.pages.free_pages
         with pytest.raises(NoSpaceError), sp.store:
@@ -416,7 +420,7 @@ def test_no_space_leaves_nothing_half_done() -> None:
 
 
 def test_a_claim_comes_in_pieces() -> None:
-    isolated = IsolatedBlocks([bitmap.Run(3, 5), bitmap.Run(20, 1)])
+    isolated = IsolatedBlocks([BlockRun(BlockNo(3), 5), BlockRun(BlockNo(20), 1)])
     assert isolated.pieces(4 * BLOCK) == [
         (3 * BLOCK, 4 * BLOCK),
         (7 * BLOCK, BLOCK),
@@ -447,9 +451,9 @@ def test_a_chosen_block_is_nobody_elses_and_dirty() -> None:
     with space(16 * BLOCK) as sp:
         free = sp.blocks.free_blocks
         with sp.store:
-            block = sp.blocks.choose(1, 7)
+            block = sp.blocks.choose(1, Ino(7))
             assert block not in {b for f, n in sp.blocks.alloc(free - 1) for b in range(f, f + n)}
-            sp.region.copy_in(block * BLOCK, b"filled")
+            sp.region.copy_in(RegionOff(block * BLOCK), b"filled")
             sp.blocks.alloc_chosen(block)
         assert sp.blocks.free_blocks == 0
         assert block in sp.bits(MAP_USED_OFFSET)
@@ -460,11 +464,11 @@ def test_a_chosen_block_that_is_not_wanted_is_free() -> None:
     with space(16 * BLOCK) as sp:
         free = sp.blocks.free_blocks
         with sp.store:
-            block = sp.blocks.choose(1, 7)
-            sp.region.copy_in(block * BLOCK, b"filled")
+            block = sp.blocks.choose(1, Ino(7))
+            sp.region.copy_in(RegionOff(block * BLOCK), b"filled")
             sp.blocks.free_chosen(block)
         assert sp.blocks.free_blocks == free
         assert block not in sp.bits(MAP_USED_OFFSET)
         assert block not in sp.bits(MAP_ZERO_OFFSET)
         assert sp.alloc(1, block) == [block]
-        assert sp.region.is_zero(block * BLOCK, BLOCK)
+        assert sp.region.is_zero(RegionOff(block * BLOCK), BLOCK)

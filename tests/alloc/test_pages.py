@@ -14,16 +14,19 @@ from pkernfs.layout import (
     MAGIC_PAGE_MAP,
     PAGE_MAP_USED_OFFSET,
     PAGES_PER_BLOCK,
+    block_of,
+    first_page,
 )
+from pkernfs.quantities import PageNo, pages_from
 from support.space import space
 
 
 def test_pages_fill_the_last_gaps_of_a_full_region() -> None:
     with space(8 * BLOCK) as sp:
         sp.alloc(sp.blocks.free_blocks - 1)
-        taken: list[int] = []
+        taken: list[PageNo] = []
         with sp.store:
-            taken += [p for f, n in sp.pages.alloc(500, CLASS_DATA) for p in range(f, f + n)]
+            taken += [p for f, n in sp.pages.alloc(500, CLASS_DATA) for p in pages_from(f, n)]
         with sp.store:
             for page in taken[::2]:
                 sp.pages.free(page)
@@ -44,10 +47,10 @@ def test_pages_fill_the_last_gaps_of_a_full_region() -> None:
 def test_an_empty_carved_block_is_given_back_whole() -> None:
     with space(16 * BLOCK) as sp:
         free = sp.blocks.free_blocks
-        taken: list[int] = []
+        taken: list[PageNo] = []
         for _ in range(4):
             with sp.store:
-                taken += [p for f, n in sp.pages.alloc(511, CLASS_DATA) for p in range(f, f + n)]
+                taken += [p for f, n in sp.pages.alloc(511, CLASS_DATA) for p in pages_from(f, n)]
         assert sp.blocks.free_blocks == free - 4
         random.Random(1).shuffle(taken)
         for at in range(0, len(taken), 300):
@@ -63,8 +66,8 @@ def test_page_0_of_each_block_is_its_map() -> None:
             with sp.store:
                 runs = sp.pages.alloc(511, kind)
             assert all(first % PAGES_PER_BLOCK for first, _ in runs)
-            for block in {first // PAGES_PER_BLOCK for first, _ in runs}:
-                page = sp.store.read(block * PAGES_PER_BLOCK, MAGIC_PAGE_MAP)
+            for block in {block_of(first) for first, _ in runs}:
+                page = sp.store.read(first_page(block), MAGIC_PAGE_MAP)
                 assert page[PAGE_MAP_USED_OFFSET] & 1
 
 
@@ -85,8 +88,8 @@ def test_the_goal_comes_first() -> None:
         with sp.store:
             ((first, _),) = sp.pages.alloc(20, CLASS_DATA)
         with sp.store:
-            sp.pages.free(first + 5, 10)
+            sp.pages.free(PageNo(first + 5), 10)
         with sp.store:
-            runs = sp.pages.alloc(12, CLASS_DATA, first + 8)
+            runs = sp.pages.alloc(12, CLASS_DATA, PageNo(first + 8))
         assert runs[0] == (first + 8, 7)  # as far as it goes
         assert sum(length for _, length in runs) == 12

@@ -17,12 +17,13 @@ from pkernfs.commands.extents import describe, read_extents
 from pkernfs.control.mounts import FSTYPE, Mount
 from pkernfs.errors import NotSupportedError
 from pkernfs.fuse.extents_xattr import NAME, Extent
+from pkernfs.quantities import PhysAddr, RegionOff
 from support.command_lines import Command, refused
 
 FOUND = [
-    Extent(0, 0x200000, 0x400000, 0x40400000),
-    Extent(0x200000, 4096, 0x5000, None),
-    Extent(0x400000, 4096, 0x6000, 0),
+    Extent(0, 0x200000, RegionOff(0x400000), PhysAddr(0x40400000)),
+    Extent(0x200000, 4096, RegionOff(0x5000), None),
+    Extent(0x400000, 4096, RegionOff(0x6000), PhysAddr(0)),
 ]
 
 

@@ -20,6 +20,7 @@ from pkernfs.control.protocol import Abort, Commit, Freeze, Frozen, MakeManifest
 from pkernfs.control.wire import Call, request_line
 from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import BusyError, InvalidError, PermissionDeniedError
+from pkernfs.quantities import Ino, RegionOff
 from pkernfs.region.region import Region
 from support.control import answer_to, socket_of
 from support.mounting import _PROGRAM, Mapper, Mounted, child, libc, run_as, run_pkernfs, wait_until
@@ -63,13 +64,13 @@ def verified(m: Mounted) -> dict[str, Any]:
     return found
 
 
-def place(m: Mounted, path: str) -> int:
+def place(m: Mounted, path: str) -> RegionOff:
     """Region offset of a file's first byte."""
     done = run_pkernfs("extents", "--json", str(m.path / path))
-    return int(json.loads(done.stdout)["extents"][0]["region_offset"])
+    return RegionOff(json.loads(done.stdout)["extents"][0]["region_offset"])
 
 
-def scribble(m: Mounted, offset: int, data: bytes) -> None:
+def scribble(m: Mounted, offset: RegionOff, data: bytes) -> None:
     with Region.open(str(m.region), write=True) as region:
         region.copy_in(offset, data)
 
@@ -307,7 +308,7 @@ def info_of_region(m: Mounted) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "request_", [MakeManifest(4096), WriteManifest(3, 0, b""), Commit(0, 0, 0)]
+    "request_", [MakeManifest(4096), WriteManifest(Ino(3), 0, b""), Commit(Ino(0), 0, 0)]
 )
 def test_nothing_without_a_freeze(mounted: Mounted, request_: Call[Any]) -> None:
     with pytest.raises(InvalidError, match="no freeze is under way"):
@@ -320,13 +321,13 @@ def test_bad_numbers_are_refused(mounted: Mounted, value: Any) -> None:
     next(lease)
     requests: list[Call[Any]] = [
         MakeManifest(value),
-        WriteManifest(3, value, b""),
+        WriteManifest(Ino(3), value, b""),
         Commit(value, 0, 0),
     ]
     for request in requests:
         with pytest.raises(InvalidError, match="bad "):
             client.call(str(mounted.path), request)
-    line = request_line(WriteManifest(3, 0, b"x")).replace(b'"eA=="', b'"!!"')
+    line = request_line(WriteManifest(Ino(3), 0, b"x")).replace(b'"eA=="', b'"!!"')
     assert "base64" in answer_to(socket_of(mounted.path), line)["error"]
     lease.close()
 
@@ -361,8 +362,8 @@ def test_damage_is_not_handed_over(mounted: Mounted) -> None:
     mounted.unmount()
     with Region.open(str(mounted.region), write=False) as region:
         fs = mount_filesystem(region, read_only=True)
-        at = fs.inode(fs.lookup(1, b"victim").ino).body * 4096
-        before = region.read(at + 100, 16)
+        at = fs.inode(fs.lookup(Ino(1), b"victim").ino).body * 4096
+        before = region.read(RegionOff(at + 100), 16)
     mounted.start()
     with open(mounted.region, "r+b") as file:
         file.seek(at + 100)
@@ -388,7 +389,7 @@ def test_changed_bytes_are_found_and_the_file_is_named(mounted: Mounted, options
     found = hand_over(mounted, "--digest")
     assert found["digest_bytes"] >= 5 * MIB
     mounted.unmount()
-    scribble(mounted, at + 4 * MIB + 7, b"scribbled")
+    scribble(mounted, RegionOff(at + 4 * MIB + 7), b"scribbled")
     scribble(mounted, small, b"S")
     mounted.options = options
     mounted.start()

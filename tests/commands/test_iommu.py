@@ -45,6 +45,7 @@ from pkernfs.control.wire import VERSION
 from pkernfs.dma.output import Record, Status, Text
 from pkernfs.errors import PkernfsError
 from pkernfs.layout import PAGE
+from pkernfs.quantities import Ino, Iova, RegionOff, SourceId
 from pkernfs.region.region import Region
 from pkernfs.vtd.entries import bdf_text
 from support.crash import say
@@ -137,11 +138,11 @@ class Guest(Mounted):
         """Every byte of the table files, by name."""
         return {p.name: p.read_bytes() for p in sorted((self.path / "iommu").iterdir())}
 
-    def extents(self, path: Path) -> list[tuple[int, int, int]]:
+    def extents(self, path: Path) -> list[tuple[int, int, RegionOff]]:
         """``(offset, length, region offset)``."""
         found = subprocess.run(["true"], check=True) and run_pkernfs("extents", str(path), "--json")
         return [
-            (e["offset"], e["length"], e["region_offset"])
+            (e["offset"], e["length"], RegionOff(e["region_offset"]))
             for e in json.loads(found.stdout)["extents"]
         ]
 
@@ -434,10 +435,10 @@ def test_out_of_table_pages(guest: Guest) -> None:
     """The message is a command that helps."""
     done("map", guest.dom(0), 0, guest.path / "small", "--length", "4K")
     dom = str(guest.dom(0))
-    ino = (guest.path / "small").stat().st_ino
+    ino = Ino((guest.path / "small").stat().st_ino)
     with pytest.raises(PkernfsError, match="no free page for tables") as caught:  # noqa: PT012
         for at in range(1, 600):
-            client.call(dom, MapFile(0, at << 30, ino, 0, PAGE, 3))
+            client.call(dom, MapFile(0, Iova(at << 30), ino, 0, PAGE, 3))
     assert caught.value.errno == 28
     said = str(caught.value)
     assert said.endswith("it must grow by 2 MiB: truncate -s +2M")
@@ -829,20 +830,20 @@ def read(path: Path, what: Any, **question: Any) -> list[Text | Record | Status]
 def test_everything_at_once(mapped: Guest) -> None:
     """Maps and unmaps, questions and checks, beside files that come, go and move."""
     dom = str(mapped.dom(0))
-    ram, small = mapped.ram.stat().st_ino, (mapped.path / "small").stat().st_ino
+    ram, small = (Ino(p.stat().st_ino) for p in (mapped.ram, mapped.path / "small"))
     for name in ("a", "b"):
         (mapped.path / name).mkdir()
 
     def change(number: int) -> None:
-        iova = (2 + number % 7) << 30
+        iova = Iova((2 + number % 7) << 30)
         offset = PAGE * (number % 3)
         client.call(dom, MapFile(0, iova, ram, offset, 4 * MIB, 3))
-        client.call(dom, MapFile(0, iova + 8 * MIB, small, offset, PAGE, 3))
-        client.call(dom, Unmap(0, iova + MIB, PAGE))
+        client.call(dom, MapFile(0, Iova(iova + 8 * MIB), small, offset, PAGE, 3))
+        client.call(dom, Unmap(0, Iova(iova + MIB), PAGE))
         client.call(dom, Unmap(0, iova, 1 << 30))
 
     def attach(number: int) -> None:
-        device = 0x100 * (1 + number % 5) + number % 256
+        device = SourceId(0x100 * (1 + number % 5) + number % 256)
         client.call(dom, Attach(0, device))
         client.call(dom, Detach(device))
 
@@ -881,11 +882,11 @@ def test_everything_at_once(mapped: Guest) -> None:
 def test_pins_hold_under_load(mapped: Guest) -> None:
     """A file that is mapped all the time is never let go, whatever goes on."""
     dom = str(mapped.dom(0))
-    ram = mapped.ram.stat().st_ino
+    ram = Ino(mapped.ram.stat().st_ino)
 
     def change(number: int) -> None:
-        client.call(dom, MapFile(0, 4 << 30, ram, 0, 2 * MIB, 3))
-        client.call(dom, Unmap(0, 4 << 30, 2 * MIB))
+        client.call(dom, MapFile(0, Iova(4 << 30), ram, 0, 2 * MIB, 3))
+        client.call(dom, Unmap(0, Iova(4 << 30), 2 * MIB))
 
     def attack(number: int) -> None:
         refused(EBUSY, mapped.ram.unlink)
@@ -909,7 +910,7 @@ def test_sigkill_amid_maps_and_unmaps(number: int, request: pytest.FixtureReques
     say(request.config, f"sigkill amid maps: PKERNFS_SEED={seed}, number 0")
     rng = random.Random(seed)
     with Guest() as guest:
-        dom, ino = str(guest.dom(0)), guest.ram.stat().st_ino
+        dom, ino = str(guest.dom(0)), Ino(guest.ram.stat().st_ino)
         guest.size(guest.path / "free", 4 * MIB)
         done("attach", guest.dom(0), BDF)
         known: dict[int, int] = {}  # page of the address space: page of the file
@@ -939,13 +940,13 @@ def test_sigkill_amid_maps_and_unmaps(number: int, request: pytest.FixtureReques
                     wanted = {shift + p: p for p in span}
                     after.update(wanted)
                     states[:] = [known, after]
-                    at, length = (shift + page) * PAGE, count * PAGE
+                    at, length = Iova((shift + page) * PAGE), count * PAGE
                     client.call(dom, MapFile(0, at, ino, page * PAGE, length, 3))
                 elif any(p in known for p in span):
                     for p in span:
                         after.pop(p, None)
                     states[:] = [known, after]
-                    client.call(dom, Unmap(0, page * PAGE, count * PAGE))
+                    client.call(dom, Unmap(0, Iova(page * PAGE), count * PAGE))
                 known = after
         killer.join()
         guest.daemon.wait()  # type: ignore[union-attr]
@@ -1036,9 +1037,9 @@ def test_clients_that_go_away(mapped: Guest) -> None:
 
 def test_bdf_text_and_parser_agree(guest: Guest) -> None:
     for source_id in (0, 0x28, 0xFFFF, 0x1F7):
-        done("attach", guest.dom(0), bdf_text(source_id))
+        done("attach", guest.dom(0), bdf_text(SourceId(source_id)))
     whole = iommu("show", guest.path, "--json").json
     assert [d["device"] for d in whole["devices"]] == [
-        bdf_text(s) for s in (0, 0x28, 0x1F7, 0xFFFF)
+        bdf_text(SourceId(s)) for s in (0, 0x28, 0x1F7, 0xFFFF)
     ]
     assert is_mounted(guest.path)

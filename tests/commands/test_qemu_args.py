@@ -22,6 +22,7 @@ from pkernfs import cli
 from pkernfs.commands import qemu_args
 from pkernfs.errors import PkernfsError
 from pkernfs.fuse.extents_xattr import Extent
+from pkernfs.quantities import PhysAddr, RegionOff
 from support.mounting import MIB, Mounted, run_pkernfs, wait_until
 
 BLOCK = 2 * MIB
@@ -74,12 +75,12 @@ def shell(command: str) -> None:
 def test_joins_by_region_offset_only() -> None:
     """Physical addresses of huge pages jump where the region does not."""
     extents = [
-        (0, BLOCK, 8 * BLOCK, 0x40000000),
-        (BLOCK, BLOCK, 9 * BLOCK, 0x200000),
-        (2 * BLOCK, BLOCK, 11 * BLOCK, 0x400000),
-        (4 * BLOCK, BLOCK, 12 * BLOCK, 0x600000),  # behind a hole
+        Extent(0, BLOCK, RegionOff(8 * BLOCK), PhysAddr(0x40000000)),
+        Extent(BLOCK, BLOCK, RegionOff(9 * BLOCK), PhysAddr(0x200000)),
+        Extent(2 * BLOCK, BLOCK, RegionOff(11 * BLOCK), PhysAddr(0x400000)),
+        Extent(4 * BLOCK, BLOCK, RegionOff(12 * BLOCK), PhysAddr(0x600000)),  # behind a hole
     ]
-    assert qemu_args.join([Extent(*e) for e in extents]) == [
+    assert qemu_args.join(extents) == [
         (0, 2 * BLOCK, 8 * BLOCK),
         (2 * BLOCK, BLOCK, 11 * BLOCK),
         (4 * BLOCK, BLOCK, 12 * BLOCK),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NewType
 
 import pytest
 
 from pkernfs.control.codec import Between, decode, encode
 from pkernfs.errors import InvalidError
+
+Page = NewType("Page", int)
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,27 @@ def as_json(message: object) -> Any:
 def test_what_is_sent_arrives() -> None:
     assert decode(All, as_json(ONE), "test") == ONE
     assert as_json(ONE)["data"] == "AP8="
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Numbers that have a type of their own."""
+
+    first: Page
+    ranged: Annotated[Page, Between(0, 9)]
+    many: tuple[Page, ...]
+    maybe: Page | None
+
+
+def test_a_new_type_is_what_it_is_made_of() -> None:
+    pages = Pages(Page(1), Page(9), (Page(2), Page(3)), None)
+    fields = as_json(pages)
+    assert fields == {"first": 1, "ranged": 9, "many": [2, 3], "maybe": None}
+    assert decode(Pages, fields, "test") == pages
+    with pytest.raises(InvalidError, match=r"^test: bad first: got True, expected a number$"):
+        decode(Pages, {**fields, "first": True}, "test")
+    with pytest.raises(InvalidError, match=r"^test: bad ranged: got 10, expected a number from 0"):
+        decode(Pages, {**fields, "ranged": 10}, "test")
 
 
 def test_a_default_may_be_missing() -> None:

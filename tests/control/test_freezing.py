@@ -23,6 +23,7 @@ from pkernfs.control.protocol import (
 )
 from pkernfs.errors import BusyError, InvalidError
 from pkernfs.fs.filesystem import FileSystem
+from pkernfs.quantities import Ino
 from support.made_up_session import MadeUpSession, items_of, reply_of
 
 
@@ -80,7 +81,7 @@ def test_the_commit_ends_the_lease_and_not_the_freeze(fs: FileSystem, lease: Lea
         made = await reply_of(lease.handlers, MakeManifest(4096))
         assert list(made.pages) == sorted(made.pages)
         await reply_of(lease.handlers, WriteManifest(made.ino, 0, b"x" * 4096))
-        done = await reply_of(lease.handlers, Commit(0, 0, 0))
+        done = await reply_of(lease.handlers, Commit(Ino(0), 0, 0))
         assert done.number == 1
 
     assert lease.held(work)
@@ -92,7 +93,7 @@ def test_the_commit_ends_the_lease_and_not_the_freeze(fs: FileSystem, lease: Lea
 
 
 @pytest.mark.parametrize(
-    "request_", [MakeManifest(4096), WriteManifest(3, 0, b""), Commit(0, 0, 0)]
+    "request_", [MakeManifest(4096), WriteManifest(Ino(3), 0, b""), Commit(Ino(0), 0, 0)]
 )
 def test_nothing_without_a_lease(fs: FileSystem, lease: Lease, request_: Any) -> None:
     for _ in range(2):
@@ -102,10 +103,10 @@ def test_nothing_without_a_lease(fs: FileSystem, lease: Lease, request_: Any) ->
 
 
 def test_files_that_are_open_are_named(fs: FileSystem, lease: Lease) -> None:
-    lease.session.open_for_writing = {7: 1, 5: 2}
+    lease.session.open_for_writing = {Ino(7): 1, Ino(5): 2}
     clock = MockClock(autojump_threshold=0)
     found = trio.run(items_of, lease.handlers, Freeze(), clock=clock)
-    assert found == [OpenForWriting((7, 5))]
+    assert found == [OpenForWriting((Ino(7), Ino(5)))]
     assert not fs.frozen
     assert "drain" in lease.session.asked, "what was just closed may still be told"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, NewType, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -21,6 +21,7 @@ from pkernfs.control.wire import (
     request_line,
 )
 from pkernfs.dma.output import Question
+from pkernfs.quantities import Iova, SourceId
 
 #: A value of each kind of field.
 VALUES: dict[Any, Any] = {int: 3, bool: True, str: "ü\n", bytes: b"\0\xff", dict: {"a": [1, None]}}
@@ -37,6 +38,8 @@ def example(annotation: Any) -> Any:
         return arguments[-1]  # of a Literal
     if type(None) in arguments:
         return example(arguments[0])
+    if isinstance(annotation, NewType):
+        return example(annotation.__supertype__)
     return VALUES[get_origin(annotation) or annotation]
 
 
@@ -70,7 +73,7 @@ def test_requests_and_answers_come_back(kind: type[Request[Any]]) -> None:
 
 
 def test_a_question_has_all_that_was_asked() -> None:
-    asked = protocol.Read("show", 1, 2, 3, 4, 1, True, True)
-    assert asked.question() == Question("show", 1, 2, 3, 4, 1, True, True)
+    asked = protocol.Read("show", 1, SourceId(2), Iova(3), 4, 1, True, True)
+    assert asked.question() == Question("show", 1, SourceId(2), Iova(3), 4, 1, True, True)
     assert [f.name for f in dataclasses.fields(asked)] == list(Question._fields)
     assert protocol.Read("check").question() == Question("check")

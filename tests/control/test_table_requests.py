@@ -14,11 +14,13 @@ from pkernfs.control.wire import Call
 from pkernfs.dma.output import Record, Status, Text
 from pkernfs.errors import BusyError, InvalidError, NotFoundError, TableDamageError
 from pkernfs.fs.names import ROOT_PGTABLES
-from pkernfs.layout import IOMMU_INO, PAGE
+from pkernfs.layout import IOMMU_INO, PAGE, ROOT_INO
+from pkernfs.quantities import Iova
 from support.made_up_session import A, MadeUpSession, items_of, reply_of
 from support.table_files import DEVICE, MIB, RW, Host, table_ino
 
 GIB = 1 << 30
+AT = Iova(GIB)  # where the file is mapped
 
 
 class Rig:
@@ -39,7 +41,7 @@ class Rig:
         """All that the answer is made of."""
         return trio.run(items_of, self.handlers, request)
 
-    def map_file(self, iova: int = GIB) -> ByteCount:
+    def map_file(self, iova: Iova = AT) -> ByteCount:
         """Map the whole file."""
         return self.call(protocol.MapFile(0, iova, self.file, 0, None, RW))
 
@@ -61,7 +63,7 @@ def test_a_change_invalidates_what_the_kernel_knows(rig: Rig) -> None:
         f"invalidate attributes of {rig.file}",
     ]
     rig.session.asked.clear()
-    assert rig.call(protocol.Unmap(0, GIB, 2 * PAGE)) == ByteCount(2 * PAGE)
+    assert rig.call(protocol.Unmap(0, AT, 2 * PAGE)) == ByteCount(2 * PAGE)
     assert rig.session.asked == [f"invalidate data of {root}", f"invalidate data of {rig.domain}"]
     assert rig.host.mappings(0)[0][0] == GIB + 2 * PAGE
 
@@ -98,7 +100,7 @@ def test_questions(rig: Rig) -> None:
     kinds = {type(item) for item in rig.read(protocol.Read("export"))}
     assert kinds == {Record}
     assert Status(0) in rig.read(protocol.Read("check"))
-    found = rig.read(protocol.Read("translate", device=DEVICE, iova=GIB))
+    found = rig.read(protocol.Read("translate", device=DEVICE, iova=AT))
     assert Status(0) in found
     assert "/guest + 0x0" in "".join(item.text for item in found if isinstance(item, Text))
     with pytest.raises(InvalidError, match="cannot read 'translate'"):
@@ -126,9 +128,11 @@ def test_tables_that_are_not_sound_are_not_activated(
 ) -> None:
     rig.map_file()
     ino = rig.host.file_of("other", MIB)
-    rig.call(protocol.MapFile(0, 2 * GIB, ino, 0, None, RW))
+    rig.call(protocol.MapFile(0, Iova(2 * GIB), ino, 0, None, RW))
     table = rig.host.tables.domain(0)
-    rig.host.region.copy_in(table.memory.offset(table.root, 8) or 0, b"\xff" * 8)
+    at = table.memory.offset(table.root, 8)
+    assert at is not None
+    rig.host.region.copy_in(at, b"\xff" * 8)
     with pytest.raises(TableDamageError, match="activate: the tables are not sound: "):
         rig.call(protocol.Activate((), False))
 
@@ -142,4 +146,4 @@ def test_the_jump_wants_a_handover(rig: Rig) -> None:
 def test_mapped_files_stay(rig: Rig) -> None:
     rig.map_file()
     with pytest.raises(BusyError):
-        rig.host.fs.unlink(1, b"guest")
+        rig.host.fs.unlink(ROOT_INO, b"guest")

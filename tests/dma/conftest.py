@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from pkernfs.quantities import Iova
 from support.checking import assert_clean
 from support.table_files import GIB, MIB, Host, ino_of
 
@@ -26,5 +27,5 @@ def mapped(host: Host) -> Host:
     host.file_of("guest", 4 * MIB)
     host.file_of("other", 4 * MIB)
     host.dom(0)
-    host.map(0, GIB, ino_of(host, "guest"))
+    host.map(0, Iova(GIB), ino_of(host, "guest"))
     return host

@@ -27,6 +27,7 @@ from pkernfs.host.dmar import ENDPOINT
 from pkernfs.iommu.config import Config
 from pkernfs.iommu.context_walk import Mode
 from pkernfs.layout import IOMMU_INO, PAGE, ROOT_INO
+from pkernfs.quantities import Iova, SourceId
 from pkernfs.region.region import Region
 from pkernfs.vtd.registers import Command, Step, StepKind
 from support.dmar_tables import add_device, config, drhd, rmrr, scope
@@ -62,19 +63,19 @@ def legacy(tmp_path: Path) -> Iterator[Rig]:
 
 def test_changes_are_obeyed_when_they_return(rig: Rig) -> None:
     tables = tables_of(rig.fs)
-    ram = rig.file("ram", 8 * MIB)
+    ram, inside = rig.file("ram", 8 * MIB), Iova(AT + 5 * MIB)
     tables.map_file(0, AT, ram, 0, None, 3)
     rig.activate()
     rig.put(ram, 5 * MIB, 0x55)
-    assert rig.load(FIRST, AT + 5 * MIB) == 0x55
-    tables.unmap(0, AT + 5 * MIB, PAGE)  # splits a superpage that is cached
-    assert rig.load(FIRST, AT + 5 * MIB) is None
+    assert rig.load(FIRST, inside) == 0x55
+    tables.unmap(0, inside, PAGE)  # splits a superpage that is cached
+    assert rig.load(FIRST, inside) is None
     rig.put(ram, 5 * MIB + PAGE, 0x66)
-    assert rig.load(FIRST, AT + 5 * MIB + PAGE) == 0x66
-    tables.map_file(0, AT + 5 * MIB, ram, 5 * MIB, PAGE, 3)  # makes it one again
-    assert rig.load(FIRST, AT + 5 * MIB) == 0x55
+    assert rig.load(FIRST, Iova(inside + PAGE)) == 0x66
+    tables.map_file(0, inside, ram, 5 * MIB, PAGE, 3)  # makes it one again
+    assert rig.load(FIRST, inside) == 0x55
     tables.unmap(0, AT, 8 * MIB)
-    assert rig.load(FIRST, AT + 5 * MIB) is None
+    assert rig.load(FIRST, inside) is None
     rig.fs.unlink(ROOT_INO, b"ram")
     # What was aside while the unit might have had it is free again: all but the scratch's tables.
     assert tables.domain(0).used_pages == 4
@@ -197,9 +198,9 @@ def test_devices_that_must_not_be_attached_meanwhile(legacy: Rig) -> None:
     add_device(root, "0000:00:1c.0", config(kind=6, express=4))
     add_device(root, "0000:00:1c.0/0000:01:00.0", config(express=0))
     with pytest.raises(InvalidError, match=r"0000:01:00.0: below dmar1, which does not walk"):
-        tables_of(legacy.fs).attach(0, 0x100)
+        tables_of(legacy.fs).attach(0, SourceId(0x100))
     with pytest.raises(InvalidError, match=r"0000:00:07.0: there is none"):
-        tables_of(legacy.fs).attach(0, 0x38)
+        tables_of(legacy.fs).attach(0, SourceId(0x38))
 
 
 def test_a_unit_that_does_not_obey_ends_all_changes(legacy: Rig) -> None:
@@ -317,7 +318,7 @@ def test_a_device_below_another_unit(legacy: Rig) -> None:
 
 
 def test_a_device_that_is_not_there(legacy: Rig) -> None:
-    tables_of(legacy.fs).attach(0, 0x38)
+    tables_of(legacy.fs).attach(0, SourceId(0x38))
     refused(legacy, InvalidError, "0000:00:07.0: there is none")
 
 
@@ -332,7 +333,7 @@ def test_a_device_below_a_conventional_bridge(legacy: Rig) -> None:
     root = Path(legacy.host.root)
     add_device(root, "0000:00:1e.0", config(kind=6, express=7))
     add_device(root, "0000:00:1e.0/0000:02:01.0", config())
-    tables_of(legacy.fs).attach(0, 0x208)
+    tables_of(legacy.fs).attach(0, SourceId(0x208))
     refused(legacy, InvalidError, "0000:02:01.0: a bridge to conventional PCI")
 
 

@@ -27,6 +27,7 @@ from pkernfs.host.pci import PciDevice
 from pkernfs.iommu.config import Config
 from pkernfs.iommu.context_walk import Mode
 from pkernfs.layout import PAGE
+from pkernfs.quantities import Iova, PhysAddr, RegionOff, SourceId
 from pkernfs.region.checksum import crc32c
 from pkernfs.units.discovery import FoundUnit
 from pkernfs.units.mmio import MemoryWindow
@@ -40,7 +41,7 @@ from support.table_files import MIB, PHYS_BASE, RW, Host
 
 READ = 1
 UNIT = 0xFED9_0000
-SECOND_UNIT = 0x100  # 01:00.0, below a bridge of its own
+SECOND_UNIT = SourceId(0x100)  # 01:00.0, below a bridge of its own
 TABLE_FILES = (0, 1)
 
 
@@ -69,8 +70,8 @@ class Beside:
         self.physical = host.physical(self.file)
         for number, device in zip(TABLE_FILES, (EDU, NIC), strict=True):
             host.dom(number)
-            self.map_here(number, 0, 4 * MIB)
-            self.kernel.domains[number].map(0, self.physical, 4 * MIB, RW)
+            self.map_here(number, Iova(0), 4 * MIB)
+            self.kernel.domains[number].map(Iova(0), self.physical, 4 * MIB, RW)
             self.kernel.root.attach(device, self.kernel.domains[number].root, number + 2)
             host.attach(number, device)
 
@@ -87,12 +88,12 @@ class Beside:
         there.mkdir(parents=True, exist_ok=True)
         (there / "DMAR").write_bytes(table(*structures))
 
-    def map_here(self, number: int, iova: int, length: int, at: int = 0, perm: int = RW) -> None:
+    def map_here(self, number: int, iova: Iova, length: int, at: int = 0, perm: int = RW) -> None:
         self.tables.map_file(number, iova, self.file, at, length, perm)
 
-    def map_live(self, iova: int, length: int, at: int = 0, perm: int = RW) -> None:
+    def map_live(self, iova: Iova, length: int, at: int = 0, perm: int = RW) -> None:
         """In the kernel's first domain."""
-        self.kernel.domains[0].map(iova, self.physical + at, length, perm)
+        self.kernel.domains[0].map(iova, PhysAddr(self.physical + at), length, perm)
 
     def find(self, host: sysroot.Host, dmar: Dmar) -> list[FoundUnit]:
         assert host is self.machine
@@ -115,7 +116,7 @@ class Beside:
         with self.open() as units:
             units.check()
 
-    def device(self, source_id: int = EDU) -> PciDevice:
+    def device(self, source_id: SourceId = EDU) -> PciDevice:
         with self.open() as units:
             return units.device(source_id)
 
@@ -136,7 +137,7 @@ class Beside:
 
     def checksums(self) -> list[int]:
         """Of all that is in the two regions."""
-        return [crc32c(r.view(0, r.size)) for r in (self.kernel.region, self.fs.region)]
+        return [crc32c(r.view(RegionOff(0), r.size)) for r in (self.kernel.region, self.fs.region)]
 
 
 @pytest.fixture(params=[Mode.LEGACY, Mode.SCALABLE], ids=["legacy", "scalable"])
@@ -169,49 +170,49 @@ def test_the_same_with_other_levels(host: Host, tmp_path: Path, mode: Mode, leve
 
 
 def test_it_does_not_matter_how_leaves_are_cut(both: Beside) -> None:
-    both.kernel.domains[0].unmap(0, 4 * MIB)
+    both.kernel.domains[0].unmap(Iova(0), 4 * MIB)
     for at in range(0, 4 * MIB, MIB):
-        both.map_live(at, MIB, at)
+        both.map_live(Iova(at), MIB, at)
     both.check()
 
 
 def test_something_more_is_live(both: Beside) -> None:
-    both.map_live(GIB, 2 * MIB, 4 * MIB)
+    both.map_live(Iova(GIB), 2 * MIB, 4 * MIB)
     both.differs(
         InvalidError,
         rf"^device 0000:00:05\.0: its live domain maps iova 0x40000000 \(0x200000 bytes, rw\) to "
         rf"{both.physical + 4 * MIB:#x}, and dom-0 does not: "
         r"pkernfs iommu snapshot 0000:00:05\.0 MNT/iommu/dom-0 again$",
     )
-    both.map_here(0, GIB, 2 * MIB, 4 * MIB)
+    both.map_here(0, Iova(GIB), 2 * MIB, 4 * MIB)
     both.check()
 
 
 def test_something_more_is_here(both: Beside) -> None:
-    both.map_here(1, GIB, PAGE, 4 * MIB)
+    both.map_here(1, Iova(GIB), PAGE, 4 * MIB)
     both.differs(
         InvalidError,
         r"^device 0000:03:00\.0: dom-1 maps iova 0x40000000 \(0x1000 bytes, rw\) to "
         rf"{both.physical + 4 * MIB:#x}, and its live domain does not: "
         r"pkernfs iommu snapshot 0000:03:00\.0 MNT/iommu/dom-1 again$",
     )
-    both.kernel.domains[1].map(GIB, both.physical + 4 * MIB, PAGE, RW)
+    both.kernel.domains[1].map(Iova(GIB), PhysAddr(both.physical + 4 * MIB), PAGE, RW)
     both.check()
 
 
 def test_another_permission(both: Beside) -> None:
-    both.kernel.domains[0].protect(PAGE, PAGE, READ)
+    both.kernel.domains[0].protect(Iova(PAGE), PAGE, READ)
     both.differs(InvalidError, r"0000:00:05\.0: its live domain maps iova 0x1000 \(0x1000 bytes, r")
 
 
 def test_other_memory(both: Beside) -> None:
-    both.kernel.domains[0].unmap(0, 2 * MIB)
-    both.map_live(0, 2 * MIB, 4 * MIB)
+    both.kernel.domains[0].unmap(Iova(0), 2 * MIB)
+    both.map_live(Iova(0), 2 * MIB, 4 * MIB)
     both.differs(InvalidError, f"its live domain maps iova 0x0 .* to {both.physical + 4 * MIB:#x}")
 
 
 def test_nothing_is_live(both: Beside) -> None:
-    both.kernel.domains[0].unmap(0, 4 * MIB)
+    both.kernel.domains[0].unmap(Iova(0), 4 * MIB)
     both.differs(InvalidError, r"dom-0 maps iova 0x0 \(0x400000 bytes, rw\)")
     both.kernel.root.detach(EDU)
     both.differs(NotFoundError, r"device 0000:00:05\.0: no live domain in dmar1: bind it to vfio")
@@ -235,7 +236,7 @@ def test_tables_of_another_shape(legacy: Beside, what: Config) -> None:
     tables = legacy.tables
     for number, device in zip(TABLE_FILES, (EDU, NIC), strict=True):
         tables.detach(device)
-        tables.unmap(number, 0, 4 * MIB)
+        tables.unmap(number, Iova(0), 4 * MIB)
     tables.create_root(what)
     tables.attach(0, EDU)
     legacy.differs(
@@ -250,21 +251,21 @@ def test_tables_of_another_shape(legacy: Beside, what: Config) -> None:
 
 def test_a_device_that_does_not_persist(both: Beside) -> None:
     both.tables.persist(EDU, False)
-    both.map_live(GIB, PAGE)
+    both.map_live(Iova(GIB), PAGE)
     both.check()
     both.tables.persist(EDU, True)
     both.differs(InvalidError, "its live domain maps iova 0x40000000")
 
 
 def test_a_unit_that_the_kernel_does_not_drive(both: Beside) -> None:
-    both.map_live(GIB, PAGE)
+    both.map_live(Iova(GIB), PAGE)
     both.driven = set()
     both.check()
 
 
 def test_a_unit_that_walks_the_regions_tables(both: Beside) -> None:
     """It has been switched: the kernel's tables are of no matter any more."""
-    both.map_live(GIB, PAGE)
+    both.map_live(Iova(GIB), PAGE)
     register = both.tables.need_root().root | RootTableAddress.TTM.put("TTM", both.kernel.mode)
     both.kernel.window[0x20:0x28] = register.to_bytes(8, "little")
     both.check()
@@ -277,7 +278,7 @@ def test_a_table_that_the_kernel_has_adopted(both: Beside) -> None:
     both.kernel.root.detach(EDU)
     both.kernel.root.attach(EDU, both.tables.domain(0).root, 2)
     both.check()
-    both.map_here(0, GIB, PAGE)
+    both.map_here(0, Iova(GIB), PAGE)
     both.check()
     both.kernel.root.detach(NIC)
     both.kernel.root.attach(NIC, both.kernel.domains[1].root, 2)
@@ -287,7 +288,7 @@ def test_a_table_that_the_kernel_has_adopted(both: Beside) -> None:
 def test_nothing_is_attached(both: Beside) -> None:
     for device in (EDU, NIC):
         both.tables.detach(device)
-    both.map_live(GIB, PAGE)
+    both.map_live(Iova(GIB), PAGE)
     both.check()
 
 
@@ -318,7 +319,7 @@ def test_a_unit_whose_registers_cannot_be_reached(legacy: Beside) -> None:
 
 
 def test_a_domain_that_is_damaged_here(legacy: Beside) -> None:
-    at = legacy.tables.domain(0).root - PHYS_BASE
+    at = RegionOff(legacy.tables.domain(0).root - PHYS_BASE)
     word = int.from_bytes(legacy.fs.region.read(at, 8), "little")
     legacy.fs.region.store_u64(at, 1 << 62 | 3)
     legacy.here.fs = remount(legacy.fs)
@@ -345,7 +346,7 @@ def test_devices_that_may_depend_on_tables(legacy: Beside) -> None:
 
 def test_devices_that_may_not(legacy: Beside) -> None:
     with pytest.raises(NotFoundError, match=r"^device 0000:00:06\.0: no such device$"):
-        legacy.device(0x30)
+        legacy.device(SourceId(0x30))
     place = legacy.root / "sys/bus/pci/devices/0000:00:05.0/config"
     place.write_bytes(config(express=0, ats=True))
     with pytest.raises(InvalidError, match=r"0000:00:05\.0: ATS is enabled"):
@@ -364,7 +365,7 @@ def test_tables_of_a_unit_are_looked_at_once(both: Beside) -> None:
         live = units.unit(units.above(units.device(EDU)))
         entry = live.entry(EDU)
         mappings = units.mappings(live, entry)
-        both.kernel.domains[0].unmap(0, 2 * MIB)
+        both.kernel.domains[0].unmap(Iova(0), 2 * MIB)
         both.kernel.root.detach(NIC)
         both.kernel.save()
         assert units.unit(units.above(units.device(NIC))) is live
@@ -378,7 +379,7 @@ def test_tables_of_a_unit_are_looked_at_once(both: Beside) -> None:
 
 
 def test_domains_of_devices_are_told_apart(both: Beside) -> None:
-    both.kernel.domains[1].unmap(0, 2 * MIB)
+    both.kernel.domains[1].unmap(Iova(0), 2 * MIB)
     with both.open() as units:
         live = units.unit(units.found["dmar1"])
         found = [units.mappings(live, live.entry(device)) for device in (EDU, NIC)]
@@ -411,7 +412,7 @@ def test_what_is_in_a_devices_group(legacy: Beside) -> None:
         units.check_group(device, {EDU, NIC})
         units.check_group(device, {NIC})
         message = r"^device 0000:00:05\.0: 0000:03:00\.0 is in the same IOMMU group, and is not att"
-        for kept in ({EDU}, set()):
+        for kept in ({EDU}, set[SourceId]()):
             with pytest.raises(InvalidError, match=message):
                 units.check_group(device, kept)
     legacy.check()
@@ -433,7 +434,7 @@ def test_a_second_name_in_requests(both: Beside) -> None:
     with both.open() as units:
         live = units.unit(units.found["dmar1"])
         units.check_names(units.device(EDU), live, both.kernel.domains[0].root)
-    both.kernel.root.attach(0x1FF, both.kernel.domains[0].root, 2)
+    both.kernel.root.attach(SourceId(0x1FF), both.kernel.domains[0].root, 2)
     with both.open() as units:
         live = units.unit(units.found["dmar1"])
         units.check_names(units.device(EDU), live, both.kernel.domains[1].root)

@@ -29,6 +29,7 @@ from pkernfs.iommu.memory import Memory
 from pkernfs.iommu.page_pool import Mapping
 from pkernfs.iommu.translate import translate, translate_domain
 from pkernfs.layout import BLOCK, IOMMU_INO, PAGE, ROOT_INO
+from pkernfs.quantities import Ino, Iova, PhysAddr, RegionOff, SourceId
 from pkernfs.region.checksum import crc32c
 from pkernfs.region.region import Region
 from pkernfs.region.trace import Store
@@ -42,8 +43,8 @@ pytestmark = pytest.mark.crash
 GIB = 1 << 30
 REGION_BYTES = 24 * MIB
 NOWHERE = Machine("/nowhere")  # no device is there
-BAR = Bar(0x30, 0, 1 << 40, 4 * MIB)
-DEVICES = (DEVICE, 0x29, 0x30, 0x2A80)
+BAR = Bar(SourceId(0x30), 0, PhysAddr(1 << 40), 4 * MIB)
+DEVICES = [SourceId(d) for d in (DEVICE, 0x29, 0x30, 0x2A80)]
 MOUNT_STRIDE = 40  # of the steps that fill a record or a new table: nobody reads them yet
 RECOVERIES = 3
 
@@ -63,12 +64,12 @@ class Case:
     again: bool = True
 
 
-def small(h: Host) -> int:
+def small(h: Host) -> Ino:
     """``small``: 6 pages, of which the second to the fifth are a hole."""
     return h.fs.find(ROOT_INO, b"small")
 
 
-def large(h: Host) -> int:
+def large(h: Host) -> Ino:
     """``large``: three blocks, of which the second is a hole."""
     return h.fs.find(ROOT_INO, b"large")
 
@@ -89,23 +90,23 @@ def base(h: Host) -> None:
 
 def some_mapped(h: Host) -> None:
     """Pieces of both, and a device."""
-    h.map(0, 0, small(h), 0, PAGE)
-    h.map(0, 4 * PAGE, small(h), 5 * PAGE, PAGE)
-    h.map(0, GIB, large(h), 0, BLOCK)
+    h.map(0, Iova(0), small(h), 0, PAGE)
+    h.map(0, Iova(4 * PAGE), small(h), 5 * PAGE, PAGE)
+    h.map(0, Iova(GIB), large(h), 0, BLOCK)
     h.attach(0)
 
 
 def used_before(h: Host) -> None:
     """The free pages of dom-0 are full of entries."""
-    for iova in (0, GIB):
+    for iova in (Iova(0), Iova(GIB)):
         h.map(0, iova, large(h), 0, BLOCK - PAGE)
-    h.tables.unmap(0, 0, 1 << 48)
+    h.tables.unmap(0, Iova(0), 1 << 48)
     h.run(partial(h.fs.fallocate, large(h), FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE, 0, BLOCK))
 
 
 def second_domain(h: Host) -> None:
     h.dom(1)
-    h.map(1, 0, large(h), 4 * MIB, BLOCK)
+    h.map(1, Iova(0), large(h), 4 * MIB, BLOCK)
 
 
 def make_domain(h: Host) -> None:
@@ -131,7 +132,7 @@ def reading(h: Host) -> snapshot.Reading:
     """What a kernel would have mapped for the device: all that both files have."""
     places = [(0, small(h)), (2 * GIB, large(h))]
     mappings = [
-        Mapping(iova + low, PHYS_BASE + at, length, RW)
+        Mapping(Iova(iova + low), PhysAddr(PHYS_BASE + at), length, RW)
         for iova, ino in places
         for low, at, length in h.fs.pieces(ino, 0, 6 * MIB)
     ]
@@ -139,7 +140,7 @@ def reading(h: Host) -> snapshot.Reading:
         DEVICE,
         Shape(Mode.LEGACY, 4),
         7,
-        0x123000,
+        PhysAddr(0x123000),
         mappings,
         same=frozenset([DEVICE]),
         taken=frozenset([3]),
@@ -163,37 +164,38 @@ CASES = [
     Case("snapshot in scalable mode, first of all",
          take(lambda h: reading(h)._replace(shape=Shape(Mode.SCALABLE, 4)))),
     Case("snapshot in place of what was mapped", take(reading),
-         lambda h: h.map(0, PAGE, large(h), 0, BLOCK)),
+         lambda h: h.map(0, Iova(PAGE), large(h), 0, BLOCK)),
     Case("snapshot in place of another", take(reading), both(some_mapped, second_domain)),
     Case("snapshot in place of another, of some pages",
          take(lambda h: reading(h)._replace(mappings=reading(h).mappings[:1])),
          take(reading)),
     Case("snapshot of nothing", take(lambda h: reading(h)._replace(mappings=[])),
          take(reading)),
-    Case("map a small file with holes, first of all", lambda h: h.map(0, 0, small(h))),
-    Case("map blocks with a hole, first of all", lambda h: h.map(0, 0, large(h))),
+    Case("map a small file with holes, first of all", lambda h: h.map(0, Iova(0), small(h))),
+    Case("map blocks with a hole, first of all", lambda h: h.map(0, Iova(0), large(h))),
     Case("map a small file with holes beside others",
-         lambda h: h.map(0, 16 * PAGE, small(h)), some_mapped),
+         lambda h: h.map(0, Iova(16 * PAGE), small(h)), some_mapped),
     Case("map blocks with a hole over a part of them",
-         lambda h: h.map(0, GIB, large(h)), some_mapped),
-    Case("map that merges", lambda h: h.map(0, 2 * GIB, large(h), 0, BLOCK),
-         both(some_mapped, lambda h: h.map(0, 2 * GIB, large(h), 0, BLOCK - PAGE))),
-    Case("map where other tables were", lambda h: h.map(0, 0, small(h)), used_before),
-    Case("map a BAR, first of all", lambda h: h.tables.map_bar(0, 0, BAR, 0, None, RW)),
-    Case("map a BAR in pages", lambda h: h.tables.map_bar(0, 16 * PAGE, BAR, PAGE, 20 * PAGE, READ),
-         some_mapped),
-    Case("unmap a superpage", lambda h: h.tables.unmap(0, GIB, BLOCK), some_mapped),
-    Case("unmap that splits", lambda h: h.tables.unmap(0, GIB + 7 * PAGE, PAGE), some_mapped),
-    Case("unmap all", lambda h: h.tables.unmap(0, 0, 1 << 48), some_mapped),
-    Case("unmap a BAR", lambda h: h.tables.unmap(0, 4 * GIB, 4 * MIB),
-         both(some_mapped, lambda h: h.tables.map_bar(0, 4 * GIB, BAR, 0, None, RW))),
+         lambda h: h.map(0, Iova(GIB), large(h)), some_mapped),
+    Case("map that merges", lambda h: h.map(0, Iova(2 * GIB), large(h), 0, BLOCK),
+         both(some_mapped, lambda h: h.map(0, Iova(2 * GIB), large(h), 0, BLOCK - PAGE))),
+    Case("map where other tables were", lambda h: h.map(0, Iova(0), small(h)), used_before),
+    Case("map a BAR, first of all", lambda h: h.tables.map_bar(0, Iova(0), BAR, 0, None, RW)),
+    Case("map a BAR in pages",
+         lambda h: h.tables.map_bar(0, Iova(16 * PAGE), BAR, PAGE, 20 * PAGE, READ), some_mapped),
+    Case("unmap a superpage", lambda h: h.tables.unmap(0, Iova(GIB), BLOCK), some_mapped),
+    Case("unmap that splits", lambda h: h.tables.unmap(0, Iova(GIB + 7 * PAGE), PAGE), some_mapped),
+    Case("unmap all", lambda h: h.tables.unmap(0, Iova(0), 1 << 48), some_mapped),
+    Case("unmap a BAR", lambda h: h.tables.unmap(0, Iova(4 * GIB), 4 * MIB),
+         both(some_mapped, lambda h: h.tables.map_bar(0, Iova(4 * GIB), BAR, 0, None, RW))),
     Case("attach, first of all", lambda h: h.attach(0)),
-    Case("attach to a bus in use", lambda h: h.attach(0, 0x29), some_mapped),
-    Case("attach to another bus", lambda h: h.attach(0, 0x2A80), some_mapped),
-    Case("attach another domain", lambda h: h.attach(1, 0x30), both(some_mapped, second_domain)),
+    Case("attach to a bus in use", lambda h: h.attach(0, SourceId(0x29)), some_mapped),
+    Case("attach to another bus", lambda h: h.attach(0, SourceId(0x2A80)), some_mapped),
+    Case("attach another domain", lambda h: h.attach(1, SourceId(0x30)),
+         both(some_mapped, second_domain)),
     Case("detach the last", lambda h: h.tables.detach(DEVICE), some_mapped),
-    Case("detach one of two", lambda h: h.tables.detach(0x29),
-         both(some_mapped, lambda h: h.attach(0, 0x29))),
+    Case("detach one of two", lambda h: h.tables.detach(SourceId(0x29)),
+         both(some_mapped, lambda h: h.attach(0, SourceId(0x29)))),
     Case("create", lambda h: h.run(lambda: h.tables.create_root())),
     Case("create for scalable mode",
          lambda h: h.run(lambda: h.tables.create_root(Config(Mode.SCALABLE, 5)))),
@@ -202,10 +204,10 @@ CASES = [
          lambda h: h.run(lambda: h.tables.create_root(Config(Mode.SCALABLE, 5)))),
     Case("attach in scalable mode", lambda h: h.attach(0),
          both(lambda h: h.run(lambda: h.tables.create_root(Config(Mode.SCALABLE, 4))),
-              lambda h: h.map(0, 0, small(h), 0, PAGE))),
+              lambda h: h.map(0, Iova(0), small(h), 0, PAGE))),
     Case("detach in scalable mode", lambda h: h.tables.detach(DEVICE),
          both(lambda h: h.run(lambda: h.tables.create_root(Config(Mode.SCALABLE, 4))),
-              lambda h: h.map(0, 0, small(h), 0, PAGE), lambda h: h.attach(0))),
+              lambda h: h.map(0, Iova(0), small(h), 0, PAGE), lambda h: h.attach(0))),
     Case("unlink a domain", lambda h: h.fs.unlink(IOMMU_INO, b"dom-1"),
          both(some_mapped, second_domain)),
     Case("rename a domain", lambda h: h.fs.rename(IOMMU_INO, b"dom-1", IOMMU_INO, b"dom-7", 0),
@@ -247,8 +249,8 @@ def seen_in(h: Host) -> Seen:
 class Walks:
     """Where requests lead, by address (from dom-0's top-level table) and by device."""
 
-    domain: list[tuple[int | None, int]]
-    device: list[tuple[int | None, int | None]]
+    domain: list[tuple[PhysAddr | None, int]]
+    device: list[tuple[PhysAddr | None, int | None]]
 
 
 class Sweep:
@@ -264,7 +266,7 @@ class Sweep:
         self.last = self._image(host)
         self.after = seen_in(host)
         self.dom = host.tables.memory(b"dom-0").first_page
-        self.root = host.tables.root_memory().first_page if host.tables.root else 0
+        self.root = host.tables.root_memory().first_page if host.tables.root else PhysAddr(0)
         self.had_root = ROOT_PGTABLES in self.before.names
         self.files = {
             host.physical(ino, at): bytes(host.fs.read(ino, at, PAGE))
@@ -278,22 +280,22 @@ class Sweep:
 
     @staticmethod
     def _image(host: Host) -> bytes:
-        return host.region.read(0, host.region.size)
+        return host.region.read(RegionOff(0), host.region.size)
 
-    def _probes(self) -> list[int]:
+    def _probes(self) -> list[Iova]:
         found = {0, (1 << 9 * self.levels + 12) - 1}
         for state in (self.before, self.after):
             for iova, _physical, length, _perm in state.mappings.get(0, []):
                 edges = (iova, iova + PAGE, iova + length // 2, iova + length)
                 found.update(edge + skip for edge in edges for skip in (0, -1))
-        return sorted(a for a in found if a >= 0)
+        return sorted(Iova(a) for a in found if a >= 0)
 
     def walks(self, region: Region) -> Walks:
         memory = Memory.whole(region)
         walks = [translate_domain(memory, self.dom, self.levels, a) for a in self.probes]
         devices = []
         for source_id in DEVICES if self.root else ():
-            t = translate(memory, self.root, source_id, GIB + 5, mode=self.mode)
+            t = translate(memory, self.root, source_id, Iova(GIB + 5), mode=self.mode)
             devices.append((t.physical, t.domain_id))
         return Walks([(t.physical, t.perm) for t in walks], devices)
 
@@ -308,13 +310,15 @@ class Sweep:
             for got_device, *allowed in zip(now.device, old.device, new.device, strict=True):
                 assert got_device in allowed, (got_device, allowed)
 
-    def check_bytes(self, region: Region, physical: int | None) -> None:
+    def check_bytes(self, region: Region, physical: PhysAddr | None) -> None:
         """What a device reads there is what the file has: no old bytes."""
         if physical is None or BAR.start <= physical < BAR.start + BAR.length:
             return
-        page = physical - physical % PAGE
+        page = PhysAddr(physical - physical % PAGE)
         assert page in self.files, f"{physical:#x} is no file's"
-        assert region.view(page - PHYS_BASE, PAGE) == self.files[page], f"stale at {page:#x}"
+        assert region.view(RegionOff(page - PHYS_BASE), PAGE) == self.files[page], (
+            f"stale at {page:#x}"
+        )
 
     def steps(self) -> Iterator[tuple[Piece, bool]]:
         """Every store in steps of a word, with whether a mount is to look at what it leaves."""
@@ -384,7 +388,7 @@ class Sweep:
         replay = Replay(self.first, PHYS_BASE)
         old = self.walks(replay.region)
         with Region.anonymous(REGION_BYTES, phys_base=PHYS_BASE) as region:
-            region.copy_in(0, self.last)
+            region.copy_in(RegionOff(0), self.last)
             new = self.walks(region)
         verdicts: list[Seen] = []
         fences = 0
@@ -413,7 +417,7 @@ class Sweep:
         """The mount stores as well, and a unit walks meanwhile; cut, the next one ends it."""
         replay = Replay(image, PHYS_BASE)
         with Region.anonymous(REGION_BYTES, phys_base=PHYS_BASE) as region:
-            region.copy_in(0, image)
+            region.copy_in(RegionOff(0), image)
             mount = recorded(lambda: mount_filesystem(region))
         assert stores[: len(mount)] != []
         for number, store in enumerate(mount):

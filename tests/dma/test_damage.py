@@ -20,6 +20,7 @@ from pkernfs.host.bars import Bar
 from pkernfs.iommu.config import Config, config_words
 from pkernfs.iommu.context_walk import Mode
 from pkernfs.layout import IOMMU_INO, PAGE, ROOT_INO
+from pkernfs.quantities import Iova, PhysAddr, RegionOff, SourceId
 from pkernfs.region.checksum import crc32c
 from support.table_files import DEVICE, MIB, PHYS_BASE, RW, Host
 
@@ -47,33 +48,35 @@ class Damaged(Host):
         guest, other = self.file_of("guest", 4 * MIB), self.file_of("other", 4 * MIB)
         self.dom(0)
         self.dom(1)
-        self.map(0, 0, guest, 2 * MIB, 64 * PAGE)
-        self.map(0, GIB, guest)
-        self.map(1, 0, other)
-        self.tables.map_bar(0, 2 * GIB, Bar(0x30, 0, 1 << 40, 2 * GIB), 0, None, RW)
+        self.map(0, Iova(0), guest, 2 * MIB, 64 * PAGE)
+        self.map(0, Iova(GIB), guest)
+        self.map(1, Iova(0), other)
+        self.tables.map_bar(
+            0, Iova(2 * GIB), Bar(SourceId(0x30), 0, PhysAddr(1 << 40), 2 * GIB), 0, None, RW
+        )
         self.attach(0)
-        self.attach(1, 0x30)
+        self.attach(1, SourceId(0x30))
         self.at_name = {
             name: self.tables.memory(name).pieces[0].offset for name in self.tables.names
         }
         self.base = PHYS_BASE
 
-    def table(self, name: bytes, *indexes: int) -> int:
+    def table(self, name: bytes, *indexes: int) -> RegionOff:
         """Region offset of the word that a walk from the file's first page comes to."""
         at = self.at_name[name]
         for index in indexes[:-1]:
-            word = int.from_bytes(self.region.read(at + 8 * index, 8), "little")
-            at = (word & ((1 << 52) - PAGE)) - self.base
-        return at + 8 * indexes[-1]
+            word = self.word(RegionOff(at + 8 * index))
+            at = RegionOff((word & ((1 << 52) - PAGE)) - self.base)
+        return RegionOff(at + 8 * indexes[-1])
 
-    def word(self, at: int) -> int:
+    def word(self, at: RegionOff) -> int:
         return int.from_bytes(self.region.read(at, 8), "little")
 
     def stop(self) -> None:
         """The daemon is gone; the region is there to be damaged."""
         self.fs.unmount()
 
-    def start(self, phys_base: int | None = PHYS_BASE) -> None:
+    def start(self, phys_base: PhysAddr | None = PHYS_BASE) -> None:
         self.region.close()
         self.region = self.file.open(phys_base=phys_base)
         self.fs = mount_filesystem(self.region)
@@ -100,12 +103,12 @@ class Damaged(Host):
         began = time.monotonic()
         ino = self.fs.find(ROOT_INO, b"other")
         for change in (
-            lambda: self.map(0, 8 * GIB, ino),
-            lambda: self.map(2, 8 * GIB, ino),
-            lambda: self.tables.unmap(0, 0, GIB),
-            lambda: self.attach(0, 0x77),
+            lambda: self.map(0, Iova(8 * GIB), ino),
+            lambda: self.map(2, Iova(8 * GIB), ino),
+            lambda: self.tables.unmap(0, Iova(0), GIB),
+            lambda: self.attach(0, SourceId(0x77)),
             lambda: self.tables.detach(DEVICE),
-            lambda: self.tables.detach(0x30),
+            lambda: self.tables.detach(SourceId(0x30)),
             lambda: self.tables.create_root(),
             lambda: self.fs.rename(IOMMU_INO, b"dom-1", IOMMU_INO, b"dom-4", 0),
             lambda: self.fs.setattr(ino, size=MIB),
@@ -180,7 +183,7 @@ DAMAGED_DOMAIN = [outside, cycle, to_the_top, reserved, other_file]
 def test_a_damaged_domain(
     host: Damaged,
     damage: Callable[[Damaged], None],
-    phys_base: int | None,
+    phys_base: PhysAddr | None,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     host.stop()
@@ -200,9 +203,9 @@ def test_a_damaged_domain(
     assert all("dom-0" in f.message for f in report.findings)
     ino = host.fs.find(ROOT_INO, b"other")
     operations: list[Callable[[], object]] = [
-        lambda: host.map(0, 8 * GIB, ino),
-        lambda: host.tables.unmap(0, GIB, PAGE),
-        lambda: host.attach(0, 0x99),
+        lambda: host.map(0, Iova(8 * GIB), ino),
+        lambda: host.tables.unmap(0, Iova(GIB), PAGE),
+        lambda: host.attach(0, SourceId(0x99)),
     ]
     for operation in operations:
         with pytest.raises(TableDamageError, match="iommu/dom-0: damaged"):
@@ -210,7 +213,7 @@ def test_a_damaged_domain(
     # What can be reached is pinned, its tables are not touched, and the rest works.
     assert pinned(host, b"guest")
     assert pinned(host, b"other")
-    host.map(1, GIB, ino)
+    host.map(1, Iova(GIB), ino)
     with pytest.raises(BusyError):
         host.fs.unlink(IOMMU_INO, b"dom-0")
     assert host.region.read(host.at_name[b"dom-0"], 2 * MIB) == raw
@@ -219,7 +222,7 @@ def test_a_damaged_domain(
     host.fs.unlink(IOMMU_INO, b"dom-0")
     host.fs.unlink(ROOT_INO, b"guest")
     host.dom(0)
-    host.map(0, 0, ino)
+    host.map(0, Iova(0), ino)
     host.assert_check_clean()
 
 
@@ -229,10 +232,10 @@ def test_what_is_behind_cycles_is_pinned(levels: int) -> None:
     host = Damaged(levels=levels)
     host.stop()
     top = host.at_name[b"dom-0"]
-    good = host.word(top + 8 * (levels == 3))
+    good = host.word(RegionOff(top + 8 * (levels == 3)))
     for index in range(512):
-        host.region.store_u64(top + 8 * index, PHYS_BASE + top | 3)
-    host.region.store_u64(top + 8 * 511, good)
+        host.region.store_u64(RegionOff(top + 8 * index), PHYS_BASE + top | 3)
+    host.region.store_u64(RegionOff(top + 8 * 511), good)
     began = time.monotonic()
     host.start()
     assert pinned(host, b"guest")
@@ -257,7 +260,7 @@ def test_a_domain_with_a_hole(host: Damaged) -> None:
     assert "a table file with holes" in said[0]
     assert pinned(host, b"guest")  # by the tables that are there
     with pytest.raises(TableDamageError):
-        host.map(0, 8 * GIB, host.fs.find(ROOT_INO, b"other"))
+        host.map(0, Iova(8 * GIB), host.fs.find(ROOT_INO, b"other"))
     host.use_everything()
 
 
@@ -269,8 +272,8 @@ def bad_root_entry(h: Damaged) -> None:
 
 
 def bad_context_entry(h: Damaged) -> None:
-    at = h.table(ROOT_PGTABLES, 0, 2 * DEVICE)
-    h.region.store_u64(at + 8, h.word(at + 8) | 1 << 40)
+    at = RegionOff(h.table(ROOT_PGTABLES, 0, 2 * DEVICE) + 8)
+    h.region.store_u64(at, h.word(at) | 1 << 40)
 
 
 def context_outside(h: Damaged) -> None:
@@ -282,8 +285,8 @@ def context_is_root(h: Damaged) -> None:
 
 
 def bad_configuration(h: Damaged) -> None:
-    at = h.at_name[ROOT_PGTABLES] + PAGE
-    h.region.store_u64(at + 8, h.word(at + 8) ^ 1 << 24)
+    at = RegionOff(h.at_name[ROOT_PGTABLES] + PAGE + 8)
+    h.region.store_u64(at, h.word(at) ^ 1 << 24)
 
 
 DAMAGED_ROOT = [
@@ -303,9 +306,9 @@ def test_damaged_root_pgtables(host: Damaged, damage: Callable[[Damaged], None])
     assert (list(whole["damaged"]), status) == (["root-pgtables"], 1)
     assert host.check().found
     operations: list[Callable[[], object]] = [
-        lambda: host.attach(1, 0x99),
+        lambda: host.attach(1, SourceId(0x99)),
         lambda: host.tables.detach(DEVICE),
-        lambda: host.map(1, GIB, host.fs.find(ROOT_INO, b"other")),
+        lambda: host.map(1, Iova(GIB), host.fs.find(ROOT_INO, b"other")),
         lambda: host.tables.create_root(),
     ]
     for operation in operations:
@@ -352,8 +355,9 @@ def test_the_largest_directories_of_all_devices_are_one_page() -> None:
     root = host.at_name[ROOT_PGTABLES]
     context = (PHYS_BASE + root + 2 * PAGE | 7 << 9 | 1).to_bytes(32, "little")
     for number in range(2, 512):
-        host.region.store_u64(root + 8 * (number - 2), PHYS_BASE + root + number * PAGE | 1)
-        host.region.copy_in(root + number * PAGE, context * 128)
+        at = RegionOff(root + number * PAGE)
+        host.region.store_u64(RegionOff(root + 8 * (number - 2)), PHYS_BASE + at | 1)
+        host.region.copy_in(at, context * 128)
     began = time.process_time()
     host.start()
     report = host.check()
@@ -362,7 +366,7 @@ def test_the_largest_directories_of_all_devices_are_one_page() -> None:
     host.close()
 
 
-def hostile_config(home: int, levels: int = 4) -> tuple[int, ...]:
+def hostile_config(home: PhysAddr, levels: int = 4) -> tuple[int, ...]:
     return config_words(Config(Mode.LEGACY, levels, home))
 
 
@@ -370,12 +374,12 @@ def hostile_config(home: int, levels: int = 4) -> tuple[int, ...]:
     "home", [1, 123, PAGE, (1 << 64) - 1, (1 << 64) - PAGE, 1 << 63, (1 << 52) - PAGE, 1 << 52]
 )
 @pytest.mark.parametrize("phys_base", [PHYS_BASE, None])
-def test_a_home_that_cannot_be(host: Damaged, home: int, phys_base: int | None) -> None:
+def test_a_home_that_cannot_be(host: Damaged, home: PhysAddr, phys_base: PhysAddr | None) -> None:
     """The checksum is right, and yet it is not trusted."""
     at = host.at_name[ROOT_PGTABLES] + PAGE
     host.stop()
     for i, word in enumerate(hostile_config(home)):
-        host.region.store_u64(at + 8 * i, word)
+        host.region.store_u64(RegionOff(at + 8 * i), word)
     host.start(phys_base)
     for line in host.ask_everything():
         assert "made for" in line or "no physical addresses" in line
@@ -391,7 +395,7 @@ _BAR = Struct("<IHBBQQQ")
     [((1 << 64) - PAGE, PAGE), (0, (1 << 64) - PAGE), (1 << 51, 1 << 52), (PAGE, 0), (5, PAGE)],
 )
 def test_a_bar_that_cannot_be(host: Damaged, start: int, length: int) -> None:
-    at = host.at_name[ROOT_PGTABLES] + PAGE + 64
+    at = RegionOff(host.at_name[ROOT_PGTABLES] + PAGE + 64)
     data = bytearray(_BAR.pack(0, 0x30, 0, 1, start, length, 0))
     data[:4] = crc32c(data).to_bytes(4, "little")
     host.stop()
@@ -421,7 +425,7 @@ def test_scribbled(mode: Mode, seed: int) -> None:
     pages = [(name, at) for name, at in host.at_name.items() for _ in range(4)]
     for _ in range(rng.choice((1, 3, 30, 1000))):
         name, start = rng.choice(pages)
-        at = start + rng.randrange(8) * PAGE + rng.randrange(512) * 8
+        at = RegionOff(start + rng.randrange(8) * PAGE + rng.randrange(512) * 8)
         old = host.word(at)
         other = rng.choice(list(host.at_name.values())) + rng.randrange(8) * PAGE
         word = rng.choice(

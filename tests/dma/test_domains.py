@@ -19,6 +19,7 @@ from pkernfs.fs.names import ROOT_PGTABLES
 from pkernfs.host.bars import Bar
 from pkernfs.iommu.page_walk import Code
 from pkernfs.layout import IOMMU_INO, PAGE, ROOT_INO
+from pkernfs.quantities import Ino, Iova, PhysAddr, SourceId
 from support.checking import assert_clean
 from support.table_files import (
     BAR,
@@ -45,7 +46,7 @@ def test_a_table_file_is_not_mapped(mapped: Host) -> None:
         refused(
             mapped,
             PermissionDeniedError,
-            partial(mapped.tables.map_file, 0, 0, ino, 0, None, RW),
+            partial(mapped.tables.map_file, 0, Iova(0), ino, 0, None, RW),
         )
 
 
@@ -60,19 +61,19 @@ def test_of_several_pieces(host: Host) -> None:
             host.run(partial(host.fs.write, ino, at, bytes([ino, at // PAGE]) * 2048))
     assert len(host.fs.extents(a)) > 8
     host.dom(0)
-    host.map(0, 7 * PAGE, a)
+    host.map(0, Iova(7 * PAGE), a)
     for at in range(0, 16 * PAGE, PAGE):
-        assert host.at(0, 7 * PAGE + at + 5) == host.physical(a, at) + 5
-    assert host.at(0, 6 * PAGE) is None
-    assert host.at(0, 23 * PAGE) is None
+        assert host.at(0, Iova(7 * PAGE + at + 5)) == host.physical(a, at) + 5
+    assert host.at(0, Iova(6 * PAGE)) is None
+    assert host.at(0, Iova(23 * PAGE)) is None
     host.assert_check_clean()
 
 
 def test_a_range_of_a_file(mapped: Host) -> None:
     other = ino_of(mapped, "other")
-    assert mapped.map(0, 0, other, PAGE, 2 * MIB, READ) == 2 * MIB
+    assert mapped.map(0, Iova(0), other, PAGE, 2 * MIB, READ) == 2 * MIB
     assert mapped.mappings(0)[0] == (0, mapped.physical(other, PAGE), 2 * MIB, READ)
-    assert mapped.map(0, 4 * MIB, other, 3 * MIB, None, WRITE) == MIB
+    assert mapped.map(0, Iova(4 * MIB), other, 3 * MIB, None, WRITE) == MIB
     assert mapped.mappings(0)[1] == (4 * MIB, mapped.physical(other, 3 * MIB), MIB, WRITE)
 
 
@@ -87,14 +88,14 @@ def test_holes_are_filled_with_zeros(size: int) -> None:
     host.run(lambda: host.fs.fallocate(ino, PUNCH, PAGE, size - PAGE))
     host.run(lambda: host.fs.write(ino, size - 4, b"last"))
     blocks = host.fs.inode(ino).blocks512
-    host.map(0, 0, ino)
+    host.map(0, Iova(0), ino)
     inode = host.fs.inode(ino)
     assert inode.blocks512 > blocks
     assert inode.blocks512 * 512 >= size
     content = b"".join(host.region.read(at, n) for _low, at, n in host.fs.pieces(ino, 0, size))
     assert content == b"first".ljust(size - 4, b"\0") + b"last"
     for at in range(0, size, PAGE):
-        assert host.at(0, at) == host.physical(ino, at)
+        assert host.at(0, Iova(at)) == host.physical(ino, at)
     host.assert_check_clean()
     assert_clean(host.region)
     host.close()
@@ -104,7 +105,7 @@ def test_only_holes_of_the_range_are_filled(host: Host) -> None:
     host.dom(0)
     ino = host.sparse("guest", 12 * MIB)
     before = host.fs.inode(ino).blocks512
-    host.map(0, 0, ino, 2 * MIB, 2 * MIB)
+    host.map(0, Iova(0), ino, 2 * MIB, 2 * MIB)
     assert host.fs.inode(ino).blocks512 - before == 2 * MIB // 512
 
 
@@ -114,7 +115,7 @@ def test_holes_beside_something_mapped_stay_holes(mapped: Host) -> None:
     refused(
         mapped,
         ExistsError,
-        lambda: mapped.tables.map_file(0, GIB - 4 * MIB, ino, 0, None, RW),
+        lambda: mapped.tables.map_file(0, Iova(GIB - 4 * MIB), ino, 0, None, RW),
         "iova 0x40000000: already mapped",
     )
 
@@ -133,8 +134,8 @@ def test_holes_behind_something_mapped_stay_holes(
 ) -> None:
     """Blocks of a file are mapped: in each other's place, otherwise, or beside their place."""
     ino = mapped.sparse("sparse", 8 * MIB)
-    base = 4 * GIB
-    mapped.map(0, base + at, ino, offset, 2 * MIB, perm)
+    base = Iova(4 * GIB)
+    mapped.map(0, Iova(base + at), ino, offset, 2 * MIB, perm)
     refused(
         mapped,
         ExistsError,
@@ -145,11 +146,11 @@ def test_holes_behind_something_mapped_stay_holes(
 
 def test_holes_beside_what_is_mapped_just_so_are_filled(mapped: Host) -> None:
     ino = mapped.sparse("sparse", 8 * MIB)
-    mapped.map(0, 4 * GIB + 7 * MIB, ino, 7 * MIB, MIB)
-    mapped.map(0, 4 * GIB, ino)
+    mapped.map(0, Iova(4 * GIB + 7 * MIB), ino, 7 * MIB, MIB)
+    mapped.map(0, Iova(4 * GIB), ino)
     assert sum(e.length for e in mapped.fs.extents(ino)) == 8 * MIB
     for at in range(0, 8 * MIB, PAGE):
-        assert mapped.at(0, 4 * GIB + at) == mapped.physical(ino, at)
+        assert mapped.at(0, Iova(4 * GIB + at)) == mapped.physical(ino, at)
     mapped.assert_check_clean()
 
 
@@ -159,7 +160,7 @@ def test_a_full_file_system_fills_no_holes(host: Host) -> None:
     ino = host.sparse("guest", 60 * MIB)
     before = host.fs.extents(ino)
     with pytest.raises(NoSpaceError):
-        host.map(0, 0, ino)
+        host.map(0, Iova(0), ino)
     assert host.fs.extents(ino) == before
     assert host.mappings(0) == []
 
@@ -167,14 +168,14 @@ def test_a_full_file_system_fills_no_holes(host: Host) -> None:
 def test_identical_is_allowed_again(mapped: Host) -> None:
     guest = ino_of(mapped, "guest")
     before = mapped.state()
-    mapped.map(0, GIB, guest)
-    mapped.map(0, GIB + PAGE, guest, PAGE, PAGE)
+    mapped.map(0, Iova(GIB), guest)
+    mapped.map(0, Iova(GIB + PAGE), guest, PAGE, PAGE)
     assert mapped.state() == before
     for perm, offset in ((READ, 0), (RW, PAGE)):
         refused(
             mapped,
             ExistsError,
-            partial(mapped.tables.map_file, 0, GIB, guest, offset, PAGE, perm),
+            partial(mapped.tables.map_file, 0, Iova(GIB), guest, offset, PAGE, perm),
             "already mapped to something else",
         )
 
@@ -205,7 +206,7 @@ def test_bad_map(mapped: Host, case: str) -> None:
     refused(
         mapped,
         InvalidError,
-        lambda: mapped.tables.map_file(0, iova, ino, offset, length, perm),
+        lambda: mapped.tables.map_file(0, Iova(iova), ino, offset, length, perm),
         match,
     )
 
@@ -213,10 +214,12 @@ def test_bad_map(mapped: Host, case: str) -> None:
 def test_bad_map_of_a_new_domain_makes_no_root_pgtables(host: Host) -> None:
     ino = host.file_of("guest", MIB)
     host.dom(0)
-    refused(host, InvalidError, lambda: host.tables.map_file(0, 1, ino, 0, None, RW))
-    refused(host, InvalidError, lambda: host.tables.map_bar(0, 1, BAR, 0, None, RW))
-    refused(host, InvalidError, lambda: host.tables.attach(0, 0x10000), "source id 0x10000")
-    refused(host, InvalidError, lambda: host.tables.attach(0, -1), "source id")
+    refused(host, InvalidError, lambda: host.tables.map_file(0, Iova(1), ino, 0, None, RW))
+    refused(host, InvalidError, lambda: host.tables.map_bar(0, Iova(1), BAR, 0, None, RW))
+    refused(
+        host, InvalidError, lambda: host.tables.attach(0, SourceId(0x10000)), "source id 0x10000"
+    )
+    refused(host, InvalidError, lambda: host.tables.attach(0, SourceId(-1)), "source id")
 
 
 def test_what_is_no_file_is_not_mapped(mapped: Host) -> None:
@@ -224,18 +227,25 @@ def test_what_is_no_file_is_not_mapped(mapped: Host) -> None:
     fifo = mapped.fs.create(ROOT_INO, b"fifo", 0o010600, 0, 0).ino
     for ino in (directory, fifo):
         refused(
-            mapped, InvalidError, partial(mapped.tables.map_file, 0, 0, ino, 0, PAGE, RW),
+            mapped, InvalidError, partial(mapped.tables.map_file, 0, Iova(0), ino, 0, PAGE, RW),
             "not a regular file",
         )  # fmt: skip
-    refused(mapped, NotFoundError, lambda: mapped.tables.map_file(0, 0, 4711, 0, PAGE, RW))
-    refused(mapped, NotFoundError, lambda: mapped.tables.map_file(1, 0, 4, 0, PAGE, RW), "dom-1")
+    refused(
+        mapped, NotFoundError, lambda: mapped.tables.map_file(0, Iova(0), Ino(4711), 0, PAGE, RW)
+    )
+    refused(
+        mapped,
+        NotFoundError,
+        lambda: mapped.tables.map_file(1, Iova(0), Ino(4), 0, PAGE, RW),
+        "dom-1",
+    )
 
 
 def test_an_open_but_removed_file_is_not_mapped(mapped: Host) -> None:
     ino = ino_of(mapped, "other")
     mapped.fs.open(ino)
     mapped.fs.unlink(ROOT_INO, b"other")
-    refused(mapped, NotFoundError, lambda: mapped.tables.map_file(0, 0, ino, 0, None, RW))
+    refused(mapped, NotFoundError, lambda: mapped.tables.map_file(0, Iova(0), ino, 0, None, RW))
     mapped.fs.release(ino)
 
 
@@ -243,7 +253,9 @@ def test_out_of_table_pages(mapped: Host) -> None:
     """ENOSPC says how much the file must grow; with just that much more it works."""
     other = ino_of(mapped, "other")
     # A lonely page takes two tables of its own.
-    maps = [partial(mapped.map, 0, at, other, 0, PAGE) for at in range(4 * GIB, 1024 * GIB, GIB)]
+    maps = [
+        partial(mapped.map, 0, Iova(at), other, 0, PAGE) for at in range(4 * GIB, 1024 * GIB, GIB)
+    ]
     says, number = until_refused(NoTablePagesError, mapped, maps)
     assert says == "dom-0: no free page for tables: it must grow by 2 MiB: truncate -s +2M"
     grow(mapped, 2)
@@ -255,10 +267,10 @@ def test_out_of_table_pages_by_far(host: Host) -> None:
     host.dom(0)
     host.tables.create_root()
     before = host.state()
-    far = Bar(0x30, 2, 1 << 40, 4 * GIB)
+    far = Bar(SourceId(0x30), 2, PhysAddr(1 << 40), 4 * GIB)
 
     def change() -> int:  # 4 KiB leaves, because the addresses differ by a page
-        return host.tables.map_bar(0, 8 * GIB + PAGE, far, 0, None, RW)
+        return host.tables.map_bar(0, Iova(8 * GIB + PAGE), far, 0, None, RW)
 
     with pytest.raises(NoTablePagesError, match="must grow by 8 MiB"):
         change()
@@ -275,17 +287,17 @@ def test_out_of_table_pages_by_far(host: Host) -> None:
 def test_an_unmap_may_need_table_pages(host: Host) -> None:
     """Cutting a piece out of a superpage takes a table."""
     host.dom(0)
-    far = Bar(0x30, 2, 1 << 40, 508 * GIB)
-    host.tables.map_bar(0, 0, far, 0, None, RW)
+    far = Bar(SourceId(0x30), 2, PhysAddr(1 << 40), 508 * GIB)
+    host.tables.map_bar(0, Iova(0), far, 0, None, RW)
     assert host.tables.domain(0).used_pages == 2
-    cuts = [partial(host.tables.unmap, 0, at + MIB, PAGE) for at in range(0, 508 * GIB, GIB)]
+    cuts = [partial(host.tables.unmap, 0, Iova(at + MIB), PAGE) for at in range(0, 508 * GIB, GIB)]
     _says, number = until_refused(NoTablePagesError, host, cuts)
     assert number > 250
     grow(host, 2)
     assert cuts[number]() == PAGE
     at = number * GIB + MIB
-    assert host.at(0, at) is None
-    assert host.at(0, at + PAGE) == far.start + at + PAGE
+    assert host.at(0, Iova(at)) is None
+    assert host.at(0, Iova(at + PAGE)) == far.start + at + PAGE
     host.assert_check_clean()
 
 
@@ -294,12 +306,12 @@ def test_an_unmap_may_need_table_pages(host: Host) -> None:
 
 def test_unmap(mapped: Host) -> None:
     guest = mapped.physical(ino_of(mapped, "guest"))
-    assert mapped.tables.unmap(0, GIB + MIB, MIB) == MIB
+    assert mapped.tables.unmap(0, Iova(GIB + MIB), MIB) == MIB
     assert mapped.mappings(0) == [
         (GIB, guest, MIB, RW),
         (GIB + 2 * MIB, guest + 2 * MIB, 2 * MIB, RW),
     ]
-    assert mapped.tables.unmap(0, 0, 1 << 48) == 3 * MIB
+    assert mapped.tables.unmap(0, Iova(0), 1 << 48) == 3 * MIB
     assert mapped.mappings(0) == []
     assert mapped.tables.domain(0).used_pages == 1
     mapped.fs.unlink(ROOT_INO, b"guest")
@@ -318,7 +330,7 @@ def test_unmap(mapped: Host) -> None:
         (-PAGE, PAGE, InvalidError),
     ],
 )
-def test_bad_unmap(mapped: Host, iova: int, length: int, error: type[PkernfsError]) -> None:
+def test_bad_unmap(mapped: Host, iova: Iova, length: int, error: type[PkernfsError]) -> None:
     refused(mapped, error, lambda: mapped.tables.unmap(0, iova, length))
 
 
@@ -327,26 +339,26 @@ def test_bad_unmap(mapped: Host, iova: int, length: int, error: type[PkernfsErro
 
 def test_a_bar_is_recorded_while_it_is_mapped(mapped: Host) -> None:
     mapped.dom(1)
-    assert mapped.tables.map_bar(0, 0, BAR, 0, None, RW) == 16 * MIB
-    assert mapped.tables.map_bar(1, 0, BAR, MIB, PAGE, READ) == PAGE
+    assert mapped.tables.map_bar(0, Iova(0), BAR, 0, None, RW) == 16 * MIB
+    assert mapped.tables.map_bar(1, Iova(0), BAR, MIB, PAGE, READ) == PAGE
     assert mapped.tables.bars() == [BAR]
-    assert mapped.at(0, 5) == BAR.start + 5
-    assert mapped.at(1, 5) == BAR.start + MIB + 5
+    assert mapped.at(0, Iova(5)) == BAR.start + 5
+    assert mapped.at(1, Iova(5)) == BAR.start + MIB + 5
     mapped.assert_check_clean()
     mapped.remount()
     assert mapped.tables.bars() == [BAR]
     mapped.assert_check_clean()
-    mapped.tables.unmap(0, 0, 16 * MIB)
+    mapped.tables.unmap(0, Iova(0), 16 * MIB)
     assert mapped.tables.bars() == [BAR]
-    mapped.tables.unmap(1, 0, PAGE)
+    mapped.tables.unmap(1, Iova(0), PAGE)
     assert mapped.tables.bars() == []
     mapped.assert_check_clean()
 
 
 def test_a_bar_that_is_not_recorded_is_found(mapped: Host) -> None:
-    mapped.tables.domain(0).map(0, BAR.start, PAGE, RW)
+    mapped.tables.domain(0).map(Iova(0), BAR.start, PAGE, RW)
     assert [f.code for f in mapped.check().findings] == [Code.LEAF_OUTSIDE]
-    mapped.tables.unmap(0, 0, PAGE)
+    mapped.tables.unmap(0, Iova(0), PAGE)
 
 
 def test_bad_bar_range(mapped: Host) -> None:
@@ -363,28 +375,29 @@ def test_bad_bar_range(mapped: Host) -> None:
         refused(
             mapped,
             InvalidError,
-            partial(mapped.tables.map_bar, 0, 0, BAR, offset, length, RW),
+            partial(mapped.tables.map_bar, 0, Iova(0), BAR, offset, length, RW),
             match,
         )
 
 
 def test_a_bar_that_cannot_be_mapped_is_not_recorded(mapped: Host) -> None:
     with pytest.raises(ExistsError):
-        mapped.tables.map_bar(0, GIB - MIB, BAR, 0, None, RW)
+        mapped.tables.map_bar(0, Iova(GIB - MIB), BAR, 0, None, RW)
     assert mapped.tables.bars() == []
 
 
 def test_records_of_bars_run_out(mapped: Host) -> None:
     """Those of domains that are gone make room."""
     mapped.dom(1)
-    bars = [Bar(0x100 + i, i % 6, (1 << 40) + i * MIB, MIB) for i in range(130)]
+    bars = [Bar(SourceId(0x100 + i), i % 6, PhysAddr((1 << 40) + i * MIB), MIB) for i in range(130)]
     maps = [
-        partial(mapped.tables.map_bar, 1, at * MIB, bar, 0, None, RW) for at, bar in enumerate(bars)
+        partial(mapped.tables.map_bar, 1, Iova(at * MIB), bar, 0, None, RW)
+        for at, bar in enumerate(bars)
     ]
     says, number = until_refused(NoSpaceError, mapped, maps)
     assert number > 50
     assert says == f"{bars[number].name}: {number} BARs are mapped already"
     mapped.fs.unlink(IOMMU_INO, b"dom-1")
-    mapped.tables.map_bar(0, 0, bars[number], 0, None, RW)
+    mapped.tables.map_bar(0, Iova(0), bars[number], 0, None, RW)
     assert mapped.tables.bars() == [bars[number]]
     mapped.assert_check_clean()

@@ -14,6 +14,7 @@ from pkernfs.host.dmar import UnitStructure
 from pkernfs.iommu import Memory
 from pkernfs.iommu.context_walk import Mode
 from pkernfs.layout import IOMMU_INO, PAGE, ROOT_INO
+from pkernfs.quantities import Ino, Iova, PhysAddr, RegionOff, RegionRun, SourceId
 from pkernfs.units.discovery import FoundUnit
 from pkernfs.units.mmio import MemoryWindow
 from pkernfs.units.unit import Unit
@@ -21,8 +22,8 @@ from support.checking import assert_clean
 from support.made_up_kernel import EDU, NIC, Kernel
 from support.table_files import DEVICE, MIB, RW, Host
 
-OTHER = 0x30
-BAR = Bar(0x38, 0, 0xFC00_0000, MIB)
+OTHER = SourceId(0x30)
+BAR = Bar(SourceId(0x38), 0, PhysAddr(0xFC00_0000), MIB)
 
 
 # ---------------------------------------------------------------------- what the unit walks
@@ -40,8 +41,8 @@ def adopted(kernel: Kernel, *, seen: bool = True) -> KernelAdopted:
     """What it has adopted; ``seen``: the unit's registers can be read."""
     kernel.save()
     unit = Unit("dmar0", MemoryWindow(kernel.window)) if seen else None
-    found = FoundUnit(UnitStructure(0, 0, 0, PAGE, True, ()), True, unit, "no /dev/mem")
-    region = Memory(kernel.region, [(MIB, 128 * PAGE)])
+    found = FoundUnit(UnitStructure(0, 0, PhysAddr(0), PAGE, True, ()), True, unit, "no /dev/mem")
+    region = Memory(kernel.region, [RegionRun(RegionOff(MIB), 128 * PAGE)])
     return KernelAdopted(kernel.ram.host, region, lambda: [found])
 
 
@@ -112,7 +113,7 @@ def host() -> Iterator[Host]:
     made = Host()
     for number, device in enumerate((DEVICE, OTHER)):
         made.dom(number)
-        made.map(number, 0, guest(made))
+        made.map(number, Iova(0), guest(made))
         made.attach(number, device)
     top = made.tables.domain(0).root
     made.tables.kernel_adopted = Told(KernelEntry("dmar0", DEVICE, top))
@@ -122,7 +123,7 @@ def host() -> Iterator[Host]:
     made.close()
 
 
-def guest(host: Host) -> int:
+def guest(host: Host) -> Ino:
     """The file, made if it is not there."""
     found = [ino for name, ino, _kind, _at in host.fs.readdir(ROOT_INO, 0) if name == b"guest"]
     return found[0] if found else host.file_of("guest", 4 * MIB)
@@ -132,9 +133,9 @@ def test_what_is_walked_stays(host: Host) -> None:
     before = host.mappings(0)
     tables = host.tables
     for change in (
-        lambda: tables.map_file(0, 8 * MIB, guest(host), 0, None, RW),
-        lambda: tables.map_bar(0, 8 * MIB, BAR, 0, None, RW),
-        lambda: tables.unmap(0, 0, PAGE),
+        lambda: tables.map_file(0, Iova(8 * MIB), guest(host), 0, None, RW),
+        lambda: tables.map_bar(0, Iova(8 * MIB), BAR, 0, None, RW),
+        lambda: tables.unmap(0, Iova(0), PAGE),
         lambda: tables.replace(0, [], [], 1),
     ):
         with pytest.raises(BusyError) as refused:
@@ -150,23 +151,24 @@ def test_what_is_walked_stays(host: Host) -> None:
 
 
 def test_other_tables_may_change(host: Host) -> None:
-    host.run(lambda: host.tables.unmap(1, 0, PAGE))
-    host.map(1, 8 * MIB, guest(host))
+    host.run(lambda: host.tables.unmap(1, Iova(0), PAGE))
+    host.map(1, Iova(8 * MIB), guest(host))
     host.run(lambda: host.tables.detach(OTHER))
     host.attach(1, OTHER)
 
 
 def test_a_device_that_was_taken_over(host: Host) -> None:
     """Its entry leads elsewhere; one that has the same domain may be walking it still."""
-    host.attach(0, 0x28 + 1)
+    neighbour = SourceId(DEVICE + 1)
+    host.attach(0, neighbour)
     top = host.tables.domain(0).root
-    host.tables.kernel_adopted = Told(KernelEntry("dmar0", 0x28 + 1, top))
+    host.tables.kernel_adopted = Told(KernelEntry("dmar0", neighbour, top))
     host.run(lambda: host.tables.detach(DEVICE))
     with pytest.raises(BusyError, match=r"0000:00:05\.1"):
-        host.run(lambda: host.tables.unmap(0, 0, PAGE))
+        host.run(lambda: host.tables.unmap(0, Iova(0), PAGE))
     host.tables.kernel_adopted = Told()
-    host.run(lambda: host.tables.detach(0x28 + 1))
-    host.run(lambda: host.tables.unmap(0, 0, 4 * MIB))
+    host.run(lambda: host.tables.detach(neighbour))
+    host.run(lambda: host.tables.unmap(0, Iova(0), 4 * MIB))
 
 
 def test_the_export_says_who_is_walked(host: Host) -> None:

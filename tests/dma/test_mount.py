@@ -7,6 +7,7 @@ from pkernfs.errors import (
     ReadOnlyError,
 )
 from pkernfs.layout import PAGE
+from pkernfs.quantities import Ino, Iova, SourceId
 from support.table_files import DEVICE, GIB, PHYS_BASE, RW, Host, refused
 
 # ---------------------------------------------------------------------- the files
@@ -30,9 +31,9 @@ def test_a_read_only_mount(mapped: Host) -> None:
     assert mapped.state() == before
     mapped.assert_check_clean()
     for operation in (
-        lambda: tables_of(fs).map_file(0, 0, 5, 0, None, RW),
-        lambda: tables_of(fs).unmap(0, GIB, PAGE),
-        lambda: tables_of(fs).attach(0, 5),
+        lambda: tables_of(fs).map_file(0, Iova(0), Ino(5), 0, None, RW),
+        lambda: tables_of(fs).unmap(0, Iova(GIB), PAGE),
+        lambda: tables_of(fs).attach(0, SourceId(5)),
         lambda: tables_of(fs).detach(DEVICE),
         lambda: tables_of(fs).create_root(),
     ):

@@ -17,6 +17,7 @@ from pkernfs.fs.file import FALLOC_ZERO_RANGE
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.names import ROOT_PGTABLES
 from pkernfs.layout import IOMMU_INO, PAGE, ROOT_INO
+from pkernfs.quantities import Iova, PhysAddr, RegionOff, SourceId
 from support.table_files import (
     BAR,
     DEVICE,
@@ -115,14 +116,14 @@ def test_tables_being_checked_stay(mapped: Host) -> None:
     with mapped.tables.reading():
         other = ino_of(mapped, "other")
         for operation in (
-            lambda: mapped.tables.map_file(0, 0, other, 0, None, RW),
-            lambda: mapped.tables.unmap(0, GIB, PAGE),
+            lambda: mapped.tables.map_file(0, Iova(0), other, 0, None, RW),
+            lambda: mapped.tables.unmap(0, Iova(GIB), PAGE),
             lambda: mapped.tables.attach(0, DEVICE),
             lambda: mapped.tables.create_root(),
             lambda: mapped.fs.unlink(IOMMU_INO, b"dom-0"),
         ):
             refused(mapped, BusyError, operation, "try again")
-    mapped.map(0, 0, other)
+    mapped.map(0, Iova(0), other)
 
 
 # ---------------------------------------------------------------------- where tables are good
@@ -132,7 +133,7 @@ def test_a_region_without_addresses_gets_them_back(mapped: Host) -> None:
     mapped.attach(0)
     before = mapped.state()
     mapped.remount(None)
-    assert mapped.region.physical(0) == PHYS_BASE
+    assert mapped.region.physical(RegionOff(0)) == PHYS_BASE
     assert mapped.state() == before
     refused(mapped, BusyError, lambda: mapped.fs.unlink(ROOT_INO, b"guest"))
     mapped.assert_check_clean()
@@ -143,15 +144,15 @@ def test_tables_of_another_place_are_refused(
     mapped: Host, caplog: pytest.LogCaptureFixture
 ) -> None:
     mapped.attach(0)
-    image = mapped.region.read(0, mapped.region.size)
-    mapped.remount(2 * PHYS_BASE)
+    image = mapped.region.read(RegionOff(0), mapped.region.size)
+    mapped.remount(PhysAddr(2 * PHYS_BASE))
     home = PHYS_BASE + (mapped.physical(table_ino(mapped, ROOT_PGTABLES), PAGE) - 2 * PHYS_BASE)
     says = f"root-pgtables: its tables were made for {home:#x}"
     other = ino_of(mapped, "other")
     for operation in (
-        lambda: mapped.tables.map_file(0, 0, other, 0, None, RW),
-        lambda: mapped.tables.unmap(0, GIB, PAGE),
-        lambda: mapped.tables.attach(0, 0x99),
+        lambda: mapped.tables.map_file(0, Iova(0), other, 0, None, RW),
+        lambda: mapped.tables.unmap(0, Iova(GIB), PAGE),
+        lambda: mapped.tables.attach(0, SourceId(0x99)),
         lambda: mapped.tables.detach(DEVICE),
         lambda: mapped.tables.create_root(),
         lambda: mapped.answer("show"),
@@ -166,11 +167,11 @@ def test_tables_of_another_place_are_refused(
     mapped.fs.unlink(IOMMU_INO, b"dom-0")
     mapped.fs.unlink(IOMMU_INO, ROOT_PGTABLES)
     mapped.dom(0)
-    mapped.map(0, 0, other)
+    mapped.map(0, Iova(0), other)
     mapped.assert_check_clean()
     # Mounted at the right place, the old tables are as they were.
     mapped.fs.unmount()
-    mapped.region.copy_in(0, image)
+    mapped.region.copy_in(RegionOff(0), image)
     mapped.region.close()
     mapped.region = mapped.file.open(phys_base=PHYS_BASE)
     mapped.fs = mount_filesystem(mapped.region)
@@ -183,9 +184,9 @@ def test_a_region_that_never_had_addresses(host: Host) -> None:
     ino = host.file_of("guest", MIB)
     host.dom(0)
     for operation in (
-        lambda: host.tables.map_file(0, 0, ino, 0, None, RW),
-        lambda: host.tables.map_bar(0, 0, BAR, 0, None, RW),
-        lambda: host.tables.unmap(0, 0, PAGE),
+        lambda: host.tables.map_file(0, Iova(0), ino, 0, None, RW),
+        lambda: host.tables.map_bar(0, Iova(0), BAR, 0, None, RW),
+        lambda: host.tables.unmap(0, Iova(0), PAGE),
         lambda: host.tables.attach(0, DEVICE),
         lambda: host.tables.create_root(),
         lambda: host.answer("show"),

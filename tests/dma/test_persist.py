@@ -13,6 +13,7 @@ from pkernfs.errors import NoSpaceError
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.host.bars import Bar
 from pkernfs.iommu.config import load_bars, record_bar
+from pkernfs.quantities import PhysAddr, SourceId
 from pkernfs.region.region import Region
 from support.mounting import MIB, Mounted, run_pkernfs
 
@@ -62,25 +63,25 @@ def test_a_handover_cuts_off_what_is_not_to_persist() -> None:
 
 
 def test_records_do_not_run_into_each_other() -> None:
-    with Region.anonymous(64 * MIB, phys_base=1 << 40) as region:
+    with Region.anonymous(64 * MIB, phys_base=PhysAddr(1 << 40)) as region:
         make_filesystem(region)
         fs = mount_filesystem(region)
         tables_of(fs).create_root()
         memory, commit = tables_of(fs).root_memory(), fs.store.commit_words
-        bars = [Bar(number, 0, 0x1000, 0x1000) for number in range(62)]
+        bars = [Bar(SourceId(number), 0, PhysAddr(0x1000), 0x1000) for number in range(62)]
         for bar in bars:
             record_bar(memory, commit, bar)
         with pytest.raises(NoSpaceError, match="BARs are mapped already"):
-            record_bar(memory, commit, Bar(99, 0, 0x1000, 0x1000))
-        switched = {3 * number for number in range(256)}
+            record_bar(memory, commit, Bar(SourceId(99), 0, PhysAddr(0x1000), 0x1000))
+        switched = {SourceId(3 * number) for number in range(256)}
         for source_id in switched:
             tables_of(fs).persist(source_id, False)
         with pytest.raises(NoSpaceError, match="devices are switched off already"):
-            tables_of(fs).persist(1, False)
+            tables_of(fs).persist(SourceId(1), False)
         assert load_bars(memory) == bars
         assert tables_of(fs).non_persistent() == switched
-        tables_of(fs).persist(3, True)
-        tables_of(fs).persist(3, True)
+        tables_of(fs).persist(SourceId(3), True)
+        tables_of(fs).persist(SourceId(3), True)
         assert tables_of(fs).non_persistent() == switched - {3}
         assert tables_of(fs).config.levels == 4
         fs.unmount()

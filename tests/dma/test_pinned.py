@@ -15,6 +15,7 @@ from pkernfs.fs.file import FALLOC_ZERO_RANGE
 from pkernfs.fs.namei import RENAME_EXCHANGE
 from pkernfs.fs.names import ROOT_PGTABLES
 from pkernfs.layout import BLOCK, IOMMU_INO, PAGE, ROOT_INO
+from pkernfs.quantities import Iova
 from pkernfs.ratelimit import BURST
 from support.table_files import (
     DEVICE,
@@ -64,7 +65,7 @@ def test_pinned(mapped: Host, what: str, again: bool, caplog: pytest.LogCaptureF
         assert f"inode {ino_of(mapped, 'guest')}: busy: dom-0 maps it at iova 0x40" in said
     mapped.assert_check_clean()
     mapped.tables.detach(DEVICE)
-    mapped.tables.unmap(0, 0, 1 << 48)
+    mapped.tables.unmap(0, Iova(0), 1 << 48)
     mapped.run(lambda: PINNED[what](mapped))
 
 
@@ -119,14 +120,14 @@ def test_not_pinned(mapped: Host, what: str) -> None:
 def test_only_the_mapped_part_is_pinned(host: Host) -> None:
     host.dom(0)
     ino = host.file_of("guest", 8 * MIB)
-    host.map(0, 0, ino, 2 * MIB, PAGE)
+    host.map(0, Iova(0), ino, 2 * MIB, PAGE)
     host.run(lambda: host.fs.fallocate(ino, PUNCH, 0, 2 * MIB))
     host.run(lambda: host.fs.fallocate(ino, PUNCH, 2 * MIB + PAGE, MIB))
     refused(host, BusyError, lambda: host.fs.fallocate(ino, PUNCH, 2 * MIB + PAGE - 1, MIB))
     refused(host, BusyError, lambda: host.fs.setattr(ino, size=2 * MIB + PAGE - 1))
     host.run(lambda: host.fs.setattr(ino, size=2 * MIB + PAGE))
     host.assert_check_clean()
-    host.tables.unmap(0, 0, PAGE)
+    host.tables.unmap(0, Iova(0), PAGE)
     host.run(lambda: host.fs.setattr(ino, size=0))
 
 
@@ -135,7 +136,7 @@ def test_small_files_beside_a_mapped_one_are_not_pinned(host: Host) -> None:
     host.dom(0)
     one, two = host.file_of("one", 3 * PAGE), host.file_of("two", 3 * PAGE)
     assert host.physical(one) // BLOCK == host.physical(two) // BLOCK
-    host.map(0, 0, one)
+    host.map(0, Iova(0), one)
     host.fs.unlink(ROOT_INO, b"two")
     refused(host, BusyError, lambda: host.fs.unlink(ROOT_INO, b"one"))
 
@@ -149,26 +150,26 @@ def test_a_mapped_small_file_stays_where_it_is(
         ino = host.file_of(name, data=b"x" * 3 * PAGE)
         at = host.physical(ino)
         if is_mapped:
-            host.map(0, 0, ino)
+            host.map(0, Iova(0), ino)
         host.run(partial(host.fs.setattr, ino, size=5 * MIB))
         host.run(partial(host.fs.write, ino, 5 * MIB, b"end"))
         assert (host.physical(ino) == at) == is_mapped
         assert bytes(host.fs.read(ino, 0, 4 * PAGE)) == b"x" * 3 * PAGE + bytes(PAGE)
     assert not caplog.records  # nobody was refused anything
     host.assert_check_clean()
-    host.tables.unmap(0, 0, 1 << 48)
+    host.tables.unmap(0, Iova(0), 1 << 48)
     host.fs.unlink(ROOT_INO, b"guest")
 
 
 def test_two_domains_pin(mapped: Host) -> None:
     mapped.dom(1)
     guest = ino_of(mapped, "guest")
-    mapped.map(1, 0, guest, 3 * MIB, MIB)
-    mapped.tables.unmap(0, 0, 1 << 48)
+    mapped.map(1, Iova(0), guest, 3 * MIB, MIB)
+    mapped.tables.unmap(0, Iova(0), 1 << 48)
     refused(mapped, BusyError, lambda: mapped.fs.unlink(ROOT_INO, b"guest"))
     mapped.run(lambda: mapped.fs.setattr(guest, size=4 * MIB))
     mapped.run(lambda: mapped.fs.fallocate(guest, PUNCH, 0, 3 * MIB))
-    mapped.tables.unmap(1, 0, MIB)
+    mapped.tables.unmap(1, Iova(0), MIB)
     mapped.fs.unlink(ROOT_INO, b"guest")
 
 
@@ -182,7 +183,7 @@ def test_an_unused_domain_goes_with_its_pins(mapped: Host) -> None:
 
 def test_a_domain_that_replaces_another(mapped: Host) -> None:
     mapped.dom(1)
-    mapped.map(1, 0, ino_of(mapped, "other"))
+    mapped.map(1, Iova(0), ino_of(mapped, "other"))
     mapped.fs.rename(IOMMU_INO, b"dom-1", IOMMU_INO, b"dom-0", 0)
     assert list(mapped.tables.domains) == [0]
     assert mapped.mappings(0)[0][0] == 0
@@ -192,7 +193,7 @@ def test_a_domain_that_replaces_another(mapped: Host) -> None:
 
 def test_domains_change_places(mapped: Host) -> None:
     mapped.dom(1)
-    mapped.map(1, 0, ino_of(mapped, "other"))
+    mapped.map(1, Iova(0), ino_of(mapped, "other"))
     one, other = mapped.mappings(0), mapped.mappings(1)
     mapped.fs.rename(IOMMU_INO, b"dom-1", IOMMU_INO, b"dom-0", RENAME_EXCHANGE)
     assert (mapped.mappings(1), mapped.mappings(0)) == (one, other)

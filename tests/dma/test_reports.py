@@ -15,6 +15,7 @@ from pkernfs.errors import (
     InvalidError,
 )
 from pkernfs.layout import PAGE, ROOT_INO
+from pkernfs.quantities import Iova
 from support.table_files import (
     BAR,
     DEVICE,
@@ -34,15 +35,15 @@ def test_show_goes_on_while_tables_change(mapped: Host) -> None:
     for at in range(0, 600 * PAGE, 2 * PAGE):
         mapped.run(partial(mapped.fs.write, ino, at, b"x"))
     mapped.run(lambda: mapped.fs.setattr(ino, size=600 * PAGE))
-    mapped.map(0, PAGE, ino)
+    mapped.map(0, Iova(PAGE), ino)
     lines: list[str] = []
     for steps, item in enumerate(reports.show_text(mapped.fs, 0), 1):
         assert isinstance(item, Text)
         lines += item.text.splitlines()
         if steps == 3:  # the tables that are being shown go, and others take their pages
-            mapped.tables.unmap(0, 0, GIB)
-            mapped.map(0, 100 * GIB, ino)
-            mapped.map(0, 300 * PAGE, ino, 0, 2 * PAGE)
+            mapped.tables.unmap(0, Iova(0), GIB)
+            mapped.map(0, Iova(100 * GIB), ino)
+            mapped.map(0, Iova(300 * PAGE), ino, 0, 2 * PAGE)
         if steps == 5:
             grow(mapped, 2)
     shown = [int(line.split()[0], 16) for line in lines if line.startswith("0x")]
@@ -117,7 +118,7 @@ def test_no_request_is_like_that(mapped: Host, bad: dict[str, Any]) -> None:
 
 def test_translate_says_whose_memory_it_is(mapped: Host) -> None:
     mapped.attach(0)
-    mapped.tables.map_bar(0, 0, BAR, 0, None, READ)
+    mapped.tables.map_bar(0, Iova(0), BAR, 0, None, READ)
     assert isinstance(mapped.tables, TableFiles)
     text, _, status = mapped.answer("translate", device=DEVICE, iova=GIB + 0x1234)
     assert status == 0

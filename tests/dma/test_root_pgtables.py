@@ -19,6 +19,7 @@ from pkernfs.host.bars import Bar
 from pkernfs.iommu.config import Config
 from pkernfs.iommu.context_walk import Mode
 from pkernfs.layout import IOMMU_INO, PAGE
+from pkernfs.quantities import Iova, PhysAddr, SourceId
 from support.table_files import (
     DEVICE,
     MIB,
@@ -37,12 +38,12 @@ from support.table_files import (
 def test_the_first_map_makes_root_pgtables(host: Host) -> None:
     ino = host.file_of("guest", 4 * MIB)
     host.dom(0)
-    assert host.map(0, 0, ino) == 4 * MIB
+    assert host.map(0, Iova(0), ino) == 4 * MIB
     root = host.fs.inode(table_ino(host, ROOT_PGTABLES))
     assert (root.size, root.mode) == (2 * MIB, 0o100400)
     assert host.tables.config == Config(Mode.LEGACY, 4, host.physical(root.ino, PAGE))
     assert host.mappings(0) == [(0, host.physical(ino), 4 * MIB, RW)]
-    assert host.at(0, 0x1234) == host.physical(ino) + 0x1234
+    assert host.at(0, Iova(0x1234)) == host.physical(ino) + 0x1234
 
 
 def test_growth_of_root_pgtables_keeps_devices(mapped: Host) -> None:
@@ -51,7 +52,7 @@ def test_growth_of_root_pgtables_keeps_devices(mapped: Host) -> None:
     before = mapped.state()
     mapped.run(lambda: mapped.fs.setattr(ino, size=4 * MIB))
     assert mapped.state() == before
-    mapped.attach(0, 0x100)
+    mapped.attach(0, SourceId(0x100))
     mapped.assert_check_clean()
 
 
@@ -62,16 +63,16 @@ def test_domain_ids(mapped: Host) -> None:
     """N + 2 if that is free; one for each domain."""
     for number in (1, 65533, 65534):
         mapped.dom(number)
-    assert mapped.attach(0, 0x28) == 2
-    assert mapped.attach(1, 0x30) == 3
-    assert mapped.attach(0, 0x31) == 2
-    assert mapped.attach(65533, 0x32) == 65535
-    assert mapped.attach(65534, 0x33) == 4  # 65536 is none; the lowest that is free
+    assert mapped.attach(0, SourceId(0x28)) == 2
+    assert mapped.attach(1, SourceId(0x30)) == 3
+    assert mapped.attach(0, SourceId(0x31)) == 2
+    assert mapped.attach(65533, SourceId(0x32)) == 65535
+    assert mapped.attach(65534, SourceId(0x33)) == 4  # 65536 is none; the lowest that is free
     mapped.dom(2)
-    assert mapped.attach(2, 0x34) == 5  # 4 is taken
-    mapped.tables.detach(0x33)
+    assert mapped.attach(2, SourceId(0x34)) == 5  # 4 is taken
+    mapped.tables.detach(SourceId(0x33))
     mapped.dom(3)
-    assert mapped.attach(3, 0x35) == 4
+    assert mapped.attach(3, SourceId(0x35)) == 4
     assert [d.source_id for d in mapped.tables.devices()] == [0x28, 0x30, 0x31, 0x32, 0x34, 0x35]
     mapped.assert_check_clean()
 
@@ -96,8 +97,8 @@ def test_root_pgtables_is_used_up(host: Host) -> None:
     host.tables.create_root(Config(Mode.SCALABLE, 4))
     host.dom(0)
     for source_id in range(250):
-        host.attach(0, source_id)
-    attach = [partial(host.attach, 0, source_id) for source_id in range(250, 260)]
+        host.attach(0, SourceId(source_id))
+    attach = [partial(host.attach, 0, SourceId(source_id)) for source_id in range(250, 260)]
     says, number = until_refused(NoTablePagesError, host, attach)
     assert "root-pgtables: no free page for tables: it must grow by 2 MiB" in says
     grow(host, 2, ROOT_PGTABLES)
@@ -113,7 +114,8 @@ def test_root_pgtables_is_used_up(host: Host) -> None:
 def test_create_decides_mode_and_levels(host: Host, mode: Mode, levels: int) -> None:
     host.tables.create_root(Config(mode, levels), 4 * MIB)
     host.dom(0)
-    host.map(0, (1 << 9 * levels + 12) - 4 * MIB, host.file_of("guest", 4 * MIB))
+    last = Iova((1 << 9 * levels + 12) - 4 * MIB)
+    host.map(0, last, host.file_of("guest", 4 * MIB))
     host.attach(0)
     assert host.fs.inode(table_ino(host, ROOT_PGTABLES)).size == 4 * MIB
     before = host.state()
@@ -154,16 +156,16 @@ def test_create_too_large_leaves_no_file(host: Host, size: int) -> None:
 
 
 def test_root_pgtables_stays_while_nothing_else_tells_of_the_tables(mapped: Host) -> None:
-    bar = Bar(0x28, 0, 1 << 41, MIB)
-    mapped.tables.map_bar(0, 1 << 40, bar, 0, None, RW)
+    bar = Bar(SourceId(0x28), 0, PhysAddr(1 << 41), MIB)
+    mapped.tables.map_bar(0, Iova(1 << 40), bar, 0, None, RW)
     refused(
         mapped, BusyError, lambda: mapped.fs.unlink(IOMMU_INO, ROOT_PGTABLES), "dom-0 has mappings"
     )
-    mapped.tables.unmap(0, 0, 1 << 48)
+    mapped.tables.unmap(0, Iova(0), 1 << 48)
     mapped.tables.create_root(Config(levels=5))
-    mapped.map(0, 0, ino_of(mapped, "guest"))
+    mapped.map(0, Iova(0), ino_of(mapped, "guest"))
     refused(
         mapped, BusyError, lambda: mapped.fs.unlink(IOMMU_INO, ROOT_PGTABLES), "dom-0 has mappings"
     )
-    mapped.tables.unmap(0, 0, 1 << 57)
+    mapped.tables.unmap(0, Iova(0), 1 << 57)
     mapped.fs.unlink(IOMMU_INO, ROOT_PGTABLES)

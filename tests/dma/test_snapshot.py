@@ -36,6 +36,7 @@ from pkernfs.iommu.memory import Memory, store_words
 from pkernfs.iommu.page_table import PageTable
 from pkernfs.iommu.root_tables import RootTables
 from pkernfs.layout import BLOCK, IOMMU_INO, PAGE, ROOT_INO
+from pkernfs.quantities import Iova, PhysAddr, RegionOff, RegionRun, SourceId
 from pkernfs.region.region import Region
 from pkernfs.units.discovery import FoundUnit
 from pkernfs.units.mmio import MemoryWindow
@@ -52,9 +53,10 @@ from support.unit_rig import AT, BUS_MASTER, FIRST, SCRATCH, SECOND, Rig
 
 pytestmark = pytest.mark.vm
 
-THIRD = 0x100  # 01:00.0, below another unit
+THIRD = SourceId(0x100)  # 01:00.0, below another unit
 IDS = {FIRST: 7, SECOND: 8}
-OUTSIDE = 3 << 30  # no memory of the region
+MARK = Iova(AT + 5 * MIB)  # where a device finds the word that is in ram at 5 MiB
+OUTSIDE = PhysAddr(3 << 30)  # no memory of the region
 
 
 class Driven(Rig):
@@ -66,10 +68,10 @@ class Driven(Rig):
             tables_of(self.fs).detach(device)
             tables_of(self.fs).unmap(number, SCRATCH, PAGE)
         self.place = self.fs.extents(self.file("kernel", 4 * MIB))[0].region_offset
-        memory = Memory(self.region, [(self.place, 64 * PAGE)])
+        memory = Memory(self.region, [RegionRun(self.place, 64 * PAGE)])
         configure(memory, store_words(self.region), Config(mode, 4))
         self.root = RootTables(memory, store_words(self.region))
-        self.domains: dict[int, PageTable] = {}
+        self.domains: dict[SourceId, PageTable] = {}
         for number, device in enumerate((FIRST, SECOND)):
             self.domains[device] = self.domain(number + 1)
             self.map(device, SCRATCH, f"scratch-{number}", PAGE)
@@ -81,20 +83,22 @@ class Driven(Rig):
         self.second_window: MemoryWindow | None = None
 
     def domain(self, number: int) -> PageTable:
-        memory = Memory(self.region, [(self.place + number * 64 * PAGE, 64 * PAGE)])
+        memory = Memory(
+            self.region, [RegionRun(RegionOff(self.place + number * 64 * PAGE), 64 * PAGE)]
+        )
         return PageTable(memory, store_words(self.region))
 
     def queue(self) -> QueueMemory:
         at = self.place + 3 * MIB
-        return QueueMemory(self.region, at, at, 4 * PAGE)
+        return QueueMemory(self.region, RegionOff(at), PhysAddr(at), 4 * PAGE)
 
-    def physical(self, name: str, offset: int = 0) -> int:
+    def physical(self, name: str, offset: int = 0) -> PhysAddr:
         ino = self.fs.find(ROOT_INO, name.encode())
         ((_low, at, _length),) = list(self.fs.pieces(ino, offset, 1))
-        return int(at)
+        return PhysAddr(at)
 
     def map(
-        self, device: int, iova: int, name: str, length: int, offset: int = 0, perm: int = 3
+        self, device: SourceId, iova: Iova, name: str, length: int, offset: int = 0, perm: int = 3
     ) -> None:
         self.domains[device].map(iova, self.physical(name, offset), length, perm)
 
@@ -125,11 +129,11 @@ class Driven(Rig):
             return Unit("dmar0", window, UNIT)
         return Unit("dmar1", self.second_window) if self.second_window is not None else None
 
-    def snapshot(self, device: int = FIRST, number: int = 0) -> int:
+    def snapshot(self, device: SourceId = FIRST, number: int = 0) -> int:
         tables = tables_of(self.fs)
         kept = {d.source_id for d in tables.devices()} - tables.non_persistent()
-        with self.activation().live() as live:
-            reading = snapshot.read(live, device, kept)
+        with self.activation().kernel_units() as kernel:
+            reading = snapshot.read(kernel, device, kept)
         plan = drain(snapshot.plan(self.fs, self.host, reading))
         return self.fs.run(lambda: snapshot.apply(self.fs, plan, number))
 
@@ -162,7 +166,7 @@ def legacy(tmp_path: Path) -> Iterator[Driven]:
 
 def test_a_snapshot_and_the_switch_to_it(rig: Driven) -> None:
     rig.map(FIRST, AT, "ram", 8 * MIB)
-    assert rig.load(FIRST, AT + 5 * MIB) == 0x55
+    assert rig.load(FIRST, MARK) == 0x55
     assert rig.snapshot() == IDS[FIRST]
     assert rig.mappings() == [tuple(m) for m in rig.domains[FIRST].mappings()]
     [entry] = tables_of(rig.fs).devices()
@@ -171,7 +175,7 @@ def test_a_snapshot_and_the_switch_to_it(rig: Driven) -> None:
     rig.activation().check_kernel_tables()
     assert rig.activation().switch_units() == ["dmar0"]
     assert rig.unit().walks(tables_of(rig.fs).need_root().root)
-    assert rig.load(FIRST, AT + 5 * MIB) == 0x55
+    assert rig.load(FIRST, MARK) == 0x55
     assert rig.load(SECOND, SCRATCH) is None, "not attached: cut off"
     rig.activation().check_kernel_tables()
     assert rig.activation().switch_units() == []
@@ -194,7 +198,7 @@ class Watching(QtestWindow):
         assert self.rig.unit().state().translating
         word = 0x1000 + self.steps
         self.rig.put(self.rig.ram, 5 * MIB, word)
-        assert self.rig.load(FIRST, AT + 5 * MIB) == word
+        assert self.rig.load(FIRST, MARK) == word
 
 
 @pytest.mark.parametrize("laps", [0, 128, 129])
@@ -211,7 +215,7 @@ def test_the_device_is_at_work_all_the_time(rig: Driven, laps: int) -> None:
     assert window.steps > 80
     kernel.submit()
     assert rig.unit().state().queue_on
-    assert rig.load(FIRST, AT + 5 * MIB) == 0x1000 + window.steps
+    assert rig.load(FIRST, MARK) == 0x1000 + window.steps
 
 
 @pytest.mark.parametrize("deaf_to", [StepKind.WAIT_32, StepKind.WAIT_64, StepKind.WAIT_MEMORY])
@@ -242,7 +246,7 @@ def test_a_unit_that_does_not_obey_keeps_the_kernels_root(rig: Driven, deaf_to: 
         rig.activation(changing=window).switch_units()
     assert window.armed
     assert rig.unit().walks(rig.root.root)
-    assert rig.load(FIRST, AT + 5 * MIB) == 0x55
+    assert rig.load(FIRST, MARK) == 0x55
     assert rig.load(SECOND, SCRATCH) is not None
     assert rig.activation().switch_units() == ["dmar0"]
 
@@ -283,7 +287,7 @@ def test_back_to_the_kernels_root(rig: Driven) -> None:
     assert rig.load(SECOND, SCRATCH) is None
     activation.switch_back()
     assert rig.unit().walks(rig.root.root)
-    assert rig.load(FIRST, AT + 5 * MIB) == 0x55
+    assert rig.load(FIRST, MARK) == 0x55
     assert rig.load(SECOND, SCRATCH) is not None
     activation.switch_back()  # nothing is left to do
 
@@ -327,7 +331,7 @@ def test_units_that_have_no_root_to_replace(legacy: Driven) -> None:
 def test_a_snapshot_follows_what_the_vmm_does(rig: Driven) -> None:
     rig.map(FIRST, AT, "ram", 2 * MIB)
     rig.snapshot()
-    rig.map(FIRST, AT + 2 * MIB, "ram", 6 * MIB, 2 * MIB)
+    rig.map(FIRST, Iova(AT + 2 * MIB), "ram", 6 * MIB, 2 * MIB)
     with pytest.raises(InvalidError, match=r"0000:00:05.0: its live domain maps iova 0x40200000 "):
         rig.activation().check_kernel_tables()
     rig.snapshot()
@@ -337,14 +341,14 @@ def test_a_snapshot_follows_what_the_vmm_does(rig: Driven) -> None:
         rig.activation().switch_units()
     assert rig.unit().walks(rig.root.root)
     rig.snapshot()
-    rig.domains[FIRST].protect(AT + 4 * MIB, PAGE, 1)
+    rig.domains[FIRST].protect(Iova(AT + 4 * MIB), PAGE, 1)
     with pytest.raises(InvalidError, match=r"iova 0x40400000 .0x1000 bytes, r. to"):
         rig.activation().check_kernel_tables()
     rig.snapshot()
     assert rig.mappings() == [tuple(m) for m in rig.domains[FIRST].mappings()]
     rig.tell()
     rig.activation().switch_units()
-    assert rig.load(FIRST, AT + 5 * MIB) == 0x55
+    assert rig.load(FIRST, MARK) == 0x55
     assert rig.load(FIRST, AT) is None
 
 
@@ -383,9 +387,9 @@ def test_bars_of_other_devices(rig: Driven) -> None:
     resource.write_text(
         "0x00000000fe000000 0x00000000fe00ffff 0x0000000000040200\n" + "0 0 0\n" * 5
     )
-    rig.domains[FIRST].map(AT, 0xFE00_4000, 2 * PAGE, 3)
+    rig.domains[FIRST].map(AT, PhysAddr(0xFE00_4000), 2 * PAGE, 3)
     rig.snapshot()
-    assert tables_of(rig.fs).bars() == [Bar(SECOND, 0, 0xFE00_0000, 0x10000)]
+    assert tables_of(rig.fs).bars() == [Bar(SECOND, 0, PhysAddr(0xFE00_0000), 0x10000)]
     assert rig.mappings()[0] == (AT, 0xFE00_4000, 2 * PAGE, 3)
     rig.activation().check_kernel_tables()
     rig.domains[FIRST].unmap(AT, 2 * PAGE)
@@ -468,7 +472,11 @@ def test_the_command_on_a_mount_whose_memory_no_device_reaches() -> None:
 
 
 def refused(
-    rig: Driven, kind: type[PkernfsError], message: str, device: int = FIRST, number: int = 0
+    rig: Driven,
+    kind: type[PkernfsError],
+    message: str,
+    device: SourceId = FIRST,
+    number: int = 0,
 ) -> None:
     """A snapshot is refused in one line, and nothing was changed."""
     before = rig.state()
@@ -505,8 +513,8 @@ def test_memory_of_a_table_file(rig: Driven) -> None:
 
 def test_a_file_that_changes_meanwhile(rig: Driven) -> None:
     rig.map(FIRST, AT, "ram", 8 * MIB)
-    with rig.activation().live() as live:
-        reading = snapshot.read(live, FIRST, set())
+    with rig.activation().kernel_units() as kernel:
+        reading = snapshot.read(kernel, FIRST, set())
     plan = drain(snapshot.plan(rig.fs, rig.host, reading))
     rig.fs.setattr(rig.ram, size=4 * MIB)
     before = rig.state()
@@ -528,7 +536,7 @@ def test_domains_that_are_not_there_or_taken(rig: Driven) -> None:
 
 
 def test_devices_that_are_not_to_depend_on_tables(legacy: Driven) -> None:
-    refused(legacy, NotFoundError, "0000:00:07.0: no such device", 0x38)
+    refused(legacy, NotFoundError, "0000:00:07.0: no such device", SourceId(0x38))
     place = Path(legacy.host.path("sys/bus/pci/devices/0000:00:05.0/config"))
     place.write_bytes(config(express=0, ats=True))
     refused(legacy, InvalidError, "ATS is enabled")
@@ -543,7 +551,7 @@ def test_devices_that_are_not_to_depend_on_tables(legacy: Driven) -> None:
     root = Path(legacy.host.root)
     add_device(root, "0000:00:1e.0", config(kind=6, express=7))
     add_device(root, "0000:00:1e.0/0000:02:01.0", config())
-    refused(legacy, InvalidError, "0000:02:01.0: a bridge to conventional PCI", 0x208)
+    refused(legacy, InvalidError, "0000:02:01.0: a bridge to conventional PCI", SourceId(0x208))
 
 
 def test_a_device_without_a_live_domain(rig: Driven) -> None:
@@ -553,7 +561,9 @@ def test_a_device_without_a_live_domain(rig: Driven) -> None:
 
 def test_a_device_that_is_passed_through(legacy: Driven) -> None:
     [entry, _] = legacy.root.devices()
-    legacy.region.store_u64(entry.where, entry.context_words[0] | 2 << 2)
+    at = legacy.root.memory.offset(entry.where, 8)
+    assert at is not None
+    legacy.region.store_u64(at, entry.context_words[0] | 2 << 2)
     refused(legacy, NotSupportedError, r"0000:00:05.0: its requests pass through untranslated")
 
 
@@ -561,7 +571,7 @@ def test_a_device_whose_requests_have_a_second_name(legacy: Driven) -> None:
     """The kernel has an entry for each; what comes under the other one would fault."""
     legacy.map(FIRST, AT, "ram", 8 * MIB)
     legacy.snapshot()
-    alias = 0x1FF
+    alias = SourceId(0x1FF)
     legacy.root.attach(alias, legacy.domains[FIRST].root, IDS[FIRST])
     refused(legacy, InvalidError, r"an entry like its own for 0000:01:1f\.7, which is no device")
     with pytest.raises(InvalidError, match="an alias in requests"):
@@ -625,12 +635,13 @@ def test_too_few_pages_for_tables(rig: Driven) -> None:
     assert len(rig.fs.extents(many)) == 1
     big = PageTable(
         Memory(
-            rig.region, [(rig.fs.extents(rig.file("tables", 8 * MIB))[0].region_offset, 8 * MIB)]
+            rig.region,
+            [RegionRun(rig.fs.extents(rig.file("tables", 8 * MIB))[0].region_offset, 8 * MIB)],
         ),
         store_words(rig.region),
     )
     for number in range(600):
-        big.map(number * BLOCK, at + number * PAGE, PAGE, 3)
+        big.map(Iova(number * BLOCK), PhysAddr(at + number * PAGE), PAGE, 3)
     rig.root.detach(FIRST)
     rig.root.attach(FIRST, big.root, IDS[FIRST])
     refused(rig, NoSpaceError, r"dom-0: no free page for tables: it must grow by 2 MiB")

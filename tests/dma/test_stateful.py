@@ -27,6 +27,7 @@ from pkernfs.fs.file import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RAN
 from pkernfs.fs.namei import RENAME_EXCHANGE
 from pkernfs.fs.names import ROOT_PGTABLES
 from pkernfs.layout import BLOCK, IOMMU_INO, PAGE, ROOT_INO
+from pkernfs.quantities import Ino, Iova, RegionRun, SourceId
 from support.checking import assert_clean
 from support.table_files import MIB, PHYS_BASE, Host
 
@@ -35,7 +36,7 @@ MAX_PAGES = 3 * BLOCK // PAGE
 PICK = st.integers(0, 1 << 16)
 NAMES = st.sampled_from(["a", "b", "c", "d", "e"])
 DOMAINS = st.sampled_from([0, 1, 65535])
-DEVICES = st.sampled_from([0x00, 0x28, 0x2A80])
+DEVICES = st.sampled_from([0x00, 0x28, 0x2A80]).map(SourceId)
 PAGES = st.one_of(
     st.sampled_from([0, 1, 2, 255, 256, 511, 512, 513, 1024, MAX_PAGES - 1]),
     st.integers(0, MAX_PAGES - 1),
@@ -52,7 +53,7 @@ PERMS = st.sampled_from([1, 2, 3, 3, 3])
 class File:
     """``size`` is in bytes."""
 
-    ino: int
+    ino: Ino
     size: int = 0
     names: set[str] = field(default_factory=set)
 
@@ -63,7 +64,7 @@ Mapped = tuple[File, int, int]  # file, page of the file, permissions
 @dataclass(eq=False)
 class Domain:
     pages: dict[int, Mapped] = field(default_factory=dict)
-    devices: set[int] = field(default_factory=set)
+    devices: set[SourceId] = field(default_factory=set)
 
 
 class TablesMachine(RuleBasedStateMachine):
@@ -292,7 +293,7 @@ class TablesMachine(RuleBasedStateMachine):
         clash = any(domain.pages.get(at, wanted) != wanted for at, wanted in new.items())
         before = self.host.tables.domain(number).used_pages
         try:
-            self.host.map(number, iova * PAGE, file.ino, page * PAGE, count * PAGE, perm)
+            self.host.map(number, Iova(iova * PAGE), file.ino, page * PAGE, count * PAGE, perm)
         except ExistsError:
             assert clash
             return
@@ -312,7 +313,7 @@ class TablesMachine(RuleBasedStateMachine):
             iova, count = 0, 1 << 36
         gone = [at for at in domain.pages if iova <= at < iova + count]
         try:
-            done = self.host.tables.unmap(number, iova * PAGE, count * PAGE)
+            done = self.host.tables.unmap(number, Iova(iova * PAGE), count * PAGE)
         except NotFoundError:
             assert not gone
             return
@@ -324,7 +325,7 @@ class TablesMachine(RuleBasedStateMachine):
 
     @precondition(has_domain)
     @rule(d=PICK, source_id=DEVICES)
-    def attach(self, d: int, source_id: int) -> None:
+    def attach(self, d: int, source_id: SourceId) -> None:
         number, domain = self.pick_domain(d)
         taken = any(source_id in other.devices for other in self.domains.values())
         try:
@@ -338,7 +339,7 @@ class TablesMachine(RuleBasedStateMachine):
         domain.devices.add(source_id)
 
     @rule(source_id=DEVICES)
-    def detach(self, source_id: int) -> None:
+    def detach(self, source_id: SourceId) -> None:
         holder = next((d for d in self.domains.values() if source_id in d.devices), None)
         try:
             self.host.tables.detach(source_id)
@@ -365,7 +366,7 @@ class TablesMachine(RuleBasedStateMachine):
         fs = self.host.fs
         return {
             name: [
-                (e.offset, tables_of(fs).holder([(e.region_offset, e.length)]))
+                (e.offset, tables_of(fs).holder([RegionRun(e.region_offset, e.length)]))
                 for e in fs.extents(file.ino)
             ]
             for name, file in self.names.items()

@@ -10,6 +10,7 @@ from pkernfs.fs.names import ROOT_PGTABLES
 from pkernfs.iommu.config import Config
 from pkernfs.iommu.context_walk import Mode
 from pkernfs.layout import PAGE
+from pkernfs.quantities import Iova, PhysAddr, RegionOff, RegionRun
 from pkernfs.units.mmio import MemoryWindow
 from pkernfs.units.unit import Unit
 from pkernfs.units.unit_set import ActiveUnits
@@ -20,7 +21,7 @@ from support.table_files import DEVICE, GIB, MIB, PHYS_BASE, Host, ino_of, table
 class Adopted(KernelAdopted):
     """The kernel has adopted a table for DEVICE."""
 
-    def __init__(self, table: int) -> None:
+    def __init__(self, table: PhysAddr) -> None:
         self.table = table
 
     def entries(self) -> list[KernelEntry]:
@@ -30,7 +31,7 @@ class Adopted(KernelAdopted):
 def holder(host: Host, name: str) -> str | None:
     """What maps a byte of a file."""
     extents = host.fs.extents(ino_of(host, name))
-    return host.tables.holder([(e.region_offset, e.length) for e in extents])
+    return host.tables.holder([RegionRun(e.region_offset, e.length) for e in extents])
 
 
 def test_what_is_mapped_is_held(mapped: Host) -> None:
@@ -40,7 +41,7 @@ def test_what_is_mapped_is_held(mapped: Host) -> None:
     place = mapped.fs.extents(ino_of(mapped, "guest"))[0].region_offset
     assert tables.may_be_mapped(place, PAGE)
     assert [m.iova for m in tables.mappings(0)] == [GIB]
-    mapped.run(lambda: tables.unmap(0, GIB, 4 * MIB))
+    mapped.run(lambda: tables.unmap(0, Iova(GIB), 4 * MIB))
     assert holder(mapped, "guest") is None
     assert not tables.may_be_mapped(place, PAGE)
     assert list(tables.mappings(0)) == []
@@ -48,7 +49,7 @@ def test_what_is_mapped_is_held(mapped: Host) -> None:
 
 def test_what_is_attached_is_in_use(mapped: Host) -> None:
     tables = mapped.tables
-    mapped.run(lambda: tables.unmap(0, GIB, 4 * MIB))
+    mapped.run(lambda: tables.unmap(0, Iova(GIB), 4 * MIB))
     ino = table_ino(mapped, b"dom-0")
     tables.check_unused(ino)
     mapped.attach(0)
@@ -70,7 +71,7 @@ def test_what_is_being_read_stays(mapped: Host) -> None:
         with pytest.raises(BusyError, match="it is being checked: try again"):
             tables.check_unused(table_ino(mapped, b"dom-0"))
         with pytest.raises(BusyError):
-            tables.unmap(0, GIB, PAGE)
+            tables.unmap(0, Iova(GIB), PAGE)
         with pytest.raises(BusyError):
             tables.attach(0, DEVICE)
 
@@ -90,7 +91,7 @@ def test_what_they_are_like(host: Host) -> None:
 
 
 def test_what_is_damaged_is_not_there(mapped: Host) -> None:
-    at = mapped.tables.domain(0).root - PHYS_BASE
+    at = RegionOff(mapped.tables.domain(0).root - PHYS_BASE)
     word = int.from_bytes(mapped.region.read(at, 8), "little")
     mapped.region.store_u64(at, 1 << 62 | 3)
     mapped.fs = remount(mapped.fs)
@@ -134,9 +135,9 @@ def test_what_the_kernel_has_adopted_is_known_to_all(mapped: Host) -> None:
     assert tables.kernel_adopted is adopted
     assert tables.adopted_by() == {(DEVICE, top): "dmar0"}
     with pytest.raises(BusyError, match="dom-0: dmar0 walks it"):
-        tables.unmap(0, GIB, PAGE)
+        tables.unmap(0, Iova(GIB), PAGE)
     with pytest.raises(BusyError):
         tables.check_unused(table_ino(mapped, b"dom-0"))
     tables.kernel_adopted = None
     assert tables.adopted_by() == {}
-    mapped.run(lambda: tables.unmap(0, GIB, PAGE))
+    mapped.run(lambda: tables.unmap(0, Iova(GIB), PAGE))

@@ -11,6 +11,7 @@ from pkernfs.errors import UnitError
 from pkernfs.fs.super import Access
 from pkernfs.iommu.root_tables import RootTables
 from pkernfs.layout import PAGE
+from pkernfs.quantities import Iova, SourceId
 from pkernfs.units.unit_set import ActiveUnits
 from pkernfs.vtd.entries import LARGEST_LEAF_LEVEL
 from support.table_files import DEVICE, GIB, MIB, Host, ino_of
@@ -29,7 +30,7 @@ class Told:
         self.said: list[tuple[Any, ...]] = []
         self._obeys = obeys
 
-    def admit(self, source_id: int) -> None:
+    def admit(self, source_id: SourceId) -> None:
         """Every device may be attached."""
 
     def _note(self, *what: Any) -> None:
@@ -43,7 +44,7 @@ class Told:
     def invalidate_domains(self, root: RootTables, domain_ids: Sequence[int]) -> None:
         self._note("domains", *domain_ids)
 
-    def invalidate_device(self, root: RootTables, source_id: int, domain_id: int) -> None:
+    def invalidate_device(self, root: RootTables, source_id: SourceId, domain_id: int) -> None:
         self._note("device", source_id, domain_id)
 
     def flush_write_buffers(self) -> None:
@@ -53,7 +54,7 @@ class Told:
 def walked(host: Host, **how: bool) -> Told:
     """DEVICE and its neighbour are attached to dom-0 with domain id 2; units walk the tables."""
     assert host.attach(0) == 2
-    host.attach(0, DEVICE + 1)
+    host.attach(0, SourceId(DEVICE + 1))
     told = Told(**how)
     host.tables.set_active_units(cast("ActiveUnits", told))
     return told
@@ -72,14 +73,14 @@ def test_each_change_is_told(mapped: Host, caches_absent: bool) -> None:
     told, tables = walked(mapped, caches_absent=caches_absent), mapped.tables
     other = ino_of(mapped, "other")
     new: list[tuple[Any, ...]] = [("domains", 2) if caches_absent else ("write buffers",)]
-    assert change(mapped, told, lambda: mapped.map(0, 2 * GIB, other, 0, MIB)) == new
-    assert change(mapped, told, lambda: tables.unmap(0, 2 * GIB, PAGE)) == [("domains", 2)]
-    assert change(mapped, told, lambda: tables.unmap(0, 2 * GIB, GIB)) == [("domains", 2)]
+    assert change(mapped, told, lambda: mapped.map(0, Iova(2 * GIB), other, 0, MIB)) == new
+    assert change(mapped, told, lambda: tables.unmap(0, Iova(2 * GIB), PAGE)) == [("domains", 2)]
+    assert change(mapped, told, lambda: tables.unmap(0, Iova(2 * GIB), GIB)) == [("domains", 2)]
     new = [("all",) if caches_absent else ("write buffers",)]
-    assert change(mapped, told, lambda: mapped.attach(0, DEVICE + 2)) == new
-    found = change(mapped, told, lambda: tables.detach(DEVICE + 2))
+    assert change(mapped, told, lambda: mapped.attach(0, SourceId(DEVICE + 2))) == new
+    found = change(mapped, told, lambda: tables.detach(SourceId(DEVICE + 2)))
     assert found == [("device", DEVICE + 2, 2)]
-    tables.detach(DEVICE + 1)
+    tables.detach(SourceId(DEVICE + 1))
     assert change(mapped, told, lambda: tables.detach(DEVICE)) == [("all",)]  # and its table goes
     tables.set_active_units(None)
 
@@ -88,8 +89,8 @@ def test_a_domain_without_devices_is_cached_nowhere(mapped: Host) -> None:
     told = walked(mapped, caches_absent=True)
     mapped.dom(1)
     other = ino_of(mapped, "other")
-    assert change(mapped, told, lambda: mapped.map(1, 0, other)) == [("write buffers",)]
-    found = change(mapped, told, lambda: mapped.tables.unmap(1, 0, GIB))
+    assert change(mapped, told, lambda: mapped.map(1, Iova(0), other)) == [("write buffers",)]
+    found = change(mapped, told, lambda: mapped.tables.unmap(1, Iova(0), GIB))
     assert found == [("write buffers",)]
     mapped.tables.set_active_units(None)
 

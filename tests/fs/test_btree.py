@@ -24,6 +24,7 @@ from pkernfs.layout import (
     MAGIC_TREE,
     MAX_EXTENT_SLOTS,
     MAX_INNER_SLOTS,
+    NO_PAGE,
     PAGE,
     TREE,
     TREE_EXTENTS,
@@ -31,10 +32,12 @@ from pkernfs.layout import (
     TREE_OFFSET,
     TREE_SLOTS_OFFSET,
     TREE_XATTRS,
+    Extent,
 )
+from pkernfs.quantities import Ino, PageNo
 from support.checking import MemoryFile
 
-OWNER = 77
+OWNER = Ino(77)
 KINDS = (TREE_EXTENTS, TREE_NAMES, TREE_XATTRS)
 
 
@@ -46,7 +49,7 @@ class Grown:
         self.region = self.memory.open()
         make_filesystem(self.region)
         self.fs = mount_filesystem(self.region)
-        self.tree = Tree(self.fs.store, self.fs.super.pages, kind, OWNER, 0)
+        self.tree = Tree(self.fs.store, self.fs.super.pages, kind, OWNER, NO_PAGE)
         self.model: dict[int, bytes] = {}
 
     def close(self) -> None:
@@ -56,7 +59,7 @@ class Grown:
     def insert(self, key: int, data: bytes) -> None:
         self.model[key] = data
         if self.tree.kind == TREE_EXTENTS:
-            self.tree.insert_extent((key, *self.extent_words(data)))
+            self.tree.insert_extent(Extent(key, *self.extent_words(data)))
         else:
             self.tree.insert_item(key, data)
 
@@ -69,8 +72,8 @@ class Grown:
         self.tree.remove(key)
 
     @staticmethod
-    def extent_words(data: bytes) -> tuple[int, int]:
-        return len(data), sum(data) + 1
+    def extent_words(data: bytes) -> tuple[PageNo, int]:
+        return PageNo(len(data)), sum(data) + 1
 
     def contents(self, start: int = 0) -> list[tuple[int, object]]:
         """What the tree says, from ``start`` on."""
@@ -116,7 +119,7 @@ class Grown:
         assert len(depths) == 1
         return depths.pop()
 
-    def _check_node(self, page: int, low: int, end: int, depth: int, depths: set[int]) -> None:
+    def _check_node(self, page: PageNo, low: int, end: int, depth: int, depths: set[int]) -> None:
         node = self.fs.store.read(page, MAGIC_TREE)
         kind, level, count, heap, garbage = TREE.unpack_from(node, TREE_OFFSET)
         assert kind == self.tree.kind
@@ -380,10 +383,10 @@ def test_replace_extent_in_any_leaf() -> None:
             grown.insert(key, b"q")
     with grown.fs.store:
         for key in range(0, 3_000, 3):
-            grown.tree.replace_extent(key, (key, key + 9, 2))
+            grown.tree.replace_extent(key, Extent(key, PageNo(key + 9), 2))
     assert list(grown.tree.extents(0)) == [(key, key + 9, 2) for key in range(0, 3_000, 3)]
     with pytest.raises(CorruptionError), grown.fs.store:
-        grown.tree.replace_extent(1, (1, 1, 1))
+        grown.tree.replace_extent(1, Extent(1, PageNo(1), 1))
     assert EXTENT.size == 24
     grown.close()
 

@@ -35,6 +35,7 @@ from pkernfs.layout import (
     STATE_PAGE,
     SUPERBLOCK_PAGE,
 )
+from pkernfs.quantities import Ino, RegionOff
 from pkernfs.region.region import Region
 from support.crash import (
     JOURNAL,
@@ -72,21 +73,21 @@ def text(length: int, key: int = 0) -> bytes:
 # ---------------------------------------------------------------------- how to say it
 
 
-def at(fs: FileSystem, path: str) -> int:
+def at(fs: FileSystem, path: str) -> Ino:
     """Inode number of a path such as ``d/b``."""
-    ino: int = ROOT_INO
+    ino = ROOT_INO
     for name in path.split("/"):
         ino = fs.lookup(ino, name.encode()).ino
     return ino
 
 
-def parent(fs: FileSystem, path: str) -> tuple[int, bytes]:
+def parent(fs: FileSystem, path: str) -> tuple[Ino, bytes]:
     """Directory and name of a path."""
     directory, _, name = path.rpartition("/")
     return (at(fs, directory) if directory else ROOT_INO), name.encode()
 
 
-def make(fs: FileSystem, path: str, data: bytes = b"") -> int:
+def make(fs: FileSystem, path: str, data: bytes = b"") -> Ino:
     """A file with those bytes."""
     ino = fs.create(*parent(fs, path), REG, 3, 4).ino
     if data:
@@ -301,7 +302,9 @@ SCENARIOS = [
     Scenario("first mount after a handover", _compare_handover, setup=hand_over),
     Scenario("create", lambda fs: fs.create(at(fs, "d"), b"new", REG, 1, 1)),
     Scenario("create, first name", lambda fs: fs.create(at(fs, "d/sub"), b"new", REG, 1, 1)),
-    Scenario("create a device", lambda fs: fs.create(1, b"dev", stat.S_IFBLK | 0o600, 0, 0, 2049)),
+    Scenario(
+        "create a device", lambda fs: fs.create(ROOT_INO, b"dev", stat.S_IFBLK | 0o600, 0, 0, 2049)
+    ),
     Scenario("create in iommu", lambda fs: fs.create(at(fs, "iommu"), b"dom-7", REG, 0, 0)),
     Scenario(
         "create, inode table grows",
@@ -600,10 +603,10 @@ def test_mkfs_cut(old: str, base: bytes, figures: Figures) -> None:
     replay = Replay(before)
     trees: list[Tree] = []
     with Region.anonymous(size) as region:
-        region.copy_in(0, before)
+        region.copy_in(RegionOff(0), before)
         if old == "a file system":
             trees.append(snapshot(mount_filesystem(region)))
-            region.copy_in(0, before)
+            region.copy_in(RegionOff(0), before)
         stores = recorded(lambda: mkfs.make_filesystem(region, clock=Clock()))
         trees.append(snapshot(mount_filesystem(region)))
     refused: list[bool] = []
@@ -646,7 +649,7 @@ def test_fsck_cut(damage: str, base: bytes, figures: Figures) -> None:
         for page in range(2 * PAGES_PER_BLOCK + 3, 2 * PAGES_PER_BLOCK + 6):
             damaged[page * PAGE : (page + 1) * PAGE] = b"\xdb" * PAGE
     with Region.anonymous(len(base)) as region:
-        region.copy_in(0, bytes(damaged))
+        region.copy_in(RegionOff(0), bytes(damaged))
         stores = recorded(lambda: fsck.check(region, repair=True))
         check_structure(region)
         tree = snapshot(mount_filesystem(region, clock=Clock()))

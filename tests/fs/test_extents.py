@@ -14,7 +14,7 @@ from pkernfs.errors import CorruptionError, NoSpaceError
 from pkernfs.fs import extents as extents_module
 from pkernfs.fs.extents import ExtentMap
 from pkernfs.fs.filesystem import FileSystem
-from pkernfs.fs.inodes import Extent, Inode
+from pkernfs.fs.inodes import Inode
 from pkernfs.layout import (
     BLOCK,
     INODE_FLAG_BODY,
@@ -23,8 +23,11 @@ from pkernfs.layout import (
     PAGE,
     PAGES_PER_BLOCK,
     TREE_EXTENTS,
-    Ino,
+    Extent,
+    first_page,
+    page_offset,
 )
+from pkernfs.quantities import BlockNo, Ino, PageNo
 from support.files import (
     MIB,
     PUNCH,
@@ -51,7 +54,7 @@ class File:
         self.inode = Inode()
         self.inode.ino = Ino(number)
         self.inode.mode = stat.S_IFREG | 0o644
-        self.model: dict[int, int] = {}
+        self.model: dict[int, PageNo] = {}
 
     # ------------------------------------------------------------------ changes
 
@@ -66,9 +69,9 @@ class File:
             return []
         self._check_added(added, start, end, size)
         for file_page, page, count in added:
-            assert self.space.region.is_zero(page * PAGE, count * PAGE), "it is not all zero"
-            self.space.region.copy_in(page * PAGE, STALE * count)
-            self.model |= {file_page + i: page + i for i in range(count)}
+            assert self.space.region.is_zero(page_offset(page), count * PAGE), "it is not all zero"
+            self.space.region.copy_in(page_offset(page), STALE * count)
+            self.model |= {file_page + i: PageNo(page + i) for i in range(count)}
         return added
 
     def _check_added(self, added: list[Extent], start: int, end: int, size: int) -> None:
@@ -109,7 +112,7 @@ class File:
 
     def promote(self) -> None:
         """Let a block take the place of the pages of the first slot."""
-        found: list[int] = []
+        found: list[BlockNo] = []
 
         def work() -> None:
             [(block, _)] = self.space.blocks.alloc(1, zeroed=False)
@@ -117,12 +120,12 @@ class File:
             found.append(block)
 
         self.space.change(self.inode, work)
-        self.model |= {page: found[-1] * SLOT + page for page in range(SLOT)}
+        self.model |= {page: PageNo(first_page(found[-1]) + page) for page in range(SLOT)}
 
     # ------------------------------------------------------------------ what must be so
 
-    def is_carved(self, page: int) -> bool:
-        return self.space.blocks.is_page_granular(page // SLOT)
+    def is_carved(self, page: PageNo) -> bool:
+        return self.space.blocks.is_in_page_granular(page)
 
     def tree_pages(self) -> int:
         if not self.inode.flags & INODE_FLAG_BODY:
@@ -166,8 +169,8 @@ class File:
             adjacent = left[0] + left[2] == right[0] and left[1] + left[2] == right[1]
             assert not adjacent or self.is_carved(left[1]) != self.is_carved(right[1])
         for first, page, count in listed:
-            kinds = {self.is_carved(p) for p in (page, page + count - 1)}
-            kinds |= {self.is_carved(p) for p in range(page, page + count, SLOT)}
+            kinds = {self.is_carved(PageNo(p)) for p in (page, page + count - 1)}
+            kinds |= {self.is_carved(PageNo(p)) for p in range(page, page + count, SLOT)}
             [carved] = kinds
             assert carved or first % SLOT == page % SLOT == count % SLOT == 0
 
@@ -460,7 +463,8 @@ def test_extents_out_of_the_region(file: File, extents: int) -> None:
     end = file.space.total * SLOT
     found, model = list(file.map.after(file.inode, 0)), dict(file.model)
     body, flags = file.inode.body, file.inode.flags
-    for bad in ((250, end, 1), (250, end - 1, 2), (250, 1 << 60, 1)):
+    for page, count in ((end, 1), (end - 1, 2), (1 << 60, 1)):
+        bad = Extent(250, PageNo(page), count)
 
         def work(bad: Extent = bad) -> None:
             file.map._add(file.inode, bad)
@@ -483,10 +487,10 @@ def test_extents_out_of_the_region(file: File, extents: int) -> None:
 def test_pages_that_are_freed_already(file: File) -> None:
     """Two extents over the same pages: the second is not freed, and neither is the first."""
     [(_, page, _)] = file.fill(0, 4, MIB)
-    file.space.change(file.inode, lambda: file.map._add(file.inode, (10, page, 4)))
+    file.space.change(file.inode, lambda: file.map._add(file.inode, Extent(10, page, 4)))
     with pytest.raises(CorruptionError, match=f"page {page}: 4 pages freed that are not all in "):
         file.space.change(file.inode, lambda: file.map.remove(file.inode, 0, 20))
-    file.space.change(file.inode, lambda: file.map._delete(file.inode, (10, page, 4)))
+    file.space.change(file.inode, lambda: file.map._delete(file.inode, Extent(10, page, 4)))
 
 
 def test_the_tree_is_that_of_the_inode(file: File) -> None:
@@ -557,7 +561,7 @@ def test_a_sparse_small_file_grows_out_of_pages(fs: FileSystem) -> None:
     assert len(fs.extents(ino)) == 1
 
 
-def _fragmented(fs: FileSystem, pieces: int) -> int:
+def _fragmented(fs: FileSystem, pieces: int) -> Ino:
     """A file of as many extents, made by filling every second free page of a full region."""
     ino = make(fs, b"victim")
     small = []

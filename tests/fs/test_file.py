@@ -19,6 +19,7 @@ from pkernfs.errors import (
 from pkernfs.fs import inodes as inodes_module
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.layout import BLOCK, MAX_FILE_BYTES, PAGE
+from pkernfs.quantities import Ino
 from support.checking import assert_clean
 from support.files import (
     GIB,
@@ -141,7 +142,7 @@ def test_zeroing_needed_leaves_nothing_half_done(fs: FileSystem) -> None:
 # ------------------------------------------------------------------------------ punch, zero, seek
 
 
-def seek_map(fs: FileSystem, ino: int) -> list[tuple[int, int]]:
+def seek_map(fs: FileSystem, ino: Ino) -> list[tuple[int, int]]:
     """``(start, end)`` of the data."""
     found, at, size = [], 0, fs.inode(ino).size
     while at < size:

@@ -10,6 +10,7 @@ from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import FormatError
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.layout import PAGE
+from pkernfs.quantities import RegionOff
 from support.checking import MemoryFile, assert_clean
 from support.files import GIB, MIB, make
 
@@ -37,6 +38,6 @@ def test_what_is_no_file_system_is_refused() -> None:
     with MemoryFile(16 * MIB) as memory, memory.open() as region:
         with pytest.raises(FormatError):
             mount_filesystem(region)
-        region.copy_in(0, random.Random(1).randbytes(16 * MIB))
+        region.copy_in(RegionOff(0), random.Random(1).randbytes(16 * MIB))
         with pytest.raises(FormatError):
             mount_filesystem(region)

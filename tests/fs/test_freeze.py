@@ -22,11 +22,14 @@ from pkernfs.fs.super import Access
 from pkernfs.layout import (
     BLOCK,
     MAGIC_STATE,
+    NO_INO,
     PAGE,
     RESULT_UNKNOWN,
     ROOT_INO,
     STATE_PAGE,
+    page_offset,
 )
+from pkernfs.quantities import Ino, PhysAddr, RegionOff
 from support.checking import MemoryFile, assert_clean
 from support.files import make
 from support.handed import MIB, REG, SIZE, Handed, changes_of, file_of, populated, reseal
@@ -49,7 +52,7 @@ def test_what_fails_while_frozen_is_not_thawed(fs: FileSystem) -> None:
 # ---------------------------------------------------------------------- freezing
 
 
-CHANGES: dict[str, Callable[[FileSystem, int], object]] = {
+CHANGES: dict[str, Callable[[FileSystem, Ino], object]] = {
     "create": lambda fs, ino: fs.create(ROOT_INO, b"new", REG, 0, 0),
     "mkdir": lambda fs, ino: fs.mkdir(ROOT_INO, b"new", 0o755, 0, 0),
     "symlink": lambda fs, ino: fs.symlink(ROOT_INO, b"new", b"to", 0, 0),
@@ -73,12 +76,12 @@ def test_frozen_means_no_change(fs: FileSystem, name: str) -> None:
     fs.setxattr(ino, b"user.x", b"y")
     fs.setattr(ino, atime=1)
     hand_over(fs)
-    before = fs.region.read(0, fs.region.size)
+    before = fs.region.read(RegionOff(0), fs.region.size)
     with pytest.raises(ReadOnlyError, match="frozen by pkernfs handover"):
         CHANGES[name](fs, ino)
     assert bytes(fs.read(ino, 0, 10)) == b"data"
     assert fs.next_dirty(BLOCK) is None
-    assert fs.region.read(0, fs.region.size) == before
+    assert fs.region.read(RegionOff(0), fs.region.size) == before
     fs.thaw()
     if name != "freeze":
         CHANGES[name](fs, ino)
@@ -104,7 +107,7 @@ def test_abort_leaves_nothing(fs: FileSystem) -> None:
     for _ in range(3):
         assert hand_over(fs) == 1
         with pytest.raises(InvalidError, match="handed over already"):
-            fs.hand_over(0, 0, 0, 0)
+            fs.hand_over(NO_INO, 0, 0, 0)
         assert_clean(fs.region)
         fs.thaw()
         assert fs.statfs() == space
@@ -150,7 +153,7 @@ def test_without_space_there_is_no_list(fs: FileSystem) -> None:
     with pytest.raises(NoSpaceError):
         fs.make_manifest(1 << 20)
     assert fs.statfs() == space
-    assert fs.hand_over(0, 0, 0, 0) == 1
+    assert fs.hand_over(NO_INO, 0, 0, 0) == 1
     fs.unmount()
     again = mount_filesystem(fs.region)
     mount_report = verify(again)
@@ -164,7 +167,7 @@ def test_without_space_there_is_no_list(fs: FileSystem) -> None:
 
 
 def test_the_list_is_gone_after_the_mount(handed: Handed) -> None:
-    page = handed.region.read(STATE_PAGE * PAGE, PAGE)
+    page = handed.region.read(page_offset(STATE_PAGE), PAGE)
     ino = state_page.read_record(page).list_ino
     fs = handed.mount()
     with pytest.raises(Exception, match="no such inode"):
@@ -175,19 +178,19 @@ def test_the_list_is_gone_after_the_mount(handed: Handed) -> None:
 
 
 def test_a_read_only_mount_keeps_the_record(handed: Handed) -> None:
-    before = handed.region.read(0, SIZE)
+    before = handed.region.read(RegionOff(0), SIZE)
     fs = handed.mount(read_only=True)
     mount_report = verify(fs)
     assert mount_report.record is not None
     assert not mount_report.changes.all()
     fs.unmount()
-    assert handed.region.read(0, SIZE) == before
+    assert handed.region.read(RegionOff(0), SIZE) == before
 
 
 @pytest.mark.parametrize("what", ["data", "head", "inode", "another number", "gone", "garbage"])
 def test_a_damaged_list_is_no_reason_not_to_mount(handed: Handed, what: str) -> None:
     region = handed.region
-    state = bytearray(region.read(STATE_PAGE * PAGE, PAGE))
+    state = bytearray(region.read(page_offset(STATE_PAGE), PAGE))
     record = state_page.read_record(state)
     fs = handed.mount(read_only=True)
     at = fs.extents(record.list_ino)[0].region_offset
@@ -202,7 +205,7 @@ def test_a_damaged_list_is_no_reason_not_to_mount(handed: Handed, what: str) -> 
     elif what == "another number":
         record = record._replace(number=77)
     elif what == "gone":
-        record = record._replace(list_ino=16 * 4000 + 3)
+        record = record._replace(list_ino=Ino(16 * 4000 + 3))
     elif what == "inode":
         record = record._replace(list_ino=handed.inos["f2"])
     else:
@@ -212,8 +215,8 @@ def test_a_damaged_list_is_no_reason_not_to_mount(handed: Handed, what: str) -> 
     assert len(fs.extents(state_page.read_record(state).list_ino)) == 1
     region.copy_in(at, bytes(data))
     state_page.write_record(state, record)
-    region.copy_in(STATE_PAGE * PAGE, bytes(state))
-    reseal(region, STATE_PAGE * PAGE)
+    region.copy_in(page_offset(STATE_PAGE), bytes(state))
+    reseal(region, page_offset(STATE_PAGE))
     fs = handed.mount()
     mount_report = verify(fs)
     assert mount_report.trouble or mount_report.changes.all()
@@ -243,12 +246,12 @@ def test_a_second_handover_while_verifying(handed: Handed) -> None:
 
 def test_another_physical_address_is_told() -> None:
     with MemoryFile(16 * MIB) as memory:
-        with memory.open(phys_base=1 << 30) as region:
+        with memory.open(phys_base=PhysAddr(1 << 30)) as region:
             make_filesystem(region)
             fs = mount_filesystem(region)
             hand_over(fs)
             fs.unmount()
-        with memory.open(phys_base=2 << 30) as region:
+        with memory.open(phys_base=PhysAddr(2 << 30)) as region:
             fs = mount_filesystem(region)
             text = "physical address: 0x80000000, 0x40000000 at the handover"
             assert changes_of(fs) == {"": text}

@@ -12,6 +12,7 @@ from pkernfs.errors import (
 )
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.layout import PAGE
+from pkernfs.quantities import Ino, RegionOff
 from support.checking import assert_clean
 from support.files import (
     KEEP_SIZE,
@@ -80,7 +81,7 @@ def test_times(fs: FileSystem) -> None:
         assert (fs.inode(ino).atime, fs.inode(ino).mtime) == (kept, kept)
         again = remount(fs).inode(ino)
         assert (again.atime, again.mtime) == (kept, kept)
-        fs.region.read(0, 1)
+        fs.region.read(RegionOff(0), 1)
 
 
 @pytest.mark.parametrize("mtime", [(1 << 63) - 1, -(1 << 63), 0])
@@ -121,7 +122,7 @@ def test_which_times_an_operation_changes(fs: FileSystem) -> None:
 
 
 def test_set_id_bits(fs: FileSystem) -> None:
-    def mode(after: Callable[[int], object], before: int) -> int:
+    def mode(after: Callable[[Ino], object], before: int) -> int:
         ino = make(fs)
         fs.setattr(ino, mode=before)
         after(ino)

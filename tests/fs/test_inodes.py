@@ -27,26 +27,28 @@ from pkernfs.layout import (
     INODE_PAGE_OFFSET,
     MAGIC_INODES,
     MAGIC_STATE,
+    NO_INO,
     PAGE,
     STATE_FREE_INODE_PAGE_OFFSET,
     STATE_INODE_PAGES_OFFSET,
     STATE_PAGE,
     TREE_EXTENTS,
-    Ino,
+    Extent,
     InodeFields,
 )
-from support.files import REG, ROOT, contents, make
+from pkernfs.quantities import Ino, PageNo, RegionOff
+from support.files import IOMMU, REG, ROOT, contents, make
 from support.space import GiveUp, Space, space
 
 SIZE = 16 << 20
-INODE_PAGE = 2 * 512 + 2  # of a new file system, by docs/format.md
+INODE_PAGE = PageNo(2 * 512 + 2)  # of a new file system, by docs/format.md
 
 # ------------------------------------------------------------------------------ one inode
 
 
 u32, u64 = st.integers(0, (1 << 32) - 1), st.integers(0, (1 << 64) - 1)
 times = st.integers(-(1 << 63), (1 << 63) - 1)
-EXTENTS = st.lists(st.tuples(u64, u64, u64), max_size=5)
+EXTENTS = st.lists(st.builds(Extent, u64, u64.map(PageNo), u64), max_size=5)
 SHARED = {
     "generation": u32, "uid": u32, "gid": u32, "nlink": u32, "atime": times, "mtime": times,
     "ctime": times, "btime": times, "data_pages": u64, "xattr_root": u64, "pending_start": u64,
@@ -69,7 +71,7 @@ def inodes(draw: st.DrawFn) -> Inode:
         inode.rdev = os.makedev(draw(st.integers(0, 4095)), draw(st.integers(0, (1 << 20) - 1)))
     elif draw(st.booleans()):
         inode.flags |= INODE_FLAG_BODY
-        inode.body = draw(st.integers(1, (1 << 64) - 1))
+        inode.body = PageNo(draw(st.integers(1, (1 << 64) - 1)))
     elif kind == stat.S_IFREG:
         inode.extents = draw(EXTENTS)
     elif kind == stat.S_IFLNK:
@@ -88,7 +90,7 @@ def test_what_is_stored_is_loaded(inode: Inode, slot: int) -> None:
     page = bytearray(b"\xdb" * PAGE)
     inode.store(memoryview(page), slot * 256)
     again = Inode()
-    again.extents, again.target = [(1, 2, 3)], b"of another"
+    again.extents, again.target = [Extent(1, PageNo(2), 3)], b"of another"
     again.load(memoryview(bytes(page)), slot * 256)
     assert fields(again) == fields(inode)
     assert page[: slot * 256] == b"\xdb" * (slot * 256)
@@ -106,7 +108,7 @@ def test_an_inode_as_the_format_has_it() -> None:
     inode.mode = REG
     inode.flags = INODE_FLAG_PENDING | INODE_FLAG_TABLE
     inode.rdev = os.makedev(0xABC, 0xDEF12)
-    inode.extents = [(1, 2, 3), (4, 5, 6)]
+    inode.extents = [Extent(1, PageNo(2), 3), Extent(4, PageNo(5), 6)]
     page = bytearray(PAGE)
     inode.store(memoryview(page), 256)
     assert struct.unpack_from("<QIIIIII", page, 256) == (1, 2, REG, 4, 5, 6, 0b110 | 2 << 8)
@@ -115,7 +117,7 @@ def test_an_inode_as_the_format_has_it() -> None:
     assert struct.unpack_from("<6Q", page, 256 + 128) == (1, 2, 3, 4, 5, 6)
 
 
-def stored(**changes: int) -> memoryview:
+def stored(**changes: Any) -> memoryview:
     """A page with an inode at 256, of which some fields are another thing."""
     inode = Inode()
     inode.ino, inode.mode = Ino(5), REG
@@ -203,11 +205,11 @@ class Table:
     def __init__(self, space: Space) -> None:
         self.space = space
         self.table = self.open()
-        self.model: dict[int, dict[str, int]] = {
-            1: {"uid": 0, "nlink": 3}, 2: {"uid": 0, "nlink": 2},
+        self.model: dict[Ino, dict[str, int]] = {
+            ROOT: {"uid": 0, "nlink": 3}, IOMMU: {"uid": 0, "nlink": 2},
         }  # fmt: skip
         #: Generations that each number has had.
-        self.seen: dict[int, set[int]] = {1: {0}, 2: {0}}
+        self.seen: dict[Ino, set[int]] = {ROOT: {0}, IOMMU: {0}}
 
     def open(self) -> InodeTable:
         """The table as another mount finds it."""
@@ -226,16 +228,16 @@ class Table:
         with self.space.store:
             return [self.new() for _ in range(count)]
 
-    def change(self, ino: int, **values: int) -> None:
-        inode = self.table.get(Ino(ino))
+    def change(self, ino: Ino, **values: int) -> None:
+        inode = self.table.get(ino)
         self.table.touch(inode)
         for name, value in values.items():
             setattr(inode, name, value)
         self.table.save(inode)
         self.model[ino] |= values
 
-    def free(self, ino: int) -> None:
-        inode = self.table.get(Ino(ino))
+    def free(self, ino: Ino) -> None:
+        inode = self.table.get(ino)
         self.table.touch(inode)
         self.table.free(inode)
         del self.model[ino]
@@ -267,7 +269,7 @@ class Table:
             assert table.used == len(self.model)
             assert len(table) == 15 * len(table.where)
             for ino, values in self.model.items():
-                inode, said = table.get(Ino(ino)), table.stat(Ino(ino))
+                inode, said = table.get(ino), table.stat(ino)
                 assert (inode.ino, said.ino, inode.generation) == (ino, ino, said.generation)
                 for name, value in values.items():
                     assert getattr(inode, name) == value
@@ -330,7 +332,7 @@ def test_changes_against_a_dict(
         table = Table(made)
         for steps, give_up in batches:
             before = {ino: dict(values) for ino, values in table.model.items()}
-            old, freed = set(before) - {1, 2}, set()
+            old, freed = set(before) - {ROOT, IOMMU}, set()
             with suppress(GiveUp), made.store:
                 for what, number in steps:
                     # What is new in this transaction is saved, and not touched again in it.
@@ -358,7 +360,7 @@ def test_changes_against_a_dict(
                 table.model = before
             table.check()
             for ino in table.model.keys() - (before.keys() - freed if not give_up else before):
-                generation = table.table.get(Ino(ino)).generation
+                generation = table.table.get(ino).generation
                 assert generation not in table.seen.setdefault(ino, set())
                 table.seen[ino].add(generation)
             if most_cached == 1:
@@ -369,7 +371,7 @@ def test_numbers_in_their_order(table: Table) -> None:
     """The lowest free slot of the page that is first in the list; none that 16 divides."""
     assert [inode.ino for inode in table.new_now(30)] == [*range(3, 16), *range(17, 32), 33, 34]
     with table.space.store:
-        for ino in (5, 30, 9):
+        for ino in map(Ino, (5, 30, 9)):
             table.free(ino)
     table.check()
     assert [inode.ino for inode in table.new_now(3)] == [30, 5, 9]
@@ -384,10 +386,10 @@ def test_a_new_table_has_two_inodes(table: Table) -> None:
 
 
 @pytest.mark.parametrize("ino", [0, 3, 15, 16, 17, 32, 1 << 40, -1, -15])
-def test_numbers_that_are_not_in_use(table: Table, ino: int) -> None:
+def test_numbers_that_are_not_in_use(table: Table, ino: Ino) -> None:
     for look in (table.table.get, table.table.stat):
         with pytest.raises(NotFoundError, match=f"inode {ino}: no such inode"):
-            look(Ino(ino))
+            look(ino)
 
 
 def test_a_number_is_not_in_use_any_more(table: Table) -> None:
@@ -438,7 +440,7 @@ def test_attributes_are_read_without_keeping_the_inode(table: Table) -> None:
 
 def test_who_watches_is_told_of_changed_files(table: Table) -> None:
     table.new_now(3)
-    watched: set[int] = set()
+    watched: set[Ino] = set()
     table.table.watch = watched
     with table.space.store:
         table.table.touch(table.table.get(Ino(3)))
@@ -457,7 +459,7 @@ def test_what_is_given_up_is_as_it_was(table: Table) -> None:
     with suppress(GiveUp), table.space.store:
         table.table.touch(inode)
         assert inode.ino not in table.table.attribute_cache
-        inode.size, inode.extents, inode.nlink = 4096, [(0, 1500, 1)], 0
+        inode.size, inode.extents, inode.nlink = 4096, [Extent(0, PageNo(1500), 1)], 0
         table.table.save(inode)
         raise GiveUp
     assert fields(inode) == before
@@ -487,12 +489,12 @@ def test_inodes_that_are_let_go(table: Table, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(inodes_module, "_MAX_CACHED_ATTRIBUTES", 2)
     opened = table.table
     inos = [inode.ino for inode in table.new_now(4)]
-    opened.attribute_cache.update({3: 0, 4: 0})
+    opened.attribute_cache.update({Ino(3): 0, Ino(4): 0})
     opened.trim()
     assert list(opened._cache) == inos
     assert len(opened.attribute_cache) == 2
     opened.get(Ino(1))
-    opened.attribute_cache[5] = 0
+    opened.attribute_cache[Ino(5)] = 0
     opened.trim()
     assert list(opened._cache) == [*inos[2:], 1]
     assert opened.attribute_cache == {}
@@ -514,7 +516,7 @@ def test_the_table_grows_in_steps(table: Table, most: int, monkeypatch: pytest.M
         table.new_now(15)
         found.add(len(table.table.where))
     assert sorted(found) == [size for size in sizes if size <= len(table.table.where)]
-    tree = Tree(table.space.store, table.space.pages, TREE_EXTENTS, 0, table.table._root)
+    tree = Tree(table.space.store, table.space.pages, TREE_EXTENTS, NO_INO, table.table._root)
     assert [index for index, _, _ in tree.extents(0)] == [0, 1]  # the root's names are between
     table.check()
 
@@ -545,7 +547,7 @@ def test_a_table_that_cannot_grow(table: Table) -> None:
         table.new()
     table.check()
     with made.store:
-        table.free(9)
+        table.free(Ino(9))
     assert [inode.ino for inode in table.new_now(1)] == [9]
     table.check()
 
@@ -578,7 +580,7 @@ def test_an_inode_of_no_kind(table: Table) -> None:
 def test_pages_that_cannot_be_read_are_told_of(table: Table) -> None:
     table.new_now(30)
     place = table.table.where[1]
-    table.space.region.copy_in(place * PAGE + 300, b"damage")
+    table.space.region.copy_in(RegionOff(place * PAGE + 300), b"damage")
     table.space.load()
     opened = InodeTable(table.space.store, table.space.pages)
     assert opened.count_used() == []
@@ -609,12 +611,12 @@ def test_a_table_of_another_size(table: Table, pages: int, message: str) -> None
 
 
 @pytest.mark.parametrize(
-    "extent", [(1, INODE_PAGE, 1), (0, INODE_PAGE, 2), (0, INODE_PAGE, 1 << 60)]
+    "extent", [Extent(1, INODE_PAGE, 1), Extent(0, INODE_PAGE, 2), Extent(0, INODE_PAGE, 1 << 60)]
 )
-def test_a_table_that_is_out_of_order(table: Table, extent: tuple[int, int, int]) -> None:
+def test_a_table_that_is_out_of_order(table: Table, extent: Extent) -> None:
     made = table.space
     with made.store:
-        tree = Tree(made.store, made.pages, TREE_EXTENTS, 0, table.table._root)
+        tree = Tree(made.store, made.pages, TREE_EXTENTS, NO_INO, table.table._root)
         tree.replace_extent(0, extent)
     with pytest.raises(CorruptionError, match=r"inode table at index .: out of order"):
         table.open()
@@ -634,10 +636,10 @@ def test_a_damaged_list_of_pages_with_free_slots(
     table: Table, damage: Callable[[Table], None], message: str
 ) -> None:
     damage(table)
-    before = table.space.region.read(0, SIZE)
+    before = table.space.region.read(RegionOff(0), SIZE)
     with pytest.raises(CorruptionError, match=message), table.space.store:
         table.table.new(REG)
-    assert table.space.region.read(0, SIZE) == before
+    assert table.space.region.read(RegionOff(0), SIZE) == before
     assert table.table.used == 2
 
 

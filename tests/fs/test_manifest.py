@@ -27,7 +27,9 @@ from pkernfs.layout import (
     RESULT_METADATA,
     ROOT_INO,
     STATE_PAGE,
+    page_offset,
 )
+from pkernfs.quantities import Ino, RegionOff
 from pkernfs.region.region import Region
 from support.checking import MemoryFile, assert_clean
 from support.handed import MIB, Handed, boot, changes_of, file_of, has_digests, populated, reseal
@@ -67,8 +69,8 @@ def test_changed_data_is_named(handed: Handed) -> None:
     digests = has_digests(handed)
     place = handed.places
     for name, at in (("ram", 3 * MIB + 17), ("f7", 0), ("below", 4)):
-        byte = handed.region.read(place[name] + at, 1)
-        handed.region.copy_in(place[name] + at, bytes([byte[0] ^ 4]))
+        byte = handed.region.read(RegionOff(place[name] + at), 1)
+        handed.region.copy_in(RegionOff(place[name] + at), bytes([byte[0] ^ 4]))
     fs = handed.mount()
     changes = changes_of(fs)
     assert changes == (
@@ -102,22 +104,23 @@ def test_a_hole_that_got_bytes_is_found(handed: Handed) -> None:
     del fs
     if middle is not None:
         at = middle.region_offset + 6 * MIB - middle.offset
-    assert handed.region.is_zero(at, PAGE)
-    handed.region.copy_in(at + 9, b"!")
+    assert handed.region.is_zero(RegionOff(at), PAGE)
+    handed.region.copy_in(RegionOff(at + 9), b"!")
     assert set(changes_of(handed.mount())) == {"/sparse"}
 
 
-def page_of(handed: Handed, ino: int) -> int:
+def page_of(handed: Handed, ino: Ino) -> RegionOff:
     """Region offset of the inode page of an inode."""
     fs = handed.mount(read_only=True)
-    return fs.super.inodes.where[ino >> 4] * PAGE
+    return page_offset(fs.super.inodes.where[ino >> 4])
 
 
 def test_a_changed_inode_is_named(handed: Handed) -> None:
     """Its page has a good checksum: who did it knew how."""
     ino = handed.inos["f9"]
     at = page_of(handed, ino)
-    handed.region.copy_in(at + (ino & 15) * INODE_BYTES + 16, (4711).to_bytes(4, "little"))
+    uid = RegionOff(at + (ino & 15) * INODE_BYTES + 16)
+    handed.region.copy_in(uid, (4711).to_bytes(4, "little"))
     reseal(handed.region, at)
     fs = handed.mount()
     assert changes_of(fs) == {"/f9": "inode changed"}
@@ -130,9 +133,9 @@ def test_a_damaged_inode_page_keeps_nobody_else_from_being_used(handed: Handed) 
     at = page_of(handed, ino)
     # What the mount needs lies elsewhere.
     assert at != page_of(handed, ROOT_INO)
-    page = handed.region.read(STATE_PAGE * PAGE, PAGE)
+    page = handed.region.read(page_offset(STATE_PAGE), PAGE)
     assert at != page_of(handed, state_page.read_record(page).list_ino)
-    handed.region.copy_in(at + (ino & 15) * INODE_BYTES + 40, b"\xff" * 8)
+    handed.region.copy_in(RegionOff(at + (ino & 15) * INODE_BYTES + 40), b"\xff" * 8)
     fs = handed.mount()
     changes = changes_of(fs)
     assert "inode damaged" in changes["/f30"]
@@ -152,10 +155,10 @@ def test_a_damaged_inode_page_keeps_nobody_else_from_being_used(handed: Handed) 
 @pytest.mark.parametrize("sealed", [True, False], ids=["resealed", "torn"])
 def test_a_changed_directory_is_named(handed: Handed, sealed: bool) -> None:
     fs = handed.mount(read_only=True)
-    at = fs.inode(handed.inos["dir"]).body * PAGE
+    at = page_offset(fs.inode(handed.inos["dir"]).body)
     data = handed.region.read(at, PAGE)
     where = data.index(b"below")
-    handed.region.copy_in(at + where, b"BELOW")
+    handed.region.copy_in(RegionOff(at + where), b"BELOW")
     if sealed:
         reseal(handed.region, at)
     changes = changes_of(handed.mount(read_only=True))
@@ -164,8 +167,9 @@ def test_a_changed_directory_is_named(handed: Handed, sealed: bool) -> None:
 
 
 def test_changed_structures_are_named(handed: Handed) -> None:
-    at = FIRST_MAP_PAGE * PAGE
-    handed.region.copy_in(at + 2752 + 3, b"\0")  # some blocks are no longer known to be zero
+    at = page_offset(FIRST_MAP_PAGE)
+    # Some blocks are no longer known to be zero.
+    handed.region.copy_in(RegionOff(at + 2752 + 3), b"\0")
     reseal(handed.region, at)
     fs = handed.mount()
     assert changes_of(fs) == {"": f"block map at {at:#x} changed"}
@@ -174,7 +178,7 @@ def test_changed_structures_are_named(handed: Handed) -> None:
 
 def test_a_removed_file_is_named(handed: Handed) -> None:
     """Somebody who knows nothing of handovers has had the region."""
-    before = handed.region.read(STATE_PAGE * PAGE, PAGE)
+    before = handed.region.read(page_offset(STATE_PAGE), PAGE)
     with mock.patch("pkernfs.fs.manifest.load"):
         fs = handed.mount()
         list_ino = state_page.read_record(before).list_ino
@@ -281,11 +285,11 @@ def test_no_changed_byte_goes_unnoticed(request: pytest.FixtureRequest) -> None:
         for _, extents in fsck.survey(region).files():
             places += [start for _, _, start in extents]
         fs.unmount()
-        image = region.read(0, region.size)
+        image = region.read(RegionOff(0), region.size)
         seen = {"refused": 0, "trouble": 0, "told": 0}
         for number in range(400):
             at = rng.choice(places[:metadata] if number % 2 else places[metadata:])
-            offset = at + rng.randrange(PAGE if number % 2 else 100) // 8 * 8
+            offset = RegionOff(at + rng.randrange(PAGE if number % 2 else 100) // 8 * 8)
             flipped = rng.randrange(1, 1 << 64)
             word = int.from_bytes(image[offset : offset + 8], "little") ^ flipped
             region.store_u64(offset, word)
@@ -300,5 +304,5 @@ def test_no_changed_byte_goes_unnoticed(request: pytest.FixtureRequest) -> None:
                     seen["told"] += 1
             except PkernfsError:
                 seen["refused"] += 1
-            region.copy_in(0, image)
+            region.copy_in(RegionOff(0), image)
         assert seen["told"] > 200, seen

@@ -15,7 +15,17 @@ from pkernfs.errors import CorruptionError, FormatError, PkernfsError, RegionErr
 from pkernfs.fs import fsck, superblock
 from pkernfs.fs.mkfs import Content, Probe, make_filesystem, probe
 from pkernfs.host.iomem import Span
-from pkernfs.layout import BLOCK, MAX_PIECES, PAGE, PLACEMENT_OFFSET
+from pkernfs.layout import (
+    BACKUP_PAGE,
+    BLOCK,
+    MAX_PIECES,
+    PAGE,
+    PLACEMENT_OFFSET,
+    ROOT_INO,
+    SUPERBLOCK_PAGE,
+    page_offset,
+)
+from pkernfs.quantities import PageNo, PhysAddr, RegionOff
 from pkernfs.region.checksum import page_checksum
 from pkernfs.region.dax import Device
 from pkernfs.region.region import Region
@@ -42,7 +52,7 @@ def region() -> Iterator[Region]:
 
 def page_of(region: Region, number: int, magic: bytes, owner: int = 0) -> bytes:
     """A metadata page whose header is as section 2 has it."""
-    page = region.read(number * 4096, 4096)
+    page = region.read(RegionOff(number * 4096), 4096)
     assert struct.unpack_from("<4sIQQ16s", page) == (
         magic, page_checksum(page), number, owner, UUID,
     )  # fmt: skip
@@ -116,9 +126,9 @@ def test_the_state_page(region: Region) -> None:
 
 
 def test_the_journal_has_no_record(region: Region) -> None:
-    region.copy_in(513 * 4096, b"x" * 4096)
+    region.copy_in(RegionOff(513 * 4096), b"x" * 4096)
     formatted(region)
-    assert region.is_zero(513 * 4096, 4096)
+    assert region.is_zero(RegionOff(513 * 4096), 4096)
 
 
 def test_the_first_carved_block(region: Region) -> None:
@@ -135,7 +145,7 @@ def test_the_first_carved_block(region: Region) -> None:
     key, at, length, zero = struct.unpack_from("<QHHI", page, 64)
     assert (at, length, zero) == (4096 - 14, 14, 0)
     assert page[at:] == struct.pack("<QB", 2, 4) + b"iommu"
-    hash_key = region.read(144, 16)
+    hash_key = region.read(RegionOff(144), 16)
     digest = hashlib.blake2b(b"iommu", key=hash_key, digest_size=8).digest()
     assert key == int.from_bytes(digest, "little") % (1 << 52) << 11
 
@@ -159,18 +169,19 @@ def test_the_first_inodes(region: Region) -> None:
 
 
 def test_nothing_else_is_written(region: Region) -> None:
-    region.copy_in(0, b"\xdb" * SIZE)
+    region.copy_in(RegionOff(0), b"\xdb" * SIZE)
     formatted(region)
     written = {0, 1, 2, 512, 513, 1024, 1025, 1026, 1027}
     for number in range(SIZE // 4096):
-        assert (region.read(number * 4096, 4096) != b"\xdb" * 4096) == (number in written)
+        page = region.read(RegionOff(number * 4096), 4096)
+        assert (page != b"\xdb" * 4096) == (number in written)
     assert_clean(region)
 
 
 @pytest.mark.parametrize("stored_at", [3, 5, 7])
 def test_blocks_that_are_known_to_be_zero(stored_at: int) -> None:
     with MemoryFile(SIZE) as memory, memory.open() as sparse:
-        sparse.copy_in(stored_at * BLOCK + 5000, b"x")
+        sparse.copy_in(RegionOff(stored_at * BLOCK + 5000), b"x")
         formatted(sparse)
         page = page_of(sparse, 2, b"PKBM")
         assert bits(page, 2752, 8) == [block for block in range(3, 8) if block != stored_at]
@@ -181,7 +192,7 @@ def test_blocks_that_are_known_to_be_zero(stored_at: int) -> None:
 
 
 def test_where_the_region_is() -> None:
-    with Region.anonymous(SIZE, phys_base=1 << 40) as region:
+    with Region.anonymous(SIZE, phys_base=PhysAddr(1 << 40)) as region:
         region._backing.node = 3
         formatted(region)
         page = page_of(region, 0, b"PKSB")
@@ -189,7 +200,7 @@ def test_where_the_region_is() -> None:
 
 
 def dax(*pieces: tuple[int, int]) -> Device:
-    spans = tuple(Span(start, size) for start, size in pieces)
+    spans = tuple(Span(PhysAddr(start), size) for start, size in pieces)
     return Device("dax0.1", SIZE, BLOCK, spans, None, None, "")
 
 
@@ -235,7 +246,7 @@ def test_an_older_file_system_is_gone(region: Region) -> None:
     make_filesystem(region, label="new")
     assert_clean(region)
     fs = mount_filesystem(region)
-    assert [name for name, *_ in fs.readdir(1, 0)] == [b"iommu"]
+    assert [name for name, *_ in fs.readdir(ROOT_INO, 0)] == [b"iommu"]
     for number in range(40):
         make(fs, b"%d" % number, b"new" * 3000)
     fs.unmount()
@@ -265,8 +276,8 @@ def test_cut_short_it_is_the_old_one_or_none(region: Region) -> None:
     """Both signatures go first, and the superblock comes last."""
     make_filesystem(region, label="old")
     with Region.anonymous(SIZE) as image:
-        image.copy_in(0, region.read(0, SIZE))
-        before = image.read(BLOCK + PAGE, SIZE - BLOCK - PAGE)
+        image.copy_in(RegionOff(0), region.read(RegionOff(0), SIZE))
+        before = image.read(RegionOff(BLOCK + PAGE), SIZE - BLOCK - PAGE)
         trace_start()
         try:
             make_filesystem(region, label="new")
@@ -275,13 +286,13 @@ def test_cut_short_it_is_the_old_one_or_none(region: Region) -> None:
         found = [label_in(image)]
         for store in stores:
             if found[-1] == "old":
-                assert image.read(BLOCK + PAGE, SIZE - BLOCK - PAGE) == before
+                assert image.read(RegionOff(BLOCK + PAGE), SIZE - BLOCK - PAGE) == before
             apply(image, store)
             found.append(label_in(image))
             if found[-1] == "new":
                 report = fsck.check(image, repair=False)
                 assert set(report.counts) <= {fsck.Code.SUPERBLOCK_DAMAGED}  # page 0 is to come
-        assert image.read(0, SIZE) == region.read(0, SIZE)
+        assert image.read(RegionOff(0), SIZE) == region.read(RegionOff(0), SIZE)
     count = len(stores)
     assert count > 8
     assert found == ["old"] * 2 + [None] * (count - 3) + ["new"] * 2
@@ -302,10 +313,10 @@ def test_cut_short_it_is_the_old_one_or_none(region: Region) -> None:
 )
 def test_what_is_refused(size: int, label: str, error: type[PkernfsError], message: str) -> None:
     with Region.anonymous(size) as region:
-        region.copy_in(0, b"\xdb" * size)
+        region.copy_in(RegionOff(0), b"\xdb" * size)
         with pytest.raises(error, match=message):
             make_filesystem(region, label=label)
-        assert region.read(0, size) == b"\xdb" * size
+        assert region.read(RegionOff(0), size) == b"\xdb" * size
 
 
 def test_a_region_that_is_not_writable() -> None:
@@ -316,7 +327,7 @@ def test_a_region_that_is_not_writable() -> None:
         ):
             make_filesystem(region)
         with memory.open() as region:
-            assert region.is_zero(0, SIZE)
+            assert region.is_zero(RegionOff(0), SIZE)
 
 
 def test_a_device_of_too_many_ranges(region: Region) -> None:
@@ -354,26 +365,26 @@ SIGNATURES = [
 )
 @pytest.mark.parametrize("around", [b"\0", b"\x11"], ids=["zeros", "data"])
 def test_other_file_systems_by_name(
-    region: Region, at: int, data: bytes, name: str, around: bytes
+    region: Region, at: RegionOff, data: bytes, name: str, around: bytes
 ) -> None:
-    region.copy_in(0, around * MIB)
+    region.copy_in(RegionOff(0), around * MIB)
     region.copy_in(at, data)
-    before = region.read(0, SIZE)
+    before = region.read(RegionOff(0), SIZE)
     assert probe(region) == Probe(Content.FOREIGN, name)
-    assert region.read(0, SIZE) == before
+    assert region.read(RegionOff(0), SIZE) == before
     region.copy_in(at, bytes(1))
     assert probe(region).content is not Content.FOREIGN
 
 
 @pytest.mark.parametrize("at", [0, 5000, MIB - 1, BLOCK, BLOCK + PAGE - 1])
-def test_data_of_an_unknown_kind(region: Region, at: int) -> None:
+def test_data_of_an_unknown_kind(region: Region, at: RegionOff) -> None:
     """In the first MiB, or where the backup would be."""
     region.copy_in(at, b"x")
     assert probe(region) == Probe(Content.DATA, "data of an unknown kind")
 
 
 @pytest.mark.parametrize("at", [MIB, BLOCK - 1, BLOCK + PAGE, SIZE - 1])
-def test_what_is_elsewhere_is_not_looked_at(region: Region, at: int) -> None:
+def test_what_is_elsewhere_is_not_looked_at(region: Region, at: RegionOff) -> None:
     region.copy_in(at, b"x")
     assert probe(region) == Probe(Content.EMPTY, "nothing")
 
@@ -390,7 +401,7 @@ def test_a_file_without_memory_is_not_read(monkeypatch: pytest.MonkeyPatch) -> N
 def test_regions_that_are_too_small_to_hold_one(size: int) -> None:
     with Region.anonymous(size) as small:
         assert probe(small).content is Content.EMPTY
-        small.copy_in(size - 1, b"x")
+        small.copy_in(RegionOff(size - 1), b"x")
         assert probe(small).content is (Content.DATA if size <= MIB else Content.EMPTY)
 
 
@@ -401,19 +412,19 @@ def test_a_pkernfs(region: Region) -> None:
     assert probe(region) == Probe(Content.PKERNFS, 'a pkernfs (label "it\'s")')
 
 
-def erase(region: Region, number: int) -> None:
-    region.zero(number * PAGE, PAGE)
+def erase(region: Region, number: PageNo) -> None:
+    region.zero(page_offset(number), PAGE)
 
 
-def flip(region: Region, number: int) -> None:
-    byte = region.read(number * PAGE + 200, 1)
-    region.copy_in(number * PAGE + 200, bytes([byte[0] ^ 1]))
+def flip(region: Region, number: PageNo) -> None:
+    at = RegionOff(number * PAGE + 200)
+    region.copy_in(at, bytes([region.read(at, 1)[0] ^ 1]))
 
 
 @pytest.mark.parametrize("harm", [erase, flip])
-@pytest.mark.parametrize("number", [0, 512])
+@pytest.mark.parametrize("number", [SUPERBLOCK_PAGE, BACKUP_PAGE])
 def test_a_pkernfs_of_one_copy(
-    region: Region, harm: Callable[[Region, int], None], number: int
+    region: Region, harm: Callable[[Region, PageNo], None], number: PageNo
 ) -> None:
     make_filesystem(region, label="here")
     harm(region, number)
@@ -423,18 +434,18 @@ def test_a_pkernfs_of_one_copy(
 @pytest.mark.parametrize(("first", "second"), [(flip, flip), (erase, flip), (flip, erase)])
 def test_a_damaged_pkernfs(
     region: Region,
-    first: Callable[[Region, int], None],
-    second: Callable[[Region, int], None],
+    first: Callable[[Region, PageNo], None],
+    second: Callable[[Region, PageNo], None],
 ) -> None:
     make_filesystem(region, label="here")
-    first(region, 0)
-    second(region, 512)
+    first(region, SUPERBLOCK_PAGE)
+    second(region, BACKUP_PAGE)
     assert probe(region) == Probe(Content.DAMAGED, "a damaged or newer pkernfs")
 
 
 def test_a_pkernfs_without_any_superblock(region: Region) -> None:
     """Its state page and maps are data that nobody knows."""
     make_filesystem(region)
-    erase(region, 0)
-    erase(region, 512)
+    erase(region, SUPERBLOCK_PAGE)
+    erase(region, BACKUP_PAGE)
     assert probe(region).content is Content.DATA

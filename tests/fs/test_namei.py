@@ -25,6 +25,7 @@ from pkernfs.errors import (
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.layout import BLOCK, PAGE
+from pkernfs.quantities import Ino
 from support.checking import MemoryFile, assert_clean
 from support.files import IOMMU, REG, ROOT, make, names, noise, remount, resize
 
@@ -74,9 +75,9 @@ def test_names_that_cannot_be(fs: FileSystem) -> None:
     with pytest.raises(NotFoundError):
         fs.lookup(ROOT, b"none")
     with pytest.raises(NotFoundError):
-        fs.inode(12345)
+        fs.inode(Ino(12345))
     with pytest.raises(NotFoundError):
-        fs.inode(16)
+        fs.inode(Ino(16))
 
 
 def _matrix_tree(fs: FileSystem) -> dict[str, bytes]:

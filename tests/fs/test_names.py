@@ -35,8 +35,8 @@ from pkernfs.layout import (
     MAX_COLLISIONS,
     PAGE,
     TREE_SLOTS_OFFSET,
-    Ino,
 )
+from pkernfs.quantities import Ino
 from support.checking import MemoryFile
 from support.collisions import collide
 from support.files import ROOT, make
@@ -258,7 +258,7 @@ def test_names_that_collide(monkeypatch: pytest.MonkeyPatch, keys: int) -> None:
     with MemoryFile(32 << 20) as memory, memory.open() as region:
         make_filesystem(region)
         fs = mount_filesystem(region)
-        directory = fs.mkdir(1, b"d", 0o755, 0, 0).ino  # before: its key is the real one
+        directory = fs.mkdir(ROOT, b"d", 0o755, 0, 0).ino  # before: its key is the real one
         collide(monkeypatch, keys)
         rnd = random.Random(keys)
         model: dict[bytes, int] = {}
@@ -290,8 +290,8 @@ def test_a_hash_has_room_for_so_many_names(monkeypatch: pytest.MonkeyPatch) -> N
     with MemoryFile(64 << 20) as memory, memory.open() as region:
         make_filesystem(region)
         fs = mount_filesystem(region)
-        directory = fs.mkdir(1, b"d", 0o755, 0, 0).ino
-        target = fs.create(1, b"t", 0o100644, 0, 0).ino
+        directory = fs.mkdir(ROOT, b"d", 0o755, 0, 0).ino
+        target = fs.create(ROOT, b"t", 0o100644, 0, 0).ino
         collide(monkeypatch, 1)
         for i in range(300):
             fs.link(target, directory, b"%04d" % i)

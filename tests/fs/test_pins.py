@@ -13,6 +13,7 @@ from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.fs.super import Access
 from pkernfs.layout import IOMMU_INO, PAGE
+from pkernfs.quantities import Ino
 from pkernfs.region.region import Region
 from support.files import MIB, ROOT, make
 
@@ -37,7 +38,7 @@ class Holding:
     def holder(self, extents: Iterable[tuple[int, int]]) -> str | None:
         return "somebody" if any(at in self.held for at, _length in extents) else None
 
-    def check_unused(self, ino: int) -> None:
+    def check_unused(self, ino: Ino) -> None:
         if ino in self.used:
             raise BusyError("in use")
 
@@ -55,7 +56,7 @@ def mounted(region: Region, **how: Any) -> tuple[FileSystem, Holding]:
     return fs, fs.pins
 
 
-def orphan(fs: FileSystem) -> int:
+def orphan(fs: FileSystem) -> Ino:
     """A file that a crash leaves without a name."""
     ino = make(fs, b"orphan", b"x" * PAGE)
     fs.open(ino)

@@ -14,7 +14,8 @@ from pkernfs.fs import placement
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.fs.placement import Placement, encode, open_region, parse, read
 from pkernfs.host.iomem import Span
-from pkernfs.layout import BACKUP_PAGE, BLOCK, MAX_PIECES, PAGE, PLACEMENT_OFFSET
+from pkernfs.layout import BACKUP_PAGE, BLOCK, MAX_PIECES, PAGE, PLACEMENT_OFFSET, page_offset
+from pkernfs.quantities import PhysAddr, RegionOff
 from pkernfs.region.checksum import page_checksum
 from pkernfs.region.dax import read_device
 from pkernfs.region.dax_devices import regions
@@ -23,6 +24,10 @@ from support.made_up_host import Machine, add_dax, make_machine
 
 M = 1 << 20
 G = 1 << 30
+
+
+def span(start: int, size: int) -> Span:
+    return Span(PhysAddr(start), size)
 
 
 @pytest.fixture
@@ -47,7 +52,7 @@ placements = st.builds(
     Placement,
     st.builds("dax{}.{}".format, st.integers(0, 99999), st.integers(0, 99999)),
     st.sampled_from([4096, 2 * M, G]),
-    st.lists(st.builds(Span, blocks, blocks), min_size=1, max_size=MAX_PIECES).map(tuple),
+    st.lists(st.builds(span, blocks, blocks), min_size=1, max_size=MAX_PIECES).map(tuple),
 )
 
 
@@ -63,29 +68,29 @@ def test_any_bytes(record: bytes) -> None:
 
 
 def test_records_that_make_no_sense() -> None:
-    good = Placement("dax0.1", 2 * M, (Span(G, 8 * M),))
+    good = Placement("dax0.1", 2 * M, (span(G, 8 * M),))
     assert parse(as_page(encode(None))) is None
     for bad in (
         Placement("dax0", 2 * M, good.pieces),
         Placement("", 2 * M, good.pieces),
         Placement("dax0.1", 3 * M, good.pieces),
         Placement("dax0.1", 0, good.pieces),
-        Placement("dax0.1", 2 * M, (Span(G + 4096, 8 * M),)),
-        Placement("dax0.1", 2 * M, (Span(G, 0),)),
-        Placement("dax0.1", 2 * M, (Span(1 << 52, 8 * M),)),
+        Placement("dax0.1", 2 * M, (span(G + 4096, 8 * M),)),
+        Placement("dax0.1", 2 * M, (span(G, 0),)),
+        Placement("dax0.1", 2 * M, (span(1 << 52, 8 * M),)),
     ):
         assert parse(as_page(encode(bad))) is None
     with pytest.raises(RegionError, match="too many ranges: got 17, expected up to 16"):
-        encode(Placement("dax0.1", 2 * M, (Span(G, 8 * M),) * 17))
+        encode(Placement("dax0.1", 2 * M, (span(G, 8 * M),) * 17))
 
 
 def test_mkfs_records_it(machine: Machine) -> None:
     path = make(machine, "dax0.1", (G + 64 * M, 6 * M), (G, 4 * M))
-    expected = Placement("dax0.1", 2 * M, (Span(G + 64 * M, 6 * M), Span(G, 4 * M)))
+    expected = Placement("dax0.1", 2 * M, (span(G + 64 * M, 6 * M), span(G, 4 * M)))
     with open_region(str(path), write=True, host=machine) as region:
         assert read(region) == expected
-        assert read(region, PAGE) is None
-        assert parse(region.read(BACKUP_PAGE * PAGE, PAGE)) == expected
+        assert read(region, RegionOff(PAGE)) is None
+        assert parse(region.read(page_offset(BACKUP_PAGE), PAGE)) == expected
     with Region.anonymous(8 * M) as region:
         make_filesystem(region)
         assert read(region) is None
@@ -99,12 +104,12 @@ def test_a_mount_records_what_has_changed(machine: Machine) -> None:
     with open_region(str(other), write=True, host=machine) as region:
         fs = mount_filesystem(region, read_only=True)
         placement.record(fs.super)
-        assert read(region) == Placement("dax0.1", 2 * M, (Span(G, 8 * M),))
+        assert read(region) == Placement("dax0.1", 2 * M, (span(G, 8 * M),))
         fs = mount_filesystem(region)
         placement.record(fs.super)
         fs.unmount()
-        assert read(region) == Placement("dax0.2", 2 * M, (Span(G + 64 * M, 10 * M),))
-        assert read(region) == parse(region.read(BACKUP_PAGE * PAGE, PAGE))
+        assert read(region) == Placement("dax0.2", 2 * M, (span(G + 64 * M, 10 * M),))
+        assert read(region) == parse(region.read(page_offset(BACKUP_PAGE), PAGE))
 
 
 def test_a_device_that_is_not_what_it_was(machine: Machine, tmp_path: Path) -> None:
@@ -154,19 +159,19 @@ def test_records_are_found_where_they_say_they_are(machine: Machine) -> None:
     assert regions(machine) == []
     found = list(placement._search(read_device("dax0.0", machine), machine))
     assert [p.name for p in found] == ["dax0.1", "dax0.2"]
-    assert found[0].pieces == (Span(G + 4 * M, 8 * M), Span(G + 32 * M, 8 * M))
+    assert found[0].pieces == (span(G + 4 * M, 8 * M), span(G + 32 * M, 8 * M))
 
 
 def test_what_lies_in_a_file_system_is_not_believed(machine: Machine) -> None:
     path = make(machine, "dax0.0", (G, 64 * M))
-    inner = Placement("dax0.9", 2 * M, (Span(G + 32 * M, 8 * M),))
+    inner = Placement("dax0.9", 2 * M, (span(G + 32 * M, 8 * M),))
     with Region.anonymous(8 * M) as region:
         make_filesystem(region)
-        page = bytearray(region.read(0, PAGE))
+        page = bytearray(region.read(RegionOff(0), PAGE))
     page[PLACEMENT_OFFSET : PLACEMENT_OFFSET + 288] = encode(inner)
     page[4:8] = page_checksum(page).to_bytes(4, "little")
     with Region.open(str(path), write=True, host=machine) as region:
-        region.copy_in(32 * M, page)
-        assert read(region, 32 * M) == inner
+        region.copy_in(RegionOff(32 * M), page)
+        assert read(region, RegionOff(32 * M)) == inner
     device = read_device("dax0.0", machine)
     assert [p.name for p in placement._search(device, machine)] == ["dax0.0"]

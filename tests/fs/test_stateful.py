@@ -14,6 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import NoSpaceError, PkernfsError
 from pkernfs.fs.mkfs import make_filesystem
+from pkernfs.layout import IOMMU_INO, ROOT_INO
+from pkernfs.quantities import Ino
 from support.checking import MemoryFile, assert_clean
 from support.posix_model import Model, Node
 from support.strategies import (
@@ -60,7 +62,8 @@ class FileSystemMachine(RuleBasedStateMachine):
         self.now = 10**18
         self.fs = mount_filesystem(self.region, clock=self.clock)
         self.model = Model()
-        self.inos: dict[Node, int] = {self.model.root: 1, self.model.root.entries[b"iommu"]: 2}
+        root = self.model.root
+        self.inos: dict[Node, Ino] = {root: ROOT_INO, root.entries[b"iommu"]: IOMMU_INO}
         self.ctimes: dict[Node, int] = {}
         self.open_nodes: list[Node] = []
         self.dirty: set[Node] = set()  # to be compared byte by byte

@@ -12,6 +12,7 @@ from pkernfs.errors import InvalidError, ReadOnlyError
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.super import Access
 from pkernfs.layout import BLOCK, PAGE, STATE_FLAG_ERROR
+from pkernfs.quantities import RegionOff
 from support.checking import assert_clean
 from support.files import (
     MIB,
@@ -122,7 +123,7 @@ def test_statfs_adds_up(fs: FileSystem) -> None:
 def test_read_only_changes_nothing(fs: FileSystem) -> None:
     ino = make(fs, content=b"abc")
     fs.setattr(ino, atime=1, mtime=2)
-    before = fs.region.read(0, fs.region.size)
+    before = fs.region.read(RegionOff(0), fs.region.size)
     frozen = mount_filesystem(fs.region, read_only=True)
     assert contents(frozen, ino) == b"abc"
     attempts: tuple[Callable[[], object], ...] = (
@@ -146,7 +147,7 @@ def test_read_only_changes_nothing(fs: FileSystem) -> None:
     frozen.open(ino)
     frozen.release(ino)
     frozen.unmount()
-    assert fs.region.read(0, fs.region.size) == before
+    assert fs.region.read(RegionOff(0), fs.region.size) == before
 
 
 def test_after_a_failure_nothing_is_written(fs: FileSystem) -> None:

@@ -24,10 +24,11 @@ from pkernfs.layout import (
     PAGE,
     STATE_PAGE,
     SUPERBLOCK_PAGE,
-    PageNo,
     RangeFields,
     SuperblockFields,
+    page_offset,
 )
+from pkernfs.quantities import BlockNo, PageNo, PhysAddr, RegionOff
 from pkernfs.region.checksum import page_checksum
 from pkernfs.region.region import Region
 
@@ -47,13 +48,18 @@ FIELDS = SuperblockFields(
     feature_incompat=0,
     region_bytes=SIZE,
     created=10**18,
-    journal_page=513,
+    journal_page=PageNo(513),
     journal_pages=511,
     hash_key=b"k" * 16,
     label=b"here",
 )
 RANGE = RangeFields(
-    first_block=0, blocks=BLOCKS, phys_base=NO_PHYSICAL, map_page=2, map_pages=1, node=NO_NODE
+    first_block=BlockNo(0),
+    blocks=BLOCKS,
+    phys_base=NO_PHYSICAL,
+    map_page=PageNo(2),
+    map_pages=1,
+    node=NO_NODE,
 )
 
 
@@ -113,7 +119,7 @@ words = st.integers(0, (1 << 64) - 1)
 )
 def test_what_is_encoded_is_parsed(
     uuid: bytes, hash_key: bytes, label: bytes, minor: int, compat: int, ro_compat: int,
-    incompat: int, created: int, blocks: int, physical: int, node: int, number: PageNo,
+    incompat: int, created: int, blocks: int, physical: PhysAddr, node: int, number: PageNo,
 ) -> None:  # fmt: skip
     ranges = (RANGE._replace(blocks=blocks, phys_base=physical, node=node),)
     page = encoded(
@@ -185,7 +191,7 @@ def test_fields_that_are_refused(
         {"map_page": 1 << 63, "map_pages": 1 << 63},
     ],
 )
-def test_ranges_that_are_refused(changes: dict[str, int]) -> None:
+def test_ranges_that_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(CorruptionError, match="superblock at 0x0: bad range 0: got "):
         parse(encoded(ranges=(RANGE._replace(**changes),)), SUPERBLOCK_PAGE)
 
@@ -193,10 +199,10 @@ def test_ranges_that_are_refused(changes: dict[str, int]) -> None:
 def test_ranges_have_no_gap_and_do_not_overlap() -> None:
     first = RANGE._replace(blocks=4)
     for start in (0, 3, 5):
-        ranges = (first, RANGE._replace(first_block=start, blocks=4))
+        ranges = (first, RANGE._replace(first_block=BlockNo(start), blocks=4))
         with pytest.raises(CorruptionError, match=rf"bad range 1: got {start}\+4"):
             parse(encoded(ranges=ranges, range_count=2), SUPERBLOCK_PAGE)
-    ranges = (first, RANGE._replace(first_block=4, blocks=4))
+    ranges = (first, RANGE._replace(first_block=BlockNo(4), blocks=4))
     found = parse(encoded(ranges=ranges, range_count=2), SUPERBLOCK_PAGE)
     assert (found.ranges, found.total_blocks) == (ranges, 8)
 
@@ -243,8 +249,8 @@ def test_a_flipped_bit_is_damage(bit: int) -> None:
 # ------------------------------------------------------------------------------ two copies
 
 
-def put(region: Region, number: int, page: bytes) -> None:
-    region.copy_in(number * PAGE, page)
+def put(region: Region, number: PageNo, page: bytes) -> None:
+    region.copy_in(page_offset(number), page)
 
 
 def test_the_first_copy_is_taken(formatted: Region, caplog: pytest.LogCaptureFixture) -> None:
@@ -302,7 +308,7 @@ def test_a_region_that_has_no_room_for_a_backup() -> None:
 @pytest.mark.parametrize("by", [PAGE, BLOCK, SIZE - 2 * BLOCK])
 def test_a_region_that_is_shorter_than_it_was(formatted: Region, by: int) -> None:
     with Region.anonymous(SIZE - by) as shorter:
-        shorter.copy_in(0, formatted.read(0, SIZE - by))
+        shorter.copy_in(RegionOff(0), formatted.read(RegionOff(0), SIZE - by))
         message = f"anonymous: region is truncated: got {SIZE - by} bytes, expected {SIZE}"
         with pytest.raises(CorruptionError, match=message):
             load(shorter)
@@ -365,12 +371,12 @@ def test_what_is_told_while_it_is_mounted(formatted: Region) -> None:
 
 
 def test_where_it_was_and_where_it_is() -> None:
-    with Region.anonymous(SIZE, phys_base=1 << 40) as region:
+    with Region.anonymous(SIZE, phys_base=PhysAddr(1 << 40)) as region:
         make_filesystem(region)
         [found] = describe(region)["ranges"]
         assert (found["physical"], found["physical_at_mkfs"]) == (1 << 40, 1 << 40)
-        with Region.anonymous(SIZE, phys_base=1 << 41) as moved:
-            moved.copy_in(0, region.read(0, SIZE))
+        with Region.anonymous(SIZE, phys_base=PhysAddr(1 << 41)) as moved:
+            moved.copy_in(RegionOff(0), region.read(RegionOff(0), SIZE))
             [found] = describe(moved)["ranges"]
             assert (found["physical"], found["physical_at_mkfs"]) == (1 << 41, 1 << 40)
 
@@ -378,7 +384,7 @@ def test_where_it_was_and_where_it_is() -> None:
 def test_ranges_are_told_one_by_one(formatted: Region) -> None:
     ranges = (
         RANGE._replace(blocks=3, node=1),
-        RANGE._replace(first_block=3, blocks=5, phys_base=0, map_page=3),
+        RANGE._replace(first_block=BlockNo(3), blocks=5, phys_base=PhysAddr(0), map_page=PageNo(3)),
     )
     put(formatted, SUPERBLOCK_PAGE, encoded(ranges=ranges, range_count=2, feature_compat=8))
     facts = describe(formatted)

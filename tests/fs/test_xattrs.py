@@ -41,9 +41,9 @@ from pkernfs.layout import (
     OVERFLOW_OFFSET,
     PAGE,
     TREE_SLOTS_OFFSET,
-    Ino,
-    PageNo,
+    page_offset,
 )
+from pkernfs.quantities import Ino, PageNo
 from support.checking import MemoryFile
 from support.collisions import collide
 from support.files import ROOT, make, noise, remount, resize, until_full
@@ -87,11 +87,11 @@ class Attributes:
         )
         return PageNo(found[0])
 
-    def edit(self, page: int, at: int, data: bytes, magic: int = MAGIC_OVERFLOW) -> None:
+    def edit(self, page: PageNo, at: int, data: bytes, magic: int = MAGIC_OVERFLOW) -> None:
         """Change bytes of a page, whose checksum stays good."""
 
         def work() -> None:
-            self.space.store.edit(PageNo(page), magic)[at : at + len(data)] = data
+            self.space.store.edit(page, magic)[at : at + len(data)] = data
 
         self.space.change(self.inode, work)
 
@@ -101,7 +101,7 @@ class Attributes:
 
     def leaf(self) -> memoryview:
         """The page of attributes that are in one leaf."""
-        return self.space.store.read(PageNo(self.inode.xattr_root), MAGIC_TREE)
+        return self.space.store.read(self.inode.xattr_root, MAGIC_TREE)
 
     def items(self) -> list[tuple[int, bytes]]:
         """``(key, item)`` of attributes that are in one leaf."""
@@ -147,7 +147,7 @@ def test_pages_are_as_the_format_has_them(attributes: Attributes) -> None:
     value = noise(2 * IN_A_PAGE + 5)
     page = attributes.write(value)
     for number, length in enumerate((IN_A_PAGE, IN_A_PAGE, 5)):
-        raw = attributes.space.region.read(page * PAGE, PAGE)
+        raw = attributes.space.region.read(page_offset(page), PAGE)
         magic, _checksum, itself, owner = struct.unpack_from("<IIQQ", raw)
         following, count = struct.unpack_from("<QH", raw, 40)
         assert (magic, itself, owner, count) == (0x564F4B50, page, OWNER, length)
@@ -311,7 +311,7 @@ def test_attributes_that_collide(monkeypatch: pytest.MonkeyPatch) -> None:
     with MemoryFile(32 << 20) as memory, memory.open() as region:
         make_filesystem(region)
         fs = mount_filesystem(region)
-        ino = fs.create(1, b"f", 0o100644, 0, 0).ino
+        ino = fs.create(ROOT, b"f", 0o100644, 0, 0).ino
         collide(monkeypatch, 1)
         rnd = random.Random(1)
         model: dict[bytes, bytes] = {}
@@ -481,7 +481,7 @@ def test_a_value_whose_pages_are_damaged(attributes: Attributes) -> None:
     attributes.set_now(b"user.x", noise(600))
     attributes.set_now(b"user.y", b"y")
     [page] = [int.from_bytes(item[-8:], "little") for _, item in attributes.items() if item[1]]
-    attributes.edit(page, OVERFLOW_OFFSET, OVERFLOW.pack(0, 599))
+    attributes.edit(PageNo(page), OVERFLOW_OFFSET, OVERFLOW.pack(0, 599))
     with pytest.raises(CorruptionError):
         attributes.xattrs.get(attributes.inode, b"user.x")
     for change in (

@@ -11,6 +11,7 @@ import pytest
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fuse.extents_xattr import NAME, Extent, parse
 from pkernfs.fuse.operations import Operations
+from pkernfs.quantities import PhysAddr, RegionOff
 from support.fuse_handlers import AS_ROOT, AS_USER, do, fails, make, make_operations
 
 EXTENTS_XATTR = NAME.encode()
@@ -48,4 +49,4 @@ def test_what_was_packed_is_parsed(ops: Operations, fs: FileSystem) -> None:
         (e.offset, e.region_offset, None) for e in fs.extents(ino)
     ]
     packed = struct.pack("<QQQQ", 1, 2, 3, 0) + b"part of one"
-    assert list(parse(packed)) == [Extent(1, 2, 3, 0)]
+    assert list(parse(packed)) == [Extent(1, 2, RegionOff(3), PhysAddr(0))]

@@ -13,6 +13,7 @@ from pkernfs.errors import NotFoundError
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fuse import extents_xattr
 from pkernfs.fuse.operations import Operations
+from pkernfs.quantities import Ino
 from support.fuse_handlers import (
     AS_ROOT,
     AS_USER,
@@ -35,7 +36,7 @@ def ops(fs: FileSystem) -> Operations:
     return make_operations(fs)
 
 
-def known(fs: FileSystem, ino: int) -> int:
+def known(fs: FileSystem, ino: Ino) -> int:
     """How often the kernel is thought to know an inode."""
     return fs._life._lookups.get(ino, 0)
 

@@ -16,6 +16,7 @@ from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.fuse.session import Session
 from pkernfs.layout import ROOT_INO
+from pkernfs.quantities import Ino
 from pkernfs.region.region import Region
 
 import pyfuse3  # isort: skip  # after the shim
@@ -79,7 +80,7 @@ def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
         yield Rig(region, monkeypatch)
 
 
-def large_file(fs: FileSystem) -> int:
+def large_file(fs: FileSystem) -> Ino:
     """A file of 4 MiB; made before the session runs, which zeroes beside it."""
     ino = fs.create(ROOT_INO, b"f", 0o100600, 0, 0).ino
     fs.run(lambda: fs.write(ino, 0, b"x" * (4 * MIB)))
@@ -180,8 +181,8 @@ def test_draining_ends_when_the_loop_is_idle_or_soon(rig: Rig) -> None:
 
 def test_what_the_kernel_does_not_know_is_no_error(rig: Rig) -> None:
     async def work(session: Session) -> None:
-        await session.invalidate(5)
-        await session.invalidate(6, data=True)
+        await session.invalidate(Ino(5))
+        await session.invalidate(Ino(6), data=True)
 
     rig.run(work)
     assert rig.invalidated == [(5, True), (6, False)]

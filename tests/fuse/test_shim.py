@@ -13,6 +13,7 @@ from pkernfs.fuse._shim import ffi, lib
 
 from pkernfs.errors import NotSupportedError
 from pkernfs.fuse import shim
+from pkernfs.quantities import Ino
 
 
 class Server:
@@ -21,20 +22,20 @@ class Server:
     def __init__(self) -> None:
         self.asked: list[tuple[Any, ...]] = []
 
-    def on_write(self, req: Any, ino: int, data: memoryview, offset: int, writeback: bool) -> int:
+    def on_write(self, req: Any, ino: Ino, data: memoryview, offset: int, writeback: bool) -> int:
         self.asked.append(("write", req, ino, bytes(data), offset, writeback))
         return len(data)
 
-    def on_fallocate(self, req: Any, ino: int, mode: int, offset: int, length: int) -> int:
+    def on_fallocate(self, req: Any, ino: Ino, mode: int, offset: int, length: int) -> int:
         self.asked.append(("fallocate", req, ino, mode, offset, length))
         return shim.LATER
 
-    def on_lseek(self, ino: int, offset: int, whence: int) -> int:
+    def on_lseek(self, ino: Ino, offset: int, whence: int) -> int:
         self.asked.append(("lseek", ino, offset, whence))
         return -errno.ENXIO
 
     def on_copy(
-        self, req: Any, ino_in: int, off_in: int, ino_out: int, off_out: int, length: int
+        self, req: Any, ino_in: Ino, off_in: int, ino_out: Ino, off_out: int, length: int
     ) -> int:
         self.asked.append(("copy", req, ino_in, off_in, ino_out, off_out, length))
         return length
@@ -50,10 +51,10 @@ def server() -> Server:
 def test_calls_of_c_go_to_the_server(server: Server) -> None:
     data = ffi.new("char[]", b"written")
     request = ffi.NULL
-    assert shim._on_write(request, 5, data, 7, 100, 1) == 7
-    assert shim._on_fallocate(request, 5, 3, 100, 200) == shim.LATER
-    assert shim._on_lseek(5, 100, 4) == -errno.ENXIO
-    assert shim._on_copy(request, 5, 1, 6, 2, 30) == 30
+    assert shim._on_write(request, Ino(5), data, 7, 100, 1) == 7
+    assert shim._on_fallocate(request, Ino(5), 3, 100, 200) == shim.LATER
+    assert shim._on_lseek(Ino(5), 100, 4) == -errno.ENXIO
+    assert shim._on_copy(request, Ino(5), 1, Ino(6), 2, 30) == 30
     assert server.asked == [
         ("write", request, 5, b"written", 100, True),
         ("fallocate", request, 5, 3, 100, 200),

@@ -35,6 +35,7 @@ from pkernfs.errors import CorruptionError, FormatError
 from pkernfs.fs import fsck
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.layout import FIRST_MAP_PAGE, PAGE, ROOT_INO, STATE_PAGE
+from pkernfs.quantities import RegionOff
 from pkernfs.region.region import Region
 from support.crash import (
     check_structure,
@@ -625,7 +626,7 @@ def test_fsck_killed(tmp_path: Path, figures: Counter[str]) -> None:
         with Region.open(str(path), write=True) as region:
             # What can be rebuilt: the free space, the state, a superblock.
             for page in (FIRST_MAP_PAGE, STATE_PAGE, 0, 1024)[: 1 + number % 4]:
-                at = page * PAGE + rng.randrange(64, PAGE)
+                at = RegionOff(page * PAGE + rng.randrange(64, PAGE))
                 region.copy_in(at, bytes([region.read(at, 1)[0] ^ 1 << rng.randrange(8)]))
         damaged = path.read_bytes()
         if not number:

@@ -14,6 +14,7 @@ from pkernfs.errors import CorruptionError, NoSpaceError, ZeroingNeeded
 from pkernfs.fs import mkfs
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fuse.operations import Operations
+from pkernfs.quantities import Ino
 from pkernfs.region.region import Region
 from support.fuse_handlers import (
     AS_ROOT,
@@ -65,7 +66,7 @@ def test_a_bug_is_logged_and_an_io_error(
     monkeypatch.setattr(fs, "readlink", bug)
     with caplog.at_level(logging.ERROR):
         assert fails(ops.readlink(1, AS_ROOT)) == errno.EIO
-        assert ops.data.on_lseek(1, 0, os.SEEK_DATA) == -errno.EIO
+        assert ops.data.on_lseek(Ino(1), 0, os.SEEK_DATA) == -errno.EIO
     assert caplog.text.count("KeyError: 'oops'") == 2
     assert not fs.read_only
 

@@ -9,6 +9,7 @@ import pytest
 from pkernfs.errors import InvalidError, NotFoundError
 from pkernfs.host.bars import Bar, all_bars, parse_bar, read_bar
 from pkernfs.host.sysroot import Host
+from pkernfs.quantities import PhysAddr, SourceId
 from support.dmar_tables import add_device, config
 
 MIB = 1 << 20
@@ -35,8 +36,9 @@ def test_read_bar(tmp_path: Path) -> None:
         "0x00000000fd000000 0x00000000fd0000ff 0x0000000000040200",
         "0x0000000000000000 0x0000000000ffffff 0x0000000020040200",
     )
-    assert read_bar(0x30, 0, host) == Bar(0x30, 0, 0xFC00_0000, 16 * MIB)
-    assert read_bar(0x30, 2, host) == Bar(0x30, 2, 1 << 39, 16 * GIB)
+    device = SourceId(0x30)
+    assert read_bar(device, 0, host) == Bar(device, 0, PhysAddr(0xFC00_0000), 16 * MIB)
+    assert read_bar(device, 2, host) == Bar(device, 2, PhysAddr(1 << 39), 16 * GIB)
     for number, error, match in (
         (1, InvalidError, "BAR 1 of 0000:00:06.0: not memory"),
         (3, NotFoundError, "BAR 3 of 0000:00:06.0: there is none"),
@@ -44,9 +46,9 @@ def test_read_bar(tmp_path: Path) -> None:
         (5, NotFoundError, "BAR 5 of 0000:00:06.0: it has no address"),
     ):
         with pytest.raises(error, match=match):
-            read_bar(0x30, number, host)
+            read_bar(device, number, host)
     with pytest.raises(NotFoundError, match=r"device 0000:00:07\.0: no such device"):
-        read_bar(0x38, 0, host)
+        read_bar(SourceId(0x38), 0, host)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +72,8 @@ def test_the_bars_of_all_devices(tmp_path: Path) -> None:
         add_device(tmp_path, name, config())
         resource(tmp_path, name, ports, memory)
     host = Host(str(tmp_path))
-    assert all_bars(host) == [Bar(s, 1, 0xFC00_0000, 16 * MIB) for s in (0x28, 0x30)]
+    assert all_bars(host) == [
+        Bar(SourceId(s), 1, PhysAddr(0xFC00_0000), 16 * MIB) for s in (0x28, 0x30)
+    ]
     (tmp_path / "sys/bus/pci/devices/0000:00:05.0/resource").unlink()
     assert [bar.name for bar in all_bars(host)] == ["BAR 1 of 0000:00:06.0"]

@@ -22,6 +22,7 @@ from pkernfs.host.cmdline import (
     with_words,
     words,
 )
+from pkernfs.quantities import PhysAddr
 
 G = 1 << 30
 M = 1 << 20
@@ -82,7 +83,9 @@ def test_words() -> None:
 )
 def test_kinds_of_memmap(text: str, kind: Kind) -> None:
     parameter = f"memmap={text}"
-    assert reservations(f"quiet {parameter} ro") == [Reservation(4 * G, 5 * G, kind, parameter)]
+    assert reservations(f"quiet {parameter} ro") == [
+        Reservation(PhysAddr(4 * G), PhysAddr(5 * G), kind, parameter)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -98,7 +101,7 @@ def test_several_in_one_parameter_and_later_ones_win() -> None:
     assert [r.kind for r in found] == [Kind.REMOVED, Kind.RESERVED, Kind.RAM]
     pieces = [
         (start, end, None if r is None else r.kind)
-        for start, end, r in coverage(found, 4 * G - 2 * M, 5 * G + 2 * M)
+        for start, end, r in coverage(found, PhysAddr(4 * G - 2 * M), PhysAddr(5 * G + 2 * M))
     ]
     assert pieces == [
         (4 * G - 2 * M, 4 * G, None),

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pkernfs.errors import InvalidError, NotFoundError
-from pkernfs.host.dmar import IOAPIC, Dmar, Scope, parse, read_dmar
+from pkernfs.host.dmar import IOAPIC, Dmar, PathStep, Scope, parse, read_dmar
 from pkernfs.host.sysroot import Host
 from support.dmar_tables import QEMU_TABLE, TWO_UNITS, drhd, rmrr, scope, structure, table
 
@@ -39,7 +39,7 @@ def test_units_segments_nodes_and_reserved_memory() -> None:
     assert [u.name for u in dmar.units] == ["dmar0", "dmar1", "dmar2", "dmar3"]
     assert [u.node for u in dmar.units] == [None, None, 1, None]
     assert dmar.units[1].register_bytes == 8192
-    assert dmar.units[0].scopes[1] == Scope(IOAPIC, 8, 0xF0, ((0x1F, 7),))
+    assert dmar.units[0].scopes[1] == Scope(IOAPIC, 8, 0xF0, (PathStep(0x1F, 7),))
     assert (dmar.reserved[0].start, dmar.reserved[0].last) == (0x7B00_0000, 0x7BFF_FFFF)
 
 

@@ -16,31 +16,35 @@ from pkernfs.host.iomem import (
     read_firmware_map,
     read_iomem,
 )
+from pkernfs.quantities import PhysAddr
 from support.made_up_host import FIRMWARE, IOMEM, make_machine
 
-G = 1 << 30
+G = PhysAddr(1 << 30)
 M = 1 << 20
 
 
 def test_a_span_is_written_as_a_spec() -> None:
-    assert str(Span(4 * G, G)) == "1G!4G"
-    assert str(Span(2 * M, 1026 * M)) == "1026M!2M"
+    assert str(Span(PhysAddr(4 * G), G)) == "1G!4G"
+    assert str(Span(PhysAddr(2 * M), 1026 * M)) == "1026M!2M"
     assert Span(G, 512 * M).end == G + 512 * M
 
 
 def test_every_line_is_a_resource() -> None:
     found = parse_iomem(IOMEM)
     assert len(found) == len(IOMEM.splitlines())
-    assert found[0] == Resource(0, 0x1000, "Reserved")
+    assert found[0] == Resource(PhysAddr(0), PhysAddr(0x1000), "Reserved")
     at = [r.name for r in found].index("System ROM")
-    assert found[at - 1] == Resource(0xF0000, 0x100000, "Reserved")  # its parent
-    assert found[at] == Resource(0xF0000, 0x100000, "System ROM")
-    assert found[-1] == Resource(4 * G, 6 * G, "System RAM")
+    start, end = PhysAddr(0xF0000), PhysAddr(0x100000)
+    assert found[at - 1] == Resource(start, end, "Reserved")  # its parent
+    assert found[at] == Resource(start, end, "System ROM")
+    assert found[-1] == Resource(PhysAddr(4 * G), PhysAddr(6 * G), "System RAM")
 
 
 @pytest.mark.parametrize("line", ["", "quiet", "0-1", "00-0g : x", "00-01: x", "\t00-01 : x"])
 def test_other_lines_are_passed_by(line: str) -> None:
-    assert parse_iomem(f"{line}\n00-0f : y : z\n{line}") == [Resource(0, 16, "y : z")]
+    assert parse_iomem(f"{line}\n00-0f : y : z\n{line}") == [
+        Resource(PhysAddr(0), PhysAddr(16), "y : z")
+    ]
 
 
 def test_reading_says_for_whom(tmp_path: Path) -> None:
@@ -58,7 +62,9 @@ def test_reading_says_for_whom(tmp_path: Path) -> None:
 
 def test_the_firmwares_map(tmp_path: Path) -> None:
     machine = make_machine(tmp_path)
-    expected = [Resource(start, last + 1, kind) for start, last, kind in FIRMWARE]
+    expected = [
+        Resource(PhysAddr(start), PhysAddr(last + 1), kind) for start, last, kind in FIRMWARE
+    ]
     assert read_firmware_map(machine) == expected
     (tmp_path / "sys/firmware/memmap/0/type").unlink()  # an entry that is not whole
     assert read_firmware_map(machine) == expected[1:]
@@ -69,5 +75,5 @@ def test_the_firmwares_map(tmp_path: Path) -> None:
     ("start", "end", "expected"),
     [(0, G, False), (0, G + 1, True), (G + M, G + M + 1, True), (2 * G, 3 * G, False)],
 )
-def test_what_overlaps(start: int, end: int, expected: bool) -> None:
+def test_what_overlaps(start: PhysAddr, end: PhysAddr, expected: bool) -> None:
     assert overlap(Span(G, G), Resource(start, end, "x")) is expected

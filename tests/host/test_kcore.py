@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pkernfs.host.kcore import Kcore, KcoreError
+from pkernfs.quantities import PhysAddr
 from support.kernel_memory import SYMBOL, TEXT, VIRTUAL, Memory
 
 
@@ -21,16 +22,16 @@ def memory(tmp_path: Path) -> Memory:
 
 def test_by_physical_address_by_address_and_by_symbol(memory: Memory) -> None:
     with Kcore(memory.host) as kernel:
-        assert kernel.read_physical(0x20_0000, 8) == (77).to_bytes(8, "little")
+        assert kernel.read_physical(PhysAddr(0x20_0000), 8) == (77).to_bytes(8, "little")
         assert kernel.read(VIRTUAL + 0x20_0000, 4096) == bytes(memory.bytes[0x20_0000:][:4096])
         assert kernel.symbol("kexec_image") == SYMBOL
         assert kernel.word(SYMBOL) == 0x1122_3344_5566_7788
         assert kernel.word(TEXT + 0x1238) == kernel.word(VIRTUAL + 0x1238)
-        assert kernel.find_physical(len(memory.bytes) - 8, 8) == bytes(8)
+        assert kernel.find_physical(PhysAddr(len(memory.bytes) - 8), 8) == bytes(8)
 
 
 @pytest.mark.parametrize("at", [4 << 20, (4 << 20) - 7, 1 << 45, (1 << 64) - 1])
-def test_what_is_not_in_there(memory: Memory, at: int) -> None:
+def test_what_is_not_in_there(memory: Memory, at: PhysAddr) -> None:
     with Kcore(memory.host) as kernel:
         assert kernel.find_physical(at, 8) is None
         with pytest.raises(KcoreError, match=f"{at:#x} is not in /proc/kcore"):
@@ -43,7 +44,7 @@ def test_memory_that_the_file_says_it_has_and_has_not(memory: Memory) -> None:
     path = memory.root / "proc/kcore"
     path.write_bytes(path.read_bytes()[: 1 << 20])
     with Kcore(memory.host) as kernel, pytest.raises(KcoreError, match="is not in /proc/kcore"):
-        kernel.read_physical(0x20_0000, 4096)
+        kernel.read_physical(PhysAddr(0x20_0000), 4096)
 
 
 @pytest.mark.parametrize("data", [b"", b"\x7fELF\x01", b"\x7fELF\x02" + bytes(59)])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pkernfs.errors import InvalidError
-from pkernfs.host.dmar import IOAPIC, Scope, parse
+from pkernfs.host.dmar import IOAPIC, PathStep, Scope, parse
 from pkernfs.host.pci import (
     PciDevice,
     all_devices,
@@ -21,11 +21,13 @@ from pkernfs.host.pci import (
     unit_of,
 )
 from pkernfs.host.sysroot import Host
+from pkernfs.quantities import SourceId
 from support.dmar_tables import TWO_UNITS, add_device, config
 
 
 def device(*chain: int, segment: int = 0) -> PciDevice:
-    return PciDevice(segment, chain[-1], chain, None, False, True, False, False, False)
+    ids = tuple(map(SourceId, chain))
+    return PciDevice(segment, ids[-1], ids, None, False, True, False, False, False)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +57,7 @@ def test_reserved_memory_is_the_devices_that_it_names() -> None:
     assert len(reserved_memory_of(dmar, device(0xA0))) == 1
     assert reserved_memory_of(dmar, device(0xA8)) == []
     assert reserved_memory_of(dmar, device(0xA0, segment=1)) == []
-    assert not covers((Scope(IOAPIC, 0, 0, ((0x14, 0),)),), device(0xA0))
+    assert not covers((Scope(IOAPIC, 0, 0, (PathStep(0x14, 0),)),), device(0xA0))
 
 
 # ---------------------------------------------------------------------- sysfs
@@ -81,12 +83,13 @@ def test_devices_as_sysfs_has_them(tmp_path: Path) -> None:
     found = {d.name: d for d in all_devices(host)}
     assert list(found)[:2] == ["0000:00:05.0", "0000:00:1c.0"]
     edu, nvme = found["0000:00:05.0"], found["0000:01:00.0"]
-    assert edu == PciDevice(0, 0x28, (0x28,), "edu", False, True, False, False, False)
-    assert nvme == PciDevice(0, 0x100, (0xE0, 0x100), "nvme", False, False, False, True, True)
+    at, port, below = SourceId(0x28), SourceId(0xE0), SourceId(0x100)
+    assert edu == PciDevice(0, at, (at,), "edu", False, True, False, False, False)
+    assert nvme == PciDevice(0, below, (port, below), "nvme", False, False, False, True, True)
     assert found["0000:00:1c.0"].bridge
     assert found["0000:02:01.0"].aliased
     assert found["0000:03:01.0"].aliased
-    assert read_device(host, 0x29) is None
+    assert read_device(host, SourceId(0x29)) is None
 
 
 def test_a_virtual_function_is_below_its_physical_ones_unit(tmp_path: Path) -> None:
@@ -95,7 +98,7 @@ def test_a_virtual_function_is_below_its_physical_ones_unit(tmp_path: Path) -> N
     add_device(tmp_path, "0000:00:1c.0/0000:01:10.0", config(express=0))
     virtual = tmp_path / "sys/bus/pci/devices/0000:01:10.0"
     (virtual / "physfn").symlink_to("../0000:01:00.0")
-    found = read_device(Host(str(tmp_path)), 0x180)
+    found = read_device(Host(str(tmp_path)), SourceId(0x180))
     assert found is not None
     assert (found.source_id, found.chain) == (0x180, (0xE0, 0x100))
 
@@ -115,7 +118,7 @@ def test_the_group_is_without_bridges(tmp_path: Path) -> None:
     for name in ("0000:00:1c.0", "0000:01:00.0", "0000:01:00.1", "0000:01:00.2"):
         (group / name).mkdir(parents=True)  # the last has gone since
     host = Host(str(tmp_path))
-    found = read_device(host, 0x100)
+    found = read_device(host, SourceId(0x100))
     assert found is not None
     assert group_of(host, found) == []  # no driver has the units
     (tmp_path / "sys/bus/pci/devices/0000:01:00.0/iommu_group").symlink_to(group.parent)

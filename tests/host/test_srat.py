@@ -7,9 +7,10 @@ from pathlib import Path
 
 from pkernfs.host.iomem import Span
 from pkernfs.host.srat import NodeMemory, nodes_of, parse, read_memory
+from pkernfs.quantities import PhysAddr
 from support.made_up_host import make_machine
 
-G = 1 << 30
+G = PhysAddr(1 << 30)
 M = 1 << 20
 
 
@@ -37,10 +38,10 @@ def test_nodes(tmp_path: Path) -> None:
     table = bytes(48) + memory(3, 0, G) + memory(0x102, G, G) + memory(9, 2 * G, G, 0)
     table += apic(0x102) + x2apic(5, 0) + b"\x07\x04zz" + x2apic(3)
     machine.write("sys/firmware/acpi/tables/SRAT", table)
-    assert nodes_of(Span(0, 2 * M), machine) == [1]  # the second domain of a processor
+    assert nodes_of(Span(PhysAddr(0), 2 * M), machine) == [1]  # the second domain of a processor
     assert nodes_of(Span(G, 2 * M), machine) == [0]
-    assert nodes_of(Span(G - 2 * M, 4 * M), machine) == [0, 1]
-    assert nodes_of(Span(2 * G, 2 * M), machine) == []
+    assert nodes_of(Span(PhysAddr(G - 2 * M), 4 * M), machine) == [0, 1]
+    assert nodes_of(Span(PhysAddr(2 * G), 2 * M), machine) == []
     for end in range(48, len(table)):
         machine.write("sys/firmware/acpi/tables/SRAT", table[:end])
         nodes_of(Span(G, G), machine)
@@ -48,7 +49,10 @@ def test_nodes(tmp_path: Path) -> None:
 
 def test_the_ranges_of_the_table() -> None:
     table = bytes(48) + memory(7, 0, G) + memory(3, 4 * G, 2 * G) + memory(8, G, G, 0) + apic(3)
-    assert parse(table) == [NodeMemory(0, G, 1), NodeMemory(4 * G, 6 * G, 0)]
+    assert parse(table) == [
+        NodeMemory(PhysAddr(0), G, 1),
+        NodeMemory(PhysAddr(4 * G), PhysAddr(6 * G), 0),
+    ]
     assert parse(b"") == parse(table[:48]) == []
 
 

@@ -14,6 +14,7 @@ from pkernfs.dma.mount import mount_filesystem, tables_of
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.iommu import Translation
 from pkernfs.layout import BLOCK, IOMMU_INO, ROOT_INO
+from pkernfs.quantities import Iova, PhysAddr, SourceId
 from pkernfs.region.region import Region
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -49,14 +50,14 @@ def test_an_export_without_a_mount(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     with Path("guests").open("wb") as file:
         file.truncate(32 * MIB)
-    with Region.open("guests", write=True, phys_base=1 << 32) as region:
+    with Region.open("guests", write=True, phys_base=PhysAddr(1 << 32)) as region:
         make_filesystem(region)
         fs = mount_filesystem(region)
         ram = fs.create(ROOT_INO, b"ram", 0o100600, 0, 0).ino
         fs.setattr(ram, size=2 * BLOCK)
         fs.setattr(fs.create(IOMMU_INO, b"dom-0", 0o100400, 0, 0).ino, size=BLOCK)
-        tables_of(fs).map_file(0, 0, ram, 0, None, 3)
-        tables_of(fs).attach(0, 0x28)
+        tables_of(fs).map_file(0, Iova(0), ram, 0, None, 3)
+        tables_of(fs).attach(0, SourceId(0x28))
         fs.unmount()
     known: dict[str, Any] = {}
     exec(blocks()[1], known)

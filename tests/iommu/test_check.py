@@ -18,6 +18,7 @@ from pkernfs.iommu.page_table import PageTable
 from pkernfs.iommu.page_walk import Code, scan_tree
 from pkernfs.iommu.root_tables import RootTables
 from pkernfs.layout import PAGE
+from pkernfs.quantities import Iova, PhysAddr, PhysRange, RegionOff, RegionRun
 from pkernfs.region.region import Region
 from support.page_tables import GIB, MIB, PHYS_BASE
 from support.table_host import DATA, DEVICE, DOM_0, DOM_1, ROOT, TableHost, codes
@@ -32,9 +33,9 @@ def test_right_tables_are_clean(host: TableHost) -> None:
 
 
 def test_no_tables_at_all() -> None:
-    region = Region.anonymous(2 * MIB, phys_base=0)
+    region = Region.anonymous(2 * MIB, phys_base=PhysAddr(0))
     assert check(None, {}, []).clean
-    assert check(Memory(region, [(0, 2 * MIB)]), {}, []).clean
+    assert check(Memory(region, [RegionRun(RegionOff(0), 2 * MIB)]), {}, []).clean
     with pytest.raises(InvalidError, match="never sized"):
         Memory(region, [])
     with pytest.raises(InvalidError, match="no physical addresses"):
@@ -46,10 +47,10 @@ def test_no_tables_at_all() -> None:
 
 @pytest.mark.parametrize("level", [1, 2, 3, 4])
 def test_reserved_bits(host: TableHost, level: int) -> None:
-    at = host.entry(0, level)
+    at = host.entry(Iova(0), level)
     host.store(at, host.word(at) | 1 << 62)
     assert codes(host.check()) == {Code.RESERVED_BITS}
-    fault = host.walk(0).fault
+    fault = host.walk(Iova(0)).fault
     assert fault is not None
     assert fault.name.endswith("PAGING_ENTRY_RSVD")
     with pytest.raises(TableDamageError, match="reserved bits"):
@@ -58,7 +59,7 @@ def test_reserved_bits(host: TableHost, level: int) -> None:
 
 @pytest.mark.parametrize("level", [2, 3, 4])
 def test_a_table_elsewhere(host: TableHost, level: int) -> None:
-    at = host.entry(0, level)
+    at = host.entry(Iova(0), level)
     for target in (PHYS_BASE + DATA, host.domains["dom-1"].first_page, 0, (1 << 52) - PAGE):
         host.store(at, target | 3)
         assert Code.TABLE_OUTSIDE in codes(host.check())
@@ -68,20 +69,20 @@ def test_a_table_elsewhere(host: TableHost, level: int) -> None:
 
 @pytest.mark.parametrize("level", [2, 3, 4])
 def test_cycles_and_shared_tables(host: TableHost, level: int) -> None:
-    at = host.entry(0, level)
+    at = host.entry(Iova(0), level)
     for target in (host.first.root, at - at % PAGE + PHYS_BASE):
         host.store(at, target | 3)
         assert Code.TABLE_TWICE in codes(host.check())
     other = TableHost(host.mode)
-    at = other.entry(0, level)
-    other.store(at + 8 * 100, other.word(at))
+    at = other.entry(Iova(0), level)
+    other.store(RegionOff(at + 8 * 100), other.word(at))
     assert codes(other.check()) == {Code.TABLE_TWICE}
 
 
 def test_leaves_out_of_range(host: TableHost) -> None:
     assert codes(host.check(allowed=(DATA, 7 * MIB))) == {Code.LEAF_OUTSIDE}
     assert codes(host.check(allowed=(DATA + PAGE, 8 * MIB))) == {Code.LEAF_OUTSIDE}
-    at = host.entry(0, 1)
+    at = host.entry(Iova(0), 1)
     for target in (DOM_0, DOM_1 + PAGE, ROOT + PAGE):
         host.store(at, PHYS_BASE + target | 3)
         assert codes(host.check()) == {Code.LEAF_IS_TABLE}
@@ -91,12 +92,13 @@ def test_leaves_out_of_range(host: TableHost) -> None:
 
 
 def test_a_superpage_that_spans_a_gap(host: TableHost) -> None:
-    base = PHYS_BASE + DATA
-    gap = [(base, base + 3 * MIB), (base + 3 * MIB + PAGE, base + 4 * MIB)]
+    base = PhysAddr(PHYS_BASE + DATA)
+    middle, end = PhysAddr(base + 3 * MIB), PhysAddr(base + 4 * MIB)
+    gap = [PhysRange(base, middle), PhysRange(PhysAddr(middle + PAGE), end)]
     report = check(host.root, host.domains, gap)
     assert codes(report) == {Code.LEAF_OUTSIDE}
     assert report.found == 1
-    whole = [(base, base + 3 * MIB), (base + 3 * MIB, base + 4 * MIB)]
+    whole = [PhysRange(base, middle), PhysRange(middle, end)]
     assert check(host.root, host.domains, whole).clean
 
 
@@ -104,19 +106,17 @@ def test_tables_between_files_in_many_pieces() -> None:
     """What may be mapped is what is left of the files; in little time, however many pieces."""
     count = 20000
     with Region.anonymous(2 * count * PAGE, phys_base=PHYS_BASE) as region:
-        pieces = [(2 * i * PAGE, PAGE) for i in range(count)]
+        pieces = [RegionRun(RegionOff(2 * i * PAGE), PAGE) for i in range(count)]
         domains = {"dom-0": Memory(region, pieces)}
         table = PageTable(domains["dom-0"], store_words(region))
-        table.map(0, PHYS_BASE + PAGE, PAGE, 3)
-        table.map(GIB, PHYS_BASE + 7 * PAGE, PAGE, 3)
-        odd = [
-            (PHYS_BASE + (2 * i + 1) * PAGE, PHYS_BASE + (2 * i + 2) * PAGE) for i in range(count)
-        ]
-        everything = [(PHYS_BASE, PHYS_BASE + region.size)]
+        table.map(Iova(0), PhysAddr(PHYS_BASE + PAGE), PAGE, 3)
+        table.map(Iova(GIB), PhysAddr(PHYS_BASE + 7 * PAGE), PAGE, 3)
+        odd = [PhysRange.of(PhysAddr(PHYS_BASE + (2 * i + 1) * PAGE), PAGE) for i in range(count)]
+        everything = [PhysRange.of(PHYS_BASE, region.size)]
         began = time.process_time()
         assert check(None, domains, odd).clean
         assert check(None, domains, everything).clean
-        table.map(2 * GIB, PHYS_BASE + 6 * PAGE, 2 * PAGE, 3)
+        table.map(Iova(2 * GIB), PhysAddr(PHYS_BASE + 6 * PAGE), 2 * PAGE, 3)
         for allowed in (odd, everything):
             assert codes(check(None, domains, allowed)) == {Code.LEAF_IS_TABLE}
         assert time.process_time() - began < 5
@@ -133,16 +133,17 @@ def _is_done(host: TableHost) -> None:
     memory = host.domains["dom-0"]
     pool = TablePool(host.region, memory.pieces)
     with suppress(PkernfsError):
-        for count, _m in enumerate(scan_tree(pool, memory.first_page, host.levels, 0, 1 << 48)):
+        scan = scan_tree(pool, memory.first_page, host.levels, Iova(0), Iova(1 << 48))
+        for count, _m in enumerate(scan):
             if count > 100_000:
                 break
     with suppress(PkernfsError):
         for _line in show.domain_struct("x", memory, memory.first_page, host.levels):
             pass
     reader = ContextReader(host.root, host.root.first_page, host.mode, lambda finding: None)
-    list(show.translation_struct("x", 0, reader.devices()))
+    list(show.translation_struct("x", PhysAddr(0), reader.devices()))
     for iova in (0, 1 << 30, (1 << 48) - 1):
-        result = host.walk(iova)
+        result = host.walk(Iova(iova))
         assert (result.physical is None) == (result.fault is not None)
         assert len(result.steps) <= 9
     for opened in (lambda: host.table("dom-0"), lambda: RootTables(host.root, host.commit)):
@@ -153,7 +154,7 @@ def _is_done(host: TableHost) -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_random_bytes(host: TableHost, seed: int) -> None:
-    host.region.copy_in(0, random.Random(seed).randbytes(DATA))
+    host.region.copy_in(RegionOff(0), random.Random(seed).randbytes(DATA))
     assert not host.check().clean
     _is_done(host)
 
@@ -165,7 +166,7 @@ def test_random_entries_that_lead_back_into_the_tables(host: TableHost, seed: in
         page = rng.randrange(64)
         for _ in range(300):
             target = PHYS_BASE + offset + rng.randrange(64) * PAGE
-            at = offset + rng.choice((0, page)) * PAGE + rng.randrange(512) * 8
+            at = RegionOff(offset + rng.choice((0, page)) * PAGE + rng.randrange(512) * 8)
             host.store(at, target | rng.choice((1, 3, 3, 0x83)))
     assert not host.check().clean
     _is_done(host)
@@ -173,7 +174,7 @@ def test_random_entries_that_lead_back_into_the_tables(host: TableHost, seed: in
 
 def test_every_entry_of_every_table_leads_to_the_top(host: TableHost) -> None:
     for at in range(DOM_0, DOM_0 + 64 * PAGE, 8):
-        host.store(at, host.first.root | 3)
+        host.store(RegionOff(at), host.first.root | 3)
     report = host.check()
     assert report.found == 512
     _is_done(host)
@@ -181,9 +182,9 @@ def test_every_entry_of_every_table_leads_to_the_top(host: TableHost) -> None:
 
 def test_findings_are_kept_up_to_a_number(host: TableHost) -> None:
     for at in range(DOM_0, DOM_0 + 8 * PAGE, 8):
-        host.store(at, 3)
+        host.store(RegionOff(at), 3)
     for level in range(3):
-        host.store(DOM_0 + level * PAGE, PHYS_BASE + DOM_0 + (level + 1) * PAGE | 3)
+        host.store(RegionOff(DOM_0 + level * PAGE), PHYS_BASE + DOM_0 + (level + 1) * PAGE | 3)
     report = host.check()
     assert report.found > 1000
     assert len(report.findings) <= 1002
@@ -191,7 +192,7 @@ def test_findings_are_kept_up_to_a_number(host: TableHost) -> None:
 
 def test_findings_of_one_domain_do_not_hide_those_of_others(host: TableHost) -> None:
     for at in range(DOM_0, DOM_0 + PAGE, 8):
-        host.store(at, (1 << 62) | 3)
+        host.store(RegionOff(at), (1 << 62) | 3)
     host.store(DOM_1, 1 << 50 | 3)
     host.store(ROOT, host.word(ROOT) | 4)
     domains = {f"dom-{n}": host.domains["dom-0"] for n in range(20)}

@@ -9,6 +9,7 @@ from pkernfs.iommu.context_walk import KNOWN_PGTT, ContextReader, Device, Mode, 
 from pkernfs.iommu.page_walk import Code, Finding
 from pkernfs.iommu.root_tables import RootTables
 from pkernfs.layout import PAGE
+from pkernfs.quantities import Iova, RegionOff
 from pkernfs.vtd import entries
 from pkernfs.vtd.entries import (
     PGTT_FIRST_STAGE,
@@ -35,21 +36,22 @@ def test_damaged_root_and_context_entries(host: TableHost) -> None:
             RootTables(host.root, host.commit)
     host.store(ROOT, root_word)
     device = host.tables.devices()[0]
-    at = device.where - PHYS_BASE
-    low, high = host.word(at), host.word(at + 8)
+    at = RegionOff(device.where - PHYS_BASE)
+    upper = RegionOff(at + 8)
+    low, high = host.word(at), host.word(upper)
     pointer = entries.ADDRESS_MASK
     for where, word, code in (
         (at, low & ~pointer | host.first.root + PAGE, Code.UNKNOWN_DOMAIN),
         (at, low & ~pointer | PHYS_BASE + DATA, Code.UNKNOWN_DOMAIN),
-        (at + 8, high & 0xFF | 3 if host.mode else high & 7 | 3 << 8, Code.DOMAIN_ID),
-        (at + 8, high | 1 << 63, Code.RESERVED_BITS),
+        (upper, high & 0xFF | 3 if host.mode else high & 7 | 3 << 8, Code.DOMAIN_ID),
+        (upper, high | 1 << 63, Code.RESERVED_BITS),
     ):
         if host.mode is Mode.SCALABLE and code is Code.RESERVED_BITS:
             continue
         host.store(where, word)
         assert code in codes(host.check())
         host.store(at, low)
-        host.store(at + 8, high)
+        host.store(upper, high)
     assert host.check().clean
 
 
@@ -96,7 +98,7 @@ def test_each_table_is_read_once(host: TableHost) -> None:
 def test_kinds_of_entries_in_scalable_mode(kind: int) -> None:
     host = TableHost(Mode.SCALABLE)
     device = host.tables.devices()[0]
-    at = device.where - PHYS_BASE
+    at = RegionOff(device.where - PHYS_BASE)
     word = host.word(at) & ~PasidTableEntry.PGTT.mask
     host.store(at, word | PasidTableEntry.PGTT.put("PGTT", kind))
     found, wrong = read(host)
@@ -115,7 +117,7 @@ def test_kinds_of_entries_in_scalable_mode(kind: int) -> None:
 def test_entries_of_no_kind_in_legacy_mode(field: str) -> None:
     host = TableHost(Mode.LEGACY)
     at = host.tables.devices()[0].where - PHYS_BASE
-    where, bits = (at, 3 << 2) if field == "TT" else (at + 8, 7)
+    where, bits = (RegionOff(at), 3 << 2) if field == "TT" else (RegionOff(at + 8), 7)
     host.store(where, host.word(where) | bits)
     found, wrong = read(host)
     assert [d.source_id for d in found] == [0x1F8]
@@ -125,7 +127,7 @@ def test_entries_of_no_kind_in_legacy_mode(field: str) -> None:
 
 def test_requests_that_pass_through_have_no_table() -> None:
     host = TableHost(Mode.LEGACY)
-    at = host.tables.devices()[0].where - PHYS_BASE
+    at = RegionOff(host.tables.devices()[0].where - PHYS_BASE)
     host.store(at, host.word(at) | ContextEntry.TT.put("TT", entries.TT_PASS_THROUGH))
     found, wrong = read(host)
     assert (found[0].table, found[0].kind, wrong) == (0, PGTT_PASS_THROUGH, [])
@@ -134,8 +136,8 @@ def test_requests_that_pass_through_have_no_table() -> None:
 def test_a_large_directory_elsewhere_is_told_once() -> None:
     """It may have 32 pages, for each device."""
     host = TableHost(Mode.SCALABLE)
-    step = next(s for s in host.walk(0).steps if s.name == "context entry")
-    at = step.address - PHYS_BASE
+    step = next(s for s in host.walk(Iova(0)).steps if s.name == "context entry")
+    at = RegionOff(step.address - PHYS_BASE)
     word = host.word(at) & ~entries.ScalableContextEntry.PASIDDIRPTR.mask
     host.store(at, word | 1 << 45 | 7 << 9)
     found, wrong = read(host)

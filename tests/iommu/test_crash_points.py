@@ -17,6 +17,7 @@ from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import NoSpaceError, ReadOnlyError
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
+from pkernfs.host.iomem import Span
 from pkernfs.iommu.config import Config, configure
 from pkernfs.iommu.context_walk import Mode
 from pkernfs.iommu.memory import Memory
@@ -25,6 +26,7 @@ from pkernfs.iommu.root_tables import RootTables
 from pkernfs.iommu.translate import translate, translate_domain
 from pkernfs.journal import PageStore, TransactionTooLarge
 from pkernfs.layout import IOMMU_INO, PAGE, ROOT_INO
+from pkernfs.quantities import Iova, PageNo, PhysAddr, RegionOff, RegionRun, SourceId, Word
 from pkernfs.region import trace
 from pkernfs.region.region import Region
 from pkernfs.vtd.entries import leaf_bytes, width_bits
@@ -36,11 +38,12 @@ pytestmark = pytest.mark.crash
 UUID = bytes(range(16))
 JOURNAL_PAGES = 32
 TOTAL_PAGES = 256
-ROOT = (40 * PAGE, 16 * PAGE)
-DOMAIN = (64 * PAGE, 64 * PAGE)
-OTHER = (160 * PAGE, 8 * PAGE)
-HIGH = 1 << 45
-DEVICES = (0x28, 0x30, 0x1FF, 0x2A80)
+ROOT = RegionRun(RegionOff(40 * PAGE), 16 * PAGE)
+DOMAIN = RegionRun(RegionOff(64 * PAGE), 64 * PAGE)
+OTHER = RegionRun(RegionOff(160 * PAGE), 8 * PAGE)
+HIGH = PhysAddr(1 << 45)
+FIRST, SECOND, UPPER = SourceId(0x28), SourceId(0x30), SourceId(0x2A80)
+DEVICES = (FIRST, SECOND, SourceId(0x1FF), UPPER)
 
 
 @dataclass
@@ -53,9 +56,9 @@ class Host:
 
     def __post_init__(self) -> None:
         self.region = Region.anonymous(TOTAL_PAGES * PAGE, phys_base=PHYS_BASE)
-        self.store = PageStore(self.region, UUID, 1, JOURNAL_PAGES, TOTAL_PAGES)
+        self.store = PageStore(self.region, UUID, PageNo(1), JOURNAL_PAGES, TOTAL_PAGES)
         if self.image:
-            self.region.copy_in(0, self.image)
+            self.region.copy_in(RegionOff(0), self.image)
             self.store.recover()
         self.memories = [Memory(self.region, [e]) for e in (ROOT, DOMAIN, OTHER)]
         commit = self.store.commit_words
@@ -67,8 +70,17 @@ class Host:
             PageTable(m, commit, levels=levels, record_words=words) for m in self.memories[1:]
         )
 
+    def map(self, iova: int, physical: int, length: int, perm: int) -> None:
+        self.domain.map(Iova(iova), PhysAddr(physical), length, perm)
+
+    def unmap(self, iova: int, length: int) -> None:
+        self.domain.unmap(Iova(iova), length)
+
+    def protect(self, iova: int, length: int, perm: int) -> None:
+        self.domain.protect(Iova(iova), length, perm)
+
     def snapshot(self) -> bytes:
-        return self.region.read(0, self.region.size)
+        return self.region.read(RegionOff(0), self.region.size)
 
     def mappings(self) -> list[tuple[int, ...]]:
         return [tuple(m) for m in self.domain.mappings()]
@@ -96,59 +108,59 @@ class Case:
 
 
 def _full_but_one(h: Host) -> None:
-    h.domain.map(0, HIGH, 2 * MIB - PAGE, 3)
+    h.map(0, HIGH, 2 * MIB - PAGE, 3)
 
 
 def _two(h: Host) -> None:
-    h.root.attach(0x28, h.domain.root, 2)
-    h.root.attach(0x30, h.other.root, 3)
+    h.root.attach(FIRST, h.domain.root, 2)
+    h.root.attach(SECOND, h.other.root, 3)
 
 
 def _one(h: Host) -> None:
-    h.root.attach(0x28, h.domain.root, 2)
+    h.root.attach(FIRST, h.domain.root, 2)
 
 
 SM = Mode.SCALABLE
+PIECES = [Span(PhysAddr(HIGH + at * GIB), length * MIB) for at, length in ((0, 1), (1, 2), (9, 4))]
 CASES = [
-    Case("map the first page", lambda h: h.domain.map(0, HIGH, PAGE, 3)),
-    Case("map of all sizes", lambda h: h.domain.map(GIB - 3 * PAGE, HIGH + GIB - 3 * PAGE,
-                                                    GIB + 2 * MIB + 5 * PAGE, 3)),
-    Case("map into live tables", lambda h: h.domain.map(8 * PAGE, HIGH, 32 * PAGE, 1),
-         lambda h: h.domain.map(0, HIGH, PAGE, 3)),
-    Case("map that merges", lambda h: h.domain.map(2 * MIB - PAGE, HIGH + 2 * MIB - PAGE, PAGE, 3),
+    Case("map the first page", lambda h: h.map(0, HIGH, PAGE, 3)),
+    Case("map of all sizes", lambda h: h.map(GIB - 3 * PAGE, HIGH + GIB - 3 * PAGE,
+                                             GIB + 2 * MIB + 5 * PAGE, 3)),
+    Case("map into live tables", lambda h: h.map(8 * PAGE, HIGH, 32 * PAGE, 1),
+         lambda h: h.map(0, HIGH, PAGE, 3)),
+    Case("map that merges", lambda h: h.map(2 * MIB - PAGE, HIGH + 2 * MIB - PAGE, PAGE, 3),
          _full_but_one),
-    Case("map over an identical part", lambda h: h.domain.map(0, HIGH, GIB, 3),
-         lambda h: h.domain.map(5 * MIB, HIGH + 5 * MIB, 3 * MIB, 3)),
-    Case("map in pieces", lambda h: h.domain.map_pieces(
-        0, [(HIGH, MIB), (HIGH + GIB, 2 * MIB), (HIGH + 9 * GIB, 4 * MIB)], 3)),
-    Case("unmap a page", lambda h: h.domain.unmap(PAGE, PAGE),
-         lambda h: h.domain.map(0, HIGH, 3 * PAGE, 3)),
-    Case("unmap splits 2 MiB", lambda h: h.domain.unmap(7 * PAGE, 3 * PAGE),
-         lambda h: h.domain.map(0, HIGH, 2 * MIB, 3)),
-    Case("unmap splits 1 GiB", lambda h: h.domain.unmap(GIB + 2 * MIB, PAGE),
-         lambda h: h.domain.map(0, HIGH, 3 * GIB, 3)),
-    Case("unmap all", lambda h: h.domain.unmap(0, 1 << width_bits(h.config.levels)),
-         lambda h: h.domain.map(GIB - 3 * PAGE, HIGH + PAGE, 8 * MIB, 3)),
-    Case("protect a page of a superpage", lambda h: h.domain.protect(PAGE, PAGE, 1),
-         lambda h: h.domain.map(0, HIGH, 2 * MIB, 3)),
-    Case("protect many", lambda h: h.domain.protect(0, 4 * GIB, 1),
-         lambda h: h.domain.map(0, HIGH + PAGE, 7 * MIB, 3)),
-    Case("protect, tables replaced", lambda h: h.domain.protect(PAGE, 6 * MIB, 2),
-         lambda h: h.domain.map(0, HIGH + PAGE, 7 * MIB, 3), record_words=10),
-    Case("map of 5 levels", lambda h: h.domain.map((1 << 57) - PAGE, HIGH, PAGE, 3), levels=5),
-    Case("unmap of 3 levels", lambda h: h.domain.unmap(0, GIB),
-         lambda h: h.domain.map(0, HIGH, 2 * GIB, 3), levels=3),
+    Case("map over an identical part", lambda h: h.map(0, HIGH, GIB, 3),
+         lambda h: h.map(5 * MIB, HIGH + 5 * MIB, 3 * MIB, 3)),
+    Case("map in pieces", lambda h: h.domain.map_pieces(Iova(0), PIECES, 3)),
+    Case("unmap a page", lambda h: h.unmap(PAGE, PAGE),
+         lambda h: h.map(0, HIGH, 3 * PAGE, 3)),
+    Case("unmap splits 2 MiB", lambda h: h.unmap(7 * PAGE, 3 * PAGE),
+         lambda h: h.map(0, HIGH, 2 * MIB, 3)),
+    Case("unmap splits 1 GiB", lambda h: h.unmap(GIB + 2 * MIB, PAGE),
+         lambda h: h.map(0, HIGH, 3 * GIB, 3)),
+    Case("unmap all", lambda h: h.unmap(0, 1 << width_bits(h.config.levels)),
+         lambda h: h.map(GIB - 3 * PAGE, HIGH + PAGE, 8 * MIB, 3)),
+    Case("protect a page of a superpage", lambda h: h.protect(PAGE, PAGE, 1),
+         lambda h: h.map(0, HIGH, 2 * MIB, 3)),
+    Case("protect many", lambda h: h.protect(0, 4 * GIB, 1),
+         lambda h: h.map(0, HIGH + PAGE, 7 * MIB, 3)),
+    Case("protect, tables replaced", lambda h: h.protect(PAGE, 6 * MIB, 2),
+         lambda h: h.map(0, HIGH + PAGE, 7 * MIB, 3), record_words=10),
+    Case("map of 5 levels", lambda h: h.map((1 << 57) - PAGE, HIGH, PAGE, 3), levels=5),
+    Case("unmap of 3 levels", lambda h: h.unmap(0, GIB),
+         lambda h: h.map(0, HIGH, 2 * GIB, 3), levels=3),
     Case("attach to a new bus", _one),
-    Case("attach to a bus in use", lambda h: h.root.attach(0x30, h.other.root, 3), _one),
-    Case("detach one of two", lambda h: h.root.detach(0x30), _two),
-    Case("detach the last", lambda h: h.root.detach(0x28), _one),
+    Case("attach to a bus in use", lambda h: h.root.attach(SECOND, h.other.root, 3), _one),
+    Case("detach one of two", lambda h: h.root.detach(SECOND), _two),
+    Case("detach the last", lambda h: h.root.detach(FIRST), _one),
     Case("scalable attach", _one, mode=SM),
-    Case("scalable attach, upper half", lambda h: h.root.attach(0x2A80, h.domain.root, 9), _two,
+    Case("scalable attach, upper half", lambda h: h.root.attach(UPPER, h.domain.root, 9), _two,
          mode=SM),
-    Case("scalable attach to a bus in use", lambda h: h.root.attach(0x30, h.other.root, 3), _one,
+    Case("scalable attach to a bus in use", lambda h: h.root.attach(SECOND, h.other.root, 3), _one,
          mode=SM),
-    Case("scalable detach one of two", lambda h: h.root.detach(0x30), _two, mode=SM),
-    Case("scalable detach the last", lambda h: h.root.detach(0x28), _one, mode=SM),
+    Case("scalable detach one of two", lambda h: h.root.detach(SECOND), _two, mode=SM),
+    Case("scalable detach the last", lambda h: h.root.detach(FIRST), _one, mode=SM),
 ]  # fmt: skip
 
 
@@ -171,14 +183,14 @@ Answer = tuple[object, ...]
 
 def _domain_answers(host: Host, probes: list[int]) -> list[Answer]:
     levels, memory = host.config.levels, host.memories[1]
-    walks = (translate_domain(memory, host.domain.root, levels, a) for a in probes)
+    walks = (translate_domain(memory, host.domain.root, levels, Iova(a)) for a in probes)
     return [(t.physical, t.perm, t.fault) for t in walks]
 
 
 def _device_answers(host: Host) -> list[Answer]:
     memory = Memory.whole(host.region)
     mode = host.config.mode
-    walks = (translate(memory, host.root.root, s, 0x5000, mode=mode) for s in DEVICES)
+    walks = (translate(memory, host.root.root, s, Iova(0x5000), mode=mode) for s in DEVICES)
     return [(t.physical, t.domain_id, t.fault) for t in walks]
 
 
@@ -193,7 +205,7 @@ def _steps(stores: list[trace.Store]) -> Iterator[tuple[int, bytes]]:
 def test_every_store(case: Case) -> None:
     config = Config(case.mode, case.levels)
     host = Host(config, record_words=case.record_words)
-    host.other.map(0, HIGH + 77 * GIB, MIB, 3)
+    host.other.map(Iova(0), PhysAddr(HIGH + 77 * GIB), MIB, 3)
     case.setup(host)
     before, first = host.state(), host.snapshot()
     trace.trace_start()
@@ -211,7 +223,7 @@ def test_every_store(case: Case) -> None:
         if image[offset : offset + 8] == data:
             continue
         image[offset : offset + 8] = data
-        replay.region.copy_in(offset, data)
+        replay.region.copy_in(RegionOff(offset), data)
         _look(case, replay, probes, old, new)
         # A mount looks alike at every step of a store of the record, or of a new table.
         in_place = offset >= (1 + JOURNAL_PAGES) * PAGE or offset == PAGE
@@ -251,11 +263,11 @@ def _mounted(
 def test_no_order_of_the_stores_matters_to_the_record() -> None:
     """What is stored before the record's commit word is in no page that can be reached."""
     host = Host()
-    host.domain.map(0, HIGH, 2 * MIB, 3)
-    host.domain.map(4 * MIB, HIGH, MIB, 3)
+    host.domain.map(Iova(0), HIGH, 2 * MIB, 3)
+    host.domain.map(Iova(4 * MIB), HIGH, MIB, 3)
     live = _reachable(host)
     trace.trace_start()
-    host.domain.unmap(PAGE, PAGE)
+    host.domain.unmap(Iova(PAGE), PAGE)
     stores = trace.trace_stop()
     commit = next(i for i, s in enumerate(stores) if s[0] == PAGE)
     for offset, length, _data in stores[:commit]:
@@ -272,7 +284,7 @@ def _reachable(host: Host) -> set[int]:
         pages.add(offset // PAGE)
         for word in host.region.view(offset, PAGE).cast("Q"):
             if word & 3 and level > 1 and not word & 0x80:
-                todo.append((word & 0x000F_FFFF_FFFF_F000, level - 1))
+                todo.append((PhysAddr(word & 0x000F_FFFF_FFFF_F000), level - 1))
     return pages
 
 
@@ -282,7 +294,13 @@ def _reachable(host: Host) -> set[int]:
 def test_words_are_stored_in_the_order_given() -> None:
     host = Host()
     trace.trace_start()
-    host.store.commit_words([(65 * PAGE + 8, 1), (65 * PAGE, 2), (65 * PAGE + 8 * 700, 3)])
+    host.store.commit_words(
+        [
+            Word(RegionOff(65 * PAGE + 8), 1),
+            Word(RegionOff(65 * PAGE), 2),
+            Word(RegionOff(65 * PAGE + 8 * 700), 3),
+        ]
+    )
     stores = trace.trace_stop()
     in_place = [(o, d) for o, n, d in stores if o >= 64 * PAGE]
     assert [o for o, _d in in_place] == [65 * PAGE + 8, 65 * PAGE, 65 * PAGE + 8 * 700]
@@ -291,7 +309,7 @@ def test_words_are_stored_in_the_order_given() -> None:
 def test_words_beyond_one_record_store_nothing() -> None:
     host = Host()
     before = host.snapshot()
-    many = [(34 * PAGE + 16 * i, 1) for i in range(8000)]
+    many = [Word(RegionOff(34 * PAGE + 16 * i), 1) for i in range(8000)]
     with pytest.raises(TransactionTooLarge):
         host.store.commit_words(many)
     assert isinstance(TransactionTooLarge(""), NoSpaceError)
@@ -301,21 +319,21 @@ def test_words_beyond_one_record_store_nothing() -> None:
 
 
 @pytest.mark.parametrize("offset", [4, -8, TOTAL_PAGES * PAGE, PAGE, 2 * PAGE])
-def test_words_stay_out_of_the_journal_and_inside_the_region(offset: int) -> None:
+def test_words_stay_out_of_the_journal_and_inside_the_region(offset: RegionOff) -> None:
     host = Host()
     before = host.snapshot()
     with pytest.raises(RuntimeError, match="cannot be stored"):
-        host.store.commit_words([(64 * PAGE, 1), (offset, 1)])
+        host.store.commit_words([Word(RegionOff(64 * PAGE), 1), Word(offset, 1)])
     assert host.snapshot() == before
 
 
 def test_words_wait_for_no_transaction() -> None:
     host = Host()
     with host.store, pytest.raises(RuntimeError, match="open"):
-        host.store.commit_words([(64 * PAGE, 1)])
+        host.store.commit_words([Word(RegionOff(64 * PAGE), 1)])
     host.region.writable = False
     with pytest.raises(ReadOnlyError):
-        host.store.commit_words([(64 * PAGE, 1)])
+        host.store.commit_words([Word(RegionOff(64 * PAGE), 1)])
 
 
 # ---------------------------------------------------------------------- in a file system
@@ -323,7 +341,7 @@ def test_words_wait_for_no_transaction() -> None:
 
 def _table_memory(fs: FileSystem, name: bytes) -> Memory:
     ino = fs.lookup(IOMMU_INO, name).ino
-    return Memory(fs.region, [(e.region_offset, e.length) for e in fs.extents(ino)])
+    return Memory(fs.region, [RegionRun(e.region_offset, e.length) for e in fs.extents(ino)])
 
 
 def test_a_mount_completes_a_change_of_tables() -> None:
@@ -335,16 +353,16 @@ def test_a_mount_completes_a_change_of_tables() -> None:
         fs.run(lambda: fs.setattr(ino, size=2 * MIB))
         ram = fs.create(ROOT_INO, b"ram", 0o100600, 0, 0).ino
         fs.run(lambda: fs.setattr(ram, size=4 * MIB))
-        target = PHYS_BASE + fs.extents(ram)[0].region_offset
+        target = PhysAddr(PHYS_BASE + fs.extents(ram)[0].region_offset)
         table = PageTable(_table_memory(fs, b"dom-0"), fs.store.commit_words)
-        first = region.read(0, region.size)
+        first = region.read(RegionOff(0), region.size)
         trace.trace_start()
-        table.map(0, target, 3 * MIB, 3)
-        table.unmap(5 * PAGE, PAGE)
+        table.map(Iova(0), target, 3 * MIB, 3)
+        table.unmap(Iova(5 * PAGE), PAGE)
         stores = trace.trace_stop()
     for cut in range(len(stores) + 1):
         with Region.anonymous(len(first), phys_base=PHYS_BASE) as region:
-            region.copy_in(0, first)
+            region.copy_in(RegionOff(0), first)
             for offset, length, data in stores[:cut]:
                 region.copy_in(offset, bytes(length) if data is None else data)
             mounted = mount_filesystem(region)
@@ -352,6 +370,6 @@ def test_a_mount_completes_a_change_of_tables() -> None:
             mapped = sum(m.length for m in again.mappings())
             assert mapped in (0, 3 * MIB, 3 * MIB - PAGE)
             assert_clean(region)
-            again.map(1 << 40, target, PAGE, 1)
+            again.map(Iova(1 << 40), target, PAGE, 1)
             mounted.unmount()
             assert_clean(region)

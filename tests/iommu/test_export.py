@@ -13,20 +13,22 @@ from pkernfs.iommu.context_walk import Mode
 from pkernfs.iommu.export import Record, Split, Target
 from pkernfs.iommu.page_pool import Mapping
 from pkernfs.layout import PAGE
+from pkernfs.quantities import Iova, PhysAddr, RegionOff
+from pkernfs.region.region import Place
 from support.table_host import DEVICE, TableHost
 
-BAR = Bar(DEVICE, 1, 1 << 44, 16 * PAGE)
+BAR = Bar(DEVICE, 1, PhysAddr(1 << 44), 16 * PAGE)
 
 
 def splitting(*targets: Target) -> Split:
     """A split of physical memory as a file system knows it."""
 
-    def split(physical: int, length: int) -> Iterator[Target]:
+    def split(physical: PhysAddr, length: int) -> Iterator[Target]:
         for t in targets:
             start, end = max(physical, t.physical), min(physical + length, t.physical + t.length)
             if start < end:
                 at = start - t.physical
-                inside = None if t.region_offset is None else t.region_offset + at
+                inside = None if t.region_offset is None else RegionOff(t.region_offset + at)
                 yield Target(start, end - start, t.path, t.offset + at, inside, t.bar)
 
     return split
@@ -35,17 +37,18 @@ def splitting(*targets: Target) -> Split:
 def mapped(split: Split, *found: Sequence[int]) -> list[Record]:
     """What mappings of ``(iova, physical, pages, perm)`` come to."""
     mappings = [
-        Mapping(iova, physical, pages * PAGE, perm) for iova, physical, pages, perm in found
+        Mapping(Iova(iova), PhysAddr(physical), pages * PAGE, perm)
+        for iova, physical, pages, perm in found
     ]
     return list(export.mappings(mappings, split))
 
 
 FILE = splitting(
-    Target(0x10_0000, 4 * PAGE, "/ram", 0, 0, None),
-    Target(0x20_0000, 4 * PAGE, "/ram", 4 * PAGE, 0x10_0000, None),
-    Target(0x30_0000, 4 * PAGE, "/other", 0, 0x20_0000, None),
-    Target(1 << 44, 16 * PAGE, None, 0, None, BAR),
-    Target(1 << 45, 16 * PAGE, None, 0, None, None),
+    Target(PhysAddr(0x10_0000), 4 * PAGE, "/ram", 0, RegionOff(0), None),
+    Target(PhysAddr(0x20_0000), 4 * PAGE, "/ram", 4 * PAGE, RegionOff(0x10_0000), None),
+    Target(PhysAddr(0x30_0000), 4 * PAGE, "/other", 0, RegionOff(0x20_0000), None),
+    Target(PhysAddr(1 << 44), 16 * PAGE, None, 0, None, BAR),
+    Target(PhysAddr(1 << 45), 16 * PAGE, None, 0, None, None),
 )
 
 
@@ -101,7 +104,7 @@ def test_a_record_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     count = 9
     monkeypatch.setattr(export, "_MOST_PIECES", 4)
     split = splitting(
-        *(Target(2 * i * PAGE, PAGE, "/ram", i * PAGE, None, None) for i in range(count))
+        *(Target(PhysAddr(2 * i * PAGE), PAGE, "/ram", i * PAGE, None, None) for i in range(count))
     )
     found = mapped(split, *((i * PAGE, 2 * i * PAGE, 1, 3) for i in range(count)))
     assert [len(record["pieces"]) for record in found] == [4, 4, 1]
@@ -112,7 +115,7 @@ def test_what_stands_for_a_domain(host: TableHost) -> None:
     table = host.first.root
     hwpt = export.hwpt("dom-0", table, 4, devices)
     assert (hwpt["domain_id"], hwpt["ioas"], hwpt["file"]) == (2, "dom-0", "/iommu/dom-0")
-    assert export.hwpt("dom-9", 0x1000, 4, devices)["domain_id"] is None
+    assert export.hwpt("dom-9", PhysAddr(0x1000), 4, devices)["domain_id"] is None
     assert export.container("dom-0", table, devices) == {
         "id": "dom-0", "type": 3, "ioas": "dom-0", "devices": ["0000:00:05.0"],
     }  # fmt: skip
@@ -122,7 +125,8 @@ def test_what_stands_for_a_domain(host: TableHost) -> None:
 
 
 def test_a_document_from_its_records() -> None:
-    head = export.head(Config(), None, bytes(16), export.region("r", 8, ("/r", 4)), {"dom-3": "x"})
+    region = export.region("r", 8, Place("/r", 4))
+    head = export.head(Config(), None, bytes(16), region, {"dom-3": "x"})
     assert head["region"]["mmap"] == {"path": "/r", "offset": 4, "length": 8}
     assert head["unit"] == {
         "mode": "legacy", "levels": 4, "address_width": 48, "root_table": None,

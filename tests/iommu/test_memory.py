@@ -12,12 +12,19 @@ from hypothesis import strategies as st
 from pkernfs.errors import InvalidError, TableDamageError
 from pkernfs.iommu.memory import Memory, merge_ranges, store_words, without_ranges
 from pkernfs.layout import PAGE
+from pkernfs.quantities import PhysAddr, PhysRange, RegionOff, RegionRun, Word
 from pkernfs.region.region import Region
 from support.page_tables import MIB, PHYS_BASE
 
 RANGES = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 12)), max_size=8).map(
-    lambda pairs: [(start, start + length) for start, length in pairs]
+    lambda pairs: [PhysRange.of(PhysAddr(start), length) for start, length in pairs]
 )
+#: A file's extents; the last two go on from each other.
+FILE = [
+    RegionRun(RegionOff(4 * MIB), 2 * PAGE),
+    RegionRun(RegionOff(MIB), PAGE),
+    RegionRun(RegionOff(MIB + PAGE), PAGE),
+]
 
 
 @pytest.fixture
@@ -27,7 +34,7 @@ def region() -> Iterator[Region]:
 
 
 def test_pages_of_a_file_are_in_its_order(region: Region) -> None:
-    memory = Memory(region, [(4 * MIB, 2 * PAGE), (MIB, PAGE), (MIB + PAGE, PAGE)])
+    memory = Memory(region, FILE)
     assert memory.size == 4 * PAGE
     assert memory.first_page == PHYS_BASE + 4 * MIB
     assert [memory.page(i) - PHYS_BASE for i in range(4)] == [
@@ -41,7 +48,7 @@ def test_pages_of_a_file_are_in_its_order(region: Region) -> None:
 
 
 def test_pieces_are_in_order_of_addresses_and_joined(region: Region) -> None:
-    memory = Memory(region, [(4 * MIB, 2 * PAGE), (MIB, PAGE), (MIB + PAGE, PAGE)])
+    memory = Memory(region, FILE)
     assert memory.pieces == [
         (PHYS_BASE + MIB, MIB, 2 * PAGE),
         (PHYS_BASE + 4 * MIB, 4 * MIB, 2 * PAGE),
@@ -53,40 +60,42 @@ def test_pieces_are_in_order_of_addresses_and_joined(region: Region) -> None:
 
 
 def test_offsets_room_and_gaps(region: Region) -> None:
-    memory = Memory(region, [(MIB, 2 * PAGE), (4 * MIB, PAGE)])
-    first = PHYS_BASE + MIB
+    memory = Memory(
+        region, [RegionRun(RegionOff(MIB), 2 * PAGE), RegionRun(RegionOff(4 * MIB), PAGE)]
+    )
+    first = PhysAddr(PHYS_BASE + MIB)
     assert memory.offset(first) == MIB
-    assert memory.offset(first + PAGE + 8, PAGE - 8) == MIB + PAGE + 8
+    assert memory.offset(PhysAddr(first + PAGE + 8), PAGE - 8) == MIB + PAGE + 8
     for physical, length in ((first - 1, 1), (first + PAGE, PAGE + 1), (0, 1), (1 << 63, 1)):
-        assert memory.offset(physical, length) is None
-    assert memory.room(first + 8) == 2 * PAGE - 8
-    assert memory.gap(0) == first
-    assert memory.gap(first + 2 * PAGE) == 3 * MIB - 2 * PAGE
-    assert memory.gap(PHYS_BASE + 5 * MIB) is None
+        assert memory.offset(PhysAddr(physical), length) is None
+    assert memory.room(PhysAddr(first + 8)) == 2 * PAGE - 8
+    assert memory.gap(PhysAddr(0)) == first
+    assert memory.gap(PhysAddr(first + 2 * PAGE)) == 3 * MIB - 2 * PAGE
+    assert memory.gap(PhysAddr(PHYS_BASE + 5 * MIB)) is None
 
 
 def test_words_are_whole_and_aligned(region: Region) -> None:
-    memory = Memory(region, [(MIB, PAGE)])
-    store_words(region)([(MIB + 8, 7), (MIB, 5)])
-    assert memory.words(PHYS_BASE + MIB, 2) == (5, 7)
-    assert memory.words(PHYS_BASE + MIB + 4, 1) is None
-    assert memory.words(PHYS_BASE + MIB + PAGE - 8, 2) is None
+    memory = Memory(region, [RegionRun(RegionOff(MIB), PAGE)])
+    store_words(region)([Word(RegionOff(MIB + 8), 7), Word(RegionOff(MIB), 5)])
+    assert memory.words(PhysAddr(PHYS_BASE + MIB), 2) == (5, 7)
+    assert memory.words(PhysAddr(PHYS_BASE + MIB + 4), 1) is None
+    assert memory.words(PhysAddr(PHYS_BASE + MIB + PAGE - 8), 2) is None
 
 
 def test_memory_that_is_none(region: Region) -> None:
     with pytest.raises(InvalidError, match="not whole pages: got 100 bytes"):
-        Memory(region, [(0, 100)])
+        Memory(region, [RegionRun(RegionOff(0), 100)])
     with pytest.raises(TableDamageError, match="a page twice"):
-        Memory(region, [(0, 2 * PAGE), (PAGE, PAGE)])
+        Memory(region, [RegionRun(RegionOff(0), 2 * PAGE), RegionRun(RegionOff(PAGE), PAGE)])
 
 
-def members(ranges: list[tuple[int, int]]) -> set[int]:
+def members(ranges: list[PhysRange]) -> set[int]:
     """All that is in one of the ranges."""
     return {x for start, end in ranges for x in range(start, end)}
 
 
 @given(RANGES)
-def test_merged_ranges(ranges: list[tuple[int, int]]) -> None:
+def test_merged_ranges(ranges: list[PhysRange]) -> None:
     merged = merge_ranges(ranges)
     assert members(merged) == members(ranges)
     assert all(a < b for a, b in merged)
@@ -94,7 +103,7 @@ def test_merged_ranges(ranges: list[tuple[int, int]]) -> None:
 
 
 @given(RANGES, RANGES)
-def test_ranges_without_holes(ranges: list[tuple[int, int]], holes: list[tuple[int, int]]) -> None:
+def test_ranges_without_holes(ranges: list[PhysRange], holes: list[PhysRange]) -> None:
     left = without_ranges(merge_ranges(ranges), merge_ranges(holes))
     assert members(left) == members(ranges) - members(holes)
     assert all(before[1] <= after[0] for before, after in pairwise(left))

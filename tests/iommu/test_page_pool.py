@@ -9,6 +9,7 @@ import pytest
 from pkernfs.native._native import lib
 
 from pkernfs.errors import RegionError, TableDamageError
+from pkernfs.iommu.memory import Piece
 from pkernfs.iommu.page_pool import (
     NO_PAGE,
     BlockMap,
@@ -22,13 +23,15 @@ from pkernfs.iommu.page_pool import (
 )
 from pkernfs.iommu.page_walk import Code, check_tree
 from pkernfs.layout import BLOCK, PAGE
+from pkernfs.quantities import Iova, PhysAddr, PhysRange, RegionOff
 from pkernfs.region.region import Region
 from pkernfs.vtd.entries import ENTRIES, LEVELS, PS, READ_WRITE
 from support.page_tables import GIB, MIB, PHYS_BASE
 
 PAGES = 8
-HIGH = PHYS_BASE + 6 * MIB
-DATA = 1 << 45
+HIGH = PhysAddr(PHYS_BASE + 6 * MIB)
+DATA = PhysAddr(1 << 45)
+EVERYWHERE = PhysRange(PhysAddr(0), PhysAddr(1 << 52))
 
 
 @pytest.fixture
@@ -40,7 +43,10 @@ def region() -> Iterator[Region]:
 @pytest.fixture
 def pool(region: Region) -> TablePool:
     """Eight pages in two pieces, of which the first is an empty table."""
-    made = TablePool(region, [(PHYS_BASE, 0, 4 * PAGE), (HIGH, 6 * MIB, 4 * PAGE)])
+    made = TablePool(
+        region,
+        [Piece(PHYS_BASE, RegionOff(0), 4 * PAGE), Piece(HIGH, RegionOff(6 * MIB), 4 * PAGE)],
+    )
     assert not check_tree(made, PHYS_BASE, 4).findings
     made.begin()
     return made
@@ -59,8 +65,8 @@ def test_pages_of_one_change(pool: TablePool) -> None:
     assert (pool.free_pages, pool.used_pages) == (2, 6)
     assert all(map(pool.is_reachable, taken))
     for not_there in (PHYS_BASE + 1, PHYS_BASE + 4 * PAGE, HIGH + 4 * PAGE, 0, NO_PAGE):
-        assert not pool.is_reachable(not_there)
-        pool.free(not_there)
+        assert not pool.is_reachable(PhysAddr(not_there))
+        pool.free(PhysAddr(not_there))
     assert pool.free_pages == 2
 
 
@@ -105,7 +111,7 @@ def test_no_page_is_free_although_some_were(pool: TablePool) -> None:
 
 
 @pytest.mark.parametrize(
-    "piece",
+    ("physical", "offset", "length"),
     [
         (PHYS_BASE, 8 * MIB, PAGE),
         (PHYS_BASE, 4 * MIB, 4 * MIB + PAGE),
@@ -117,40 +123,41 @@ def test_no_page_is_free_although_some_were(pool: TablePool) -> None:
     ],
 )
 def test_pieces_that_are_not_whole_pages_of_the_region(
-    region: Region, piece: tuple[int, int, int]
+    region: Region, physical: PhysAddr, offset: RegionOff, length: int
 ) -> None:
     for tables in (True, False):
         with pytest.raises(RegionError, match="not whole pages of anonymous"):
-            TablePool(region, [piece], tables=tables)
+            TablePool(region, [Piece(physical, offset, length)], tables=tables)
 
 
 def test_a_pool_that_is_not_for_tables_has_none(region: Region) -> None:
-    pool = TablePool(region, [(PHYS_BASE, 0, 8 * MIB)], tables=False)
+    pool = TablePool(region, [Piece(PHYS_BASE, RegionOff(0), 8 * MIB)], tables=False)
     pool.begin()
     assert pool.alloc() == NO_PAGE
     assert not pool.is_reachable(PHYS_BASE)
     pool.free(PHYS_BASE)
     report = check_tree(pool, PHYS_BASE, 4)
     assert [f.code for f in report.findings] == [Code.TABLE_OUTSIDE]
-    assert pool.find(PHYS_BASE, 4, [(0, 1 << 52)]) is None
-    assert pool.scan(PHYS_BASE, 4, 0, 1 << 48) is None
+    assert pool.find(PHYS_BASE, 4, [EVERYWHERE]) is None
+    assert pool.scan(PHYS_BASE, 4, Iova(0), Iova(1 << 48)) is None
 
 
 @pytest.mark.parametrize("levels", [0, 6, 100])
 def test_levels_that_there_are_not(pool: TablePool, region: Region, levels: int) -> None:
-    region.store_u64(0, PHYS_BASE | 3)
+    region.store_u64(RegionOff(0), PHYS_BASE | 3)
     reserved = [Reserved(0, 0)] * (max(LEVELS) + 1)
     figures = pool.check(
         PHYS_BASE, levels, reserved=reserved, allowed=[], tables=[], max_findings=9
     )
     assert [f.code for f in figures.findings] == [Code.TABLE_OUTSIDE]
-    assert pool.scan(PHYS_BASE, levels, 0, 1 << 48) is None
-    assert pool.find(PHYS_BASE, levels, [(0, 1 << 52)]) is None
-    assert pool.verify(PHYS_BASE, levels, 0, 3) == 0
+    assert pool.scan(PHYS_BASE, levels, Iova(0), Iova(1 << 48)) is None
+    assert pool.find(PHYS_BASE, levels, [EVERYWHERE]) is None
+    assert pool.verify(PHYS_BASE, levels, PhysAddr(0), 3) == 0
     assert pool.drop(PHYS_BASE, levels) == 0
     with pytest.raises(TableDamageError, match="damaged below"):
         pool.copy(PHYS_BASE, levels, 3)
-    assert not BlockMap(region, [(PHYS_BASE, 0, 8 * MIB)]).add_tree(pool, PHYS_BASE, levels)
+    blocks = BlockMap(region, [Piece(PHYS_BASE, RegionOff(0), 8 * MIB)])
+    assert not blocks.add_tree(pool, PHYS_BASE, levels)
 
 
 @pytest.mark.parametrize(("level", "leaf"), [(1, 2), (2, 0), (6, 1), (4, 4)])
@@ -160,7 +167,7 @@ def test_tables_that_cannot_be_built(pool: TablePool, level: int, leaf: int) -> 
 
 
 def test_blocks_that_do_not_suffice(pool: TablePool, region: Region) -> None:
-    memory = TablePool(region, [(PHYS_BASE, 0, 8 * MIB)], tables=False)
+    memory = TablePool(region, [Piece(PHYS_BASE, RegionOff(0), 8 * MIB)], tables=False)
     with pytest.raises(RegionError, match="blocks: got 3"):
         pool.mark(PHYS_BASE, 4, memory, bytearray(3))
     assert pool.mark(PHYS_BASE, 4, memory, bytearray(4))
@@ -215,31 +222,33 @@ def test_a_run_of_leaves() -> None:
 
 
 def test_which_blocks_are_mapped(region: Region) -> None:
-    pool = TablePool(region, [(PHYS_BASE, 0, 8 * PAGE)])
+    pool = TablePool(region, [Piece(PHYS_BASE, RegionOff(0), 8 * PAGE)])
     assert not check_tree(pool, PHYS_BASE, 4).findings
     pool.begin()
     tables = [PHYS_BASE, *(pool.alloc() for _ in range(3))]
     for upper, lower in pairwise(tables):
-        region.store_u64(upper - PHYS_BASE, lower | 3)
-    region.store_u64(tables[3] - PHYS_BASE, PHYS_BASE + 2 * BLOCK + 5 * PAGE | 3)
-    region.store_u64(tables[3] - PHYS_BASE + 8, PHYS_BASE - PAGE | 3)
-    region.store_u64(tables[2] - PHYS_BASE + 8, PHYS_BASE + 3 * BLOCK | 0x83)
-    blocks = BlockMap(region, [(PHYS_BASE, 0, 8 * MIB)])
+        region.store_u64(RegionOff(upper - PHYS_BASE), lower | 3)
+    region.store_u64(RegionOff(tables[3] - PHYS_BASE), PHYS_BASE + 2 * BLOCK + 5 * PAGE | 3)
+    region.store_u64(RegionOff(tables[3] - PHYS_BASE + 8), PHYS_BASE - PAGE | 3)
+    last = PhysAddr(PHYS_BASE + 3 * BLOCK)
+    region.store_u64(RegionOff(tables[2] - PHYS_BASE + 8), last | 0x83)
+    blocks = BlockMap(region, [Piece(PHYS_BASE, RegionOff(0), 8 * MIB)])
     assert blocks.add_tree(pool, PHYS_BASE, 4)
-    assert [blocks.any(at, BLOCK) for at in range(0, 8 * MIB, BLOCK)] == [False] * 2 + [True] * 2
-    assert pool.find(PHYS_BASE, 4, [(PHYS_BASE + 3 * BLOCK, PHYS_BASE + 4 * BLOCK)]) == 2 * MIB
-    assert pool.find(PHYS_BASE, 4, [(PHYS_BASE, PHYS_BASE + BLOCK)]) is None
-    found = pool.scan(PHYS_BASE, 4, 0, GIB)
+    mapped = [blocks.any(RegionOff(at), BLOCK) for at in range(0, 8 * MIB, BLOCK)]
+    assert mapped == [False] * 2 + [True] * 2
+    assert pool.find(PHYS_BASE, 4, [PhysRange.of(last, BLOCK)]) == 2 * MIB
+    assert pool.find(PHYS_BASE, 4, [PhysRange.of(PHYS_BASE, BLOCK)]) is None
+    found = pool.scan(PHYS_BASE, 4, Iova(0), Iova(GIB))
     assert found is not None
     assert found.mappings == [
-        Mapping(0, PHYS_BASE + 2 * BLOCK + 5 * PAGE, PAGE, 3),
-        Mapping(PAGE, PHYS_BASE - PAGE, PAGE, 3),
-        Mapping(2 * MIB, PHYS_BASE + 3 * BLOCK, 2 * MIB, 3),
+        Mapping(Iova(0), PhysAddr(PHYS_BASE + 2 * BLOCK + 5 * PAGE), PAGE, 3),
+        Mapping(Iova(PAGE), PhysAddr(PHYS_BASE - PAGE), PAGE, 3),
+        Mapping(Iova(2 * MIB), last, 2 * MIB, 3),
     ]
-    region.store_u64(8, 1 << 50 | 3)
+    region.store_u64(RegionOff(8), 1 << 50 | 3)
     blocks.clear()
     assert not blocks.add_tree(pool, PHYS_BASE, 4)
-    assert blocks.any(2 * BLOCK, BLOCK)
+    assert blocks.any(RegionOff(2 * BLOCK), BLOCK)
 
 
 def test_codes_are_those_of_the_walk_in_c() -> None:

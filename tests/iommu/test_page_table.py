@@ -15,15 +15,17 @@ from pkernfs.errors import (
     NoTablePagesError,
     TableDamageError,
 )
+from pkernfs.host.iomem import Span
 from pkernfs.iommu.memory import store_words
 from pkernfs.iommu.page_pool import Mapping
 from pkernfs.iommu.translate import translate_domain
 from pkernfs.layout import PAGE
+from pkernfs.quantities import Iova, PhysAddr, RegionOff, Word
 from pkernfs.region.region import Region
 from pkernfs.vtd.entries import leaf_bytes, width_bits
 from support.page_tables import GIB, MIB, PHYS_BASE, Domain, Model
 
-HIGH = 1 << 45  # physical memory that is mapped
+HIGH = PhysAddr(1 << 45)  # physical memory that is mapped
 
 
 @pytest.fixture(params=[3, 4, 5])
@@ -35,96 +37,103 @@ def domain(request: pytest.FixtureRequest) -> Iterator[Domain]:
 
 def test_largest_leaves(domain: Domain) -> None:
     base = 3 * GIB
-    start, end = base - 2 * MIB - 3 * PAGE, base + GIB + 2 * MIB + PAGE
-    domain.table.map(start, HIGH + start, end - start, 3)
+    start, end = Iova(base - 2 * MIB - 3 * PAGE), Iova(base + GIB + 2 * MIB + PAGE)
+    domain.table.map(start, PhysAddr(HIGH + start), end - start, 3)
     assert domain.leaf_levels(start, end) == {1: 4, 2: 2, 3: 1}
 
 
 @pytest.mark.parametrize(("largest", "counts"), [(1, {1: 1024}), (2, {2: 2}), (3, {2: 2})])
 def test_leaves_no_larger_than_the_unit_knows(largest: int, counts: dict[int, int]) -> None:
     domain = Domain(4, largest=largest)
-    domain.table.map(0, HIGH, 4 * MIB, 3)
-    assert domain.leaf_levels(0, 4 * MIB) == counts
+    domain.table.map(Iova(0), HIGH, 4 * MIB, 3)
+    assert domain.leaf_levels(Iova(0), Iova(4 * MIB)) == counts
 
 
 def test_leaves_as_the_physical_address_allows(domain: Domain) -> None:
-    domain.table.map(0, HIGH + 4 * MIB, GIB, 3)
-    assert domain.leaf_levels(0, GIB) == {2: 512}
-    domain.table.map(2 * GIB, HIGH + PAGE, 4 * MIB, 1)
-    assert domain.leaf_levels(2 * GIB, 2 * GIB + 4 * MIB) == {1: 1024}
+    domain.table.map(Iova(0), PhysAddr(HIGH + 4 * MIB), GIB, 3)
+    assert domain.leaf_levels(Iova(0), Iova(GIB)) == {2: 512}
+    domain.table.map(Iova(2 * GIB), PhysAddr(HIGH + PAGE), 4 * MIB, 1)
+    assert domain.leaf_levels(Iova(2 * GIB), Iova(2 * GIB + 4 * MIB)) == {1: 1024}
 
 
 @pytest.mark.parametrize("level", [2, 3])
 def test_maps_that_complete_a_superpage_merge(domain: Domain, level: int) -> None:
     size = leaf_bytes(level)
+    start, end = Iova(size), Iova(2 * size)
     used = domain.table.used_pages
     part = size // 4
     for i in (2, 0, 3):
-        domain.table.map(size + i * part, HIGH + i * part, part, 3)
-        assert domain.leaf_levels(size, 2 * size).keys() == {level - 1}
-    domain.table.map(size + part, HIGH + part, part, 3)
-    assert domain.leaf_levels(size, 2 * size) == {level: 1}
-    domain.table.unmap(size, size)
+        domain.table.map(Iova(start + i * part), PhysAddr(HIGH + i * part), part, 3)
+        assert domain.leaf_levels(start, end).keys() == {level - 1}
+    domain.table.map(Iova(start + part), PhysAddr(HIGH + part), part, 3)
+    assert domain.leaf_levels(start, end) == {level: 1}
+    domain.table.unmap(start, size)
     assert domain.table.used_pages == used == 1
 
 
 def test_no_merge_of_what_differs(domain: Domain) -> None:
-    domain.table.map(0, HIGH, MIB, 3)
-    domain.table.map(MIB, HIGH + MIB, MIB, 1)
-    assert domain.leaf_levels(0, 2 * MIB) == {1: 512}
-    assert domain.table.protect(MIB, MIB, 3) == MIB
-    assert domain.leaf_levels(0, 2 * MIB) == {2: 1}
+    domain.table.map(Iova(0), HIGH, MIB, 3)
+    domain.table.map(Iova(MIB), PhysAddr(HIGH + MIB), MIB, 1)
+    assert domain.leaf_levels(Iova(0), Iova(2 * MIB)) == {1: 512}
+    assert domain.table.protect(Iova(MIB), MIB, 3) == MIB
+    assert domain.leaf_levels(Iova(0), Iova(2 * MIB)) == {2: 1}
 
 
 def test_what_the_unit_and_others_have_set_is_kept(domain: Domain) -> None:
     """A and D (the unit's) are joined, SNP (a kernel's) must agree, and both outlive a split."""
-    domain.table.map(0, HIGH, 2 * MIB - PAGE, 3)
-    leaves = translate_domain(domain.memory, domain.table.root, domain.levels, 0).steps[-1]
+    domain.table.map(Iova(0), HIGH, 2 * MIB - PAGE, 3)
+    leaves = translate_domain(domain.memory, domain.table.root, domain.levels, Iova(0)).steps[-1]
     at = domain.memory.offset(leaves.address)
     assert at is not None
     for index, bits in ((0, 0x800), (3, 0x100), (7, 0x200)):
-        word = int(domain.region.view(at + 8 * index, 8).cast("Q")[0])
-        domain.region.store_u64(at + 8 * index, word | bits)
-    domain.table.map(2 * MIB - PAGE, HIGH + 2 * MIB - PAGE, PAGE, 3)
-    assert domain.leaf_levels(0, 2 * MIB) == {1: 512}
+        entry = RegionOff(at + 8 * index)
+        word = int(domain.region.view(entry, 8).cast("Q")[0])
+        domain.region.store_u64(entry, word | bits)
+    domain.table.map(Iova(2 * MIB - PAGE), PhysAddr(HIGH + 2 * MIB - PAGE), PAGE, 3)
+    assert domain.leaf_levels(Iova(0), Iova(2 * MIB)) == {1: 512}
     domain.region.store_u64(at, HIGH | 3)
-    domain.table.protect(0, PAGE, 3)
-    assert domain.leaf_levels(0, 2 * MIB) == {2: 1}
-    leaf = translate_domain(domain.memory, domain.table.root, domain.levels, 0).steps[-1]
+    domain.table.protect(Iova(0), PAGE, 3)
+    assert domain.leaf_levels(Iova(0), Iova(2 * MIB)) == {2: 1}
+    leaf = translate_domain(domain.memory, domain.table.root, domain.levels, Iova(0)).steps[-1]
     assert leaf.words == (HIGH | 0x383,)
-    domain.table.unmap(0, PAGE)
-    leaf = translate_domain(domain.memory, domain.table.root, domain.levels, PAGE).steps[-1]
+    domain.table.unmap(Iova(0), PAGE)
+    leaf = translate_domain(domain.memory, domain.table.root, domain.levels, Iova(PAGE)).steps[-1]
     assert leaf.words == (HIGH + PAGE | 0x303,)
 
 
 @pytest.mark.parametrize("level", [2, 3])
 def test_a_cut_superpage_is_split(domain: Domain, level: int) -> None:
     size = leaf_bytes(level)
-    domain.table.map(size, HIGH, size, 3)
-    assert domain.table.unmap(size + 5 * PAGE, PAGE) == PAGE
-    assert domain.at(size + 5 * PAGE) is None
-    assert domain.at(size + 4 * PAGE) == (HIGH + 4 * PAGE, 3)
-    assert domain.at(2 * size - 1) == (HIGH + size - 1, 3)
-    domain.table.map(size + 5 * PAGE, HIGH + 5 * PAGE, PAGE, 3)
-    assert domain.leaf_levels(size, 2 * size) == {level: 1}
-    assert domain.table.protect(size + 7 * PAGE, PAGE, 1) == PAGE
-    assert domain.at(size + 7 * PAGE) == (HIGH + 7 * PAGE, 1)
-    assert domain.at(size + 8 * PAGE) == (HIGH + 8 * PAGE, 3)
+    start, end = Iova(size), Iova(2 * size)
+
+    def page(number: int) -> Iova:
+        return Iova(start + number * PAGE)
+
+    domain.table.map(start, HIGH, size, 3)
+    assert domain.table.unmap(page(5), PAGE) == PAGE
+    assert domain.at(page(5)) is None
+    assert domain.at(page(4)) == (HIGH + 4 * PAGE, 3)
+    assert domain.at(Iova(end - 1)) == (HIGH + size - 1, 3)
+    domain.table.map(page(5), PhysAddr(HIGH + 5 * PAGE), PAGE, 3)
+    assert domain.leaf_levels(start, end) == {level: 1}
+    assert domain.table.protect(page(7), PAGE, 1) == PAGE
+    assert domain.at(page(7)) == (HIGH + 7 * PAGE, 1)
+    assert domain.at(page(8)) == (HIGH + 8 * PAGE, 3)
 
 
 def test_first_and_last_address(domain: Domain) -> None:
-    last = (1 << width_bits(domain.levels)) - PAGE
-    top = (1 << 52) - PAGE
-    domain.table.map(0, 0, PAGE, 1)
+    last = Iova((1 << width_bits(domain.levels)) - PAGE)
+    top = PhysAddr((1 << 52) - PAGE)
+    domain.table.map(Iova(0), PhysAddr(0), PAGE, 1)
     domain.table.map(last, top, PAGE, 2)
-    assert domain.at(0) == (0, 1)
-    assert domain.at(last + PAGE - 1) == (top + PAGE - 1, 2)
-    assert domain.table.unmap(0, last + PAGE) == 2 * PAGE
+    assert domain.at(Iova(0)) == (0, 1)
+    assert domain.at(Iova(last + PAGE - 1)) == (top + PAGE - 1, 2)
+    assert domain.table.unmap(Iova(0), last + PAGE) == 2 * PAGE
     assert domain.table.used_pages == 1
 
 
 def test_overlap_is_refused_unless_identical(domain: Domain) -> None:
-    domain.table.map(2 * MIB, HIGH, 4 * MIB, 3)
+    domain.table.map(Iova(2 * MIB), HIGH, 4 * MIB, 3)
     before = domain.image()
     for iova, physical, length, perm in (
         (2 * MIB, HIGH, 4 * MIB, 1),
@@ -134,24 +143,27 @@ def test_overlap_is_refused_unless_identical(domain: Domain) -> None:
         (5 * MIB, HIGH + GIB, 2 * MIB, 3),
     ):
         with pytest.raises(ExistsError, match="already mapped"):
-            domain.table.map(iova, physical, length, perm)
+            domain.table.map(Iova(iova), PhysAddr(physical), length, perm)
     assert list(domain.table.mappings()) == [(2 * MIB, HIGH, 4 * MIB, 3)]
-    domain.table.map(2 * MIB, HIGH, 4 * MIB, 3)
-    domain.table.map(3 * MIB, HIGH + MIB, PAGE, 3)
+    domain.table.map(Iova(2 * MIB), HIGH, 4 * MIB, 3)
+    domain.table.map(Iova(3 * MIB), PhysAddr(HIGH + MIB), PAGE, 3)
     assert domain.image() == before
-    domain.table.map(0, HIGH - 2 * MIB, 8 * MIB, 3)
+    domain.table.map(Iova(0), PhysAddr(HIGH - 2 * MIB), 8 * MIB, 3)
     assert list(domain.table.mappings()) == [(0, HIGH - 2 * MIB, 8 * MIB, 3)]
 
 
 def test_pieces_are_one_change(domain: Domain) -> None:
-    domain.table.map(4 * MIB, HIGH, PAGE, 3)
-    pieces = [(HIGH + 64 * MIB, MIB), (HIGH + 65 * MIB, MIB), (HIGH, 2 * MIB), (HIGH + GIB, MIB)]
+    domain.table.map(Iova(4 * MIB), HIGH, PAGE, 3)
+    pieces = [
+        Span(PhysAddr(HIGH + at * MIB), length * MIB)
+        for at, length in ((64, 1), (65, 1), (0, 2), (1024, 1))
+    ]
     with pytest.raises(ExistsError):
-        domain.table.map_pieces(0, pieces, 3)
-    assert domain.at(0) is None
-    domain.table.unmap(4 * MIB, PAGE)
-    domain.table.map_pieces(0, pieces, 3)
-    assert domain.leaf_levels(0, 5 * MIB) == {2: 2, 1: 256}
+        domain.table.map_pieces(Iova(0), pieces, 3)
+    assert domain.at(Iova(0)) is None
+    domain.table.unmap(Iova(4 * MIB), PAGE)
+    domain.table.map_pieces(Iova(0), pieces, 3)
+    assert domain.leaf_levels(Iova(0), Iova(5 * MIB)) == {2: 2, 1: 256}
 
 
 @pytest.mark.parametrize(
@@ -168,7 +180,7 @@ def test_pieces_are_one_change(domain: Domain) -> None:
         ((1 << 48) - PAGE, 2 * PAGE, "beyond 48 bits"),
     ],
 )
-def test_bad_ranges(iova: int, length: int, message: str) -> None:
+def test_bad_ranges(iova: Iova, length: int, message: str) -> None:
     domain = Domain(4)
     before = domain.image()
     for change in (
@@ -186,7 +198,7 @@ def test_bad_memory_and_permissions() -> None:
     table = Domain(4).table
     for physical, length, perm in ((1, PAGE, 3), (1 << 52, PAGE, 3), (HIGH, PAGE, 0), (0, PAGE, 4)):
         with pytest.raises(InvalidError):
-            table.map(0, physical, length, perm)
+            table.map(Iova(0), PhysAddr(physical), length, perm)
     with pytest.raises(InvalidError, match="levels"):
         Domain(2)
     assert not list(table.mappings())
@@ -197,53 +209,53 @@ def test_bad_memory_and_permissions() -> None:
 
 def test_out_of_pages_says_how_many_and_changes_nothing() -> None:
     small = Domain(4, pages=10)
-    small.table.map(0, HIGH, PAGE, 3)
+    small.table.map(Iova(0), HIGH, PAGE, 3)
     before, used = small.image(), small.table.used_pages
     assert used == 4
     with pytest.raises(NoTablePagesError, match=r"grow by 2 MiB: truncate -s \+2M") as error:
-        small.table.map(GIB, HIGH + PAGE, 40 * MIB, 3)
+        small.table.map(Iova(GIB), PhysAddr(HIGH + PAGE), 40 * MIB, 3)
     missing = error.value.missing
     assert missing == (1 + 20 - 6) * PAGE
     assert list(small.table.mappings()) == [(0, HIGH, PAGE, 3)]
     assert small.table.used_pages == used
-    assert small.region.read(8 * MIB, PAGE) == before[8 * MIB : 8 * MIB + PAGE]
+    assert small.region.read(RegionOff(8 * MIB), PAGE) == before[8 * MIB : 8 * MIB + PAGE]
     enough = Domain(4, pages=10 + missing // PAGE)
-    enough.table.map(0, HIGH, PAGE, 3)
-    enough.table.map(GIB, HIGH + PAGE, 40 * MIB, 3)
+    enough.table.map(Iova(0), HIGH, PAGE, 3)
+    enough.table.map(Iova(GIB), PhysAddr(HIGH + PAGE), 40 * MIB, 3)
     assert enough.table.free_pages == 0
 
 
 def test_out_of_pages_of_something_huge_is_told_at_once() -> None:
     domain = Domain(5, pages=4)
     with pytest.raises(NoSpaceError, match=r"grow by \d+ MiB"):
-        domain.table.map(0, PAGE, 1 << 51, 3)
+        domain.table.map(Iova(0), PhysAddr(PAGE), 1 << 51, 3)
     with pytest.raises(NoSpaceError):
-        Domain(4, pages=2).table.map(0, HIGH, PAGE, 1)
+        Domain(4, pages=2).table.map(Iova(0), HIGH, PAGE, 1)
 
 
 def test_unmap_that_cannot_split() -> None:
     domain = Domain(4, pages=2)
-    domain.table.map(0, HIGH, GIB, 3)
+    domain.table.map(Iova(0), HIGH, GIB, 3)
     with pytest.raises(NoSpaceError):
-        domain.table.unmap(PAGE, PAGE)
+        domain.table.unmap(Iova(PAGE), PAGE)
     with pytest.raises(NoSpaceError):
-        domain.table.protect(PAGE, PAGE, 1)
+        domain.table.protect(Iova(PAGE), PAGE, 1)
     assert list(domain.table.mappings()) == [(0, HIGH, GIB, 3)]
-    assert domain.table.unmap(0, GIB) == GIB
+    assert domain.table.unmap(Iova(0), GIB) == GIB
 
 
 def test_freed_pages_wait_for_the_invalidation() -> None:
     domain = Domain(4, pages=8)
     domain.table.walked = True
-    domain.table.map(0, HIGH, PAGE, 3)
-    domain.table.unmap(0, PAGE)
+    domain.table.map(Iova(0), HIGH, PAGE, 3)
+    domain.table.unmap(Iova(0), PAGE)
     assert (domain.table.used_pages, domain.table.free_pages) == (1, 4)
-    domain.table.map(0, HIGH, PAGE, 3)
-    domain.table.unmap(0, PAGE)
+    domain.table.map(Iova(0), HIGH, PAGE, 3)
+    domain.table.unmap(Iova(0), PAGE)
     with pytest.raises(NoSpaceError):
-        domain.table.map(0, HIGH, PAGE, 3)
+        domain.table.map(Iova(0), HIGH, PAGE, 3)
     domain.table.invalidated()
-    domain.table.map(0, HIGH, PAGE, 3)
+    domain.table.map(Iova(0), HIGH, PAGE, 3)
     assert domain.open().free_pages == 4
 
 
@@ -255,7 +267,7 @@ def test_what_is_stored_is_written_back_in_order(
     domain = Domain(4, pages=64)
     log: list[tuple[str, int, int]] = []
 
-    def commit(words: list[tuple[int, int]]) -> None:
+    def commit(words: Sequence[Word]) -> None:
         for offset, word in words:
             domain.region.store_u64(offset, word)
             log.append(("store", offset, 8))
@@ -267,10 +279,10 @@ def test_what_is_stored_is_written_back_in_order(
     domain.table.coherent = coherent
     monkeypatch.setattr(Region, "flush_lines", flush)
     for change in (
-        lambda: domain.table.map(0, HIGH, 8 * PAGE, 3),
-        lambda: domain.table.map(GIB, HIGH, GIB, 3),
-        lambda: domain.table.unmap(GIB + 5 * PAGE, PAGE),
-        lambda: domain.table.unmap(0, 4 * PAGE),
+        lambda: domain.table.map(Iova(0), HIGH, 8 * PAGE, 3),
+        lambda: domain.table.map(Iova(GIB), HIGH, GIB, 3),
+        lambda: domain.table.unmap(Iova(GIB + 5 * PAGE), PAGE),
+        lambda: domain.table.unmap(Iova(0), 4 * PAGE),
     ):
         before = domain.table.used_pages
         log.clear()
@@ -289,32 +301,33 @@ def test_a_table_tells_whether_a_unit_may_have_cached_what_changed() -> None:
     domain = Domain(4, pages=64)
     table = domain.table
     table.walked = True
-    table.map(0, HIGH, 511 * PAGE, 3)
-    table.map(GIB, HIGH, PAGE, 3)
+    table.map(Iova(0), HIGH, 511 * PAGE, 3)
+    table.map(Iova(GIB), HIGH, PAGE, 3)
     assert not table.stale
-    table.map(511 * PAGE, HIGH + 511 * PAGE, PAGE, 3)  # a superpage instead of a table
+    last = 511 * PAGE
+    table.map(Iova(last), PhysAddr(HIGH + last), PAGE, 3)  # a superpage instead of a table
     assert table.stale
     table.invalidated()
     assert not table.stale
-    table.unmap(GIB, PAGE)
+    table.unmap(Iova(GIB), PAGE)
     assert table.stale
 
 
 def test_a_huge_protect_replaces_tables_and_stores_few_words() -> None:
     stores: list[int] = []
     domain = Domain(4, pages=1300)
-    domain.table.map(PAGE, HIGH, GIB, 3)
+    domain.table.map(Iova(PAGE), HIGH, GIB, 3)
 
-    def commit(words: list[tuple[int, int]]) -> None:
+    def commit(words: Sequence[Word]) -> None:
         stores.append(len(words))
         for offset, word in words:
             domain.region.store_u64(offset, word)
 
     domain.table = domain.open(commit)
-    assert domain.table.protect(0, 4 * GIB, 1) == GIB
+    assert domain.table.protect(Iova(0), 4 * GIB, 1) == GIB
     assert stores[0] < 1200
     assert list(domain.table.mappings()) == [(PAGE, HIGH, GIB, 1)]
-    assert domain.table.unmap(0, 4 * GIB) == GIB
+    assert domain.table.unmap(Iova(0), 4 * GIB) == GIB
     assert domain.table.used_pages == 1
 
 
@@ -322,29 +335,29 @@ def test_a_huge_protect_replaces_tables_and_stores_few_words() -> None:
 def test_a_table_is_replaced_if_the_record_would_be_too_long(record_words: int) -> None:
     stores: list[int] = []
     domain = Domain(4, record_words=record_words)
-    domain.table.map(PAGE, HIGH, 10 * MIB, 3)
+    domain.table.map(Iova(PAGE), HIGH, 10 * MIB, 3)
 
-    def commit(words: list[tuple[int, int]]) -> None:
+    def commit(words: Sequence[Word]) -> None:
         stores.append(len(words))
         for offset, word in words:
             domain.region.store_u64(offset, word)
 
     domain.table = domain.open(commit)
-    assert domain.table.protect(0, 4 * MIB, 1) == 4 * MIB - PAGE
+    assert domain.table.protect(Iova(0), 4 * MIB, 1) == 4 * MIB - PAGE
     assert stores == [{0: 2, 600: 512}[record_words]]
     model = Model()
-    model.map(PAGE, HIGH, 10 * MIB, 3)
-    model.protect(0, 4 * MIB, 1)
+    model.map(Iova(PAGE), HIGH, 10 * MIB, 3)
+    model.protect(Iova(0), 4 * MIB, 1)
     domain.verify(model, [0, PAGE, 2 * MIB, 4 * MIB, 6 * MIB])
 
 
 def test_damaged_tables_are_not_opened() -> None:
     domain = Domain(4)
-    domain.table.map(0, HIGH, PAGE, 3)
-    domain.region.store_u64(8 * MIB + 8, domain.table.root | 3)
+    domain.table.map(Iova(0), HIGH, PAGE, 3)
+    domain.region.store_u64(RegionOff(8 * MIB + 8), domain.table.root | 3)
     with pytest.raises(TableDamageError, match="reached before"):
         domain.open()
-    domain.region.store_u64(8 * MIB + 8, HIGH | 3)
+    domain.region.store_u64(RegionOff(8 * MIB + 8), HIGH | 3)
     with pytest.raises(TableDamageError, match="outside the domain's file"):
         domain.open()
 
@@ -353,25 +366,23 @@ def test_damaged_tables_are_not_opened() -> None:
 def test_tables_that_are_damaged_later_are_noticed(target: int) -> None:
     """An entry scribbled on under an open table leads to an error, and to no store."""
     domain = Domain(4, pages=1300)
-    domain.table.map(GIB + PAGE, HIGH, GIB, 3)
-    domain.table.map(0, HIGH, PAGE, 3)
-    for level in (3, 2):
-        table = (
-            domain.table.root if level == 3 else domain.region.view(8 * MIB, 8).cast("Q")[0] & ~3
-        )
-        offset = domain.memory.offset(int(table))
-        assert offset is not None
-        offset += 0 if level == 3 else 8
+    domain.table.map(Iova(GIB + PAGE), HIGH, GIB, 3)
+    domain.table.map(Iova(0), HIGH, PAGE, 3)
+    below = PhysAddr(domain.region.view(RegionOff(8 * MIB), 8).cast("Q")[0] & ~3)
+    for table, index in ((domain.table.root, 0), (below, 1)):
+        start = domain.memory.offset(table)
+        assert start is not None
+        offset = RegionOff(start + 8 * index)
         old = int(domain.region.view(offset, 8).cast("Q")[0])
         domain.region.store_u64(offset, target | 3)
         before = domain.image()
         with pytest.raises(TableDamageError):
-            domain.table.protect(GIB, GIB, 1)
+            domain.table.protect(Iova(GIB), GIB, 1)
         with pytest.raises((TableDamageError, ExistsError)):
-            domain.table.map(GIB + 8 * PAGE, HIGH + GIB, PAGE, 3)
+            domain.table.map(Iova(GIB + 8 * PAGE), PhysAddr(HIGH + GIB), PAGE, 3)
         assert domain.image() == before
         domain.region.store_u64(offset, old)
-    assert domain.table.protect(GIB, GIB, 1) == GIB - PAGE
+    assert domain.table.protect(Iova(GIB), GIB, 1) == GIB - PAGE
 
 
 # ---------------------------------------------------------------------- any sequence
@@ -388,15 +399,15 @@ def _addresses(levels: int) -> list[int]:
 
 
 @st.composite
-def operations(draw: st.DrawFn, levels: int) -> tuple[str, int, int, int, int]:
+def operations(draw: st.DrawFn, levels: int) -> tuple[str, Iova, int, PhysAddr, int]:
     addresses = _addresses(levels)
     a = draw(st.integers(0, len(addresses) - 2))
     b = draw(st.integers(a + 1, min(a + 14, len(addresses) - 1)))
-    iova, end = addresses[a], addresses[b]
+    iova, end = Iova(addresses[a]), addresses[b]
     kind = draw(st.sampled_from(["map", "map", "map", "unmap", "protect"]))
     shift = draw(st.sampled_from([0, 0, 0, 2 * MIB, PAGE]))
     perm = draw(st.sampled_from([3, 3, 1, 2]))
-    return kind, iova, end - iova, HIGH + iova % (1 << 45) + shift, perm
+    return kind, iova, end - iova, PhysAddr(HIGH + iova % (1 << 45) + shift), perm
 
 
 @pytest.mark.parametrize("levels", [3, 4, 5])
@@ -437,9 +448,9 @@ def _run(domain: Domain, data: st.DataObject, levels: int) -> None:
         domain.verify(model, probes)
         if data.draw(st.booleans(), label="remount"):
             domain.table = domain.open()
-    domain.table.unmap(0, 1 << width_bits(levels))
+    domain.table.unmap(Iova(0), 1 << width_bits(levels))
     assert domain.table.used_pages == 1
-    assert not any(domain.region.view(8 * MIB, PAGE))
+    assert not any(domain.region.view(RegionOff(8 * MIB), PAGE))
 
 
 # ---------------------------------------------------------------------- all at once
@@ -475,7 +486,7 @@ def _replace(domain: Domain, model: Model, data: st.DataObject, levels: int) -> 
             wanted.map(iova, physical, length, perm)
     before = [tuple(m) for m in domain.table.mappings()]
     try:
-        domain.table.replace([Mapping(*piece) for piece in wanted.joined()])
+        domain.table.replace(wanted.joined())
         model.pieces = list(wanted.pieces)
     except NoSpaceError:
         assert [tuple(m) for m in domain.table.mappings()] == before
@@ -486,19 +497,19 @@ def test_a_replacement_is_one_commit_of_what_differs() -> None:
     domain = Domain(4)
     commits: list[int] = []
 
-    def commit(words: Sequence[tuple[int, int]]) -> None:
+    def commit(words: Sequence[Word]) -> None:
         commits.append(len(words))
         store_words(domain.region)(words)
 
-    domain.table.map(0, HIGH, 4 * MIB, 3)
-    domain.table.map(GIB, HIGH + GIB, 7 * PAGE, 3)
+    domain.table.map(Iova(0), HIGH, 4 * MIB, 3)
+    domain.table.map(Iova(GIB), PhysAddr(HIGH + GIB), 7 * PAGE, 3)
     domain.table = domain.open(commit)
     now = list(domain.table.mappings())
     domain.table.replace(now)
     assert commits == []
-    domain.table.replace([now[0], Mapping(GIB, HIGH + GIB, 6 * PAGE, 3)])
+    domain.table.replace([now[0], Mapping(Iova(GIB), PhysAddr(HIGH + GIB), 6 * PAGE, 3)])
     assert commits == [1]
-    domain.table.replace([Mapping(2 * MIB, HIGH + 2 * MIB, 4 * MIB, 1)])
+    domain.table.replace([Mapping(Iova(2 * MIB), PhysAddr(HIGH + 2 * MIB), 4 * MIB, 1)])
     assert len(commits) == 2
     domain.table.replace([])
     assert domain.table.used_pages == 1
@@ -507,8 +518,8 @@ def test_a_replacement_is_one_commit_of_what_differs() -> None:
 
 def test_a_replacement_with_smaller_leaves() -> None:
     domain = Domain(4)
-    domain.table.replace([Mapping(0, HIGH, GIB, 3)], largest=2)
-    assert domain.leaf_levels(0, GIB) == {2: 512}
+    domain.table.replace([Mapping(Iova(0), HIGH, GIB, 3)], largest=2)
+    assert domain.leaf_levels(Iova(0), Iova(GIB)) == {2: 512}
     domain.close()
 
 
@@ -525,9 +536,11 @@ def test_a_replacement_with_smaller_leaves() -> None:
 )
 def test_bad_replacements(wanted: list[tuple[int, int, int, int]], message: str) -> None:
     domain = Domain(4)
-    domain.table.map(0, HIGH, PAGE, 3)
+    domain.table.map(Iova(0), HIGH, PAGE, 3)
     before = domain.image()
     with pytest.raises(InvalidError, match=message):
-        domain.table.replace([Mapping(*one) for one in wanted])
+        domain.table.replace(
+            [Mapping(Iova(iova), PhysAddr(to), length, perm) for iova, to, length, perm in wanted]
+        )
     assert domain.image() == before
     domain.close()

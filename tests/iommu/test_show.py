@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pkernfs.iommu import show
 from pkernfs.iommu.context_walk import Mode
+from pkernfs.quantities import Iova, PhysAddr
 from support.table_host import ROOT, TableHost
 
 
@@ -21,10 +22,10 @@ def test_translation_struct_is_the_kernels() -> None:
     ]
     assert text[3].startswith("01:1f.0\t")
     scalable = TableHost(Mode.SCALABLE)
-    line = next(
-        t for t in show.translation_struct("dmar0", 0, scalable.tables.devices()) if "00:05.0" in t
-    )
-    entry = scalable.tables.devices()[0].pasid_words
+    devices = scalable.tables.devices()
+    text = list(show.translation_struct("dmar0", PhysAddr(0), devices))
+    line = next(t for t in text if "00:05.0" in t)
+    entry = devices[0].pasid_words
     assert line.endswith(f"\t0     \t0x{entry[2]:016x}:0x{entry[1]:016x}:0x{entry[0]:016x}")
 
 
@@ -36,7 +37,7 @@ def test_domain_struct_is_the_kernels() -> None:
         "IOVA_PFN         \tPML5E             \tPML4E             "
         "\tPDPE              \tPDE               \tPTE"
     )
-    words = [host.word(host.entry(0, level)) for level in (4, 3, 2, 1)]
+    words = [host.word(host.entry(Iova(0), level)) for level in (4, 3, 2, 1)]
     columns = "\t".join(f"0x{w:016x}" for w in [0, *words])
     assert lines[2] == f"0x0000000000000 |\t{columns}"
     assert len(lines) == 2 + 511 + 1 + 1

@@ -11,10 +11,11 @@ from pkernfs.host.iomem import Span, parse_iomem
 from pkernfs.kexec import crash
 from pkernfs.kexec.needs import Needs
 from pkernfs.kexec.plan import Plan, make_plan
+from pkernfs.quantities import PhysAddr
 from support.made_up_host import Machine, bzimage, make_machine
 
 GIB = 1 << 30
-SPAN = Span(GIB, GIB // 2)
+SPAN = Span(PhysAddr(GIB), GIB // 2)
 NIC, EDU, DISK = "0000:00:06.0", "0000:00:05.0", "0000:00:01.0"
 RELEASE = "7.3.4"
 KERNEL = f"boot/vmlinuz-{RELEASE}"
@@ -99,7 +100,9 @@ def test_what_is_added_is_the_kernels_not_that_of_init(machine: Machine) -> None
     assert made.append.endswith(" module_blacklist=e1000e -- single")
     assert made.append.index(MEMORY) < made.append.index(" -- ")
     machine.write("proc/cmdline", "pkernfs=512M!512M memmap=512M%512M")
-    given = make_plan([Span(GIB // 2, GIB // 2)], [], append="quiet -- single", host=machine)
+    given = make_plan(
+        [Span(PhysAddr(GIB // 2), GIB // 2)], [], append="quiet -- single", host=machine
+    )
     assert given.append == "quiet pkernfs=512M!512M memmap=512M%512M -- single"
     assert given.problems == []
 
@@ -118,7 +121,7 @@ def test_soft_reserved_memory_is_no_ram_before(machine: Machine) -> None:
 def test_a_region_that_is_memory(machine: Machine) -> None:
     resources = parse_iomem(machine.read("proc/iomem"))
     with pytest.raises(RegionError, match="System RAM"):
-        crash.memory_parameter(resources, [Span(2 * GIB - (1 << 29), 1 << 21)])
+        crash.memory_parameter(resources, [Span(PhysAddr(2 * GIB - (1 << 29)), 1 << 21)])
     with pytest.raises(RegionError, match="no System RAM"):
         crash.memory_parameter([], [])
 

@@ -15,6 +15,7 @@ from pkernfs.kexec import users as users_module
 from pkernfs.kexec.daemon import Daemon
 from pkernfs.kexec.needs import Needs
 from pkernfs.kexec.users import Process
+from pkernfs.quantities import Ino, PageNo
 
 MOUNT = Mount(62, "/mnt/a", "fuse.pkernfs", "/dev/shm/region")
 
@@ -73,12 +74,12 @@ def test_the_lease_is_held_to_its_end(socket: Socket, daemon: Daemon) -> None:
 def test_who_is_in_the_way(socket: Socket, daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
     users = [f"/mnt/a/f{i} by process {i} (p)" for i in range(10)]
     monkeypatch.setattr(users_module, "users_of", lambda mount, inos: users[: len(inos)])
-    socket.answers[protocol.Freeze] = protocol.OpenForWriting((7, 5))
+    socket.answers[protocol.Freeze] = protocol.OpenForWriting((Ino(7), Ino(5)))
     with pytest.raises(BusyError) as caught, daemon.frozen():
         pass
     assert str(caught.value) == f"/mnt/a/x: open for writing: {users[0]}; {users[1]}"
     assert socket.lease == "closed"
-    socket.answers[protocol.Freeze] = protocol.OpenForWriting(tuple(range(10)))
+    socket.answers[protocol.Freeze] = protocol.OpenForWriting(tuple(map(Ino, range(10))))
     with pytest.raises(BusyError, match=r"process 7 \(p\) and 2 more$"), daemon.frozen():
         pass
     users.clear()
@@ -104,11 +105,11 @@ def test_the_daemon_itself_maps_the_region(
 
 
 def test_a_manifest_is_sent_in_pieces(socket: Socket, daemon: Daemon) -> None:
-    socket.answers[protocol.MakeManifest] = protocol.ManifestFile(9, (4, 5))
+    socket.answers[protocol.MakeManifest] = protocol.ManifestFile(Ino(9), (PageNo(4), PageNo(5)))
     made = daemon.make_manifest(100)
     assert (made.ino, made.pages) == (9, {4, 5})
     data = bytes(range(256)) * 5000
-    daemon.write_manifest(9, data)
+    daemon.write_manifest(Ino(9), data)
     pieces = [asked for asked in socket.asked if isinstance(asked, protocol.WriteManifest)]
     assert [piece.offset for piece in pieces] == [0, 512 << 10, 1024 << 10]
     assert b"".join(piece.data for piece in pieces) == data
@@ -119,9 +120,9 @@ def test_a_manifest_is_sent_in_pieces(socket: Socket, daemon: Daemon) -> None:
 
 def test_the_record(socket: Socket, daemon: Daemon) -> None:
     socket.answers[protocol.Commit] = protocol.Committed(4)
-    assert daemon.commit(9, 1234, 1) == 4
+    assert daemon.commit(Ino(9), 1234, 1) == 4
     daemon.abort()
-    assert socket.asked == [protocol.Commit(ino=9, digest=1234, flags=1), protocol.Abort()]
+    assert socket.asked == [protocol.Commit(ino=Ino(9), digest=1234, flags=1), protocol.Abort()]
 
 
 def test_the_kexec(socket: Socket, daemon: Daemon) -> None:

@@ -26,6 +26,7 @@ from pkernfs.layout import (
     STATE_PAGE,
     HandoverFields,
 )
+from pkernfs.quantities import Ino, RegionOff
 from support.handover import verify
 
 MIB = 1 << 20
@@ -137,7 +138,7 @@ def test_without_space_there_is_no_manifest(
 
 
 def test_damage_is_not_handed_over(fs: FileSystem, name: str) -> None:
-    at = fs.inode(ROOT_INO).body * PAGE + 100
+    at = RegionOff(fs.inode(ROOT_INO).body * PAGE + 100)
     before = fs.region.read(at, 16)
     fs.region.copy_in(at, b"\xff" * 16)
     with pytest.raises(CorruptionError) as caught:
@@ -162,7 +163,7 @@ def test_another_region_is_not_looked_at(fs: FileSystem, name: str) -> None:
 
 def test_a_failure_amid_the_manifest_thaws(fs: FileSystem, name: str) -> None:
     class Failing(LocalFileSystem):
-        def write_manifest(self, ino: int, data: bytes) -> None:
+        def write_manifest(self, ino: Ino, data: bytes) -> None:
             super().write_manifest(ino, data[:100])
             raise PkernfsError("the daemon is gone")
 

@@ -12,6 +12,7 @@ from pkernfs.host import cmdline
 from pkernfs.host.iomem import Span
 from pkernfs.kexec import loaded
 from pkernfs.kexec.loaded import KexecError
+from pkernfs.quantities import PhysAddr
 from support.kernel_memory import (
     IMAGE,
     PAGES,
@@ -81,9 +82,11 @@ def test_a_kernel_that_would_be_put_into_the_region(memory: Memory) -> None:
         with pytest.raises(
             KexecError, match=rf"into the region, at {at:#x}: load it with kexec -s"
         ):
-            loaded.command_line_of_loaded(SPEC, memory.host, [Span(0, 4096), Span(start, size)])
+            loaded.command_line_of_loaded(
+                SPEC, memory.host, [Span(PhysAddr(0), 4096), Span(PhysAddr(start), size)]
+            )
     for start in (kernel - 0x8000, kernel + 0x8000):
-        near = [Span(start, 0x8000)]
+        near = [Span(PhysAddr(start), 0x8000)]
         assert loaded.command_line_of_loaded(SPEC, memory.host, near) == RUNNING
 
 

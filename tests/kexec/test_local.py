@@ -10,6 +10,7 @@ from pkernfs.errors import InvalidError, NoSpaceError, ReadOnlyError
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.kexec.local import LocalFileSystem
 from pkernfs.layout import ROOT_INO
+from pkernfs.quantities import Ino, RegionOff
 from pkernfs.region.digest import crc64
 
 REG = stat.S_IFREG | 0o644
@@ -38,7 +39,7 @@ def test_after_a_commit_it_stays(fs: FileSystem) -> None:
     mounted = LocalFileSystem(fs)
     for manifest in (b"", b"something" * 1000):
         with mounted.frozen() as frozen:
-            ino = 0
+            ino = Ino(0)
             if manifest:
                 made = mounted.make_manifest(len(manifest))
                 assert made.pages
@@ -66,4 +67,4 @@ def test_its_region_is_nobody_else_s(fs: FileSystem) -> None:
     assert list(mounted.other_mappers()) == []
     with mounted.open_region() as region:
         assert region is fs.region
-    assert region.read(0, 8)  # it is still open
+    assert region.read(RegionOff(0), 8)  # it is still open

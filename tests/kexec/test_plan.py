@@ -9,10 +9,11 @@ import pytest
 from pkernfs.errors import NotFoundError, RegionError
 from pkernfs.host.iomem import Span
 from pkernfs.kexec.plan import Plan, check_command_line, make_plan, without_boot_loader
+from pkernfs.quantities import PhysAddr
 from support.made_up_host import Machine, make_machine
 
 GIB = 1 << 30
-SPAN = Span(GIB, GIB // 2)
+SPAN = Span(PhysAddr(GIB), GIB // 2)
 LINE = (
     'BOOT_IMAGE=/vmlinuz root=/dev/vda dyndbg="file x +p" memmap=512M%1G pkernfs=512M!1G initrd=a'
 )
@@ -68,7 +69,7 @@ def test_what_keeps_dax_devices_from_the_kernel_is_added(machine: Machine) -> No
 
 
 def test_memory_that_the_firmware_keeps_apart_needs_no_parameter(machine: Machine) -> None:
-    device = Span(64 * GIB, GIB)
+    device = Span(PhysAddr(64 * GIB), GIB)
     assert make_plan([SPAN, device], [], append="quiet", host=machine).added == [
         "memmap=512M%1G",
         "pkernfs=512M!1G",
@@ -84,13 +85,13 @@ def test_systemd_shuts_down_in_its_own_way(machine: Machine) -> None:
 
 def test_a_kernel_that_could_place_itself_into_a_region(machine: Machine) -> None:
     line = "memmap=2G%1G"
-    made = make_plan([Span(GIB, 2 * GIB)], [], append=line, host=machine)
+    made = make_plan([Span(PhysAddr(GIB), 2 * GIB)], [], append=line, host=machine)
     assert made.append.endswith(" nokaslr")
     assert "nokaslr" not in make_plan([], [], append=line, host=machine).append
     assert (
-        make_plan([Span(GIB, 2 * GIB)], [], append=f"nokaslr {line}", host=machine).append.count(
-            "nokaslr"
-        )
+        make_plan(
+            [Span(PhysAddr(GIB), 2 * GIB)], [], append=f"nokaslr {line}", host=machine
+        ).append.count("nokaslr")
         == 1
     )
 

@@ -9,9 +9,12 @@ import pytest
 
 from pkernfs.control.mounts import Mount
 from pkernfs.kexec.users import Process, mappers_of, users_of
+from pkernfs.quantities import Ino
 from support.made_up_host import Machine
 
 MOUNT = Mount(os.makedev(0, 0x3E), "/mnt/a", "fuse.pkernfs", "512M!1G")
+#: The inodes whose users are asked for.
+WANTED = {Ino(7)}
 MOUNTINFO = "{id} 1 0:{minor} / /mnt/a rw - fuse.pkernfs 512M!1G rw\n"
 
 
@@ -50,7 +53,7 @@ def test_open_for_writing(machine: Machine) -> None:
     open_file(machine, 9, 4, "/mnt/a/y", 8, os.O_WRONLY, mount_id=59)  # another inode
     open_file(machine, 9, 5, "/srv/x", 7, os.O_WRONLY, mount_id=1)  # another mount
     open_file(machine, 10, 3, "/chroot/x", 7, os.O_WRONLY, mount_id=60)
-    assert list(users_of(MOUNT, {7}, machine)) == [
+    assert list(users_of(MOUNT, WANTED, machine)) == [
         "/mnt/a/x by process 2 (program2)",
         "/chroot/x by process 10 (program10)",
     ]
@@ -62,9 +65,9 @@ def test_descriptors_that_go_meanwhile(machine: Machine) -> None:
     Path(machine.path("proc/5/fd/3")).unlink()
     for fd, text in ((4, ""), (5, "flags:\tno\nmnt_id:\t50\nino:\t7\n"), (6, "mnt_id:\t50\n")):
         machine.write(f"proc/5/fdinfo/{fd}", text)
-    assert list(users_of(MOUNT, {7}, machine)) == []
+    assert list(users_of(MOUNT, WANTED, machine)) == []
     Path(machine.path("proc/5/ns/mnt")).unlink()
-    assert list(users_of(MOUNT, {7}, machine)) == []
+    assert list(users_of(MOUNT, WANTED, machine)) == []
 
 
 def test_mapped(machine: Machine) -> None:
@@ -76,7 +79,7 @@ def test_mapped(machine: Machine) -> None:
         "7f02-7f03 rw-s 00000000 00:3f 7                          /srv/x\n"
         "7f03-7f04 rw-p 00000000 00:00 0 \n",
     )
-    assert list(users_of(MOUNT, {7}, machine)) == ["/mnt/a/with a space by process 5 (program5)"]
+    assert list(users_of(MOUNT, WANTED, machine)) == ["/mnt/a/with a space by process 5 (program5)"]
 
 
 def test_loop_devices(machine: Machine) -> None:
@@ -84,12 +87,12 @@ def test_loop_devices(machine: Machine) -> None:
     machine.write("sys/block/loop1/loop/backing_file", "/mnt/ab/disk\n")
     machine.write("sys/block/loop2/size", "0\n")
     machine.write("sys/block/vda/loop/backing_file", "/mnt/a/disk\n")
-    assert list(users_of(MOUNT, {7}, machine)) == ["/mnt/a/disk by /dev/loop0"]
+    assert list(users_of(MOUNT, WANTED, machine)) == ["/mnt/a/disk by /dev/loop0"]
 
 
 def test_nobody(machine: Machine, tmp_path: Path) -> None:
-    assert list(users_of(MOUNT, {7}, machine)) == []
-    assert list(users_of(MOUNT, {7}, Machine(str(tmp_path / "empty")))) == []
+    assert list(users_of(MOUNT, WANTED, machine)) == []
+    assert list(users_of(MOUNT, WANTED, Machine(str(tmp_path / "empty")))) == []
 
 
 def test_who_maps_a_region(machine: Machine, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import pytest
 
 from kexeclab.guest import Guest
 from kexeclab.runner import Lab
+from pkernfs.quantities import Iova
 from support.lab import regions
 from support.lab.commands import PYTHON, run_iommu
 from support.lab.edu import SCRATCH, Edu
@@ -31,7 +32,7 @@ MIB = 1 << 20
 REGION = regions.SPEC
 DOMAIN = str(regions.domain(0))
 EDU = "0000:00:05.0"
-AT = 1 << 30
+AT = Iova(1 << 30)
 #: Map and unmap a file for some seconds; prints how often.
 ROUNDS = """
 import os, sys, time
@@ -74,7 +75,7 @@ def set_up(guest: Guest) -> Path:
     return ram
 
 
-def no_more(guest: Guest, edu: Edu, iova: int, word: int) -> None:
+def no_more(guest: Guest, edu: Edu, iova: Iova, word: int) -> None:
     """The device cannot reach that address, where ``word`` is, and the unit has a fault of it."""
     run_iommu(guest, "units", "--clear")
     assert edu.load(iova) != word
@@ -102,13 +103,13 @@ def work(guest: Guest) -> None:
 
     edu = Edu(EDU, MOUNT / "scratch")
     write_word(ram, 5 * MIB, 0x1234)
-    assert edu.load(AT + 5 * MIB) == 0x1234
-    edu.store(AT + 5 * MIB + 8, 0x5678)
+    assert edu.load(Iova(AT + 5 * MIB)) == 0x1234
+    edu.store(Iova(AT + 5 * MIB + 8), 0x5678)
     assert read_word(ram, 5 * MIB + 8) == 0x5678
     run_iommu(guest, "unmap", DOMAIN, hex(AT + 5 * MIB), "4K")  # of a superpage that is cached
-    no_more(guest, edu, AT + 5 * MIB, 0x1234)
+    no_more(guest, edu, Iova(AT + 5 * MIB), 0x1234)
     write_word(ram, 6 * MIB, 0x9ABC)
-    assert edu.load(AT + 6 * MIB) == 0x9ABC
+    assert edu.load(Iova(AT + 6 * MIB)) == 0x9ABC
     with pytest.raises(OSError, match="busy"):
         ram.unlink()
     interrupts_still_arrive(guest)
@@ -117,9 +118,9 @@ def work(guest: Guest) -> None:
     os.kill(int(daemon), signal.SIGKILL)
     guest.run("mount", "-t", "fuse.pkernfs", REGION, str(MOUNT))
     assert unit(guest)["mount"] == str(MOUNT)
-    assert edu.load(AT + 6 * MIB) == 0x9ABC
+    assert edu.load(Iova(AT + 6 * MIB)) == 0x9ABC
     run_iommu(guest, "unmap", DOMAIN, hex(AT), "8M")
-    no_more(guest, edu, AT + 6 * MIB, 0x9ABC)
+    no_more(guest, edu, Iova(AT + 6 * MIB), 0x9ABC)
     ram.unlink()
     other = regions.make_file(MOUNT / "other", 2 * MIB)
     write_word(other, 0, 0xDEF0)

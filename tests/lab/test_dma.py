@@ -10,6 +10,7 @@ import pytest
 
 from kexeclab.guest import Guest
 from kexeclab.runner import Lab, Result
+from pkernfs.quantities import Iova
 from support.lab import regions
 from support.lab.commands import ask, pkernfs
 from support.lab.dma import (
@@ -62,7 +63,7 @@ def switch(guest: Guest, edus: dict[str, Edu]) -> None:
     guest.feed(WIRE, RATE, limit=RING.room)
     until("packets arrive", lambda: RING.received() > arrived + 10)
     for bdf, edu in edus.items():
-        Stream(edu, RAM, STREAMS[bdf], AT[bdf] + STREAMS[bdf]).start()
+        Stream(edu, RAM, STREAMS[bdf], Iova(AT[bdf] + STREAMS[bdf])).start()
     guest.note("commands", pci_commands())
     guest.leaving("pkernfs kexec")
     status, said = ask(*words)
@@ -115,7 +116,7 @@ def reaches_memory(bdf: str) -> bool:
 
 def transfers_landed(guest: Guest, edu: Edu) -> None:
     """Each transfer that was asked for; the last one when the kernel ended that asked for it."""
-    asked = asked_for(edu, AT[EDU] + STREAMS[EDU])
+    asked = asked_for(edu, Iova(AT[EDU] + STREAMS[EDU]))
     assert landed(RAM, STREAMS[EDU]) == expected(asked)
     guest.log(f"all {asked} transfers have landed")
 
@@ -123,7 +124,7 @@ def transfers_landed(guest: Guest, edu: Edu) -> None:
 def cut_off(guest: Guest, other: Edu) -> None:
     """The third device has reached nothing since the handover; the kernel names it, and only it."""
     if guest.stage == 2:
-        asked = asked_for(other, AT[OTHER] + STREAMS[OTHER])
+        asked = asked_for(other, Iova(AT[OTHER] + STREAMS[OTHER]))
         assert len(landed(RAM, STREAMS[OTHER])) < asked
     before = len(FAULT.findall(guest.run("dmesg")))
     other.transfer(AT[OTHER] + WORDS, BUFFER, FROM_MEMORY)

@@ -24,6 +24,7 @@ from pkernfs.control.client import call
 from pkernfs.control.protocol import MapFile, Unmap
 from pkernfs.iommu import FaultReason
 from pkernfs.layout import PAGE
+from pkernfs.quantities import Ino, Iova, SourceId
 from pkernfs.vmm import sysfs
 from support.lab import regions
 from support.lab.commands import ask, extents, iommu
@@ -36,6 +37,7 @@ pytestmark = pytest.mark.lab
 
 MIB = 1 << 20
 GIB = 1 << 30
+AT = Iova(GIB)  # where a domain maps the file of most tests
 REGION = "2560M!4G"  # with 1 GiB that is aligned to as much
 DEVICES = {"0000:00:05.0": 0x28, "0000:00:06.0": 0x30}
 FIRST, SECOND = DEVICES
@@ -123,7 +125,7 @@ class Host:
 
     # ------------------------------------------------------------------ what devices do
 
-    def load(self, device: str, iova: int) -> int | Fault:
+    def load(self, device: str, iova: Iova) -> int | Fault:
         """The word that a device reads, as it hands it on through its scratch file."""
         self.edu[device].start(iova, BUFFER, 1)
         self.edu[device].finish()
@@ -139,7 +141,7 @@ class Host:
         assert self.unit.fault() is None
         return read_word(MOUNT / f"scratch-{list(DEVICES).index(device)}", 0)
 
-    def store(self, device: str, iova: int, word: int) -> Fault | None:
+    def store(self, device: str, iova: Iova, word: int) -> Fault | None:
         """Have a device write a word."""
         write_word(MOUNT / f"scratch-{list(DEVICES).index(device)}", 0, word)
         self.edu[device].start(SCRATCH, BUFFER, 1)
@@ -151,7 +153,7 @@ class Host:
 
     # ------------------------------------------------------------------ comparisons
 
-    def translate(self, device: str, iova: int, access: str) -> tuple[str, int]:
+    def translate(self, device: str, iova: Iova, access: str) -> tuple[str, int]:
         """The page's size and the physical address; or "fault" and the reason's number."""
         words = (str(MOUNT), device, hex(iova), "--access", access)
         status, said = ask("iommu", "translate", *words)
@@ -162,7 +164,7 @@ class Host:
         assert status == (1 if reason else 0)
         return ("fault", int(reason, 16)) if reason else (page, int(physical, 16))
 
-    def agree(self, device: str, iova: int, path: Path, offset: int, page: str) -> None:
+    def agree(self, device: str, iova: Iova, path: Path, offset: int, page: str) -> None:
         """A device reads and writes a file's word there, and translate says how."""
         physical = self.physical(path, offset)
         found = self.translate(device, iova, "rw")
@@ -173,7 +175,7 @@ class Host:
         assert read_word(path, offset) == iova | 3
         assert self.bus.say_all([("readq", physical)]) == [iova | 3]
 
-    def faults(self, device: str, iova: int, access: str) -> None:
+    def faults(self, device: str, iova: Iova, access: str) -> None:
         """A device's request ends in the fault that translate foretells."""
         kind, number = self.translate(device, iova, access)
         assert kind == "fault"
@@ -224,10 +226,10 @@ def _changes_while_devices_work(h: Host) -> None:
     old, new = h.file("old", 2 * MIB), h.file("new", 2 * MIB)
 
     def map_file(path: Path) -> None:
-        call(str(MOUNT), MapFile(0, GIB, path.stat().st_ino, 0, 2 * MIB, 3))
+        call(str(MOUNT), MapFile(0, AT, Ino(path.stat().st_ino), 0, 2 * MIB, 3))
 
     def unmap() -> None:
-        call(str(MOUNT), Unmap(0, GIB, 2 * MIB))
+        call(str(MOUNT), Unmap(0, AT, 2 * MIB))
         h.unit.invalidate_pages(2, GIB, GIB + 2 * MIB)
 
     def remap(path: Path) -> None:
@@ -237,7 +239,7 @@ def _changes_while_devices_work(h: Host) -> None:
     write_word(old, 0, 0x1111)
     write_word(new, 0, 0x2222)
     map_file(old)
-    assert h.load(FIRST, GIB) == 0x1111
+    assert h.load(FIRST, AT) == 0x1111
     fault = _meanwhile(h, unmap, lambda: map_file(old))
     assert isinstance(fault, Fault)
     assert fault[1:] == (0x28, GIB, False)
@@ -273,17 +275,17 @@ def _devices_work_in_files(h: Host) -> None:
     iommu("map", domain, "0x10000", str(small))
     iommu("map", domain, "0x40000000", str(ram))
     iommu("map", domain, "0x80000000", str(huge))
-    h.agree(FIRST, 0x10000 + 2 * PAGE + 8, small, 2 * PAGE + 8, "4 KiB")
-    h.agree(FIRST, GIB + 5 * MIB, ram, 5 * MIB, "2 MiB")
-    h.agree(FIRST, 2 * GIB + 700 * MIB, huge, 700 * MIB, "1 GiB")
+    h.agree(FIRST, Iova(0x10000 + 2 * PAGE + 8), small, 2 * PAGE + 8, "4 KiB")
+    h.agree(FIRST, Iova(GIB + 5 * MIB), ram, 5 * MIB, "2 MiB")
+    h.agree(FIRST, Iova(2 * GIB + 700 * MIB), huge, 700 * MIB, "1 GiB")
 
-    hole = 2 * GIB + 20 * MIB + PAGE
+    hole = Iova(2 * GIB + 20 * MIB + PAGE)
     iommu("unmap", domain, hex(hole), "4K")
     h.unit.invalidate_pages(2, 2 * GIB, 3 * GIB)
     h.faults(FIRST, hole, "r")
-    h.faults(FIRST, hole + 8, "w")
-    h.agree(FIRST, hole - 8, huge, hole - 2 * GIB - 8, "4 KiB")
-    h.agree(FIRST, 2 * GIB + 24 * MIB, huge, 24 * MIB, "2 MiB")
+    h.faults(FIRST, Iova(hole + 8), "w")
+    h.agree(FIRST, Iova(hole - 8), huge, hole - 2 * GIB - 8, "4 KiB")
+    h.agree(FIRST, Iova(2 * GIB + 24 * MIB), huge, 24 * MIB, "2 MiB")
     offset = str(hole - 2 * GIB)
     iommu("map", domain, hex(hole), str(huge), "--offset", offset, "--length", "4K")
     h.unit.invalidate_pages(2, 2 * GIB, 3 * GIB)
@@ -291,21 +293,21 @@ def _devices_work_in_files(h: Host) -> None:
 
     iommu("map", h.domain(1), "0x40000000", str(small), "--perm", "r")
     write_word(small, 0, 0x77)
-    assert h.load(SECOND, GIB) == 0x77
+    assert h.load(SECOND, AT) == 0x77
     h.unit.invalidate_all()  # QEMU reports what it finds in a walk, not in its IOTLB
-    h.faults(SECOND, GIB, "w")
+    h.faults(SECOND, AT, "w")
     assert read_word(small, 0) == 0x77
-    h.faults(SECOND, 0x10000, "r")
-    h.agree(FIRST, GIB, ram, 0, "2 MiB")
+    h.faults(SECOND, Iova(0x10000), "r")
+    h.agree(FIRST, AT, ram, 0, "2 MiB")
 
     iommu("detach", FIRST)
-    h.unit.invalidate_device(0x28, 2)
-    kind, reason = h.translate(FIRST, GIB, "r")
-    got = h.load(FIRST, GIB)
+    h.unit.invalidate_device(SourceId(0x28), 2)
+    kind, reason = h.translate(FIRST, AT, "r")
+    got = h.load(FIRST, AT)
     assert isinstance(got, Fault)
     assert kind == "fault"
     assert got.reason in reasons_in_qemu(FaultReason(reason), write=False)
-    assert h.load(SECOND, GIB) == 0x77
+    assert h.load(SECOND, AT) == 0x77
 
 
 def _machine(lab: Lab, mode: str) -> Any:

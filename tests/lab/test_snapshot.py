@@ -17,6 +17,7 @@ import pytest
 
 from kexeclab.guest import Guest
 from kexeclab.runner import Lab
+from pkernfs.quantities import Iova
 from pkernfs.vmm import sysfs, vfio
 from support.lab import regions
 from support.lab.commands import PYTHON, extents, run_iommu
@@ -33,8 +34,8 @@ DOMAIN = str(regions.domain(0))
 RAM = MOUNT / "guest-ram"
 RAM_BYTES = 64 * MIB
 HALF = RAM_BYTES // 2
-AT = 1 << 30  # where the container has guest-ram
-ELSEWHERE = 8 << 30
+AT = Iova(1 << 30)  # where the container has guest-ram
+ELSEWHERE = Iova(8 << 30)
 #: Asks the daemon for what `pkernfs kexec` asks for as its last step.
 ASK = """
 import sys
@@ -77,14 +78,14 @@ class Vmm:
         fd = os.open("/dev/mem", os.O_RDWR)
         self._memory.append(mmap.mmap(fd, length, offset=self._physical + offset))
         os.close(fd)
-        self._map(AT + offset, length)
+        self._map(Iova(AT + offset), length)
 
-    def map_other(self, iova: int, length: int) -> None:
+    def map_other(self, iova: Iova, length: int) -> None:
         """Map memory that is not in the region."""
         self._memory.append(mmap.mmap(-1, length))
         self._map(iova, length)
 
-    def _map(self, iova: int, length: int) -> None:
+    def _map(self, iova: Iova, length: int) -> None:
         address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory[-1]))
         self.container.map(iova, address, length, vfio.READ | vfio.WRITE)
 
@@ -150,7 +151,7 @@ def snapshots(guest: Guest) -> None:
     vmm.container.unmap(ELSEWHERE, 4 * MIB)
     assert ask(guest, "iommu.check_kernel_tables") == "None"
 
-    vmm.container.unmap(AT + HALF, HALF)
+    vmm.container.unmap(Iova(AT + HALF), HALF)
     assert "dom-0 maps iova" in ask(guest, "iommu.check_kernel_tables", status=1)
     vmm.map_ram(HALF, HALF)
     run_iommu(guest, "snapshot", DEVICE, DOMAIN)

@@ -11,6 +11,7 @@ import pytest
 from pkernfs.errors import RegionError
 from pkernfs.host.iomem import Span
 from pkernfs.layout import BLOCK, PAGE
+from pkernfs.quantities import PhysAddr, RegionOff
 from pkernfs.region.backing import Backing, given_pieces, open_path
 
 
@@ -19,7 +20,7 @@ def test_anonymous_memory_is_known_by_nothing() -> None:
     assert (backing.fd, backing.pieces, backing.dax, backing.node) == (None, None, None, None)
     assert not backing.untouched
     assert backing.known_zero() == []
-    assert list(backing.data_ranges(PAGE, BLOCK)) == [(PAGE, BLOCK)]
+    assert list(backing.data_ranges(RegionOff(PAGE), RegionOff(BLOCK))) == [(PAGE, BLOCK)]
     assert backing.refused(errno.EPERM) == ""
     backing.verify_mapping(lambda: pytest.fail("nothing has to be read"))
     backing.serving(True)
@@ -28,9 +29,9 @@ def test_anonymous_memory_is_known_by_nothing() -> None:
 
 def test_given_addresses() -> None:
     assert given_pieces("r", BLOCK, None) is None
-    assert given_pieces("r", BLOCK, 5 * PAGE) == [Span(5 * PAGE, BLOCK)]
+    assert given_pieces("r", BLOCK, PhysAddr(5 * PAGE)) == [Span(PhysAddr(5 * PAGE), BLOCK)]
     with pytest.raises(RegionError, match="r: bad phys_base: got 0x1001, expected a multiple of"):
-        given_pieces("r", BLOCK, 0x1001)
+        given_pieces("r", BLOCK, PhysAddr(0x1001))
 
 
 def test_what_is_opened(tmp_path: Path) -> None:

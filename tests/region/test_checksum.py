@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pkernfs.layout import PAGE
+from pkernfs.quantities import PageNo, RegionOff
 from pkernfs.region.checksum import crc32c, page_checksum
 from pkernfs.region.region import Region
 
@@ -47,5 +48,5 @@ def test_page_checksums_leave_their_own_field_out() -> None:
     page[8] ^= 1
     assert page_checksum(page) != expected
     with Region.anonymous(2 * PAGE) as region:
-        region.copy_in(PAGE, page)
-        assert region.page_checksum(1) == page_checksum(page)
+        region.copy_in(RegionOff(PAGE), page)
+        assert region.page_checksum(PageNo(1)) == page_checksum(page)

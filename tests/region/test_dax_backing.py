@@ -11,7 +11,8 @@ from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import LockedError
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.host.iomem import Span
-from pkernfs.layout import BLOCK
+from pkernfs.layout import BLOCK, ROOT_INO
+from pkernfs.quantities import PhysAddr, RegionOff
 from pkernfs.region.dax import device_names, read_device
 from pkernfs.region.region import Region
 from support.made_up_host import Machine, add_dax
@@ -27,24 +28,24 @@ def test_a_device_of_two_ranges(machine: Machine) -> None:
     path = add_dax(machine, "dax0.1", (G + 8 * M, 4 * M), (G, 6 * M))
     assert device_names(machine) == ["dax0.1"]
     device = read_device("dax0.1", machine)
-    assert device.pieces == (Span(G + 8 * M, 4 * M), Span(G, 6 * M))
+    assert device.pieces == (Span(PhysAddr(G + 8 * M), 4 * M), Span(PhysAddr(G), 6 * M))
     assert (device.size, device.align, device.node) == (10 * M, BLOCK, 1)
     assert (device.driver, device.region) == ("device_dax", "sys/devices/platform/hmem.0")
     with Region.open(str(path), write=True, host=machine) as region:
         assert (region.size, region.node, region.phys_base) == (10 * M, 1, None)
         assert (region.has_pages, region.needs_sync, region.untouched) == (True, False, False)
         assert region.known_zero() == []
-        assert region.physical(0) == G + 8 * M
-        assert region.physical(4 * M - 1) == G + 12 * M - 1
-        assert region.physical(4 * M) == G
-        assert region.physical(10 * M) is None
-        assert region.physical_runs(2 * M, 6 * M) == [
+        assert region.physical(RegionOff(0)) == G + 8 * M
+        assert region.physical(RegionOff(4 * M - 1)) == G + 12 * M - 1
+        assert region.physical(RegionOff(4 * M)) == G
+        assert region.physical(RegionOff(10 * M)) is None
+        assert region.physical_runs(RegionOff(2 * M), 6 * M) == [
             (2 * M, 2 * M, G + 10 * M),
             (4 * M, 4 * M, G),
         ]
         make_filesystem(region)
         fs = mount_filesystem(region)
-        ino = fs.create(1, b"f", 0o100600, 0, 0).ino
+        ino = fs.create(ROOT_INO, b"f", 0o100600, 0, 0).ino
         fs.run(lambda: fs.write(ino, 0, b"x" * 4096))
         assert bytes(fs.read(ino, 0, 4096)) == b"x" * 4096
         fs.unmount()

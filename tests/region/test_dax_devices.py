@@ -11,13 +11,14 @@ import pytest
 from pkernfs.errors import BusyError, LockedError, RegionError
 from pkernfs.host.iomem import Span
 from pkernfs.host.sysroot import Host
+from pkernfs.quantities import PhysAddr
 from pkernfs.region import dax, dax_devices, locks
 from pkernfs.region.dax import device_names, read_device
 from pkernfs.region.dax_devices import free_memory, rebuild, region_devices, regions, users
 from support.made_up_host import Machine, add_dax, make_machine
 
 M = 1 << 20
-G = 1 << 30
+G = PhysAddr(1 << 30)
 REGION = "sys/devices/platform/hmem.0"
 
 
@@ -51,7 +52,7 @@ class MadeUpKernel:
                 self._resize(device, int(text))
             case "mapping":
                 start, end = (int(word, 16) for word in text.split("-"))
-                self._add(device, Span(start, end + 1 - start))
+                self._add(device, Span(PhysAddr(start), end + 1 - start))
             case "create":
                 self._create()
             case "delete":
@@ -70,7 +71,7 @@ class MadeUpKernel:
             shutil.rmtree(mapping)
         (device / "size").write_text("0")
         if size:
-            self._add(device, Span(G + 512 * M - size, size))
+            self._add(device, Span(PhysAddr(G + 512 * M - size), size))
 
     def _add(self, device: Path, span: Span) -> None:
         before = int((device / "size").read_text())
@@ -108,13 +109,13 @@ def test_regions_and_their_devices(machine: Machine) -> None:
 
 def test_a_device_is_made_as_it_was(kernel: MadeUpKernel, machine: Machine) -> None:
     """What is in the way is taken apart: the memory of a device that nobody uses."""
-    pieces = (Span(G + 64 * M, 8 * M), Span(G, 4 * M))
+    pieces = (Span(PhysAddr(G + 64 * M), 8 * M), Span(G, 4 * M))
     assert rebuild("dax0.2", G, pieces, REGION, machine) == "dax0.2"
     made = read_device("dax0.2", machine)
     assert (made.pieces, made.align, made.driver) == (pieces, G, "device_dax")
     assert read_device("dax0.0", machine).size == 0
     assert device_names(machine) == ["dax0.0", "dax0.2"]  # what was made on the way is gone
-    others = (Span(G + 128 * M, 8 * M),)
+    others = (Span(PhysAddr(G + 128 * M), 8 * M),)
     assert rebuild("dax0.0", 2 * M, others, REGION, machine) == "dax0.0"
     assert read_device("dax0.2", machine).pieces == pieces
 
@@ -143,10 +144,10 @@ def test_what_is_used_stays(
 def test_a_kernel_that_refuses(kernel: MadeUpKernel, machine: Machine) -> None:
     rebuild("dax0.1", 2 * M, (Span(G, 8 * M),), REGION, machine)
     with pytest.raises(RegionError, match=r"/dev/dax0.1: it is there with other memory"):
-        rebuild("dax0.1", 2 * M, (Span(G + 64 * M, 8 * M),), REGION, machine)
+        rebuild("dax0.1", 2 * M, (Span(PhysAddr(G + 64 * M), 8 * M),), REGION, machine)
     kernel.refuses = "mapping"
     with pytest.raises(RegionError, match=r"/dev/dax0.2: cannot write .*: Invalid argument"):
-        rebuild("dax0.2", 2 * M, (Span(G + 64 * M, 8 * M),), REGION, machine)
+        rebuild("dax0.2", 2 * M, (Span(PhysAddr(G + 64 * M), 8 * M),), REGION, machine)
 
 
 def test_memory_of_no_device(kernel: MadeUpKernel, machine: Machine) -> None:

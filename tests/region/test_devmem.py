@@ -16,7 +16,8 @@ from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import LockedError, RegionError
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.fs.superblock import describe
-from pkernfs.layout import BLOCK
+from pkernfs.layout import BLOCK, ROOT_INO
+from pkernfs.quantities import RegionOff
 from pkernfs.region import locks
 from pkernfs.region.opening import open_backing
 from support.made_up_host import Machine
@@ -33,17 +34,18 @@ def test_a_file_system_in_physical_memory(machine: Machine) -> None:
     with open_region("none", machine) as region:
         assert (region.name, region.size) == ("512M!1G", 512 * M)
         assert (region.phys_base, region.node) == (G, 0)
-        assert region.physical(5 * BLOCK + 3) == G + 5 * BLOCK + 3
-        assert region.physical(512 * M) is None
-        assert region.physical_runs(BLOCK, 2 * BLOCK) == [(BLOCK, 2 * BLOCK, G + BLOCK)]
+        assert region.physical(RegionOff(5 * BLOCK + 3)) == G + 5 * BLOCK + 3
+        assert region.physical(RegionOff(512 * M)) is None
+        assert region.physical_runs(RegionOff(BLOCK), 2 * BLOCK) == [(BLOCK, 2 * BLOCK, G + BLOCK)]
         assert not region.has_pages
         assert not region.needs_sync
         assert not region.untouched
         assert region.known_zero() == []
-        assert list(region.data_ranges(BLOCK, 3 * BLOCK)) == [(BLOCK, 3 * BLOCK)]
+        start, end = RegionOff(BLOCK), RegionOff(3 * BLOCK)
+        assert list(region.data_ranges(start, end)) == [(start, end)]
         make_filesystem(region)
         fs = mount_filesystem(region)
-        ino = fs.create(1, b"guest-ram", 0o100600, 0, 0).ino
+        ino = fs.create(ROOT_INO, b"guest-ram", 0o100600, 0, 0).ino
         fs.run(lambda: fs.write(ino, 0, b"physical" * 512))
         extent = next(iter(fs.extents(ino)))
         fs.unmount()

@@ -9,8 +9,10 @@ import pytest
 
 from pkernfs.errors import RegionError
 from pkernfs.layout import PAGE
+from pkernfs.quantities import RegionOff
 from pkernfs.region import digest
 from pkernfs.region.checksum import crc32c, page_checksum
+from pkernfs.region.digest import Part
 from pkernfs.region.region import Region
 
 MIB = 1 << 20
@@ -47,17 +49,17 @@ def test_as_defined_however_it_is_cut(length: int) -> None:
 def region() -> Region:
     found = Region.anonymous(8 * MIB)
     for at in range(0, 4 * MIB, MIB):
-        found.copy_in(at, random.Random(at).randbytes(MIB))
+        found.copy_in(RegionOff(at), random.Random(at).randbytes(MIB))
     return found
 
 
 def test_chunks_of_several_parts(region: Region) -> None:
-    data = region.read(0, 8 * MIB)
+    data = region.read(RegionOff(0), 8 * MIB)
     chunks = [
-        [(0, MIB), (3 * MIB, 100)],
+        [Part(RegionOff(0), MIB), Part(RegionOff(3 * MIB), 100)],
         [],
-        [(digest.ZEROS, 70_000), (5, 7), (digest.ZEROS, 3)],
-        [(8 * MIB - 1, 1)],
+        [Part(digest.ZEROS, 70_000), Part(RegionOff(5), 7), Part(digest.ZEROS, 3)],
+        [Part(RegionOff(8 * MIB - 1), 1)],
     ]
     expected = [
         digest.crc64(data[:MIB] + data[3 * MIB : 3 * MIB + 100]),
@@ -73,18 +75,22 @@ def test_chunks_of_several_parts(region: Region) -> None:
     assert list(digest.digest_all(region, [])) == []
 
 
-@pytest.mark.parametrize("part", [(8 * MIB, 1), (0, 8 * MIB + 1), (1 << 63, 1), (8, (1 << 64) - 8)])
-def test_nothing_outside_the_region_is_read(region: Region, part: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("offset", "length"), [(8 * MIB, 1), (0, 8 * MIB + 1), (1 << 63, 1), (8, (1 << 64) - 8)]
+)
+def test_nothing_outside_the_region_is_read(region: Region, offset: RegionOff, length: int) -> None:
+    chunks = [[Part(RegionOff(0), 8)], [Part(offset, length)]]
     with pytest.raises(RegionError, match="out of the region"):
-        digest.digests(region, [[(0, 8)], [part]])
+        digest.digests(region, chunks)
     with pytest.raises(RegionError, match="out of the region"):
-        digest.digest_all(region, [[(0, 8)], [part]])
+        digest.digest_all(region, chunks)
 
 
 def test_sums_of_pages(region: Region) -> None:
     pages = array("Q", [0, 7, 2047])
-    region.copy_in(7 * PAGE + 4, page_checksum(region.read(7 * PAGE, PAGE)).to_bytes(4, "little"))
-    images = [region.read(page * PAGE, PAGE) for page in pages]
+    checksum = page_checksum(region.read(RegionOff(7 * PAGE), PAGE))
+    region.copy_in(RegionOff(7 * PAGE + 4), checksum.to_bytes(4, "little"))
+    images = [region.read(RegionOff(page * PAGE), PAGE) for page in pages]
     sums = [page_checksum(image) for image in images]
     assert list(digest.page_sums(region, pages)) == [
         ~sums[0] & 0xFFFFFFFF,

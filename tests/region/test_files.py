@@ -16,7 +16,8 @@ from pkernfs.native._native import lib
 from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import LockedError, RegionError
 from pkernfs.fs.mkfs import make_filesystem
-from pkernfs.layout import BLOCK, PAGE
+from pkernfs.layout import BLOCK, PAGE, ROOT_INO
+from pkernfs.quantities import RegionOff
 from pkernfs.region import files, locks
 from pkernfs.region.files import FileBacking
 from pkernfs.region.region import Region
@@ -61,10 +62,10 @@ def test_sizes_are_cut_to_pages(tmp_path: Path) -> None:
 def test_holes_are_known_to_be_zero(path: str) -> None:
     with Region.open(path, write=True) as region:
         assert region.known_zero() == [(0, 4)]
-        region.copy_in(BLOCK + 5000, b"x")
+        region.copy_in(RegionOff(BLOCK + 5000), b"x")
         assert region.known_zero() == [(0, 1), (2, 2)]
-        region.copy_in(0, b"x")
-        region.copy_in(4 * BLOCK - 1, b"x")
+        region.copy_in(RegionOff(0), b"x")
+        region.copy_in(RegionOff(4 * BLOCK - 1), b"x")
         assert region.known_zero() == [(2, 1)]
         covered = sum(end - start for start, end in region.data_ranges())
         assert 3 * PAGE <= covered <= 3 * BLOCK
@@ -90,9 +91,9 @@ def test_memory_files_are_regions_of_the_kernel() -> None:
     with MemoryFile(BLOCK) as memory:
         with memory.open() as region:
             assert not region.needs_sync
-            region.copy_in(7, b"kept")
+            region.copy_in(RegionOff(7), b"kept")
         with memory.open(write=False) as region:
-            assert region.read(7, 4) == b"kept"
+            assert region.read(RegionOff(7), 4) == b"kept"
 
 
 _HOLD = """
@@ -187,11 +188,11 @@ def test_zeroing_leaves_holes(tmp_path: Path) -> None:
     path = tmp_path / "region"
     Region.create(str(path), 64 << 20)
     with Region.open(str(path), write=True) as region:
-        region.copy_in(9 << 20, b"data")
+        region.copy_in(RegionOff(9 << 20), b"data")
         before = path.stat().st_blocks
-        region.zero(0, 64 << 20)
+        region.zero(RegionOff(0), 64 << 20)
         assert path.stat().st_blocks <= before
-        assert region.read(9 << 20, 4) == bytes(4)
+        assert region.read(RegionOff(9 << 20), 4) == bytes(4)
 
 
 def test_removed_sparse_file_takes_no_memory(tmp_path: Path) -> None:
@@ -201,9 +202,9 @@ def test_removed_sparse_file_takes_no_memory(tmp_path: Path) -> None:
     with Region.open(str(path), write=True) as region:
         make_filesystem(region)
         fs = mount_filesystem(region)
-        ino = fs.create(1, b"guest-ram", stat.S_IFREG | 0o600, 0, 0).ino
+        ino = fs.create(ROOT_INO, b"guest-ram", stat.S_IFREG | 0o600, 0, 0).ino
         fs.setattr(ino, size=200 << 20)
-        fs.unlink(1, b"guest-ram")
+        fs.unlink(ROOT_INO, b"guest-ram")
         while claim := fs.next_dirty(64 << 20):
             for offset, length in claim.pieces():
                 region.zero(offset, length)
@@ -232,5 +233,5 @@ def test_huge_pages_do_not_tell_holes(path: str, monkeypatch: pytest.MonkeyPatch
     assert backing.in_pagemap
     assert backing.real_addresses
     assert backing.known_zero() == [(0, backing.size // BLOCK)]
-    assert list(backing.data_ranges(PAGE, BLOCK)) == [(PAGE, BLOCK)]
+    assert list(backing.data_ranges(RegionOff(PAGE), RegionOff(BLOCK))) == [(PAGE, BLOCK)]
     backing.close()

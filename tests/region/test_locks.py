@@ -13,11 +13,12 @@ import pytest
 from pkernfs.errors import LockedError, RegionError
 from pkernfs.host.iomem import Span
 from pkernfs.host.sysroot import Host
+from pkernfs.quantities import PhysAddr
 from pkernfs.region import locks
 from support.made_up_host import make_machine
 
 M = 1 << 20
-G = 1 << 30
+G = PhysAddr(1 << 30)
 
 HOLDER = """
 import sys
@@ -55,22 +56,23 @@ def attempt(host: Host, *spans: Span, exclusive: bool = True) -> None:
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize(
-    ("span", "message"),
+    ("start", "size", "message"),
     [
-        (Span(G, 512 * M), "ours: in use: it is mounted or being checked"),
-        (Span(G, G), "ours: in use: it overlaps 512M!1G, which is mounted or being checked"),
-        (Span(G + 510 * M, 4 * M), "ours: in use: it overlaps 512M!1G, which is mounted or"),
-        (Span(G - 2 * M, 4 * M), "ours: in use: it overlaps 512M!1G, which is mounted or"),
-        (Span(G + 8 * M, 2 * M), "ours: in use: it overlaps 512M!1G, which is mounted or"),
+        (G, 512 * M, "ours: in use: it is mounted or being checked"),
+        (G, G, "ours: in use: it overlaps 512M!1G, which is mounted or being checked"),
+        (G + 510 * M, 4 * M, "ours: in use: it overlaps 512M!1G, which is mounted or"),
+        (G - 2 * M, 4 * M, "ours: in use: it overlaps 512M!1G, which is mounted or"),
+        (G + 8 * M, 2 * M, "ours: in use: it overlaps 512M!1G, which is mounted or"),
     ],
 )
-def test_overlapping_ranges(span: Span, message: str, host: Host) -> None:
+def test_overlapping_ranges(start: PhysAddr, size: int, message: str, host: Host) -> None:
+    span, free = Span(start, size), Span(PhysAddr(2 * G), 2 * M)
     process = holder(host, "s", Span(G, 512 * M))
     try:
         with pytest.raises(LockedError) as caught:
-            attempt(host, Span(2 * G, 2 * M), span)
+            attempt(host, free, span)
         assert str(caught.value).startswith(message)
-        attempt(host, Span(2 * G, 2 * M))  # what a refused attempt had is free again
+        attempt(host, free)  # what a refused attempt had is free again
     finally:
         process.communicate(timeout=20)
     attempt(host, span)
@@ -79,7 +81,7 @@ def test_overlapping_ranges(span: Span, message: str, host: Host) -> None:
 def test_neighbours_do_not_overlap(host: Host) -> None:
     process = holder(host, "s", Span(G, 512 * M))
     try:
-        attempt(host, Span(G - 2 * M, 2 * M), Span(G + 512 * M, 2 * M))
+        attempt(host, Span(PhysAddr(G - 2 * M), 2 * M), Span(PhysAddr(G + 512 * M), 2 * M))
     finally:
         process.communicate(timeout=20)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pkernfs.errors import UsageError
+from pkernfs.quantities import PhysAddr
 from pkernfs.region import files
 from pkernfs.region.dax_backing import DaxBacking
 from pkernfs.region.devmem import DevMemBacking
@@ -48,4 +49,4 @@ def test_each_spec_has_its_kind(machine: Machine, tmp_path: Path) -> None:
 def test_an_address_of_ones_own_is_for_files(machine: Machine, spec: str) -> None:
     spec = spec if "!" in spec else machine.path(spec)
     with pytest.raises(UsageError, match="phys_base= is for files"):
-        open_backing(spec, write=True, phys_base=0, lock=True, host=machine)
+        open_backing(spec, write=True, phys_base=PhysAddr(0), lock=True, host=machine)

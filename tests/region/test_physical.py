@@ -9,11 +9,12 @@ import pytest
 
 from pkernfs.errors import RegionError
 from pkernfs.host.iomem import Span
+from pkernfs.quantities import PhysAddr
 from pkernfs.region.physical import check, memmap_parameter
 from pkernfs.region.spec import parse_span
 from support.made_up_host import FIRMWARE, IOMEM, make_machine
 
-G = 1 << 30
+G = PhysAddr(1 << 30)
 M = 1 << 20
 RAM = "0x0-0x9fbff, 0x100000-0x7ffdffff, 0x100000000-0x17fffffff"
 
@@ -26,7 +27,7 @@ def refusal(spec: str, root: Path, **machine: object) -> str:
 
 
 def test_the_parameter_that_reserves_a_range() -> None:
-    assert memmap_parameter(Span(4 * G, G)) == "memmap=1G%4G"
+    assert memmap_parameter(Span(PhysAddr(4 * G), G)) == "memmap=1G%4G"
     assert memmap_parameter(Span(G, 4 * G)) == "memmap=4G$1G"  # KASLR
 
 

@@ -8,12 +8,13 @@ import pytest
 
 from pkernfs.errors import LockedError, RegionError
 from pkernfs.host.iomem import Span
+from pkernfs.quantities import PhysAddr
 from pkernfs.region import locks
 from pkernfs.region.physical_backing import PhysicalBacking
 from support.made_up_host import Machine
 from support.made_up_regions import PAT, PAT_LIST, G, M, dev_mem_machine
 
-SPANS = [Span(G + 64 * M, 8 * M), Span(G, 4 * M)]
+SPANS = [Span(PhysAddr(G + 64 * M), 8 * M), Span(PhysAddr(G), 4 * M)]
 
 
 @pytest.fixture
@@ -38,13 +39,13 @@ def test_several_ranges_are_one_backing(machine: Machine) -> None:
 )
 def test_whoever_writes_is_alone(machine: Machine, first: bool, second: bool, fits: bool) -> None:
     held = opened(machine, SPANS, write=first)
-    overlapping = [Span(G + 2 * M, 16 * M)]
+    overlapping = [Span(PhysAddr(G + 2 * M), 16 * M)]
     if fits:
         opened(machine, overlapping, write=second).close()
     else:
         with pytest.raises(LockedError, match="spec: in use: it overlaps 4M!1G"):
             opened(machine, overlapping, write=second)
-    opened(machine, [Span(G + 4 * M, 60 * M)], write=True).close()
+    opened(machine, [Span(PhysAddr(G + 4 * M), 60 * M)], write=True).close()
     opened(machine, overlapping, write=second, lock=False).close()
     held.close()
     opened(machine, overlapping, write=True).close()

@@ -10,6 +10,7 @@ from pkernfs.native._native import ffi, lib
 
 from pkernfs.errors import RegionError
 from pkernfs.layout import BLOCK, PAGE
+from pkernfs.quantities import PageNo, PhysAddr, RegionOff
 from pkernfs.region.region import Region
 
 MIB = 1 << 20
@@ -20,27 +21,27 @@ def test_mappings_are_aligned_for_huge_pages(size: int) -> None:
     with Region.anonymous(size) as region:
         assert int(ffi.cast("uintptr_t", region.base)) % BLOCK == 0
         assert region.size == size
-        region.store_u64(size - 8, 0x0102030405060708)
-        assert region.read(size - 8, 8) == bytes(range(8, 0, -1))
+        region.store_u64(RegionOff(size - 8), 0x0102030405060708)
+        assert region.read(RegionOff(size - 8), 8) == bytes(range(8, 0, -1))
 
 
 def test_a_file_keeps_what_was_stored(path: str) -> None:
     with Region.open(path, write=True) as region:
         assert int(ffi.cast("uintptr_t", region.base)) % BLOCK == 0
-        region.copy_in(5, b"hello")
-        region.view(BLOCK, 3)[:] = b"abc"
+        region.copy_in(RegionOff(5), b"hello")
+        region.view(RegionOff(BLOCK), 3)[:] = b"abc"
         region.sync()
     with Region.open(path, write=False) as region:
-        assert region.read(5, 5) == b"hello"
-        assert region.read(BLOCK, 3) == b"abc"
+        assert region.read(RegionOff(5), 5) == b"hello"
+        assert region.read(RegionOff(BLOCK), 3) == b"abc"
         assert not region.writable
         with pytest.raises(TypeError):
-            region.view(0, 1)[:] = b"x"
+            region.view(RegionOff(0), 1)[:] = b"x"
 
 
 def test_every_access_is_inside() -> None:
     with Region.anonymous(8 * PAGE) as region:
-        for offset, length in (
+        for at, length in (
             (-1, 1),
             (0, -1),
             (8 * PAGE, 1),
@@ -48,6 +49,7 @@ def test_every_access_is_inside() -> None:
             (1 << 64, 1),
             (0, 8 * PAGE + 1),
         ):
+            offset = RegionOff(at)
             with pytest.raises(RegionError):
                 region.view(offset, length)
             with pytest.raises(RegionError):
@@ -59,61 +61,61 @@ def test_every_access_is_inside() -> None:
             if length > 0:
                 with pytest.raises(RegionError):
                     region.copy_in(offset, bytes(min(length, 1 << 20)) + b"x" * (offset == 0))
-        for offset in (-8, 8 * PAGE, 8 * PAGE - 4, 4, 1):
+        for at in (-8, 8 * PAGE, 8 * PAGE - 4, 4, 1):
             with pytest.raises(RegionError):
-                region.store_u64(offset, 1)
+                region.store_u64(RegionOff(at), 1)
         for page in (-1, 8):
             with pytest.raises(RegionError):
-                region.page_checksum(page)
-        assert region.is_zero(0, 8 * PAGE)
-        region.copy_in(8 * PAGE, b"")
-        assert len(region.view(8 * PAGE, 0)) == 0
+                region.page_checksum(PageNo(page))
+        assert region.is_zero(RegionOff(0), 8 * PAGE)
+        region.copy_in(RegionOff(8 * PAGE), b"")
+        assert len(region.view(RegionOff(8 * PAGE), 0)) == 0
 
 
 def test_nothing_is_stored_read_only(path: str) -> None:
     with Region.open(path, write=False) as region:
         stores: tuple[Callable[[], None], ...] = (
-            lambda: region.copy_in(0, b"x"),
-            lambda: region.zero(0, 8),
-            lambda: region.store_u64(0, 1),
+            lambda: region.copy_in(RegionOff(0), b"x"),
+            lambda: region.zero(RegionOff(0), 8),
+            lambda: region.store_u64(RegionOff(0), 1),
         )
         for store in stores:
             with pytest.raises(RegionError) as caught:
                 store()
             assert caught.value.errno == errno.EROFS
-        assert region.is_zero(0, region.size)
+        assert region.is_zero(RegionOff(0), region.size)
 
 
 def test_is_zero() -> None:
     with Region.anonymous(BLOCK) as region:
-        assert region.is_zero(0, BLOCK)
-        for at in (0, 1, 4095, 4096, BLOCK - 1):
+        assert region.is_zero(RegionOff(0), BLOCK)
+        for at in map(RegionOff, (0, 1, 4095, 4096, BLOCK - 1)):
             region.copy_in(at, b"\1")
-            assert not region.is_zero(0, BLOCK)
-            assert region.is_zero(at + 1, BLOCK - at - 1)
+            assert not region.is_zero(RegionOff(0), BLOCK)
+            assert region.is_zero(RegionOff(at + 1), BLOCK - at - 1)
             region.zero(at, 1)
-        assert region.is_zero(0, BLOCK)
-        assert region.is_zero(7, 0)
+        assert region.is_zero(RegionOff(0), BLOCK)
+        assert region.is_zero(RegionOff(7), 0)
 
 
 def test_closing_twice(path: str) -> None:
     region = Region.open(path, write=True)
     region.close()
     region.close()
-    assert len(region.view(0, 8)) == 0
+    assert len(region.view(RegionOff(0), 8)) == 0
     Region.open(path, write=True).close()
 
 
 def test_physical_addresses(path: str) -> None:
     with Region.open(path, write=True) as region:
-        assert region.physical(0) is None
+        assert region.physical(RegionOff(0)) is None
         assert region.phys_base is None
-    with Region.open(path, write=True, phys_base=5 << 30) as region:
+    with Region.open(path, write=True, phys_base=PhysAddr(5 << 30)) as region:
         assert region.phys_base == 5 << 30
-        assert region.physical(0) == 5 << 30
-        assert region.physical(3 * BLOCK + 17) == (5 << 30) + 3 * BLOCK + 17
-    with Region.anonymous(BLOCK, phys_base=1 << 40) as region:
-        assert region.physical(8) == (1 << 40) + 8
+        assert region.physical(RegionOff(0)) == 5 << 30
+        assert region.physical(RegionOff(3 * BLOCK + 17)) == (5 << 30) + 3 * BLOCK + 17
+    with Region.anonymous(BLOCK, phys_base=PhysAddr(1 << 40)) as region:
+        assert region.physical(RegionOff(8)) == (1 << 40) + 8
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 
 from pkernfs.errors import RegionError
 from pkernfs.host.iomem import Span
+from pkernfs.quantities import PhysAddr
 from pkernfs.region.spec import is_file_spec, parse_span, resolve, resolve_none
 from support.made_up_host import make_machine
 
@@ -19,7 +20,7 @@ def test_specs_have_one_form() -> None:
     for spec in ("1G!4G", "1024M!4G", "0x40000000!0x100000000", "1048576k!4096m"):
         assert str(parse_span(spec)) == "1G!4G"
     assert str(parse_span("1026M!2M")) == "1026M!2M"
-    assert parse_span("2M!1T") == Span(1 << 40, 2 * M)
+    assert parse_span("2M!1T") == Span(PhysAddr(1 << 40), 2 * M)
 
 
 @pytest.mark.parametrize(

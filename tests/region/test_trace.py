@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from pkernfs.errors import RegionError
 from pkernfs.layout import PAGE
+from pkernfs.quantities import RegionOff
 from pkernfs.region.region import Region
 from pkernfs.region.trace import Store, trace_start, trace_stop
 
@@ -24,25 +25,25 @@ def replay(image: bytearray, stores: list[Store]) -> None:
 def test_a_trace_rebuilds_the_region(seed: int) -> None:
     rnd = random.Random(seed)
     with Region.anonymous(4 * PAGE) as region:
-        region.copy_in(0, rnd.randbytes(4 * PAGE))
-        image = bytearray(region.read(0, region.size))
+        region.copy_in(RegionOff(0), rnd.randbytes(4 * PAGE))
+        image = bytearray(region.read(RegionOff(0), region.size))
         trace_start()
         count = rnd.randrange(30)
         for _ in range(count):
             length = rnd.randrange(1, 600)
-            offset = rnd.randrange(region.size - length)
+            offset = RegionOff(rnd.randrange(region.size - length))
             kind = rnd.randrange(3)
             if kind == 0:
                 region.copy_in(offset, rnd.randbytes(length))
             elif kind == 1:
                 region.zero(offset, length)
             else:
-                region.store_u64(offset // 8 * 8, rnd.getrandbits(64))
+                region.store_u64(RegionOff(offset // 8 * 8), rnd.getrandbits(64))
         stores = trace_stop()
         assert len(stores) == count
         replay(image, stores)
-        assert image == region.read(0, region.size)
-        region.copy_in(0, b"after the end")
+        assert image == region.read(RegionOff(0), region.size)
+        region.copy_in(RegionOff(0), b"after the end")
         assert trace_stop() == stores
 
 
@@ -50,5 +51,5 @@ def test_a_traced_store_that_is_refused_is_not_there() -> None:
     with Region.anonymous(PAGE) as region:
         trace_start()
         with pytest.raises(RegionError):
-            region.zero(PAGE, 1)
+            region.zero(RegionOff(PAGE), 1)
         assert trace_stop() == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from pkernfs.fs import fsck
+from pkernfs.quantities import PhysAddr
 from pkernfs.region.region import Region
 
 
@@ -20,7 +21,7 @@ class MemoryFile:
         """A name to open it by, while this object lives."""
         return f"/proc/self/fd/{self._fd}"
 
-    def open(self, *, write: bool = True, phys_base: int | None = None) -> Region:
+    def open(self, *, write: bool = True, phys_base: PhysAddr | None = None) -> Region:
         """A region of it, locked as any other."""
         return Region.open(self.path, write=write, phys_base=phys_base)
 

@@ -40,7 +40,9 @@ from pkernfs.layout import (
     MAP_ZERO_OFFSET,
     PAGE,
     ROOT_INO,
+    page_offset,
 )
+from pkernfs.quantities import Ino, PhysAddr, RegionOff
 from pkernfs.region import trace
 from pkernfs.region.checksum import crc32c
 from pkernfs.region.region import Region
@@ -49,7 +51,7 @@ from support.handover import verify
 
 MIB = 1 << 20
 REGION_BYTES = 16 * MIB
-JOURNAL = JOURNAL_PAGE * PAGE
+JOURNAL = page_offset(JOURNAL_PAGE)
 JOURNAL_END = JOURNAL + JOURNAL_PAGES * PAGE
 POISON = b"\xdb" * MIB
 LONG_STORE = 64  # bytes; a longer run of data is cut at its ends and in the middle only
@@ -57,8 +59,14 @@ MAX_FAILURES = 3
 _MAGICS = {magic.to_bytes(4, "little") for magic in MAGIC_NAMES if magic != MAGIC_OVERFLOW}
 
 
-Piece = tuple[int, bytes]  # region offset, bytes: the smallest step of a replay
 Operation = Callable[[FileSystem], object]
+
+
+class Piece(NamedTuple):
+    """The smallest step of a replay: bytes for a region offset."""
+
+    offset: RegionOff
+    data: bytes
 
 
 class Clock:
@@ -96,14 +104,14 @@ def formatted(size: int = REGION_BYTES, populate: Operation | None = None) -> by
     """The image of a file system made over poison, and unmounted; the same in every run."""
     with Region.anonymous(size) as region:
         for at in range(0, size, MIB):
-            region.copy_in(at, POISON)
+            region.copy_in(RegionOff(at), POISON)
         with mock.patch("pkernfs.fs.mkfs.os.urandom", lambda n: bytes(range(n))):
             mkfs.make_filesystem(region, uuid=bytes(range(16, 32)), clock=Clock())
         fs = mount_filesystem(region, clock=Clock())
         if populate is not None:
             populate(fs)
         fs.unmount()
-        return region.read(0, size)
+        return region.read(RegionOff(0), size)
 
 
 # ---------------------------------------------------------------------- snapshots
@@ -112,7 +120,7 @@ def formatted(size: int = REGION_BYTES, populate: Operation | None = None) -> by
 class Entry(NamedTuple):
     """All that can be seen of a name."""
 
-    ino: int
+    ino: Ino
     generation: int
     mode: int
     uid: int
@@ -129,10 +137,10 @@ class Entry(NamedTuple):
 Tree = dict[bytes, Entry]
 
 
-def walk(fs: FileSystem) -> Iterator[tuple[bytes, int]]:
+def walk(fs: FileSystem) -> Iterator[tuple[bytes, Ino]]:
     """``(path, inode number)`` of everything, the root as ``/``."""
     yield b"/", ROOT_INO
-    todo: list[tuple[bytes, int]] = [(b"/", ROOT_INO)]
+    todo = [(b"/", ROOT_INO)]
     while todo:
         path, ino = todo.pop()
         for name, child, kind, _cookie in list(fs.readdir(ino, 0)):
@@ -141,7 +149,7 @@ def walk(fs: FileSystem) -> Iterator[tuple[bytes, int]]:
                 todo.append((path + name + b"/", child))
 
 
-def pieces(fs: FileSystem, ino: int) -> Iterator[tuple[int, memoryview | None]]:
+def pieces(fs: FileSystem, ino: Ino) -> Iterator[tuple[int, memoryview | None]]:
     """``(length, bytes or None for a hole)`` from a file's start to its end."""
     at, size = 0, fs.inode(ino).size
     if fs.read_only:
@@ -152,18 +160,19 @@ def pieces(fs: FileSystem, ino: int) -> Iterator[tuple[int, memoryview | None]]:
         if start > at:
             yield start - at, None
         if end > start:
-            yield end - start, fs.region.view(e.region_offset + start - e.offset, end - start)
+            where = RegionOff(e.region_offset + start - e.offset)
+            yield end - start, fs.region.view(where, end - start)
             at = end
     if size > at:
         yield size - at, None
 
 
-def content(fs: FileSystem, ino: int) -> bytes:
+def content(fs: FileSystem, ino: Ino) -> bytes:
     """A file's bytes, without an access time."""
     return b"".join([bytes(n) if part is None else bytes(part) for n, part in pieces(fs, ino)])
 
 
-def _entry(fs: FileSystem, ino: int) -> Entry:
+def _entry(fs: FileSystem, ino: Ino) -> Entry:
     i = fs.inode(ino)
     held: int | bytes = 0
     if i.is_reg:
@@ -271,7 +280,7 @@ def _without_blocks(tree: Tree, paths: Collection[bytes]) -> Tree:
     return {path: e._replace(blocks512=0) if path in paths else e for path, e in tree.items()}
 
 
-def _without_content(tree: Tree, ino: int) -> Tree:
+def _without_content(tree: Tree, ino: Ino) -> Tree:
     return {path: e._replace(content=0) if e.ino == ino else e for path, e in tree.items()}
 
 
@@ -283,17 +292,18 @@ def check_structure(region: Region) -> None:
 
 def check_zero_blocks(region: Region) -> None:
     """:raises AssertionError: a block that is said to be zero is not."""
-    at = FIRST_MAP_PAGE * PAGE
+    at = page_offset(FIRST_MAP_PAGE)
     _first, count = BLOCK_MAP.unpack_from(region.view(at, PAGE), BLOCK_MAP_OFFSET)
     size = -(-count // 8)
     used, zero = (
-        int.from_bytes(region.view(at + offset, size), "little")
+        int.from_bytes(region.view(RegionOff(at + offset), size), "little")
         for offset in (MAP_USED_OFFSET, MAP_ZERO_OFFSET)
     )
     assert not used & zero, f"blocks in use that are said to be free: {used & zero:#x}"
     for block in range(count):
         if zero >> block & 1:
-            assert region.is_zero(block * BLOCK, BLOCK), f"block {block}: not zero, as it is said"
+            at = RegionOff(block * BLOCK)
+            assert region.is_zero(at, BLOCK), f"block {block}: not zero, as it is said"
 
 
 def check_handover(fs: FileSystem) -> None:
@@ -306,7 +316,7 @@ def check_handover(fs: FileSystem) -> None:
         assert not len(found.changes), f"handover: {[c.text() for c in found.changes.all()]}"
 
 
-def check_growth(fs: FileSystem, path: bytes, ino: int) -> None:
+def check_growth(fs: FileSystem, path: bytes, ino: Ino) -> None:
     """Extend a file to the end of what it may hold already.
 
     :raises AssertionError: a byte that it gained is not zero.
@@ -350,7 +360,7 @@ def check_works(fs: FileSystem, *, thorough: bool) -> None:
     fs.unlink(ROOT_INO, b"crash probe")
 
 
-def _fill_up(fs: FileSystem, ino: int) -> None:
+def _fill_up(fs: FileSystem, ino: Ino) -> None:
     """Take all the free space there is and look at every byte of it."""
     end = 9 * PAGE
     for step in (BLOCK, PAGE):
@@ -389,7 +399,7 @@ def cut(store: Store, *, whole: bool, stride: int = 1) -> Iterator[Piece]:
     data = store.bytes
     bounds = sorted({min(max(b, start), end) for b in bounds})
     for low, high in pairwise(bounds):
-        yield low, data[low - start : high - start]
+        yield Piece(RegionOff(low), data[low - start : high - start])
 
 
 def is_fence(store: Store) -> bool:
@@ -400,9 +410,9 @@ def is_fence(store: Store) -> bool:
 class Replay:
     """A region at some point of a trace, and its image in memory to go back to."""
 
-    def __init__(self, image: bytes, phys_base: int | None = None) -> None:
+    def __init__(self, image: bytes, phys_base: PhysAddr | None = None) -> None:
         self.region = Region.anonymous(len(image), phys_base=phys_base)
-        self.region.copy_in(0, image)
+        self.region.copy_in(RegionOff(0), image)
         self.image = bytearray(image)
 
     def store(self, piece: Piece) -> bool:
@@ -455,13 +465,13 @@ class Sweep:
         self.seed = seed
         self.clock = Clock()
         with Region.anonymous(len(base)) as region:
-            region.copy_in(0, base)
+            region.copy_in(RegionOff(0), base)
             fs = mount_filesystem(region, clock=self.clock)
             if scenario.setup is not None:
                 scenario.setup(fs)
-            self.before = region.read(0, len(base))
+            self.before = region.read(RegionOff(0), len(base))
             self.stores = recorded(lambda: scenario.operation(fs))
-            self.after = region.read(0, len(base))
+            self.after = region.read(RegionOff(0), len(base))
             live = None if fs.read_only else snapshot(fs)
         self.oracle = self._oracle(live)
         self.pieces = list(self._pieces())
@@ -471,7 +481,7 @@ class Sweep:
         contents: list[bytes] = []
         for image in (self.before, self.after):
             with Region.anonymous(len(image)) as region:
-                region.copy_in(0, image)
+                region.copy_in(RegionOff(0), image)
                 fs = mount_filesystem(region, clock=Clock())
                 tree = snapshot(fs)
                 trees.append(tree)
@@ -594,7 +604,7 @@ class Sweep:
                 share = rng.choice((0.1, 0.5, 0.9))
                 chosen = [p for p in epoch if rng.random() < share]
                 rng.shuffle(chosen)
-                undo = [(at, bytes(replay.image[at : at + len(data)])) for at, data in chosen]
+                undo = [Piece(at, bytes(replay.image[at : at + len(data)])) for at, data in chosen]
                 for piece in chosen:
                     replay.store(piece)
                 result.figures["subsets"] += 1

@@ -6,7 +6,7 @@ Damage is built here in code, from the format alone (docs/format.md and layout.p
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -16,6 +16,7 @@ from pkernfs.layout import (
     BLOCK,
     EXTENT,
     EXTENT_BYTES,
+    FIRST_MAP_PAGE,
     HEADER,
     INODE,
     INODE_BYTES,
@@ -38,12 +39,18 @@ from pkernfs.layout import (
     STATE,
     STATE_OFFSET,
     STATE_PAGE,
+    SUPERBLOCK_PAGE,
     TREE,
     TREE_OFFSET,
     TREE_SLOTS_OFFSET,
+    Extent,
     InodeFields,
     StateFields,
+    block_of,
+    first_page,
+    page_offset,
 )
+from pkernfs.quantities import BlockNo, Ino, PageNo
 from pkernfs.region.checksum import page_checksum
 from pkernfs.region.region import Region
 
@@ -58,16 +65,16 @@ class Populated:
     """A region with one of everything, unmounted; numbers of its inodes by path."""
 
     region: Region
-    inos: dict[str, int] = field(default_factory=dict)
+    inos: dict[str, Ino] = field(default_factory=dict)
 
 
 def populate(region: Region, names: int = 150, attributes: int = 40) -> Populated:
     """Format a region and fill it."""
     make_filesystem(region, label="damage")
     fs = mount_filesystem(region)
-    inos: dict[str, int] = {}
+    inos: dict[str, Ino] = {}
 
-    def new(path: str, mode: int = REG) -> int:
+    def new(path: str, mode: int = REG) -> Ino:
         above, _, name = path.rpartition("/")
         parent = inos[above] if above else ROOT_INO
         if stat.S_ISDIR(mode):
@@ -117,25 +124,25 @@ class Damage:
 
     # ------------------------------------------------------------------ pages
 
-    def page(self, number: int) -> bytes:
+    def page(self, number: PageNo) -> bytes:
         """A copy of a page."""
-        return self.region.read(number * PAGE, PAGE)
+        return self.region.read(page_offset(number), PAGE)
 
     @contextmanager
-    def edit(self, number: int, *, seal: bool = True) -> Iterator[bytearray]:
+    def edit(self, number: PageNo, *, seal: bool = True) -> Iterator[bytearray]:
         """Change a page; it gets the checksum that goes with the change."""
         page = bytearray(self.page(number))
         yield page
         if seal:
             page[4:8] = page_checksum(page).to_bytes(4, "little")
-        self.region.copy_in(number * PAGE, page)
+        self.region.copy_in(page_offset(number), page)
 
-    def flip(self, number: int, bit: int) -> None:
+    def flip(self, number: PageNo, bit: int) -> None:
         """Flip one bit of a page."""
         with self.edit(number, seal=False) as page:
             page[bit >> 3] ^= 1 << (bit & 7)
 
-    def smash(self, number: int, offset: int = 0, length: int = PAGE) -> None:
+    def smash(self, number: PageNo, offset: int = 0, length: int = PAGE) -> None:
         """Invert bytes of a page: never a no-op, and more than one bit."""
         with self.edit(number, seal=False) as page:
             for i in range(offset, offset + length):
@@ -150,39 +157,40 @@ class Damage:
         with self.edit(STATE_PAGE) as page:
             STATE.pack_into(page, STATE_OFFSET, *self.state()._replace(**values))  # type: ignore[arg-type]
 
-    def table(self) -> list[tuple[int, int, int]]:
+    def table(self) -> list[Extent]:
         """Extents of the inode table, whose tree is one leaf."""
         return self.leaf_extents(self.state().inode_root)
 
-    def inode_page(self, ino: int) -> int:
+    def inode_page(self, ino: Ino) -> PageNo:
         """Number of the page that holds an inode."""
         index = ino >> 4
-        return next(p + index - i for i, p, n in self.table() if i <= index < i + n)
+        return next(PageNo(p + index - i) for i, p, n in self.table() if i <= index < i + n)
 
-    def inode(self, ino: int) -> InodeFields:
+    def inode(self, ino: Ino) -> InodeFields:
         page = self.page(self.inode_page(ino))
         return InodeFields._make(INODE.unpack_from(page, (ino & 15) * INODE_BYTES))
 
-    def set_inode(self, ino: int, /, **values: int) -> None:
-        new = self.inode(ino)._replace(**values)
+    def set_inode(self, ino: Ino, /, **values: int) -> None:
+        new = InodeFields(**self.inode(ino)._asdict() | values)
         with self.edit(self.inode_page(ino)) as page:
             INODE.pack_into(page, (ino & 15) * INODE_BYTES, *new)
 
-    def set_inode_page(self, ino: int, field: int, value: int) -> None:
+    def set_inode_page(self, ino: Ino, field: int, value: int) -> None:
         """Change a field of the header of the page that holds an inode."""
         with self.edit(self.inode_page(ino)) as page:
             fields = list(INODE_PAGE.unpack_from(page, INODE_PAGE_OFFSET))
             fields[field] = value
             INODE_PAGE.pack_into(page, INODE_PAGE_OFFSET, *fields)
 
-    def extents(self, ino: int) -> list[tuple[int, int, int]]:
+    def extents(self, ino: Ino) -> list[Extent]:
         """The inline extents of a file."""
         start = (ino & 15) * INODE_BYTES + INODE_INLINE_OFFSET
         count = self.inode(ino).flags >> INODE_INLINE_SHIFT & 0xFF
         page = self.page(self.inode_page(ino))
-        return list(EXTENT.iter_unpack(page[start : start + count * EXTENT_BYTES]))
+        body = page[start : start + count * EXTENT_BYTES]
+        return list(map(Extent._make, EXTENT.iter_unpack(body)))
 
-    def set_extents(self, ino: int, extents: list[tuple[int, int, int]]) -> None:
+    def set_extents(self, ino: Ino, extents: Sequence[tuple[int, int, int]]) -> None:
         """Give a file other inline extents; nothing else follows."""
         flags = self.inode(ino).flags & ~(0xFF << INODE_INLINE_SHIFT)
         self.set_inode(ino, flags=flags | len(extents) << INODE_INLINE_SHIFT)
@@ -193,41 +201,42 @@ class Damage:
 
     # ------------------------------------------------------------------ trees
 
-    def leaf_extents(self, number: int) -> list[tuple[int, int, int]]:
+    def leaf_extents(self, number: PageNo) -> list[Extent]:
         page = self.page(number)
         _, level, count, _, _ = TREE.unpack_from(page, TREE_OFFSET)
         assert level == 0
         end = TREE_SLOTS_OFFSET + count * EXTENT_BYTES
-        return list(EXTENT.iter_unpack(page[TREE_SLOTS_OFFSET:end]))
+        words = EXTENT.iter_unpack(page[TREE_SLOTS_OFFSET:end])
+        return list(map(Extent._make, words))
 
-    def set_leaf_extents(self, number: int, extents: list[tuple[int, int, int]]) -> None:
+    def set_leaf_extents(self, number: PageNo, extents: Sequence[tuple[int, int, int]]) -> None:
         with self.edit(number) as page:
             body = b"".join(EXTENT.pack(*e) for e in extents)
             page[TREE_SLOTS_OFFSET : TREE_SLOTS_OFFSET + len(body)] = body
             page[TREE_OFFSET + 2 : TREE_OFFSET + 4] = len(extents).to_bytes(2, "little")
 
-    def children(self, number: int) -> list[int]:
+    def children(self, number: PageNo) -> list[PageNo]:
         """The pages below an inner node."""
         page = self.page(number)
         _, level, count, _, _ = TREE.unpack_from(page, TREE_OFFSET)
         assert level > 0
         return [
-            int.from_bytes(page[at + 8 : at + 16], "little")
+            PageNo(int.from_bytes(page[at + 8 : at + 16], "little"))
             for at in range(TREE_SLOTS_OFFSET, TREE_SLOTS_OFFSET + 16 * count, 16)
         ]
 
-    def leaf_of(self, root: int) -> int:
+    def leaf_of(self, root: PageNo) -> PageNo:
         """The first leaf of a tree."""
         while self.page(root)[TREE_OFFSET + 1]:
             root = self.children(root)[0]
         return root
 
-    def names(self, ino: int) -> int:
+    def names(self, ino: Ino) -> PageNo:
         """The first leaf of a directory."""
         assert self.inode(ino).flags & INODE_FLAG_BODY
         return self.leaf_of(self.inode(ino).body)
 
-    def items(self, number: int) -> list[tuple[int, bytes]]:
+    def items(self, number: PageNo) -> list[tuple[int, bytes]]:
         """``(key, item)`` of a leaf of names or attributes."""
         page = self.page(number)
         count = TREE.unpack_from(page, TREE_OFFSET)[2]
@@ -237,7 +246,7 @@ class Damage:
             found.append((key, page[offset : offset + length]))
         return found
 
-    def set_items(self, number: int, items: list[tuple[int, bytes]]) -> None:
+    def set_items(self, number: PageNo, items: list[tuple[int, bytes]]) -> None:
         """Fill a leaf anew, in the order given."""
         with self.edit(number) as page:
             heap = PAGE
@@ -248,7 +257,7 @@ class Damage:
             kind = page[TREE_OFFSET]
             TREE.pack_into(page, TREE_OFFSET, kind, 0, len(items), heap, 0)
 
-    def rename(self, ino: int, old: bytes, item: bytes | None, key: int | None = None) -> None:
+    def rename(self, ino: Ino, old: bytes, item: bytes | None, key: int | None = None) -> None:
         """Replace the item of a name in a directory of one leaf; None takes it out."""
         leaf = self.names(ino)
         items = self.items(leaf)
@@ -259,7 +268,7 @@ class Damage:
             items[at] = (items[at][0] if key is None else key, item)
         self.set_items(leaf, sorted(items))
 
-    def item(self, ino: int, name: bytes) -> tuple[int, bytes]:
+    def item(self, ino: Ino, name: bytes) -> tuple[int, bytes]:
         """Key and item of a name."""
         items = self.items(self.names(ino))
         return next(found for found in items if found[1][NAME_ITEM.size :] == name)
@@ -267,12 +276,12 @@ class Damage:
     # ------------------------------------------------------------------ maps
 
     def set_map(
-        self, block: int, *, used: int | None = None, carved: int | None = None,
+        self, block: BlockNo, *, used: int | None = None, carved: int | None = None,
         zero: int | None = None,
     ) -> None:  # fmt: skip
         """Change the bits of a block in its block map."""
         assert block < MAP_BLOCKS
-        with self.edit(2) as page:
+        with self.edit(FIRST_MAP_PAGE) as page:
             for offset, value in (
                 (MAP_USED_OFFSET, used),
                 (MAP_CARVED_OFFSET, carved),
@@ -281,48 +290,47 @@ class Damage:
                 if value is not None:
                     _set_bit(page, offset, block, value)
 
-    def block_bits(self, block: int) -> tuple[int, int, int]:
+    def block_bits(self, block: BlockNo) -> tuple[int, int, int]:
         """Used, carved and zero bit of a block."""
-        page = self.page(2)
+        page = self.page(FIRST_MAP_PAGE)
         return tuple(  # type: ignore[return-value]
             page[offset + block // 8] >> block % 8 & 1
             for offset in (MAP_USED_OFFSET, MAP_CARVED_OFFSET, MAP_ZERO_OFFSET)
         )
 
-    def free_block(self) -> int:
+    def free_block(self) -> BlockNo:
         """The last block that is not in use."""
         blocks = self.region.size // BLOCK
-        return next(b for b in range(blocks - 1, 0, -1) if not self.block_bits(b)[0])
+        return next(b for b in map(BlockNo, range(blocks - 1, 0, -1)) if not self.block_bits(b)[0])
 
-    def set_page_used(self, number: int, value: int) -> None:
+    def set_page_used(self, number: PageNo, value: int) -> None:
         """Change the bit of a page in its page map."""
-        block, bit = divmod(number, PAGES_PER_BLOCK)
-        with self.edit(block * PAGES_PER_BLOCK) as page:
-            _set_bit(page, PAGE_MAP_USED_OFFSET, bit, value)
+        with self.edit(first_page(block_of(number))) as page:
+            _set_bit(page, PAGE_MAP_USED_OFFSET, number % PAGES_PER_BLOCK, value)
 
-    def free_page(self) -> int:
+    def free_page(self) -> PageNo:
         """A page of a carved block that is not in use."""
-        first = self.inode_page(1) // PAGES_PER_BLOCK * PAGES_PER_BLOCK
+        first = first_page(block_of(self.inode_page(ROOT_INO)))
         page = self.page(first)
         for bit in range(PAGES_PER_BLOCK - 1, 0, -1):
             if not page[PAGE_MAP_USED_OFFSET + bit // 8] >> bit % 8 & 1:
-                return first + bit
+                return PageNo(first + bit)
         raise AssertionError("no free page")
 
-    def new_page(self, magic: int, owner: int) -> int:
+    def new_page(self, magic: int, owner: Ino) -> PageNo:
         """A free page with a header, marked as in use."""
         number = self.free_page()
         self.set_page_used(number, 1)
-        uuid = HEADER.unpack_from(self.page(0))[4]
+        uuid = HEADER.unpack_from(self.page(SUPERBLOCK_PAGE))[4]
         page = bytearray(PAGE)
         HEADER.pack_into(page, 0, magic, 0, number, owner, uuid)
-        self.region.copy_in(number * PAGE, page)
+        self.region.copy_in(page_offset(number), page)
         with self.edit(number):
             pass
         return number
 
 
-def name_item(ino: int, kind: int, name: bytes) -> bytes:
+def name_item(ino: Ino, kind: int, name: bytes) -> bytes:
     return NAME_ITEM.pack(ino, kind) + name
 
 

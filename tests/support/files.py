@@ -11,9 +11,10 @@ import pytest
 from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import NoSpaceError
 from pkernfs.fs.filesystem import FileSystem
+from pkernfs.quantities import Ino
 
-ROOT = 1
-IOMMU = 2
+ROOT = Ino(1)
+IOMMU = Ino(2)
 MIB = 1 << 20
 GIB = 1 << 30
 REG = stat.S_IFREG | 0o644
@@ -23,7 +24,7 @@ ZERO_RANGE = 16
 in_a_gib = pytest.mark.parametrize("fs", [GIB], indirect=True)
 
 
-def make(fs: FileSystem, name: bytes = b"f", content: bytes = b"", parent: int = ROOT) -> int:
+def make(fs: FileSystem, name: bytes = b"f", content: bytes = b"", parent: Ino = ROOT) -> Ino:
     """A regular file; its number."""
     ino = fs.create(parent, name, REG, 0, 0).ino
     if content:
@@ -31,11 +32,11 @@ def make(fs: FileSystem, name: bytes = b"f", content: bytes = b"", parent: int =
     return ino
 
 
-def resize(fs: FileSystem, ino: int, size: int) -> None:
+def resize(fs: FileSystem, ino: Ino, size: int) -> None:
     fs.run(lambda: fs.setattr(ino, size=size))
 
 
-def contents(fs: FileSystem, ino: int) -> bytes:
+def contents(fs: FileSystem, ino: Ino) -> bytes:
     return bytes(fs.read(ino, 0, fs.inode(ino).size))
 
 
@@ -49,7 +50,7 @@ def until_full(work: Callable[[int], object], most: int = 100_000) -> int:
     raise AssertionError("never full")
 
 
-def names(fs: FileSystem, ino: int) -> set[bytes]:
+def names(fs: FileSystem, ino: Ino) -> set[bytes]:
     return {name for name, *_ in fs.readdir(ino, 0)}
 
 

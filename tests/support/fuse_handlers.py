@@ -14,6 +14,7 @@ import pytest
 from pkernfs.errors import ZeroingNeeded
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fuse.operations import Operations
+from pkernfs.quantities import Ino
 
 import pyfuse3  # isort: skip  # after the shim
 
@@ -79,11 +80,11 @@ def fails(handler: Coroutine[Any, Any, Any]) -> int:
     return caught.value.errno
 
 
-def make(ops: Operations, name: bytes = b"f") -> int:
+def make(ops: Operations, name: bytes = b"f") -> Ino:
     """Make an empty file in the root directory, and close it; its inode."""
     info, entry = do(ops.create(ROOT, name, stat.S_IFREG | 0o644, os.O_RDWR, AS_ROOT))
     do(ops.release(info.fh))
-    return int(entry.st_ino)
+    return Ino(entry.st_ino)
 
 
 def set_fields(**values: int) -> tuple[pyfuse3.EntryAttributes, SimpleNamespace]:

@@ -10,11 +10,8 @@ from unittest import mock
 from pkernfs.dma.mount import mount_filesystem
 from pkernfs.fs import manifest, state_page
 from pkernfs.fs.filesystem import FileSystem
-from pkernfs.layout import (
-    PAGE,
-    ROOT_INO,
-    STATE_PAGE,
-)
+from pkernfs.layout import PAGE, ROOT_INO, STATE_PAGE, page_offset
+from pkernfs.quantities import Ino, RegionOff
 from pkernfs.region.checksum import page_checksum
 from pkernfs.region.region import Region
 from support.checking import MemoryFile
@@ -30,7 +27,7 @@ def boot(number: int) -> mock._patch[mock.Mock]:
     return mock.patch("pkernfs.fs.super.Super.boot_id", return_value=bytes([number]) * 16)
 
 
-def file_of(fs: FileSystem, name: str, data: bytes, parent: int = ROOT_INO) -> int:
+def file_of(fs: FileSystem, name: str, data: bytes, parent: Ino = ROOT_INO) -> Ino:
     ino = fs.create(parent, name.encode(), REG, 0, 0).ino
     if data:
         fs.run(lambda: fs.write(ino, 0, data))
@@ -42,8 +39,8 @@ class Handed:
     """A region that was handed over and unmounted, and what was in it."""
 
     memory: MemoryFile
-    inos: dict[str, int]
-    places: dict[str, int]  # region offset of the first byte
+    inos: dict[str, Ino]
+    places: dict[str, RegionOff]  # of the first byte
 
     def mount(self, *, read_only: bool = False) -> FileSystem:
         return mount_filesystem(self.region, read_only=read_only)
@@ -51,7 +48,7 @@ class Handed:
     region: Region = None  # type: ignore[assignment]
 
 
-def populated(fs: FileSystem) -> dict[str, int]:
+def populated(fs: FileSystem) -> dict[str, Ino]:
     rng = random.Random(7)
     inos = {}
     for i in range(40):
@@ -77,9 +74,9 @@ def changes_of(fs: FileSystem) -> dict[str, str]:
 
 
 def has_digests(handed: Handed) -> bool:
-    page = handed.region.read(STATE_PAGE * PAGE, PAGE)
+    page = handed.region.read(page_offset(STATE_PAGE), PAGE)
     return bool(state_page.read_record(page).flags)
 
 
-def reseal(region: Region, at: int) -> None:
-    region.copy_in(at + 4, page_checksum(region.read(at, PAGE)).to_bytes(4, "little"))
+def reseal(region: Region, at: RegionOff) -> None:
+    region.copy_in(RegionOff(at + 4), page_checksum(region.read(at, PAGE)).to_bytes(4, "little"))

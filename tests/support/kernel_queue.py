@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pkernfs.layout import PAGE
+from pkernfs.quantities import PhysAddr, RegionOff
 from pkernfs.region.region import Region
 from pkernfs.vtd.invalidation import wait_descriptor
 from pkernfs.vtd.registers import (
@@ -45,16 +46,16 @@ class Kernel:
         status = self.begin()
         assert self.done(status)
 
-    def begin(self) -> int:
+    def begin(self) -> RegionOff:
         """The same, but do not wait; where the word is that says when it is done."""
-        status = self.queue + 2 * PAGE + 8 * self.place
+        status = RegionOff(self.queue + 2 * PAGE + 8 * self.place)
         self.region.store_u64(status, 0)
-        for words in ((4, 0), wait_descriptor(status, 2)):
+        for words in ((4, 0), wait_descriptor(PhysAddr(status), 2)):
             for at, word in enumerate((*words, 0, 0)[: self.size // 8]):
-                self.region.store_u64(self.queue + self.tail + 8 * at, word)
+                self.region.store_u64(RegionOff(self.queue + self.tail + 8 * at), word)
             self.place = (self.place + 1) % self.slots
         self.window.write64(0x88, self.tail)
         return status
 
-    def done(self, status: int) -> bool:
+    def done(self, status: RegionOff) -> bool:
         return bool(self.region.view(status, 8).cast("Q")[0] == 2)

@@ -7,6 +7,7 @@ from pathlib import Path
 from pkernfs.iommu import Config, Memory, Mode, PageTable, RootTables, configure
 from pkernfs.iommu.memory import store_words
 from pkernfs.layout import PAGE
+from pkernfs.quantities import PhysAddr, RegionOff, RegionRun, SourceId
 from pkernfs.region.region import Region
 from pkernfs.units.kernel_tables import MAX_PAGES, KernelTables, MachineMemory
 from pkernfs.units.mmio import MemoryWindow
@@ -15,8 +16,8 @@ from pkernfs.vtd.registers import STATUS, Command, RootTableAddress
 from support.kernel_memory import Memory as Ram
 
 MIB = 1 << 20
-AT = MIB  # where the tables are in the machine's 4 MiB of RAM
-EDU, NIC = 0x28, 0x300
+AT = PhysAddr(MIB)  # where the tables are in the machine's 4 MiB of RAM
+EDU, NIC = SourceId(0x28), SourceId(0x300)
 
 
 class Kernel:
@@ -26,16 +27,16 @@ class Kernel:
         self.mode = mode
         self.ram = Ram(path)
         self.region = Region.anonymous(3 * MIB, phys_base=AT)
-        root = Memory(self.region, [(0, 128 * PAGE)])
+        root = Memory(self.region, [RegionRun(RegionOff(0), 128 * PAGE)])
         configure(root, store_words(self.region), Config(mode, levels))
         self.root = RootTables(root, store_words(self.region))
-        self.domains = [self.domain(MIB + i * 64 * PAGE, levels) for i in range(3)]
+        self.domains = [self.domain(RegionOff(MIB + i * 64 * PAGE), levels) for i in range(3)]
         self.window = bytearray(PAGE)
         self.opened: list[MachineMemory] = []
         self.enable_translation()
 
-    def domain(self, offset: int, levels: int) -> PageTable:
-        memory = Memory(self.region, [(offset, 64 * PAGE)])
+    def domain(self, offset: RegionOff, levels: int) -> PageTable:
+        memory = Memory(self.region, [RegionRun(offset, 64 * PAGE)])
         return PageTable(memory, store_words(self.region), levels=levels)
 
     def enable_translation(self, *, status: int = Command.TE.mask, mode: int | None = None) -> None:
@@ -46,7 +47,7 @@ class Kernel:
 
     def save(self) -> None:
         """What is in the region is in /proc/kcore from now on."""
-        self.ram.bytes[AT : AT + 3 * MIB] = self.region.read(0, 3 * MIB)
+        self.ram.bytes[AT : AT + 3 * MIB] = self.region.read(RegionOff(0), 3 * MIB)
         self.ram.save()
 
     def memory(self, pages: int = MAX_PAGES) -> MachineMemory:
@@ -62,5 +63,5 @@ class Kernel:
             memory.__exit__()
         self.region.close()
 
-    def word(self, physical: int, value: int) -> None:
-        self.region.store_u64(physical - AT, value)
+    def word(self, physical: PhysAddr, value: int) -> None:
+        self.region.store_u64(RegionOff(physical - AT), value)

@@ -11,6 +11,7 @@ import trio
 from pkernfs.control.server import Handlers
 from pkernfs.control.wire import Call, Stream
 from pkernfs.fs.filesystem import FileSystem
+from pkernfs.quantities import Ino
 
 T = TypeVar("T")
 A = TypeVar("A")
@@ -22,7 +23,7 @@ class MadeUpSession:
     def __init__(self, fs: FileSystem) -> None:
         self._fs = fs
         self.asked: list[str] = []
-        self.open_for_writing: dict[int, int] = {}
+        self.open_for_writing: dict[Ino, int] = {}
 
     @asynccontextmanager
     async def hold_zeroing(self) -> AsyncIterator[None]:
@@ -39,13 +40,13 @@ class MadeUpSession:
     async def with_zeroing(self, operation: Callable[[], T]) -> T:
         return self._fs.run(operation)
 
-    async def invalidate(self, ino: int, *, data: bool = False) -> None:
+    async def invalidate(self, ino: Ino, *, data: bool = False) -> None:
         self.asked.append(f"invalidate {'data' if data else 'attributes'} of {ino}")
 
-    async def invalidate_name(self, directory: int, name: bytes) -> None:
+    async def invalidate_name(self, directory: Ino, name: bytes) -> None:
         self.asked.append(f"invalidate {name.decode()} in {directory}")
 
-    def writers(self) -> dict[int, int]:
+    def writers(self) -> dict[Ino, int]:
         return dict(self.open_for_writing)
 
     def freed(self) -> None:

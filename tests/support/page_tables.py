@@ -6,15 +6,16 @@ from typing import NamedTuple
 
 from pkernfs.iommu.context_walk import Mode
 from pkernfs.iommu.memory import Memory, store_words
-from pkernfs.iommu.page_pool import TablePool
+from pkernfs.iommu.page_pool import Mapping, TablePool
 from pkernfs.iommu.page_table import PageTable
 from pkernfs.iommu.page_walk import check_tree
 from pkernfs.iommu.translate import translate_domain
 from pkernfs.layout import PAGE
+from pkernfs.quantities import Iova, PhysAddr, RegionOff, RegionRun
 from pkernfs.region.region import Region
 from pkernfs.vtd.entries import leaf_bytes, width_bits
 
-PHYS_BASE = 1 << 40
+PHYS_BASE = PhysAddr(1 << 40)
 MIB = 1 << 20
 GIB = 1 << 30
 
@@ -96,7 +97,7 @@ class Model:
     def __init__(self) -> None:
         self.pieces: list[tuple[int, int, int, int]] = []
 
-    def at(self, iova: int) -> tuple[int, int] | None:
+    def at(self, iova: Iova) -> tuple[int, int] | None:
         """``(physical, perm)`` of an address."""
         for start, end, physical, perm in self.pieces:
             if start <= iova < end:
@@ -118,7 +119,7 @@ class Model:
         self.pieces = outside
         return inside
 
-    def fits(self, iova: int, physical: int, length: int, perm: int) -> bool:
+    def fits(self, iova: Iova, physical: PhysAddr, length: int, perm: int) -> bool:
         """Whether all that is mapped there is mapped just so."""
         for low, high, at, allowed in self.pieces:
             a, b = max(low, iova), min(high, iova + length)
@@ -126,31 +127,31 @@ class Model:
                 return False
         return True
 
-    def map(self, iova: int, physical: int, length: int, perm: int) -> None:
+    def map(self, iova: Iova, physical: PhysAddr, length: int, perm: int) -> None:
         """As PageTable.map()."""
         self.cut(iova, iova + length)
         self.pieces.append((iova, iova + length, physical, perm))
 
-    def unmap(self, iova: int, length: int) -> int:
+    def unmap(self, iova: Iova, length: int) -> int:
         """As PageTable.unmap()."""
         return sum(b - a for a, b, _p, _perm in self.cut(iova, iova + length))
 
-    def protect(self, iova: int, length: int, perm: int) -> int:
+    def protect(self, iova: Iova, length: int, perm: int) -> int:
         """As PageTable.protect()."""
         inside = self.cut(iova, iova + length)
         self.pieces += [(a, b, physical, perm) for a, b, physical, _old in inside]
         return sum(b - a for a, b, _p, _perm in inside)
 
-    def joined(self) -> list[tuple[int, int, int, int]]:
-        """``(iova, physical, length, perm)``, neighbours joined, as PageTable.mappings()."""
-        out: list[tuple[int, int, int, int]] = []
+    def joined(self) -> list[Mapping]:
+        """What is mapped, neighbours joined, as PageTable.mappings()."""
+        out: list[Mapping] = []
         for a, b, physical, perm in sorted(self.pieces):
-            if out and out[-1][0] + out[-1][2] == a and out[-1][3] == perm:
+            if out and out[-1].iova + out[-1].length == a and out[-1].perm == perm:
                 last = out[-1]
-                if last[1] + last[2] == physical:
-                    out[-1] = (last[0], last[1], last[2] + b - a, perm)
+                if last.physical + last.length == physical:
+                    out[-1] = last._replace(length=last.length + b - a)
                     continue
-            out.append((a, physical, b - a, perm))
+            out.append(Mapping(Iova(a), PhysAddr(physical), b - a, perm))
         return out
 
 
@@ -169,7 +170,13 @@ class Domain:
         self.options = {"levels": levels, "largest": largest, "record_words": record_words}
         self.region = Region.anonymous(16 * MIB, phys_base=PHYS_BASE)
         half = pages // 2 * PAGE
-        self.memory = Memory(self.region, [(8 * MIB, half), (2 * MIB, pages * PAGE - half)])
+        self.memory = Memory(
+            self.region,
+            [
+                RegionRun(RegionOff(8 * MIB), half),
+                RegionRun(RegionOff(2 * MIB), pages * PAGE - half),
+            ],
+        )
         self.table = self.open()
 
     def open(self, commit: object = None) -> PageTable:
@@ -179,14 +186,14 @@ class Domain:
 
     def image(self) -> bytes:
         """Every byte of the region that may hold tables."""
-        return self.region.read(0, 12 * MIB)
+        return self.region.read(RegionOff(0), 12 * MIB)
 
-    def at(self, iova: int) -> tuple[int, int] | None:
+    def at(self, iova: Iova) -> tuple[int, int] | None:
         """``(physical, perm)`` as the walker finds it."""
         t = translate_domain(self.memory, self.table.root, self.levels, iova)
         return None if t.physical is None else (t.physical, t.perm)
 
-    def leaf_levels(self, start: int, end: int) -> dict[int, int]:
+    def leaf_levels(self, start: Iova, end: Iova) -> dict[int, int]:
         """How many leaves of each level there are in a range."""
         counts: dict[int, int] = {}
         for m in self.table.mappings(start, end):
@@ -194,15 +201,15 @@ class Domain:
             while at < m.iova + m.length:
                 t = translate_domain(self.memory, self.table.root, self.levels, at)
                 counts[t.level] = counts.get(t.level, 0) + 1
-                at += leaf_bytes(t.level)
+                at = Iova(at + leaf_bytes(t.level))
         return counts
 
     def verify(self, model: Model, probes: list[int]) -> None:
         """The walker and the scan agree with the model, and the check is clean."""
-        assert [tuple(m) for m in self.table.mappings()] == model.joined()
+        assert list(self.table.mappings()) == model.joined()
         limit = 1 << width_bits(self.levels)
         for probe in probes:
-            for iova in (probe - 1, probe, probe + PAGE - 1):
+            for iova in map(Iova, (probe - 1, probe, probe + PAGE - 1)):
                 if 0 <= iova < limit:
                     assert self.at(iova) == model.at(iova), hex(iova)
         pool = TablePool(self.region, self.memory.pieces)

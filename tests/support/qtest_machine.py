@@ -29,6 +29,7 @@ from pkernfs.iommu import (
     translate,
 )
 from pkernfs.layout import PAGE
+from pkernfs.quantities import Iova, PhysAddr, RegionOff, RegionRun, SourceId
 from pkernfs.region.region import Region
 from pkernfs.vtd.entries import width_bits
 from support.unit_drivers import BUFFER, Edu, Fault, Unit, reasons_in_qemu
@@ -36,14 +37,14 @@ from support.unit_drivers import BUFFER, Edu, Fault, Unit, reasons_in_qemu
 MIB = 1 << 20
 GIB = 1 << 30
 RAM = 2 * GIB  # below 4 GiB, so that a physical address is an offset in the file; sparse
-#: 00:05.0 and 00:06.0, and where their BARs go.
-DEVICES = {0x28: 0xE000_0000, 0x30: 0xE010_0000}
-ROOT = (MIB, 64 * PAGE)
-QUEUE = ROOT[0] + ROOT[1]
-DOM_0 = (2 * MIB, 6 * MIB)
-DOM_1 = (8 * MIB, 2 * MIB)
-SCRATCH_PAGE = 12 * MIB  # mapped by both domains, for what their devices have read
-DATA = 16 * MIB  # from here on, memory is free for tests
+FIRST, SECOND = SourceId(0x28), SourceId(0x30)  # 00:05.0 and 00:06.0
+DEVICES = {FIRST: 0xE000_0000, SECOND: 0xE010_0000}  # and where their BARs go
+ROOT = RegionRun(RegionOff(MIB), 64 * PAGE)
+QUEUE = ROOT.offset + ROOT.length
+DOM_0 = RegionRun(RegionOff(2 * MIB), 6 * MIB)
+DOM_1 = RegionRun(RegionOff(8 * MIB), 2 * MIB)
+SCRATCH_PAGE = PhysAddr(12 * MIB)  # mapped by both domains, for what their devices have read
+DATA = PhysAddr(16 * MIB)  # from here on, memory is free for tests
 
 
 class Machine:
@@ -64,7 +65,7 @@ class Machine:
         command += ["-M", "q35,memory-backend=ram", "-device", unit]
         for number in (5, 6):
             command += ["-device", f"edu,addr={number:02x}.0,dma_mask={(1 << 64) - 1:#x}"]
-        self._devices: dict[int, Edu] = {}
+        self._devices: dict[SourceId, Edu] = {}
         ours, theirs = socket.socketpair()
         with theirs:
             command += [
@@ -121,7 +122,7 @@ class Machine:
         while "return" not in (answer := json.loads(self._qmp.readline())):
             assert "event" in answer, answer
 
-    def _configure(self, source_id: int, register: int, value: int) -> None:
+    def _configure(self, source_id: SourceId, register: int, value: int) -> None:
         self.say("outl", 0xCF8, 1 << 31 | source_id << 8 | register)
         self.say("outl", 0xCFC, value)
 
@@ -134,15 +135,17 @@ class Machine:
         finally:
             self._monitor("cont")
 
-    def start(self, source_id: int, source: int, target: int, command: int, count: int = 8) -> None:
+    def start(
+        self, source_id: SourceId, source: int, target: int, command: int, count: int = 8
+    ) -> None:
         """Have a device begin a transfer: command 1 reads memory, 3 writes it."""
         self._devices[source_id].start(source, target, command, count)
 
-    def busy(self, source_id: int) -> bool:
+    def busy(self, source_id: SourceId) -> bool:
         """Whether a device's transfer is under way."""
         return self._devices[source_id].busy()
 
-    def finish(self, source_id: int) -> None:
+    def finish(self, source_id: SourceId) -> None:
         """Wait for the end of a device's transfer."""
         self._devices[source_id].finish()
 
@@ -168,7 +171,7 @@ class Lab:
         Region.create(str(memory), RAM)
         self.mode = mode
         self.levels = levels
-        self.region = Region.open(str(memory), write=True, phys_base=0)
+        self.region = Region.open(str(memory), write=True, phys_base=PhysAddr(0))
         self.commit = store_words(self.region)
         root = Memory(self.region, [ROOT])
         configure(root, self.commit, Config(mode, levels))
@@ -177,15 +180,15 @@ class Lab:
             "dom-0": Memory(self.region, [DOM_0]),
             "dom-1": Memory(self.region, [DOM_1]),
         }
-        self.scratch = 1 << width_bits(levels) - 2
+        self.scratch = Iova(1 << width_bits(levels) - 2)
         self.first, self.second = (
             PageTable(m, self.commit, levels=levels, walked=True) for m in self.memories.values()
         )
         for table in (self.first, self.second):
             table.map(self.scratch, SCRATCH_PAGE, PAGE, READ | WRITE)
-        self.domain_ids = {0x28: 2, 0x30: 3}
-        self.root.attach(0x28, self.first.root, 2)
-        self.root.attach(0x30, self.second.root, 3)
+        self.domain_ids = {FIRST: 2, SECOND: 3}
+        self.root.attach(FIRST, self.first.root, 2)
+        self.root.attach(SECOND, self.second.root, 3)
         scalable = mode is Mode.SCALABLE
         self.machine = Machine(memory, width=width_bits(min(levels, 4)), scalable=scalable)
         self.unit = Unit(self.machine)
@@ -203,22 +206,22 @@ class Lab:
         self.unit.invalidate_pages(domain_id, start, end)
         (self.first if domain_id == 2 else self.second).invalidated()
 
-    def walk(self, source_id: int, iova: int, access: int = READ) -> Translation:
+    def walk(self, source_id: SourceId, iova: Iova, access: int = READ) -> Translation:
         """What pkernfs says that a request comes to."""
         memory = Memory.whole(self.region)
         return translate(memory, self.root.root, source_id, iova, mode=self.mode, access=access)
 
-    def word(self, physical: int) -> int:
+    def word(self, physical: PhysAddr) -> int:
         """The word in memory at a physical address."""
-        return int(self.region.view(physical, 8).cast("Q")[0])
+        return int(self.region.view(RegionOff(physical), 8).cast("Q")[0])
 
-    def put(self, physical: int, word: int) -> None:
+    def put(self, physical: PhysAddr, word: int) -> None:
         """Store a word there."""
-        self.region.store_u64(physical, word)
+        self.region.store_u64(RegionOff(physical), word)
 
     # ------------------------------------------------------------------ what devices do
 
-    def load(self, source_id: int, iovas: Sequence[int]) -> list[int | Fault]:
+    def load(self, source_id: SourceId, iovas: Sequence[int]) -> list[int | Fault]:
         """What a device reads at each of up to 512 addresses: the word, or the fault."""
         faults: dict[int, Fault] = {}
         for slot, iova in enumerate(iovas):
@@ -233,32 +236,32 @@ class Lab:
         self.machine.start(source_id, BUFFER, self.scratch, 3, 8 * len(iovas))
         self.machine.finish(source_id)
         assert self.unit.fault() is None
-        words = self.region.view(SCRATCH_PAGE, 8 * len(iovas)).cast("Q")
+        words = self.region.view(RegionOff(SCRATCH_PAGE), 8 * len(iovas)).cast("Q")
         return [faults.get(slot, word) for slot, word in enumerate(words)]
 
-    def fill(self, source_id: int, word: int) -> None:
+    def fill(self, source_id: SourceId, word: int) -> None:
         """Have a device read a word into its buffer, to be written by :meth:`write`."""
         self.put(SCRATCH_PAGE, word)
         self.machine.start(source_id, self.scratch, BUFFER, 1)
         self.machine.finish(source_id)
         assert self.unit.fault() is None
 
-    def write(self, source_id: int, iova: int) -> Fault | None:
+    def write(self, source_id: SourceId, iova: Iova) -> Fault | None:
         """Let a device write the word in its buffer; the fault, if that is what it comes to."""
         self.machine.start(source_id, BUFFER, iova, 3)
         self.machine.finish(source_id)
         return self.unit.fault()
 
-    def store(self, source_id: int, iova: int, word: int) -> Fault | None:
+    def store(self, source_id: SourceId, iova: Iova, word: int) -> Fault | None:
         """Let a device write a word."""
         self.fill(source_id, word)
         return self.write(source_id, iova)
 
     # ------------------------------------------------------------------ comparisons
 
-    def compare(self, source_id: int, *iovas: int) -> list[str]:
+    def compare(self, source_id: SourceId, *iovas: int) -> list[str]:
         """QEMU and translate() agree on reads of these addresses: what each comes to."""
-        expected = [self.walk(source_id, iova) for iova in iovas]
+        expected = [self.walk(source_id, Iova(iova)) for iova in iovas]
         for walk in expected:
             self.forget_refusal(source_id, walk)
             if walk.physical is not None and walk.physical >= DATA:
@@ -276,13 +279,13 @@ class Lab:
                 outcomes.append(f"level {walk.level}")
         return outcomes
 
-    def forget_refusal(self, source_id: int, walk: Translation) -> None:
+    def forget_refusal(self, source_id: SourceId, walk: Translation) -> None:
         """QEMU reports a lack of permission when it walks, not when its IOTLB says so."""
         if walk.fault is not None and walk.fault.name.removeprefix("SM_") in ("READ", "WRITE"):
             page = walk.iova & -PAGE
             self.unit.invalidate_pages(self.domain_ids[source_id], page, page + PAGE)
 
-    def compare_write(self, source_id: int, iova: int) -> str:
+    def compare_write(self, source_id: SourceId, iova: Iova) -> str:
         """As :meth:`compare`, for a write."""
         walk = self.walk(source_id, iova, WRITE)
         self.forget_refusal(source_id, walk)
@@ -297,7 +300,7 @@ class Lab:
         return f"level {walk.level}"
 
     def same_fault(
-        self, fault: Fault | None, source_id: int, walk: Translation, *, write: bool
+        self, fault: Fault | None, source_id: SourceId, walk: Translation, *, write: bool
     ) -> None:
         """A recorded fault is the one that translate() has foreseen."""
         assert fault is not None, walk

@@ -6,10 +6,11 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
+from pkernfs.quantities import PhysAddr, RegionOff
 from pkernfs.region.region import Region
 from pkernfs.vtd.registers import KEPT, STATUS, Command, Step, StepKind
 
-UNIT = 0xFED9_0000  # where QEMU has the registers
+UNIT = PhysAddr(0xFED9_0000)  # where QEMU has the registers
 
 
 class Bus(Protocol):
@@ -22,7 +23,7 @@ class Bus(Protocol):
 class QtestWindow:
     """As mmio.c does the steps, one load or store at a time."""
 
-    def __init__(self, bus: Bus, base: int = UNIT) -> None:
+    def __init__(self, bus: Bus, base: PhysAddr = UNIT) -> None:
         self._bus = bus
         self._base = base
 
@@ -78,4 +79,4 @@ class QtestWindow:
         if kind is StepKind.WAIT_SAME:
             return self.read64(offset) == self.read64(value)
         assert memory is not None
-        return memory.view(offset, 4).cast("I")[0] == value
+        return memory.view(RegionOff(offset), 4).cast("I")[0] == value

@@ -11,14 +11,15 @@ from pkernfs.errors import NoSpaceError
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.fsck import Code, Report, check
 from pkernfs.layout import BLOCK, PAGE, ROOT_INO
+from pkernfs.quantities import Ino, RegionOff
 from pkernfs.region.region import Region
 from support.damage import REG, REGION_BYTES, Damage
 
 #: The bytes of a populated region, and the numbers of its inodes by path.
-Pristine = tuple[bytes, dict[str, int]]
+Pristine = tuple[bytes, dict[str, Ino]]
 
 
-def read_all(fs: FileSystem, ino: int = ROOT_INO) -> dict[bytes, object]:
+def read_all(fs: FileSystem, ino: Ino = ROOT_INO) -> dict[bytes, object]:
     """Every name, byte and attribute below a directory."""
     found: dict[bytes, object] = {}
     for name, child, _, _ in list(fs.readdir(ino, 0)):
@@ -51,9 +52,9 @@ def assert_mounts(region: Region) -> dict[bytes, object]:
 
 def repair_and_check(region: Region, *codes: Code) -> tuple[Report, dict[bytes, object]]:
     """Check, repair, check, mount; the report of the repair and the tree as it then is."""
-    before = region.read(0, region.size)
+    before = region.read(RegionOff(0), region.size)
     found = check(region, repair=False, verify_zero=True)
-    assert region.read(0, region.size) == before, "a check stored into the region"
+    assert region.read(RegionOff(0), region.size) == before, "a check stored into the region"
     for code in codes:
         assert found.counts[code], (code, [str(p) for p in found.problems])
     report = check(region, repair=True, verify_zero=True)
@@ -67,7 +68,7 @@ def repair_and_check(region: Region, *codes: Code) -> tuple[Report, dict[bytes, 
 
 def tree_of(pristine: Pristine) -> dict[bytes, object]:
     with Region.anonymous(REGION_BYTES) as region:
-        region.copy_in(0, pristine[0])
+        region.copy_in(RegionOff(0), pristine[0])
         fs = mount_filesystem(region)
         tree = read_all(fs)
         fs.unmount()

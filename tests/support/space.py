@@ -14,11 +14,12 @@ from pkernfs.fs import superblock
 from pkernfs.fs.inodes import Inode
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.journal import PageStore
-from pkernfs.layout import BLOCK, MAGIC_BLOCK_MAP, MAP_BYTES, PAGE, PAGES_PER_BLOCK
+from pkernfs.layout import BLOCK, FIRST_MAP_PAGE, MAGIC_BLOCK_MAP, MAP_BYTES, PAGE, PAGES_PER_BLOCK
+from pkernfs.quantities import BlockNo, Ino, PhysAddr
 from support.checking import MemoryFile
 
 #: The first page-granular block of a small region.
-META_BLOCK = 2
+META_BLOCK = BlockNo(2)
 
 
 class GiveUp(Exception):
@@ -28,7 +29,7 @@ class GiveUp(Exception):
 class Space:
     """The allocators of a fresh file system."""
 
-    def __init__(self, size: int, phys_base: int | None = None) -> None:
+    def __init__(self, size: int, phys_base: PhysAddr | None = None) -> None:
         self.memory = MemoryFile(size)
         self.region = self.memory.open(phys_base=phys_base)
         make_filesystem(self.region)
@@ -54,7 +55,7 @@ class Space:
                     first_block=r.first_block,
                     blocks=r.blocks,
                     map_page=r.map_page,
-                    phys_base=None if base is None else base + r.first_block * BLOCK,
+                    phys_base=None if base is None else PhysAddr(base + r.first_block * BLOCK),
                 )
                 for r in sb.ranges
             ],
@@ -65,13 +66,15 @@ class Space:
         self.region.close()
         self.memory.close()
 
-    def alloc(self, count: int, goal: int | None = None, owner: int | None = None) -> list[int]:
+    def alloc(self, count: int, goal: int | None = None, owner: int | None = None) -> list[BlockNo]:
         """One transaction; the blocks, in order of use."""
+        near = None if goal is None else BlockNo(goal)
+        growing = None if owner is None else Ino(owner)
         while True:
             try:
                 with self.store:
-                    runs = self.blocks.alloc(count, goal, owner=owner)
-                return [b for first, n in runs for b in range(first, first + n)]
+                    runs = self.blocks.alloc(count, near, owner=growing)
+                return [BlockNo(b) for first, n in runs for b in range(first, first + n)]
             except ZeroingNeeded as e:
                 self.zero(self.blocks.isolate(e.blocks))
 
@@ -81,7 +84,7 @@ class Space:
         with self.store:
             self.blocks.finish_zeroing(isolated)
 
-    def free(self, first: int, count: int) -> None:
+    def free(self, first: BlockNo, count: int) -> None:
         with self.store:
             self.blocks.free(first, count)
 
@@ -115,14 +118,14 @@ class Space:
 
     def bits(self, offset: int) -> set[int]:
         """A bitmap of the block map, as it is in the region (small regions: one page)."""
-        page = self.store.read(2, MAGIC_BLOCK_MAP)
+        page = self.store.read(FIRST_MAP_PAGE, MAGIC_BLOCK_MAP)
         return {
             b for b, bit in enumerate(bitmap.expand(page[offset:][:MAP_BYTES], self.total)) if bit
         }
 
 
 @contextmanager
-def space(size: int, phys_base: int | None = None) -> Iterator[Space]:
+def space(size: int, phys_base: PhysAddr | None = None) -> Iterator[Space]:
     made = Space(size, phys_base)
     try:
         yield made

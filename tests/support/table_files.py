@@ -22,13 +22,14 @@ from pkernfs.iommu.export import assemble
 from pkernfs.iommu.memory import Memory
 from pkernfs.iommu.translate import translate_domain
 from pkernfs.layout import BLOCK, IOMMU_INO, PAGE, ROOT_INO
+from pkernfs.quantities import Ino, Iova, PhysAddr, RegionOff, SourceId
 from pkernfs.region.checksum import crc32c
 from pkernfs.region.region import Region
 from support.checking import MemoryFile
 
 MIB = 1 << 20
-PHYS_BASE = 1 << 33
-DEVICE = 0x28
+PHYS_BASE = PhysAddr(1 << 33)
+DEVICE = SourceId(0x28)
 READ, WRITE, RW = 1, 2, 3
 POISON = b"\xdb" * MIB
 
@@ -54,7 +55,7 @@ class Host:
         self.region = self.file.open(phys_base=PHYS_BASE)
         if poison:
             for at in range(0, size, MIB):
-                self.region.copy_in(at, POISON)
+                self.region.copy_in(RegionOff(at), POISON)
         make_filesystem(self.region)
         self.fs = mount_filesystem(self.region)
 
@@ -70,7 +71,7 @@ class Host:
         self.region.close()
         self.file.close()
 
-    def remount(self, phys_base: int | None = PHYS_BASE, *, clean: bool = True) -> None:
+    def remount(self, phys_base: PhysAddr | None = PHYS_BASE, *, clean: bool = True) -> None:
         """Another daemon opens the region; ``clean``: after an unmount."""
         if clean:
             self.fs.unmount()
@@ -87,7 +88,7 @@ class Host:
 
     # ------------------------------------------------------------------ files
 
-    def file_of(self, name: str, size: int = 0, data: bytes = b"") -> int:
+    def file_of(self, name: str, size: int = 0, data: bytes = b"") -> Ino:
         """A new file in the root directory; its inode number."""
         ino = self.fs.create(ROOT_INO, name.encode(), 0o100600, 0, 0).ino
         if size:
@@ -96,20 +97,20 @@ class Host:
             self.run(lambda: self.fs.write(ino, 0, data))
         return ino
 
-    def sparse(self, name: str, size: int) -> int:
+    def sparse(self, name: str, size: int) -> Ino:
         """A new file of one page at its end, and a hole before it."""
         ino = self.file_of(name)
         self.run(lambda: self.fs.write(ino, size - 1, b"\0"))
         return ino
 
-    def dom(self, number: int, size: int = BLOCK) -> int:
+    def dom(self, number: int, size: int = BLOCK) -> Ino:
         """A new domain file."""
         ino = self.fs.create(IOMMU_INO, b"dom-%d" % number, 0o100600, 0, 0).ino
         if size:
             self.run(lambda: self.fs.setattr(ino, size=size))
         return ino
 
-    def physical(self, ino: int, offset: int = 0) -> int:
+    def physical(self, ino: Ino, offset: int = 0) -> PhysAddr:
         """Where a byte of a file is."""
         (_low, at, _length), *_ = self.fs.pieces(ino, offset, 1)
         found = self.region.physical(at)
@@ -121,15 +122,15 @@ class Host:
     def map(
         self,
         number: int,
-        iova: int,
-        ino: int,
+        iova: Iova,
+        ino: Ino,
         offset: int = 0,
         length: int | None = None,
         perm: int = RW,
     ) -> int:
         return self.run(lambda: self.tables.map_file(number, iova, ino, offset, length, perm))
 
-    def attach(self, number: int, source_id: int = DEVICE) -> int:
+    def attach(self, number: int, source_id: SourceId = DEVICE) -> int:
         return self.run(lambda: self.tables.attach(number, source_id))
 
     def mappings(self, number: int) -> list[tuple[int, int, int, int]]:
@@ -137,7 +138,7 @@ class Host:
         found = self.tables.domain(number).mappings()
         return [(m.iova, m.physical, m.length, m.perm) for m in found]
 
-    def at(self, number: int, iova: int) -> int | None:
+    def at(self, number: int, iova: Iova) -> PhysAddr | None:
         """Where the walker gets to from dom-N's top-level table on."""
         table = self.tables.domain(number)
         memory = Memory.whole(self.region)
@@ -181,16 +182,16 @@ def pages(count: int) -> int:
 
 GIB = 1 << 30
 PUNCH = FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE
-BAR = Bar(0x30, 0, 0xFC00_0000, 16 * MIB)
+BAR = Bar(SourceId(0x30), 0, PhysAddr(0xFC00_0000), 16 * MIB)
 
 
-def ino_of(host: Host, name: str) -> int:
-    found: int = host.fs.lookup(ROOT_INO, name.encode()).ino
+def ino_of(host: Host, name: str) -> Ino:
+    found: Ino = host.fs.lookup(ROOT_INO, name.encode()).ino
     return found
 
 
-def table_ino(host: Host, name: bytes) -> int:
-    found: int = host.fs.lookup(IOMMU_INO, name).ino
+def table_ino(host: Host, name: bytes) -> Ino:
+    found: Ino = host.fs.lookup(IOMMU_INO, name).ino
     return found
 
 
@@ -198,11 +199,11 @@ def refused(
     host: Host, error: type[PkernfsError], operation: Callable[[], Any], match: str = ""
 ) -> None:
     """``operation`` fails, in one line, and nothing of the region has changed."""
-    before = crc32c(host.region.view(0, host.region.size))
+    before = crc32c(host.region.view(RegionOff(0), host.region.size))
     with pytest.raises(error, match=match or None) as caught:
         host.run(operation)
     assert "\n" not in str(caught.value)
-    assert crc32c(host.region.view(0, host.region.size)) == before
+    assert crc32c(host.region.view(RegionOff(0), host.region.size)) == before
 
 
 def until_refused(

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 from pkernfs.iommu import FaultReason
 from pkernfs.layout import PAGE
+from pkernfs.quantities import Iova, SourceId
 
 UNIT = 0xFED9_0000  # where QEMU has the registers
 BUFFER = 0x40000  # of an edu device, 4 KiB
@@ -51,8 +52,8 @@ class Fault(NamedTuple):
     """What a fault recording register holds (11.4.7.6); ``iova`` is that of the page."""
 
     reason: int
-    source_id: int
-    iova: int
+    source_id: SourceId
+    iova: Iova
     write: bool
 
 
@@ -113,7 +114,7 @@ class Unit:
             self._context_command(1 << 61)
             self._iotlb_command(1 << 60)
 
-    def invalidate_device(self, source_id: int, domain_id: int) -> None:
+    def invalidate_device(self, source_id: SourceId, domain_id: int) -> None:
         """What a change of a device's context entry asks for (table 28)."""
         if self._queue:
             pasids = [(7 | domain_id << 16, 0)] if self._wide else []
@@ -180,7 +181,9 @@ class Unit:
         assert high >> 63
         self.write(record + 12, 1 << 31, "l")
         self.write(0x34, 1, "l")
-        return Fault(high >> 32 & 0xFF, high & 0xFFFF, low & -PAGE, not high >> 62 & 1)
+        return Fault(
+            high >> 32 & 0xFF, SourceId(high & 0xFFFF), Iova(low & -PAGE), not high >> 62 & 1
+        )
 
 
 def reasons_in_qemu(reason: FaultReason, *, write: bool) -> set[int]:

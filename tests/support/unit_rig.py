@@ -13,17 +13,18 @@ from pkernfs.host.sysroot import Host
 from pkernfs.iommu.config import Config
 from pkernfs.iommu.context_walk import Mode
 from pkernfs.layout import IOMMU_INO, PAGE, ROOT_INO
+from pkernfs.quantities import Ino, Iova, PhysAddr, SourceId
 from pkernfs.region.region import Region
 from pkernfs.units.discovery import FoundUnit
 from pkernfs.units.unit import Unit
 from support.dmar_tables import add_device, config, drhd, scope, table
-from support.qtest_machine import MIB, RAM, Machine
+from support.qtest_machine import DEVICES, MIB, RAM, Machine
 from support.qtest_window import UNIT, QtestWindow
 from support.unit_drivers import BUFFER
 
-FIRST, SECOND = 0x28, 0x30  # 00:05.0 and 00:06.0
-SCRATCH = 1 << 38
-AT = 1 << 30
+FIRST, SECOND = DEVICES
+SCRATCH = Iova(1 << 38)
+AT = Iova(1 << 30)
 BUS_MASTER = 4
 
 
@@ -54,7 +55,7 @@ class Rig:
 
     @staticmethod
     def _region(memory: Path) -> Region:
-        region = Region.open(str(memory), write=True, phys_base=0)
+        region = Region.open(str(memory), write=True, phys_base=PhysAddr(0))
         region._backing.real_addresses = True  # they are: QEMU's
         return region
 
@@ -90,15 +91,15 @@ class Rig:
 
     # ------------------------------------------------------------------ files and devices
 
-    def file(self, name: str, size: int, directory: int = ROOT_INO) -> int:
+    def file(self, name: str, size: int, directory: Ino = ROOT_INO) -> Ino:
         ino = self.fs.create(directory, name.encode(), 0o100600, 0, 0).ino
         self.fs.setattr(ino, size=size)
-        return int(ino)
+        return ino
 
-    def put(self, ino: int, offset: int, word: int) -> None:
+    def put(self, ino: Ino, offset: int, word: int) -> None:
         self.fs.write(ino, offset, word.to_bytes(8, "little"))
 
-    def load(self, device: int, iova: int) -> int | None:
+    def load(self, device: SourceId, iova: Iova) -> int | None:
         """The word that a device reads; None: a fault."""
         self.machine.start(device, iova, BUFFER, 1)
         self.machine.finish(device)

@@ -7,6 +7,7 @@ from typing import Any
 
 from pkernfs.errors import VfioError
 from pkernfs.host import pci_config
+from pkernfs.quantities import Iova
 from pkernfs.vmm import sysfs
 
 MIB = 1 << 20
@@ -79,7 +80,7 @@ class Space:
         self.machine.do(f"{bdf} add")
         self.ready = True
 
-    def map(self, iova: int, vaddr: int, length: int, perm: int) -> None:
+    def map(self, iova: Iova, vaddr: int, length: int, perm: int) -> None:
         self.machine.do(f"map {iova:#x} {length:#x} {perm}")
 
     def open(self, bdf: str) -> Any:

@@ -20,6 +20,7 @@ from pkernfs.errors import (
 from pkernfs.host.sysroot import Host
 from pkernfs.iommu import READ, READ_WRITE, Memory, Mode
 from pkernfs.layout import PAGE
+from pkernfs.quantities import Iova, PhysAddr, RegionOff, RegionRun, SourceId
 from pkernfs.units.kernel_tables import KernelTables, MachineMemory, read_second_stage
 from pkernfs.units.mmio import MemoryWindow
 from pkernfs.units.unit import Unit
@@ -67,9 +68,9 @@ def scalable(make: Make) -> Kernel:
 def test_devices_and_what_they_map(make: Make, mode: Mode, levels: int) -> None:
     kernel = make(mode, levels)
     first, second, _ = kernel.domains
-    first.map(0, 1 << 30, 5 * PAGE, READ_WRITE)
-    first.map(2 * MIB, (1 << 30) + 2 * MIB, 8 * MIB, READ)
-    second.map(1 << 30, 1 << 34, 1 << 30, READ_WRITE)
+    first.map(Iova(0), PhysAddr(1 << 30), 5 * PAGE, READ_WRITE)
+    first.map(Iova(2 * MIB), PhysAddr((1 << 30) + 2 * MIB), 8 * MIB, READ)
+    second.map(Iova(1 << 30), PhysAddr(1 << 34), 1 << 30, READ_WRITE)
     kernel.root.attach(EDU, first.root, 5)
     kernel.root.attach(NIC, second.root, 6)
     live = kernel.live()
@@ -84,7 +85,7 @@ def test_devices_and_what_they_map(make: Make, mode: Mode, levels: int) -> None:
     assert live.users_of_id(5, first.root) == []
     assert [e.source_id for e in live.users_of_id(6, first.root)] == [NIC]
     with pytest.raises(NotFoundError, match=r"0000:00:06.0: no live domain in dmar0: bind it"):
-        live.entry(0x30)
+        live.entry(SourceId(0x30))
 
 
 def test_a_domain_that_maps_nothing(kernel: Kernel) -> None:
@@ -103,7 +104,7 @@ def test_pass_through(legacy: Kernel) -> None:
     live = legacy.live()
     with pytest.raises(NotSupportedError, match=r"0000:00:05.0: its requests pass through"):
         live.entry(EDU)
-    assert [e.source_id for e in live.users_of_id(1, 0x1000)] == [EDU]
+    assert [e.source_id for e in live.users_of_id(1, PhysAddr(0x1000))] == [EDU]
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,7 @@ def test_other_kinds_in_scalable_mode(scalable: Kernel, kind: int, message: str)
     scalable.root.attach(EDU, scalable.domains[0].root, 5)
     [entry] = scalable.root.devices()
     scalable.word(entry.where, entry.pasid_words[0] & ~(7 << 6) | kind << 6)
-    scalable.word(entry.where + 16, 0x123000)  # FSPTPTR
+    scalable.word(PhysAddr(entry.where + 16), 0x123000)  # FSPTPTR
     live = scalable.live()
     with pytest.raises(NotSupportedError, match=message):
         live.entry(EDU)
@@ -125,7 +126,7 @@ def test_another_pasid(scalable: Kernel) -> None:
     scalable.root.attach(EDU, scalable.domains[0].root, 5)
     [entry] = scalable.root.devices()
     for at, word in enumerate(entry.pasid_words):
-        scalable.word(entry.where + 3 * 64 + 8 * at, word)
+        scalable.word(PhysAddr(entry.where + 3 * 64 + 8 * at), word)
     with pytest.raises(NotSupportedError, match=r"0000:00:05.0: PASID 3 is in use"):
         scalable.live().entry(EDU)
 
@@ -172,8 +173,8 @@ def test_a_root_table_that_is_nowhere(legacy: Kernel) -> None:
 
 def test_tables_in_a_region_are_read_there(legacy: Kernel) -> None:
     """As a kdump kernel has them, which adopted them; no /proc/kcore has that memory."""
-    legacy.domains[0].map(0, 1 << 30, PAGE, READ)
-    region = Memory(legacy.region, [(MIB, MIB)])
+    legacy.domains[0].map(Iova(0), PhysAddr(1 << 30), PAGE, READ)
+    region = Memory(legacy.region, [RegionRun(RegionOff(MIB), MIB)])
     with MachineMemory(Host("/nowhere"), region) as memory:
         found = read_second_stage(memory, legacy.domains[0].root, 4)
     assert found == [(0, 1 << 30, PAGE, READ)]
@@ -188,7 +189,7 @@ def test_cycles_and_tables_that_are_shared(legacy: Kernel) -> None:
     with pytest.raises(TableDamageError, match=r"level 3 at .*: reached a second time"):
         read_second_stage(legacy.memory(), top, 4)
     legacy.word(top, top + PAGE | 3)
-    legacy.word(top + 8, top + PAGE | 3)
+    legacy.word(PhysAddr(top + 8), top + PAGE | 3)
     with pytest.raises(TableDamageError, match="reached a second time"):
         read_second_stage(legacy.memory(), top, 4)
 
@@ -199,14 +200,14 @@ def test_tables_that_are_nowhere_and_reserved_bits(legacy: Kernel) -> None:
     with pytest.raises(TableDamageError, match="0x200000000000: not in memory"):
         read_second_stage(legacy.memory(), top, 4)
     legacy.word(top, top + PAGE | 3)
-    legacy.word(top + PAGE, 1 << 62 | 1 << 30 | 0x83)
+    legacy.word(PhysAddr(top + PAGE), 1 << 62 | 1 << 30 | 0x83)
     with pytest.raises(TableDamageError, match="reserved bits set"):
         read_second_stage(legacy.memory(), top, 4)
 
 
 def test_too_many_tables(legacy: Kernel) -> None:
     for at in range(20):
-        legacy.domains[0].map(at << 30, at << 21, PAGE, READ)
+        legacy.domains[0].map(Iova(at << 30), PhysAddr(at << 21), PAGE, READ)
     assert len(read_second_stage(legacy.memory(), legacy.domains[0].root, 4)) == 20
     with pytest.raises(TableDamageError, match="more than 20 pages of tables"):
         read_second_stage(legacy.memory(pages=20), legacy.domains[0].root, 4)
@@ -220,7 +221,7 @@ def test_garbage_is_refused_or_read_in_time(make: Make, seed: int) -> None:
     kernel = make(rng.choice(list(Mode)))
     for page in range(0, 3 * MIB, PAGE):
         words = [rng.choice((0, rng.getrandbits(64), _pointer(rng))) for _ in range(512)]
-        kernel.region.copy_in(page, b"".join(w.to_bytes(8, "little") for w in words))
+        kernel.region.copy_in(RegionOff(page), b"".join(w.to_bytes(8, "little") for w in words))
     began = time.monotonic()
     with suppress(PkernfsError):
         live = kernel.live()

@@ -12,12 +12,13 @@ from pkernfs.native._native import lib
 from pkernfs.errors import PermissionDeniedError, UnitError
 from pkernfs.host.sysroot import Host
 from pkernfs.layout import PAGE
+from pkernfs.quantities import PhysAddr, RegionOff
 from pkernfs.region.region import Region
 from pkernfs.units.mmio import MemoryWindow, open_window
 from pkernfs.vtd.registers import KEPT, STATUS, Command, Step, StepKind
 
 MIB = 1 << 20
-BASE = 16 * PAGE
+BASE = PhysAddr(16 * PAGE)
 
 
 def test_steps_on_memory() -> None:
@@ -153,7 +154,7 @@ def test_no_memory_to_map(tmp_path: Path) -> None:
 def test_flushed_lines_are_as_before() -> None:
     """Lines that begin before a range, and end behind it, are written back whole."""
     with Region.anonymous(2 * MIB) as region:
-        region.copy_in(60, bytes(range(200)))
-        region.flush_lines(63, 130)
-        assert region.read(60, 200) == bytes(range(200))
+        region.copy_in(RegionOff(60), bytes(range(200)))
+        region.flush_lines(RegionOff(63), 130)
+        assert region.read(RegionOff(60), 200) == bytes(range(200))
         lib.pk_flush_lines(region.base, 0)

@@ -9,6 +9,7 @@ from pkernfs.host.pci import PciDevice
 from pkernfs.iommu.config import Config
 from pkernfs.iommu.context_walk import Mode
 from pkernfs.layout import PAGE
+from pkernfs.quantities import Iova, PhysAddr, SourceId
 from pkernfs.units.requirements import (
     Requirements,
     cut_off,
@@ -21,11 +22,11 @@ from support.dmar_tables import drhd, rmrr, scope, table
 from support.page_tables import GIB, MIB, Domain
 
 DATA = 1 << 40
-EDU = 0x28
+EDU = SourceId(0x28)
 
 #: QEMU's unit, with scalable mode: 48 bits, 3 and 4 levels, leaves up to 1 GiB, 65536 domain ids.
 ABLE = Capabilities(0x10, 0xD2008C222F0606, 0xF42 | 1 << 43 | 1 << 46)
-MODEST = Requirements(Config(Mode.LEGACY, 4), [1], 1, GIB, GIB)
+MODEST = Requirements(Config(Mode.LEGACY, 4), [1], 1, Iova(GIB), PhysAddr(GIB))
 
 
 def test_modest_tables_on_a_good_unit() -> None:
@@ -33,7 +34,7 @@ def test_modest_tables_on_a_good_unit() -> None:
     assert (
         list(unmet_requirements(ABLE, MODEST._replace(config=Config(Mode.SCALABLE, 3)), 46)) == []
     )
-    most = Requirements(Config(Mode.LEGACY, 4), [0xFFFF], 3, 1 << 48, 1 << 46)
+    most = Requirements(Config(Mode.LEGACY, 4), [0xFFFF], 3, Iova(1 << 48), PhysAddr(1 << 46))
     assert list(unmet_requirements(ABLE, most, 46)) == []
 
 
@@ -66,7 +67,7 @@ def test_what_tables_may_ask_too_much(wanted: dict[str, object], reason: str) ->
     ],
 )
 def test_what_a_unit_may_lack(able: Capabilities, reason: str) -> None:
-    wanted = Requirements(Config(Mode.SCALABLE, 4), [0], 3, GIB, GIB)
+    wanted = Requirements(Config(Mode.SCALABLE, 4), [0], 3, Iova(GIB), PhysAddr(GIB))
     [found] = unmet_requirements(able, wanted, 46)
     assert found.startswith(reason)
 
@@ -80,7 +81,7 @@ def test_the_largest_leaf(levels: int) -> None:
     found = []
     for iova, length in ((0, 0), (PAGE, PAGE), (2 * MIB, 2 * MIB), (GIB, GIB)):
         if length:
-            domain.table.map(iova, DATA + iova, length, 3)
+            domain.table.map(Iova(iova), PhysAddr(DATA + iova), length, 3)
         found.append(largest_leaf(domain.memory, domain.table.root, levels))
     assert found == [1, 1, 2, 3]
     domain.close()
@@ -131,10 +132,11 @@ def test_a_device_that_is_not_there(dmar: Dmar) -> None:
 
 def test_devices_at_work_that_the_tables_do_not_know(dmar: Dmar) -> None:
     units = dmar.units
-    attached = device(source_id=0x38, chain=(0x38,))
+    other = SourceId(0x38)
+    attached = device(source_id=other, chain=(other,))
     idle = [device(driver=None), device(bus_master=False), device(bridge=True)]
     elsewhere = device(segment=1)
     everything = [device(), attached, *idle, elsewhere]
-    assert cut_off(dmar, units, everything, {0x38}) == [device()]
-    assert cut_off(dmar, units, everything, {0x38, EDU}) == []
+    assert cut_off(dmar, units, everything, {other}) == [device()]
+    assert cut_off(dmar, units, everything, {other, EDU}) == []
     assert cut_off(dmar, [], everything, set()) == []

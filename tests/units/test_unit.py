@@ -14,6 +14,7 @@ import pytest
 from pkernfs.errors import InvalidError, UnitError
 from pkernfs.iommu import READ, Mode
 from pkernfs.layout import PAGE
+from pkernfs.quantities import Iova, PhysAddr, RegionOff
 from pkernfs.region.region import Region
 from pkernfs.units.unit import QueueMemory, QueuePlace, QueueState, Unit
 from pkernfs.vtd.invalidation import descriptor, device, domain, everything
@@ -26,11 +27,12 @@ from pkernfs.vtd.registers import (
 from support.kernel_queue import (
     Kernel,
 )
-from support.qtest_machine import MIB, Lab
+from support.qtest_machine import FIRST, MIB, SECOND, Lab
 from support.qtest_window import UNIT, QtestWindow
 
 QUEUE = 14 * MIB  # of ours, in QEMU's memory
 KERNEL_QUEUE = 15 * MIB
+AT = Iova(0x10_0000)  # what a device reads
 
 
 @pytest.fixture(params=[Mode.LEGACY, Mode.SCALABLE], ids=["legacy", "scalable"])
@@ -40,8 +42,8 @@ def lab(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Lab]:
     made.close()
 
 
-def queue_of(lab: Lab, pages: int = 4) -> QueueMemory:
-    return QueueMemory(lab.region, QUEUE, QUEUE, pages * PAGE)
+def queue_of(lab: Lab, pages: int = 4, at: int = QUEUE) -> QueueMemory:
+    return QueueMemory(lab.region, RegionOff(at), PhysAddr(at), pages * PAGE)
 
 
 @pytest.fixture
@@ -65,15 +67,15 @@ def test_on_and_off(lab: Lab, unit: Unit) -> None:
     queue = queue_of(lab) if unit.needs_queue(lab.mode) else None
     assert (queue is None) == (lab.mode is Mode.LEGACY)
     assert not unit.walks(lab.root.root)
-    lab.first.map(0x10_0000, 16 * MIB, PAGE, READ)
+    lab.first.map(AT, PhysAddr(16 * MIB), PAGE, READ)
     unit.enable_translation(lab.root.root, lab.mode, queue)
     assert unit.walks(lab.root.root)
-    assert not unit.walks(lab.root.root + PAGE)
+    assert not unit.walks(PhysAddr(lab.root.root + PAGE))
     assert not unit.state().queue_on
-    assert lab.load(0x28, [0x10_0000]) == [lab.word(16 * MIB)]
+    assert lab.load(FIRST, [AT]) == [lab.word(PhysAddr(16 * MIB))]
     unit.enable_translation(lab.root.root, lab.mode, queue)  # again: nothing but forgetting
     with pytest.raises(UnitError, match="translates already, by the tables at"):
-        unit.enable_translation(lab.root.root + PAGE, lab.mode, queue)
+        unit.enable_translation(PhysAddr(lab.root.root + PAGE), lab.mode, queue)
     assert unit.walks(lab.root.root)
     unit.disable_translation(lab.mode, queue)
     assert not unit.state().translating
@@ -82,10 +84,10 @@ def test_on_and_off(lab: Lab, unit: Unit) -> None:
 def test_faults_are_read_and_freed(lab: Lab, unit: Unit) -> None:
     queue = queue_of(lab)
     unit.enable_translation(lab.root.root, lab.mode, queue)
-    lab.machine.start(0x30, 0x7654_3000, 0x40000, 1)
-    lab.machine.finish(0x30)
+    lab.machine.start(SECOND, 0x7654_3000, 0x40000, 1)
+    lab.machine.finish(SECOND)
     [fault] = unit.faults()
-    assert (fault.source_id, fault.iova, fault.write) == (0x30, 0x7654_3000, False)
+    assert (fault.source_id, fault.iova, fault.write) == (SECOND, 0x7654_3000, False)
     unit.clear_faults()
     assert unit.faults() == []
 
@@ -98,27 +100,27 @@ def test_what_a_unit_has_cached_is_forgotten(lab: Lab, unit: Unit) -> None:
     kernel: Kernel | None = None
     for turn in range(2):
         for what in (domain(2), everything(scalable=scalable)):
-            lab.first.map(0x10_0000, 16 * MIB, PAGE, READ)
-            lab.put(16 * MIB, 77)
-            assert lab.load(0x28, [0x10_0000]) == [77]
-            lab.first.unmap(0x10_0000, PAGE)
-            assert lab.load(0x28, [0x10_0000]) == [77], "nothing is cached: nothing is shown"
+            lab.first.map(AT, PhysAddr(16 * MIB), PAGE, READ)
+            lab.put(PhysAddr(16 * MIB), 77)
+            assert lab.load(FIRST, [AT]) == [77]
+            lab.first.unmap(AT, PAGE)
+            assert lab.load(FIRST, [AT]) == [77], "nothing is cached: nothing is shown"
             unit.invalidate(what, queue if turn or scalable else None)
             lab.first.invalidated()
-            lab.machine.start(0x28, 0x10_0000, 0x40000, 1)
-            lab.machine.finish(0x28)
+            lab.machine.start(FIRST, AT, 0x40000, 1)
+            lab.machine.finish(FIRST)
             [fault] = unit.faults()
-            assert fault.iova == 0x10_0000
+            assert fault.iova == AT
             unit.clear_faults()
-        lab.first.map(0x10_0000, 16 * MIB, PAGE, READ)
-        lab.root.detach(0x28)
-        unit.invalidate(device(0x28, 2, scalable=scalable), queue if turn or scalable else None)
-        lab.machine.start(0x28, 0x10_0000, 0x40000, 1)
-        lab.machine.finish(0x28)
-        assert [f.source_id for f in unit.faults()] == [0x28]
+        lab.first.map(AT, PhysAddr(16 * MIB), PAGE, READ)
+        lab.root.detach(FIRST)
+        unit.invalidate(device(FIRST, 2, scalable=scalable), queue if turn or scalable else None)
+        lab.machine.start(FIRST, AT, 0x40000, 1)
+        lab.machine.finish(FIRST)
+        assert [f.source_id for f in unit.faults()] == [FIRST]
         unit.clear_faults()
-        lab.root.attach(0x28, lab.first.root, 2)
-        lab.first.unmap(0x10_0000, PAGE)
+        lab.root.attach(FIRST, lab.first.root, 2)
+        lab.first.unmap(AT, PAGE)
         unit.invalidate(domain(2), queue)
         if kernel is None:
             kernel = kernel_of(lab)
@@ -153,7 +155,7 @@ def test_what_the_kernel_adds_while_its_queue_is_lent_is_run(
 
     class Racing(QtestWindow):
         left = -1
-        status = 0
+        status = RegionOff(0)
 
         def _do(self, step: Step, memory: Region | None, seconds: float) -> bool:
             if self.left == 0:
@@ -209,8 +211,8 @@ def test_a_loan_that_was_cut_short_is_ended(lab: Lab, unit: Unit, place: int) ->
         kernel.submit()
     unit.enable_translation(lab.root.root, lab.mode, queue_of(lab))
     half = unit.queue_bytes() // 2
-    queue = QueueMemory(lab.region, QUEUE, QUEUE, 2 * half)
-    note = QueueMemory(lab.region, QUEUE + half, QUEUE + half, PAGE)
+    queue = queue_of(lab, 2 * half // PAGE)
+    note = queue_of(lab, 1, QUEUE + half)
     found = 0
     window = Dying(lab.machine)
     dying = Unit("dmar0", window, UNIT)
@@ -238,7 +240,7 @@ def test_a_note_is_not_believed_where_no_queue_is_missing(lab: Lab, unit: Unit) 
     """A region that was made to do harm cannot have the unit read a queue of its own."""
     kernel = kernel_of(lab)
     kernel.submit()
-    note = QueueMemory(lab.region, QUEUE + 2 * PAGE, QUEUE + 2 * PAGE, PAGE)
+    note = queue_of(lab, 1, QUEUE + 2 * PAGE)
     state = QueueState(30 * MIB, QueuePlace.ON, unit._tail())
     unit._prepare_queue(domain(2)[0], queue_of(lab), state)
     assert not unit.restore_interrupted_queue(note)
@@ -251,8 +253,8 @@ def test_a_queue_that_is_too_small_or_unaligned(lab: Lab, unit: Unit) -> None:
     kernel_of(lab).submit()
     assert unit.queue_bytes() == (4 if lab.mode is Mode.SCALABLE else 2) * PAGE
     for queue in (
-        QueueMemory(lab.region, QUEUE, QUEUE, PAGE),
-        QueueMemory(lab.region, QUEUE, QUEUE + 2048, 8 * PAGE),
+        queue_of(lab, 1),
+        QueueMemory(lab.region, RegionOff(QUEUE), PhysAddr(QUEUE + 2048), 8 * PAGE),
     ):
         with pytest.raises(InvalidError, match="too small, unaligned"):
             unit.invalidate(domain(2), queue)

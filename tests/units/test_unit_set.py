@@ -10,6 +10,7 @@ from pkernfs.iommu.context_walk import Mode
 from pkernfs.iommu.memory import Memory, store_words
 from pkernfs.iommu.root_tables import RootTables
 from pkernfs.layout import PAGE
+from pkernfs.quantities import RegionOff, RegionRun, SourceId
 from pkernfs.region.region import Region
 from pkernfs.units.unit import QueueMemory, Unit
 from pkernfs.units.unit_set import ActiveUnits, restore_interrupted_queues, with_queue
@@ -19,6 +20,7 @@ from support.page_tables import MIB, PHYS_BASE
 
 CAP = 0xD2008C222F0606  # QEMU's
 ECAP = 0xF42
+EDU = SourceId(0x28)
 RWBF, CM, C = 1 << 4, 1 << 7, 1
 
 
@@ -69,7 +71,7 @@ class Told(Unit):
 @pytest.fixture
 def root() -> Iterator[RootTables]:
     with Region.anonymous(2 * MIB, phys_base=PHYS_BASE) as region:
-        yield RootTables(Memory(region, [(0, 64 * PAGE)]), store_words(region))
+        yield RootTables(Memory(region, [RegionRun(RegionOff(0), 64 * PAGE)]), store_words(region))
 
 
 def test_what_all_of_them_can_do() -> None:
@@ -91,12 +93,12 @@ def test_each_is_told_of_each_change(root: RootTables, mode: Mode) -> None:
     scalable = mode is Mode.SCALABLE
     both.invalidate_all(root)
     both.invalidate_domains(root, [3, 4])
-    both.invalidate_device(root, 0x28, 3)
+    both.invalidate_device(root, EDU, 3)
     expected = [
         *everything(scalable=scalable),
         *domain(3),
         *domain(4),
-        *device(0x28, 3, scalable=scalable),
+        *device(EDU, 3, scalable=scalable),
     ]
     assert [u.told for u in units] == [expected] * 2
     assert all((queue is not None) == scalable for u in units for queue in u.queues)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pkernfs.errors import TakeOverError, VmmError
+from pkernfs.quantities import Iova, RegionOff
 from pkernfs.vmm.export import Attached, Bar, Mapping, Memory, Place, parse_export, read_export
 from support.vfio_machine import MIB, SPARE, A, B, VfioMachine, export_of, mapping, two_domains
 
@@ -21,12 +22,13 @@ def test_what_is_kept(machine: VfioMachine) -> None:
     found = parse_export(export_of(machine, dom_0=[bar, nobodys], dom_1=[mapping(0, (MIB, 4096))]))
     assert (found.region, found.place) == ("region", Place(machine.region, 0, 8 * MIB))
     assert found.devices == (Attached(A, "dom-0", "dmar0"), Attached(B, "dom-1", "dmar0"))
+    reached = (Memory(0x4000, RegionOff(0)),)
     assert found.domains["dom-0"] == (
-        Mapping(0, 0x4000, True, True, None, Bar(SPARE, 2), 0x1000, (Memory(0x4000, 0),)),
-        Mapping(0x5000, 0x1000, True, False, None, None, 0, (Memory(0x1000, None),)),
+        Mapping(Iova(0), 0x4000, True, True, None, Bar(SPARE, 2), 0x1000, reached),
+        Mapping(Iova(0x5000), 0x1000, True, False, None, None, 0, (Memory(0x1000, None),)),
     )
     assert found.domains["dom-1"] == (
-        Mapping(0, 4096, True, True, "/guest-ram", None, 0, (Memory(4096, MIB),)),
+        Mapping(Iova(0), 4096, True, True, "/guest-ram", None, 0, (Memory(4096, RegionOff(MIB)),)),
     )
     assert found.damaged == {}
 

@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pkernfs.vmm
 
-NEEDS = {"pkernfs", "pkernfs.errors", "pkernfs.host", "pkernfs.host.pci_config"}
+NEEDS = {
+    "pkernfs",
+    "pkernfs.errors",
+    "pkernfs.host",
+    "pkernfs.host.pci_config",
+    "pkernfs.quantities",
+}
 
 
 def test_needs_nothing_of_the_file_system() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from pkernfs.errors import TakeOverError
+from pkernfs.quantities import Iova
 from pkernfs.vmm import plan as plan_module
 from pkernfs.vmm.export import Bar, parse_export
 from pkernfs.vmm.plan import Domain, Piece
@@ -25,9 +26,9 @@ def test_pieces(machine: VfioMachine) -> None:
     assert first == Domain(
         "dom-0",
         [
-            Piece(0x1000, 0x2000, 3, MIB),
-            Piece(0x3000, 0x1000, 3, 5 * MIB),
-            Piece(0x5000, 0x1000, 1, 0),
+            Piece(Iova(0x1000), 0x2000, 3, MIB),
+            Piece(Iova(0x3000), 0x1000, 3, 5 * MIB),
+            Piece(Iova(0x5000), 0x1000, 1, 0),
         ],
         [A],
     )
@@ -40,7 +41,7 @@ def test_bars(machine: VfioMachine) -> None:
     bar = mapping(0, (0, 0x4000), bar={"device": SPARE, "number": 2}, offset=0x1000)
     del bar["file"]
     [domain] = plan(export_of(machine, dom_0=[bar]))
-    assert domain.pieces == [Piece(0, 0x4000, 3, 0x1000, Bar(SPARE, 2))]
+    assert domain.pieces == [Piece(Iova(0), 0x4000, 3, 0x1000, Bar(SPARE, 2))]
 
 
 def other_driver(machine: VfioMachine) -> None:

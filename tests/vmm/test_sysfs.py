@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pkernfs.errors import VfioError
+from pkernfs.quantities import Iova
 from pkernfs.vmm import sysfs
 from pkernfs.vmm.sysfs import ReservedRange
 
@@ -43,8 +44,8 @@ def test_groups(tree: Path) -> None:
         "0x00000000fee00000 0x00000000feefffff msi\n0x1000 0x1fff direct\n"
     )
     assert sysfs.reserved_ranges(12) == [
-        ReservedRange(0xFEE0_0000, 0xFEEF_FFFF, "msi"),
-        ReservedRange(0x1000, 0x1FFF, "direct"),
+        ReservedRange(Iova(0xFEE0_0000), Iova(0xFEEF_FFFF), "msi"),
+        ReservedRange(Iova(0x1000), Iova(0x1FFF), "direct"),
     ]
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from pkernfs.errors import VfioError
 from pkernfs.host import pci_config
+from pkernfs.quantities import Iova
 from pkernfs.vmm import sysfs, uapi, vfio
 
 BDF = "0000:00:05.0"
@@ -86,7 +87,7 @@ def test_a_container(kernel: Kernel) -> None:
 def test_an_ioas(kernel: Kernel) -> None:
     space = vfio.Ioas()
     assert (space.ready, space.id, space.fds) == (True, 77, {"iommufd": 4})
-    space.map(0x1000, 0x7000_0000, 0x2000, vfio.READ | vfio.WRITE)
+    space.map(Iova(0x1000), 0x7000_0000, 0x2000, vfio.READ | vfio.WRITE)
     space.prepare(BDF)
     space.add(BDF)
     assert kernel.names == ["IOMMU_IOAS_ALLOC", "IOMMU_IOAS_MAP"]
@@ -102,7 +103,7 @@ def test_an_ioas(kernel: Kernel) -> None:
         ("VFIO_DEVICE_ATTACH_IOMMUFD_PT", {"fd": 6, "argsz": 12, "flags": 0, "pt_id": 77}),
     ]  # fmt: skip
     kernel.asked.clear()
-    space.unmap(0x1000, 0x2000)
+    space.unmap(Iova(0x1000), 0x2000)
     assert kernel.asked == [
         ("IOMMU_IOAS_UNMAP", {"fd": 4, "size": 24, "ioas_id": 77, "iova": 0x1000, "length": 0x2000})
     ]

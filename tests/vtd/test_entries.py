@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pkernfs.errors import InvalidError, TableDamageError
+from pkernfs.quantities import SourceId
 from pkernfs.vtd import entries
 from pkernfs.vtd.entries import ALL_FORMATS, LEAVES, Entry, FaultReason
 
@@ -155,7 +156,7 @@ def test_values_that_do_not_fit() -> None:
     ("text", "segment", "source_id"),
     [("0000:00:05.0", 0, 0x28), ("0001:ff:1f.7", 1, 0xFFFF), ("3a:00.1", 0, 0x3A01)],
 )
-def test_device_addresses(text: str, segment: int, source_id: int) -> None:
+def test_device_addresses(text: str, segment: int, source_id: SourceId) -> None:
     assert entries.parse_bdf(text) == (segment, source_id)
     assert entries.bdf_text(source_id, segment).endswith(text)
 

@@ -9,7 +9,7 @@ _EXPANDED = [bytes(value >> bit & 1 for bit in range(8)) for value in range(256)
 
 
 class Run(NamedTuple):
-    """Bits, blocks or pages in a row."""
+    """Bits in a row."""
 
     first: int
     length: int

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 from pkernfs.alloc import bitmap
-from pkernfs.alloc.bitmap import Run
 from pkernfs.errors import CorruptionError, NoSpaceError, ZeroingNeeded
 from pkernfs.journal import PageStore
 from pkernfs.layout import (
@@ -29,7 +27,9 @@ from pkernfs.layout import (
     MAP_CARVED_OFFSET,
     MAP_USED_OFFSET,
     MAP_ZERO_OFFSET,
+    PAGES_PER_BLOCK,
 )
+from pkernfs.quantities import BlockNo, BlockRun, Ino, PageNo, PhysAddr, RegionOff, RegionRun
 
 _FREE = 0
 _USED = 1
@@ -50,34 +50,25 @@ INLINE_ZERO_BLOCKS = 4
 class MapRange:
     """A range of the region, as far as the allocator is concerned."""
 
-    first_block: int
+    first_block: BlockNo
     blocks: int
-    map_page: int
-    phys_base: int | None
-
-
-class Piece(NamedTuple):
-    """Bytes of the region, from an offset on."""
-
-    offset: int
-    length: int
+    map_page: PageNo
+    phys_base: PhysAddr | None
 
 
 @dataclass
 class IsolatedBlocks:
     """Free blocks that are being zeroed and that nobody else may allocate meanwhile."""
 
-    runs: list[Run]
+    runs: list[BlockRun]
 
-    def pieces(self, most: int = 8 << 20) -> list[Piece]:
+    def pieces(self, most: int = 8 << 20) -> list[RegionRun]:
         """Cut the runs into pieces of the region of at most ``most`` bytes."""
         found = []
         for first, count in self.runs:
-            offset, end = first * BLOCK, (first + count) * BLOCK
-            while offset < end:
-                length = min(most, end - offset)
-                found.append(Piece(offset, length))
-                offset += length
+            end = (first + count) * BLOCK
+            for offset in range(first * BLOCK, end, most):
+                found.append(RegionRun(RegionOff(offset), min(most, end - offset)))
         return found
 
 
@@ -91,14 +82,14 @@ class BlockAllocator:
         self.total_blocks = total
         self._state = bytearray([_USED]) * total
         self._zero = bytearray(total)
-        self._windows: OrderedDict[int, tuple[int, int]] = OrderedDict()
+        self._windows: OrderedDict[Ino, BlockRun] = OrderedDict()
         for r in ranges:
             self._load(r)
         self.free_blocks = self._state.count(_FREE)
 
     def _load(self, r: MapRange) -> None:
         for i in range(-(-r.blocks // MAP_BLOCKS)):
-            page = self._store.read(r.map_page + i, MAGIC_BLOCK_MAP)
+            page = self._store.read(PageNo(r.map_page + i), MAGIC_BLOCK_MAP)
             first, count = BLOCK_MAP.unpack_from(page, BLOCK_MAP_OFFSET)
             expected = (r.first_block + i * MAP_BLOCKS, min(MAP_BLOCKS, r.blocks - i * MAP_BLOCKS))
             if (first, count) != expected:
@@ -118,21 +109,22 @@ class BlockAllocator:
 
     # ------------------------------------------------------------------ questions
 
-    def is_page_granular(self, block: int) -> bool:
-        """Tell if the block's pages are allocated one by one.
+    def is_in_page_granular(self, page: PageNo) -> bool:
+        """Tell if a page is in a block whose pages are allocated one by one.
 
-        :raises CorruptionError: there is no such block.
+        :raises CorruptionError: there is no such page.
         """
+        block = page // PAGES_PER_BLOCK
         if not 0 <= block < self.total_blocks:
             raise CorruptionError(f"block {block}: out of the region")
         return self._state[block] == _PAGE_GRANULAR
 
-    def page_granular_blocks(self) -> list[int]:
+    def page_granular_blocks(self) -> list[BlockNo]:
         """List the page-granular blocks, ascending."""
         found = []
         block = self._state.find(_PAGE_GRANULAR)
         while block >= 0:
-            found.append(block)
+            found.append(BlockNo(block))
             block = self._state.find(_PAGE_GRANULAR, block + 1)
         return found
 
@@ -153,23 +145,24 @@ class BlockAllocator:
         end = at
         while end < len(state) and end - at < most and state[end] == _FREE and not zero[end]:
             end += 1
-        return self.isolate([Run(at, end - at)])
+        return self.isolate([BlockRun(BlockNo(at), end - at)])
 
     # ------------------------------------------------------------------ zeroing
 
     def isolate(self, runs: Iterable[tuple[int, int]]) -> IsolatedBlocks:
         """Keep free blocks from being allocated until :meth:`finish` or :meth:`release`.
 
-        Blocks that are no longer free are left out.
+        Blocks that are no longer free are left out. The runs are bare, ``(first, blocks)``: those
+        of :class:`ZeroingNeeded` are, for errors know no other module.
         """
-        kept: list[Run] = []
+        kept: list[BlockRun] = []
         for first, count in runs:
             for block in range(first, first + count):
                 if self._state[block] in (_FREE, _KEPT) and not self._zero[block]:
                     if kept and sum(kept[-1]) == block:
-                        kept[-1] = Run(kept[-1].first, kept[-1].length + 1)
+                        kept[-1] = BlockRun(kept[-1].first, kept[-1].blocks + 1)
                     else:
-                        kept.append(Run(block, 1))
+                        kept.append(BlockRun(BlockNo(block), 1))
         for first, count in kept:
             self._state[first : first + count] = bytes([_ISOLATED]) * count
         return IsolatedBlocks(kept)
@@ -194,8 +187,13 @@ class BlockAllocator:
     # ------------------------------------------------------------------ allocating
 
     def alloc(
-        self, count: int, goal: int | None = None, *, owner: int | None = None, zeroed: bool = True
-    ) -> list[Run]:
+        self,
+        count: int,
+        goal: BlockNo | None = None,
+        *,
+        owner: Ino | None = None,
+        zeroed: bool = True,
+    ) -> list[BlockRun]:
         """Allocate ``count`` blocks: at ``goal`` if that is free, in one run if there is one.
 
         Runs of 1 GiB or more start at a 1 GiB aligned (physical) address where possible. A file
@@ -214,10 +212,10 @@ class BlockAllocator:
         for first, length in runs:
             self._allocate(first, length, _USED)
         if owner is not None and goal is not None:
-            self._keep(owner, sum(runs[-1]), count)
+            self._keep(owner, BlockNo(sum(runs[-1])), count)
         return runs
 
-    def choose(self, count: int, owner: int) -> int:
+    def choose(self, count: int, owner: Ino) -> BlockNo:
         """The first block of where ``count`` blocks would go, claimed and known to be dirty.
 
         For a caller that fills the block before it becomes part of a file: the claim keeps it
@@ -236,7 +234,7 @@ class BlockAllocator:
             self._mark(block, 1, zero=False)
             self._zero[block] = 0
         else:
-            self._store.region.zero(block * BLOCK, BLOCK)
+            self._store.region.zero(RegionOff(block * BLOCK), BLOCK)
         self._state[block] = _ISOLATED
 
         def undo() -> None:
@@ -246,17 +244,17 @@ class BlockAllocator:
         self._store.on_abort.append(undo)
         return block
 
-    def alloc_chosen(self, block: int) -> None:
+    def alloc_chosen(self, block: BlockNo) -> None:
         """Make the block from :meth:`choose` file data."""
         # Undone last: giving up leaves the block dirty and free.
         self._store.on_abort.append(partial(self.free_chosen, block))
         self._allocate(block, 1, _USED)
 
-    def free_chosen(self, block: int) -> None:
+    def free_chosen(self, block: BlockNo) -> None:
         """Let the block from :meth:`choose` be allocated by others: it is not wanted after all."""
         self._state[block] = _FREE
 
-    def alloc_page_granular(self) -> int:
+    def alloc_page_granular(self) -> BlockNo:
         """Allocate one block for pages; its bytes may be anything.
 
         :raises NoSpaceError: none is free.
@@ -270,7 +268,7 @@ class BlockAllocator:
         self._allocate(block, 1, _PAGE_GRANULAR)
         return block
 
-    def _plan_or_drop_preallocations(self, count: int, goal: int | None) -> list[Run]:
+    def _plan_or_drop_preallocations(self, count: int, goal: BlockNo | None) -> list[BlockRun]:
         runs = self._plan(count, goal)
         if runs is None and self._windows:
             self.drop_preallocations()
@@ -281,7 +279,7 @@ class BlockAllocator:
             raise NoSpaceError(f"no space: {count} blocks wanted, {self.free_blocks} free")
         return runs
 
-    def free(self, first: int, count: int) -> None:
+    def free(self, first: BlockNo, count: int) -> None:
         """Free blocks; they can be allocated once the transaction is committed.
 
         :raises CorruptionError: not all of them are in use.
@@ -294,17 +292,17 @@ class BlockAllocator:
         self._store.on_abort.append(partial(self._restore, first, old, None))
         self._store.on_commit.append(partial(self._freed, first, count))
 
-    def _freed(self, first: int, count: int) -> None:
+    def _freed(self, first: BlockNo, count: int) -> None:
         self._state[first : first + count] = bytes(count)
         self.free_blocks += count
 
-    def _restore(self, first: int, state: bytes, zero: bytes | None) -> None:
+    def _restore(self, first: BlockNo, state: bytes, zero: bytes | None) -> None:
         self._state[first : first + len(state)] = state
         if zero is not None:
             self._zero[first : first + len(zero)] = zero
             self.free_blocks += len(state)
 
-    def _allocate(self, first: int, count: int, kind: int) -> None:
+    def _allocate(self, first: BlockNo, count: int, kind: int) -> None:
         old = bytes(self._state[first : first + count])
         old_zero = bytes(self._zero[first : first + count])
         self._mark(
@@ -321,7 +319,7 @@ class BlockAllocator:
 
     def _mark(
         self,
-        first: int,
+        first: BlockNo,
         count: int,
         *,
         used: bool | None = None,
@@ -329,12 +327,12 @@ class BlockAllocator:
         zero: bool | None = None,
     ) -> None:
         for r in self._ranges:
-            start = max(first, r.first_block)
+            start: int = max(first, r.first_block)
             end = min(first + count, r.first_block + r.blocks)
             while start < end:
                 index, bit = divmod(start - r.first_block, MAP_BLOCKS)
                 length = min(end - start, MAP_BLOCKS - bit)
-                page = self._store.edit(r.map_page + index, MAGIC_BLOCK_MAP)
+                page = self._store.edit(PageNo(r.map_page + index), MAGIC_BLOCK_MAP)
                 for offset, value in (
                     (MAP_USED_OFFSET, used),
                     (MAP_CARVED_OFFSET, page_granular),
@@ -344,7 +342,7 @@ class BlockAllocator:
                         bitmap.set_run(page[offset : offset + MAP_BYTES], bit, length, value)
                 start += length
 
-    def _clear_zero_now(self, block: int) -> None:
+    def _clear_zero_now(self, block: BlockNo) -> None:
         """Clear the block's zero bit for good, whatever becomes of the transaction."""
         r = next(r for r in self._ranges if r.first_block <= block < r.first_block + r.blocks)
         index, bit = divmod(block - r.first_block, MAP_BLOCKS)
@@ -352,11 +350,11 @@ class BlockAllocator:
         def change(page: memoryview) -> None:
             bitmap.set_run(page[MAP_ZERO_OFFSET : MAP_ZERO_OFFSET + MAP_BYTES], bit, 1, False)
 
-        self._store.change_now(r.map_page + index, MAGIC_BLOCK_MAP, change)
+        self._store.change_now(PageNo(r.map_page + index), MAGIC_BLOCK_MAP, change)
         self._zero[block] = 0
 
-    def _zero_now(self, runs: Sequence[Run]) -> None:
-        dirty: list[tuple[int, int]] = []
+    def _zero_now(self, runs: list[BlockRun]) -> None:
+        dirty: list[BlockRun] = []
         for first, count in runs:
             end = first + count
             at = self._zero.find(0, first, end)
@@ -364,67 +362,71 @@ class BlockAllocator:
                 stop = self._zero.find(1, at, end)
                 if stop < 0:
                     stop = end
-                dirty.append((at, stop - at))
+                dirty.append(BlockRun(BlockNo(at), stop - at))
                 at = self._zero.find(0, stop, end)
         if sum(count for _, count in dirty) > INLINE_ZERO_BLOCKS:
-            raise ZeroingNeeded(dirty)
+            raise ZeroingNeeded([*dirty])
         for first, count in dirty:
-            self._store.region.zero(first * BLOCK, count * BLOCK)
+            self._store.region.zero(RegionOff(first * BLOCK), count * BLOCK)
 
     # ------------------------------------------------------------------ choosing
 
-    def _plan(self, count: int, goal: int | None) -> list[Run] | None:
+    def _plan(self, count: int, goal: BlockNo | None) -> list[BlockRun] | None:
         """Choose the runs to allocate; None: too few blocks are free outside the windows."""
         if count > self.free_blocks:
             return None
-        head: list[Run] = []
+        head: list[BlockRun] = []
         if goal is not None and 0 <= goal < self.total_blocks:
             length = self._free_at(goal, count)
             if length == count:
-                return [Run(goal, count)]
+                return [BlockRun(goal, count)]
             if length:
-                head = [Run(goal, length)]
+                head = [BlockRun(goal, length)]
                 count -= length
         # What is allocated at the goal must not be found again.
         for first, length in head:
             self._state[first : first + length] = bytes([_USED]) * length
         try:
             found = self._find(count)
-            rest = [Run(found, count)] if found is not None else self._pick_largest(count)
+            rest = [BlockRun(found, count)] if found is not None else self._pick_largest(count)
         finally:
             for first, length in head:
                 self._state[first : first + length] = bytes(length)
         return head + rest if rest is not None else None
 
-    def _free_at(self, block: int, most: int) -> int:
+    def _free_at(self, block: BlockNo, most: int) -> int:
         end = min(block + most, self.total_blocks)
         run = _FREE_RUNS.match(self._state, block, end)
         return run.end() - block if run else 0
 
-    def _find(self, count: int) -> int | None:
+    def _find(self, count: int) -> BlockNo | None:
         if count >= BLOCKS_PER_GIB:
             aligned = self._find_aligned(count)
             if aligned is not None:
                 return aligned
         at = self._state.find(bytes(count))
-        return at if at >= 0 else None
+        return BlockNo(at) if at >= 0 else None
 
-    def _find_aligned(self, count: int) -> int | None:
+    def _find_aligned(self, count: int) -> BlockNo | None:
         for r in self._ranges:
             base = (r.phys_base or 0) // BLOCK
             first = r.first_block + -base % BLOCKS_PER_GIB
             for at in range(first, r.first_block + r.blocks - count + 1, BLOCKS_PER_GIB):
-                if self._free_at(at, count) == count:
-                    return at
+                block = BlockNo(at)
+                if self._free_at(block, count) == count:
+                    return block
         return None
 
-    def _pick_largest(self, count: int) -> list[Run] | None:
-        found = [(m.start(), m.end() - m.start()) for m in _FREE_RUNS.finditer(self._state)]
-        found.sort(key=lambda run: (-run[1], run[0]))
+    def _pick_largest(self, count: int) -> list[BlockRun] | None:
+        found = [
+            BlockRun(BlockNo(m.start()), m.end() - m.start())
+            for m in _FREE_RUNS.finditer(self._state)
+        ]
+        found.sort(key=lambda run: (-run.blocks, run.first))
         picked = []
         for first, length in found:
             length = min(length, count)
-            picked.append(Run(first, length))
+            picked.append(BlockRun(first, length))
             count -= length
             if not count:
                 return picked
@@ -432,7 +434,7 @@ class BlockAllocator:
 
     # ------------------------------------------------------------------ room for growth
 
-    def _keep(self, owner: int, start: int, count: int) -> None:
+    def _keep(self, owner: Ino, start: BlockNo, count: int) -> None:
         """Keep as many blocks behind a growing file as it just took, at least 8."""
         length = (
             self._free_at(start, min(max(8, 2 * count), _MAX_PREALLOCATED_BLOCKS))
@@ -441,16 +443,16 @@ class BlockAllocator:
         )
         if length:
             self._state[start : start + length] = bytes([_KEPT]) * length
-            self._windows[owner] = (start, length)
+            self._windows[owner] = BlockRun(start, length)
             if len(self._windows) > _MAX_PREALLOCATIONS:
                 self._unkeep(self._windows.popitem(last=False)[1])
 
-    def _unkeep(self, window: tuple[int, int]) -> None:
-        for block in range(window[0], sum(window)):
+    def _unkeep(self, window: BlockRun) -> None:
+        for block in range(window.first, sum(window)):
             if self._state[block] == _KEPT:
                 self._state[block] = _FREE
 
-    def drop_preallocation(self, owner: int) -> None:
+    def drop_preallocation(self, owner: Ino) -> None:
         """Let others allocate what was kept for a file that has stopped growing."""
         window = self._windows.pop(owner, None)
         if window:

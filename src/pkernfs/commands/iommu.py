@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pkernfs.control.mounts import DEAD, FSTYPE, Mount, canonical_spec, mount_at, mount_of
 from pkernfs.errors import InvalidError, NotFoundError, PkernfsError, UsageError
 from pkernfs.options import parse_size
+from pkernfs.quantities import Ino, Iova, PhysAddr, SourceId
 
 if TYPE_CHECKING:
     from pkernfs.control.protocol import Read
@@ -176,7 +177,10 @@ def _configure_map(parser: argparse.ArgumentParser) -> None:
         "--bar", metavar="BDF:N", help="map memory BAR N of a device instead of a file."
     )
     parser.add_argument(
-        "--offset", metavar="N", default="0", help="begin at byte N of it; 0 if not given."
+        "--offset",
+        metavar="N",
+        default="0",
+        help="begin at byte N of the file or BAR; 0 if not given.",
     )
     parser.add_argument("--length", metavar="N", help="map N bytes; to the end if not given.")
     parser.add_argument(
@@ -278,7 +282,7 @@ def _map(args: argparse.Namespace) -> int:
         found = os.fstat(fd.fileno)
         if found.st_dev != mount.device:
             raise InvalidError(f"{args.file}: on another mount than {args.dom}")
-        ino = found.st_ino
+        ino = Ino(found.st_ino)
         client.call(args.dom, protocol.MapFile(number, iova, ino, offset, length, access))
     return 0
 
@@ -341,7 +345,7 @@ def _persist(args: argparse.Namespace) -> int:
     return 0
 
 
-def _mount_with(args: argparse.Namespace, device: int) -> str:
+def _mount_with(args: argparse.Namespace, device: SourceId) -> str:
     """Return the mount that is named, the only one, or the one with the device attached."""
     if args.mnt is not None:
         return str(args.mnt)
@@ -364,7 +368,7 @@ def _all_mounts() -> list[str]:
     return [m.mount_point for m in read_mounts() if m.fstype == FSTYPE]
 
 
-def _is_attached(mount_point: str, device: int) -> bool:
+def _is_attached(mount_point: str, device: SourceId) -> bool:
     """:raises VersionError: its daemon does not understand the question."""
     from pkernfs.control import client, protocol
     from pkernfs.control.wire import VersionError
@@ -424,17 +428,17 @@ def _domain_number(name: str) -> int | None:
     return int(digits) if int(digits) <= _MAX_DOMAIN else None
 
 
-def parse_iova(text: str) -> int:
+def parse_iova(text: str) -> Iova:
     """Parse an address: a byte count, or any 64-bit number in hexadecimal.
 
     :raises UsageError: ``text`` is something else.
     """
     if not _HEXADECIMAL.fullmatch(text):
-        return parse_size(text, "iova")
+        return Iova(parse_size(text, "iova"))
     value = int(text, 16)
     if value >> 64:
         raise UsageError(f"bad iova: got {text!r}, expected less than 2^64")
-    return value
+    return Iova(value)
 
 
 # ---------------------------------------------------------------------- reading
@@ -506,7 +510,7 @@ def _without_daemon(spec: str, phys_base: str | None, question: Question) -> Out
     from pkernfs.dma.reports import answer
     from pkernfs.region.region import Region
 
-    base = None if phys_base is None else parse_size(phys_base, "phys-base")
+    base = None if phys_base is None else PhysAddr(parse_size(phys_base, "phys-base"))
     with Region.open(canonical_spec(spec), write=False, phys_base=base) as region:
         yield from answer(mount_filesystem(region, read_only=True), question)
 
@@ -549,7 +553,7 @@ def _units(args: argparse.Namespace) -> int:
     return 0
 
 
-def _root_of(mount_point: str) -> int | None:
+def _root_of(mount_point: str) -> PhysAddr | None:
     """Return the physical address of a mount's root table, if its daemon gives it."""
     from pkernfs.control import client, protocol
     from pkernfs.control.wire import VersionError

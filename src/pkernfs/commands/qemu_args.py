@@ -29,6 +29,7 @@ from pkernfs.errors import (
 from pkernfs.fuse.extents_xattr import Extent
 from pkernfs.host import qemu
 from pkernfs.options import format_size
+from pkernfs.quantities import RegionOff
 from pkernfs.region.spec import looks_physical, parse_span
 
 QEMU = "qemu-system-x86_64"
@@ -53,7 +54,14 @@ class Piece(NamedTuple):
 
     offset: int
     length: int
-    region_offset: int
+    region_offset: RegionOff
+
+
+class Qemu(NamedTuple):
+    """A program that is a QEMU, and its version, as in ``8.2.1``."""
+
+    path: str
+    version: str
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -157,7 +165,7 @@ def _check_file(file: str) -> tuple[Mount, int]:
     return mount, info.st_size
 
 
-def _one_piece(file: str, size: int, place: MemPath) -> int:
+def _one_piece(file: str, size: int, place: MemPath) -> RegionOff:
     """Return the region offset of the file's one piece.
 
     :raises InvalidError: the file has holes, is in several pieces, or is not aligned.
@@ -254,7 +262,7 @@ def _dax_align(device: int) -> int:
 # ------------------------------------------------------------------------------- QEMU
 
 
-def check_qemu(command: str) -> tuple[str, str]:
+def check_qemu(command: str) -> Qemu:
     """Return path and version of a QEMU that is new enough.
 
     :raises NotFoundError: there is no such program.
@@ -277,4 +285,4 @@ def check_qemu(command: str) -> tuple[str, str]:
             "memory-backend-file): install that of Debian 13 or of bookworm-backports, or give "
             "--qemu PATH"
         )
-    return path, version
+    return Qemu(path, version)

@@ -1,8 +1,9 @@
 """Frozen dataclasses as JSON, and back, with every check that their annotations call for.
 
 A field may be an int, with its range as ``Annotated[int, Between(...)]``; bool; str; bytes, which
-are base64 in JSON; a Literal of strings; another such dataclass; a dict, which is JSON as it is. It
-may be a tuple of one kind of these, and each may be None. A field with a default may be missing.
+are base64 in JSON; a Literal of strings; another such dataclass; a dict, which is JSON as it is; or
+a NewType of one of these. It may be a tuple of one kind of these, and each may be None. A field
+with a default may be missing.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import (
     Any,
     Literal,
     NamedTuple,
+    NewType,
     TypeVar,
     Union,
     cast,
@@ -134,6 +136,8 @@ def _codec(annotation: Any) -> _Codec:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _Codec(_as_it_is, partial(_decode_int, arguments[1]))
+    if isinstance(annotation, NewType):
+        return _codec(annotation.__supertype__)
     if origin is Literal:
         return _Codec(_as_it_is, partial(_decode_literal, arguments))
     if origin in (Union, types.UnionType):

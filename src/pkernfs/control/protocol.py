@@ -10,13 +10,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from pkernfs import quantities
 from pkernfs.control.codec import Between
 from pkernfs.control.wire import Call, Request, Stream
 from pkernfs.dma.output import Question, Record, Status, Text
 
-Unsigned = Annotated[int, Between(0, 2**64 - 1)]
+_UNSIGNED = Between(0, 2**64 - 1)
+Unsigned = Annotated[int, _UNSIGNED]
+Ino = Annotated[quantities.Ino, _UNSIGNED]
+PageNo = Annotated[quantities.PageNo, _UNSIGNED]
+PhysAddr = Annotated[quantities.PhysAddr, _UNSIGNED]
+Iova = Annotated[quantities.Iova, _UNSIGNED]
+SourceId = Annotated[quantities.SourceId, Between(0, 0xFFFF)]
 DomainNumber = Annotated[int, Between(0, 0xFFFF)]  #: N of dom-N
-SourceId = Annotated[int, Between(0, 0xFFFF)]  #: bus, device and function of a device
 Access = Annotated[int, Between(0, 3)]  #: READ, WRITE or both
 
 
@@ -49,7 +55,7 @@ class Ping(Call[Pong], op="ping"):
 class OpenForWriting:
     """The file system was not frozen: these inodes are open for writing."""
 
-    inodes: tuple[Unsigned, ...]
+    inodes: tuple[Ino, ...]
 
 
 @dataclass(frozen=True)
@@ -69,8 +75,8 @@ class Freeze(Stream[OpenForWriting | Frozen], op="handover.freeze"):
 class ManifestFile:
     """Room for a manifest: its inode, and the pages of metadata that making it has changed."""
 
-    ino: Unsigned
-    pages: tuple[Unsigned, ...]
+    ino: Ino
+    pages: tuple[PageNo, ...]
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ class MakeManifest(Call[ManifestFile], op="handover.make_manifest"):
 class WriteManifest(Call[Nothing], op="handover.write_manifest"):
     """Store ``data`` at ``offset`` of the manifest ``ino``."""
 
-    ino: Unsigned
+    ino: Ino
     offset: Unsigned
     data: bytes
 
@@ -103,7 +109,7 @@ class Commit(Call[Committed], op="handover.commit"):
     ``flags`` are HANDOVER_FLAG_* of the record.
     """
 
-    ino: Unsigned
+    ino: Ino
     digest: Unsigned
     flags: Unsigned
 
@@ -162,8 +168,8 @@ class MapFile(Call[ByteCount], op="iommu.map_file"):
     """Map a range of a file; to its end if ``length`` is None."""
 
     domain: DomainNumber
-    iova: Unsigned
-    ino: Unsigned
+    iova: Iova
+    ino: Ino
     offset: Unsigned
     length: Unsigned | None
     access: Access
@@ -174,7 +180,7 @@ class MapBar(Call[ByteCount], op="iommu.map_bar"):
     """Map a range of memory BAR ``bar`` of a device; to its end if ``length`` is None."""
 
     domain: DomainNumber
-    iova: Unsigned
+    iova: Iova
     device: SourceId
     bar: Annotated[int, Between(0, 5)]
     offset: Unsigned
@@ -187,7 +193,7 @@ class Unmap(Call[ByteCount], op="iommu.unmap"):
     """Unmap a range of addresses."""
 
     domain: DomainNumber
-    iova: Unsigned
+    iova: Iova
     length: Unsigned
 
 
@@ -278,7 +284,7 @@ class ListDevices(Call[Devices], op="iommu.devices"):
 class RootTable:
     """The physical address of the root table; None: there is none."""
 
-    address: Unsigned | None
+    address: PhysAddr | None
 
 
 @dataclass(frozen=True)
@@ -293,7 +299,7 @@ class Read(Stream[Text | Record | Status], op="iommu.read"):
     what: Literal["translate", "show", "check", "export"]
     domain: DomainNumber | None = None
     device: SourceId | None = None
-    iova: Unsigned | None = None
+    iova: Iova | None = None
     pasid: Unsigned | None = None
     access: Access = 0
     as_json: bool = False

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol, TypeVar
 
+from pkernfs.quantities import Ino
+
 _Result = TypeVar("_Result")
 
 
@@ -24,13 +26,13 @@ class Session(Protocol):
     async def with_zeroing(self, operation: Callable[[], _Result]) -> _Result:
         """Run an operation, again if it needs memory that must be zeroed first."""
 
-    async def invalidate(self, ino: int, *, data: bool = False) -> None:
+    async def invalidate(self, ino: Ino, *, data: bool = False) -> None:
         """Have the kernel ask for an inode's attributes, and ``data``, again."""
 
-    async def invalidate_name(self, directory: int, name: bytes) -> None:
+    async def invalidate_name(self, directory: Ino, name: bytes) -> None:
         """Have the kernel look a name up again, and read its directory again."""
 
-    def writers(self) -> dict[int, int]:
+    def writers(self) -> dict[Ino, int]:
         """Count by inode how often each is open for writing."""
 
     def freed(self) -> None:

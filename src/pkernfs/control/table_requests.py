@@ -28,6 +28,7 @@ from pkernfs.iommu.check import Report
 from pkernfs.iommu.config import Config
 from pkernfs.iommu.context_walk import Mode
 from pkernfs.layout import IOMMU_INO
+from pkernfs.quantities import Ino
 from pkernfs.vtd.entries import check_source_id
 
 if TYPE_CHECKING:
@@ -129,9 +130,9 @@ class TableRequests:
         tables.domain(number)
         kept = {d.source_id for d in tables.devices()} - tables.non_persistent()
         async with self._lock:
-            with Activation(self._fs).live() as live:
+            with Activation(self._fs).kernel_units() as kernel:
                 # Only memory that does not change hands meanwhile is read there.
-                reading = await trio.to_thread.run_sync(snapshot.read, live, source_id, kept)
+                reading = await trio.to_thread.run_sync(snapshot.read, kernel, source_id, kept)
             plan = await self._in_steps(snapshot.plan(self._fs, HOST, reading))
         return Attached(await self._change(lambda: snapshot.apply(self._fs, plan, number), number))
 
@@ -146,7 +147,7 @@ class TableRequests:
             return UnitNames(tuple(Activation(self._fs).switch_units()))
 
     async def activate(self, request: protocol.Activate) -> UnitNames:
-        """Check the tables, and put them in force."""
+        """Check the tables, and enable translation by them."""
         async with self._lock:
             report = await self._examine()
             if not report.clean:
@@ -206,7 +207,7 @@ class TableRequests:
                 await self._session.invalidate(ino, data=True)
         return done
 
-    def _root_ino(self) -> int:
+    def _root_ino(self) -> Ino:
         return self._fs.find(IOMMU_INO, ROOT_PGTABLES)
 
     # ------------------------------------------------------------------ reading

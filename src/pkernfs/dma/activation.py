@@ -1,7 +1,6 @@
-"""Putting a mounted file system's tables in force in the machine's units, and out of force again.
+"""Enables and disables translation by a mounted file system's tables in the machine's units.
 
-What is in force is asked of the units each time: no record could be right after a kexec. See
-docs/dma.md.
+The units are asked each time: no record could be right after a kexec. See docs/dma.md.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pkernfs.dma.comparison import Finder, KernelUnits, check_addresses
 from pkernfs.dma.kernel_adopted import KernelAdopted
@@ -29,6 +28,7 @@ from pkernfs.host.dmar import Dmar, UnitStructure, read_dmar
 from pkernfs.host.pci import PciDevice, all_devices, read_device, unit_of
 from pkernfs.host.sysroot import HOST, Host
 from pkernfs.iommu.root_tables import RootTables
+from pkernfs.quantities import Iova, PhysAddr, SourceId
 from pkernfs.units.discovery import FoundUnit, find_units, need_unit, reach_unit
 from pkernfs.units.requirements import (
     Requirements,
@@ -47,6 +47,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Reach = Callable[[Host, UnitStructure], Unit]
+
+
+class _Switched(NamedTuple):
+    """A unit of :meth:`Activation.switch_units`, and the address of the root table that it had."""
+
+    unit: Unit
+    root: PhysAddr
 
 
 def _find(host: Host, dmar: Dmar) -> list[FoundUnit]:
@@ -71,8 +78,7 @@ class Activation:
         self._host = host
         self._find = find
         self._reach = reach
-        #: Units of :meth:`switch_units`, and the address of the root table that each had.
-        self._switched: list[tuple[Unit, int]] = []
+        self._switched: list[_Switched] = []
 
     @property
     def _tables(self) -> TableFiles:
@@ -125,7 +131,7 @@ class Activation:
         active_units.invalidate_all(self._tables.need_root())
         self._tables.set_active_units(active_units)
 
-    def _admit(self, dmar: Dmar, source_id: int) -> None:
+    def _admit(self, dmar: Dmar, source_id: SourceId) -> None:
         """:raises InvalidError: a device that must not be attached while units walk the tables."""
         device = read_device(self._host, source_id)
         reason = unfit_reason(dmar, device, source_id)
@@ -235,10 +241,10 @@ class Activation:
             largest = max(largest, largest_leaf(table.memory, table.root, levels))
             for mapping in table.mappings():
                 end = max(end, mapping.iova + mapping.length)
-        ranges = [*tables.region_memory().ranges]
-        ranges += [(bar.start, bar.start + bar.length) for bar in tables.bars()]
+        ranges = [*tables.region_memory().ranges, *(bar.range for bar in tables.bars())]
         ids = sorted({d.domain_id for d in tables.devices()})
-        return Requirements(tables.config, ids, largest, end, max(last for _first, last in ranges))
+        last = max(r.end for r in ranges)
+        return Requirements(tables.config, ids, largest, Iova(end), last)
 
     def _check_others(self, dmar: Dmar, chosen: Sequence[FoundUnit]) -> None:
         attached = {d.source_id for d in self._tables.devices()}
@@ -276,7 +282,7 @@ class Activation:
 
     # ------------------------------------------------------------------ from the kernel's tables
 
-    def live(self) -> KernelUnits:
+    def kernel_units(self) -> KernelUnits:
         """Open what units translate for the running kernel now; the caller closes it.
 
         :raises PkernfsError: see :class:`KernelUnits`.
@@ -284,7 +290,7 @@ class Activation:
         return KernelUnits(self._fs, self._host, self._find)
 
     def check_kernel_tables(self) -> None:
-        """Devices that are attached and persist have what their live domains have.
+        """Devices that are attached and persist have what the kernel tables have.
 
         It is so for a unit that walks these tables already, and of no matter for one that the
         running kernel does not drive.
@@ -292,8 +298,8 @@ class Activation:
         :raises PkernfsError: of which device something differs, what, and the remedy.
         """
         if self._tables.devices():
-            with self.live() as live:
-                live.check()
+            with self.kernel_units() as kernel:
+                kernel.check()
 
     def switch_units(self) -> list[str]:
         """Have the units that the running kernel drives walk these tables: the last step of all.
@@ -308,11 +314,11 @@ class Activation:
         self._check_switch()
         if not self._tables.devices():
             return []
-        with self.live() as live:
-            live.check()
-            chosen = self._to_switch(live)
+        with self.kernel_units() as kernel:
+            kernel.check()
+            chosen = self._to_switch(kernel)
             # It may be that a unit can be switched, but not back.
-            self._watch([found for found in live.found.values() if found.driven])
+            self._watch([found for found in kernel.found.values() if found.driven])
         root, mode = self._tables.need_root(), self._tables.config.mode
         units = [self._reach(self._host, f.structure) for f in chosen]
         restore_interrupted_queues(units, root)
@@ -322,7 +328,7 @@ class Activation:
             rehearsal.invalidate_all(root)
         try:
             for unit in units:
-                self._switched.append((unit, unit.state().root))
+                self._switched.append(_Switched(unit, unit.state().root))
                 with_queue(unit, mode, root, partial(unit.replace_root, root.root, mode))
         except PkernfsError as e:
             self._switched.pop()  # it has seen to itself
@@ -365,12 +371,12 @@ class Activation:
                     f"device {bdf_text(d.source_id)}: attached, and not to persist: hand over first"
                 )
 
-    def _to_switch(self, live: KernelUnits) -> list[FoundUnit]:
+    def _to_switch(self, kernel: KernelUnits) -> list[FoundUnit]:
         """The units above attached devices that do not walk the tables yet."""
         root = self._tables.need_root()
-        above = [live.above(live.device(d.source_id)) for d in self._tables.devices()]
+        above = [kernel.above(kernel.device(d.source_id)) for d in self._tables.devices()]
         names = {f.structure.name for f in above if not need_unit(f).walks(root.root)}
-        chosen = [f for name, f in live.found.items() if name in names]
+        chosen = [f for name, f in kernel.found.items() if name in names]
         for found in chosen:
             name = found.structure.name
             if not found.driven:
@@ -378,7 +384,7 @@ class Activation:
                     f"{name}: it does not walk the region's tables: pkernfs iommu activate"
                 )
             able = need_unit(found).capabilities
-            reasons = list(unmet_requirements(able, self._requirements(), live.dmar.host_bits))
+            reasons = list(unmet_requirements(able, self._requirements(), kernel.dmar.host_bits))
             if reasons:
                 raise NotSupportedError(f"{name}: {'; '.join(reasons)}")
         return chosen

@@ -16,6 +16,7 @@ from pkernfs.host.sysroot import Host
 from pkernfs.iommu.context_walk import Device
 from pkernfs.iommu.page_pool import Mapping
 from pkernfs.iommu.page_walk import without
+from pkernfs.quantities import PhysAddr, SourceId
 from pkernfs.units.discovery import FoundUnit, need_unit
 from pkernfs.units.kernel_tables import KernelTables, MachineMemory, Shape, check_shape
 from pkernfs.units.requirements import unfit_reason
@@ -52,7 +53,7 @@ class KernelUnits:
         self.found = {f.structure.name: f for f in find(host, self.dmar)}
         self._memory = MachineMemory(host, tables_of(fs).region_memory())
         self._units: dict[str, KernelTables] = {}
-        self._mapped: dict[tuple[int, int], list[Mapping]] = {}
+        self._mapped: dict[tuple[PhysAddr, int], list[Mapping]] = {}
 
     def __enter__(self) -> KernelUnits:
         return self
@@ -62,7 +63,7 @@ class KernelUnits:
 
     # ------------------------------------------------------------------ devices and units
 
-    def device(self, source_id: int) -> PciDevice:
+    def device(self, source_id: SourceId) -> PciDevice:
         """A device that may depend on tables of a region.
 
         :raises NotFoundError: there is none.
@@ -103,7 +104,7 @@ class KernelUnits:
         driven = [f for f in self.found.values() if f.driven and not f.structure.segment]
         return [self.unit(f) for f in driven if need_unit(f).state().translating]
 
-    def mappings(self, live: KernelTables, entry: Device) -> list[Mapping]:
+    def mappings(self, kernel: KernelTables, entry: Device) -> list[Mapping]:
         """List what an entry of :meth:`KernelTables.entry` maps.
 
         :raises TableDamageError, PermissionDeniedError: it cannot be read.
@@ -111,10 +112,10 @@ class KernelUnits:
         place = entry.table, entry.levels
         if place not in self._mapped:
             self._memory.begin()
-            self._mapped[place] = live.mappings(entry)
+            self._mapped[place] = kernel.mappings(entry)
         return self._mapped[place]
 
-    def check_group(self, device: PciDevice, kept: set[int]) -> None:
+    def check_group(self, device: PciDevice, kept: set[SourceId]) -> None:
         """Nothing may be in a device's IOMMU group that does not outlive the kernel with it.
 
         :param kept: source ids of the devices that do.
@@ -128,7 +129,7 @@ class KernelUnits:
                     "first, persist it, or use a slot with a group of its own"
                 )
 
-    def check_names(self, device: PciDevice, live: KernelTables, table: int) -> None:
+    def check_names(self, device: PciDevice, kernel: KernelTables, table: PhysAddr) -> None:
         """A device must have no other name in its requests than its own.
 
         The kernel has an entry with the same page tables for each that it knows of, as some
@@ -137,7 +138,7 @@ class KernelUnits:
 
         :raises InvalidError: it has.
         """
-        for entry in live.entries:
+        for entry in kernel.entries:
             other = entry.source_id
             if entry.table == table and read_device(self._host, other) is None:
                 raise InvalidError(
@@ -166,16 +167,16 @@ class KernelUnits:
             self.check_group(device, kept)
             self._check_device(entry, device, self.unit(found))
 
-    def _check_device(self, ours: Device, device: PciDevice, live: KernelTables) -> None:
-        entry = live.entry(ours.source_id)
-        self.check_names(device, live, entry.table)
+    def _check_device(self, ours: Device, device: PciDevice, kernel: KernelTables) -> None:
+        entry = kernel.entry(ours.source_id)
+        self.check_names(device, kernel, entry.table)
         config = tables_of(self._fs).config
         check_shape(
-            entry.source_id, Shape(live.mode, entry.levels), Shape(config.mode, config.levels)
+            entry.source_id, Shape(kernel.mode, entry.levels), Shape(config.mode, config.levels)
         )
         if entry.table != ours.table:
-            self._compare(ours, self.mappings(live, entry))
-        users = live.users_of_id(ours.domain_id, entry.table)
+            self._compare(ours, self.mappings(kernel, entry))
+        users = kernel.users_of_id(ours.domain_id, entry.table)
         if users:
             raise InvalidError(
                 f"device {bdf_text(ours.source_id)}: its entry in the region has domain id "
@@ -183,17 +184,17 @@ class KernelUnits:
                 f"{self._again(ours)}"
             )
 
-    def _compare(self, ours: Device, live: list[Mapping]) -> None:
+    def _compare(self, ours: Device, theirs: list[Mapping]) -> None:
         number = self._number(ours)
         table = tables_of(self._fs).domain(number)
         mapped = list(table.mappings())
         name = bdf_text(ours.source_id)
-        for m in without(live, mapped):
+        for m in without(theirs, mapped):
             raise InvalidError(
                 f"device {name}: its live domain maps {_text(m)}, and dom-{number} does not: "
                 f"{self._again(ours)}"
             )
-        for m in without(mapped, live):
+        for m in without(mapped, theirs):
             raise InvalidError(
                 f"device {name}: dom-{number} maps {_text(m)}, and its live domain does not: "
                 f"{self._again(ours)}"

@@ -18,6 +18,7 @@ from pkernfs.host.dmar import read_dmar
 from pkernfs.host.pci import read_device, unit_of
 from pkernfs.host.sysroot import HOST, Host
 from pkernfs.iommu.context_walk import Mode
+from pkernfs.quantities import PhysAddr, SourceId
 from pkernfs.units.discovery import FoundUnit, find_units, need_unit
 from pkernfs.vtd.entries import bdf_text
 
@@ -74,7 +75,7 @@ class CrashJump:
             tables.config.mode is Mode.SCALABLE,
         )
 
-    def _dependent_devices(self, source_ids: list[int]) -> dict[int, str]:
+    def _dependent_devices(self, source_ids: list[SourceId]) -> dict[SourceId, str]:
         """The devices that must go on, and the unit above each."""
         root = tables_of(self._fs).root
         if not source_ids or root is None:
@@ -140,7 +141,7 @@ class CrashJump:
             raise PermissionDeniedError(f"/proc/sysrq-trigger: {e.strerror}") from None
 
 
-def _holds(found: FoundUnit, root: int) -> bool:
+def _holds(found: FoundUnit, root: PhysAddr) -> bool:
     """True if requests below a unit depend on the tables below ``root``, or on the kernel's."""
     return found.driven or need_unit(found).walks(root)
 

@@ -20,11 +20,13 @@ from pkernfs.errors import (
 )
 from pkernfs.fs.file import FALLOC_KEEP_SIZE
 from pkernfs.host.bars import Bar
+from pkernfs.host.iomem import Span
 from pkernfs.iommu.config import forget_bar, record_bar
 from pkernfs.iommu.page_pool import Mapping
 from pkernfs.iommu.page_table import PageTable
 from pkernfs.iommu.root_tables import RootTables
 from pkernfs.layout import INODE_FLAG_TABLE, PAGE
+from pkernfs.quantities import Ino, Iova, PhysAddr
 
 if TYPE_CHECKING:
     from pkernfs.fs.filesystem import FileSystem
@@ -34,7 +36,7 @@ class FilePiece(NamedTuple):
     """Memory of a file: the offset in it, the physical address, bytes."""
 
     offset: int
-    physical: int
+    physical: PhysAddr
     length: int
 
 
@@ -55,7 +57,7 @@ class Domains:
     # ------------------------------------------------------------------ files
 
     def map_file(
-        self, number: int, iova: int, ino: int, offset: int, length: int | None, perm: int
+        self, number: int, iova: Iova, ino: Ino, offset: int, length: int | None, perm: int
     ) -> int:
         """Map a range of a file; holes of it are allocated and zeroed. Returns the bytes.
 
@@ -74,11 +76,11 @@ class Domains:
         if any(self._holes(ino, offset, length)):
             self._check_overlap(table, iova, ino, offset, length, perm)
             self._fs.fallocate(ino, FALLOC_KEEP_SIZE, offset, length)
-        pieces = [(at, count) for _low, at, count in self.file_pieces(ino, offset, length)]
+        pieces = [Span(at, count) for _low, at, count in self.file_pieces(ino, offset, length)]
         self._map_pieces(number, iova, pieces, perm)
         return length
 
-    def _check_file_range(self, ino: int, offset: int, length: int | None) -> int:
+    def _check_file_range(self, ino: Ino, offset: int, length: int | None) -> int:
         inode = self._fs.inode(ino)
         if not inode.is_reg:
             raise InvalidError("not a regular file")
@@ -102,7 +104,7 @@ class Domains:
         return length
 
     def _check_overlap(
-        self, table: PageTable, iova: int, ino: int, offset: int, length: int, perm: int
+        self, table: PageTable, iova: Iova, ino: Ino, offset: int, length: int, perm: int
     ) -> None:
         """Look at a range of addresses before the file gets memory for it.
 
@@ -110,8 +112,9 @@ class Domains:
         """
         pieces = list(self.file_pieces(ino, offset, length))
         starts = [low for low, _physical, _count in pieces]
-        for m in table.mappings(iova, iova + length):
-            at, end = max(m.iova, iova), min(m.iova + m.length, iova + length)
+        for m in table.mappings(iova, Iova(iova + length)):
+            at: int = max(m.iova, iova)
+            end = min(m.iova + m.length, iova + length)
             while at < end:
                 in_file = at - iova + offset
                 number = bisect_right(starts, in_file) - 1
@@ -121,7 +124,7 @@ class Domains:
                     raise ExistsError(f"iova {at:#x}: already mapped to something else")
                 at += low + count - in_file
 
-    def _holes(self, ino: int, offset: int, length: int) -> Iterator[tuple[int, int]]:
+    def _holes(self, ino: Ino, offset: int, length: int) -> Iterator[tuple[int, int]]:
         at, end = offset, offset + length
         for low, _region_offset, count in self._fs.pieces(ino, offset, length):
             if low > at:
@@ -130,7 +133,7 @@ class Domains:
         if at < end:
             yield at, end - at
 
-    def file_pieces(self, ino: int, offset: int, length: int) -> Iterator[FilePiece]:
+    def file_pieces(self, ino: Ino, offset: int, length: int) -> Iterator[FilePiece]:
         """The memory of a range of a file that is allocated, in order.
 
         :raises InvalidError: it has no physical address.
@@ -145,7 +148,7 @@ class Domains:
     # ------------------------------------------------------------------ BARs
 
     def map_bar(
-        self, number: int, iova: int, bar: Bar, offset: int, length: int | None, perm: int
+        self, number: int, iova: Iova, bar: Bar, offset: int, length: int | None, perm: int
     ) -> int:
         """Map a range of a device's BAR. Returns the bytes.
 
@@ -167,7 +170,7 @@ class Domains:
         self._units.check_domain(number)
         self._record_bar(self._root.have(), bar)
         try:
-            self._map_pieces(number, iova, [(bar.start + offset, length)], perm)
+            self._map_pieces(number, iova, [Span(PhysAddr(bar.start + offset), length)], perm)
         except PkernfsError:
             self._forget_bars()
             raise
@@ -183,8 +186,7 @@ class Domains:
     def _forget_bars(self) -> None:
         """Drop the records of BARs that nothing maps any more."""
         for bar in self._tables.bars():
-            ranges = [(bar.start, bar.start + bar.length)]
-            if all(tree.find(ranges) is None for tree in self._tables.trees.values()):
+            if all(tree.find([bar.range]) is None for tree in self._tables.trees.values()):
                 forget_bar(self._tables.need_root().memory, self._fs.store.commit_words, bar)
 
     # ------------------------------------------------------------------ anything
@@ -210,7 +212,7 @@ class Domains:
             self._forget_bars()
         self._units.mapped(number)
 
-    def _map_pieces(self, number: int, iova: int, pieces: list[tuple[int, int]], perm: int) -> None:
+    def _map_pieces(self, number: int, iova: Iova, pieces: list[Span], perm: int) -> None:
         table = self._tables.domain(number)
         try:
             table.map_pieces(iova, pieces, perm)
@@ -219,7 +221,7 @@ class Domains:
         self._tables.generation += 1
         self._units.mapped(number)
 
-    def unmap(self, number: int, iova: int, length: int) -> int:
+    def unmap(self, number: int, iova: Iova, length: int) -> int:
         """Unmap all that is mapped there; returns how many bytes were.
 
         :raises NotFoundError: nothing is.

@@ -1,8 +1,8 @@
 """Tables of the region that this kernel has adopted: its own context entries lead to them.
 
 A unit that the kernel's driver has cannot be told of changes: it would go on with what it has
-cached, and with memory that is free for everybody else. So what a live entry leads to stays as it
-is, until the device has been taken over (docs/dma.md, "After the jump").
+cached, and with memory that is free for everybody else. So what an entry of the kernel tables leads
+to stays as it is, until the device has been taken over (docs/dma.md, "After the jump").
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pkernfs.host.boot import by_panic
 from pkernfs.host.sysroot import Host
 from pkernfs.iommu.memory import Memory
 from pkernfs.layout import PAGE
+from pkernfs.quantities import PhysAddr, SourceId
 from pkernfs.units.discovery import FoundUnit, need_unit
 from pkernfs.units.kernel_tables import KernelTables, MachineMemory
 from pkernfs.vtd.entries import bdf_text
@@ -23,12 +24,19 @@ from pkernfs.vtd.entries import bdf_text
 log = logging.getLogger(__name__)
 
 
+class Adopted(NamedTuple):
+    """A device, and the page tables in the region that the kernel has it use."""
+
+    source_id: SourceId
+    table: PhysAddr
+
+
 class KernelEntry(NamedTuple):
     """An entry of a unit that the kernel drives, which leads to page tables in the region."""
 
     unit: str
-    source_id: int
-    table: int
+    source_id: SourceId
+    table: PhysAddr
 
     def __str__(self) -> str:
         return f"{self.unit} walks it for device {bdf_text(self.source_id)}"
@@ -74,7 +82,9 @@ class KernelAdopted:
         ours = [e for e in live if self._memory.offset(e.table, PAGE) is not None]
         return [KernelEntry(name, e.source_id, e.table) for e in ours]
 
-    def check(self, what: str, tables: Collection[int], source_id: int | None = None) -> None:
+    def check(
+        self, what: str, tables: Collection[PhysAddr], source_id: SourceId | None = None
+    ) -> None:
         """Check that page tables may change; ``what`` begins the message.
 
         :param source_id: only what this device does counts.

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from pkernfs.fs.filesystem import FileSystem
+from pkernfs.quantities import Ino, RegionRun
 
 if TYPE_CHECKING:
     from pkernfs.dma.table_files import TableFiles
@@ -48,11 +49,11 @@ class TablePins:
         if self._tables is not None:
             self._tables.refresh()
 
-    def holder(self, extents: Iterable[tuple[int, int]]) -> str | None:
-        """Name what maps a byte of these ``(region offset, length)``; None: nothing does."""
+    def holder(self, extents: Iterable[RegionRun]) -> str | None:
+        """Name what maps a byte of these; None: nothing does."""
         return None if self._tables is None else self._tables.holder(extents)
 
-    def check_unused(self, ino: int) -> None:
+    def check_unused(self, ino: Ino) -> None:
         """:raises BusyError: that table file is in use, and by what."""
         self.tables.check_unused(ino)
 

@@ -37,6 +37,7 @@ from pkernfs.iommu.page_table import PageTable
 from pkernfs.iommu.page_walk import Tree
 from pkernfs.iommu.root_tables import RootTables
 from pkernfs.layout import INODE_FLAG_TABLE, IOMMU_INO, PAGE
+from pkernfs.quantities import Ino, Iova, RegionOff, RegionRun, SourceId
 from pkernfs.units.unit_set import ActiveUnits
 from pkernfs.vtd.entries import LARGEST_LEAF_LEVEL, LEVELS
 
@@ -51,7 +52,7 @@ _MAPPINGS_AT_ONCE = 256
 class TableFile(NamedTuple):
     """A file of /iommu as it was when its tables were opened."""
 
-    ino: int
+    ino: Ino
     size: int
 
 
@@ -198,14 +199,14 @@ class OpenTables:
             raise TableDamageError(f"inode {file.ino}: a table file with holes")
         return Memory(self._fs.region, extents)
 
-    def extents_of(self, file: TableFile) -> list[tuple[int, int]]:
-        """``(region offset, length)`` of the memory that a table file has."""
-        return [(e.region_offset, e.length) for e in self._fs.extents(file.ino)]
+    def extents_of(self, file: TableFile) -> list[RegionRun]:
+        """The memory that a table file has, in the order of the file."""
+        return [RegionRun(e.region_offset, e.length) for e in self._fs.extents(file.ino)]
 
     def _assume_addresses(self, file: TableFile) -> None:
         """Give a region without addresses of its own those that its tables were made with."""
         for first in self._fs.extents(file.ino)[:1]:
-            assume_addresses(self._fs.region, first.region_offset + PAGE)
+            assume_addresses(self._fs.region, RegionOff(first.region_offset + PAGE))
 
     def _say_relocated(self, memory: Memory) -> str:
         home = self.config.home
@@ -260,7 +261,7 @@ class OpenTables:
         """:raises InvalidError, TableDamageError: no addresses, or tables of another place."""
         if self.relocated is not None:
             raise TableDamageError(self.relocated)
-        if self._fs.region.physical(0) is None:
+        if self._fs.region.physical(RegionOff(0)) is None:
             raise InvalidError(
                 f"{self._fs.region.name}: the region has no physical addresses: "
                 "mount it with phys_base="
@@ -314,7 +315,7 @@ class OpenTables:
         """List the devices that are attached, by source id."""
         return [] if self.root is None else self.root.devices()
 
-    def non_persistent(self) -> set[int]:
+    def non_persistent(self) -> set[SourceId]:
         """Source ids of the devices whose entries a handover clears."""
         return set() if self.root is None else load_non_persistent(self.root.memory)
 
@@ -324,10 +325,10 @@ class OpenTables:
 
     def mappings(self, number: int) -> Iterator[Mapping]:
         """List what dom-N maps, neighbours joined; its tables may change between two of them."""
-        at = 0
+        at = Iova(0)
         while batch := list(islice(self.domain(number).mappings(at), _MAPPINGS_AT_ONCE)):
             yield from batch
-            at = batch[-1].iova + batch[-1].length
+            at = Iova(batch[-1].iova + batch[-1].length)
 
     def mapped_domain(self) -> str | None:
         """A domain that has mappings, in words."""

@@ -6,17 +6,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from pkernfs.quantities import Iova, SourceId
+
 
 class Question(NamedTuple):
     """A question of a command: ``what`` is translate, show, export or check.
 
-    ``domain`` is N of dom-N, ``device`` a source id, ``access`` READ, WRITE or both.
+    ``domain`` is N of dom-N, ``access`` READ, WRITE or both.
     """
 
     what: str
     domain: int | None = None
-    device: int | None = None
-    iova: int | None = None
+    device: SourceId | None = None
+    iova: Iova | None = None
     pasid: int | None = None
     access: int = 0
     as_json: bool = False

@@ -15,6 +15,7 @@ from pkernfs.fs.names import ROOT_PGTABLES
 from pkernfs.iommu.config import Config
 from pkernfs.iommu.memory import Memory
 from pkernfs.iommu.page_pool import BlockMap
+from pkernfs.quantities import Ino, RegionOff, RegionRun
 from pkernfs.region.region import Region
 from pkernfs.vtd.entries import bdf_text
 
@@ -33,8 +34,8 @@ class Pinned:
 
     # ------------------------------------------------------------------ memory
 
-    def holder(self, extents: Iterable[tuple[int, int]]) -> str | None:
-        """Name what maps a byte of these ``(region offset, length)``; None: nothing does."""
+    def holder(self, extents: Iterable[RegionRun]) -> str | None:
+        """Name what maps a byte of these; None: nothing does."""
         if not self._tables.trees:
             return None
         blocks = self._block_map()
@@ -48,7 +49,7 @@ class Pinned:
                 return f"dom-{number} maps it at iova {iova:#x}"
         return None
 
-    def may_be_mapped(self, offset: int, length: int) -> bool:
+    def may_be_mapped(self, offset: RegionOff, length: int) -> bool:
         """True if something of the 2 MiB blocks of a range of the region is mapped."""
         return self._block_map().any(offset, length)
 
@@ -66,7 +67,7 @@ class Pinned:
 
     # ------------------------------------------------------------------ table files
 
-    def check_unused(self, ino: int) -> None:
+    def check_unused(self, ino: Ino) -> None:
         """:raises BusyError: a table file that must stay as it is, and why."""
         name = next((n for n, file in self._tables.files.items() if file.ino == ino), None)
         if name is None:

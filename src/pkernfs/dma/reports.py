@@ -14,11 +14,12 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pkernfs.dma.kernel_adopted import Adopted
 from pkernfs.dma.mount import tables_of
 from pkernfs.dma.output import PAUSE, Output, Pause, Question, Record, Status, Text
 from pkernfs.dma.table_files import TableFiles
 from pkernfs.errors import InvalidError, NotFoundError
-from pkernfs.fs.names import ROOT_PGTABLES
+from pkernfs.fs.names import ROOT_PGTABLES, DirectoryEntry
 from pkernfs.host.bars import Bar
 from pkernfs.iommu import export, show
 from pkernfs.iommu.check import Report, check
@@ -26,6 +27,7 @@ from pkernfs.iommu.context_walk import Device
 from pkernfs.iommu.memory import Memory
 from pkernfs.iommu.translate import Translation, translate
 from pkernfs.layout import INODE_FLAG_TABLE, PAGE, ROOT_INO
+from pkernfs.quantities import Ino, Iova, PhysAddr, PhysRange, RegionOff, SourceId
 from pkernfs.vtd.entries import bdf_text
 
 if TYPE_CHECKING:
@@ -43,9 +45,9 @@ FOUND = 1
 class Owner(NamedTuple):
     """A piece of a file: region offsets in bytes, the inode, the offset in the file."""
 
-    start: int
-    end: int
-    ino: int
+    start: RegionOff
+    end: RegionOff
+    ino: Ino
     offset: int
 
 
@@ -56,7 +58,7 @@ class Owners:
     """
 
     def __init__(
-        self, memory: Memory, pieces: list[Owner], bars: list[Bar], paths: dict[int, str]
+        self, memory: Memory, pieces: list[Owner], bars: list[Bar], paths: dict[Ino, str]
     ) -> None:
         self._memory = memory
         self._pieces = sorted(pieces)
@@ -64,15 +66,15 @@ class Owners:
         self._bars = bars
         self._paths = paths
 
-    def split(self, physical: int, length: int) -> Iterator[export.Target]:
+    def split(self, physical: PhysAddr, length: int) -> Iterator[export.Target]:
         """Tell what a range of physical memory is, piece by piece."""
         end = physical + length
         while physical < end:
             target = self._at(physical, end - physical)
             yield target
-            physical += target.length
+            physical = PhysAddr(physical + target.length)
 
-    def _at(self, physical: int, length: int) -> export.Target:
+    def _at(self, physical: PhysAddr, length: int) -> export.Target:
         """Tell what is there, as far as it goes; what is nobody's goes up to the next that is."""
         for bar in self._bars:
             offset = physical - bar.start
@@ -100,7 +102,7 @@ class NamedFile(NamedTuple):
     """A regular file, by one of its paths."""
 
     path: str
-    ino: int
+    ino: Ino
 
 
 def walk_files(fs: FileSystem) -> Iterator[NamedFile | Pause]:
@@ -109,8 +111,8 @@ def walk_files(fs: FileSystem) -> Iterator[NamedFile | Pause]:
     Files that come, go or get another name meanwhile may be missing; one that has several names is
     there for each.
     """
-    todo: list[tuple[int, str]] = [(ROOT_INO, "")]
-    seen: set[int] = {ROOT_INO}  # a damaged directory may lead back
+    todo = [(ROOT_INO, "")]
+    seen = {ROOT_INO}  # a damaged directory may lead back
     while todo:
         directory, path = todo.pop()
         cookie = 0
@@ -130,7 +132,7 @@ def walk_files(fs: FileSystem) -> Iterator[NamedFile | Pause]:
         yield PAUSE
 
 
-def _names(fs: FileSystem, directory: int, cookie: int) -> list[tuple[bytes, int, int, int]]:
+def _names(fs: FileSystem, directory: Ino, cookie: int) -> list[DirectoryEntry]:
     try:
         entries = fs.readdir(directory, cookie)
         return [entry for entry, _ in zip(entries, range(_NAMES_AT_ONCE), strict=False)]
@@ -144,7 +146,7 @@ def mapped_pieces(fs: FileSystem) -> Generator[Pause, None, list[Owner]]:
 
 
 def pieces_of(
-    fs: FileSystem, wanted: Callable[[int, int], bool]
+    fs: FileSystem, wanted: Callable[[RegionOff, int], bool]
 ) -> Generator[Pause, None, list[Owner]]:
     """Find the files in memory that is ``wanted``, which is asked for region offset and bytes.
 
@@ -158,7 +160,9 @@ def pieces_of(
     return pieces
 
 
-def _wanted_pieces(fs: FileSystem, ino: int, wanted: Callable[[int, int], bool]) -> list[Owner]:
+def _wanted_pieces(
+    fs: FileSystem, ino: Ino, wanted: Callable[[RegionOff, int], bool]
+) -> list[Owner]:
     try:
         found = fs.stat(ino)
         if not stat.S_ISREG(found.mode) or not found.nlink or not found.data_pages:
@@ -166,7 +170,7 @@ def _wanted_pieces(fs: FileSystem, ino: int, wanted: Callable[[int, int], bool])
         if fs.inode(ino).flags & INODE_FLAG_TABLE:
             return []
         return [
-            Owner(e.region_offset, e.region_offset + e.length, ino, e.offset)
+            Owner(e.region_offset, RegionOff(e.region_offset + e.length), ino, e.offset)
             for e in fs.extents(ino)
             if wanted(e.region_offset, e.length)
         ]
@@ -177,7 +181,7 @@ def _wanted_pieces(fs: FileSystem, ino: int, wanted: Callable[[int, int], bool])
 def owners(fs: FileSystem) -> Generator[Pause, None, Owners]:
     """Find out whose memory is mapped."""
     pieces = yield from mapped_pieces(fs)
-    paths: dict[int, str] = {}
+    paths: dict[Ino, str] = {}
     wanted = {p.ino for p in pieces}
     for _ in range(_WALKS):
         for found in walk_files(fs) if wanted else ():
@@ -195,21 +199,21 @@ def owners(fs: FileSystem) -> Generator[Pause, None, Owners]:
 
 
 def translate_text(
-    fs: FileSystem, source_id: int, iova: int, pasid: int | None = None, access: int = 0
+    fs: FileSystem, source_id: SourceId, iova: Iova, pasid: int | None = None, access: int = 0
 ) -> Output:
     """Translate a request as the hardware does, a line for each entry that is read."""
     result = translation(fs, source_id, iova, pasid, access)
     whose = yield from owners(fs)
     target = None
     if result.physical is not None:
-        base = result.physical - result.physical % PAGE
+        base = PhysAddr(result.physical - result.physical % PAGE)
         target = next(whose.split(base, PAGE))
     yield _text(show.translation(result, source_id, target))
     yield Status(FAULT if result.fault is not None else 0)
 
 
 def translation(
-    fs: FileSystem, source_id: int, iova: int, pasid: int | None = None, access: int = 0
+    fs: FileSystem, source_id: SourceId, iova: Iova, pasid: int | None = None, access: int = 0
 ) -> Translation:
     """Translate a request of a device through the tables of a file system.
 
@@ -269,7 +273,7 @@ def _domain_text(tables: TableFiles, number: int, devices: list[Device], *, merg
 
 def _leaves_text(tables: TableFiles, number: int) -> Output:
     """A line for each leaf. Every batch is a walk of its own: the tables may change in between."""
-    at = 0
+    at = Iova(0)
     while True:
         table = tables.domain(number)
         lines = show.leaf_lines(table.memory, table.root, table.levels, at)
@@ -340,7 +344,7 @@ def export_records(fs: FileSystem, number: int | None) -> Output:
         yield _record("vfio_containers", container)
     adopted = tables.adopted_by()
     for d in devices:
-        unit = adopted.get((d.source_id, d.table))
+        unit = adopted.get(Adopted(d.source_id, d.table))
         yield _record("devices", export.device(d, names.get(d.table), unit))
     for n in numbers:
         yield _record("ioas", {"id": f"dom-{n}", "mappings": []})
@@ -360,7 +364,7 @@ class CheckInput(NamedTuple):
 
     root: Memory | None
     domains: dict[str, Memory]
-    allowed: list[tuple[int, int]]
+    allowed: list[PhysRange]
 
     def run(self) -> Report:
         """Check; in any thread, while the tables do not change."""
@@ -376,12 +380,12 @@ def prepare_check(fs: FileSystem) -> Generator[Pause, None, CheckInput]:
     tables.check_place()
     pieces = yield from mapped_pieces(fs)
     allowed = [
-        (physical, physical + count)
+        PhysRange.of(physical, count)
         for piece in pieces
         for _at, count, physical in fs.region.physical_runs(piece.start, piece.end - piece.start)
         if physical is not None
     ]
-    allowed += [(b.start, b.start + b.length) for b in tables.bars()]
+    allowed += [bar.range for bar in tables.bars()]
     memories = {name: tables.memory(name) for name in tables.names}
     root = memories.pop(ROOT_PGTABLES, None)
     domains = {name.decode(): memory for name, memory in memories.items()}

@@ -11,6 +11,7 @@ from pkernfs.fs.names import ROOT_PGTABLES
 from pkernfs.iommu.config import Config, config_words, configure, set_non_persistent
 from pkernfs.iommu.root_tables import MAX_DOMAIN_ID, RootTables
 from pkernfs.layout import BLOCK, IOMMU_INO
+from pkernfs.quantities import PhysAddr, SourceId
 from pkernfs.vtd.entries import check_source_id
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class RootPgtables:
 
     # ------------------------------------------------------------------ devices
 
-    def attach(self, number: int, source_id: int, domain_id: int | None = None) -> int:
+    def attach(self, number: int, source_id: SourceId, domain_id: int | None = None) -> int:
         """Have a device's requests translated by dom-N; returns the domain id of the entry.
 
         :param domain_id: which is free, or dom-N's already; None: one is chosen.
@@ -103,7 +104,7 @@ class RootPgtables:
         self._units.attached()
         return domain_id
 
-    def _domain_id(self, root: RootTables, number: int, table: int) -> int:
+    def _domain_id(self, root: RootTables, number: int, table: PhysAddr) -> int:
         taken = {d.domain_id: d.table for d in root.devices()}
         for domain_id, other in taken.items():
             if other == table:
@@ -118,7 +119,7 @@ class RootPgtables:
                 return domain_id
         raise NoSpaceError("root-pgtables: no free domain id")
 
-    def detach(self, source_id: int) -> None:
+    def detach(self, source_id: SourceId) -> None:
         """End the translation of a device's requests.
 
         :raises NotFoundError: the device is not attached.
@@ -126,7 +127,7 @@ class RootPgtables:
         self._units.check_device(source_id)
         self._detach(source_id)
 
-    def _detach(self, source_id: int) -> None:
+    def _detach(self, source_id: SourceId) -> None:
         self._tables.check_writable()
         root = self._tables.need_root()
         device = next((d for d in root.devices() if d.source_id == source_id), None)
@@ -134,15 +135,15 @@ class RootPgtables:
         if device is not None:
             self._units.detached(device, table_gone=table_gone)
 
-    def persist(self, source_id: int, on: bool) -> None:
+    def persist(self, source_id: SourceId, on: bool) -> None:
         """Have a handover keep a device's entries (as it does unless told otherwise), or not."""
         self._tables.check_writable()
         check_source_id(source_id)
         root = self.have()
         set_non_persistent(root.memory, self._fs.store.commit_words, source_id, not on)
 
-    def clear_non_persistent(self) -> list[int]:
-        """Detach the devices that are not to outlive a handover, while frozen; their source ids.
+    def clear_non_persistent(self) -> list[SourceId]:
+        """Detach the devices that are not to outlive a handover, while frozen; return them.
 
         :raises InvalidError: not frozen.
         """

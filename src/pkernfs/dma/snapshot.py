@@ -1,6 +1,6 @@
-"""A device's live domain as a complete one of a region: what the running kernel maps, in dom-N.
+"""A device's domain in the kernel tables as a complete one of a region: what it maps, in dom-N.
 
-Three steps: the live tables are read (:func:`read`, in any thread). What they map is found in the
+Three steps: the kernel tables are read (:func:`read`, in any thread). What they map is found in the
 file system (:func:`plan`, in steps). All is looked at once more and changed at once
 (:func:`apply`). docs/dma.md has the reasons.
 """
@@ -24,6 +24,7 @@ from pkernfs.iommu.config import Config
 from pkernfs.iommu.memory import merge_ranges
 from pkernfs.iommu.page_pool import Mapping
 from pkernfs.layout import INODE_FLAG_TABLE
+from pkernfs.quantities import Ino, PhysAddr, PhysRange, RegionOff, SourceId
 from pkernfs.units.kernel_tables import Shape, check_shape
 from pkernfs.vtd.entries import bdf_text
 
@@ -34,19 +35,19 @@ _PLACES_AT_ONCE = 256
 
 
 class Reading(NamedTuple):
-    """A device's live domain.
+    """A device's domain in the kernel tables.
 
-    ``same`` are the source ids of all devices that have it; ``taken`` are the domain ids of other
-    live entries; ids are below ``domain_ids``; ``largest`` is the level of the largest leaf that
-    all units above these devices know.
+    ``same`` are all devices that have it; ``taken`` are the domain ids of other entries; ids are
+    below ``domain_ids``; ``largest`` is the level of the largest leaf that all units above
+    these devices know.
     """
 
-    source_id: int
+    source_id: SourceId
     shape: Shape
     domain_id: int
-    table: int
+    table: PhysAddr
     mappings: Sequence[Mapping]
-    same: frozenset[int]
+    same: frozenset[SourceId]
     taken: frozenset[int]
     domain_ids: int
     largest: int
@@ -55,9 +56,9 @@ class Reading(NamedTuple):
 class Piece(NamedTuple):
     """Memory of a file: the inode, an offset in it, the physical address, bytes."""
 
-    ino: int
+    ino: Ino
     offset: int
-    physical: int
+    physical: PhysAddr
     length: int
 
 
@@ -72,24 +73,24 @@ class Plan(NamedTuple):
 # ---------------------------------------------------------------------- reading
 
 
-def read(live: KernelUnits, source_id: int, kept: set[int]) -> Reading:
-    """Read a device's live domain; nothing is changed.
+def read(kernel: KernelUnits, source_id: SourceId, kept: set[SourceId]) -> Reading:
+    """Read a device's domain in the kernel tables; nothing is changed.
 
     :param kept: source ids of the devices that are attached and persist.
     :raises PkernfsError: there is none, or it is not one that a region's tables can stand for.
     """
-    device = live.device(source_id)
-    found = live.above(device)
+    device = kernel.device(source_id)
+    found = kernel.above(device)
     if not found.driven:
         raise NotFoundError(
             f"device {device.name}: this kernel's driver does not have {found.structure.name}: "
             "there is no live domain: boot with intel_iommu=on, or use map, attach and activate"
         )
-    unit = live.unit(found)
+    unit = kernel.unit(found)
     entry = unit.entry(source_id)
-    live.check_group(device, kept | {source_id})
-    live.check_names(device, unit, entry.table)
-    units = live.driven()
+    kernel.check_group(device, kept | {source_id})
+    kernel.check_names(device, unit, entry.table)
+    units = kernel.driven()
     everyone = [e for u in units for e in u.entries]
     able = [u.unit.capabilities for u in units]
     return Reading(
@@ -97,7 +98,7 @@ def read(live: KernelUnits, source_id: int, kept: set[int]) -> Reading:
         Shape(unit.mode, entry.levels),
         entry.domain_id,
         entry.table,
-        live.mappings(unit, entry),
+        kernel.mappings(unit, entry),
         frozenset(e.source_id for e in everyone if e.table == entry.table),
         frozenset(e.domain_id for e in everyone if e.table != entry.table),
         min(c.domain_ids for c in able),
@@ -109,13 +110,13 @@ def read(live: KernelUnits, source_id: int, kept: set[int]) -> Reading:
 
 
 def plan(fs: FileSystem, host: Host, reading: Reading) -> Generator[Pause, None, Plan]:
-    """Find whose memory a live domain maps.
+    """Find whose memory a kernel domain maps.
 
     :raises InvalidError: some of it does not survive: it is no live file's, and no BAR.
     """
-    ranges = merge_ranges((m.physical, m.physical + m.length) for m in reading.mappings)
+    ranges = merge_ranges(PhysRange.of(m.physical, m.length) for m in reading.mappings)
 
-    def wanted(offset: int, length: int) -> bool:
+    def wanted(offset: RegionOff, length: int) -> bool:
         runs = fs.region.physical_runs(offset, length)
         return any(at is not None and _overlaps(ranges, at, count) for _, count, at in runs)
 
@@ -135,7 +136,8 @@ def _share_out(reading: Reading, owners: Owners) -> Generator[Pause, None, Plan]
         if target.bar is not None:
             used.add(target.bar)
         elif target.path is not None:
-            files.append(Piece(int(target.path), target.offset, target.physical, target.length))
+            ino = Ino(int(target.path))
+            files.append(Piece(ino, target.offset, target.physical, target.length))
         else:
             raise _lost(reading, m, target.physical)
         if number % _PLACES_AT_ONCE == 0:
@@ -143,13 +145,13 @@ def _share_out(reading: Reading, owners: Owners) -> Generator[Pause, None, Plan]
     return Plan(reading, files, sorted(used))
 
 
-def _overlaps(ranges: Sequence[tuple[int, int]], start: int, length: int) -> bool:
+def _overlaps(ranges: Sequence[PhysRange], start: PhysAddr, length: int) -> bool:
     """True if one of sorted, disjoint ranges has something of this one."""
     last = bisect_left(ranges, (start + length, 0)) - 1
     return last >= 0 and ranges[last][1] > start
 
 
-def _lost(reading: Reading, m: Mapping, physical: int) -> InvalidError:
+def _lost(reading: Reading, m: Mapping, physical: PhysAddr) -> InvalidError:
     iova = m.iova + physical - m.physical
     return InvalidError(
         f"device {bdf_text(reading.source_id)}: iova {iova:#x} leads to memory at {physical:#x} "
@@ -197,7 +199,7 @@ def apply(fs: FileSystem, plan: Plan, number: int) -> int:
 
 
 def _adopted(fs: FileSystem, reading: Reading, number: int) -> int | None:
-    """The domain id, if dom-``number`` is the live domain itself, as a kdump kernel has it."""
+    """The domain id, if dom-``number`` is the kernel's domain itself, as a kdump kernel has it."""
     for n, table in tables_of(fs).domains.items():
         if table.root != reading.table:
             continue
@@ -250,11 +252,11 @@ def _is_there(fs: FileSystem, piece: Piece) -> bool:
     for _low, physical, length in tables_of(fs).file_pieces(piece.ino, piece.offset, piece.length):
         if physical != at:
             return False
-        at += length
+        at = PhysAddr(at + length)
     return at == piece.physical + piece.length
 
 
-def _domain_id(fs: FileSystem, reading: Reading, table: int) -> int:
+def _domain_id(fs: FileSystem, reading: Reading, table: PhysAddr) -> int:
     """An id that no other domain has, here or in the kernel's tables: best the one that is there.
 
     :raises NoSpaceError: there is none.

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from pkernfs.dma.kernel_adopted import KernelAdopted
+from pkernfs.dma.kernel_adopted import Adopted, KernelAdopted
 from pkernfs.dma.open_tables import OpenTables
 from pkernfs.errors import BusyError, UnitError
 from pkernfs.iommu.context_walk import Device
+from pkernfs.quantities import SourceId
 from pkernfs.vtd.entries import bdf_text
 
 if TYPE_CHECKING:
@@ -39,19 +40,19 @@ class UnitNotices:
         if self.kernel_adopted is not None:
             self.kernel_adopted.check(f"dom-{number}", [table.root])
 
-    def check_device(self, source_id: int) -> None:
+    def check_device(self, source_id: SourceId) -> None:
         """:raises BusyError: the kernel's own entry of a device leads to tables of the region."""
         if self.kernel_adopted is not None:
             files = [f for f in self._tables.files.values() if f.size]
             tops = [self._tables.memory_of(f).first_page for f in files]
             self.kernel_adopted.check(f"device {bdf_text(source_id)}", tops, source_id)
 
-    def adopted_by(self) -> dict[tuple[int, int], str]:
-        """Units of the running kernel by source ids and page tables; without what is not seen."""
+    def adopted_by(self) -> dict[Adopted, str]:
+        """Units of the running kernel by what they have adopted; without what is not seen."""
         if self.kernel_adopted is None:
             return {}
         try:
-            return {(e.source_id, e.table): e.unit for e in self.kernel_adopted.entries()}
+            return {Adopted(e.source_id, e.table): e.unit for e in self.kernel_adopted.entries()}
         except BusyError as e:
             log.warning("%s", e)
             return {}

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
+from dataclasses import dataclass
 from struct import Struct
-from typing import NoReturn
+from typing import NamedTuple, NoReturn, cast
 
 from pkernfs.alloc.pages import PageAllocator
 from pkernfs.errors import CorruptionError
@@ -24,6 +25,7 @@ from pkernfs.layout import (
     MAX_INNER_SLOTS,
     MAX_TREE_LEVELS,
     NAME_ITEM,
+    NO_PAGE,
     PAGE,
     TREE,
     TREE_EXTENTS,
@@ -31,7 +33,9 @@ from pkernfs.layout import (
     TREE_OFFSET,
     TREE_SLOTS_OFFSET,
     XATTR_ITEM,
+    Extent,
 )
+from pkernfs.quantities import Ino, PageNo
 
 # owner, then kind, level, count, heap, garbage: from offset 16 of a node
 _NODE = Struct("<Q16xBBHHH")
@@ -41,21 +45,48 @@ _WORD0 = _SLOTS // 8
 _MERGE_BELOW = (PAGE - _SLOTS) // 4
 _MERGE_UP_TO = (PAGE - _SLOTS) * 3 // 4
 
+_ITEM_SLOT_BYTES = ITEM_SLOT.size
+# An item has at least one byte behind its fixed part.
+_NAME_BYTES = NAME_ITEM.size
+_XATTR_BYTES = XATTR_ITEM.size
+
 _unpack_node = _NODE.unpack_from
 _pack_tree = TREE.pack_into
 _unpack_inner = INNER_SLOT.unpack_from
 _unpack_item = ITEM_SLOT.unpack_from
 _unpack_extent = EXTENT.unpack_from
+_as_extent = Extent._make
 
 _NO_BOUND = 1 << 64
 
 _MAX_DECODED = 1024  # inner nodes kept as lists, up to 16 KiB each
 
-Path = list[tuple[int, int]]
-# owner, kind, level, keys, children
-Inner = tuple[int, int, int, list[int], list[int]]
-# path, leaf, its count, the lowest key of the leaves to the right
+# Bare: every look-up makes one of each, and a named tuple costs it 4 per cent.
+#: Pages from the root to a leaf, each with the slot that is taken there.
+Path = list[tuple[PageNo, int]]
+#: Path, leaf, its count, the lowest key of the leaves to the right.
 Place = tuple[Path, memoryview, int, int]
+#: Key and bytes.
+Item = tuple[int, memoryview]
+
+
+@dataclass(slots=True)
+class Inner:
+    """An inner node; ``keys`` are the lowest ones of its children."""
+
+    owner: Ino
+    kind: int
+    level: int
+    keys: list[int]
+    children: list[PageNo]
+
+
+class Leaf(NamedTuple):
+    """A leaf, the first slot that is asked for, and the end of its slots."""
+
+    node: memoryview
+    first: int
+    end: int
 
 
 class Tree:
@@ -64,20 +95,20 @@ class Tree:
     __slots__ = ("_least", "_pages", "_slot", "_store", "_words", "kind", "owner", "root")
 
     def __init__(
-        self, store: PageStore, pages: PageAllocator, kind: int, owner: int, root: int
+        self, store: PageStore, pages: PageAllocator, kind: int, owner: Ino, root: PageNo
     ) -> None:
         self._store = store
         self._pages = pages
         self.kind = kind
         self.owner = owner
         self.root = root
-        self._slot = EXTENT_BYTES if kind == TREE_EXTENTS else ITEM_SLOT.size
-        self._words = self._slot // 8
-        self._least = NAME_ITEM.size if kind == TREE_NAMES else XATTR_ITEM.size
+        slot = self._slot = EXTENT_BYTES if kind == TREE_EXTENTS else _ITEM_SLOT_BYTES
+        self._words = slot // 8
+        self._least = _NAME_BYTES if kind == TREE_NAMES else _XATTR_BYTES
 
     # ------------------------------------------------------------------ nodes
 
-    def _node(self, page: int, level: int) -> tuple[memoryview, int, int]:
+    def _node(self, page: PageNo, level: int) -> tuple[memoryview, int, int]:
         """A node, its level and its number of slots; ``level`` -1 accepts any (the root's)."""
         node = self._store.read(page, MAGIC_TREE)
         owner, kind, got, count, _heap, _garbage = _unpack_node(node, _NODE_OFFSET)
@@ -92,18 +123,17 @@ class Tree:
             self._bad(page, f"wrong count: got {count}")
         return node, got, count
 
-    def _bad(self, page: int, reason: str) -> NoReturn:
+    def _bad(self, page: PageNo, reason: str) -> NoReturn:
         raise CorruptionError(f"tree node at {page * PAGE:#x}: {reason}")
 
     def _keys(self, node: memoryview, level: int, count: int) -> memoryview:
         words = 2 if level else self._words
         return node.cast("Q")[_WORD0 : _WORD0 + count * words : words]
 
-    def _descend(self, key: int) -> Place:
-        """Path of (page, slot) down to the leaf for ``key``; the leaf, its count, the next key.
+    def place(self, key: int) -> Place:
+        """Find the place that ``key`` has or would have; the tree is not empty.
 
-        The last element's slot is that of the first key >= ``key``; the next key is the lowest
-        that any leaf further right can have.
+        The slot at the end of its path is that of the first key >= ``key``.
         """
         path: Path = []
         page = self.root
@@ -111,8 +141,8 @@ class Tree:
         bound = _NO_BOUND
         decoded = self._store.decoded
         while True:
-            inner = decoded.get(page)
-            if inner is None or inner[0] != self.owner or inner[1] != self.kind:
+            inner: Inner | None = decoded.get(page)
+            if inner is None or inner.owner != self.owner or inner.kind != self.kind:
                 node, level, count = self._node(page, level)
                 if not level:
                     words = self._words
@@ -120,9 +150,9 @@ class Tree:
                     path.append((page, bisect_left(keys, key)))
                     return path, node, count, bound
                 inner = self._decode(page, node, level, count)
-            elif level >= 0 and inner[2] != level:
-                self._bad(page, f"wrong level: got {inner[2]}, expected {level}")
-            level, lowest, children = inner[2], inner[3], inner[4]
+            elif level >= 0 and inner.level != level:
+                self._bad(page, f"wrong level: got {inner.level}, expected {level}")
+            level, lowest, children = inner.level, inner.keys, inner.children
             slot = bisect_right(lowest, key) - 1
             if slot < 0:
                 slot = 0
@@ -132,10 +162,11 @@ class Tree:
             page = children[slot]
             level -= 1
 
-    def _decode(self, page: int, node: memoryview, level: int, count: int) -> Inner:
+    def _decode(self, page: PageNo, node: memoryview, level: int, count: int) -> Inner:
         """An inner node's keys and children as lists, kept while the node does not change."""
         words = node.cast("Q")[_WORD0 : _WORD0 + 2 * count]
-        inner = self.owner, self.kind, level, words[::2].tolist(), words[1::2].tolist()
+        children = cast(list[PageNo], words[1::2].tolist())  # one call for all of them
+        inner = Inner(self.owner, self.kind, level, words[::2].tolist(), children)
         if not self._store.is_open:
             decoded = self._store.decoded
             if len(decoded) >= _MAX_DECODED:
@@ -145,42 +176,42 @@ class Tree:
 
     # ------------------------------------------------------------------ reading
 
-    def item(self, node: memoryview, slot: int) -> tuple[int, memoryview]:
+    def item(self, node: memoryview, slot: int) -> Item:
         """Key and bytes of an item in a leaf; there is at least one byte behind its fixed part."""
         key, offset, length, _ = _unpack_item(node, _SLOTS + 16 * slot)
         if offset < _SLOTS or offset + length > PAGE or length <= self._least:
             raise CorruptionError(f"inode {self.owner}: bad item at slot {slot} of a tree leaf")
         return key, node[offset : offset + length]
 
-    def items(self, key: int) -> Iterator[tuple[int, memoryview]]:
+    def items(self, key: int) -> Iterator[Item]:
         """Items from ``key`` on, ascending."""
         for node, slot in self._leaf_slots(key):
             yield self.item(node, slot)
 
-    def extents(self, key: int) -> Iterator[tuple[int, int, int]]:
+    def extents(self, key: int) -> Iterator[Extent]:
         """Extents from the first whose key is >= ``key`` on."""
         for node, slot in self._leaf_slots(key):
-            yield _unpack_extent(node, _SLOTS + EXTENT_BYTES * slot)
+            yield _as_extent(_unpack_extent(node, _SLOTS + EXTENT_BYTES * slot))
 
     def _leaf_slots(self, key: int) -> Iterator[tuple[memoryview, int]]:
-        for node, first, count in self.leaves(key):
-            for slot in range(first, count):
+        for node, first, end in self.leaves(key):
+            for slot in range(first, end):
                 yield node, slot
 
-    def leaves(self, key: int) -> Iterator[tuple[memoryview, int, int]]:
-        """Leaves from that of ``key`` on: the node, the first slot from ``key`` on, the count."""
+    def leaves(self, key: int) -> Iterator[Leaf]:
+        """Leaves from that of ``key`` on; ``first`` is the first slot from ``key`` on."""
         while self.root:
-            path, node, count, bound = self._descend(key)
-            yield node, path[-1][1], count
+            path, node, count, bound = self.place(key)
+            yield Leaf(node, path[-1][1], count)
             if bound >= _NO_BOUND:
                 return
             key = bound
 
-    def extent_at(self, key: int) -> tuple[int, int, int] | None:
+    def extent_at(self, key: int) -> Extent | None:
         """The last extent whose key is <= ``key``."""
         page = self.root
         level = -1
-        left: tuple[int, int] | None = None  # the last node passed to the left of the path
+        left: tuple[PageNo, int] | None = None  # the last node passed to the left of the path
         while page:
             node, level, count = self._node(page, level)
             slot = bisect_right(self._keys(node, level, count), key) - 1
@@ -196,7 +227,7 @@ class Tree:
             page = _unpack_inner(node, _SLOTS + 16 * slot)[1]
         return None
 
-    def _last_extent(self, page: int, level: int) -> tuple[int, int, int]:
+    def _last_extent(self, page: PageNo, level: int) -> Extent:
         while True:
             node, level, count = self._node(page, level)
             if not level:
@@ -205,21 +236,14 @@ class Tree:
             level -= 1
 
     @staticmethod
-    def _extent(node: memoryview, slot: int) -> tuple[int, int, int]:
-        found: tuple[int, int, int] = _unpack_extent(node, _SLOTS + EXTENT_BYTES * slot)
-        return found
+    def _extent(node: memoryview, slot: int) -> Extent:
+        return _as_extent(_unpack_extent(node, _SLOTS + EXTENT_BYTES * slot))
 
-    def place(self, key: int) -> Place:
-        """Find the place that ``key`` has or would have; the tree is not empty."""
-        return self._descend(key)
-
-    def find(
-        self, key: int, group_bits: int, place: Place | None = None
-    ) -> Iterator[tuple[int, memoryview]]:
+    def find(self, key: int, group_bits: int, place: Place | None = None) -> Iterator[Item]:
         """Items whose key agrees with ``key`` but for the lowest ``group_bits`` bits."""
         if not self.root:
             return
-        path, node, count, bound = place or self._descend(key)
+        path, node, count, bound = place or self.place(key)
         end = key + (1 << group_bits)
         for slot in range(path[-1][1], count):
             found = self.item(node, slot)
@@ -232,7 +256,7 @@ class Tree:
                     return
                 yield found
 
-    def pages(self) -> Iterator[int]:
+    def pages(self) -> Iterator[PageNo]:
         """Every page of the tree, parents first."""
         if not self.root:
             return
@@ -248,15 +272,16 @@ class Tree:
 
     # ------------------------------------------------------------------ inserting
 
-    def insert_extent(self, extent: tuple[int, int, int]) -> None:
+    def insert_extent(self, extent: Extent) -> None:
         """Add an extent; its key must be new."""
         fresh = not self.root
         if fresh:
             self._plant()
-        path, _node, count, _ = self._descend(extent[0]) if not fresh else self._top()
+        key, _page, _pages = extent
+        path, _node, count, _ = self.place(key) if not fresh else self._top()
         page, slot = path[-1]
         if count == MAX_EXTENT_SLOTS:
-            page, slot = self._split(path, extent[0])
+            page, slot = self._split(path, key)
             count = self._count(page)
         node = self._store.edit(page, MAGIC_TREE)
         at = _SLOTS + EXTENT_BYTES * slot
@@ -265,9 +290,9 @@ class Tree:
         EXTENT.pack_into(node, at, *extent)
         _pack_tree(node, TREE_OFFSET, self.kind, 0, count + 1, PAGE, 0)
 
-    def replace_extent(self, key: int, extent: tuple[int, int, int]) -> None:
+    def replace_extent(self, key: int, extent: Extent) -> None:
         """Put another extent in the place of the one at ``key``, order kept."""
-        path, found, count, _ = self._descend(key)
+        path, found, count, _ = self.place(key)
         page, slot = path[-1]
         if slot >= count or _unpack_extent(found, _SLOTS + EXTENT_BYTES * slot)[0] != key:
             self._bad(page, f"no extent at {key}")
@@ -282,7 +307,7 @@ class Tree:
         if not self.root:
             self._plant()
             place = self._top()
-        path, found, count, _ = place or self._descend(key)
+        path, found, count, _ = place or self.place(key)
         page, slot = path[-1]
         if slot < count and _unpack_item(found, _SLOTS + 16 * slot)[0] == key:
             return False
@@ -290,7 +315,7 @@ class Tree:
         need = len(data) + 16
         while heap + garbage - _SLOTS - 16 * count < need:
             page, slot = self._split(path, key)
-            path, found, count, _ = self._descend(key)
+            path, found, count, _ = self.place(key)
             page, slot = path[-1]
             _o, _k, _l, _c, heap, garbage = _unpack_node(found, _NODE_OFFSET)
         node = self._store.edit(page, MAGIC_TREE)
@@ -312,7 +337,7 @@ class Tree:
         node = self._store.new(self.root, MAGIC_TREE, self.owner)
         _pack_tree(node, TREE_OFFSET, self.kind, 0, 0, PAGE, 0)
 
-    def _count(self, page: int) -> int:
+    def _count(self, page: PageNo) -> int:
         count: int = _unpack_node(self._store.read(page, MAGIC_TREE), _NODE_OFFSET)[3]
         return count
 
@@ -333,7 +358,7 @@ class Tree:
             node[_SLOTS + 16 * slot + 8 : _SLOTS + 16 * slot + 10] = heap.to_bytes(2, "little")
         return heap
 
-    def _split(self, path: Path, key: int) -> tuple[int, int]:
+    def _split(self, path: Path, key: int) -> tuple[PageNo, int]:
         """Split the full node at the end of ``path``; returns leaf and slot for ``key``."""
         page, slot = path[-1]
         _node, level, count = self._node(page, -1)
@@ -376,7 +401,7 @@ class Tree:
             kept = self._compact(source, start)
             _pack_tree(source, TREE_OFFSET, self.kind, 0, start, kept, 0)
 
-    def _link(self, path: Path, left: int, key: int, right: int, level: int) -> None:
+    def _link(self, path: Path, left: PageNo, key: int, right: PageNo, level: int) -> None:
         """Enter a new right neighbour of ``left`` into the level above."""
         if not path:
             root = self._pages.alloc_one()
@@ -405,7 +430,7 @@ class Tree:
         INNER_SLOT.pack_into(node, at, key, right)
         _pack_tree(node, TREE_OFFSET, self.kind, level + 1, count + 1, PAGE, 0)
 
-    def _parent_of(self, child: int, key: int, level: int) -> tuple[int, int]:
+    def _parent_of(self, child: PageNo, key: int, level: int) -> tuple[PageNo, int]:
         """The inner node that holds ``child`` of ``level``, and the slot, after a split above."""
         page = self.root
         below = -1
@@ -427,7 +452,7 @@ class Tree:
 
         :raises CorruptionError: there is none.
         """
-        path, found, count, _ = place or self._descend(key)
+        path, found, count, _ = place or self.place(key)
         page, slot = path[-1]
         if slot >= count or self._keys(found, 0, count)[slot] != key:
             self._bad(page, f"no key {key:#x}")
@@ -461,7 +486,7 @@ class Tree:
         page, _ = path[-1]
         self._pages.free(page)
         if len(path) == 1:
-            self.root = 0
+            self.root = NO_PAGE
             return
         self._cut(path[:-1])
 
@@ -508,7 +533,7 @@ class Tree:
                 self._cut([*path[:-2], (parent, left_slot + 1)])
                 return
 
-    def _join(self, left: int, right: int, bound: int) -> bool:
+    def _join(self, left: PageNo, right: PageNo, bound: int) -> bool:
         """Move what is in ``right``, all of it >= ``bound``, into ``left`` if that leaves room."""
         left_node, level, left_count = self._node(left, -1)
         right_node, _, right_count = self._node(right, level)
@@ -536,4 +561,4 @@ class Tree:
         """Free every node (not what the items refer to)."""
         for page in list(self.pages()):
             self._pages.free(page)
-        self.root = 0
+        self.root = NO_PAGE

@@ -1,19 +1,18 @@
 """The extents of files: lookup, allocation, freeing (docs/format.md, section 6).
 
-Page numbers are file pages (offset / 4096) or region pages. Everything that changes runs inside a
-transaction.
+File pages are offset / 4096. Everything that changes runs inside a transaction.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from pkernfs.alloc.blocks import BlockAllocator
 from pkernfs.alloc.pages import PageAllocator
 from pkernfs.errors import CorruptionError, NoSpaceError
 from pkernfs.fs.btree import Tree
-from pkernfs.fs.inodes import Extent, Inode
+from pkernfs.fs.inodes import Inode
 from pkernfs.journal import SAFE_PAGES, PageStore
 from pkernfs.layout import (
     BLOCK,
@@ -22,16 +21,29 @@ from pkernfs.layout import (
     INODE_FLAG_TABLE,
     MAX_FILE_BYTES,
     MAX_INLINE_EXTENTS,
+    NO_PAGE,
     PAGE,
     PAGES_PER_BLOCK,
     TREE_EXTENTS,
+    Extent,
+    block_of,
+    first_page,
+    page_offset,
 )
+from pkernfs.quantities import BlockNo, PageNo
 
 # A file up to this size lives in 4 KiB pages; a larger one in blocks, so that no file of more
 # than 1 MiB wastes more than half of what it holds.
 PAGES_UP_TO_BYTES = 1 << 20
 LAST_PAGE = MAX_FILE_BYTES // PAGE
 _MAX_PAGE_RUN = 256
+
+
+class FilePages(NamedTuple):
+    """``pages`` pages of a file, from ``first`` on, which is offset / 4096."""
+
+    first: int
+    pages: int
 
 
 class ExtentMap:
@@ -41,97 +53,105 @@ class ExtentMap:
         self._store = store
         self._blocks = blocks
         self._pages = pages
+        self._is_carved = blocks.is_in_page_granular
         self._total_pages = blocks.total_blocks * PAGES_PER_BLOCK
 
     def _tree(self, inode: Inode) -> Tree:
-        root = inode.body if inode.flags & INODE_FLAG_BODY else 0
+        root = inode.body if inode.flags & INODE_FLAG_BODY else NO_PAGE
         return Tree(self._store, self._pages, TREE_EXTENTS, inode.ino, root)
 
     # ------------------------------------------------------------------ looking up
 
-    def at(self, inode: Inode, page: int) -> Extent | None:
-        """The last extent that starts at or before file page ``page``."""
+    def at(self, inode: Inode, file_page: int) -> Extent | None:
+        """The last extent that starts at or before a file page."""
         if inode.flags & INODE_FLAG_BODY:
-            found = self._tree(inode).extent_at(page)
+            found = self._tree(inode).extent_at(file_page)
         else:
-            extents = inode.extents
-            slot = bisect_right(extents, page, key=_start) - 1
-            found = extents[slot] if slot >= 0 else None
-        if found is not None and found[1] + found[2] > self._total_pages:
-            raise CorruptionError(
-                f"inode {inode.ino} at page {found[0]}: extent out of the region: "
-                f"got {found[1]}+{found[2]}"
-            )
+            found = None
+            for extent in inode.extents:  # up to five: a search would cost more
+                if extent.file_page > file_page:
+                    break
+                found = extent
+        if found is not None and found.page + found.pages > self._total_pages:
+            raise _outside(inode, found)
         return found
 
-    def after(self, inode: Inode, page: int) -> Iterator[Extent]:
-        """Extents that start at file page ``page`` or later."""
+    def after(self, inode: Inode, file_page: int) -> Iterator[Extent]:
+        """Extents that start at a file page or later."""
         if inode.flags & INODE_FLAG_BODY:
-            yield from self._tree(inode).extents(page)
+            yield from self._tree(inode).extents(file_page)
         else:
-            yield from [e for e in inode.extents if e[0] >= page]
+            yield from [e for e in inode.extents if e.file_page >= file_page]
 
     def within(self, inode: Inode, start: int, end: int) -> Iterator[Extent]:
         """Extents in file pages start..end-1, cut to that range."""
         first = self.at(inode, start)
-        if first is not None and first[0] + first[2] > start:
-            skip = start - first[0]
-            yield start, first[1] + skip, min(first[2] - skip, end - start)
-        for file_page, page, count in self.after(inode, start + 1):
-            if file_page >= end:
+        if first is not None and first.file_page + first.pages > start:
+            skip = start - first.file_page
+            yield Extent(start, PageNo(first.page + skip), min(first.pages - skip, end - start))
+        for extent in self.after(inode, start + 1):
+            if extent.file_page >= end:
                 return
-            if page + count > self._total_pages:
-                raise CorruptionError(
-                    f"inode {inode.ino} at page {file_page}: extent out of the region: "
-                    f"got {page}+{count}"
-                )
-            yield file_page, page, min(count, end - file_page)
+            if extent.page + extent.pages > self._total_pages:
+                raise _outside(inode, extent)
+            left = end - extent.file_page
+            yield extent if extent.pages <= left else extent._replace(pages=left)
 
-    def holes(self, inode: Inode, start: int, end: int) -> list[tuple[int, int]]:
-        """``(file page, pages)`` of what has no extent in file pages start..end-1."""
+    def holes(self, inode: Inode, start: int, end: int) -> list[FilePages]:
+        """What has no extent in file pages start..end-1."""
+        first = self.at(inode, start)
+        if first is None:
+            if _has_none(inode):
+                return [FilePages(start, end - start)]
+        elif first.file_page + first.pages >= end:
+            return []
         found = []
         for file_page, _page, count in self.within(inode, start, end):
             if file_page > start:
-                found.append((start, file_page - start))
+                found.append(FilePages(start, file_page - start))
             start = file_page + count
         if start < end:
-            found.append((start, end - start))
+            found.append(FilePages(start, end - start))
         return found
+
+    def is_hole(self, inode: Inode, start: int, end: int) -> bool:
+        """True if nothing in file pages start..end-1 has an extent."""
+        return _has_none(inode) or next(self.within(inode, start, end), None) is None
 
     def allocation_end(self, inode: Inode, size: int) -> int:
         """End in bytes of the units (blocks or pages) that hold the first ``size`` bytes."""
         if not size:
             return 0
-        page = (size - 1) // PAGE
-        found = self.at(inode, page)
-        mapped = found is not None and found[0] + found[2] > page
-        if found is None or not mapped or self._is_carved(found[1] + page - found[0]):
-            return (page + 1) * PAGE
-        return (page // PAGES_PER_BLOCK + 1) * BLOCK
-
-    def _is_carved(self, page: int) -> bool:
-        return self._blocks.is_page_granular(page // PAGES_PER_BLOCK)
+        last = (size - 1) // PAGE
+        found = self.at(inode, last)
+        mapped = found is not None and found.file_page + found.pages > last
+        if found is None or not mapped or self._is_carved(_page_in(found, last)):
+            return (last + 1) * PAGE
+        return (last // PAGES_PER_BLOCK + 1) * BLOCK
 
     # ------------------------------------------------------------------ the list itself
 
-    def _insert(self, inode: Inode, file_page: int, page: int, count: int) -> None:
+    def _insert(self, inode: Inode, extent: Extent) -> None:
         """Add an extent, joined with its neighbours where that is allowed."""
-        inode.data_pages += count
-        before = self.at(inode, file_page)
-        if before is not None and self._joins(before, (file_page, page, count)):
+        inode.data_pages += extent.pages
+        if _has_none(inode):
+            inode.extents = [extent]
+            return
+        before = self.at(inode, extent.file_page)
+        if before is not None and self._joins(before, extent):
             self._delete(inode, before)
-            file_page, page, count = before[0], before[1], before[2] + count
-        following = next(self.after(inode, file_page + count), None)
-        if following is not None and self._joins((file_page, page, count), following):
+            extent = Extent(before.file_page, before.page, before.pages + extent.pages)
+        following = next(self.after(inode, extent.file_page + extent.pages), None)
+        if following is not None and self._joins(extent, following):
             self._delete(inode, following)
-            count += following[2]
-        self._add(inode, (file_page, page, count))
+            extent = Extent(extent.file_page, extent.page, extent.pages + following.pages)
+        self._add(inode, extent)
 
     def _joins(self, left: Extent, right: Extent) -> bool:
         return (
-            left[0] + left[2] == right[0]
-            and left[1] + left[2] == right[1]
-            and self._is_carved(left[1]) == self._is_carved(right[1])
+            left.file_page + left.pages == right.file_page
+            and left.page + left.pages == right.page
+            and self._is_carved(left.page) == self._is_carved(right.page)
         )
 
     def _add(self, inode: Inode, extent: Extent) -> None:
@@ -152,10 +172,10 @@ class ExtentMap:
 
     def _delete(self, inode: Inode, extent: Extent) -> None:
         if not inode.flags & INODE_FLAG_BODY:
-            inode.extents = [e for e in inode.extents if e[0] != extent[0]]
+            inode.extents = [e for e in inode.extents if e.file_page != extent.file_page]
             return
         tree = self._tree(inode)
-        tree.remove(extent[0])
+        tree.remove(extent.file_page)
         inode.body = tree.root
         if not tree.root:
             inode.flags &= ~INODE_FLAG_BODY
@@ -184,9 +204,12 @@ class ExtentMap:
                 at = stop
         return added
 
-    def _whole_slots(self, inode: Inode, page: int, end: int, size: int) -> int:
-        """Count the 2 MiB slots from that of ``page`` on that are to be whole blocks; 0: pages."""
-        slot = page // PAGES_PER_BLOCK
+    def _whole_slots(self, inode: Inode, file_page: int, end: int, size: int) -> int:
+        """Count the 2 MiB slots from that of a file page on that are to be whole blocks; 0: pages.
+
+        ``end`` is the first file page that is not wanted.
+        """
+        slot = file_page // PAGES_PER_BLOCK
         last = -(-end // PAGES_PER_BLOCK)
         if not slot and size <= PAGES_UP_TO_BYTES and not inode.flags & INODE_FLAG_TABLE:
             return 0
@@ -202,13 +225,13 @@ class ExtentMap:
 
     def _fill_blocks(self, inode: Inode, slot: int, count: int, added: list[Extent]) -> bool:
         """Whole blocks for ``count`` slots; False if it has to be the last free pages instead."""
-        first = slot * PAGES_PER_BLOCK
+        file_page = slot * PAGES_PER_BLOCK
         goal = None
-        before = self.at(inode, first)
-        if before is not None and before[0] + before[2] == first:
-            goal, rest = divmod(before[1] + before[2], PAGES_PER_BLOCK)
-            if rest:
-                goal = None
+        before = self.at(inode, file_page)
+        if before is not None and before.file_page + before.pages == file_page:
+            behind = before.page + before.pages
+            if not behind % PAGES_PER_BLOCK:
+                goal = BlockNo(behind // PAGES_PER_BLOCK)
         try:
             runs = self._blocks.alloc(count, goal, owner=inode.ino)
         except NoSpaceError:
@@ -216,24 +239,25 @@ class ExtentMap:
                 raise
             return False
         for block, length in runs:
-            extent = (first, block * PAGES_PER_BLOCK, length * PAGES_PER_BLOCK)
-            self._insert(inode, *extent)
+            extent = Extent(file_page, first_page(block), length * PAGES_PER_BLOCK)
+            self._insert(inode, extent)
             added.append(extent)
-            first += extent[2]
+            file_page += extent.pages
         return True
 
-    def _fill_pages(self, inode: Inode, page: int, count: int, added: list[Extent]) -> None:
+    def _fill_pages(self, inode: Inode, file_page: int, count: int, added: list[Extent]) -> None:
         while count:
             want = min(count, _MAX_PAGE_RUN)
-            before = self.at(inode, page)
+            before = self.at(inode, file_page)
             goal = None
-            if before is not None and before[0] + before[2] == page:
-                goal = before[1] + before[2]
+            if before is not None and before.file_page + before.pages == file_page:
+                goal = PageNo(before.page + before.pages)
             for first, length in self._pages.alloc(want, CLASS_DATA, goal):
-                self._store.region.zero(first * PAGE, length * PAGE)
-                self._insert(inode, page, first, length)
-                added.append((page, first, length))
-                page += length
+                self._store.region.zero(page_offset(first), length * PAGE)
+                extent = Extent(file_page, first, length)
+                self._insert(inode, extent)
+                added.append(extent)
+                file_page += length
                 count -= length
 
     def needs_promotion(self, inode: Inode, size: int) -> bool:
@@ -241,13 +265,13 @@ class ExtentMap:
         if size <= PAGES_UP_TO_BYTES or not inode.data_pages:
             return False
         first = next(self.within(inode, 0, PAGES_PER_BLOCK), None)
-        return first is not None and self._is_carved(first[1])
+        return first is not None and self._is_carved(first.page)
 
-    def promote(self, inode: Inode, block: int) -> None:
+    def promote(self, inode: Inode, block: BlockNo) -> None:
         """Let ``block``, which holds a copy of the first slot already, take the pages' place."""
         for extent in list(self.within(inode, 0, PAGES_PER_BLOCK)):
             self._cut(inode, extent)
-        self._insert(inode, 0, block * PAGES_PER_BLOCK, PAGES_PER_BLOCK)
+        self._insert(inode, Extent(0, first_page(block), PAGES_PER_BLOCK))
 
     # ------------------------------------------------------------------ freeing
 
@@ -259,18 +283,18 @@ class ExtentMap:
         """
         while True:
             found = self.at(inode, end - 1)
-            if found is None or found[0] + found[2] <= start:
+            if found is None or found.file_page + found.pages <= start:
                 return start
             if self._store.pages_changed >= SAFE_PAGES:
-                return min(end, found[0] + found[2])
-            low = max(found[0], start)
-            high = min(found[0] + found[2], end)
-            if not self._is_carved(found[1]):
+                return min(end, found.file_page + found.pages)
+            low = max(found.file_page, start)
+            high = min(found.file_page + found.pages, end)
+            if not self._is_carved(found.page):
                 low = -(-low // PAGES_PER_BLOCK) * PAGES_PER_BLOCK
                 high = high // PAGES_PER_BLOCK * PAGES_PER_BLOCK
             if low < high:
                 low = self._remove_part(inode, found, low, high)
-            end = max(low if low < high else found[0], start)
+            end = max(low if low < high else found.file_page, start)
             if end <= start:
                 return start
 
@@ -279,40 +303,56 @@ class ExtentMap:
 
         Returns where the cut starts.
         """
-        page = extent[1] + low - extent[0]
+        page = _page_in(extent, low)
         if self._is_carved(page):
-            last = extent[1] + high - extent[0] - 1
-            block_start = last // PAGES_PER_BLOCK * PAGES_PER_BLOCK
-            low = max(low, high - (last + 1 - block_start))
-            page = extent[1] + low - extent[0]
-        self._cut(inode, (low, page, high - low), extent)
+            in_last_block = (page + high - low - 1) % PAGES_PER_BLOCK + 1
+            if in_last_block < high - low:
+                low = high - in_last_block
+                page = _page_in(extent, low)
+        whole = high - low == extent.pages
+        self._cut(inode, extent if whole else Extent(low, page, high - low), extent)
         return low
 
     def _cut(self, inode: Inode, part: Extent, whole: Extent | None = None) -> None:
         """Free ``part`` of the extent ``whole`` and put back what is left on both sides."""
         if whole is None:
-            whole = self.at(inode, part[0])
+            whole = self.at(inode, part.file_page)
             assert whole is not None
         self._delete(inode, whole)
-        left = part[0] - whole[0]
-        right = whole[0] + whole[2] - part[0] - part[2]
+        end = part.file_page + part.pages
+        left = part.file_page - whole.file_page
+        right = whole.file_page + whole.pages - end
         if left:
-            self._add(inode, (whole[0], whole[1], left))
+            self._add(inode, whole._replace(pages=left))
         if right:
-            self._add(inode, (part[0] + part[2], part[1] + part[2], right))
-        inode.data_pages -= part[2]
-        self._free(part[1], part[2])
+            self._add(inode, Extent(end, PageNo(part.page + part.pages), right))
+        inode.data_pages -= part.pages
+        self._free(part.page, part.pages)
 
-    def _free(self, page: int, count: int) -> None:
+    def _free(self, page: PageNo, count: int) -> None:
         if not self._is_carved(page):
-            self._blocks.free(page // PAGES_PER_BLOCK, count // PAGES_PER_BLOCK)
+            self._blocks.free(block_of(page), count // PAGES_PER_BLOCK)
             return
-        while count:
+        while True:
             length = min(count, PAGES_PER_BLOCK - page % PAGES_PER_BLOCK)
             self._pages.free(page, length)
-            page += length
             count -= length
+            if not count:
+                return
+            page = PageNo(page + length)
 
 
-def _start(extent: Extent) -> int:
-    return extent[0]
+def _has_none(inode: Inode) -> bool:
+    return not inode.extents and not inode.flags & INODE_FLAG_BODY
+
+
+def _page_in(extent: Extent, file_page: int) -> PageNo:
+    """Where a file page of an extent is."""
+    return PageNo(extent.page + file_page - extent.file_page)
+
+
+def _outside(inode: Inode, extent: Extent) -> CorruptionError:
+    return CorruptionError(
+        f"inode {inode.ino} at page {extent.file_page}: extent out of the region: "
+        f"got {extent.page}+{extent.pages}"
+    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from pkernfs.errors import (
@@ -19,7 +18,7 @@ from pkernfs.errors import (
     TooBigError,
     ZeroingNeeded,
 )
-from pkernfs.fs.extents import LAST_PAGE, ExtentMap
+from pkernfs.fs.extents import LAST_PAGE, ExtentMap, FilePages
 from pkernfs.fs.inodes import Inode, clear_set_id
 from pkernfs.fs.pins import PinGuard
 from pkernfs.fs.super import Access, Super
@@ -32,7 +31,9 @@ from pkernfs.layout import (
     PAGE,
     PAGES_PER_BLOCK,
     PENDING_TO_END,
+    page_offset,
 )
+from pkernfs.quantities import FileSpan, Ino, RegionOff
 
 FALLOC_KEEP_SIZE = 1
 FALLOC_PUNCH_HOLE = 2
@@ -44,20 +45,11 @@ _DAY_NS = 86400 * 10**9
 _ZERO_STEP_BYTES = 4 << 20
 
 
-@dataclass(frozen=True)
-class Extent:
-    """A piece of a file: offsets and length in bytes."""
-
-    offset: int
-    length: int
-    region_offset: int
-
-
 class Piece(NamedTuple):
     """Memory of a part of a file: offsets and length in bytes."""
 
     offset: int
-    region_offset: int
+    region_offset: RegionOff
     length: int
 
 
@@ -75,7 +67,7 @@ class Files:
 
     # ------------------------------------------------------------------ data
 
-    def read(self, ino: int, offset: int, length: int) -> bytes | memoryview:
+    def read(self, ino: Ino, offset: int, length: int) -> bytes | memoryview:
         """Up to ``length`` bytes; fewer at the end of the file, zeros in holes.
 
         A view of the region itself if one extent has it all: good until the next operation.
@@ -88,11 +80,13 @@ class Files:
             return b""
         if self._super.access is _WRITABLE:
             self._update_atime(inode)
-        page, skip = divmod(offset, PAGE)
-        found = self._map.at(inode, page)
+        found = self._map.at(inode, offset // PAGE)
         pending = inode.flags & INODE_FLAG_PENDING
-        if found is not None and not pending and (found[0] + found[2]) * PAGE >= offset + length:
-            return self._region.view((found[1] + page - found[0]) * PAGE + skip, length)
+        if found is not None and not pending:
+            file_page, page, count = found
+            if (file_page + count) * PAGE >= offset + length:
+                at = RegionOff((page - file_page) * PAGE + offset)
+                return self._region.view(at, length)
         data = bytearray(length)
         for low, at, count in self._pieces(inode, offset, offset + length):
             data[low - offset : low - offset + count] = self._region.view(at, count)
@@ -113,7 +107,7 @@ class Files:
             self._inodes.save(inode)
 
     def write(
-        self, ino: int, offset: int, data: bytes | memoryview, privileged: bool = True
+        self, ino: Ino, offset: int, data: bytes | memoryview, privileged: bool = True
     ) -> int:
         """Write at ``offset``: all of it, or an error and nothing.
 
@@ -168,7 +162,7 @@ class Files:
         Without that, what a write that was cut has stored there would come to light when the
         file grows. False if there is no such memory, or if the data stays before the end.
         """
-        if start >= end or not any(self._pieces(inode, start, end)):
+        if start >= end or self._map.is_hole(inode, start // PAGE, -(-end // PAGE)):
             return False
         with self._store:
             self._inodes.touch(inode)
@@ -203,7 +197,7 @@ class Files:
 
     def _fill(self, inode: Inode, start: int, end: int, size: int) -> None:
         """Allocate file pages start..end-1 in as few transactions as they fit; or nothing."""
-        added: list[tuple[int, int]] = []
+        added: list[FilePages] = []
         todo = [(start, end)]
         try:
             while todo:
@@ -221,7 +215,7 @@ class Files:
             raise
 
     def _fill_once(
-        self, inode: Inode, start: int, end: int, size: int, added: list[tuple[int, int]]
+        self, inode: Inode, start: int, end: int, size: int, added: list[FilePages]
     ) -> None:
         with self._store:
             self._inodes.touch(inode)
@@ -229,7 +223,7 @@ class Files:
             if new:
                 self._inodes.save(inode)
                 self._super.leave_reserve()
-        added += [(file_page, count) for file_page, _page, count in new]
+        added += [FilePages(extent.file_page, extent.pages) for extent in new]
 
     def _remove_range(self, inode: Inode, start: int, end: int) -> None:
         while end > start:
@@ -251,9 +245,8 @@ class Files:
             return  # it stays in pages
         try:
             for file_page, page, count in self._map.within(inode, 0, PAGES_PER_BLOCK):
-                self._region.copy_in(
-                    block * BLOCK + file_page * PAGE, self._region.view(page * PAGE, count * PAGE)
-                )
+                data = self._region.view(page_offset(page), count * PAGE)
+                self._region.copy_in(RegionOff(block * BLOCK + file_page * PAGE), data)
             with self._store:
                 self._inodes.touch(inode)
                 self._blocks.alloc_chosen(block)
@@ -308,7 +301,7 @@ class Files:
 
     # ------------------------------------------------------------------ fallocate
 
-    def fallocate(self, ino: int, mode: int, offset: int, length: int) -> None:
+    def fallocate(self, ino: Ino, mode: int, offset: int, length: int) -> None:
         """Allocate, punch or zero a range, as fallocate(2).
 
         :raises NotSupportedError: another mode.
@@ -316,7 +309,7 @@ class Files:
         for _ in self.fallocate_steps(ino, mode, offset, length):
             pass
 
-    def fallocate_steps(self, ino: int, mode: int, offset: int, length: int) -> Iterator[None]:
+    def fallocate_steps(self, ino: Ino, mode: int, offset: int, length: int) -> Iterator[None]:
         """:meth:`fallocate` in pieces of less than a millisecond: others may run at each yield."""
         self._super.check_writable()
         inode = self._inodes.get(ino)
@@ -341,7 +334,7 @@ class Files:
         else:
             raise NotSupportedError(f"fallocate mode {mode:#x}: not supported")
 
-    def _finish_fallocate(self, ino: int, mode: int, end: int) -> None:
+    def _finish_fallocate(self, ino: Ino, mode: int, end: int) -> None:
         inode = self._inodes.get(ino)
         with self._store:
             self._inodes.touch(inode)
@@ -353,7 +346,7 @@ class Files:
                 inode.mtime = inode.ctime
             self._inodes.save(inode)
 
-    def _zero_steps(self, ino: int, start: int, end: int) -> Iterator[None]:
+    def _zero_steps(self, ino: Ino, start: int, end: int) -> Iterator[None]:
         while start < end:
             inode = self._inodes.get(ino)
             stop = min(end, start + _ZERO_STEP_BYTES)
@@ -378,7 +371,7 @@ class Files:
 
     # ------------------------------------------------------------------ where the memory is
 
-    def seek(self, ino: int, offset: int, whence: int) -> int:
+    def seek(self, ino: Ino, offset: int, whence: int) -> int:
         """lseek(2) with SEEK_DATA or SEEK_HOLE; allocated memory counts as data.
 
         :raises NoSuchAddressError: at or beyond the end, or no more data.
@@ -404,11 +397,11 @@ class Files:
             raise NoSuchAddressError("no more data")
         return at if whence == os.SEEK_HOLE else file_page * PAGE
 
-    def pieces(self, ino: int, offset: int, length: int) -> Iterator[Piece]:
+    def pieces(self, ino: Ino, offset: int, length: int) -> Iterator[Piece]:
         """The memory of a range of a file, in file order."""
         return map(Piece._make, self._pieces(self._inodes.get(ino), offset, offset + length))
 
-    def extents(self, ino: int) -> list[Extent]:
+    def extents(self, ino: Ino) -> list[FileSpan]:
         """List the memory of a file, in file order; only what lies before its end.
 
         :raises InvalidError: not a regular file.
@@ -417,15 +410,15 @@ class Files:
         if not inode.is_reg:
             raise InvalidError(f"inode {ino}: not a regular file")
         return [
-            Extent(file_page * PAGE, count * PAGE, page * PAGE)
+            FileSpan(file_page * PAGE, count * PAGE, page_offset(page))
             for file_page, page, count in self._map.within(inode, 0, -(-inode.size // PAGE))
         ]
 
-    def _pieces(self, inode: Inode, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    def _pieces(self, inode: Inode, start: int, end: int) -> Iterator[tuple[int, RegionOff, int]]:
         """``(file offset, region offset, length)`` of the memory of bytes start..end-1."""
         if end <= start:
             return
         for file_page, page, count in self._map.within(inode, start // PAGE, -(-end // PAGE)):
             low = max(start, file_page * PAGE)
             high = min(end, (file_page + count) * PAGE)
-            yield low, page * PAGE + low - file_page * PAGE, high - low
+            yield low, RegionOff((page - file_page) * PAGE + low), high - low

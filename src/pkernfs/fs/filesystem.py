@@ -24,6 +24,7 @@ from pkernfs.fs.pins import PinGuard, Pins
 from pkernfs.fs.super import Super
 from pkernfs.fs.xattrs import Overflow
 from pkernfs.layout import IOMMU_INO, ROOT_INO, STATE_CLEAN, STATE_FLAG_ERROR
+from pkernfs.quantities import Ino
 from pkernfs.region.region import Region
 
 log = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ class FileSystem:
         return self.super.frozen
 
     @property
-    def attribute_cache(self) -> dict[int, Any]:
+    def attribute_cache(self) -> dict[Ino, Any]:
         """For the caller to keep what it made of an inode's attributes, by number.
 
         An entry goes when the inode changes; all go when there are too many.
@@ -163,7 +164,7 @@ class FileSystem:
             log.warning("%s: errors were found earlier: run fsck.pkernfs", name)
         if state.state == STATE_CLEAN:
             inodes.used = state.inodes_used
-            unfinished: list[int] = []
+            unfinished: list[Ino] = []
         else:
             unfinished = inodes.count_used()
         for reason in inodes.damaged:  # what is in there is lost, and nothing else

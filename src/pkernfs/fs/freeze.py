@@ -20,6 +20,7 @@ from pkernfs.layout import (
     ARRIVAL_REMOUNT,
     MAGIC_STATE,
     NO_HANDOVER,
+    NO_INO,
     NO_PHYSICAL,
     STATE_FROZEN,
     STATE_MOUNTED,
@@ -28,14 +29,15 @@ from pkernfs.layout import (
     HistoryFields,
     StateFields,
 )
+from pkernfs.quantities import Ino, PageNo, PhysAddr
 from pkernfs.region import digest
 
 
 class NewList(NamedTuple):
     """Room for a list: its inode, and the metadata pages that making it has changed."""
 
-    ino: int
-    pages: set[int]
+    ino: Ino
+    pages: set[PageNo]
 
 
 class Freezer:
@@ -48,7 +50,7 @@ class Freezer:
         self._inodes = state.inodes
         self._files = files
         self._life = life
-        self._list_ino = 0  # of the handover that is under way
+        self._list_ino = NO_INO  # of the handover that is under way
         #: What the mount has found; None before it has looked.
         self.mount_report: manifest.MountReport | None = None
 
@@ -69,12 +71,12 @@ class Freezer:
         if failure:
             self._super.fail(failure)
             return
-        for ino in {record.list_ino, self._list_ino} - {0}:
+        for ino in {record.list_ino, self._list_ino} - {NO_INO}:
             self._drop_manifest(ino)
-        self._list_ino = 0
+        self._list_ino = NO_INO
         self._life.reclaim_all()
 
-    def _drop_manifest(self, ino: int) -> None:
+    def _drop_manifest(self, ino: Ino) -> None:
         try:
             inode = self._inodes.get(ino)
             if inode.is_reg and not inode.nlink:
@@ -94,9 +96,9 @@ class Freezer:
         return new
 
     def _make_list(self, size: int) -> NewList:
-        touched: set[int] = set()
+        touched: set[PageNo] = set()
         self._store.touched = touched
-        ino = 0
+        ino = NO_INO
         try:
             with self._store:
                 inode = self._life.new(stat.S_IFREG | 0o600, 0, 0)
@@ -115,7 +117,7 @@ class Freezer:
             self._store.touched = None
         return NewList(ino, touched)
 
-    def write_manifest(self, ino: int, offset: int, data: bytes) -> None:
+    def write_manifest(self, ino: Ino, offset: int, data: bytes) -> None:
         """Fill a part of the list; no metadata changes.
 
         :raises InvalidError: not the list that :meth:`make_manifest` made, or beyond its end.
@@ -126,7 +128,7 @@ class Freezer:
         for low, at, length in self._files.pieces(ino, offset, len(data)):
             self._region.copy_in(at, data[low - offset : low - offset + length])
 
-    def hand_over(self, list_ino: int, list_bytes: int, list_digest: int, flags: int) -> int:
+    def hand_over(self, list_ino: Ino, list_bytes: int, list_digest: int, flags: int) -> int:
         """Record that the frozen file system is handed over; the handover's number.
 
         :raises CorruptionError: the list is not what it should be.
@@ -236,5 +238,5 @@ class Freezer:
                 )
 
 
-def _address(physical: int) -> str:
+def _address(physical: PhysAddr) -> str:
     return "none" if physical == NO_PHYSICAL else f"{physical:#x}"

@@ -18,6 +18,7 @@ from pkernfs.fs.pins import PinGuard
 from pkernfs.fs.super import Super
 from pkernfs.fs.xattrs import Overflow, Xattrs
 from pkernfs.layout import INODE_FLAG_BODY, INODE_FLAG_PENDING, INODE_FLAG_TABLE, PAGE
+from pkernfs.quantities import Ino
 
 log = logging.getLogger(__name__)
 
@@ -45,12 +46,12 @@ class InodeLife:
         self._xattrs = Xattrs(state.store, state.pages, state.superblock.fields.hash_key, overflow)
         self._files = files
         self._pins = pins
-        self._opens: dict[int, int] = {}
-        self._lookups: dict[int, int] = {}
-        self._orphans: set[int] = set()  # in use, to be freed when they no longer are
-        self._replaced: set[int] = set()  # those of them that have their data without being open
+        self._opens: dict[Ino, int] = {}
+        self._lookups: dict[Ino, int] = {}
+        self._orphans: set[Ino] = set()  # in use, to be freed when they no longer are
+        self._replaced: set[Ino] = set()  # those of them that have their data without being open
 
-    def numbers(self) -> Iterator[int]:
+    def numbers(self) -> Iterator[Ino]:
         """Every inode number in use, ascending. Others may run in between: what is there all the
         time is returned once, whatever name it has.
         """
@@ -71,11 +72,11 @@ class InodeLife:
 
     # ------------------------------------------------------------------ who uses them
 
-    def remember(self, ino: int, n: int = 1) -> None:
+    def remember(self, ino: Ino, n: int = 1) -> None:
         """The kernel knows the inode ``n`` times more."""
         self._lookups[ino] = self._lookups.get(ino, 0) + n
 
-    def forget(self, ino: int, n: int) -> None:
+    def forget(self, ino: Ino, n: int) -> None:
         """The kernel knows the inode ``n`` times less; one without names goes with the last."""
         left = self._lookups.get(ino, 0) - n
         if left > 0:
@@ -84,7 +85,7 @@ class InodeLife:
             self._lookups.pop(ino, None)
             self._reclaim(ino)
 
-    def open(self, ino: int) -> Inode:
+    def open(self, ino: Ino) -> Inode:
         """Count an open handle; the inode lives at least as long.
 
         :raises StaleError: the last name of a file was removed since it was looked up.
@@ -96,7 +97,7 @@ class InodeLife:
         self._opens[ino] = self._opens.get(ino, 0) + 1
         return inode
 
-    def release(self, ino: int) -> None:
+    def release(self, ino: Ino) -> None:
         """An open handle less."""
         left = self._opens.get(ino, 0) - 1
         if left > 0:
@@ -105,10 +106,10 @@ class InodeLife:
             self._opens.pop(ino, None)
             self._reclaim(ino)
 
-    def _in_use(self, ino: int) -> bool:
+    def _in_use(self, ino: Ino) -> bool:
         return ino in self._opens or ino in self._lookups
 
-    def _reclaim(self, ino: int) -> None:
+    def _reclaim(self, ino: Ino) -> None:
         if ino not in self._orphans or self._in_use(ino) or self._super.read_only:
             return
         self._orphans.discard(ino)
@@ -209,7 +210,7 @@ class InodeLife:
 
     def setattr(
         self,
-        ino: int,
+        ino: Ino,
         *,
         mode: int | None = None,
         uid: int | None = None,
@@ -277,15 +278,15 @@ class InodeLife:
 
     # ------------------------------------------------------------------ extended attributes
 
-    def getxattr(self, ino: int, name: bytes) -> bytes:
+    def getxattr(self, ino: Ino, name: bytes) -> bytes:
         """:raises NoDataError: there is no such attribute."""
         return self._xattrs.get(self._inodes.get(ino), name)
 
-    def listxattr(self, ino: int) -> list[bytes]:
+    def listxattr(self, ino: Ino) -> list[bytes]:
         """Names of the attributes, with their namespaces."""
         return self._xattrs.list(self._inodes.get(ino))
 
-    def setxattr(self, ino: int, name: bytes, value: bytes, flags: int = 0) -> None:
+    def setxattr(self, ino: Ino, name: bytes, value: bytes, flags: int = 0) -> None:
         """Set an attribute; ``flags`` are XATTR_CREATE and XATTR_REPLACE.
 
         :raises ExistsError, NoDataError, NotSupportedError, ArgumentTooLongError: as setxattr(2).
@@ -299,7 +300,7 @@ class InodeLife:
             self._inodes.save(inode)
             self._super.leave_reserve()
 
-    def removexattr(self, ino: int, name: bytes) -> None:
+    def removexattr(self, ino: Ino, name: bytes) -> None:
         """:raises NoDataError: there is no such attribute."""
         self._super.check_writable()
         inode = self._inodes.get(ino)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import stat
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableSequence
 from functools import partial
 from struct import Struct
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from pkernfs.alloc.pages import PageAllocator
 from pkernfs.errors import CorruptionError, NotFoundError
@@ -32,6 +32,8 @@ from pkernfs.layout import (
     MAGIC_INODES,
     MAGIC_STATE,
     MAX_INLINE_EXTENTS,
+    NO_INO,
+    NO_PAGE,
     PAGE,
     SLOTS_PER_INODE_PAGE,
     STATE_FREE_INODE_PAGE_OFFSET,
@@ -39,7 +41,10 @@ from pkernfs.layout import (
     STATE_INODE_ROOT_OFFSET,
     STATE_PAGE,
     TREE_EXTENTS,
+    Extent,
+    inos_of,
 )
+from pkernfs.quantities import Ino, PageNo, pages_from
 
 _unpack = INODE.unpack_from
 _pack = INODE.pack_into
@@ -65,9 +70,6 @@ _NO_INLINE = bytes(INODE_INLINE_BYTES)
 _SECTOR = 512
 _MAX_MAJOR = (1 << 12) - 1
 _MAX_MINOR = (1 << 20) - 1
-
-#: File page, region page, pages. Bare: struct unpacks them so, and every read and write does.
-Extent = tuple[int, int, int]
 
 
 class Inode:
@@ -98,7 +100,7 @@ class Inode:
     )
 
     def __init__(self) -> None:
-        self.ino = 0
+        self.ino = NO_INO
         self.generation = 0
         self.mode = 0
         self.uid = 0
@@ -112,11 +114,11 @@ class Inode:
         self.btime = 0
         self.rdev = 0
         self.data_pages = 0
-        self.xattr_root = 0
+        self.xattr_root = NO_PAGE
         self.pending_start = 0
         self.pending_end = 0
-        self.parent = 0
-        self.body = 0
+        self.parent = NO_INO
+        self.body = NO_PAGE
         self.extents: list[Extent] = []  # inline extents of a regular file
         self.target = b""  # inline target of a symlink
 
@@ -154,7 +156,8 @@ class Inode:
                     f"inode {self.ino}: bad extent count: got {count}, expected 0..5"
                 )
             start = at + INODE_INLINE_OFFSET
-            self.extents = list(EXTENT.iter_unpack(page[start : start + count * EXTENT_BYTES]))
+            inline = EXTENT.iter_unpack(page[start : start + count * EXTENT_BYTES])
+            self.extents = list(map(Extent._make, inline))
         elif kind == stat.S_IFLNK:
             if self.size > INODE_INLINE_BYTES:
                 raise CorruptionError(f"inode {self.ino}: bad target length: got {self.size}")
@@ -210,7 +213,7 @@ def clear_set_id(inode: Inode) -> None:
 class Stat(NamedTuple):
     """The attributes of an inode; times in ns, ``data_pages`` in 4 KiB."""
 
-    ino: int
+    ino: Ino
     generation: int
     mode: int
     uid: int
@@ -230,13 +233,13 @@ class InodeTable:
     def __init__(self, store: PageStore, pages: PageAllocator) -> None:
         self._store = store
         self._pages = pages
-        self._cache: dict[int, Inode] = {}
-        self.attribute_cache: dict[int, Any] = {}
-        #: Page number of each inode page.
-        self.where = array("Q")
+        self._cache: dict[Ino, Inode] = {}
+        self.attribute_cache: dict[Ino, Any] = {}
+        #: The inode pages, by index. An array cannot have items of another type than int.
+        self.where = cast(MutableSequence[PageNo], array("Q"))
         state = store.read(STATE_PAGE, MAGIC_STATE)
-        self._root = int.from_bytes(
-            state[STATE_INODE_ROOT_OFFSET : STATE_INODE_ROOT_OFFSET + 8], "little"
+        self._root = PageNo(
+            int.from_bytes(state[STATE_INODE_ROOT_OFFSET : STATE_INODE_ROOT_OFFSET + 8], "little")
         )
         count = int.from_bytes(
             state[STATE_INODE_PAGES_OFFSET : STATE_INODE_PAGES_OFFSET + 8], "little"
@@ -245,14 +248,14 @@ class InodeTable:
         self.used = 0
         self.damaged: list[str] = []
         #: Gets the number of each inode whose file is changed, if it is a set.
-        self.watch: set[int] | None = None
+        self.watch: set[Ino] | None = None
 
     def _load_where(self, count: int) -> None:
-        tree = Tree(self._store, self._pages, TREE_EXTENTS, 0, self._root)
+        tree = Tree(self._store, self._pages, TREE_EXTENTS, NO_INO, self._root)
         for index, page, length in tree.extents(0):
             if index != len(self.where) or length > count - index:
                 raise CorruptionError(f"inode table at index {index}: out of order")
-            self.where.extend(range(page, page + length))
+            self.where.extend(pages_from(page, length))
         if len(self.where) != count:
             raise CorruptionError(
                 f"inode table: wrong size: got {len(self.where)}, expected {count}"
@@ -262,7 +265,7 @@ class InodeTable:
         """Number of inode slots in the table."""
         return len(self.where) * (SLOTS_PER_INODE_PAGE - 1)
 
-    def count_used(self) -> list[int]:
+    def count_used(self) -> list[Ino]:
         """Count the inodes in use into :attr:`used`; returns those with work left (see format).
 
         Pages that cannot be read are left out, and told in :attr:`damaged`.
@@ -280,23 +283,21 @@ class InodeTable:
             self.used += used.bit_count()
             if pending:
                 left += [
-                    index * SLOTS_PER_INODE_PAGE + slot
-                    for slot in range(1, SLOTS_PER_INODE_PAGE)
-                    if pending >> slot & 1
+                    ino for slot, ino in enumerate(inos_of(index)) if slot and pending >> slot & 1
                 ]
         return left
 
-    def numbers(self) -> Iterator[int]:
+    def numbers(self) -> Iterator[Ino]:
         """The numbers in use, ascending; those that come or go meanwhile may be among them."""
         for index, number in enumerate(self.where):
             used, _pending = _unpack_masks(self._store.read(number, MAGIC_INODES), _MASKS_OFFSET)
-            for slot in range(1, SLOTS_PER_INODE_PAGE):
-                if used >> slot & 1:
-                    yield index * SLOTS_PER_INODE_PAGE + slot
+            for slot, ino in enumerate(inos_of(index)):
+                if slot and used >> slot & 1:
+                    yield ino
 
     # ------------------------------------------------------------------ finding
 
-    def get(self, ino: int) -> Inode:
+    def get(self, ino: Ino) -> Inode:
         """The inode of that number.
 
         :raises NotFoundError: the number is not in use.
@@ -309,7 +310,7 @@ class InodeTable:
             self._cache[ino] = inode
         return inode
 
-    def stat(self, ino: int) -> Stat:
+    def stat(self, ino: Ino) -> Stat:
         """The attributes of that inode, without keeping it.
 
         :raises NotFoundError, CorruptionError: as :meth:`get`.
@@ -337,7 +338,7 @@ class InodeTable:
             i.data_pages,
         )
 
-    def _page_of(self, ino: int) -> memoryview:
+    def _page_of(self, ino: Ino) -> memoryview:
         """The inode page of an inode that is in use."""
         index, slot = ino >> 4, ino & 15
         if not slot or not 0 <= index < len(self.where):
@@ -347,7 +348,7 @@ class InodeTable:
             raise NotFoundError(f"inode {ino}: no such inode")
         return page
 
-    def _load(self, inode: Inode, ino: int) -> None:
+    def _load(self, inode: Inode, ino: Ino) -> None:
         inode.load(self._page_of(ino), (ino & 15) * INODE_BYTES)
         if inode.ino != ino:
             raise CorruptionError(f"inode {ino}: wrong number: got {inode.ino}")
@@ -424,7 +425,7 @@ class InodeTable:
             (generation + 1) & 0xFFFFFFFF,
         )
         inode = Inode()
-        inode.ino = index * SLOTS_PER_INODE_PAGE + slot
+        inode.ino = Ino(index * SLOTS_PER_INODE_PAGE + slot)
         inode.mode = mode
         inode.generation = generation
         self._cache[inode.ino] = inode
@@ -443,7 +444,7 @@ class InodeTable:
         page = self._store.edit(STATE_PAGE, MAGIC_STATE)
         page[at : at + 8] = head.to_bytes(8, "little")
 
-    def _unmake(self, ino: int) -> None:
+    def _unmake(self, ino: Ino) -> None:
         self._cache.pop(ino, None)
         self.used -= 1
 
@@ -451,14 +452,14 @@ class InodeTable:
         """Add inode pages (more the larger the table is); returns the index of the first."""
         first = len(self.where)
         want = min(max(1, first // 8), _MAX_NEW_PAGES)
-        goal = self.where[-1] + 1 if first else None
+        goal = PageNo(self.where[-1] + 1) if first else None
         runs = self._pages.alloc(want, CLASS_META, goal)
-        tree = Tree(self._store, self._pages, TREE_EXTENTS, 0, self._root)
+        tree = Tree(self._store, self._pages, TREE_EXTENTS, NO_INO, self._root)
         index = first
         for start, count in runs:
             self._extend_tree(tree, index, start, count)
-            for page in range(start, start + count):
-                image = self._store.new(page, MAGIC_INODES, 0)
+            for page in pages_from(start, count):
+                image = self._store.new(page, MAGIC_INODES, NO_INO)
                 following = index + 2 if index + 1 < first + want else 0
                 _pack_page(image, INODE_PAGE_OFFSET, index, following, 0, 0, 1, 1)
                 self.where.append(page)
@@ -474,14 +475,14 @@ class InodeTable:
         return first
 
     @staticmethod
-    def _extend_tree(tree: Tree, index: int, start: int, count: int) -> None:
+    def _extend_tree(tree: Tree, index: int, start: PageNo, count: int) -> None:
         last = tree.extent_at(index)
-        if last and last[0] + last[2] == index and last[1] + last[2] == start:
-            tree.replace_extent(last[0], (last[0], last[1], last[2] + count))
+        if last and last.file_page + last.pages == index and last.page + last.pages == start:
+            tree.replace_extent(last.file_page, last._replace(pages=last.pages + count))
         else:
-            tree.insert_extent((index, start, count))
+            tree.insert_extent(Extent(index, start, count))
 
-    def _ungrow(self, count: int, root: int) -> None:
+    def _ungrow(self, count: int, root: PageNo) -> None:
         del self.where[count:]
         self._root = root
 

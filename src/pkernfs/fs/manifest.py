@@ -25,27 +25,32 @@ from pkernfs.layout import (
     LIST_SLOTS,
     MAGIC_INODES,
     MAGIC_NAMES,
+    NO_INO,
     PAGE,
     RESULT_CHANGED,
     RESULT_EVERYTHING,
     RESULT_METADATA,
     RESULT_UNKNOWN,
+    ROOT_INO,
     SLOTS_PER_INODE_PAGE,
     HandoverFields,
     ListFields,
+    inos_of,
+    page_offset,
 )
+from pkernfs.quantities import FileSpan, Ino, PageNo, RegionOff
 from pkernfs.region import digest
 from pkernfs.region.checksum import page_checksum
 from pkernfs.region.region import Region
 
 if TYPE_CHECKING:
-    from pkernfs.fs.file import Extent
+    from pkernfs.fs.names import DirectoryEntry
     from pkernfs.fs.super import Super
 
     #: The extents of a file, by its inode number.
-    ExtentsOf = Callable[[int], list[Extent]]
-    #: Name, inode number, type and cookie of the entries of a directory behind a cookie.
-    Readdir = Callable[[int, int], Iterator[tuple[bytes, int, int, int]]]
+    ExtentsOf = Callable[[Ino], list[FileSpan]]
+    #: The entries of a directory behind a cookie.
+    Readdir = Callable[[Ino, int], Iterator[DirectoryEntry]]
 
 Buffer = bytes | bytearray | memoryview
 
@@ -62,13 +67,16 @@ _NICE = 10  # of the threads that verify while others work
 class FileDigests(NamedTuple):
     """The chunks of a file that have digests, as ``{number: digest}``."""
 
-    ino: int
+    ino: Ino
     chunks: dict[int, int]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A list, parsed. Arrays of the same length tell of one metadata page each."""
+    """A list, parsed. Arrays of the same length tell of one metadata page each.
+
+    ``pages`` are page numbers, ``owners`` inode numbers: arrays cannot have items of those types.
+    """
 
     pages: array[int]
     owners: array[int]
@@ -84,7 +92,7 @@ def room_for_manifest(length: int) -> int:
 
 
 def build_manifest(
-    region: Region, uuid: bytes, number: int, pages: Iterable[int], files: list[FileDigests]
+    region: Region, uuid: bytes, number: int, pages: Iterable[PageNo], files: list[FileDigests]
 ) -> bytes:
     """The list of a frozen file system; ``pages`` are its intact metadata pages.
 
@@ -95,7 +103,8 @@ def build_manifest(
     entries = bytearray()
     inode_pages: array[int] = array("Q")
     for page, checksum in zip(numbers, sums, strict=True):
-        magic, _, _, owner, _ = HEADER.unpack_from(region.view(page * PAGE, PAGE))
+        header = region.view(RegionOff(page * PAGE), PAGE)
+        magic, _, _, owner, _ = HEADER.unpack_from(header)
         entries += LIST_PAGE.pack(page, owner, magic, checksum)
         if magic == MAGIC_INODES:
             inode_pages.append(page)
@@ -168,8 +177,6 @@ def parse_manifest(data: Buffer, uuid: bytes, number: int) -> Manifest:
 
 # ------------------------------------------------------------------------------ chunks of files
 
-ExtentRange = tuple[int, int, int]  # file offset, length, region offset
-
 
 class Chunk(NamedTuple):
     """A chunk of a file: its number, and its parts in the region."""
@@ -179,7 +186,7 @@ class Chunk(NamedTuple):
 
 
 def chunks_of(
-    region: Region, extents: Iterable[ExtentRange], wanted: Iterable[int] = ()
+    region: Region, extents: Iterable[FileSpan], wanted: Iterable[int] = ()
 ) -> Iterator[Chunk]:
     """Find each chunk of a file that has memory which is not a hole of the region.
 
@@ -189,7 +196,8 @@ def chunks_of(
     current = -1
     parts: list[digest.Part] = []
     has_data = False
-    for offset, start, length, is_data in _spans(region, extents):
+    for span in _spans(region, extents):
+        offset, at, length, is_data = span
         while length:
             number, skip = divmod(offset, LIST_CHUNK_BYTES)
             if number != current:
@@ -197,26 +205,36 @@ def chunks_of(
                     yield Chunk(current, parts)
                 current, parts, has_data = number, [], False
             piece = min(length, LIST_CHUNK_BYTES - skip)
-            parts.append((start if is_data else digest.ZEROS, piece))
+            parts.append(digest.Part(at if is_data else digest.ZEROS, piece))
             has_data = has_data or is_data
             offset += piece
-            start += piece
+            at = RegionOff(at + piece)
             length -= piece
     if has_data or (parts and current in always):
         yield Chunk(current, parts)
 
 
-def _spans(region: Region, extents: Iterable[ExtentRange]) -> Iterator[tuple[int, int, int, bool]]:
-    """``(file offset, region offset, length, whether it is data)``: extents cut at holes."""
+class _Span(NamedTuple):
+    """A part of an extent: file offset, region offset, length in bytes; data, or else a hole."""
+
+    offset: int
+    region_offset: RegionOff
+    length: int
+    is_data: bool
+
+
+def _spans(region: Region, extents: Iterable[FileSpan]) -> Iterator[_Span]:
+    """Cut extents at holes of the region."""
     for offset, length, start in extents:
         at = start
-        for low, high in region.data_ranges(start, start + length):
+        end = RegionOff(start + length)
+        for low, high in region.data_ranges(start, end):
             if low > at:
-                yield offset + at - start, at, low - at, False
-            yield offset + low - start, low, high - low, True
+                yield _Span(offset + at - start, at, low - at, False)
+            yield _Span(offset + low - start, low, high - low, True)
             at = high
-        if at < start + length:
-            yield offset + at - start, at, start + length - at, False
+        if at < end:
+            yield _Span(offset + at - start, at, end - at, False)
 
 
 # ------------------------------------------------------------------------------ comparing
@@ -226,7 +244,7 @@ def _spans(region: Region, extents: Iterable[ExtentRange]) -> Iterator[tuple[int
 class Change:
     """Something that is not as it was handed over; ``ino`` 0: the file system's own."""
 
-    ino: int
+    ino: Ino
     what: list[str] = field(default_factory=list)
     chunks: list[int] = field(default_factory=list)
 
@@ -252,19 +270,19 @@ class Changes:
     """Changes by inode, in the order in which they were found."""
 
     def __init__(self) -> None:
-        self.by_ino: dict[int, Change] = {}
+        self.by_ino: dict[Ino, Change] = {}
         self.elsewhere: list[Change] = []
 
     def __len__(self) -> int:
         return len(self.by_ino) + len(self.elsewhere)
 
-    def of(self, ino: int) -> Change:
+    def of(self, ino: Ino) -> Change:
         """The change of an inode, to be added to."""
         return self.by_ino.setdefault(ino, Change(ino))
 
     def add_structure(self, what: str) -> None:
         """Something that belongs to no file."""
-        self.elsewhere.append(Change(0, [what]))
+        self.elsewhere.append(Change(NO_INO, [what]))
 
     def all(self) -> list[Change]:
         """All of them."""
@@ -272,7 +290,7 @@ class Changes:
 
 
 def compare_metadata(
-    region: Region, listed: Manifest, index_of: dict[int, int], changes: Changes
+    region: Region, listed: Manifest, index_of: dict[PageNo, int], changes: Changes
 ) -> None:
     """Compare every page of a list with the region; ``index_of`` is the inode table by page.
 
@@ -282,28 +300,29 @@ def compare_metadata(
     if now == listed.sums:
         return
     inode_pages = 0
-    for i, (page, owner, magic) in enumerate(
+    for i, (number, owner, magic) in enumerate(
         zip(listed.pages, listed.owners, listed.magics, strict=True)
     ):
         first_slot = inode_pages * SLOTS_PER_INODE_PAGE
         inode_pages += magic == MAGIC_INODES
         if now[i] == listed.sums[i]:
             continue
-        intact = page_checksum(region.view(page * PAGE, PAGE)) == now[i]
+        page = PageNo(number)
+        intact = page_checksum(region.view(page_offset(page), PAGE)) == now[i]
         state = "changed" if intact else "damaged"
         where = f"{MAGIC_NAMES.get(magic, 'page')} at {page * PAGE:#x} {state}"
-        inos: list[int] = []
+        inos: list[Ino] = []
         if magic == MAGIC_INODES and page in index_of:
             slots = digest.slot_sums(region, array("Q", [page]))
             inos = [
-                index_of[page] * SLOTS_PER_INODE_PAGE + slot
-                for slot in range(1, SLOTS_PER_INODE_PAGE)
-                if slots[slot] != listed.slots[first_slot + slot]
+                ino
+                for slot, ino in enumerate(inos_of(index_of[page]))
+                if slot and slots[slot] != listed.slots[first_slot + slot]
             ]
             for ino in inos:
                 changes.of(ino).what.append(f"inode {state}")
         elif owner:
-            changes.of(owner).what.append(where)
+            changes.of(Ino(owner)).what.append(where)
             continue
         if not inos or not intact:
             changes.add_structure(where)
@@ -348,14 +367,14 @@ class MountReport:
 class ChunkOf(NamedTuple):
     """A chunk of a file, by its number."""
 
-    ino: int
+    ino: Ino
     number: int
 
 
 class Job(NamedTuple):
     """A chunk to be compared with its digest; None: with zeros."""
 
-    ino: int
+    ino: Ino
     number: int
     parts: list[digest.Part]
     expected: int | None
@@ -374,10 +393,10 @@ class Verifier:
         self._extents = extents
         self._files = mount_report.files
         self._changes = mount_report.changes
-        self.changed_meanwhile: set[int] = set()
+        self.changed_meanwhile: set[Ino] = set()
         self.total_bytes = sum(len(file.chunks) for file in self._files) * LIST_CHUNK_BYTES
         self.done_bytes = 0
-        self.skipped: set[int] = set()
+        self.skipped: set[Ino] = set()
         self.finished = False
 
     def batches(self) -> Iterator[list[Job]]:
@@ -397,7 +416,7 @@ class Verifier:
 
     def _jobs(self, file: FileDigests) -> Iterator[Job]:
         try:
-            extents = [(e.offset, e.length, e.region_offset) for e in self._extents(file.ino)]
+            extents = self._extents(file.ino)
         except NotFoundError:
             self._missing(file.ino, "its inode is gone")
             return
@@ -420,7 +439,7 @@ class Verifier:
             expected = job.expected
             if expected is None:
                 length = sum(length for _, length in job.parts)
-                expected = digest.digests(region, [[(digest.ZEROS, length)]])[0]
+                expected = digest.digests(region, [[digest.Part(digest.ZEROS, length)]])[0]
             if found != expected:
                 differ.append(ChunkOf(job.ino, job.number))
         return differ
@@ -432,13 +451,13 @@ class Verifier:
         self.done_bytes += sum(length for job in batch for _, length in job.parts)
         self.skipped |= {job.ino for job in batch} & self.changed_meanwhile
 
-    def _found(self, ino: int, number: int) -> None:
+    def _found(self, ino: Ino, number: int) -> None:
         if ino in self.changed_meanwhile:
             self.skipped.add(ino)
         else:
             self._changes.of(ino).chunks.append(number)
 
-    def _missing(self, ino: int, reason: str) -> None:
+    def _missing(self, ino: Ino, reason: str) -> None:
         if ino in self.changed_meanwhile:
             self.skipped.add(ino)
         else:
@@ -467,13 +486,13 @@ def load(state: Super, extents: ExtentsOf, data: Buffer, mount_report: MountRepo
         mount_report.verifier = Verifier(state.region, extents, mount_report)
 
 
-def paths_of(inos: set[int], readdir: Readdir) -> dict[int, bytes]:
+def paths_of(inos: set[Ino], readdir: Readdir) -> dict[Ino, bytes]:
     """A path of each inode, as far as the directories can be read."""
-    found: dict[int, bytes] = {}
-    todo = [(1, b"")]
-    seen = {1}
-    if 1 in inos:
-        found[1] = b"/"
+    found: dict[Ino, bytes] = {}
+    todo = [(ROOT_INO, b"")]
+    seen = {ROOT_INO}
+    if ROOT_INO in inos:
+        found[ROOT_INO] = b"/"
     while todo and len(found) < len(inos):
         directory, path = todo.pop()
         try:
@@ -489,7 +508,7 @@ def paths_of(inos: set[int], readdir: Readdir) -> dict[int, bytes]:
 
 
 def tell(
-    changes: Changes, readdir: Readdir, holder: Callable[[int], str | None]
+    changes: Changes, readdir: Readdir, holder: Callable[[Ino], str | None]
 ) -> list[dict[str, str]]:
     """Tell changes by path: ``{"path", "what"}``; the path "" is the file system itself.
 
@@ -514,7 +533,7 @@ def tell(
     return told
 
 
-def _device_access(change: Change, holder: Callable[[int], str | None]) -> str | None:
+def _device_access(change: Change, holder: Callable[[Ino], str | None]) -> str | None:
     """Name what lets a device write to a file whose data has changed; None: nothing does."""
     try:
         return holder(change.ino) if change.chunks else None

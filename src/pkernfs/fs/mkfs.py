@@ -9,6 +9,7 @@ import time
 import uuid as uuid_module
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pkernfs.alloc import bitmap
 from pkernfs.errors import CorruptionError, FormatError, RegionError, UsageError
@@ -43,6 +44,7 @@ from pkernfs.layout import (
     MAX_MAP_PAGES_IN_BLOCK_0,
     MIN_REGION_BYTES,
     NAME_ITEM,
+    NO_INO,
     NO_NODE,
     NO_PHYSICAL,
     PAGE,
@@ -66,9 +68,11 @@ from pkernfs.layout import (
     RangeFields,
     StateFields,
     SuperblockFields,
+    first_page,
     name_key,
+    page_offset,
 )
-from pkernfs.region.backing import BlockRun
+from pkernfs.quantities import BlockNo, BlockRun, Ino, PageNo, RegionOff
 from pkernfs.region.checksum import page_checksum
 from pkernfs.region.region import Region
 
@@ -76,19 +80,29 @@ _PROBE_BYTES = 1 << 20
 IOMMU_NAME = b"iommu"
 _META_PAGES = 4  # page map, tree of the inode table, first inode page, names of the root directory
 
-# (offset, bytes, name): what mkfs would not want to destroy
+_START = RegionOff(0)
+
+
+class _Foreign(NamedTuple):
+    """Content that mkfs would not want to destroy, by bytes at an offset."""
+
+    offset: RegionOff
+    signature: bytes
+    name: str
+
+
 _FOREIGN = (
-    (0x438, b"\x53\xef", "ext2/3/4"),
-    (0, b"XFSB", "xfs"),
-    (0x10040, b"_BHRfS_M", "btrfs"),
-    (0, b"hsqs", "squashfs"),
-    (0x8001, b"CD001", "iso9660"),
-    (0, b"LUKS\xba\xbe", "LUKS"),
-    (0x218, b"LVM2 001", "LVM"),
-    (0x1FE, b"\x55\xaa", "a partition table or FAT"),
-    (0x402, b"\x10\x20\xf5\xf2", "f2fs"),
-    (0, b"QFI\xfb", "qcow2"),
-    (0, b"\x7fELF", "an ELF file"),
+    _Foreign(RegionOff(0x438), b"\x53\xef", "ext2/3/4"),
+    _Foreign(_START, b"XFSB", "xfs"),
+    _Foreign(RegionOff(0x10040), b"_BHRfS_M", "btrfs"),
+    _Foreign(_START, b"hsqs", "squashfs"),
+    _Foreign(RegionOff(0x8001), b"CD001", "iso9660"),
+    _Foreign(_START, b"LUKS\xba\xbe", "LUKS"),
+    _Foreign(RegionOff(0x218), b"LVM2 001", "LVM"),
+    _Foreign(RegionOff(0x1FE), b"\x55\xaa", "a partition table or FAT"),
+    _Foreign(RegionOff(0x402), b"\x10\x20\xf5\xf2", "f2fs"),
+    _Foreign(_START, b"QFI\xfb", "qcow2"),
+    _Foreign(_START, b"\x7fELF", "an ELF file"),
 )
 
 
@@ -115,7 +129,7 @@ def probe(region: Region) -> Probe:
     if region.untouched:
         return Probe(Content.EMPTY, "nothing")
     traces = [
-        superblock.is_trace(region.view(page * PAGE, PAGE))
+        superblock.is_trace(region.view(page_offset(page), PAGE))
         for page in (SUPERBLOCK_PAGE, BACKUP_PAGE)
         if (page + 1) * PAGE <= region.size
     ]
@@ -133,10 +147,10 @@ def probe(region: Region) -> Probe:
             and region.read(offset, len(signature)) == signature
         ):
             return Probe(Content.FOREIGN, name)
-    if not region.is_zero(0, min(region.size, _PROBE_BYTES)):
+    if not region.is_zero(_START, min(region.size, _PROBE_BYTES)):
         return Probe(Content.DATA, "data of an unknown kind")
     if region.size >= BACKUP_PAGE * PAGE + _PROBE_BYTES and not region.is_zero(
-        BACKUP_PAGE * PAGE, PAGE
+        page_offset(BACKUP_PAGE), PAGE
     ):
         return Probe(Content.DATA, "data of an unknown kind")
     return Probe(Content.EMPTY, "nothing")
@@ -168,8 +182,8 @@ def make_filesystem(
     known_zero = region.known_zero()
     maker = _Maker(region, blocks, uuid or uuid_module.uuid4().bytes, clock())
     for page in (SUPERBLOCK_PAGE, BACKUP_PAGE):
-        region.zero(page * PAGE, PAGE)
-    region.zero(JOURNAL_PAGE * PAGE, PAGE)
+        region.zero(page_offset(page), PAGE)
+    region.zero(page_offset(JOURNAL_PAGE), PAGE)
     maker.write_metadata()
     maker.write_block_maps(known_zero)
     maker.write_superblocks(label)
@@ -186,24 +200,26 @@ class _Maker:
         self.placement = placement.encode(None if device is None else placement.of_device(device))
         self.map_pages = -(-blocks // MAP_BLOCKS)
         in_block_0 = self.map_pages <= MAX_MAP_PAGES_IN_BLOCK_0
-        self.map_page = FIRST_MAP_PAGE if in_block_0 else 2 * PAGES_PER_BLOCK
+        self.map_page = FIRST_MAP_PAGE if in_block_0 else first_page(BlockNo(2))
         self.static_blocks = 2 if in_block_0 else 2 + -(-self.map_pages // PAGES_PER_BLOCK)
         # The first carved block: page map, tree of the inode table, inodes, names of the root.
-        self.meta = self.static_blocks
-        first = self.meta * PAGES_PER_BLOCK
-        self.tree_page, self.inode_page, self.names_page = first + 1, first + 2, first + 3
+        self.meta = BlockNo(self.static_blocks)
+        self.meta_map = first_page(self.meta)
+        self.tree_page = PageNo(self.meta_map + 1)
+        self.inode_page = PageNo(self.meta_map + 2)
+        self.names_page = PageNo(self.meta_map + 3)
 
     def page(
-        self, number: int, magic: int, fill: Callable[[bytearray], None], owner: int = 0
+        self, number: PageNo, magic: int, fill: Callable[[bytearray], None], owner: Ino = NO_INO
     ) -> None:
         image = bytearray(PAGE)
         HEADER.pack_into(image, 0, magic, 0, number, owner, self.uuid)
         fill(image)
         image[4:8] = page_checksum(image).to_bytes(4, "little")
-        self.region.copy_in(number * PAGE, image)
+        self.region.copy_in(page_offset(number), image)
 
     def write_metadata(self) -> None:
-        self.page(self.meta * PAGES_PER_BLOCK, MAGIC_PAGE_MAP, self._page_map)
+        self.page(self.meta_map, MAGIC_PAGE_MAP, self._page_map)
         self.page(self.tree_page, MAGIC_TREE, self._inode_tree)
         self.page(self.inode_page, MAGIC_INODES, self._inodes)
         self.page(self.names_page, MAGIC_TREE, self._root_names, ROOT_INO)
@@ -266,18 +282,19 @@ class _Maker:
                     bitmap.set_run(memoryview(image)[MAP_USED_OFFSET:], 0, used, True)
                     bitmap.set_run(memoryview(image)[MAP_CARVED_OFFSET:], self.meta, 1, True)
                 zero = memoryview(image)[MAP_ZERO_OFFSET : MAP_ZERO_OFFSET + MAP_BYTES]
-                for start, length in known_zero:
-                    start, end = max(start, first, used), min(start + length, first + count)
+                for run in known_zero:
+                    start = max(run.first, first, used)
+                    end = min(run.first + run.blocks, first + count)
                     if start < end:
                         bitmap.set_run(zero, start - first, end - start, True)
 
-            self.page(self.map_page + index, MAGIC_BLOCK_MAP, fill)
+            self.page(PageNo(self.map_page + index), MAGIC_BLOCK_MAP, fill)
 
     def write_superblocks(self, label: str) -> None:
         base = self.region.phys_base
         ranges = [
             RangeFields(
-                first_block=0,
+                first_block=BlockNo(0),
                 blocks=self.blocks,
                 phys_base=NO_PHYSICAL if base is None else base,
                 map_page=self.map_page,
@@ -304,4 +321,4 @@ class _Maker:
         )
         for page in (BACKUP_PAGE, SUPERBLOCK_PAGE):
             image = superblock.encode(self.uuid, fields, ranges, page, self.placement)
-            self.region.copy_in(page * PAGE, image)
+            self.region.copy_in(page_offset(page), image)

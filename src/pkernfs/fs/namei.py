@@ -19,7 +19,7 @@ from pkernfs.errors import (
 )
 from pkernfs.fs.inode import InodeLife
 from pkernfs.fs.inodes import Inode
-from pkernfs.fs.names import Entry, Names, check_name, is_table_name
+from pkernfs.fs.names import DirectoryEntry, Entry, Names, check_name, is_table_name
 from pkernfs.fs.pins import PinGuard
 from pkernfs.fs.super import Super
 from pkernfs.fs.xattrs import Overflow, check_target
@@ -31,11 +31,14 @@ from pkernfs.layout import (
     MAX_LINKS,
     ROOT_INO,
 )
+from pkernfs.quantities import Ino
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
 
 _PERMISSIONS = 0o7777
+_DEVICES = (stat.S_IFCHR, stat.S_IFBLK)
+_CREATED = (stat.S_IFREG, stat.S_IFIFO, stat.S_IFSOCK, *_DEVICES)
 
 
 class Namei:
@@ -52,7 +55,7 @@ class Namei:
 
     # ------------------------------------------------------------------ looking up
 
-    def lookup(self, parent: int, name: bytes) -> Inode:
+    def lookup(self, parent: Ino, name: bytes) -> Inode:
         """The inode that a name in a directory means.
 
         :raises NotFoundError: there is no such name.
@@ -63,7 +66,7 @@ class Namei:
             raise NotFoundError("no such name")
         return self._named(self._inodes.get(parent), ino)
 
-    def find(self, parent: int, name: bytes) -> int:
+    def find(self, parent: Ino, name: bytes) -> Ino:
         """The inode number that a name in a directory means; 0 if there is no such name.
 
         :raises NotDirError: ``parent`` is not a directory.
@@ -76,7 +79,7 @@ class Namei:
             return directory.parent
         return self._names.find(directory, name)
 
-    def _named(self, directory: Inode, ino: int) -> Inode:
+    def _named(self, directory: Inode, ino: Ino) -> Inode:
         try:
             return self._inodes.get(ino)
         except NotFoundError:
@@ -84,19 +87,19 @@ class Namei:
                 f"directory {directory.ino}: a name for inode {ino}, which is free"
             ) from None
 
-    def _directory(self, ino: int) -> Inode:
+    def _directory(self, ino: Ino) -> Inode:
         inode = self._inodes.get(ino)
         if not inode.is_dir:
             raise NotDirError(f"inode {ino}: not a directory")
         return inode
 
-    def _linked_directory(self, ino: int) -> Inode:
+    def _linked_directory(self, ino: Ino) -> Inode:
         inode = self._directory(ino)
         if not inode.nlink:
             raise NotFoundError(f"inode {ino}: the directory was removed")
         return inode
 
-    def opendir(self, ino: int) -> Inode:
+    def opendir(self, ino: Ino) -> Inode:
         """Count an open handle of a directory; see :meth:`InodeLife.open`.
 
         :raises NotDirError: it is none.
@@ -104,8 +107,8 @@ class Namei:
         self._directory(ino)
         return self._life.open(ino)
 
-    def readdir(self, ino: int, cookie: int) -> Iterator[tuple[bytes, int, int, int]]:
-        """``(name, inode number, type, cookie)`` of the entries behind ``cookie`` (0: all).
+    def readdir(self, ino: Ino, cookie: int) -> Iterator[DirectoryEntry]:
+        """The entries behind ``cookie`` (0: all); the cookie of each is its key.
 
         ``.`` and ``..`` are not among them. A cookie stays good while entries come and go: an
         entry that is there all the time is returned once. The iterator itself must not be used
@@ -119,7 +122,7 @@ class Namei:
     # ------------------------------------------------------------------ new names
 
     def create(
-        self, parent: int, name: bytes, mode: int, uid: int, gid: int, rdev: int = 0
+        self, parent: Ino, name: bytes, mode: int, uid: int, gid: int, rdev: int = 0
     ) -> Inode:
         """Make a file, fifo, socket or device node; ``mode`` includes the type.
 
@@ -128,7 +131,7 @@ class Namei:
         :raises ExistsError: the name is taken.
         """
         kind = stat.S_IFMT(mode)
-        if kind not in (stat.S_IFREG, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK):
+        if kind not in _CREATED:
             raise InvalidError(f"file type {kind:#o}: cannot be made")
         directory = self._check_new(parent, name, kind)
         if directory.mode & stat.S_ISGID:
@@ -136,7 +139,7 @@ class Namei:
         with self._store:
             inode = self._life.new(mode, uid, gid)
             inode.nlink = 1
-            if kind in (stat.S_IFCHR, stat.S_IFBLK):
+            if kind in _DEVICES:
                 inode.rdev = rdev
             if directory.ino == IOMMU_INO:
                 inode.flags |= INODE_FLAG_TABLE
@@ -146,7 +149,7 @@ class Namei:
         self._pins.directory_changed(directory)
         return inode
 
-    def mkdir(self, parent: int, name: bytes, mode: int, uid: int, gid: int) -> Inode:
+    def mkdir(self, parent: Ino, name: bytes, mode: int, uid: int, gid: int) -> Inode:
         """Make a directory; a set-gid parent passes group and set-gid bit on.
 
         :raises ExistsError: the name is taken.
@@ -166,7 +169,7 @@ class Namei:
             self._enter(directory, name, inode, links=1)
         return inode
 
-    def symlink(self, parent: int, name: bytes, target: bytes, uid: int, gid: int) -> Inode:
+    def symlink(self, parent: Ino, name: bytes, target: bytes, uid: int, gid: int) -> Inode:
         """Make a symbolic link.
 
         :raises ExistsError: the name is taken.
@@ -189,7 +192,7 @@ class Namei:
             self._enter(directory, name, inode)
         return inode
 
-    def readlink(self, ino: int) -> bytes:
+    def readlink(self, ino: Ino) -> bytes:
         """A symbolic link's target.
 
         :raises InvalidError: not a symbolic link.
@@ -201,7 +204,7 @@ class Namei:
             return self._overflow.read(ino, inode.body, inode.size)
         return inode.target
 
-    def link(self, ino: int, parent: int, name: bytes) -> Inode:
+    def link(self, ino: Ino, parent: Ino, name: bytes) -> Inode:
         """Give an inode another name.
 
         :raises ExistsError: the name is taken.
@@ -223,7 +226,7 @@ class Namei:
             self._enter(directory, name, inode)
         return inode
 
-    def _check_new(self, parent: int, name: bytes, kind: int) -> Inode:
+    def _check_new(self, parent: Ino, name: bytes, kind: int) -> Inode:
         self._super.check_writable()
         directory = self._linked_directory(parent)
         check_name(name)
@@ -243,17 +246,12 @@ class Namei:
 
     # ------------------------------------------------------------------ removing names
 
-    def unlink(self, parent: int, name: bytes) -> None:
+    def unlink(self, parent: Ino, name: bytes) -> None:
         """Take a name away; the inode goes with its last name, last handle and last look-up.
 
         :raises NotFoundError, IsDirError: not a name, or a directory's.
         """
-        self._super.check_writable()
-        directory = self._linked_directory(parent)
-        found = self._names.locate(directory, name)
-        if found is None:
-            raise NotFoundError("no such name")
-        inode = self._named(directory, found.ino)
+        directory, found, inode = self._to_remove(parent, name)
         if inode.is_dir:
             raise IsDirError("is a directory")
         if inode.nlink == 1:
@@ -265,21 +263,25 @@ class Namei:
         if not done:
             self._life.evict(inode)
 
-    def rmdir(self, parent: int, name: bytes) -> None:
+    def rmdir(self, parent: Ino, name: bytes) -> None:
         """Remove an empty directory.
 
         :raises NotDirError, NotEmptyError, BusyError: not one, not empty, or /iommu.
         """
+        directory, found, inode = self._to_remove(parent, name)
+        self._check_removable_dir(inode)
+        with self._store:
+            self._leave(directory, name, found.key, links=1)
+            self._life.drop_directory(inode)
+
+    def _to_remove(self, parent: Ino, name: bytes) -> tuple[Inode, Entry, Inode]:
+        """The directory, the entry in it and the inode of a name that may be removed."""
         self._super.check_writable()
         directory = self._linked_directory(parent)
         found = self._names.locate(directory, name)
         if found is None:
             raise NotFoundError("no such name")
-        inode = self._named(directory, found.ino)
-        self._check_removable_dir(inode)
-        with self._store:
-            self._leave(directory, name, found.key, links=1)
-            self._life.drop_directory(inode)
+        return directory, found, self._named(directory, found.ino)
 
     def _check_removable_dir(self, inode: Inode) -> None:
         if not inode.is_dir:
@@ -299,7 +301,7 @@ class Namei:
     # ------------------------------------------------------------------ rename
 
     def rename(
-        self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0
+        self, parent: Ino, name: bytes, new_parent: Ino, new_name: bytes, flags: int = 0
     ) -> None:
         """Rename, replace or exchange, as renameat2(2).
 

@@ -23,11 +23,14 @@ from pkernfs.layout import (
     MAX_COLLISIONS,
     MAX_NAME_BYTES,
     NAME_ITEM,
+    NO_INO,
+    NO_PAGE,
     PAGE,
     TREE_NAMES,
     TREE_SLOTS_OFFSET,
     name_key,
 )
+from pkernfs.quantities import Ino
 
 _unpack = NAME_ITEM.unpack_from
 _HEAD = NAME_ITEM.size
@@ -37,12 +40,16 @@ _SLOT_BYTES = ITEM_SLOT.size
 ROOT_PGTABLES = b"root-pgtables"
 _MAX_KNOWN = 131072  # some 200 bytes each
 
+#: Name, inode number, type, key: an entry of a listing. Bare: a named tuple would cost half of
+#: what an entry costs.
+DirectoryEntry = tuple[bytes, Ino, int, int]
+
 
 class Entry(NamedTuple):
     """A name that is there: its key in the directory's tree, and what it means."""
 
     key: int
-    ino: int
+    ino: Ino
     kind: int
 
 
@@ -65,16 +72,16 @@ class Names:
         self._hash_key = hash_key
         # Inode numbers of names used lately, by directory; 0: that name is not there. A directory
         # is freed when its last name is gone, so what is known is true when its number is reused.
-        self._known: dict[int, dict[bytes, int]] = {}
+        self._known: dict[Ino, dict[bytes, Ino]] = {}
         self._count = 0
         # The last descent: directory, name, key, transaction, and where it led.
-        self._last: tuple[int, bytes, int, int, Place] | None = None
+        self._last: tuple[Ino, bytes, int, int, Place] | None = None
 
     def _tree(self, directory: Inode) -> Tree:
-        root = directory.body if directory.flags & INODE_FLAG_BODY else 0
+        root = directory.body if directory.flags & INODE_FLAG_BODY else NO_PAGE
         return Tree(self._store, self._pages, TREE_NAMES, directory.ino, root)
 
-    def find(self, directory: Inode, name: bytes) -> int:
+    def find(self, directory: Inode, name: bytes) -> Ino:
         """The inode number of a name; 0 if it is not there.
 
         :raises NameTooLongError: no name can be that long.
@@ -83,7 +90,7 @@ class Names:
         ino = known.get(name) if known is not None else None
         if ino is None:
             found = self._look_up(directory, name)
-            ino = found.ino if found is not None else 0
+            ino = found[1] if found is not None else NO_INO
             self._know(directory, name, ino)
         return ino
 
@@ -95,9 +102,11 @@ class Names:
         known = self._known.get(directory.ino)
         if known is not None and known.get(name) == 0:
             return None
-        return self._look_up(directory, name)
+        found = self._look_up(directory, name)
+        return None if found is None else Entry._make(found)
 
-    def _look_up(self, directory: Inode, name: bytes) -> Entry | None:
+    def _look_up(self, directory: Inode, name: bytes) -> tuple[int, Ino, int] | None:
+        """The entry of a name; bare, for most look-ups want its inode number and no more."""
         if len(name) > MAX_NAME_BYTES:
             raise NameTooLongError(f"name of {len(name)} bytes: expected at most {MAX_NAME_BYTES}")
         if not directory.flags & INODE_FLAG_BODY:
@@ -112,10 +121,10 @@ class Names:
                 ino, kind = _unpack(item)
                 if not ino:
                     raise CorruptionError(f"directory {directory.ino}: a name for inode 0")
-                return Entry(found, ino, kind)
+                return found, ino, kind
         return None
 
-    def _know(self, directory: Inode, name: bytes, ino: int) -> None:
+    def _know(self, directory: Inode, name: bytes, ino: Ino) -> None:
         if self._count >= _MAX_KNOWN:
             self._forget_all()
         known = self._known.get(directory.ino)
@@ -129,7 +138,7 @@ class Names:
         self._known.clear()
         self._count = 0
 
-    def _changed(self, directory: Inode, name: bytes, ino: int) -> None:
+    def _changed(self, directory: Inode, name: bytes, ino: Ino) -> None:
         """In a transaction: from now on the name means ``ino``, unless that comes to nothing."""
         self._know(directory, name, ino)
         self._store.on_abort.append(self._forget_all)
@@ -142,7 +151,7 @@ class Names:
             return last[2], last[4] if last[3] == self._store.sequence else None
         return name_key(name, self._hash_key), None
 
-    def add(self, directory: Inode, name: bytes, ino: int, kind: int) -> None:
+    def add(self, directory: Inode, name: bytes, ino: Ino, kind: int) -> None:
         """Enter a new name; ``kind`` is mode >> 12. The caller saves the directory."""
         tree = self._tree(directory)
         key, place = self._place(directory, name)
@@ -166,9 +175,9 @@ class Names:
         tree.remove(key, place if key == first else None)
         directory.size -= 1
         self._set_root(directory, tree)
-        self._changed(directory, name, 0)
+        self._changed(directory, name, NO_INO)
 
-    def replace(self, directory: Inode, name: bytes, key: int, ino: int, kind: int) -> None:
+    def replace(self, directory: Inode, name: bytes, key: int, ino: Ino, kind: int) -> None:
         """Let the name at ``key`` mean another inode. The caller saves the directory."""
         tree = self._tree(directory)
         self._last = None
@@ -177,13 +186,10 @@ class Names:
         self._set_root(directory, tree)
         self._changed(directory, name, ino)
 
-    def entries(self, directory: Inode, key: int) -> Iterator[tuple[bytes, int, int, int]]:
-        """``(name, inode number, type, key)`` of the entries from ``key`` on.
-
-        A named tuple would cost half of what an entry costs.
-        """
-        for node, first, count in self._tree(directory).leaves(key):
-            for slot in range(first, count):
+    def entries(self, directory: Inode, key: int) -> Iterator[DirectoryEntry]:
+        """The entries from ``key`` on."""
+        for node, first, end in self._tree(directory).leaves(key):
+            for slot in range(first, end):
                 found, at, length, _ = _unpack_slot(node, TREE_SLOTS_OFFSET + slot * _SLOT_BYTES)
                 if at + length > PAGE or length <= _HEAD:
                     raise CorruptionError(f"directory {directory.ino}: bad item at slot {slot}")

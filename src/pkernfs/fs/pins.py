@@ -13,7 +13,8 @@ from typing import Protocol
 from pkernfs.errors import BusyError
 from pkernfs.fs.extents import LAST_PAGE, ExtentMap
 from pkernfs.fs.inodes import Inode, InodeTable
-from pkernfs.layout import INODE_FLAG_TABLE, IOMMU_INO, PAGE
+from pkernfs.layout import INODE_FLAG_TABLE, IOMMU_INO, PAGE, page_offset
+from pkernfs.quantities import Ino, RegionRun
 from pkernfs.ratelimit import RateLimit
 
 log = logging.getLogger(__name__)
@@ -35,10 +36,10 @@ class Pins(Protocol):
     def changed(self) -> None:
         """A file of /iommu has come, gone, grown or got another name."""
 
-    def holder(self, extents: Iterable[tuple[int, int]]) -> str | None:
-        """Name who holds a byte of these ``(region offset, length)``; None: nobody."""
+    def holder(self, extents: Iterable[RegionRun]) -> str | None:
+        """Name who holds a byte of these; None: nobody."""
 
-    def check_unused(self, ino: int) -> None:
+    def check_unused(self, ino: Ino) -> None:
         """:raises BusyError: that file of /iommu must stay as it is, and why."""
 
 
@@ -59,7 +60,7 @@ class PinGuard:
         """:raises BusyError: a device may reach file pages start..end-1, or a table is in use."""
         if inode.flags & INODE_FLAG_TABLE:
             self._check_unused(inode)
-        elif self.is_held(inode, start, end):
+        elif self.pins.active and self.is_held(inode, start, end):
             raise BusyError("mapped for DMA")
 
     def is_held(self, inode: Inode, start: int, end: int) -> bool:
@@ -69,7 +70,7 @@ class PinGuard:
             self._refusals.warning(f"inode {inode.ino}: busy: {holder}")
         return holder is not None
 
-    def holder(self, ino: int) -> str | None:
+    def holder(self, ino: Ino) -> str | None:
         """Name what maps a file's bytes for devices; None: nothing does."""
         return self.holder_of(self._inodes.get(ino), 0, LAST_PAGE + 1)
 
@@ -78,7 +79,7 @@ class PinGuard:
         if not self.pins.active or not inode.is_reg or not inode.data_pages:
             return None
         pages = self._map.within(inode, start, end)
-        return self.pins.holder((page * PAGE, count * PAGE) for _file, page, count in pages)
+        return self.pins.holder(RegionRun(page_offset(e.page), e.pages * PAGE) for e in pages)
 
     def _check_unused(self, inode: Inode) -> None:
         try:

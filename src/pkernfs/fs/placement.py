@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pkernfs.errors import CorruptionError, FormatError, PkernfsError, RegionError
 from pkernfs.fs import superblock
@@ -30,6 +30,7 @@ from pkernfs.layout import (
     RANGES_OFFSET,
     SUPERBLOCK_PAGE,
 )
+from pkernfs.quantities import PhysAddr, RegionOff
 from pkernfs.region import dax, dax_devices
 from pkernfs.region.dax import Device
 from pkernfs.region.region import Region
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from pkernfs.fs.super import Super
 
 log = logging.getLogger(__name__)
+
+_START = RegionOff(0)
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,13 @@ class Placement:
             and self.pieces[last].start == older.pieces[last].start
             and self.pieces[last].size >= older.pieces[last].size
         )
+
+
+class _Found(NamedTuple):
+    """A record that was found, and the dax region it is in, by its directory."""
+
+    placement: Placement
+    region: str
 
 
 def of_device(device: Device) -> Placement:
@@ -107,7 +117,7 @@ def parse(page: bytes) -> Placement | None:
     return Placement(text, align, pieces)
 
 
-def read(region: Region, offset: int = 0) -> Placement | None:
+def read(region: Region, offset: RegionOff = _START) -> Placement | None:
     """The record of the superblock at an offset; None without a superblock or a record."""
     page = region.read(offset, PAGE)
     try:
@@ -121,7 +131,7 @@ def read(region: Region, offset: int = 0) -> Placement | None:
 
 
 def open_region(
-    spec: str, *, write: bool, phys_base: int | None = None, host: Host = HOST
+    spec: str, *, write: bool, phys_base: PhysAddr | None = None, host: Host = HOST
 ) -> Region:
     """Open a region that has a file system; a dax device is put back first if a kexec forgot it.
 
@@ -175,13 +185,13 @@ def _put_back(path: str, name: str, host: Host) -> str:
     """Make the device that ``path`` names again if it was forgotten; its path."""
     if name in dax.device_names(host) and _is_itself(path, name, host):
         return path
-    found = [(p, region) for p, region in _find_all(host) if p.name == name]
+    found = [one for one in _find_all(host) if one.placement.name == name]
     if not found:
         return path
     if len(found) > 1:
         raise RegionError(
             f"{path}: more than one file system claims it: "
-            f"{', '.join(str(p) for p, _ in found)}: make it with daxctl create-device"
+            f"{', '.join(str(one.placement) for one in found)}: make it with daxctl create-device"
         )
     placement, region = found[0]
     made = dax_devices.rebuild(name, placement.align, placement.pieces, region, host)
@@ -195,7 +205,7 @@ def _is_itself(path: str, name: str, host: Host) -> bool:
     if not device.size or device.driver not in (None, os.path.basename(dax.DRIVER)):
         return False
     with Region.open(path, write=False, lock=False, host=host) as region:
-        if not superblock.is_trace(region.view(0, PAGE)):
+        if not superblock.is_trace(region.view(_START, PAGE)):
             return False
         recorded = read(region)
     if recorded is None:
@@ -205,16 +215,16 @@ def _is_itself(path: str, name: str, host: Host) -> bool:
     )
 
 
-def _find_all(host: Host) -> list[tuple[Placement, str]]:
-    """Every record that lies where it says, with the dax region it is in."""
-    found: list[tuple[Placement, str]] = []
+def _find_all(host: Host) -> list[_Found]:
+    """Every record that lies where it says."""
+    found: list[_Found] = []
     for region in dax_devices.regions(host):
         for device in dax_devices.region_devices(region, host):
             if device.size and device.driver in (None, os.path.basename(dax.DRIVER)):
-                found += [(p, region) for p in _search(device, host)]
+                found += [_Found(p, region) for p in _search(device, host)]
         with dax_devices.free_memory(region, host) as rest:
             if rest is not None:
-                found += [(p, region) for p in _search(rest, host)]
+                found += [_Found(p, region) for p in _search(rest, host)]
     return found
 
 
@@ -223,7 +233,8 @@ def _search(device: Device, host: Host) -> Iterator[Placement]:
     path = host.path(f"dev/{device.name}")
     with Region.open(path, write=False, lock=False, host=host) as region:
         taken: list[Span] = []
-        for offset in range(0, region.size, BLOCK):
+        for at in range(0, region.size, BLOCK):
+            offset = RegionOff(at)
             address = region.physical(offset)
             if address is None or any(t.start <= address < t.end for t in taken):
                 continue

@@ -7,7 +7,7 @@ is the parts' business.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -42,6 +42,7 @@ from pkernfs.layout import (
     HistoryFields,
     StateFields,
 )
+from pkernfs.quantities import PhysAddr
 from pkernfs.region.region import Region
 
 log = logging.getLogger(__name__)
@@ -115,7 +116,9 @@ class Super:
                 r.first_block,
                 r.blocks,
                 r.map_page,
-                None if region.phys_base is None else region.phys_base + r.first_block * BLOCK,
+                None
+                if region.phys_base is None
+                else PhysAddr(region.phys_base + r.first_block * BLOCK),
             )
             for r in superblock.ranges
         ]
@@ -292,8 +295,11 @@ class Super:
             free_files=free_files,
         )
 
-    def isolate_for_zeroing(self, blocks: list[tuple[int, int]]) -> IsolatedBlocks:
-        """Keep blocks from being allocated while the caller zeroes them."""
+    def isolate_for_zeroing(self, blocks: Iterable[tuple[int, int]]) -> IsolatedBlocks:
+        """Keep blocks from being allocated while the caller zeroes them.
+
+        :param blocks: those of a :class:`ZeroingNeeded`.
+        """
         return self.blocks.isolate(blocks)
 
     def next_dirty(self, most_bytes: int) -> IsolatedBlocks | None:

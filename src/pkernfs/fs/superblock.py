@@ -36,7 +36,10 @@ from pkernfs.layout import (
     VERSION_MAJOR,
     RangeFields,
     SuperblockFields,
+    first_page,
+    page_offset,
 )
+from pkernfs.quantities import PageNo
 from pkernfs.region.checksum import page_checksum
 from pkernfs.region.region import Region
 
@@ -67,7 +70,7 @@ def encode(
     uuid: bytes,
     fields: SuperblockFields,
     ranges: list[RangeFields],
-    page: int,
+    page: PageNo,
     placement: bytes = b"",
 ) -> bytes:
     """The image of a superblock for page ``page``, checksum included.
@@ -93,7 +96,7 @@ def is_trace(page: bytes | memoryview) -> bool:
     )
 
 
-def parse(page: bytes, number: int) -> Superblock:
+def parse(page: bytes, number: PageNo) -> Superblock:
     """Decode and check one copy; features are :func:`check_features`'s business.
 
     :raises FormatError: no trace of a pkernfs, or another version.
@@ -149,7 +152,7 @@ def load(region: Region) -> Superblock:
     """
     first_error: CorruptionError | FormatError
     try:
-        found = parse(region.read(SUPERBLOCK_PAGE * PAGE, PAGE), SUPERBLOCK_PAGE)
+        found = parse(region.read(page_offset(SUPERBLOCK_PAGE), PAGE), SUPERBLOCK_PAGE)
     except (CorruptionError, FormatError) as e:
         first_error = e
         found = _load_backup(region, first_error)
@@ -165,7 +168,7 @@ def _load_backup(region: Region, first_error: CorruptionError | FormatError) -> 
     if region.size < (BACKUP_PAGE + 1) * PAGE:
         raise first_error
     try:
-        found = parse(region.read(BACKUP_PAGE * PAGE, PAGE), BACKUP_PAGE)
+        found = parse(region.read(page_offset(BACKUP_PAGE), PAGE), BACKUP_PAGE)
     except FormatError:
         raise first_error from None
     except CorruptionError as e:
@@ -193,7 +196,7 @@ def describe(region: Region) -> dict[str, Any]:
     :raises FormatError, CorruptionError: as :func:`load`.
     """
     sb = load(region)
-    page = region.read(STATE_PAGE * PAGE, PAGE)
+    page = region.read(page_offset(STATE_PAGE), PAGE)
     magic, checksum, *_ = HEADER.unpack_from(page)
     info: dict[str, Any] = {
         "label": sb.label,
@@ -229,7 +232,7 @@ def describe(region: Region) -> dict[str, Any]:
 
 
 def _describe_range(region: Region, r: RangeFields) -> dict[str, Any]:
-    offset = r.first_block * BLOCK
+    offset = page_offset(first_page(r.first_block))
     return {
         "offset": offset,
         "length": r.blocks * BLOCK,

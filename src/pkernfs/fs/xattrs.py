@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from pkernfs.alloc.pages import PageAllocator
 from pkernfs.errors import (
@@ -27,6 +28,7 @@ from pkernfs.layout import (
     MAX_NAME_BYTES,
     MAX_TARGET_BYTES,
     MAX_XATTR_BYTES,
+    NO_PAGE,
     OVERFLOW,
     OVERFLOW_DATA_BYTES,
     OVERFLOW_DATA_OFFSET,
@@ -38,10 +40,18 @@ from pkernfs.layout import (
     XATTR_OVERFLOW,
     name_key,
 )
+from pkernfs.quantities import Ino, PageNo
 
 NAMESPACES = (b"user.", b"trusted.", b"security.")
 _MAX_INLINE = 512
 _HEAD = XATTR_ITEM.size
+
+
+class _Item(NamedTuple):
+    """An attribute as it is stored: its key in the tree, its bytes."""
+
+    key: int
+    data: bytes
 
 
 class Overflow:
@@ -51,7 +61,7 @@ class Overflow:
         self._store = store
         self._pages = pages
 
-    def write(self, owner: int, value: bytes) -> int:
+    def write(self, owner: Ino, value: bytes) -> PageNo:
         """Store a value of at least one byte; returns its first page."""
         parts = [
             value[i : i + OVERFLOW_DATA_BYTES] for i in range(0, len(value), OVERFLOW_DATA_BYTES)
@@ -59,12 +69,12 @@ class Overflow:
         numbers = [self._pages.alloc_one() for _ in parts]
         for i, part in enumerate(parts):
             image = self._store.new(numbers[i], MAGIC_OVERFLOW, owner)
-            following = numbers[i + 1] if i + 1 < len(numbers) else 0
+            following = numbers[i + 1] if i + 1 < len(numbers) else NO_PAGE
             OVERFLOW.pack_into(image, OVERFLOW_OFFSET, following, len(part))
             image[OVERFLOW_DATA_OFFSET : OVERFLOW_DATA_OFFSET + len(part)] = part
         return numbers[0]
 
-    def _chain(self, owner: int, page: int, length: int) -> Iterator[tuple[int, memoryview]]:
+    def _chain(self, owner: Ino, page: PageNo, length: int) -> Iterator[tuple[PageNo, memoryview]]:
         left = length
         while left > 0:
             node = self._store.read(page, MAGIC_OVERFLOW)
@@ -79,11 +89,11 @@ class Overflow:
         if page:
             raise CorruptionError(f"inode {owner}: overflow chain longer than {length} bytes")
 
-    def read(self, owner: int, page: int, length: int) -> bytes:
+    def read(self, owner: Ino, page: PageNo, length: int) -> bytes:
         """A value of ``length`` bytes from its first page."""
         return b"".join([bytes(part) for _, part in self._chain(owner, page, length)])
 
-    def free(self, owner: int, page: int, length: int) -> None:
+    def free(self, owner: Ino, page: PageNo, length: int) -> None:
         """Free a value's pages."""
         for number in [n for n, _ in self._chain(owner, page, length)]:
             self._pages.free(number)
@@ -103,11 +113,11 @@ class Xattrs:
     def _tree(self, inode: Inode) -> Tree:
         return Tree(self._store, self._pages, TREE_XATTRS, inode.ino, inode.xattr_root)
 
-    def _find(self, inode: Inode, name: bytes) -> tuple[int, bytes] | None:
+    def _find(self, inode: Inode, name: bytes) -> _Item | None:
         for key, item in self._tree(inode).find(name_key(name, self._hash_key), COLLISION_BITS):
             data = bytes(item)
             if _name(data) == name:
-                return key, data
+                return _Item(key, data)
         return None
 
     def get(self, inode: Inode, name: bytes) -> bytes:
@@ -118,7 +128,7 @@ class Xattrs:
         found = self._find(inode, name)
         if found is None:
             raise NoDataError("no such attribute")
-        return self._value(inode, found[1])
+        return self._value(inode, found.data)
 
     def _value(self, inode: Inode, data: bytes) -> bytes:
         name_length, where, _, length = XATTR_ITEM.unpack_from(data)
@@ -127,7 +137,7 @@ class Xattrs:
             return value[:length]
         if length > MAX_XATTR_BYTES:
             raise CorruptionError(f"inode {inode.ino}: attribute too long: got {length}")
-        return self._overflow.read(inode.ino, int.from_bytes(value[:8], "little"), length)
+        return self._overflow.read(inode.ino, _page_number(value), length)
 
     def list(self, inode: Inode) -> list[bytes]:
         """The names."""
@@ -157,8 +167,8 @@ class Xattrs:
         tree = self._tree(inode)
         key = last = name_key(name, self._hash_key)
         if found:
-            key = last = found[0]
-            self._drop(inode, found[1])
+            key = last = found.key
+            self._drop(inode, found.data)
             tree.remove(key)
         else:
             last += MAX_COLLISIONS - 1
@@ -182,16 +192,16 @@ class Xattrs:
         found = self._find(inode, name)
         if found is None:
             raise NoDataError("no such attribute")
-        self._drop(inode, found[1])
+        self._drop(inode, found.data)
         tree = self._tree(inode)
-        tree.remove(found[0])
+        tree.remove(found.key)
         inode.xattr_root = tree.root
 
     def _drop(self, inode: Inode, data: bytes) -> None:
         name_length, where, _, length = XATTR_ITEM.unpack_from(data)
         if where == XATTR_OVERFLOW:
             at = _HEAD + name_length
-            self._overflow.free(inode.ino, int.from_bytes(data[at : at + 8], "little"), length)
+            self._overflow.free(inode.ino, _page_number(data[at:]), length)
 
     def destroy(self, inode: Inode) -> None:
         """Free all attributes of an inode that goes."""
@@ -200,7 +210,11 @@ class Xattrs:
             for _, item in tree.items(0):
                 self._drop(inode, bytes(item))
             tree.destroy()
-            inode.xattr_root = 0
+            inode.xattr_root = NO_PAGE
+
+
+def _page_number(data: bytes) -> PageNo:
+    return PageNo(int.from_bytes(data[:8], "little"))
 
 
 def _name(data: bytes) -> bytes:

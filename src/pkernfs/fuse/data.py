@@ -13,6 +13,7 @@ from typing import Any
 from pkernfs.fuse import shim
 from pkernfs.fuse.shim import LATER
 from pkernfs.fuse.waiting import Handlers, errno_of, invalidate_attributes
+from pkernfs.quantities import Ino
 
 from pyfuse3 import FUSEError  # isort: skip
 
@@ -33,16 +34,16 @@ class DataRequests:
     def __init__(self, handlers: Handlers) -> None:
         self._handlers = handlers
         self._fs = handlers.fs
-        self.invalidated: set[int] = set()
-        self.without_capability: set[int] = set()
+        self.invalidated: set[Ino] = set()
+        self.without_capability: set[Ino] = set()
 
-    def drop_capability(self, ino: int) -> None:
+    def drop_capability(self, ino: Ino) -> None:
         """Remove the file capability, for the file or its owner changes (KILLPRIV_V2)."""
         if CAPABILITY in self._fs.listxattr(ino):
             self._fs.removexattr(ino, CAPABILITY)
 
     def write(
-        self, ino: int, data: bytes | memoryview, offset: int, writeback: bool, kill: bool
+        self, ino: Ino, data: bytes | memoryview, offset: int, writeback: bool, kill: bool
     ) -> int:
         """Store into the file; invalidate what the kernel does not know to have changed."""
         fs = self._fs
@@ -76,7 +77,7 @@ class DataRequests:
         self._handlers.waiting.start(answer)
         return LATER
 
-    def on_write(self, req: Any, ino: int, data: memoryview, offset: int, writeback: bool) -> int:
+    def on_write(self, req: Any, ino: Ino, data: memoryview, offset: int, writeback: bool) -> int:
         try:
             return self.write(ino, data, offset, writeback, shim.request.kill)
         except Exception as e:
@@ -92,7 +93,7 @@ class DataRequests:
         return self._later(req, True, lambda: self._handlers.after_zeroing(reason, again))
 
     def on_copy(
-        self, req: Any, ino_in: int, off_in: int, ino_out: int, off_out: int, length: int
+        self, req: Any, ino_in: Ino, off_in: int, ino_out: Ino, off_out: int, length: int
     ) -> int:
         kill = bool(shim.request.kill)
 
@@ -110,13 +111,13 @@ class DataRequests:
             reason = e
         return self._later(req, True, lambda: self._handlers.after_zeroing(reason, run))
 
-    def on_lseek(self, ino: int, offset: int, whence: int) -> int:
+    def on_lseek(self, ino: Ino, offset: int, whence: int) -> int:
         try:
             return self._fs.seek(ino, offset, whence)
         except Exception as e:
             return -errno_of(self._fs, e)
 
-    def on_fallocate(self, req: Any, ino: int, mode: int, offset: int, length: int) -> int:
+    def on_fallocate(self, req: Any, ino: Ino, mode: int, offset: int, length: int) -> int:
         """Take the first step at once; the others beside other requests."""
         kill = shim.request.kill
 
@@ -157,7 +158,7 @@ class DataRequests:
         steps = await self._handlers.after_zeroing(reason, first_step)
         return 0 if steps is None else await self._remaining(steps)
 
-    def _clear_setid(self, ino: int) -> None:
+    def _clear_setid(self, ino: Ino) -> None:
         """Clear the bits as the kernel does: set-gid without group execution is no privilege."""
         mode = self._fs.inode(ino).mode
         left = mode & ~(stat.S_ISUID | (stat.S_ISGID if mode & stat.S_IXGRP else 0))

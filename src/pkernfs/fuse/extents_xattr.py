@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from pkernfs.errors import NoDataError
+from pkernfs.quantities import Ino, PhysAddr, RegionOff
 
 if TYPE_CHECKING:
     from pkernfs.fs.filesystem import FileSystem
@@ -32,11 +33,11 @@ class Extent(NamedTuple):
 
     offset: int
     length: int
-    region_offset: int
-    physical: int | None
+    region_offset: RegionOff
+    physical: PhysAddr | None
 
 
-def page(fs: FileSystem, ino: int, name: bytes, with_addresses: bool) -> bytes:
+def page(fs: FileSystem, ino: Ino, name: bytes, with_addresses: bool) -> bytes:
     """The value of the attribute ``name``, which begins with :data:`NAME`.
 
     :raises NoDataError: the rest of the name is no page.
@@ -63,7 +64,7 @@ def parse(value: bytes) -> Iterator[Extent]:
         yield Extent(offset, length, region_offset, None if physical == _NO_ADDRESS else physical)
 
 
-def _pieces(fs: FileSystem, ino: int, with_addresses: bool) -> Iterator[Extent]:
+def _pieces(fs: FileSystem, ino: Ino, with_addresses: bool) -> Iterator[Extent]:
     """The extents, with addresses cut where those jump (huge pages lie anywhere)."""
     for e in fs.extents(ino):
         if not with_addresses:

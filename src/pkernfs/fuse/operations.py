@@ -27,6 +27,7 @@ from pkernfs.errors import (
 from pkernfs.fuse import extents_xattr, shim
 from pkernfs.fuse.data import CAPABILITY, DataRequests
 from pkernfs.fuse.waiting import Handlers, errno_of, handler, invalidate_attributes
+from pkernfs.quantities import Ino
 
 import pyfuse3  # isort: skip  # after the shim, which must be found first by the linker
 from pyfuse3 import EntryAttributes, FUSEError
@@ -38,9 +39,10 @@ _FOREVER_SECONDS = 365 * 86400.0
 _NAMESPACES = (b"user.", b"trusted.", b"security.")
 _EXTENTS = extents_xattr.NAME.encode()
 
-#: Bit of a file handle that was opened for writing, and the rest of it.
+#: Bit of a file handle that was opened for writing. The rest of it is the inode number.
 WRITER = 1 << 62
-_INO = WRITER - 1
+#: Any, not int: so ``fh & _INO`` is an Ino without a call, which every read would pay for.
+_INO: Any = WRITER - 1
 
 
 class Operations(Handlers, pyfuse3.Operations):
@@ -63,7 +65,7 @@ class Operations(Handlers, pyfuse3.Operations):
         self.data = DataRequests(self)
         self.initialized = False
         self._cache = cache
-        self.writers: dict[int, int] = {}  # how often each inode is open for writing
+        self.writers: dict[Ino, int] = {}  # how often each inode is open for writing
         self._timeout = timeout
         self._opened = pyfuse3.FileInfo(direct_io=cache == "direct", keep_cache=False)
         self._attribute_cache = fs.attribute_cache
@@ -81,7 +83,7 @@ class Operations(Handlers, pyfuse3.Operations):
 
     # ------------------------------------------------------------------ attributes
 
-    def _attributes(self, ino: int) -> EntryAttributes:
+    def _attributes(self, ino: Ino) -> EntryAttributes:
         """Return the inode's attributes as pyfuse3 wants them, made once for each change."""
         entry: EntryAttributes | None = self._attribute_cache.get(ino)
         if entry is None:
@@ -111,7 +113,7 @@ class Operations(Handlers, pyfuse3.Operations):
         return self._attributes(inode.ino)
 
     @handler
-    def lookup(self, parent: int, name: bytes, ctx: Any) -> EntryAttributes:
+    def lookup(self, parent: Ino, name: bytes, ctx: Any) -> EntryAttributes:
         ino = self.fs.find(parent, name)
         if not ino:
             return self._absent
@@ -125,11 +127,11 @@ class Operations(Handlers, pyfuse3.Operations):
         return entry
 
     @handler
-    def getattr(self, ino: int, ctx: Any) -> EntryAttributes:
+    def getattr(self, ino: Ino, ctx: Any) -> EntryAttributes:
         return self._attributes(ino)
 
     @handler
-    def setattr(self, ino: int, attr: Any, fields: Any, fh: int | None, ctx: Any) -> Any:
+    def setattr(self, ino: Ino, attr: Any, fields: Any, fh: int | None, ctx: Any) -> Any:
         changes: dict[str, Any] = {}
         if fields.update_mode:
             changes["mode"] = attr.st_mode & 0o7777
@@ -152,7 +154,7 @@ class Operations(Handlers, pyfuse3.Operations):
         return self._attributes(ino)
 
     @handler
-    def forget(self, inodes: Sequence[tuple[int, int]]) -> None:
+    def forget(self, inodes: Sequence[tuple[Ino, int]]) -> None:
         for ino, count in inodes:
             if ino != pyfuse3.ROOT_INODE:
                 self.fs.forget(ino, count)
@@ -173,52 +175,52 @@ class Operations(Handlers, pyfuse3.Operations):
         return answer
 
     @handler
-    def access(self, ino: int, mode: int, ctx: Any) -> bool:
+    def access(self, ino: Ino, mode: int, ctx: Any) -> bool:
         raise FUSEError(errno.ENOSYS)  # default_permissions: the kernel knows
 
     # ------------------------------------------------------------------ names
 
     @handler
-    def mknod(self, parent: int, name: bytes, mode: int, rdev: int, ctx: Any) -> Any:
+    def mknod(self, parent: Ino, name: bytes, mode: int, rdev: int, ctx: Any) -> Any:
         return self._remembered(self.fs.create(parent, name, mode, ctx.uid, ctx.gid, rdev))
 
     @handler
-    def mkdir(self, parent: int, name: bytes, mode: int, ctx: Any) -> EntryAttributes:
+    def mkdir(self, parent: Ino, name: bytes, mode: int, ctx: Any) -> EntryAttributes:
         return self._remembered(self.fs.mkdir(parent, name, mode, ctx.uid, ctx.gid))
 
     @handler
-    def symlink(self, parent: int, name: bytes, target: bytes, ctx: Any) -> EntryAttributes:
+    def symlink(self, parent: Ino, name: bytes, target: bytes, ctx: Any) -> EntryAttributes:
         return self._remembered(self.fs.symlink(parent, name, target, ctx.uid, ctx.gid))
 
     @handler
-    def readlink(self, ino: int, ctx: Any) -> bytes:
+    def readlink(self, ino: Ino, ctx: Any) -> bytes:
         return self.fs.readlink(ino)
 
     @handler
-    def link(self, ino: int, parent: int, name: bytes, ctx: Any) -> EntryAttributes:
+    def link(self, ino: Ino, parent: Ino, name: bytes, ctx: Any) -> EntryAttributes:
         return self._remembered(self.fs.link(ino, parent, name))
 
     @handler
-    def unlink(self, parent: int, name: bytes, ctx: Any) -> None:
+    def unlink(self, parent: Ino, name: bytes, ctx: Any) -> None:
         self.fs.unlink(parent, name)
 
     @handler
-    def rmdir(self, parent: int, name: bytes, ctx: Any) -> None:
+    def rmdir(self, parent: Ino, name: bytes, ctx: Any) -> None:
         self.fs.rmdir(parent, name)
 
     @handler
     def rename(
-        self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, ctx: Any
+        self, parent: Ino, name: bytes, new_parent: Ino, new_name: bytes, flags: int, ctx: Any
     ) -> None:
         self.fs.rename(parent, name, new_parent, new_name, flags)
 
     @handler
-    def opendir(self, ino: int, ctx: Any) -> int:
+    def opendir(self, ino: Ino, ctx: Any) -> Ino:
         self.fs.open(ino)
         return ino
 
     @handler
-    def readdir(self, fh: int, start: int, token: Any) -> None:
+    def readdir(self, fh: Ino, start: int, token: Any) -> None:
         fs, attributes, reply = self.fs, self._attributes, pyfuse3.readdir_reply
         taken = False
         try:
@@ -232,13 +234,13 @@ class Operations(Handlers, pyfuse3.Operations):
                 raise  # else the entries that count are sent, and the next call fails
 
     @handler
-    def releasedir(self, fh: int) -> None:
+    def releasedir(self, fh: Ino) -> None:
         self.fs.release(fh)
 
     # ------------------------------------------------------------------ files
 
     @handler
-    def create(self, parent: int, name: bytes, mode: int, flags: int, ctx: Any) -> Any:
+    def create(self, parent: Ino, name: bytes, mode: int, flags: int, ctx: Any) -> Any:
         fs = self.fs
         if not stat.S_IFMT(mode):
             mode |= stat.S_IFREG
@@ -256,13 +258,13 @@ class Operations(Handlers, pyfuse3.Operations):
         return self._opened, self._attributes(ino)
 
     @handler
-    def open(self, ino: int, flags: int, ctx: Any) -> pyfuse3.FileInfo:
+    def open(self, ino: Ino, flags: int, ctx: Any) -> pyfuse3.FileInfo:
         if flags & os.O_TRUNC:
             self._truncate(ino)
         self._open(ino, flags)
         return self._opened
 
-    def _open(self, ino: int, flags: int) -> None:
+    def _open(self, ino: Ino, flags: int) -> None:
         """Count a handle and put it into the answer."""
         if not flags & os.O_ACCMODE:
             self.fs.open(ino)
@@ -274,7 +276,7 @@ class Operations(Handlers, pyfuse3.Operations):
         self.writers[ino] = self.writers.get(ino, 0) + 1
         self._opened.fh = ino | WRITER
 
-    def _truncate(self, ino: int) -> Any:
+    def _truncate(self, ino: Ino) -> Any:
         """Truncate for O_TRUNC; the kernel invalidates its own size, but not the mode."""
         before = self.fs.inode(ino).mode
         inode = self.fs.setattr(ino, size=0, privileged=not shim.request.kill)
@@ -300,7 +302,7 @@ class Operations(Handlers, pyfuse3.Operations):
 
     @handler
     def release(self, fh: int) -> None:
-        ino = fh & _INO
+        ino: Ino = fh & _INO
         if fh & WRITER:
             left = self.writers.get(ino, 0) - 1
             if left > 0:
@@ -336,14 +338,14 @@ class Operations(Handlers, pyfuse3.Operations):
     # ------------------------------------------------------------------ extended attributes
 
     @handler
-    def getxattr(self, ino: int, name: bytes, ctx: Any) -> bytes:
+    def getxattr(self, ino: Ino, name: bytes, ctx: Any) -> bytes:
         if name.startswith(_EXTENTS):
             return extents_xattr.page(self.fs, ino, name, ctx.uid == 0)
         _check_namespace(name)
         return self.fs.getxattr(ino, name)
 
     @handler
-    def setxattr(self, ino: int, name: bytes, value: bytes, ctx: Any) -> None:
+    def setxattr(self, ino: Ino, name: bytes, value: bytes, ctx: Any) -> None:
         """XATTR_CREATE and XATTR_REPLACE: pyfuse3 has looked already, and nothing runs between."""
         _check_namespace(name)
         if name == CAPABILITY:
@@ -351,12 +353,12 @@ class Operations(Handlers, pyfuse3.Operations):
         self.fs.setxattr(ino, name, value, 0)
 
     @handler
-    def removexattr(self, ino: int, name: bytes, ctx: Any) -> None:
+    def removexattr(self, ino: Ino, name: bytes, ctx: Any) -> None:
         _check_namespace(name)
         self.fs.removexattr(ino, name)
 
     @handler
-    def listxattr(self, ino: int, ctx: Any) -> list[bytes]:
+    def listxattr(self, ino: Ino, ctx: Any) -> list[bytes]:
         names = self.fs.listxattr(ino)
         if ctx.uid:
             names = [name for name in names if not name.startswith(b"trusted.")]

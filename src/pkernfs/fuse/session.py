@@ -20,6 +20,7 @@ import trio
 from pkernfs.errors import PkernfsError, ZeroingNeeded
 from pkernfs.fuse import mounting, shim  # noqa: F401 - the shim is found first by the linker
 from pkernfs.fuse.event_loop import RecurringEvent
+from pkernfs.quantities import Ino, RegionRun
 
 import pyfuse3  # isort: skip
 
@@ -114,7 +115,7 @@ class Session:
 
             await verify(self._fs)
 
-    def writers(self) -> dict[int, int]:
+    def writers(self) -> dict[Ino, int]:
         """Count by inode how often each is open for writing."""
         return dict(self._operations.writers)
 
@@ -177,7 +178,7 @@ class Session:
                 except ZeroingNeeded as need:
                     await self.zero(need)
 
-    async def invalidate(self, ino: int, *, data: bool = False) -> None:
+    async def invalidate(self, ino: Ino, *, data: bool = False) -> None:
         """Have the kernel ask for an inode's attributes, and ``data``, again.
 
         In a thread: the kernel may have to wait for one of our answers.
@@ -185,7 +186,7 @@ class Session:
         with contextlib.suppress(OSError):  # the kernel does not know it
             await trio.to_thread.run_sync(pyfuse3.invalidate_inode, ino, not data)
 
-    async def invalidate_name(self, directory: int, name: bytes) -> None:
+    async def invalidate_name(self, directory: Ino, name: bytes) -> None:
         """Have the kernel look a name up again, and read its directory again."""
         run = trio.to_thread.run_sync
         with contextlib.suppress(OSError):
@@ -251,6 +252,6 @@ def _load_handlers() -> None:
     importlib.import_module("pkernfs.control.handlers")
 
 
-def _zero(region: Region, pieces: Iterable[tuple[int, int]]) -> None:
+def _zero(region: Region, pieces: Iterable[RegionRun]) -> None:
     for offset, length in pieces:  # without the interpreter lock, so they do not delay others
         region.zero(offset, length)

@@ -17,9 +17,10 @@ import logging
 import os
 import sys
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from pkernfs.errors import NotSupportedError
+from pkernfs.quantities import Ino
 
 _flags = sys.getdlopenflags()
 sys.setdlopenflags(os.RTLD_NOW | os.RTLD_GLOBAL)
@@ -47,22 +48,29 @@ _DIRECT_IO_ALLOW_MMAP = 1 << 36
 class ExtraOperations(Protocol):
     """The operations that pyfuse3 has no slot for. Each returns a result or a negative errno."""
 
-    def on_write(self, req: Any, ino: int, data: memoryview, offset: int, writeback: bool) -> int:
+    def on_write(self, req: Any, ino: Ino, data: memoryview, offset: int, writeback: bool) -> int:
         """Bytes written, or :data:`LATER`. ``data`` is valid until the return only.
 
         ``writeback``: the kernel writes a page that a shared mapping made dirty.
         """
 
-    def on_fallocate(self, req: Any, ino: int, mode: int, offset: int, length: int) -> int:
+    def on_fallocate(self, req: Any, ino: Ino, mode: int, offset: int, length: int) -> int:
         """0, or :data:`LATER`."""
 
-    def on_lseek(self, ino: int, offset: int, whence: int) -> int:
+    def on_lseek(self, ino: Ino, offset: int, whence: int) -> int:
         """The offset found; ``whence`` is SEEK_DATA or SEEK_HOLE."""
 
     def on_copy(
-        self, req: Any, ino_in: int, off_in: int, ino_out: int, off_out: int, length: int
+        self, req: Any, ino_in: Ino, off_in: int, ino_out: Ino, off_out: int, length: int
     ) -> int:
         """Bytes copied, or :data:`LATER`."""
+
+
+class ProtocolVersion(NamedTuple):
+    """A version of the FUSE protocol."""
+
+    major: int
+    minor: int
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ class Capabilities:
     direct_mmap: bool
     explicit_invalidation: bool
     max_write: int
-    protocol: tuple[int, int]
+    protocol: ProtocolVersion
 
 
 _server: ExtraOperations | None = None
@@ -157,7 +165,7 @@ def capabilities() -> Capabilities:
         direct_mmap=bool(granted & _DIRECT_IO_ALLOW_MMAP),
         explicit_invalidation=bool(granted & _EXPLICIT_INVAL_DATA),
         max_write=lib.pk_negotiated.max_write,
-        protocol=(lib.pk_negotiated.major, lib.pk_negotiated.minor),
+        protocol=ProtocolVersion(lib.pk_negotiated.major, lib.pk_negotiated.minor),
     )
 
 
@@ -187,22 +195,22 @@ def reply_later(req: Any, result: int, *, counted: bool) -> None:
     lib.pk_reply_later(req, result, counted)
 
 
-def _on_write(req: Any, ino: int, data: Any, size: int, offset: int, writeback: int) -> int:
+def _on_write(req: Any, ino: Ino, data: Any, size: int, offset: int, writeback: int) -> int:
     assert _server is not None
     return _server.on_write(req, ino, memoryview(ffi.buffer(data, size)), offset, bool(writeback))
 
 
-def _on_fallocate(req: Any, ino: int, mode: int, offset: int, length: int) -> int:
+def _on_fallocate(req: Any, ino: Ino, mode: int, offset: int, length: int) -> int:
     assert _server is not None
     return _server.on_fallocate(req, ino, mode, offset, length)
 
 
-def _on_lseek(ino: int, offset: int, whence: int) -> int:
+def _on_lseek(ino: Ino, offset: int, whence: int) -> int:
     assert _server is not None
     return _server.on_lseek(ino, offset, whence)
 
 
-def _on_copy(req: Any, ino_in: int, off_in: int, ino_out: int, off_out: int, length: int) -> int:
+def _on_copy(req: Any, ino_in: Ino, off_in: int, ino_out: Ino, off_out: int, length: int) -> int:
     assert _server is not None
     return _server.on_copy(req, ino_in, off_in, ino_out, off_out, length)
 

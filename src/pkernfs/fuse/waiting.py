@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from pkernfs.errors import CorruptionError, NoSpaceError, PkernfsError, ZeroingNeeded
 from pkernfs.fuse import shim  # noqa: F401 - before pyfuse3: it must be found first by the linker
+from pkernfs.quantities import Ino
 
 import pyfuse3  # isort: skip
 from pyfuse3 import FUSEError
@@ -127,7 +128,7 @@ def handler(
     return wrapper
 
 
-def invalidate_attributes(ino: int) -> None:
+def invalidate_attributes(ino: Ino) -> None:
     """Have the kernel ask for an inode's attributes again; that does not wait for anything."""
     with contextlib.suppress(OSError):  # the kernel has just forgotten it
         pyfuse3.invalidate_inode(ino, attr_only=True)

@@ -13,6 +13,7 @@ from pkernfs.errors import InvalidError, NotFoundError
 from pkernfs.host.pci import DEVICES, all_devices, parse_device
 from pkernfs.host.sysroot import HOST, Host
 from pkernfs.layout import PAGE
+from pkernfs.quantities import PhysAddr, PhysRange, SourceId
 from pkernfs.vtd.entries import bdf_text
 
 _BARS = 6
@@ -23,17 +24,22 @@ _IORESOURCE_UNSET = 0x2000_0000
 class BarName(NamedTuple):
     """A BAR of a device of segment 0; ``number`` is in 0..5."""
 
-    source_id: int
+    source_id: SourceId
     number: int
 
 
 class Bar(NamedTuple):
     """A memory BAR of a device that page tables may map: physical address and length in bytes."""
 
-    source_id: int
+    source_id: SourceId
     number: int
-    start: int
+    start: PhysAddr
     length: int
+
+    @property
+    def range(self) -> PhysRange:
+        """All of it."""
+        return PhysRange.of(self.start, self.length)
 
     @property
     def name(self) -> str:
@@ -52,7 +58,7 @@ def parse_bar(text: str) -> BarName:
     return BarName(parse_device(name), int(number))
 
 
-def read_bar(source_id: int, number: int, host: Host = HOST) -> Bar:
+def read_bar(source_id: SourceId, number: int, host: Host = HOST) -> Bar:
     """Read where a memory BAR is now.
 
     :raises NotFoundError: there is no such device, or it has no such BAR.
@@ -73,7 +79,7 @@ def read_bar(source_id: int, number: int, host: Host = HOST) -> Bar:
         raise NotFoundError(f"{name}: it has no address")
     if start % PAGE or (end + 1 - start) % PAGE:
         raise InvalidError(f"{name}: not whole pages: got {start:#x}-{end:#x}")
-    return Bar(source_id, number, start, end + 1 - start)
+    return Bar(source_id, number, PhysAddr(start), end + 1 - start)
 
 
 def all_bars(host: Host) -> list[Bar]:

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from pkernfs.errors import RegionError
+from pkernfs.quantities import PhysAddr
 
 _NUMBER = re.compile(r"(0[xX][0-9a-fA-F]+|[0-9]+)([KMGTPEkmgtpe]?)", re.ASCII)
 _SHIFT = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
@@ -43,8 +44,8 @@ class Kind(enum.Enum):
 class Reservation(NamedTuple):
     """One range of one memmap= parameter; bytes, ``end`` is not part of it."""
 
-    start: int
-    end: int
+    start: PhysAddr
+    end: PhysAddr
     kind: Kind
     parameter: str
 
@@ -55,8 +56,8 @@ class Piece(NamedTuple):
     Bytes; ``end`` is not part of it.
     """
 
-    start: int
-    end: int
+    start: PhysAddr
+    end: PhysAddr
     reservation: Reservation | None
 
 
@@ -141,7 +142,7 @@ def _parse_memmap(text: str) -> Reservation | None:
         return None
     if kind is None or not size:
         return None
-    return Reservation(start, start + size, kind, f"memmap={text}")
+    return Reservation(PhysAddr(start), PhysAddr(start + size), kind, f"memmap={text}")
 
 
 def _kind_of_change(change: str) -> Kind | None:
@@ -158,7 +159,7 @@ def _kind_of_change(change: str) -> Kind | None:
     return kinds.get(new, Kind.PMEM if new in _E820_PMEM else Kind.OTHER)
 
 
-def coverage(found: list[Reservation], start: int, end: int) -> list[Piece]:
+def coverage(found: list[Reservation], start: PhysAddr, end: PhysAddr) -> list[Piece]:
     """Cut ``start`` to ``end`` where another reservation, or none, is in force."""
     edges = {start, end}
     edges.update(e for r in found for e in (r.start, r.end) if start < e < end)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from pkernfs.errors import InvalidError, NotFoundError, PermissionDeniedError
 from pkernfs.host.sysroot import Host
 from pkernfs.layout import PAGE
+from pkernfs.quantities import PhysAddr
 
 #: The kernel's copy of the table (Documentation/ABI/testing/sysfs-firmware-acpi).
 _TABLE = "sys/firmware/acpi/tables/DMAR"
@@ -34,17 +35,24 @@ _SCOPES = {
 }
 
 
+class PathStep(NamedTuple):
+    """A device on a bus, 0..0x1f, and its function, 0..7."""
+
+    device: int
+    function: int
+
+
 class Scope(NamedTuple):
     """A device scope entry (8.3.1): a device, found by going down from ``bus``.
 
-    ``path`` has a device and function number for each bridge on the way, and for the device.
+    ``path`` has a step for each bridge on the way, and one for the device.
     ``enumeration`` is the id of an I/O APIC or HPET, or the number of an ACPI namespace device.
     """
 
     kind: int
     enumeration: int
     bus: int
-    path: tuple[tuple[int, int], ...]
+    path: tuple[PathStep, ...]
 
     def __str__(self) -> str:
         steps = ".".join(f"{device:02x}.{function:x}" for device, function in self.path)
@@ -60,7 +68,7 @@ class UnitStructure(NamedTuple):
 
     number: int
     segment: int
-    base: int
+    base: PhysAddr
     register_bytes: int
     include_all: bool
     scopes: tuple[Scope, ...]
@@ -76,8 +84,8 @@ class ReservedMemory(NamedTuple):
     """Memory that devices use whatever the operating system does (RMRR, 8.4); ``last`` included."""
 
     segment: int
-    start: int
-    last: int
+    start: PhysAddr
+    last: PhysAddr
     scopes: tuple[Scope, ...]
 
 
@@ -134,27 +142,35 @@ def parse(table: bytes) -> Dmar:
     units: list[UnitStructure] = []
     reserved: list[ReservedMemory] = []
     root_ports: list[RootPorts] = []
-    nodes: dict[int, int] = {}
+    nodes: dict[PhysAddr, int] = {}
     for kind, at, body in _structures(table[:length]):
         if kind == _DRHD:
             units.append(_unit(len(units), at, body))
         elif kind == _RMRR:
             _reserved, segment, start, last = _unpack("<HHQQ", at, body)
             scopes = tuple(_scopes(at, body[20:]))
-            reserved.append(ReservedMemory(segment, start, last, scopes))
+            reserved.append(ReservedMemory(segment, PhysAddr(start), PhysAddr(last), scopes))
         elif kind == _ATSR:
             port_flags, _reserved, segment = _unpack("<BBH", at, body)
             scopes = tuple(_scopes(at, body[4:]))
             root_ports.append(RootPorts(segment, bool(port_flags & _ALL_PORTS), scopes))
         elif kind == _RHSA:
             _reserved, base, node = _unpack("<IQI", at, body)
-            nodes[base] = node
+            nodes[PhysAddr(base)] = node
     found = tuple(u._replace(node=nodes.get(u.base)) for u in units)
     return Dmar(width + 1, bool(flags & 1), found, tuple(reserved), tuple(root_ports))
 
 
-def _structures(table: bytes) -> Iterator[tuple[int, int, bytes]]:
-    """Yield type, offset in the table and the bytes after type and length of each structure."""
+class _Structure(NamedTuple):
+    """A remapping structure: type, offset in the table, the bytes after type and length."""
+
+    kind: int
+    at: int
+    body: bytes
+
+
+def _structures(table: bytes) -> Iterator[_Structure]:
+    """Yield each structure of the table."""
     at = _HEADER.size
     while at < len(table):
         if at + _STRUCTURE.size > len(table):
@@ -165,7 +181,7 @@ def _structures(table: bytes) -> Iterator[tuple[int, int, bytes]]:
                 f"DMAR table at {at:#x}: bad length: got {length}, "
                 f"expected {_STRUCTURE.size}..{len(table) - at}"
             )
-        yield kind, at, table[at + _STRUCTURE.size : at + length]
+        yield _Structure(kind, at, table[at + _STRUCTURE.size : at + length])
         at += length
 
 
@@ -182,7 +198,7 @@ def _unit(number: int, at: int, body: bytes) -> UnitStructure:
     return UnitStructure(
         number,
         segment,
-        base,
+        PhysAddr(base),
         PAGE << (size & 0xF),
         bool(flags & _INCLUDE_PCI_ALL),
         tuple(_scopes(at, body[12:])),
@@ -200,7 +216,7 @@ def _scopes(at: int, data: bytes) -> Iterator[Scope]:
                 f"got {length}, expected an even number in 8..{len(data)}"
             )
         steps = data[_SCOPE.size : length]
-        path = tuple((steps[i], steps[i + 1]) for i in range(0, len(steps), 2))
+        path = tuple(PathStep(steps[i], steps[i + 1]) for i in range(0, len(steps), 2))
         if any(device > 0x1F or function > 7 for device, function in path):
             raise InvalidError(f"DMAR table at {at:#x}: device scope: bad path: got {steps.hex()}")
         yield Scope(kind, enumeration, bus, path)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from pkernfs.errors import RegionError
 from pkernfs.host.cmdline import format_number
 from pkernfs.host.sysroot import Host
+from pkernfs.quantities import PhysAddr
 
 _LINE = re.compile(r"( *)([0-9a-f]+)-([0-9a-f]+) : (.*)")
 _FIRMWARE = "sys/firmware/memmap"
@@ -17,13 +18,13 @@ _FIRMWARE = "sys/firmware/memmap"
 class Span(NamedTuple):
     """A range of physical addresses, in bytes."""
 
-    start: int
+    start: PhysAddr
     size: int
 
     @property
-    def end(self) -> int:
+    def end(self) -> PhysAddr:
         """The first address behind it."""
-        return self.start + self.size
+        return PhysAddr(self.start + self.size)
 
     def __str__(self) -> str:
         return f"{format_number(self.size)}!{format_number(self.start)}"
@@ -32,15 +33,19 @@ class Span(NamedTuple):
 class Resource(NamedTuple):
     """A range of physical addresses, and what is there; ``end`` is not part of it."""
 
-    start: int
-    end: int
+    start: PhysAddr
+    end: PhysAddr
     name: str
 
 
 def parse_iomem(text: str) -> list[Resource]:
     """Return every line of /proc/iomem, parents before children."""
     lines = (_LINE.fullmatch(line) for line in text.splitlines())
-    return [Resource(int(m[2], 16), int(m[3], 16) + 1, m[4]) for m in lines if m]
+    return [_resource(m[2], m[3], m[4]) for m in lines if m]
+
+
+def _resource(first: str, last: str, name: str) -> Resource:
+    return Resource(PhysAddr(int(first, 16)), PhysAddr(int(last, 16) + 1), name)
 
 
 def read_iomem(subject: str, host: Host) -> list[Resource]:
@@ -68,7 +73,7 @@ def read_firmware_map(host: Host) -> list[Resource]:
     for number in host.list(_FIRMWARE):
         texts = [host.find(f"{_FIRMWARE}/{number}/{name}") for name in ("start", "end", "type")]
         if texts[0] and texts[1] and texts[2]:
-            found.append(Resource(int(texts[0], 16), int(texts[1], 16) + 1, texts[2]))
+            found.append(_resource(texts[0], texts[1], texts[2]))
     return found
 
 

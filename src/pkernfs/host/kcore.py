@@ -13,6 +13,7 @@ from typing import BinaryIO, NamedTuple
 
 from pkernfs.errors import PkernfsError
 from pkernfs.host.sysroot import HOST, Host
+from pkernfs.quantities import PhysAddr
 
 _ELF_HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
 _PROGRAM_HEADER = struct.Struct("<IIQQQQQQ")
@@ -26,7 +27,7 @@ class KcoreError(PkernfsError):
 
 
 class _Segment(NamedTuple):
-    """Addresses from ``start`` up to ``end``, and where the first is in the file."""
+    """Addresses, the kernel's or physical ones, up to ``end``; where the first is in the file."""
 
     start: int
     end: int
@@ -61,11 +62,11 @@ class Kcore:
         """End reading. A second call does nothing."""
         self._core.close()
 
-    def find_physical(self, at: int, length: int) -> bytes | None:
+    def find_physical(self, at: PhysAddr, length: int) -> bytes | None:
         """Read ``length`` bytes at a physical address; None: they are not all in there."""
         return self._find(self._by_physical, at, length)
 
-    def read_physical(self, at: int, length: int) -> bytes:
+    def read_physical(self, at: PhysAddr, length: int) -> bytes:
         """Read ``length`` bytes at a physical address.
 
         :raises KcoreError: they are not all in there.

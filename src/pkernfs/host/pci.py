@@ -14,6 +14,7 @@ from pkernfs.errors import InvalidError
 from pkernfs.host import pci_config
 from pkernfs.host.dmar import BRIDGE, ENDPOINT, Dmar, ReservedMemory, Scope, UnitStructure
 from pkernfs.host.sysroot import Host
+from pkernfs.quantities import SourceId
 from pkernfs.vtd.entries import bdf_text, parse_bdf
 
 DEVICES = "sys/bus/pci/devices"
@@ -32,8 +33,8 @@ class PciDevice(NamedTuple):
     """
 
     segment: int
-    source_id: int
-    chain: tuple[int, ...]
+    source_id: SourceId
+    chain: tuple[SourceId, ...]
     driver: str | None
     bridge: bool
     bus_master: bool
@@ -47,7 +48,7 @@ class PciDevice(NamedTuple):
         return bdf_text(self.source_id, self.segment)
 
 
-def parse_device(text: str) -> int:
+def parse_device(text: str) -> SourceId:
     """Return the source id of a device of segment 0, which is the one that a root table is for.
 
     :raises InvalidError: no device's address, or of another segment.
@@ -58,7 +59,7 @@ def parse_device(text: str) -> int:
     return source_id
 
 
-def read_device(host: Host, source_id: int, segment: int = 0) -> PciDevice | None:
+def read_device(host: Host, source_id: SourceId, segment: int = 0) -> PciDevice | None:
     """Read a device as it is now; None: there is none."""
     name = bdf_text(source_id, segment)
     path = host.path(f"{DEVICES}/{name}")
@@ -69,7 +70,7 @@ def read_device(host: Host, source_id: int, segment: int = 0) -> PciDevice | Non
     place = os.path.realpath(os.path.join(path, "physfn"))
     if not os.path.isdir(place):
         place = os.path.realpath(path)
-    above = [parse_bdf(part)[1] for part in place.split("/") if _BDF.fullmatch(part)]
+    above = [parse_bdf(part).source_id for part in place.split("/") if _BDF.fullmatch(part)]
     driver = os.path.join(path, "driver")
     bridges = [_config(host.path(f"{DEVICES}/{bdf_text(b, segment)}")) for b in above[:-1]]
     return PciDevice(
@@ -137,7 +138,7 @@ def covers(scopes: Sequence[Scope], device: PciDevice) -> bool:
     return any(_is_in(scope, device.chain) for scope in scopes)
 
 
-def _is_in(scope: Scope, chain: tuple[int, ...]) -> bool:
+def _is_in(scope: Scope, chain: tuple[SourceId, ...]) -> bool:
     if scope.kind not in (ENDPOINT, BRIDGE):
         return False
     path = [device << 3 | function for device, function in scope.path]

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from pkernfs.host.iomem import Span
 from pkernfs.host.sysroot import Host
+from pkernfs.quantities import PhysAddr
 
 _TABLE = "sys/firmware/acpi/tables/SRAT"
 _NODES = "sys/devices/system/node"
@@ -25,8 +26,8 @@ _FLAGS_AT = {_APIC: 4, _MEMORY: 28, _X2APIC: 12}
 class NodeMemory(NamedTuple):
     """A range of memory, and the kernel's number of its node; ``end`` is not part of it."""
 
-    start: int
-    end: int
+    start: PhysAddr
+    end: PhysAddr
     node: int
 
 

@@ -16,6 +16,7 @@ from pkernfs.iommu.context_walk import ContextReader, Device
 from pkernfs.iommu.memory import Memory, merge_ranges, without_ranges
 from pkernfs.iommu.page_pool import TablePool
 from pkernfs.iommu.page_walk import MAX_FINDINGS, Code, Finding, check_tree
+from pkernfs.quantities import PhysAddr, PhysRange
 from pkernfs.vtd.entries import MAX_PHYSICAL_BITS, bdf_text
 
 _MAX_KEPT = 10 * MAX_FINDINGS
@@ -47,7 +48,7 @@ class Report:
 def check(
     root: Memory | None,
     domains: dict[str, Memory],
-    allowed: Iterable[tuple[int, int]],
+    allowed: Iterable[PhysRange],
     *,
     config: Config | None = None,
     physical_bits: int = MAX_PHYSICAL_BITS,
@@ -55,8 +56,8 @@ def check(
     """Check root-pgtables (None: there is none) and the page tables of all domains.
 
     :param domains: the pages of each domain file, by its name.
-    :param allowed: ``(start, end)`` of physical addresses that may be mapped: the memory of linked
-        files, but not of table files, and device BARs.
+    :param allowed: memory that may be mapped: that of linked files, but not of table files, and
+        device BARs.
     """
     report = Report()
     if root is not None:
@@ -93,7 +94,7 @@ def _check_root(
     report: Report, root: Memory, domains: dict[str, Memory], config: Config, physical_bits: int
 ) -> None:
     tops = {memory.first_page for memory in domains.values()}
-    ids: dict[int, int] = {}
+    ids: dict[int, PhysAddr] = {}
     reader = ContextReader(root, root.first_page, config.mode, report.note, physical_bits)
     for device in reader.devices():
         report.devices.append(device)

@@ -15,6 +15,7 @@ from pkernfs.host.bars import Bar
 from pkernfs.iommu.context_walk import Mode
 from pkernfs.iommu.memory import Commit, Memory
 from pkernfs.layout import PAGE
+from pkernfs.quantities import PhysAddr, RegionOff, SourceId, Word
 from pkernfs.region.checksum import crc32c
 from pkernfs.region.region import Region
 from pkernfs.vtd.entries import LEVELS, MAX_PHYSICAL_BITS
@@ -42,7 +43,7 @@ class Config(NamedTuple):
 
     mode: Mode = Mode.LEGACY
     levels: int = 4
-    home: int = 0
+    home: PhysAddr = PhysAddr(0)
 
 
 def config_words(config: Config) -> tuple[int, ...]:
@@ -81,18 +82,18 @@ def parse_config(data: bytes) -> Config:
     return Config(Mode(mode), levels, home)
 
 
-def assume_addresses(region: Region, at: int) -> None:
+def assume_addresses(region: Region, at: RegionOff) -> None:
     """Give a region without addresses of its own those that its tables were made with.
 
     :param at: region offset of the configuration page. What it says is not trusted: an address that
         no region can have is passed by.
     :raises CorruptionError: the configuration is damaged.
     """
-    if region.physical(0) is not None:
+    if region.physical(RegionOff(0)) is not None:
         return
     base = parse_config(region.read(at, CONFIG_BYTES)).home - at
     if base > 0 and not base % PAGE and base + region.size <= 1 << MAX_PHYSICAL_BITS:
-        region.assume_physical(base)
+        region.assume_physical(PhysAddr(base))
 
 
 def configure(memory: Memory, commit: Commit, config: Config) -> Config:
@@ -105,7 +106,7 @@ def configure(memory: Memory, commit: Commit, config: Config) -> Config:
     config = config._replace(home=config_page(memory))
     at = config_offset(memory)
     words = config_words(config)
-    commit([(at + 8 * i, words[i]) for i in (2, 1, 0)])
+    commit([Word(RegionOff(at + 8 * i), words[i]) for i in (2, 1, 0)])
     return config
 
 
@@ -136,12 +137,12 @@ def forget_bar(memory: Memory, commit: Commit, bar: Bar) -> None:
         _store_slot(memory, commit, slots.index(bar), (0, 0, 0, 0))
 
 
-def load_non_persistent(memory: Memory) -> set[int]:
+def load_non_persistent(memory: Memory) -> set[SourceId]:
     """Source ids of the devices whose entries a handover clears; damaged slots are passed by."""
     return {source_id for source_id in _non_persistent_slots(memory) if source_id is not None}
 
 
-def set_non_persistent(memory: Memory, commit: Commit, source_id: int, on: bool) -> None:
+def set_non_persistent(memory: Memory, commit: Commit, source_id: SourceId, on: bool) -> None:
     """Have a handover clear a device's entries, or keep them, which is how it is without this.
 
     :raises NoSpaceError: it is set for too many devices.
@@ -153,16 +154,17 @@ def set_non_persistent(memory: Memory, commit: Commit, source_id: int, on: bool)
         raise NoSpaceError(f"persist: {_MAX_TRANSIENT} devices are switched off already")
     slot = slots.index(None if on else source_id)
     word = int.from_bytes(_transient(source_id), "little") if on else 0
-    commit([(config_offset(memory) + _TRANSIENT_AT + slot * _TRANSIENT.size, word)])
+    at = config_offset(memory) + _TRANSIENT_AT + slot * _TRANSIENT.size
+    commit([Word(RegionOff(at), word)])
 
 
-def _transient(source_id: int) -> bytes:
+def _transient(source_id: SourceId) -> bytes:
     return _TRANSIENT.pack(source_id, _VALID, crc32c(_TRANSIENT.pack(source_id, _VALID, 0)))
 
 
-def _non_persistent_slots(memory: Memory) -> list[int | None]:
+def _non_persistent_slots(memory: Memory) -> list[SourceId | None]:
     page = memory.region.read(config_offset(memory), PAGE)
-    slots: list[int | None] = []
+    slots: list[SourceId | None] = []
     for at in range(_TRANSIENT_AT, _TRANSIENT_AT + _MAX_TRANSIENT * _TRANSIENT.size, 8):
         source_id = _TRANSIENT.unpack_from(page, at)[0]
         slots.append(source_id if page[at : at + 8] == _transient(source_id) else None)
@@ -172,7 +174,7 @@ def _non_persistent_slots(memory: Memory) -> list[int | None]:
 def _store_slot(memory: Memory, commit: Commit, slot: int, words: tuple[int, ...]) -> None:
     at = config_offset(memory) + _BARS_AT + slot * _BAR.size
     # The first word has the checksum: it is stored last.
-    commit([(at + 8 * i, words[i]) for i in (3, 2, 1, 0)])
+    commit([Word(RegionOff(at + 8 * i), words[i]) for i in (3, 2, 1, 0)])
 
 
 def _slots(memory: Memory) -> list[Bar | None]:
@@ -193,17 +195,17 @@ def _can_be(bar: Bar) -> bool:
     return whole and bar.start + bar.length <= 1 << MAX_PHYSICAL_BITS
 
 
-def config_page(memory: Memory) -> int:
+def config_page(memory: Memory) -> PhysAddr:
     """Physical address of the file's second page."""
     return memory.page(1)
 
 
-def config_offset(memory: Memory) -> int:
+def config_offset(memory: Memory) -> RegionOff:
     """Region offset of that page."""
     return _offset(memory, config_page(memory))
 
 
-def _offset(memory: Memory, physical: int) -> int:
+def _offset(memory: Memory, physical: PhysAddr) -> RegionOff:
     offset = memory.offset(physical, 1)
     assert offset is not None
     return offset

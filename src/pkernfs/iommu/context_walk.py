@@ -13,7 +13,9 @@ from typing import NamedTuple
 from pkernfs.iommu.memory import Words
 from pkernfs.iommu.page_walk import Code, Finding
 from pkernfs.layout import PAGE
+from pkernfs.quantities import PhysAddr, SourceId
 from pkernfs.vtd.entries import (
+    LEVELS,
     MAX_PHYSICAL_BITS,
     PGTT_FIRST_STAGE,
     PGTT_NESTED,
@@ -28,6 +30,7 @@ from pkernfs.vtd.entries import (
     ScalableContextEntry,
     ScalableRootEntry,
     bdf_text,
+    levels_of,
 )
 
 BUSES = 256
@@ -36,6 +39,7 @@ PASIDS_PER_TABLE = 64
 SUPPORTED_PGTT = (PGTT_SECOND_STAGE, PGTT_PASS_THROUGH)
 KNOWN_PGTT = (PGTT_FIRST_STAGE, PGTT_SECOND_STAGE, PGTT_NESTED, PGTT_PASS_THROUGH)
 Note = Callable[[Finding], object]
+_NO_TABLE = PhysAddr(0)
 
 
 class Mode(enum.IntEnum):
@@ -52,15 +56,15 @@ class Device(NamedTuple):
     requests pass through untranslated, and the first-stage one where there is one.
     """
 
-    source_id: int
+    source_id: SourceId
     pasid: int | None
     root_words: tuple[int, ...]
     context_words: tuple[int, ...]
     pasid_words: tuple[int, ...]
-    table: int
+    table: PhysAddr
     levels: int
     domain_id: int
-    where: int
+    where: PhysAddr
 
     @property
     def kind(self) -> int:
@@ -88,7 +92,7 @@ class ContextReader:
     def __init__(
         self,
         memory: Words,
-        root: int,
+        root: PhysAddr,
         mode: Mode,
         note: Note,
         physical_bits: int = MAX_PHYSICAL_BITS,
@@ -96,7 +100,7 @@ class ContextReader:
         kinds: Collection[int] = SUPPORTED_PGTT,
         place: str = "root-pgtables",
     ) -> None:
-        self.pages: set[int] = set()
+        self.pages: set[PhysAddr] = set()
         self._memory = memory
         self._root = root
         self._mode = mode
@@ -113,7 +117,7 @@ class ContextReader:
             pair = words[2 * bus : 2 * bus + 2]
             if not any(pair):
                 continue
-            where = self._root + 16 * bus
+            where = PhysAddr(self._root + 16 * bus)
             if pair[0] & 1 or (pair[1] & 1 and kind is ScalableRootEntry):
                 self._check(kind, join(pair), where)
             if kind is RootEntry:
@@ -122,9 +126,9 @@ class ContextReader:
                 continue
             for half in (0, 1):
                 if pair[half] & 1:
-                    yield from self._scalable(bus, half, pair, where + 8 * half)
+                    yield from self._scalable(bus, half, pair, PhysAddr(where + 8 * half))
 
-    def _legacy(self, bus: int, root: tuple[int, ...], where: int) -> Iterator[Device]:
+    def _legacy(self, bus: int, root: tuple[int, ...], where: PhysAddr) -> Iterator[Device]:
         table = RootEntry.CTP.get(root[0])
         words = self._table(table, f"root entry of bus {bus:#x}", where)
         for at in range(0, len(words), 2):
@@ -132,33 +136,35 @@ class ContextReader:
                 continue
             pair = words[at : at + 2]
             entry = join(pair)
-            here = table + 8 * at
-            source_id = bus << 8 | at // 2
+            here = PhysAddr(table + 8 * at)
+            source_id = SourceId(bus << 8 | at // 2)
             self._check(ContextEntry, entry, here)
-            levels = ContextEntry.AW.get(entry) + 2
+            levels = levels_of(ContextEntry.AW.get(entry))
             kind = ContextEntry.TT.get(entry)
             through = kind == TT_PASS_THROUGH
-            if kind > TT_PASS_THROUGH or not 3 <= levels <= 5:
+            if kind > TT_PASS_THROUGH or levels not in LEVELS:
                 self._invalid("context entry", source_id, here, entry)
                 continue
-            pointer = 0 if through else ContextEntry.SSPTPTR.get(entry)
+            pointer = _NO_TABLE if through else ContextEntry.SSPTPTR.get(entry)
             did = ContextEntry.DID.get(entry)
             yield Device(source_id, None, root, pair, (), pointer, levels, did, here)
 
-    def _scalable(self, bus: int, half: int, root: tuple[int, ...], where: int) -> Iterator[Device]:
+    def _scalable(
+        self, bus: int, half: int, root: tuple[int, ...], where: PhysAddr
+    ) -> Iterator[Device]:
         table = RootEntry.CTP.get(root[half])
         words = self._table(table, f"root entry of bus {bus:#x}", where)
         for at in range(0, len(words), 4):
             if not words[at] & 1:
                 continue
             entry = words[at : at + 4]
-            here = table + 8 * at
+            here = PhysAddr(table + 8 * at)
             self._check(ScalableContextEntry, join(entry), here)
-            source_id = bus << 8 | half << 7 | at // 4
+            source_id = SourceId(bus << 8 | half << 7 | at // 4)
             yield from self._directory(source_id, root, entry, here)
 
     def _directory(
-        self, source_id: int, root: tuple[int, ...], context: tuple[int, ...], where: int
+        self, source_id: SourceId, root: tuple[int, ...], context: tuple[int, ...], where: PhysAddr
     ) -> Iterator[Device]:
         value = join(context)
         start = ScalableContextEntry.PASIDDIRPTR.get(value)
@@ -166,13 +172,13 @@ class ContextReader:
         what = f"context entry of {bdf_text(source_id)}"
         told = False  # of one page of the directory: they are up to 32, for each device
         for first in range(0, count, PAGE // 8):
-            at = start + 8 * first
+            at = PhysAddr(start + 8 * first)
             words = self._table(at, what, where, silent=told)
             told = told or not words
             for slot, word in enumerate(words[:count]):
                 if not word & 1:
                     continue
-                here = at + 8 * slot
+                here = PhysAddr(at + 8 * slot)
                 self._check(PasidDirectoryEntry, word, here)
                 pasid = (first + slot) * PASIDS_PER_TABLE
                 table = PasidDirectoryEntry.SMPTBLPTR.get(word)
@@ -180,12 +186,12 @@ class ContextReader:
 
     def _pasids(
         self,
-        source_id: int,
+        source_id: SourceId,
         pasid: int,
         root: tuple[int, ...],
         context: tuple[int, ...],
-        table: int,
-        where: int,
+        table: PhysAddr,
+        where: PhysAddr,
     ) -> Iterator[Device]:
         words = self._table(table, f"PASID directory entry of {bdf_text(source_id)}", where)
         for at in range(0, len(words), 8):
@@ -193,11 +199,11 @@ class ContextReader:
                 continue
             entry = words[at : at + 8]
             value = join(entry)
-            here = table + 8 * at
+            here = PhysAddr(table + 8 * at)
             self._check(PasidTableEntry, value, here)
             kind = PasidTableEntry.PGTT.get(value)
-            levels = PasidTableEntry.AW.get(value) + 2
-            wide = kind == PGTT_FIRST_STAGE or 3 <= levels <= 5
+            levels = levels_of(PasidTableEntry.AW.get(value))
+            wide = kind == PGTT_FIRST_STAGE or levels in LEVELS
             if kind not in self._kinds or not wide:
                 self._invalid("PASID table entry", source_id, here, value)
                 continue
@@ -207,7 +213,7 @@ class ContextReader:
             yield Device(source_id, number, root, context, entry, pointer, levels, did, here)
 
     def _table(
-        self, address: int, what: str, where: int, *, silent: bool = False
+        self, address: PhysAddr, what: str, where: PhysAddr, *, silent: bool = False
     ) -> tuple[int, ...]:
         """The words of a table page, unless it is elsewhere or was seen before."""
         if address in self.pages:
@@ -223,23 +229,23 @@ class ContextReader:
         self.pages.add(address)
         return words
 
-    def _check(self, kind: type[Entry], entry: int, where: int) -> None:
+    def _check(self, kind: type[Entry], entry: int, where: PhysAddr) -> None:
         if entry & kind.reserved(self._physical_bits):
             self._found(Code.RESERVED_BITS, where, f"{kind.NAME}: reserved bits set", entry)
 
-    def _invalid(self, what: str, source_id: int, where: int, entry: int) -> None:
+    def _invalid(self, what: str, source_id: SourceId, where: PhysAddr, entry: int) -> None:
         message = f"{what} of {bdf_text(source_id)}: bad type or width"
         self._found(Code.CONTEXT_INVALID, where, message, entry)
 
-    def _found(self, code: Code, where: int, message: str, got: int) -> None:
+    def _found(self, code: Code, where: PhysAddr, message: str, got: int) -> None:
         what, _, reason = message.rpartition(": ")
         self._note(Finding(code, where, f"{what} at {where:#x}: {reason}: got {got:#x}"))
 
 
-def _pointer(kind: int, entry: int) -> int:
+def _pointer(kind: int, entry: int) -> PhysAddr:
     """The page tables that a PASID table entry refers to first; 0: none."""
     if kind == PGTT_PASS_THROUGH:
-        return 0
+        return _NO_TABLE
     if kind == PGTT_SECOND_STAGE:
         return PasidTableEntry.SSPTPTR.get(entry)
     return PasidTableEntry.FSPTPTR.get(entry)

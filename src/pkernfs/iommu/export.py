@@ -14,6 +14,8 @@ from pkernfs.host.bars import Bar
 from pkernfs.iommu.config import Config
 from pkernfs.iommu.context_walk import Device
 from pkernfs.iommu.page_pool import Mapping
+from pkernfs.quantities import Iova, PhysAddr, RegionOff
+from pkernfs.region.region import Place
 from pkernfs.vtd.entries import READ, WRITE, bdf_text, width_bits
 
 VERSION = 1
@@ -32,11 +34,11 @@ class Target(NamedTuple):
     ``path`` is that of a file in the mount, or None; ``region_offset`` None if it is elsewhere.
     """
 
-    physical: int
+    physical: PhysAddr
     length: int
     path: str | None
     offset: int
-    region_offset: int | None
+    region_offset: RegionOff | None
     bar: Bar | None
 
     def record(self) -> Record:
@@ -49,11 +51,12 @@ class Target(NamedTuple):
         return {}
 
 
-Split = Callable[[int, int], Iterator[Target]]
+#: Cuts so many bytes from a physical address on where their owner, or the offset in it, jumps.
+Split = Callable[[PhysAddr, int], Iterator[Target]]
 
 
 def head(
-    config: Config, root: int | None, uuid: bytes, region: Record, damaged: dict[str, str]
+    config: Config, root: PhysAddr | None, uuid: bytes, region: Record, damaged: dict[str, str]
 ) -> Record:
     """Describe once the region, and the unit that is to walk its tables.
 
@@ -71,7 +74,7 @@ def head(
     }
 
 
-def unit(config: Config, root: int | None) -> Record:
+def unit(config: Config, root: PhysAddr | None) -> Record:
     """Describe the unit that is to walk the tables."""
     return {
         "mode": config.mode.name.lower(),
@@ -81,13 +84,15 @@ def unit(config: Config, root: int | None) -> Record:
     }
 
 
-def region(name: str, size: int, place: tuple[str, int] | None) -> Record:
+def region(name: str, size: int, place: Place | None) -> Record:
     """The region as it was mounted; ``place``: what to open, and where in it the region begins."""
-    found = None if place is None else {"path": place[0], "offset": place[1], "length": size}
-    return {"name": name, "mmap": found}
+    if place is None:
+        return {"name": name, "mmap": None}
+    path, offset = place
+    return {"name": name, "mmap": {"path": path, "offset": offset, "length": size}}
 
 
-def hwpt(name: str, table: int, levels: int, devices: Iterable[Device]) -> Record:
+def hwpt(name: str, table: PhysAddr, levels: int, devices: Iterable[Device]) -> Record:
     """The page tables of a domain; ``domain_id`` is None while no device is attached."""
     return {
         "id": name,
@@ -113,7 +118,7 @@ def device(d: Device, name: str | None, unit: str | None) -> Record:
     }
 
 
-def container(name: str, table: int, devices: Iterable[Device]) -> Record:
+def container(name: str, table: PhysAddr, devices: Iterable[Device]) -> Record:
     """The VFIO container for a domain: its type, its devices, and the IOAS to map in it."""
     names = [bdf_text(d.source_id) for d in devices if d.table == table]
     return {"id": name, "type": _TYPE1_V2, "ioas": name, "devices": names}
@@ -126,7 +131,7 @@ def mappings(found: Iterable[Mapping], split: Split) -> Iterator[Record]:
         iova = m.iova
         for target in split(m.physical, m.length):
             record = _mapping(iova, target, m.perm)
-            iova += target.length
+            iova = Iova(iova + target.length)
             if last is not None and _follows(last, record):
                 last["length"] += record["length"]
                 _add_pieces(last["pieces"], record["pieces"])
@@ -138,7 +143,7 @@ def mappings(found: Iterable[Mapping], split: Split) -> Iterator[Record]:
         yield last
 
 
-def _mapping(iova: int, target: Target, perm: int) -> Record:
+def _mapping(iova: Iova, target: Target, perm: int) -> Record:
     flags = _IOAS_FIXED_IOVA
     flags |= _IOAS_READABLE if perm & READ else 0
     flags |= _IOAS_WRITEABLE if perm & WRITE else 0

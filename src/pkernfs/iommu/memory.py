@@ -8,35 +8,41 @@ from typing import NamedTuple, Protocol
 
 from pkernfs.errors import InvalidError, TableDamageError
 from pkernfs.layout import PAGE
+from pkernfs.quantities import PhysAddr, PhysRange, RegionOff, RegionRun, Word
 from pkernfs.region.region import Region
 
-#: Stores words at region offsets, in that order; as one, if there is a journal.
-Commit = Callable[[Sequence[tuple[int, int]]], object]
+#: Stores words, in that order; as one, if there is a journal.
+Commit = Callable[[Sequence[Word]], object]
 
 
 class Words(Protocol):
     """Memory that tables are read from: a region's, or a running kernel's."""
 
-    def words(self, physical: int, count: int) -> tuple[int, ...] | None:
+    def words(self, physical: PhysAddr, count: int) -> tuple[int, ...] | None:
         """``count`` 8-byte words at a physical address; None if they are not in there."""
 
 
 class Piece(NamedTuple):
     """Consecutive memory: physical address, region offset, length in bytes."""
 
-    physical: int
-    offset: int
+    physical: PhysAddr
+    offset: RegionOff
     length: int
+
+    @property
+    def range(self) -> PhysRange:
+        """All of it."""
+        return PhysRange.of(self.physical, self.length)
 
 
 class Memory:
     """Pieces of a region by physical address, each page once.
 
-    :param extents: ``(region offset, length)`` in bytes, whole pages, in the order of the file.
+    :param extents: whole pages, in the order of the file.
     :raises InvalidError: the region has no physical addresses, or pages are not whole.
     """
 
-    def __init__(self, region: Region, extents: Iterable[tuple[int, int]]) -> None:
+    def __init__(self, region: Region, extents: Iterable[RegionRun]) -> None:
         self.region = region
         pieces: list[Piece] = []
         for offset, length in extents:
@@ -52,14 +58,14 @@ class Memory:
     @classmethod
     def whole(cls, region: Region) -> Memory:
         """All of a region."""
-        return cls(region, [(0, region.size)])
+        return cls(region, [RegionRun(RegionOff(0), region.size)])
 
     @property
-    def first_page(self) -> int:
+    def first_page(self) -> PhysAddr:
         """Physical address of the file's first page."""
         return self._in_file_order[0].physical
 
-    def page(self, number: int) -> int:
+    def page(self, number: int) -> PhysAddr:
         """Physical address of a page of the file.
 
         :raises InvalidError: beyond its end.
@@ -67,7 +73,7 @@ class Memory:
         rest = number * PAGE
         for piece in self._in_file_order:
             if rest < piece.length:
-                return piece.physical + rest
+                return PhysAddr(piece.physical + rest)
             rest -= piece.length
         raise InvalidError(f"page {number}: beyond the end: got {self.size} bytes")
 
@@ -77,30 +83,32 @@ class Memory:
         return sum(p.length for p in self.pieces)
 
     @property
-    def ranges(self) -> list[tuple[int, int]]:
-        """Sorted ``(start, end)`` of physical addresses."""
-        return merge_ranges((p.physical, p.physical + p.length) for p in self.pieces)
+    def ranges(self) -> list[PhysRange]:
+        """Where it is, sorted and disjoint."""
+        return merge_ranges(p.range for p in self.pieces)
 
-    def offset(self, physical: int, length: int = PAGE) -> int | None:
+    def offset(self, physical: PhysAddr, length: int = PAGE) -> RegionOff | None:
         """Region offset of a physical range that lies in one piece; None if there is none."""
         at = bisect_right(self._starts, physical) - 1
         if at < 0:
             return None
         piece = self.pieces[at]
         inside = physical - piece.physical
-        return piece.offset + inside if inside + length <= piece.length else None
+        if inside + length > piece.length:
+            return None
+        return RegionOff(piece.offset + inside)
 
-    def room(self, physical: int) -> int:
+    def room(self, physical: PhysAddr) -> int:
         """Bytes from an address that :meth:`offset` knows to the end of its piece."""
         piece = self.pieces[bisect_right(self._starts, physical) - 1]
         return piece.physical + piece.length - physical
 
-    def gap(self, physical: int) -> int | None:
+    def gap(self, physical: PhysAddr) -> int | None:
         """Bytes from an address in no piece to the next piece; None: there is none behind it."""
         at = bisect_right(self._starts, physical)
         return self._starts[at] - physical if at < len(self._starts) else None
 
-    def words(self, physical: int, count: int) -> tuple[int, ...] | None:
+    def words(self, physical: PhysAddr, count: int) -> tuple[int, ...] | None:
         """``count`` 8-byte words at an address; None if they are not in this memory."""
         offset = self.offset(physical, 8 * count)
         if offset is None or offset % 8:
@@ -108,48 +116,46 @@ class Memory:
         return tuple(self.region.view(offset, 8 * count).cast("Q"))
 
 
-def merge_ranges(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Sorted, disjoint ``(start, end)``; what touches is one."""
-    merged: list[tuple[int, int]] = []
+def merge_ranges(ranges: Iterable[PhysRange]) -> list[PhysRange]:
+    """Sorted, disjoint ranges; what touches is one."""
+    merged: list[PhysRange] = []
     for start, end in sorted(ranges):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        if merged and start <= merged[-1].end:
+            merged[-1] = PhysRange(merged[-1].start, max(end, merged[-1].end))
         elif start < end:
-            merged.append((start, end))
+            merged.append(PhysRange(start, end))
     return merged
 
 
-def without_ranges(
-    ranges: list[tuple[int, int]], holes: list[tuple[int, int]]
-) -> list[tuple[int, int]]:
+def without_ranges(ranges: list[PhysRange], holes: list[PhysRange]) -> list[PhysRange]:
     """Cut sorted, disjoint holes out of sorted, disjoint ranges."""
     left = []
     at = 0
     for start, end in ranges:
-        while at < len(holes) and holes[at][0] < end:
+        while at < len(holes) and holes[at].start < end:
             low, high = holes[at]
             if start < low:
-                left.append((start, low))
+                left.append(PhysRange(start, low))
             start = max(start, min(high, end))
             if high > end:
                 break  # it may reach into the next range
             at += 1
         if start < end:
-            left.append((start, end))
+            left.append(PhysRange(start, end))
     return left
 
 
 def store_words(region: Region) -> Commit:
     """A :data:`Commit` for a region without a journal: word by word, each an aligned store."""
 
-    def commit(words: Sequence[tuple[int, int]]) -> None:
+    def commit(words: Sequence[Word]) -> None:
         for offset, word in words:
             region.store_u64(offset, word)
 
     return commit
 
 
-def _pieces(region: Region, offset: int, length: int) -> Iterator[Piece]:
+def _pieces(region: Region, offset: RegionOff, length: int) -> Iterator[Piece]:
     for at, count, physical in region.physical_runs(offset, length):
         if physical is None:
             raise InvalidError(f"{region.name}: no physical addresses: give phys_base=")

@@ -10,8 +10,10 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from pkernfs.errors import RegionError, TableDamageError
+from pkernfs.iommu.memory import Piece
 from pkernfs.layout import BLOCK, PAGE
 from pkernfs.native._native import ffi, lib
+from pkernfs.quantities import Iova, PhysAddr, PhysRange, RegionOff
 from pkernfs.region.region import Region
 from pkernfs.vtd.entries import ENTRIES
 
@@ -19,8 +21,8 @@ from pkernfs.vtd.entries import ENTRIES
 class Mapping(NamedTuple):
     """Consecutive addresses that map consecutive memory; ``perm`` has bit 0 for R, 1 for W."""
 
-    iova: int
-    physical: int
+    iova: Iova
+    physical: PhysAddr
     length: int
     perm: int
 
@@ -30,8 +32,8 @@ class RawFinding(NamedTuple):
 
     code: int
     level: int
-    iova: int
-    where: int
+    iova: Iova
+    where: PhysAddr
     value: int
 
 
@@ -39,13 +41,13 @@ class Scanned(NamedTuple):
     """Some mappings, and the address to go on from; None: that is all."""
 
     mappings: list[Mapping]
-    next: int | None
+    next: Iova | None
 
 
 class Copied(NamedTuple):
     """A copy of a table (its physical address or ``NO_PAGE``), and the bytes that it maps."""
 
-    table: int
+    table: PhysAddr
     mapped_bytes: int
 
 
@@ -86,14 +88,12 @@ class TablePool:
     :meth:`commit` or :meth:`abort`; pages that it allocates are not reachable before the caller's
     commit, and those that it frees stay as they are until then.
 
-    :param pieces: ``(physical address, region offset, length)`` in bytes, whole pages, sorted.
+    :param pieces: whole pages, sorted.
     :param tables: False: no page of it is one of a table; it costs no byte for each page.
     :raises RegionError: a piece is not whole pages inside the region.
     """
 
-    def __init__(
-        self, region: Region, pieces: Sequence[tuple[int, int, int]], *, tables: bool = True
-    ) -> None:
+    def __init__(self, region: Region, pieces: Sequence[Piece], *, tables: bool = True) -> None:
         self._base = region.base
         self._pieces = ffi.new("struct pk_piece[]", len(pieces))
         first = 0
@@ -151,53 +151,53 @@ class TablePool:
         table = bytes(changes.get(state, state) for state in range(256))
         self._state[:] = self._state.translate(table)
 
-    def is_reachable(self, physical: int) -> bool:
+    def is_reachable(self, physical: PhysAddr) -> bool:
         """Tell if the walk has found a table there that is still wanted."""
         return bool(lib.pk_pt_is_reachable(self._pool, physical))
 
-    def alloc(self) -> int:
+    def alloc(self) -> PhysAddr:
         """Allocate a page: its physical address, or ``NO_PAGE``; pages that lack are counted."""
-        return int(lib.pk_pt_alloc(self._pool))
+        return PhysAddr(lib.pk_pt_alloc(self._pool))
 
-    def free(self, physical: int) -> None:
+    def free(self, physical: PhysAddr) -> None:
         """Free the page of a table."""
         lib.pk_pt_free(self._pool, physical)
 
-    def new_pages(self) -> Iterator[int]:
+    def new_pages(self) -> Iterator[RegionOff]:
         """Region offsets of the pages that the change has allocated."""
         at = self._state.find(_NEW)
         for piece in self._pieces:
             while 0 <= at < piece.first + piece.length // PAGE:
-                yield int(piece.offset) + (at - int(piece.first)) * PAGE
+                yield RegionOff(piece.offset + (at - piece.first) * PAGE)
                 at = self._state.find(_NEW, at + 1)
 
     # ------------------------------------------------------------------ tables
 
-    def build(self, level: int, leaf: int, physical: int, perm: int) -> int:
+    def build(self, level: int, leaf: int, physical: PhysAddr, perm: int) -> PhysAddr:
         """A new full table that maps memory from ``physical`` on; its address or ``NO_PAGE``."""
-        return int(lib.pk_pt_build(self._base, self._pool, level, leaf, physical, perm))
+        return PhysAddr(lib.pk_pt_build(self._base, self._pool, level, leaf, physical, perm))
 
-    def verify(self, table: int, level: int, physical: int, perm: int) -> int | None:
+    def verify(self, table: PhysAddr, level: int, physical: PhysAddr, perm: int) -> int | None:
         """Offset in bytes of the first page that is mapped to something else; None: no page."""
         found = int(lib.pk_pt_verify(self._base, self._pool, table, level, physical, perm))
         return None if found == NO_PAGE else found
 
-    def drop(self, table: int, level: int) -> int:
+    def drop(self, table: PhysAddr, level: int) -> int:
         """Free a table and all below it; the bytes that it mapped."""
         return int(lib.pk_pt_drop(self._base, self._pool, table, level))
 
-    def copy(self, table: int, level: int, perm: int) -> Copied:
+    def copy(self, table: PhysAddr, level: int, perm: int) -> Copied:
         """A copy of a table and all below it with other permissions; the old ones are freed.
 
         :raises TableDamageError: something below the table is no reachable table.
         """
         mapped = ffi.new("uint64_t *")
-        new = int(lib.pk_pt_copy(self._base, self._pool, table, level, perm, mapped))
+        new = PhysAddr(lib.pk_pt_copy(self._base, self._pool, table, level, perm, mapped))
         if new == lib.PT_BROKEN:
             raise TableDamageError(f"page table at {table:#x}: damaged below: run the check")
         return Copied(new, int(mapped[0]))
 
-    def scan(self, root: int, levels: int, start: int, end: int) -> Scanned | None:
+    def scan(self, root: PhysAddr, levels: int, start: Iova, end: Iova) -> Scanned | None:
         """Some mappings from ``start`` on; None: the tables are damaged."""
         out = ffi.new("struct pk_mapping[]", _SCAN_BATCH)
         at = ffi.new("uint64_t *", start)
@@ -205,9 +205,9 @@ class TablePool:
         if count < 0:
             return None
         found = [Mapping(m.iova, m.physical, m.length, m.bits) for m in out[0:count]]
-        return Scanned(found, None if at[0] == NO_PAGE else int(at[0]))
+        return Scanned(found, None if at[0] == NO_PAGE else Iova(at[0]))
 
-    def mark(self, root: int, levels: int, memory: TablePool, blocks: bytearray) -> bool:
+    def mark(self, root: PhysAddr, levels: int, memory: TablePool, blocks: bytearray) -> bool:
         """Set the byte of each 2 MiB block that a leaf below ``root`` maps something of.
 
         ``memory`` says where the region's blocks are. Tables that cannot be reached are passed by:
@@ -222,38 +222,38 @@ class TablePool:
         done = lib.pk_pt_mark(self._base, self._pool, root, levels, memory._pool, blocks_c, seen)
         return bool(done == 0)
 
-    def find(self, root: int, levels: int, ranges: Sequence[tuple[int, int]]) -> int | None:
-        """The lowest address that is mapped to one of sorted ranges of physical addresses."""
+    def find(self, root: PhysAddr, levels: int, ranges: Sequence[PhysRange]) -> Iova | None:
+        """The lowest address that is mapped to one of sorted ranges."""
         if not ranges:
             return None
-        ranges_c = ffi.new("uint64_t[]", [x for pair in ranges for x in pair])
+        ranges_c = ffi.new("uint64_t[]", _flat(ranges))
         seen = ffi.new("uint8_t[]", len(self._state))
-        found = int(
+        found = Iova(
             lib.pk_pt_find(self._base, self._pool, root, levels, ranges_c, len(ranges), seen)
         )
         return None if found == NO_PAGE else found
 
     def check(
         self,
-        root: int,
+        root: PhysAddr,
         levels: int,
         *,
         reserved: Sequence[Reserved],
-        allowed: Sequence[tuple[int, int]],
-        tables: Sequence[tuple[int, int]],
+        allowed: Sequence[PhysRange],
+        tables: Sequence[PhysRange],
         max_findings: int,
     ) -> TreeFigures:
         """Walk all tables below ``root``, each once, and note which pages they are.
 
-        ``reserved`` is for each level from 0 on; ``allowed`` and ``tables`` are sorted ranges of
-        physical addresses that leaves may, and must not, reach.
+        ``reserved`` is for each level from 0 on; ``allowed`` and ``tables`` are sorted: what leaves
+        may, and must not, reach.
         """
         self._state[:] = bytes(len(self._state))
         c = ffi.new("struct pk_check *")
         c.table_reserved = [one.table for one in reserved]
         c.leaf_reserved = [one.leaf for one in reserved]
-        allowed_c = ffi.new("uint64_t[]", [x for pair in allowed for x in pair] or [0])
-        tables_c = ffi.new("uint64_t[]", [x for pair in tables for x in pair] or [0])
+        allowed_c = ffi.new("uint64_t[]", _flat(allowed))
+        tables_c = ffi.new("uint64_t[]", _flat(tables))
         found_c = ffi.new("struct pk_finding[]", max_findings)
         c.allowed, c.n_allowed = allowed_c, len(allowed)
         c.tables, c.n_tables = tables_c, len(tables)
@@ -266,13 +266,18 @@ class TablePool:
         return TreeFigures(findings, c.n_found, c.n_seen, c.n_leaves, c.bytes)
 
 
+def _flat(ranges: Sequence[PhysRange]) -> list[PhysAddr]:
+    """The starts and ends in turn, or a zero: never empty."""
+    return [address for pair in ranges for address in pair] or [PhysAddr(0)]
+
+
 class BlockMap:
     """The 2 MiB blocks of a region that page tables map, a byte each.
 
     :param pieces: where the region's physical addresses are, as for :class:`TablePool`.
     """
 
-    def __init__(self, region: Region, pieces: Sequence[tuple[int, int, int]]) -> None:
+    def __init__(self, region: Region, pieces: Sequence[Piece]) -> None:
         self._memory = TablePool(region, pieces, tables=False)
         self._blocks = bytearray(-(-region.size // BLOCK))
 
@@ -280,11 +285,11 @@ class BlockMap:
         """Unmark all blocks."""
         self._blocks[:] = bytes(len(self._blocks))
 
-    def add_tree(self, pool: TablePool, root: int, levels: int) -> bool:
+    def add_tree(self, pool: TablePool, root: PhysAddr, levels: int) -> bool:
         """Mark what the tables below ``root`` map; False if they are damaged and it is not all."""
         return pool.mark(root, levels, self._memory, self._blocks)
 
-    def any(self, offset: int, length: int) -> bool:
+    def any(self, offset: RegionOff, length: int) -> bool:
         """Tell if a block of that range is marked."""
         return self._blocks.find(1, offset // BLOCK, -(-(offset + length) // BLOCK)) >= 0
 

@@ -11,11 +11,14 @@ The places of the pool's pages are :mod:`.memory`'s business. The caller decides
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple, cast
 
 from pkernfs.errors import ExistsError, InvalidError, NoTablePagesError, TableDamageError
-from pkernfs.iommu.memory import Commit, Memory, merge_ranges
+from pkernfs.host.iomem import Span
+from pkernfs.iommu.memory import Commit, Memory
 from pkernfs.iommu.page_pool import (
     Mapping,
     TablePool,
@@ -26,6 +29,7 @@ from pkernfs.iommu.page_pool import (
 )
 from pkernfs.iommu.page_walk import check_tree, scan_tree, without
 from pkernfs.layout import PAGE
+from pkernfs.quantities import Iova, PhysAddr, RegionOff, Word
 from pkernfs.vtd.entries import (
     ADDRESS_MASK,
     ENTRIES,
@@ -42,6 +46,7 @@ from pkernfs.vtd.entries import (
 
 #: Words of reachable tables that one change stores; a table with many of them is replaced instead.
 RECORD_WORDS = 16384
+_FIRST = Iova(0)
 
 
 class _Image:
@@ -51,7 +56,7 @@ class _Image:
 
     def __init__(
         self,
-        physical: int,
+        physical: PhysAddr,
         level: int,
         data: bytes,
         parent: _Image | None,
@@ -68,7 +73,10 @@ class _Image:
         self.children: dict[int, _Image] = {}
 
     def pieces(self, start: int, end: int) -> Iterator[tuple[int, int, int, bool]]:
-        """``(index, from, to, whole)`` of each entry that addresses start..end-1 are in."""
+        """``(index, from, to, whole)`` of each entry that addresses start..end-1 are in.
+
+        Plain numbers: there are many entries, and a call for each to name them is slow.
+        """
         size = leaf_bytes(self.level)
         while start < end:
             stop = min(end, (start // size + 1) * size)
@@ -120,7 +128,7 @@ class PageTable:
             raise TableDamageError(figures.findings[0].message)
 
     @property
-    def root(self) -> int:
+    def root(self) -> PhysAddr:
         """Physical address of the top-level table."""
         return self.memory.first_page
 
@@ -139,14 +147,14 @@ class PageTable:
         self._pool.release()
         self.stale = False
 
-    def mappings(self, start: int = 0, end: int | None = None) -> Iterator[Mapping]:
+    def mappings(self, start: Iova = _FIRST, end: Iova | None = None) -> Iterator[Mapping]:
         """List what is mapped, in order, neighbours joined; cut at leaves, not at start and end."""
-        end = 1 << width_bits(self.levels) if end is None else end
+        end = Iova(1 << width_bits(self.levels)) if end is None else end
         return scan_tree(self._pool, self.root, self.levels, start, end)
 
     # ------------------------------------------------------------------ changes
 
-    def map(self, iova: int, physical: int, length: int, perm: int) -> None:
+    def map(self, iova: Iova, physical: PhysAddr, length: int, perm: int) -> None:
         """Map ``length`` bytes from ``iova`` on to consecutive memory from ``physical`` on.
 
         What is mapped already must be mapped just so.
@@ -155,20 +163,21 @@ class PageTable:
         :raises NoTablePagesError: too few free pages; says how many bytes the file must grow.
         :raises InvalidError: unaligned, empty, beyond the width, or no permission.
         """
-        self.map_pieces(iova, [(physical, length)], perm)
+        self.map_pieces(iova, [Span(physical, length)], perm)
 
-    def map_pieces(self, iova: int, pieces: Sequence[tuple[int, int]], perm: int) -> None:
-        """As :meth:`map`, for ``(physical, length)`` one after the other, all or nothing."""
+    def map_pieces(self, iova: Iova, pieces: Sequence[Span], perm: int) -> None:
+        """As :meth:`map`, for pieces of memory one after the other, all or nothing."""
         self.check_perm(perm)
         self.check_range(iova, sum(length for _physical, length in pieces))
         for physical, length in pieces:
             self._check_memory(physical, length)
         with self._change() as root:
             for physical, length in _coalesced(pieces):
-                self._map(root, iova, iova + length, physical, perm)
-                iova += length
+                end = Iova(iova + length)
+                self._map(root, iova, end, physical, perm)
+                iova = end
 
-    def unmap(self, iova: int, length: int) -> int:
+    def unmap(self, iova: Iova, length: int) -> int:
         """Unmap all that is mapped there; returns how many bytes were.
 
         :raises NoTablePagesError: too few free pages to split a superpage.
@@ -178,7 +187,7 @@ class PageTable:
         with self._change() as root:
             return self._unmap(root, iova, iova + length)
 
-    def protect(self, iova: int, length: int, perm: int) -> int:
+    def protect(self, iova: Iova, length: int, perm: int) -> int:
         """Give all that is mapped there other permissions; returns how many bytes there are.
 
         :raises NoTablePagesError: too few free pages to split a superpage or to replace tables.
@@ -208,15 +217,15 @@ class PageTable:
             end = m.iova + m.length
         self.largest = min(self.largest, largest)
         now = list(self.mappings())
-        gone = merge_ranges((m.iova, m.iova + m.length) for m in without(now, wanted))
+        gone = _runs(without(now, wanted))
         with self._change() as root:
             # All of these first: what is mapped then meets nothing that has to go.
-            for start, stop in gone:
-                self._unmap(root, start, stop)
+            for run in gone:
+                self._unmap(root, run.start, run.end)
             for m in without(wanted, now):
-                self._map(root, m.iova, m.iova + m.length, m.physical, m.perm)
+                self._map(root, m.iova, Iova(m.iova + m.length), m.physical, m.perm)
 
-    def _check_memory(self, physical: int, length: int) -> None:
+    def _check_memory(self, physical: PhysAddr, length: int) -> None:
         if physical % PAGE or length % PAGE or length <= 0:
             raise InvalidError(f"memory at {physical:#x}: unaligned: got {length:#x} bytes")
         if physical < 0 or physical + length > 1 << self.physical_bits:
@@ -227,7 +236,7 @@ class PageTable:
         if not perm & READ_WRITE or perm & ~READ_WRITE:
             raise InvalidError(f"permission {perm:#x}: expected r, w or rw")
 
-    def check_range(self, iova: int, length: int) -> None:
+    def check_range(self, iova: Iova, length: int) -> None:
         """:raises InvalidError: unaligned, empty, beyond the width or not canonical for it."""
         limit = 1 << width_bits(self.levels)
         if length <= 0:
@@ -281,13 +290,13 @@ class PageTable:
             images += image.children.values()
         return images
 
-    def _bounded(self, images: list[_Image]) -> list[tuple[int, int]]:
+    def _bounded(self, images: list[_Image]) -> list[Word]:
         """List the words to store into reachable tables; if too many, replace the most changed."""
-        changed = {id(i): self._changed(i) for i in images if not i.fresh}
-        total = sum(len(words) for words in changed.values())
+        changed = {id(i): self._count_changed(i) for i in images if not i.fresh}
+        total = sum(changed.values())
         replaceable = [i for i in images if not i.fresh and i.parent is not None]
-        for image in sorted(replaceable, key=lambda i: -len(changed[id(i)])):
-            if total <= self._record_words or len(changed[id(image)]) < 2:
+        for image in sorted(replaceable, key=lambda i: -changed[id(i)]):
+            if total <= self._record_words or changed[id(image)] < 2:
                 break
             assert image.parent is not None
             if not self._pool.free_pages:
@@ -297,34 +306,43 @@ class PageTable:
             image.physical, image.fresh = new, True
             words = image.parent.words
             words[image.index] = words[image.index] & ~ADDRESS_MASK | new
-            total -= len(changed[id(image)]) - 1
+            total -= changed[id(image)] - 1
         return [word for i in images if not i.fresh for word in self._changed(i)]
 
-    def _changed(self, image: _Image) -> list[tuple[int, int]]:
+    def _changed(self, image: _Image) -> list[Word]:
         offset = self._offset(image.physical)
         now = self._region.view(offset, PAGE)
         if now == image.words.cast("B"):
             return []
-        pairs = zip(image.words, now.cast("Q"), strict=True)
-        return [(offset + 8 * i, new) for i, (new, old) in enumerate(pairs) if new != old]
+        return [
+            Word(at, new)
+            for at, new, old in zip(_word_offsets(offset), image.words, now.cast("Q"), strict=True)
+            if new != old
+        ]
 
-    def _offset(self, physical: int) -> int:
+    def _count_changed(self, image: _Image) -> int:
+        now = self._region.view(self._offset(image.physical), PAGE)
+        if now == image.words.cast("B"):
+            return 0
+        return sum(map(operator.ne, image.words, now.cast("Q")))
+
+    def _offset(self, physical: PhysAddr) -> RegionOff:
         offset = self.memory.offset(physical)
         if offset is None:
             raise TableDamageError(f"page table at {physical:#x}: outside the domain's file")
         return offset
 
-    def _word(self, offset: int) -> int:
+    def _word(self, offset: RegionOff) -> int:
         return int.from_bytes(self._region.view(offset, 8), "little")
 
-    def _read(self, physical: int) -> bytes:
+    def _read(self, physical: PhysAddr) -> bytes:
         return self._region.read(self._offset(physical), PAGE)
 
     def _child(self, image: _Image, index: int) -> _Image:
         """The table that a present entry refers to."""
         child = image.children.get(index)
         if child is None:
-            at = image.words[index] & ADDRESS_MASK
+            at = PhysAddr(image.words[index] & ADDRESS_MASK)
             if not self._pool.is_reachable(at):
                 raise TableDamageError(f"page table at {at:#x}: not one of this domain's tables")
             child = _Image(at, image.level - 1, self._read(at), image, index, fresh=False)
@@ -364,21 +382,24 @@ class PageTable:
 
     # ------------------------------------------------------------------ map
 
-    def _map(self, image: _Image, start: int, end: int, physical: int, perm: int) -> None:
+    def _map(self, image: _Image, start: Iova, end: Iova, physical: PhysAddr, perm: int) -> None:
         size = leaf_bytes(image.level)
         at = start
         while at < end:
-            target = physical + at - start
+            target = PhysAddr(physical + at - start)
             count = (end - at) // size if not at % size and not target % size else 0
             if count and image.level <= self.largest:
                 index = at // size % ENTRIES
-                at += self._map_leaves(image, at, min(count, ENTRIES - index), target, perm) * size
+                done = self._map_leaves(image, at, min(count, ENTRIES - index), target, perm)
+                at = Iova(at + done * size)
                 continue
-            stop = min(end, (at // size + 1) * size)
+            stop = min(end, Iova((at // size + 1) * size))
             self._map_below(image, at, stop, target, perm)
             at = stop
 
-    def _map_leaves(self, image: _Image, iova: int, count: int, target: int, perm: int) -> int:
+    def _map_leaves(
+        self, image: _Image, iova: Iova, count: int, target: PhysAddr, perm: int
+    ) -> int:
         """Leaves in up to ``count`` entries of this table; returns how many are done."""
         size = leaf_bytes(image.level)
         index = iova // size % ENTRIES
@@ -391,15 +412,17 @@ class PageTable:
         entry = run[0]
         if is_leaf(entry, image.level):
             raise self._exists(iova)
-        table = entry & ADDRESS_MASK
+        table = PhysAddr(entry & ADDRESS_MASK)
         conflict = self._pool.verify(table, image.level - 1, target, perm)
         if conflict is not None:
-            raise self._exists(iova + conflict)
+            raise self._exists(Iova(iova + conflict))
         self._pool.drop(table, image.level - 1)
         run[0] = first
         return 1
 
-    def _map_below(self, image: _Image, start: int, end: int, target: int, perm: int) -> None:
+    def _map_below(
+        self, image: _Image, start: Iova, end: Iova, target: PhysAddr, perm: int
+    ) -> None:
         """Map what one entry has to reach through a table."""
         size = leaf_bytes(image.level)
         index = start // size % ENTRIES
@@ -419,7 +442,7 @@ class PageTable:
         self._map(child, start, end, target, perm)
         self._merge(image, index)
 
-    def _exists(self, iova: int) -> ExistsError:
+    def _exists(self, iova: Iova) -> ExistsError:
         return ExistsError(f"iova {iova:#x}: already mapped to something else")
 
     # ------------------------------------------------------------------ unmap
@@ -436,7 +459,7 @@ class PageTable:
                 if is_leaf(entry, image.level):
                     done += size
                 else:
-                    done += self._pool.drop(entry & ADDRESS_MASK, image.level - 1)
+                    done += self._pool.drop(PhysAddr(entry & ADDRESS_MASK), image.level - 1)
                 continue
             split = is_leaf(entry, image.level)
             child = self._split(image, index) if split else self._child(image, index)
@@ -459,7 +482,8 @@ class PageTable:
                 done += stop - at
                 continue
             if whole and image.level > 2:
-                table, mapped = self._pool.copy(entry & ADDRESS_MASK, image.level - 1, perm)
+                old = PhysAddr(entry & ADDRESS_MASK)
+                table, mapped = self._pool.copy(old, image.level - 1, perm)
                 image.words[index] = entry & ~ADDRESS_MASK | table & ADDRESS_MASK
                 done += mapped
                 continue
@@ -469,11 +493,37 @@ class PageTable:
         return done
 
 
-def _coalesced(pieces: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    joined: list[tuple[int, int]] = []
-    for physical, length in pieces:
-        if joined and sum(joined[-1]) == physical:
-            joined[-1] = (joined[-1][0], joined[-1][1] + length)
-        else:
-            joined.append((physical, length))
+def _word_offsets(page: RegionOff) -> Iterable[RegionOff]:
+    """Those of the words of a page; one call for all of them."""
+    return cast(Iterable[RegionOff], range(page, page + PAGE, 8))
+
+
+def _coalesced(pieces: Sequence[Span]) -> list[Span]:
+    joined: list[Span] = []
+    for piece in pieces:
+        if joined:
+            (start, size), (physical, length) = joined[-1], piece
+            if start + size == physical:
+                joined[-1] = Span(start, size + length)
+                continue
+        joined.append(piece)
     return joined
+
+
+class _Run(NamedTuple):
+    """Addresses from ``start`` up to ``end``, which is not included."""
+
+    start: Iova
+    end: Iova
+
+
+def _runs(mappings: Iterable[Mapping]) -> list[_Run]:
+    """The addresses of mappings that are in order; what touches is one."""
+    runs: list[_Run] = []
+    for m in mappings:
+        end = Iova(m.iova + m.length)
+        if runs and runs[-1].end == m.iova:
+            runs[-1] = _Run(runs[-1].start, end)
+        else:
+            runs.append(_Run(m.iova, end))
+    return runs

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from pkernfs.errors import TableDamageError
 from pkernfs.iommu.memory import Words
 from pkernfs.iommu.page_pool import BlockMap, Mapping, RawFinding, Reserved, TablePool
+from pkernfs.quantities import Iova, PhysAddr, PhysRange
 from pkernfs.vtd.entries import (
     ADDRESS_MASK,
     ENTRIES,
@@ -25,7 +26,8 @@ from pkernfs.vtd.entries import (
 )
 
 MAX_FINDINGS = 1000
-_EVERYWHERE = [(0, 1 << 63)]
+_EVERYWHERE = (PhysRange(PhysAddr(0), PhysAddr(1 << 63)),)
+_FIRST = Iova(0)
 
 
 class Code(enum.IntEnum):
@@ -55,7 +57,7 @@ class Finding(NamedTuple):
     """One thing that is wrong: ``where`` is the physical address of the entry."""
 
     code: Code
-    where: int
+    where: PhysAddr
     message: str
 
 
@@ -76,7 +78,7 @@ class Tree(NamedTuple):
     """
 
     pool: TablePool
-    root: int
+    root: PhysAddr
     levels: tuple[int, ...]
 
     @property
@@ -89,25 +91,25 @@ class Tree(NamedTuple):
         done = [blocks.add_tree(self.pool, self.root, levels) for levels in self.levels]
         return all(done)
 
-    def find(self, ranges: Sequence[tuple[int, int]]) -> int | None:
-        """The lowest address that is mapped to one of sorted ranges of physical addresses."""
+    def find(self, ranges: Sequence[PhysRange]) -> Iova | None:
+        """The lowest address that is mapped to one of sorted ranges."""
         found = (self.pool.find(self.root, levels, ranges) for levels in self.levels)
         return min((iova for iova in found if iova is not None), default=None)
 
 
 def check_tree(
     pool: TablePool,
-    root: int,
+    root: PhysAddr,
     levels: int,
     *,
-    allowed: Sequence[tuple[int, int]] = _EVERYWHERE,
-    tables: Sequence[tuple[int, int]] = (),
+    allowed: Sequence[PhysRange] = _EVERYWHERE,
+    tables: Sequence[PhysRange] = (),
     physical_bits: int = MAX_PHYSICAL_BITS,
     name: str = "domain",
 ) -> TreeReport:
     """Look at every reachable entry once; afterwards the pool knows which pages are in use.
 
-    :param allowed: sorted, disjoint ranges of physical addresses that leaves may map.
+    :param allowed: sorted, disjoint ranges that leaves may map.
     :param tables: the same, of all memory that holds tables.
     """
     reserved = [Reserved(0, 0)] + [
@@ -130,14 +132,16 @@ def _finding(name: str, f: RawFinding) -> Finding:
     return Finding(code, f.where, f"{place}: {_TEXTS[code]}: got {f.value:#018x}")
 
 
-def scan_tree(pool: TablePool, root: int, levels: int, start: int, end: int) -> Iterator[Mapping]:
+def scan_tree(
+    pool: TablePool, root: PhysAddr, levels: int, start: Iova, end: Iova
+) -> Iterator[Mapping]:
     """List what is mapped from ``start`` to ``end``, in order, neighbours joined.
 
     Memory does not grow with the number of leaves.
 
     :raises TableDamageError: a table outside the pool, or more of them than it has pages.
     """
-    at: int | None = start
+    at: Iova | None = start
     last: Mapping | None = None
     while at is not None:
         batch = pool.scan(root, levels, at, end)
@@ -165,13 +169,13 @@ def _continues(last: Mapping, m: Mapping) -> bool:
 
 #: The words of the table at a physical address, which is one of that level. It raises where there
 #: is none, and where there are too many: tables may refer to each other in circles.
-Read = Callable[[int, int], tuple[int, ...]]
+Read = Callable[[PhysAddr, int], tuple[int, ...]]
 
 
 class Leaf(NamedTuple):
     """An entry that maps memory, and the address that it translates."""
 
-    iova: int
+    iova: Iova
     entry: int
 
 
@@ -183,7 +187,7 @@ class Leaves(NamedTuple):
     """
 
     level: int
-    iova: int
+    iova: Iova
     entries: tuple[int, ...]
     path: tuple[int, ...]
 
@@ -192,27 +196,27 @@ class Leaves(NamedTuple):
         size = leaf_bytes(self.level)
         for index, entry in enumerate(self.entries):
             if is_present(entry):
-                yield Leaf(self.iova + index * size, entry)
+                yield Leaf(Iova(self.iova + index * size), entry)
 
 
 def leaves(
-    read: Read, table: int, level: int, *, start: int = 0, lowest: int = 1
+    read: Read, table: PhysAddr, level: int, *, start: Iova = _FIRST, lowest: int = 1
 ) -> Iterator[Leaves]:
     """List entries that refer to no table, in order of the addresses, from address ``start`` on.
 
     :param level: that of the table; entries of tables below level ``lowest`` are left out.
     :raises TableDamageError: ``read`` does.
     """
-    return _leaves(read, table, level, 0, (), start, lowest)
+    return _leaves(read, table, level, _FIRST, (), start, lowest)
 
 
 def _leaves(
     read: Read,
-    table: int,
+    table: PhysAddr,
     level: int,
-    iova: int,
+    iova: Iova,
     path: tuple[int, ...],
-    start: int,
+    start: Iova,
     lowest: int,
 ) -> Iterator[Leaves]:
     words = read(table, level)
@@ -223,14 +227,14 @@ def _leaves(
         if not is_present(entry) or is_leaf(entry, level):
             continue
         if first < index:
-            yield Leaves(level, iova + first * size, words[first:index], path)
+            yield Leaves(level, Iova(iova + first * size), words[first:index], path)
         first = index + 1
         if level > lowest:
-            at = iova + index * size
-            below = entry & ADDRESS_MASK
+            at = Iova(iova + index * size)
+            below = PhysAddr(entry & ADDRESS_MASK)
             yield from _leaves(read, below, level - 1, at, (*path, entry), start, lowest)
     if first < ENTRIES:
-        yield Leaves(level, iova + first * size, words[first:], path)
+        yield Leaves(level, Iova(iova + first * size), words[first:], path)
 
 
 def reader(memory: Words, most: int) -> Read:
@@ -240,7 +244,7 @@ def reader(memory: Words, most: int) -> Read:
     """
     left = most
 
-    def read(physical: int, level: int) -> tuple[int, ...]:
+    def read(physical: PhysAddr, level: int) -> tuple[int, ...]:
         nonlocal left
         left -= 1
         words = memory.words(physical, ENTRIES)
@@ -255,7 +259,7 @@ def without(these: Sequence[Mapping], those: Sequence[Mapping]) -> Iterator[Mapp
     """The parts of ``these`` that ``those`` do not map just so; both are in order."""
     first = 0
     for m in these:
-        at, end = m.iova, m.iova + m.length
+        at, end = m.iova, Iova(m.iova + m.length)
         while first < len(those) and those[first].iova + those[first].length <= at:
             first += 1
         here = first
@@ -266,10 +270,10 @@ def without(these: Sequence[Mapping], those: Sequence[Mapping]) -> Iterator[Mapp
                 continue
             if other.iova > at:
                 yield _part(m, at, other.iova)
-            at = max(at, min(other.iova + other.length, end))
+            at = max(at, min(Iova(other.iova + other.length), end))
         if at < end:
             yield _part(m, at, end)
 
 
-def _part(m: Mapping, start: int, end: int) -> Mapping:
-    return Mapping(start, m.physical + start - m.iova, end - start, m.perm)
+def _part(m: Mapping, start: Iova, end: Iova) -> Mapping:
+    return Mapping(start, PhysAddr(m.physical + start - m.iova), end - start, m.perm)

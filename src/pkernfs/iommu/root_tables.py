@@ -24,6 +24,7 @@ from pkernfs.iommu.context_walk import ContextReader, Device, Mode
 from pkernfs.iommu.memory import Commit, Memory, Piece
 from pkernfs.iommu.page_walk import Finding
 from pkernfs.layout import PAGE
+from pkernfs.quantities import PhysAddr, RegionOff, SourceId, Word
 from pkernfs.vtd.entries import (
     MAX_PHYSICAL_BITS,
     PGTT_SECOND_STAGE,
@@ -38,6 +39,7 @@ from pkernfs.vtd.entries import (
 )
 
 MAX_DOMAIN_ID = 0xFFFF
+_NO_TABLE = PhysAddr(0)
 _WORD_MASK = (1 << 64) - 1
 _P = 1
 
@@ -70,10 +72,10 @@ class RootTables:
         reader = ContextReader(memory, self.root, self.config.mode, _refuse, physical_bits)
         self._devices = {d.source_id: d for d in reader.devices()}
         self._used = reader.pages | {config_page(memory)}
-        self._deferred: set[int] = set()
+        self._deferred: set[PhysAddr] = set()
 
     def _committing(self, commit: Commit) -> Commit:
-        def store(words: Sequence[tuple[int, int]]) -> None:
+        def store(words: Sequence[Word]) -> None:
             commit(words)
             if not self.coherent:
                 for offset, _word in words:
@@ -82,7 +84,7 @@ class RootTables:
         return store
 
     @property
-    def root(self) -> int:
+    def root(self) -> PhysAddr:
         """Physical address of the root table."""
         return self.memory.first_page
 
@@ -102,7 +104,7 @@ class RootTables:
 
     # ------------------------------------------------------------------ changes
 
-    def attach(self, source_id: int, table: int, domain_id: int) -> None:
+    def attach(self, source_id: SourceId, table: PhysAddr, domain_id: int) -> None:
         """Let a device's requests be translated by the page tables at ``table``.
 
         ``table`` is the physical address of a top-level table of as many levels as the
@@ -125,11 +127,11 @@ class RootTables:
         else:
             entry = self._scalable_entry(table, domain_id, *pages[:2])
         _root_at, context = self._root_word(source_id)
-        self._store_entry(source_id, entry, 0 if context else pages[-1])
+        self._store_entry(source_id, entry, _NO_TABLE if context else pages[-1])
         self._used.update(pages)
         self._devices[source_id] = self._read_back(source_id)
 
-    def pages_for(self, source_id: int) -> list[int]:
+    def pages_for(self, source_id: SourceId) -> list[PhysAddr]:
         """The free pages that attaching a device takes; they stay free.
 
         :raises NoTablePagesError: too few free pages; says how much root-pgtables must grow.
@@ -138,7 +140,7 @@ class RootTables:
         own = 0 if self.config.mode is Mode.LEGACY else 2
         return self._free_pages(own + (0 if context else 1))
 
-    def detach(self, source_id: int) -> bool:
+    def detach(self, source_id: SourceId) -> bool:
         """End that; a context table that is empty then goes as well, which is what is returned.
 
         :raises NotFoundError: the device is not attached.
@@ -155,9 +157,9 @@ class RootTables:
         stays = any(rest[i] & _P for i in range(0, len(rest), size))
         if stays:
             at = _offset(self.memory, context_at)
-            self._commit([(at + 8 * i, 0) for i in range(size // 8)])
+            self._commit([Word(RegionOff(at + 8 * i), 0) for i in range(size // 8)])
         else:
-            self._commit([(_offset(self.memory, root_at), 0)])
+            self._commit([Word(_offset(self.memory, root_at), 0)])
             freed.append(table)
         del self._devices[source_id]
         if self.walked:
@@ -168,11 +170,13 @@ class RootTables:
 
     # ------------------------------------------------------------------ entries
 
-    def _legacy_entry(self, table: int, domain_id: int) -> list[int]:
+    def _legacy_entry(self, table: PhysAddr, domain_id: int) -> list[int]:
         entry = ContextEntry.encode(P=1, SSPTPTR=table, AW=aw_of(self.config.levels), DID=domain_id)
         return _split(entry, ContextEntry.BITS)
 
-    def _scalable_entry(self, table: int, domain_id: int, directory: int, pasids: int) -> list[int]:
+    def _scalable_entry(
+        self, table: PhysAddr, domain_id: int, directory: PhysAddr, pasids: PhysAddr
+    ) -> list[int]:
         """The context entry, after filling two free pages: PASID directory and PASID table."""
         entry = PasidTableEntry.encode(
             P=1, AW=aw_of(self.config.levels), PGTT=PGTT_SECOND_STAGE, SSPTPTR=table, DID=domain_id
@@ -182,24 +186,25 @@ class RootTables:
         context = ScalableContextEntry.encode(P=1, PASIDDIRPTR=directory)
         return _split(context, ScalableContextEntry.BITS)
 
-    def _store_entry(self, source_id: int, entry: Sequence[int], new: int) -> None:
+    def _store_entry(self, source_id: SourceId, entry: Sequence[int], new: PhysAddr) -> None:
         """Store a context entry, in the free page ``new`` if the bus has no context table yet."""
         root_at, table = self._root_word(source_id)
         context_at, _size = self._context_place(source_id, table or new)
         if table:
             at = _offset(self.memory, context_at)
             # P is in the first word: it is stored last.
-            self._commit([(at + 8 * i, entry[i]) for i in reversed(range(len(entry)))])
+            backwards = reversed(range(len(entry)))
+            self._commit([Word(RegionOff(at + 8 * i), entry[i]) for i in backwards])
         else:
             self._fill(new, entry, context_at - new)
             word = RootEntry.encode(P=1, CTP=new)
-            self._commit([(_offset(self.memory, root_at), word)])
+            self._commit([Word(_offset(self.memory, root_at), word)])
 
-    def _read_back(self, source_id: int) -> Device:
+    def _read_back(self, source_id: SourceId) -> Device:
         reader = ContextReader(self.memory, self.root, self.config.mode, _refuse)
         return next(d for d in reader.devices() if d.source_id == source_id)
 
-    def _fill(self, page: int, words: Sequence[int], at: int = 0) -> None:
+    def _fill(self, page: PhysAddr, words: Sequence[int], at: int = 0) -> None:
         """Store a page that nothing reaches yet: ``words`` at byte ``at``, zeros elsewhere."""
         data = bytearray(PAGE)
         for i, word in enumerate(words):
@@ -210,22 +215,21 @@ class RootTables:
 
     # ------------------------------------------------------------------ places
 
-    def _root_word(self, source_id: int) -> tuple[int, int]:
+    def _root_word(self, source_id: SourceId) -> tuple[PhysAddr, PhysAddr]:
         """Address of the root entry's word for a device, and of its context table (0: none)."""
-        at = self.root + (source_id >> 8) * 16
-        if self.config.mode is Mode.SCALABLE:
-            at += (source_id >> 7 & 1) * 8
+        half = source_id >> 7 & 1 if self.config.mode is Mode.SCALABLE else 0
+        at = PhysAddr(self.root + (source_id >> 8) * 16 + half * 8)
         words = self.memory.words(at, 1)
         assert words is not None
-        return at, RootEntry.CTP.get(words[0]) if words[0] & _P else 0
+        return at, RootEntry.CTP.get(words[0]) if words[0] & _P else _NO_TABLE
 
-    def _context_place(self, source_id: int, table: int) -> tuple[int, int]:
+    def _context_place(self, source_id: SourceId, table: PhysAddr) -> tuple[PhysAddr, int]:
         """Address and size in bytes of a device's context entry."""
         if self.config.mode is Mode.LEGACY:
-            return table + (source_id & 0xFF) * 16, 16
-        return table + (source_id & 0x7F) * 32, 32
+            return PhysAddr(table + (source_id & 0xFF) * 16), 16
+        return PhysAddr(table + (source_id & 0x7F) * 32), 32
 
-    def _device_pages(self, device: Device) -> list[int]:
+    def _device_pages(self, device: Device) -> list[PhysAddr]:
         if device.pasid is None:
             return []
         directory = ScalableContextEntry.PASIDDIRPTR.get(device.context_words[0])
@@ -242,21 +246,22 @@ class RootTables:
             end = (piece.physical + piece.length - length) // alignment * alignment
             for at in range(end, piece.physical - 1, -alignment):
                 if self._used.isdisjoint(range(at, at + length, PAGE)):
-                    return Piece(at, piece.offset + at - piece.physical, length)
+                    offset = RegionOff(piece.offset + at - piece.physical)
+                    return Piece(PhysAddr(at), offset, length)
         raise NoTablePagesError("root-pgtables", length)
 
-    def _free_pages(self, count: int) -> list[int]:
+    def _free_pages(self, count: int) -> list[PhysAddr]:
         """Pages that are not in use.
 
         :raises NoTablePagesError: there are not so many.
         """
-        found: list[int] = []
+        found: list[PhysAddr] = []
         for piece in self.memory.pieces:
             for page in range(piece.physical, piece.physical + piece.length, PAGE):
                 if len(found) == count:
                     return found
                 if page not in self._used:
-                    found.append(page)
+                    found.append(PhysAddr(page))
         if len(found) == count:
             return found
         raise NoTablePagesError("root-pgtables", (count - len(found)) * PAGE)
@@ -270,7 +275,7 @@ def _refuse(finding: Finding) -> None:
     raise TableDamageError(finding.message)
 
 
-def _offset(memory: Memory, physical: int) -> int:
+def _offset(memory: Memory, physical: PhysAddr) -> RegionOff:
     offset = memory.offset(physical, 1)
     assert offset is not None
     return offset

@@ -16,15 +16,17 @@ from pkernfs.iommu.page_pool import Mapping
 from pkernfs.iommu.page_walk import leaves, reader
 from pkernfs.iommu.translate import Translation
 from pkernfs.layout import PAGE
+from pkernfs.quantities import Iova, PhysAddr, SourceId
 from pkernfs.vtd.entries import LEVELS, bdf_text, leaf_bytes, perm_text
 
 _TRANSLATION_HEAD = "B.D.F\tRoot_entry\t\t\t\tContext_entry\t\t\t\tPASID\tPASID_table_entry"
 DOMAIN_COLUMNS = "{:<17}\t{:<18}\t{:<18}\t{:<18}\t{:<18}\t{}".format(
     "IOVA_PFN", "PML5E", "PML4E", "PDPE", "PDE", "PTE"
 )
+_FIRST = Iova(0)
 
 
-def translation_struct(name: str, root: int, devices: Iterable[Device]) -> Iterator[str]:
+def translation_struct(name: str, root: PhysAddr, devices: Iterable[Device]) -> Iterator[str]:
     """The root table at ``root`` of unit ``name``, a line for each device and PASID."""
     yield f"IOMMU {name}: Root Table Address: {root:#x}"
     yield _TRANSLATION_HEAD
@@ -44,7 +46,7 @@ def translation_struct(name: str, root: int, devices: Iterable[Device]) -> Itera
 
 
 def domain_struct(
-    device: str, memory: Memory, table: int, levels: int, pasid: int | None = None
+    device: str, memory: Memory, table: PhysAddr, levels: int, pasid: int | None = None
 ) -> Iterator[str]:
     """The page tables at ``table``, a line for each leaf.
 
@@ -62,11 +64,13 @@ def domain_struct(
 class LeafLine(NamedTuple):
     """The end of what a leaf maps, and the line for it."""
 
-    end: int
+    end: Iova
     text: str
 
 
-def leaf_lines(memory: Memory, table: int, levels: int, start: int = 0) -> Iterator[LeafLine]:
+def leaf_lines(
+    memory: Memory, table: PhysAddr, levels: int, start: Iova = _FIRST
+) -> Iterator[LeafLine]:
     """A line for each leaf, from address ``start`` on.
 
     The tables must not change meanwhile; afterwards one may go on from the last end.
@@ -79,16 +83,16 @@ def leaf_lines(memory: Memory, table: int, levels: int, start: int = 0) -> Itera
         size = leaf_bytes(run.level)
         path = "".join(f"{entry:#018x}\t" for entry in (*nothing, *run.path))
         for iova, entry in run.present():
-            yield LeafLine(iova + size, f"{iova // PAGE:#015x} |\t{path}{entry:#018x}")
+            yield LeafLine(Iova(iova + size), f"{iova // PAGE:#015x} |\t{path}{entry:#018x}")
 
 
-def domain_head(device: str, table: int, pasid: int | None = None) -> str:
+def domain_head(device: str, table: PhysAddr, pasid: int | None = None) -> str:
     """The line that says whose page tables follow."""
     with_pasid = "" if pasid is None else f"with pasid {pasid:x} "
     return f"Device {device} {with_pasid}@{table:#x}"
 
 
-def translation(t: Translation, source_id: int, target: Target | None) -> Iterator[str]:
+def translation(t: Translation, source_id: SourceId, target: Target | None) -> Iterator[str]:
     """Each entry that was read, with its physical address, and how the request ended.
 
     ``target`` is whose memory it has come to, if it has.

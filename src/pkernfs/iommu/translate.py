@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pkernfs.errors import InvalidError
 from pkernfs.iommu.context_walk import Mode, join
 from pkernfs.iommu.memory import Words
+from pkernfs.quantities import Iova, PhysAddr, SourceId
 from pkernfs.vtd.entries import (
     ADDRESS_MASK,
     ENTRIES,
@@ -33,6 +35,7 @@ from pkernfs.vtd.entries import (
     check_source_id,
     is_leaf,
     leaf_bytes,
+    levels_of,
     second_stage_format,
     width_bits,
 )
@@ -44,7 +47,7 @@ class WalkStep(NamedTuple):
     """An entry that was read: what it is, its physical address, its words (lowest first)."""
 
     name: str
-    address: int
+    address: PhysAddr
     words: tuple[int, ...]
 
 
@@ -55,9 +58,9 @@ class Translation:
     ``interrupt``: a write to that address is an interrupt, which no table translates.
     """
 
-    iova: int
+    iova: Iova
     steps: list[WalkStep] = field(default_factory=list)
-    physical: int | None = None
+    physical: PhysAddr | None = None
     perm: int = 0
     level: int = 0
     domain_id: int | None = None
@@ -74,11 +77,48 @@ class _Fault(Exception):
 _Reasons = FaultReason
 
 
+class _Kind(NamedTuple):
+    """A kind of entry above the page tables, and the fault for each way in which one can fail."""
+
+    name: str
+    words: int
+    format: type[Entry]
+    unreadable: FaultReason
+    absent: FaultReason
+    reserved: FaultReason
+
+
+_ROOT = _Kind(
+    "root entry", 2, RootEntry,
+    _Reasons.ROOT_TABLE_INV, _Reasons.ROOT_ENTRY_P, _Reasons.ROOT_ENTRY_RSVD,
+)  # fmt: skip
+_CONTEXT = _Kind(
+    "context entry", 2, ContextEntry,
+    _Reasons.CONTEXT_TABLE_INV, _Reasons.CONTEXT_ENTRY_P, _Reasons.CONTEXT_ENTRY_RSVD,
+)  # fmt: skip
+_SM_ROOT = _Kind(
+    "root entry", 2, ScalableRootEntry,
+    _Reasons.SM_ROOT_TABLE_INV, _Reasons.SM_ROOT_ENTRY_P, _Reasons.SM_ROOT_ENTRY_RSVD,
+)  # fmt: skip
+_SM_CONTEXT = _Kind(
+    "context entry", 4, ScalableContextEntry,
+    _Reasons.SM_CONTEXT_TABLE_INV, _Reasons.SM_CONTEXT_ENTRY_P, _Reasons.SM_CONTEXT_ENTRY_RSVD,
+)  # fmt: skip
+_SM_DIRECTORY = _Kind(
+    "PASID directory entry", 1, PasidDirectoryEntry,
+    _Reasons.SM_PASID_DIR_ACCESS, _Reasons.SM_PASID_DIR_ENTRY_P, _Reasons.SM_PASID_DIR_ENTRY_RSVD,
+)  # fmt: skip
+_SM_PASID = _Kind(
+    "PASID table entry", 8, PasidTableEntry,
+    _Reasons.SM_PASID_TABLE_ACCESS, _Reasons.SM_PASID_ENTRY_P, _Reasons.SM_PASID_ENTRY_RSVD,
+)  # fmt: skip
+
+
 def translate(
     memory: Words,
-    root: int,
-    source_id: int,
-    iova: int,
+    root: PhysAddr,
+    source_id: SourceId,
+    iova: Iova,
     *,
     mode: Mode = Mode.LEGACY,
     pasid: int | None = None,
@@ -103,37 +143,37 @@ def translate(
     if pasid is None and INTERRUPT_FIRST <= iova <= INTERRUPT_LAST:
         walk.result.interrupt = True
         return walk.result
-    try:
-        if mode is Mode.LEGACY:
-            walk.legacy(root, source_id, pasid)
-        else:
-            walk.scalable(root, source_id, pasid)
-    except _Fault as fault:
-        walk.result.fault = fault.reason
-    return walk.result
+    first = walk.legacy if mode is Mode.LEGACY else walk.scalable
+    return walk.end(lambda: first(root, source_id, pasid))
 
 
 def translate_domain(
-    memory: Words, table: int, levels: int, iova: int, *, access: int = 0
+    memory: Words, table: PhysAddr, levels: int, iova: Iova, *, access: int = 0
 ) -> Translation:
     """As :func:`translate`, from a domain's top-level table on."""
     walk = _Walk(memory, iova, access, MAX_PHYSICAL_BITS)
-    try:
-        walk.second_stage(table, levels)
-    except _Fault as fault:
-        walk.result.fault = fault.reason
-    return walk.result
+    return walk.end(lambda: walk.second_stage(table, levels))
 
 
 class _Walk:
-    def __init__(self, memory: Words, iova: int, access: int, physical_bits: int) -> None:
+    def __init__(self, memory: Words, iova: Iova, access: int, physical_bits: int) -> None:
         self.memory = memory
         self.result = Translation(iova)
         self.access = access
         self.physical_bits = physical_bits
         self.sm = False
 
-    def read(self, name: str, address: int, count: int, failed: FaultReason) -> tuple[int, ...]:
+    def end(self, first: Callable[[], None]) -> Translation:
+        """Walk from ``first`` on, to memory or a fault."""
+        try:
+            first()
+        except _Fault as fault:
+            self.result.fault = fault.reason
+        return self.result
+
+    def read(
+        self, name: str, address: PhysAddr, count: int, failed: FaultReason
+    ) -> tuple[int, ...]:
         words = self.memory.words(address, count)
         if words is None:
             raise _Fault(failed)
@@ -144,24 +184,27 @@ class _Walk:
         if entry & kind.reserved(self.physical_bits):
             raise _Fault(reason)
 
+    def entry(self, kind: _Kind, address: PhysAddr, half: int = 0) -> int:
+        """Read the entry at ``address``, which has to be present and without reserved bits.
+
+        :param half: the half of a root entry that is meant, in scalable mode.
+        """
+        words = self.read(kind.name, address, kind.words, kind.unreadable)
+        entry = words[half] << 64 * half if kind is _SM_ROOT else join(words)
+        if not words[half] & 1:
+            raise _Fault(kind.absent)
+        self.check(kind.format, entry, kind.reserved)
+        return entry >> 64 * half
+
     # ------------------------------------------------------------------ to the page tables
 
-    def legacy(self, root: int, source_id: int, pasid: int | None) -> None:
+    def legacy(self, root: PhysAddr, source_id: SourceId, pasid: int | None) -> None:
         if pasid is not None:
             raise _Fault(_Reasons.LEGACY_PASID)
-        at = root + (source_id >> 8) * 16
-        words = self.read("root entry", at, 2, _Reasons.ROOT_TABLE_INV)
-        if not words[0] & 1:
-            raise _Fault(_Reasons.ROOT_ENTRY_P)
-        self.check(RootEntry, join(words), _Reasons.ROOT_ENTRY_RSVD)
-        at = RootEntry.CTP.get(words[0]) + (source_id & 0xFF) * 16
-        words = self.read("context entry", at, 2, _Reasons.CONTEXT_TABLE_INV)
-        entry = join(words)
-        if not entry & 1:
-            raise _Fault(_Reasons.CONTEXT_ENTRY_P)
-        self.check(ContextEntry, entry, _Reasons.CONTEXT_ENTRY_RSVD)
+        above = self.entry(_ROOT, PhysAddr(root + (source_id >> 8) * 16))
+        entry = self.entry(_CONTEXT, PhysAddr(RootEntry.CTP.get(above) + (source_id & 0xFF) * 16))
         self.result.domain_id = ContextEntry.DID.get(entry)
-        levels = ContextEntry.AW.get(entry) + 2
+        levels = levels_of(ContextEntry.AW.get(entry))
         kind = ContextEntry.TT.get(entry)
         if levels not in LEVELS or kind > TT_PASS_THROUGH:
             raise _Fault(_Reasons.CONTEXT_ENTRY_INV)
@@ -170,20 +213,12 @@ class _Walk:
         else:
             self.second_stage(ContextEntry.SSPTPTR.get(entry), levels)
 
-    def scalable(self, root: int, source_id: int, pasid: int | None) -> None:
+    def scalable(self, root: PhysAddr, source_id: SourceId, pasid: int | None) -> None:
         self.sm = True
         half = source_id >> 7 & 1
-        at = root + (source_id >> 8) * 16
-        words = self.read("root entry", at, 2, _Reasons.SM_ROOT_TABLE_INV)
-        if not words[half] & 1:
-            raise _Fault(_Reasons.SM_ROOT_ENTRY_P)
-        self.check(ScalableRootEntry, words[half] << 64 * half, _Reasons.SM_ROOT_ENTRY_RSVD)
-        at = RootEntry.CTP.get(words[half]) + (source_id & 0x7F) * 32
-        words = self.read("context entry", at, 4, _Reasons.SM_CONTEXT_TABLE_INV)
-        context = join(words)
-        if not context & 1:
-            raise _Fault(_Reasons.SM_CONTEXT_ENTRY_P)
-        self.check(ScalableContextEntry, context, _Reasons.SM_CONTEXT_ENTRY_RSVD)
+        above = self.entry(_SM_ROOT, PhysAddr(root + (source_id >> 8) * 16), half)
+        at = PhysAddr(RootEntry.CTP.get(above) + (source_id & 0x7F) * 32)
+        context = self.entry(_SM_CONTEXT, at)
         rid_pasid = ScalableContextEntry.RID_PASID.get(context)
         limit = 1 << ScalableContextEntry.PDTS.get(context) + 13
         dte, pre = ScalableContextEntry.DTE.get(context), ScalableContextEntry.PRE.get(context)
@@ -199,20 +234,12 @@ class _Walk:
             raise _Fault(_Reasons.SM_PASID_IS_RID_PASID)
         self.pasid_entry(ScalableContextEntry.PASIDDIRPTR.get(context), pasid)
 
-    def pasid_entry(self, directory: int, pasid: int) -> None:
-        at = directory + (pasid >> 6) * 8
-        (word,) = self.read("PASID directory entry", at, 1, _Reasons.SM_PASID_DIR_ACCESS)
-        if not word & 1:
-            raise _Fault(_Reasons.SM_PASID_DIR_ENTRY_P)
-        self.check(PasidDirectoryEntry, word, _Reasons.SM_PASID_DIR_ENTRY_RSVD)
-        at = PasidDirectoryEntry.SMPTBLPTR.get(word) + (pasid & 63) * 64
-        words = self.read("PASID table entry", at, 8, _Reasons.SM_PASID_TABLE_ACCESS)
-        entry = join(words)
-        if not entry & 1:
-            raise _Fault(_Reasons.SM_PASID_ENTRY_P)
-        self.check(PasidTableEntry, entry, _Reasons.SM_PASID_ENTRY_RSVD)
+    def pasid_entry(self, directory: PhysAddr, pasid: int) -> None:
+        above = self.entry(_SM_DIRECTORY, PhysAddr(directory + (pasid >> 6) * 8))
+        at = PhysAddr(PasidDirectoryEntry.SMPTBLPTR.get(above) + (pasid & 63) * 64)
+        entry = self.entry(_SM_PASID, at)
         self.result.domain_id = PasidTableEntry.DID.get(entry)
-        levels = PasidTableEntry.AW.get(entry) + 2
+        levels = levels_of(PasidTableEntry.AW.get(entry))
         kind = PasidTableEntry.PGTT.get(entry)
         if kind == PGTT_PASS_THROUGH:
             self.pass_through(_Reasons.SM_ADDR_BEYOND_HAW)  # AW is ignored
@@ -231,15 +258,15 @@ class _Walk:
     def pass_through(self, beyond: FaultReason) -> None:
         if self.result.iova >> self.physical_bits:
             raise _Fault(beyond)
-        self.finish(self.result.iova, READ_WRITE, 0)
+        self.finish(PhysAddr(self.result.iova), READ_WRITE, 0)
 
-    def second_stage(self, table: int, levels: int) -> None:
+    def second_stage(self, table: PhysAddr, levels: int) -> None:
         self.width(levels)
         iova = self.result.iova
         perm = READ_WRITE
         for level in range(levels, 0, -1):
             size = leaf_bytes(level)
-            at = table + iova // size % ENTRIES * 8
+            at = PhysAddr(table + iova // size % ENTRIES * 8)
             (entry,) = self.read(LEVEL_NAMES[level], at, 1, self.unreadable(level == levels))
             perm &= entry
             self.permit(perm)
@@ -250,9 +277,9 @@ class _Walk:
                 _Reasons.SM_PAGING_ENTRY_RSVD if self.sm else _Reasons.PAGING_ENTRY_RSVD,
             )
             if leaf:
-                self.finish((entry & ADDRESS_MASK) + iova % size, perm, level)
+                self.finish(PhysAddr((entry & ADDRESS_MASK) + iova % size), perm, level)
                 return
-            table = entry & ADDRESS_MASK
+            table = PhysAddr(entry & ADDRESS_MASK)
 
     def unreadable(self, top: bool) -> FaultReason:
         if self.sm:
@@ -269,7 +296,7 @@ class _Walk:
         if lacks & READ or not perm & READ_WRITE:
             raise _Fault(_Reasons.SM_READ if self.sm else _Reasons.READ)
 
-    def finish(self, physical: int, perm: int, level: int) -> None:
+    def finish(self, physical: PhysAddr, perm: int, level: int) -> None:
         if INTERRUPT_FIRST <= physical <= INTERRUPT_LAST:
             raise _Fault(_Reasons.SM_INTERRUPT_ADDR if self.sm else _Reasons.INTERRUPT_ADDR)
         self.result.physical = physical

@@ -21,6 +21,7 @@ from pkernfs.host.sysroot import Host
 from pkernfs.iommu.memory import merge_ranges, without_ranges
 from pkernfs.kexec.needs import Needs
 from pkernfs.layout import PAGE
+from pkernfs.quantities import PhysAddr, PhysRange
 
 #: What the running kernel puts in front: ``elfcorehdr=0x...`` and a space.
 ROOM_FOR_HEADER = 32
@@ -56,8 +57,8 @@ def memory_parameter(resources: Sequence[Resource], spans: Sequence[Span]) -> st
     :raises RegionError: /proc/iomem shows no memory, or shows a region as memory.
     """
     # The kernel has boot parameters in pieces of their own: merged, no page is lost to them.
-    memory = merge_ranges((r.start, r.end) for r in resources if r.name == "System RAM")
-    holes = merge_ranges((r.start, r.end) for r in resources if r.name == "Reserved")
+    memory = merge_ranges(PhysRange(r.start, r.end) for r in resources if r.name == "System RAM")
+    holes = merge_ranges(PhysRange(r.start, r.end) for r in resources if r.name == "Reserved")
     ranges = list(_whole_pages(without_ranges(memory, holes)))
     if not ranges:
         raise RegionError("/proc/iomem: no System RAM: there is nothing to give the next kernel")
@@ -67,11 +68,11 @@ def memory_parameter(resources: Sequence[Resource], spans: Sequence[Span]) -> st
     return "memmap=" + ",".join(f"{end - start:#x}@{start:#x}" for start, end in ranges)
 
 
-def _whole_pages(ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+def _whole_pages(ranges: Sequence[PhysRange]) -> Iterator[PhysRange]:
     for start, end in ranges:
         low, high = -(-start // PAGE) * PAGE, end // PAGE * PAGE
         if low < high:
-            yield low, high
+            yield PhysRange(PhysAddr(low), PhysAddr(high))
 
 
 def no_dump(spans: Sequence[Span]) -> str:

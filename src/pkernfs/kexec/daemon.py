@@ -12,6 +12,7 @@ from pkernfs.errors import BusyError
 from pkernfs.kexec import users
 from pkernfs.kexec.mounted import Frozen, ManifestFile
 from pkernfs.kexec.needs import Needs
+from pkernfs.quantities import Ino
 from pkernfs.region.region import Region
 
 _PIECE_BYTES = 512 << 10  # of the manifest, in one request
@@ -80,13 +81,13 @@ class Daemon:
         made = client.call(self._path, protocol.MakeManifest(size))
         return ManifestFile(made.ino, set(made.pages))
 
-    def write_manifest(self, ino: int, data: bytes) -> None:
+    def write_manifest(self, ino: Ino, data: bytes) -> None:
         """Fill the manifest."""
         for at in range(0, len(data), _PIECE_BYTES):
             piece = data[at : at + _PIECE_BYTES]
             client.call(self._path, protocol.WriteManifest(ino, at, piece))
 
-    def commit(self, ino: int, digest: int, flags: int) -> int:
+    def commit(self, ino: Ino, digest: int, flags: int) -> int:
         """Record the handover; return its number."""
         return client.call(self._path, protocol.Commit(ino, digest, flags)).number
 
@@ -97,7 +98,7 @@ class Daemon:
         """
         client.call(self._path, protocol.Abort())
 
-    def _busy(self, inos: set[int]) -> BusyError:
+    def _busy(self, inos: set[Ino]) -> BusyError:
         who = list(users.users_of(self.mount, inos))
         if not who:
             where = ", ".join(f"inode {ino}" for ino in sorted(inos)[:_SHOWN])

@@ -21,7 +21,8 @@ from pkernfs.kexec import loaded
 from pkernfs.kexec.daemon import Daemon
 from pkernfs.kexec.mounted import Frozen, MountedFileSystem
 from pkernfs.kexec.observer import SILENT, Observer
-from pkernfs.layout import HANDOVER_FLAG_DIGESTS, STATE_PAGE
+from pkernfs.layout import HANDOVER_FLAG_DIGESTS, NO_INO, STATE_PAGE
+from pkernfs.quantities import Ino, PageNo
 from pkernfs.region.digest import Part, crc64, digest_all
 from pkernfs.region.region import Region
 
@@ -52,14 +53,14 @@ class _Checked(NamedTuple):
     """A file system that was found to be whole."""
 
     survey: Survey
-    pages: frozenset[int]
+    pages: frozenset[PageNo]
     seconds: float
 
 
 class _Manifest(NamedTuple):
-    """A manifest, and its inode; 0: there was no space for it."""
+    """A manifest, and its inode; NO_INO: there was no space for it."""
 
-    ino: int
+    ino: Ino
     data: bytes
 
 
@@ -175,7 +176,7 @@ def _make_manifest(
         made = mounted.make_manifest(room)
     except NoSpaceError:
         observer.say(f"{mounted.name}: no space for the list: the next mount cannot compare")
-        return _Manifest(0, b"")
+        return _Manifest(NO_INO, b"")
     pages = (checked.pages | made.pages) - {STATE_PAGE}
     data = build_manifest(region, frozen.uuid, frozen.number, pages, files)
     data += bytes(room - len(data))

@@ -19,6 +19,7 @@ from pkernfs.host.cmdline import Kind
 from pkernfs.host.iomem import Span, overlap
 from pkernfs.host.kcore import Kcore, KcoreError
 from pkernfs.host.sysroot import HOST, Host
+from pkernfs.quantities import PhysAddr
 from pkernfs.region import dax
 from pkernfs.region.spec import looks_physical, parse_span
 
@@ -79,8 +80,8 @@ def check(spec: str, given: str | None = None, host: Host = HOST) -> None:
 class _Reserves(NamedTuple):
     """Asks of a command line whether it keeps a range apart as another one does."""
 
-    start: int
-    end: int
+    start: PhysAddr
+    end: PhysAddr
     kind: Kind
 
     def __call__(self, command_line: str) -> bool:
@@ -197,12 +198,12 @@ class LoadedKernel:
                 int.from_bytes(head[at : at + 4], "little")
                 for at in (_COMMAND_LINE_AT, _COMMAND_LINE_HIGH_AT)
             )
-            text = self._text(pages, high << 32 | low)
+            text = self._text(pages, PhysAddr(high << 32 | low))
             if text is not None:
                 return text
         raise KcoreError("it has no boot parameters")
 
-    def put_into(self, spans: Sequence[Span]) -> int | None:
+    def put_into(self, spans: Sequence[Span]) -> PhysAddr | None:
         """Return the first address in ``spans`` that starting the image stores to, or None.
 
         :raises KcoreError: it is not where Linux on x86-64 has it.
@@ -212,20 +213,20 @@ class LoadedKernel:
 
     # ------------------------------------------------------------------ the image's pages
 
-    def _pages(self) -> tuple[dict[int, int], list[int]]:
+    def _pages(self) -> tuple[dict[PhysAddr, PhysAddr], list[PhysAddr]]:
         """Return where each page is now, by its address to be; and the first of each segment."""
-        pages: dict[int, int] = {}
+        pages: dict[PhysAddr, PhysAddr] = {}
         firsts = []
-        destination = 0
+        destination = PhysAddr(0)
         entries = self._entries()
         for entry in entries:
-            address = entry & ~(_PAGE - 1)
+            address = PhysAddr(entry & ~(_PAGE - 1))
             if entry & _DESTINATION:
                 destination = address
                 firsts.append(address)
             elif entry & _SOURCE:
                 pages[destination] = address
-                destination += _PAGE
+                destination = PhysAddr(destination + _PAGE)
         return pages, [first for first in firsts if first in pages]
 
     def _entries(self) -> Iterator[int]:
@@ -240,7 +241,8 @@ class LoadedKernel:
             if not entry & _INDIRECTION:
                 yield entry
                 return
-            words = struct.unpack("<512Q", self._core.read_physical(entry & ~(_PAGE - 1), _PAGE))
+            page = self._core.read_physical(PhysAddr(entry & ~(_PAGE - 1)), _PAGE)
+            words = struct.unpack("<512Q", page)
             entry = 0
             for word in words:
                 if word & (_INDIRECTION | _DONE) or not word:
@@ -249,17 +251,17 @@ class LoadedKernel:
                 yield word
         raise KcoreError("its list of pages has no end")
 
-    def _text(self, pages: dict[int, int], address: int) -> str | None:
+    def _text(self, pages: dict[PhysAddr, PhysAddr], address: PhysAddr) -> str | None:
         """Return the text at an address to be, up to its zero byte."""
         found = bytearray()
         while len(found) < _MAX_COMMAND_LINE:
-            page, skip = address & ~(_PAGE - 1), address % _PAGE
+            page, skip = PhysAddr(address & ~(_PAGE - 1)), address % _PAGE
             if page not in pages:
                 return None
-            found += self._core.read_physical(pages[page] + skip, _PAGE - skip)
+            found += self._core.read_physical(PhysAddr(pages[page] + skip), _PAGE - skip)
             end = found.find(0)
             if end >= 0:
                 text = found[:end].decode("utf-8", "replace")
                 return text if text.isprintable() else None
-            address = page + _PAGE
+            address = PhysAddr(page + _PAGE)
         return None

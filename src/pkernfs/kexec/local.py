@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pkernfs.dma.mount import tables_of
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.kexec.mounted import Frozen, ManifestFile
+from pkernfs.quantities import Ino
 from pkernfs.region.region import Region
 
 
@@ -53,11 +54,11 @@ class LocalFileSystem:
         self._manifest_bytes = size
         return ManifestFile(ino, pages)
 
-    def write_manifest(self, ino: int, data: bytes) -> None:
+    def write_manifest(self, ino: Ino, data: bytes) -> None:
         """Fill the manifest."""
         self._fs.write_manifest(ino, 0, data)
 
-    def commit(self, ino: int, digest: int, flags: int) -> int:
+    def commit(self, ino: Ino, digest: int, flags: int) -> int:
         """Record the handover; return its number."""
         tables_of(self._fs).clear_non_persistent()
         number = self._fs.hand_over(ino, self._manifest_bytes if ino else 0, digest, flags)

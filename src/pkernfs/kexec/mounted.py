@@ -10,6 +10,7 @@ from collections.abc import Iterator, Set
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
+from pkernfs.quantities import Ino, PageNo
 from pkernfs.region.region import Region
 
 
@@ -23,8 +24,8 @@ class Frozen(NamedTuple):
 class ManifestFile(NamedTuple):
     """Room for a manifest: its inode, and the metadata pages that making it has changed."""
 
-    ino: int
-    pages: Set[int]
+    ino: Ino
+    pages: Set[PageNo]
 
 
 class MountedFileSystem(Protocol):
@@ -53,13 +54,13 @@ class MountedFileSystem(Protocol):
         :raises NoSpaceError: there is none; nothing was changed.
         """
 
-    def write_manifest(self, ino: int, data: bytes) -> None:
+    def write_manifest(self, ino: Ino, data: bytes) -> None:
         """Fill the manifest."""
 
-    def commit(self, ino: int, digest: int, flags: int) -> int:
+    def commit(self, ino: Ino, digest: int, flags: int) -> int:
         """Record the handover; return its number.
 
-        :param ino: of the manifest, whose CRC-64 is ``digest``; 0: there is none.
+        :param ino: of the manifest, whose CRC-64 is ``digest``; NO_INO: there is none.
         :param flags: HANDOVER_FLAG_* of the record.
         """
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from pkernfs.control.mounts import Mount
 from pkernfs.host.sysroot import HOST, Host
+from pkernfs.quantities import Ino
 
 
 class Process(NamedTuple):
@@ -23,7 +24,7 @@ class Process(NamedTuple):
         return f"process {self.pid} ({self.command})"
 
 
-def users_of(mount: Mount, inos: set[int], host: Host = HOST) -> Iterator[str]:
+def users_of(mount: Mount, inos: set[Ino], host: Host = HOST) -> Iterator[str]:
     """Yield who has inodes of a mount open for writing or mapped: ``PATH by PID (COMMAND)``."""
     number = _maps_device(mount.device)
     ids: dict[str, set[str]] = {}
@@ -78,7 +79,7 @@ def _mount_ids(host: Host, pid: int, mount: Mount, known: dict[str, set[str]]) -
     return known[namespace]
 
 
-def _open_files(host: Host, pid: int, mounts: set[str], inos: set[int]) -> Iterator[str]:
+def _open_files(host: Host, pid: int, mounts: set[str], inos: set[Ino]) -> Iterator[str]:
     for fd in host.list(f"proc/{pid}/fdinfo") if mounts else []:
         lines = _lines(host, f"proc/{pid}/fdinfo/{fd}")
         told = dict(line.split(None, 1) for line in lines if ":\t" in line)
@@ -91,7 +92,7 @@ def _open_files(host: Host, pid: int, mounts: set[str], inos: set[int]) -> Itera
             continue
 
 
-def _mapped(host: Host, pid: int, number: str, inos: set[int]) -> Iterator[str]:
+def _mapped(host: Host, pid: int, number: str, inos: set[Ino]) -> Iterator[str]:
     for line in _lines(host, f"proc/{pid}/maps"):
         fields = line.rstrip("\n").split(None, 5)
         if len(fields) == 6 and fields[3] == number and int(fields[4]) in inos:

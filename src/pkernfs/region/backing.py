@@ -14,6 +14,7 @@ from typing import NamedTuple
 from pkernfs.errors import RegionError
 from pkernfs.host.iomem import Span
 from pkernfs.layout import PAGE
+from pkernfs.quantities import BlockRun, PhysAddr, RegionOff
 from pkernfs.region.dax import Device
 from pkernfs.region.locks import RegionLock
 
@@ -21,15 +22,8 @@ from pkernfs.region.locks import RegionLock
 class ByteRange(NamedTuple):
     """Region offsets from ``start`` to ``end``, which is not included; bytes."""
 
-    start: int
-    end: int
-
-
-class BlockRun(NamedTuple):
-    """So many blocks of 2 MiB, from the block ``first`` on."""
-
-    first: int
-    blocks: int
+    start: RegionOff
+    end: RegionOff
 
 
 class Backing:
@@ -97,12 +91,12 @@ class Backing:
         """Return the blocks that are zero, as far as that is known without reading them."""
         return []
 
-    def data_ranges(self, first: int, last: int) -> Iterator[ByteRange]:
+    def data_ranges(self, first: RegionOff, last: RegionOff) -> Iterator[ByteRange]:
         """Yield what is no hole between two offsets in bytes."""
         yield ByteRange(first, last)
 
 
-def given_pieces(name: str, size: int, phys_base: int | None) -> list[Span] | None:
+def given_pieces(name: str, size: int, phys_base: PhysAddr | None) -> list[Span] | None:
     """Return the physical range of ``size`` bytes whose address somebody has given.
 
     :raises RegionError: unaligned.

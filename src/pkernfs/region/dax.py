@@ -21,6 +21,7 @@ from pkernfs.host import cmdline
 from pkernfs.host.iomem import Span
 from pkernfs.host.sysroot import Host
 from pkernfs.layout import BLOCK
+from pkernfs.quantities import PhysAddr
 
 BUS = "sys/bus/dax"
 DEVICES = f"{BUS}/devices"
@@ -115,9 +116,10 @@ def _read_pieces(name: str, size: int, host: Host) -> list[Span]:
                     host.read(f"{base}/{mapping}/{f}") for f in ("page_offset", "start", "end")
                 ]
                 offset, start, end = (int(text, 0) for text in texts)
-                found.append((offset, Span(start, end + 1 - start)))
+                found.append((offset, Span(PhysAddr(start), end + 1 - start)))
         if not found and size:
-            found.append((0, Span(int(host.read(f"{base}/resource"), 0), size)))
+            start = int(host.read(f"{base}/resource"), 0)
+            found.append((0, Span(PhysAddr(start), size)))
     except PermissionError:
         raise RegionError(
             f"/dev/{name}: sysfs hides its addresses: root is needed (CAP_SYS_ADMIN)", errno.EPERM

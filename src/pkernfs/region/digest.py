@@ -1,7 +1,8 @@
 """Digests of a region's bytes, at the speed of memory: CRC-64 of chunks, checksums of pages.
 
 CRC-64/NVME finds accidents (a change is missed once in 2^64 times); it proves nothing about who
-made one. The loops are in digest.c and run without the interpreter lock.
+made one. The loops are in digest.c and run without the interpreter lock. Page numbers for them are
+in arrays, whose items cannot be of another type than int.
 """
 
 from __future__ import annotations
@@ -11,20 +12,34 @@ import threading
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
+from typing import NamedTuple
 
 from pkernfs.errors import RegionError
 from pkernfs.layout import PAGE
 from pkernfs.native._native import ffi, lib
+from pkernfs.quantities import RegionOff
 from pkernfs.region.region import Region
 
 #: Offset of a part that stands for zeros, which need not be read.
-ZEROS = (1 << 64) - 1
-
-#: A part of a chunk: region offset (or :data:`ZEROS`) and length in bytes.
-Part = tuple[int, int]
+ZEROS = RegionOff((1 << 64) - 1)
 
 _BATCH_BYTES = 32 << 20  # between two looks at what is to be done next
 _BATCH_CHUNKS = 4096
+
+
+class Part(NamedTuple):
+    """A part of a chunk: region offset, or :data:`ZEROS`, and length in bytes."""
+
+    offset: RegionOff
+    length: int
+
+
+class _Batch(NamedTuple):
+    """A piece of work for one thread; ``size`` is what its chunks have in bytes."""
+
+    number: int
+    chunks: list[list[Part]]
+    size: int
 
 
 def crc64(data: bytes | bytearray | memoryview, crc: int = 0) -> int:
@@ -125,9 +140,8 @@ def digest_all(
                     batch = next(batches, None)
                 if batch is None:
                     return
-                number, todo, size = batch
-                results[number] = digests(region, todo)
-                tell(size)
+                results[batch.number] = digests(region, batch.chunks)
+                tell(batch.size)
         except BaseException as e:
             errors.append(e)
 
@@ -144,8 +158,8 @@ def digest_all(
     return found
 
 
-def _batches(chunks: Iterable[list[Part]]) -> Iterator[tuple[int, list[list[Part]], int]]:
-    """Number, chunks and bytes of each piece of work for one thread."""
+def _batches(chunks: Iterable[list[Part]]) -> Iterator[_Batch]:
+    """Cut the chunks into pieces of work, in their order."""
     source = iter(chunks)
     number = 0
     while True:
@@ -158,5 +172,5 @@ def _batches(chunks: Iterable[list[Part]]) -> Iterator[tuple[int, list[list[Part
                 break
         if not batch:
             return
-        yield number, batch, size
+        yield _Batch(number, batch, size)
         number += 1

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pkernfs.errors import RegionError
 from pkernfs.layout import BLOCK, PAGE
 from pkernfs.native._native import lib
-from pkernfs.region.backing import Backing, BlockRun, ByteRange, given_pieces, open_path
+from pkernfs.quantities import BlockNo, BlockRun, PhysAddr, RegionOff
+from pkernfs.region.backing import Backing, ByteRange, given_pieces, open_path
 from pkernfs.region.locks import lock_file
 
 _TMPFS = 0x01021994
@@ -27,7 +28,7 @@ class FileBacking(Backing):
     :raises LockedError: another process has it open.
     """
 
-    def __init__(self, path: str, *, write: bool, phys_base: int | None, lock: bool) -> None:
+    def __init__(self, path: str, *, write: bool, phys_base: PhysAddr | None, lock: bool) -> None:
         fd = _open(path, write)
         try:
             held = lock_file(fd, path, exclusive=write) if lock else None
@@ -58,20 +59,20 @@ class FileBacking(Backing):
         """Return the blocks that lie in holes of the file."""
         blocks = self.size // BLOCK
         if self._is_huge:  # does not tell holes
-            return [BlockRun(0, blocks)] if self.untouched else []
+            return [BlockRun(BlockNo(0), blocks)] if self.untouched else []
         runs = []
         end = 0
-        for start, stop in self.data_ranges(0, self.size):
-            first = -(-end // BLOCK)
+        for start, stop in self.data_ranges(RegionOff(0), RegionOff(self.size)):
+            first = BlockNo(-(-end // BLOCK))
             if start // BLOCK > first:
                 runs.append(BlockRun(first, start // BLOCK - first))
             end = stop
-        first = -(-end // BLOCK)
+        first = BlockNo(-(-end // BLOCK))
         if blocks > first:
             runs.append(BlockRun(first, blocks - first))
         return runs
 
-    def data_ranges(self, first: int, last: int) -> Iterator[ByteRange]:
+    def data_ranges(self, first: RegionOff, last: RegionOff) -> Iterator[ByteRange]:
         """Yield what is no hole of the file; all, if it cannot be told."""
         if self.fd is None or self._is_huge:
             yield ByteRange(first, last)
@@ -79,7 +80,7 @@ class FileBacking(Backing):
         end = first
         while end < last:
             try:
-                start = os.lseek(self.fd, end, os.SEEK_DATA)
+                start = RegionOff(os.lseek(self.fd, end, os.SEEK_DATA))
             except OSError as e:
                 if e.errno == errno.ENXIO:
                     return
@@ -87,7 +88,7 @@ class FileBacking(Backing):
                 return
             if start >= last:
                 return
-            end = min(os.lseek(self.fd, start, os.SEEK_HOLE), last)
+            end = min(RegionOff(os.lseek(self.fd, start, os.SEEK_HOLE)), last)
             yield ByteRange(start, end)
 
 

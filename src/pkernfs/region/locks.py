@@ -15,24 +15,35 @@ import os
 import stat
 import struct
 import time
+from typing import NamedTuple
 
 from pkernfs.errors import LockedError, RegionError
 from pkernfs.host.iomem import Span
 from pkernfs.host.sysroot import Host
+from pkernfs.quantities import PhysAddr
 
 _FLOCK = struct.Struct("hhqqi4x")
 _CLOSING_WAIT_SECONDS = 10.0
 _SERVED_WAIT_SECONDS = 0.5  # a daemon may learn later than umount(8) that it serves no more
-_FILE_OWNER = Span(0x7FFF_FFFF_0000_0000, 1)  # far beyond any data
 _FILE_SERVER_SHIFT = 1
 _PHYSICAL_SERVER_SHIFT = 1 << 60  # beyond any address
 _PHYSICAL_LOCKS = "run/pkernfs/physical.lock"
 
 
+class LockRange(NamedTuple):
+    """Offsets in the file that is locked; in the one of all physical memory they are addresses."""
+
+    start: int
+    size: int
+
+
+_FILE_OWNER = LockRange(0x7FFF_FFFF_0000_0000, 1)  # far beyond any data
+
+
 class RegionLock:
     """The lock of one open region. It ends when its descriptor, :attr:`fd`, is closed."""
 
-    def __init__(self, fd: int, spec: str, owned: list[Span], server_shift: int) -> None:
+    def __init__(self, fd: int, spec: str, owned: list[LockRange], server_shift: int) -> None:
         self.fd = fd
         self._spec = spec
         self._owned = owned
@@ -47,50 +58,53 @@ class RegionLock:
         served = time.monotonic() + _SERVED_WAIT_SECONDS
         deadline = time.monotonic() + _CLOSING_WAIT_SECONDS
         kind = fcntl.F_WRLCK if exclusive else fcntl.F_RDLCK
-        for span in self._owned:
-            while not self._try(kind, span):
-                limit = served if self._is_served(span) else deadline
+        for owned in self._owned:
+            while not self._try(kind, owned):
+                limit = served if self._is_served(owned) else deadline
                 if time.monotonic() > limit:
-                    raise LockedError(f"{self._spec}: {self._in_use(kind, span)}")
+                    raise LockedError(f"{self._spec}: {self._in_use(kind, owned)}")
                 time.sleep(0.01)
 
     def serving(self, on: bool) -> None:
         """Tell contenders whether requests are being served."""
         kind = fcntl.F_WRLCK if on else fcntl.F_UNLCK
-        for span in self._owned:
+        for owned in self._owned:
             with contextlib.suppress(OSError):
-                self._set(kind, Span(span.start + self._server_shift, span.size))
+                self._set(kind, self._server(owned))
 
-    def _try(self, kind: int, span: Span) -> bool:
+    def _server(self, owned: LockRange) -> LockRange:
+        return LockRange(owned.start + self._server_shift, owned.size)
+
+    def _try(self, kind: int, wanted: LockRange) -> bool:
         try:
-            self._set(kind, span)
+            self._set(kind, wanted)
         except OSError as e:
             if e.errno in (errno.EAGAIN, errno.EACCES):
                 return False
             raise RegionError(f"{self._spec}: cannot lock: {e.strerror}", e.errno or 0) from e
         return True
 
-    def _set(self, kind: int, span: Span) -> None:
-        request = _FLOCK.pack(kind, os.SEEK_SET, span.start, span.size, 0)
+    def _set(self, kind: int, wanted: LockRange) -> None:
+        request = _FLOCK.pack(kind, os.SEEK_SET, wanted.start, wanted.size, 0)
         fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, request)
 
-    def _holder(self, kind: int, span: Span) -> Span | None:
-        """The range of a lock that is in the way of ``span``."""
-        request = _FLOCK.pack(kind, os.SEEK_SET, span.start, span.size, 0)
+    def _holder(self, kind: int, wanted: LockRange) -> LockRange | None:
+        """The range of a lock that is in the way of ``wanted``."""
+        request = _FLOCK.pack(kind, os.SEEK_SET, wanted.start, wanted.size, 0)
         answer = fcntl.fcntl(self.fd, fcntl.F_OFD_GETLK, request)
         assert isinstance(answer, bytes)
         found, _, start, size, _ = _FLOCK.unpack(answer)
-        return None if found == fcntl.F_UNLCK else Span(start, size)
+        return None if found == fcntl.F_UNLCK else LockRange(start, size)
 
-    def _is_served(self, span: Span) -> bool:
-        server = Span(span.start + self._server_shift, span.size)
-        return self._holder(fcntl.F_WRLCK, server) is not None
+    def _is_served(self, owned: LockRange) -> bool:
+        return self._holder(fcntl.F_WRLCK, self._server(owned)) is not None
 
-    def _in_use(self, kind: int, span: Span) -> str:
-        holder = self._holder(kind, span)
-        if self._server_shift == _FILE_SERVER_SHIFT or holder in (None, span):
+    def _in_use(self, kind: int, owned: LockRange) -> str:
+        holder = self._holder(kind, owned)
+        if self._server_shift == _FILE_SERVER_SHIFT or holder is None or holder == owned:
             return "in use: it is mounted or being checked"
-        return f"in use: it overlaps {holder}, which is mounted or being checked"
+        other = Span(PhysAddr(holder.start), holder.size)
+        return f"in use: it overlaps {other}, which is mounted or being checked"
 
 
 def lock_file(fd: int, spec: str, *, exclusive: bool) -> RegionLock:
@@ -110,7 +124,8 @@ def lock_physical(spec: str, spans: list[Span], host: Host, *, exclusive: bool) 
     """
     fd = _open_physical_locks(spec, host)
     try:
-        lock = RegionLock(fd, spec, spans, _PHYSICAL_SERVER_SHIFT)
+        owned = [LockRange(span.start, span.size) for span in spans]
+        lock = RegionLock(fd, spec, owned, _PHYSICAL_SERVER_SHIFT)
         lock.take(exclusive)
     except BaseException:
         os.close(fd)

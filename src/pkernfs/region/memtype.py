@@ -16,6 +16,7 @@ from pkernfs.errors import RegionError
 from pkernfs.host.iomem import Resource, Span, overlap
 from pkernfs.host.sysroot import Host
 from pkernfs.layout import PAGE
+from pkernfs.quantities import PhysAddr
 
 _PAT_LIST = "sys/kernel/debug/x86/pat_memtype_list"
 _PAT_LINE = re.compile(r"PAT: \[mem 0x([0-9a-f]+)-0x([0-9a-f]+)\] (\S+)")
@@ -46,7 +47,10 @@ def check_cached(name: str, spans: list[Span], read: Callable[[], object], host:
 def _memory_types(spans: list[Span], host: Host) -> set[str]:
     """The types of the ranges' mappings, by the kernel's list; empty if there is none."""
     text = host.find(_PAT_LIST) or ""
-    found = [Resource(int(m[1], 16), int(m[2], 16), m[3]) for m in _PAT_LINE.finditer(text)]
+    found = [
+        Resource(PhysAddr(int(m[1], 16)), PhysAddr(int(m[2], 16)), m[3])
+        for m in _PAT_LINE.finditer(text)
+    ]
     return {one.name for one in found if any(overlap(span, one) for span in spans)}
 
 

@@ -6,6 +6,7 @@ import os
 
 from pkernfs.errors import UsageError
 from pkernfs.host.sysroot import HOST, Host
+from pkernfs.quantities import PhysAddr
 from pkernfs.region import dax
 from pkernfs.region.backing import Backing
 from pkernfs.region.dax_backing import DaxBacking
@@ -15,7 +16,7 @@ from pkernfs.region.spec import is_file_spec, looks_physical, resolve
 
 
 def open_backing(
-    spec: str, *, write: bool, phys_base: int | None, lock: bool, host: Host = HOST
+    spec: str, *, write: bool, phys_base: PhysAddr | None, lock: bool, host: Host = HOST
 ) -> Backing:
     """Check and open what ``spec`` names, and lock it if asked; none of it is read or stored.
 

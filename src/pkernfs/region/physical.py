@@ -10,6 +10,7 @@ from pkernfs.host import cmdline
 from pkernfs.host.cmdline import Kind, Piece, Reservation, format_number
 from pkernfs.host.iomem import Resource, Span, overlap, read_firmware_map, read_iomem
 from pkernfs.host.sysroot import Host
+from pkernfs.quantities import PhysAddr
 
 _FREE = (Kind.REMOVED, Kind.RESERVED)
 _MEMORY = ("System RAM", "Soft Reserved")
@@ -82,7 +83,9 @@ def _check_reserved(
     raise _not_reserved(spec, span, wrong.start, pieces, resources, remedy)
 
 
-def _reserved_otherwise(spec: str, at: int, reservation: Reservation, remedy: str) -> RegionError:
+def _reserved_otherwise(
+    spec: str, at: PhysAddr, reservation: Reservation, remedy: str
+) -> RegionError:
     parameter, kind = reservation.parameter, reservation.kind
     if kind is Kind.SOFT:
         return RegionError(
@@ -93,7 +96,12 @@ def _reserved_otherwise(spec: str, at: int, reservation: Reservation, remedy: st
 
 
 def _not_reserved(
-    spec: str, span: Span, at: int, pieces: list[Piece], resources: list[Resource], remedy: str
+    spec: str,
+    span: Span,
+    at: PhysAddr,
+    pieces: list[Piece],
+    resources: list[Resource],
+    remedy: str,
 ) -> RegionError:
     good = next((p.reservation for p in pieces if p.reservation is not None), None)
     if good is not None:

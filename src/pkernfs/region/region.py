@@ -19,10 +19,13 @@ from pkernfs.host.iomem import Span
 from pkernfs.host.sysroot import HOST, Host
 from pkernfs.layout import BLOCK, PAGE
 from pkernfs.native._native import ffi, lib
+from pkernfs.quantities import BlockRun, PageNo, PhysAddr, RegionOff
 from pkernfs.region import files
-from pkernfs.region.backing import Backing, BlockRun, ByteRange, given_pieces
+from pkernfs.region.backing import Backing, ByteRange, given_pieces
 from pkernfs.region.dax import Device
 from pkernfs.region.opening import open_backing
+
+_START = RegionOff(0)
 
 
 class Place(NamedTuple):
@@ -35,9 +38,9 @@ class Place(NamedTuple):
 class PhysicalRun(NamedTuple):
     """A range of a region, consecutive in physical memory; ``physical`` is None where unknown."""
 
-    offset: int
+    offset: RegionOff
     length: int
-    physical: int | None
+    physical: PhysAddr | None
 
 
 class Region:
@@ -77,7 +80,7 @@ class Region:
         spec: str,
         *,
         write: bool,
-        phys_base: int | None = None,
+        phys_base: PhysAddr | None = None,
         lock: bool = True,
         host: Host = HOST,
     ) -> Region:
@@ -96,7 +99,7 @@ class Region:
             backing.close()
             raise
         try:
-            backing.verify_mapping(lambda: region.read(0, 4 * PAGE))
+            backing.verify_mapping(lambda: region.read(RegionOff(0), 4 * PAGE))
         except BaseException:
             region.close()
             raise
@@ -111,7 +114,7 @@ class Region:
         files.create(path, size)
 
     @classmethod
-    def anonymous(cls, size: int, *, phys_base: int | None = None) -> Region:
+    def anonymous(cls, size: int, *, phys_base: PhysAddr | None = None) -> Region:
         """Private zeroed memory: for tests and tools; gone with the process."""
         pieces = given_pieces("anonymous", size, phys_base)
         return cls(Backing("anonymous", size, pieces), writable=True)
@@ -175,7 +178,7 @@ class Region:
         """The NUMA node that all of the region is in, if that is known."""
         return self._backing.node
 
-    def physical(self, offset: int) -> int | None:
+    def physical(self, offset: RegionOff) -> PhysAddr | None:
         """Return the physical address of a region offset in bytes; None where there is none.
 
         That of hugetlbfs pages, which do not move, is looked up in /proc/self/pagemap (needs
@@ -183,47 +186,49 @@ class Region:
         """
         base = self.phys_base
         if base is not None and offset < self.size:
-            return base + offset
+            return PhysAddr(base + offset)
         return self.physical_runs(offset, 1)[0].physical
 
-    def physical_runs(self, offset: int, length: int) -> list[PhysicalRun]:
+    def physical_runs(self, offset: RegionOff, length: int) -> list[PhysicalRun]:
         """Return the physical addresses of a range in bytes, cut where they jump."""
         if self._backing.pieces is not None:
             return list(self._runs_of_pieces(offset, length))
         if not self._backing.in_pagemap:
             return [PhysicalRun(offset, length, None)]
         runs: list[PhysicalRun] = []
-        end = offset + length
+        at, end = offset, offset + length
         with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
-            while offset < end:
-                count = min(self.page_bytes - offset % self.page_bytes, end - offset)
-                address = self._look_up(pagemap.fileno(), offset)
+            while at < end:
+                count = min(self.page_bytes - at % self.page_bytes, end - at)
+                address = self._look_up(pagemap.fileno(), at)
                 last = runs[-1] if runs else None
-                if last and address == (None if last[2] is None else last[2] + last[1]):
-                    runs[-1] = PhysicalRun(last[0], last[1] + count, last[2])
+                if last and address == (
+                    None if last.physical is None else last.physical + last.length
+                ):
+                    runs[-1] = last._replace(length=last.length + count)
                 else:
-                    runs.append(PhysicalRun(offset, count, address))
-                offset += count
+                    runs.append(PhysicalRun(at, count, address))
+                at = RegionOff(at + count)
         return runs
 
-    def assume_physical(self, base: int) -> None:
+    def assume_physical(self, base: PhysAddr) -> None:
         """Say which physical address offset 0 has, for a region that has none of its own."""
-        if self.physical(0) is None:
+        if self.physical(RegionOff(0)) is None:
             self._backing.pieces = [Span(base, self.size)]
 
-    def _runs_of_pieces(self, offset: int, length: int) -> Iterator[PhysicalRun]:
-        first = 0
+    def _runs_of_pieces(self, offset: RegionOff, length: int) -> Iterator[PhysicalRun]:
+        first = RegionOff(0)
         end = offset + length
         for piece in self._backing.pieces or ():
             low, high = max(offset, first), min(end, first + piece.size)
             if low < high:
-                yield PhysicalRun(low, high - low, piece.start + low - first)
-            first += piece.size
+                yield PhysicalRun(low, high - low, PhysAddr(piece.start + low - first))
+            first = RegionOff(first + piece.size)
         if end > first:  # nothing is known of what is behind them
             start = max(offset, first)
             yield PhysicalRun(start, end - start, None)
 
-    def _look_up(self, pagemap: int, offset: int) -> int | None:
+    def _look_up(self, pagemap: int, offset: RegionOff) -> PhysAddr | None:
         page = offset - offset % self.page_bytes
         self._view[page]  # a page that was never touched has no address yet
         virtual = int(ffi.cast("uintptr_t", self._base)) + page
@@ -231,10 +236,10 @@ class Region:
         frame = entry & ((1 << 55) - 1)
         if not entry >> 63 or not frame:
             return None
-        return int(frame * PAGE + offset - page)
+        return PhysAddr(frame * PAGE + offset - page)
 
     @property
-    def phys_base(self) -> int | None:
+    def phys_base(self) -> PhysAddr | None:
         """Physical address of offset 0, if all of the region is in one piece from there on."""
         pieces = self._backing.pieces
         return pieces[0].start if pieces is not None and len(pieces) == 1 else None
@@ -248,16 +253,18 @@ class Region:
         """Return the blocks that are known to be zero without reading them."""
         return self._backing.known_zero()
 
-    def data_ranges(self, first: int = 0, last: int | None = None) -> Iterator[ByteRange]:
+    def data_ranges(
+        self, first: RegionOff = _START, last: RegionOff | None = None
+    ) -> Iterator[ByteRange]:
         """Yield what is no hole of the file; all, if it cannot be told.
 
         Only what lies between the offsets ``first`` and ``last`` (the end of the region).
         """
-        return self._backing.data_ranges(first, self.size if last is None else last)
+        return self._backing.data_ranges(first, RegionOff(self.size) if last is None else last)
 
     # ------------------------------------------------------------------ reading and storing
 
-    def view(self, offset: int, length: int) -> memoryview:
+    def view(self, offset: RegionOff, length: int) -> memoryview:
         """Return the region's own bytes, writable if the region is.
 
         :raises RegionError: out of the region.
@@ -268,17 +275,17 @@ class Region:
             )
         return self._view[offset : offset + length]
 
-    def read(self, offset: int, length: int) -> bytes:
+    def read(self, offset: RegionOff, length: int) -> bytes:
         """Return a copy of ``length`` bytes at ``offset``."""
         return bytes(self.view(offset, length))
 
-    def copy_in(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+    def copy_in(self, offset: RegionOff, data: bytes | bytearray | memoryview) -> None:
         """Store ``data`` at ``offset``."""
         length = len(data)
         self._check_store(offset, length)
         lib.pk_copy(self._base, offset, ffi.from_buffer("uint8_t[]", data), length)
 
-    def zero(self, offset: int, length: int) -> None:
+    def zero(self, offset: RegionOff, length: int) -> None:
         """Zero ``length`` bytes at ``offset``; other threads run meanwhile.
 
         Where the region's file has holes, they stay: a sparse file does not fill up with zeros.
@@ -287,29 +294,29 @@ class Region:
         if length < BLOCK:
             lib.pk_zero(self._base, offset, length)
             return
-        for start, end in self.data_ranges(offset, offset + length):
+        for start, end in self.data_ranges(offset, RegionOff(offset + length)):
             lib.pk_zero(self._base, start, end - start)
 
-    def store_u64(self, offset: int, value: int) -> None:
+    def store_u64(self, offset: RegionOff, value: int) -> None:
         """Store 8 aligned bytes at once, after all stores before it and before all after it."""
         self._check_store(offset, 8)
         if offset % 8:
             raise RegionError(f"{self.name} at {offset:#x}: unaligned store", errno.EIO)
         lib.pk_store_u64(self._base, offset, value)
 
-    def flush_lines(self, offset: int, length: int) -> None:
+    def flush_lines(self, offset: RegionOff, length: int) -> None:
         """Write the processor's cache lines back, for hardware that reads past the caches."""
         self.view(offset, length)
         lib.pk_flush_lines(self._base + offset, length)
 
-    def is_zero(self, offset: int, length: int) -> bool:
+    def is_zero(self, offset: RegionOff, length: int) -> bool:
         """Tell whether all of the bytes are zero."""
         self.view(offset, length)
         return bool(lib.pk_is_zero(self._base + offset, length))
 
-    def page_checksum(self, page: int) -> int:
+    def page_checksum(self, page: PageNo) -> int:
         """Return the CRC-32C that a metadata page should carry (docs/format.md, section 2)."""
-        self.view(page * PAGE, PAGE)
+        self.view(RegionOff(page * PAGE), PAGE)
         return int(lib.pk_page_crc(self._base + page * PAGE))
 
     @property
@@ -317,7 +324,7 @@ class Region:
         """The mapping as a cffi pointer, for modules that hand it to C functions of their own."""
         return self._base
 
-    def _check_store(self, offset: int, length: int) -> None:
+    def _check_store(self, offset: RegionOff, length: int) -> None:
         if not self.writable:
             raise RegionError(f"{self.name}: store into a read-only region", errno.EROFS)
         if offset < 0 or length < 0 or offset + length > self.size:

@@ -16,6 +16,7 @@ from pkernfs.host.cmdline import Named
 from pkernfs.host.iomem import Span
 from pkernfs.host.sysroot import HOST, Host
 from pkernfs.layout import BLOCK
+from pkernfs.quantities import PhysAddr
 
 _ADDRESS_BITS = 52  # as many as a page-table entry has
 _NONE = re.compile(r"none(:.*)?", re.DOTALL)
@@ -91,7 +92,7 @@ def parse_span(spec: str) -> Span:
             f"{spec}: beyond the last physical address: got {start + size - 1:#x}, "
             f"expected below 2^{_ADDRESS_BITS}"
         )
-    return Span(start, size)
+    return Span(PhysAddr(start), size)
 
 
 # ---------------------------------------------------------------------------- none

@@ -6,6 +6,7 @@ import struct
 from typing import NamedTuple
 
 from pkernfs.native._native import ffi, lib
+from pkernfs.quantities import RegionOff
 
 _RECORD = struct.Struct("<QQQ")  # offset, length, 1 for zeros
 
@@ -13,7 +14,7 @@ _RECORD = struct.Struct("<QQQ")  # offset, length, 1 for zeros
 class Store(NamedTuple):
     """A store of ``length`` bytes at a region offset; ``data`` is None for zeros."""
 
-    offset: int
+    offset: RegionOff
     length: int
     data: bytes | None
 

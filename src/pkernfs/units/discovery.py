@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from pkernfs.errors import PermissionDeniedError, PkernfsError, UnitError
 from pkernfs.host.dmar import Dmar, UnitStructure
 from pkernfs.host.sysroot import Host
+from pkernfs.quantities import PhysAddr
 from pkernfs.units.mmio import open_window
 from pkernfs.units.unit import Unit
 from pkernfs.vtd.entries import bdf_text
@@ -48,7 +49,7 @@ def find_units(host: Host, dmar: Dmar, *, write: bool) -> list[FoundUnit]:
 # ---------------------------------------------------------------------- for people
 
 
-def unit_record(host: Host, found: FoundUnit, roots: dict[int, str]) -> dict[str, Any]:
+def unit_record(host: Host, found: FoundUnit, roots: dict[PhysAddr, str]) -> dict[str, Any]:
     """Make the record of a unit that ``pkernfs iommu units --json`` prints.
 
     :param roots: physical addresses of root tables, and the mounts that they are of.
@@ -77,7 +78,7 @@ def unit_record(host: Host, found: FoundUnit, roots: dict[int, str]) -> dict[str
     return record | state
 
 
-def _state(unit: Unit, driven: bool, roots: dict[int, str]) -> dict[str, Any]:
+def _state(unit: Unit, driven: bool, roots: dict[PhysAddr, str]) -> dict[str, Any]:
     now = unit.state()
     mount = roots.get(now.root) if now.translating else None
     if driven:

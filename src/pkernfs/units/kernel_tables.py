@@ -24,6 +24,7 @@ from pkernfs.iommu.memory import Memory, Piece, Words
 from pkernfs.iommu.page_pool import Mapping, TablePool
 from pkernfs.iommu.page_walk import Code, Finding, check_tree, leaves, scan_tree
 from pkernfs.layout import PAGE
+from pkernfs.quantities import Iova, PhysAddr, RegionOff, SourceId
 from pkernfs.region.region import Region
 from pkernfs.units.unit import Unit
 from pkernfs.vtd.entries import (
@@ -76,7 +77,7 @@ class MachineMemory:
         if self._kcore is not None:
             self._kcore.close()
 
-    def words(self, physical: int, count: int) -> tuple[int, ...] | None:
+    def words(self, physical: PhysAddr, count: int) -> tuple[int, ...] | None:
         """``count`` 8-byte words at a physical address; None if no memory is there.
 
         :raises PermissionDeniedError: /proc/kcore cannot be read.
@@ -155,7 +156,7 @@ class KernelTables:
                 raise TableDamageError(f"{self.name}: its live tables: {finding.message}")
         return found
 
-    def entry(self, source_id: int) -> Device:
+    def entry(self, source_id: SourceId) -> Device:
         """The entry that a device's requests are translated by, with second-stage tables.
 
         :raises NotFoundError: there is none.
@@ -176,7 +177,7 @@ class KernelTables:
             raise NotSupportedError(f"device {name}: {_REFUSED[entry.kind]}: {_remedy(entry)}")
         return entry
 
-    def users_of_id(self, domain_id: int, table: int) -> list[Device]:
+    def users_of_id(self, domain_id: int, table: PhysAddr) -> list[Device]:
         """Entries that have a domain id, but not the page tables at ``table``."""
         return [e for e in self.entries if e.domain_id == domain_id and e.table != table]
 
@@ -203,7 +204,7 @@ class Shape(NamedTuple):
         return f"{self.mode.name.lower()} mode with {self.levels} levels"
 
 
-def check_shape(source_id: int, kernel: Shape, ours: Shape) -> None:
+def check_shape(source_id: SourceId, kernel: Shape, ours: Shape) -> None:
     """:raises InvalidError: a region's tables are of another shape than a device's kernel ones."""
     if kernel != ours:
         mode = kernel.mode.name.lower()
@@ -223,7 +224,7 @@ def _remedy(entry: Device) -> str:
 # ---------------------------------------------------------------------- second stage
 
 
-def read_second_stage(memory: Words, table: int, levels: int) -> list[Mapping]:
+def read_second_stage(memory: Words, table: PhysAddr, levels: int) -> list[Mapping]:
     """List what second-stage tables map, in order, neighbours joined, reading them page by page.
 
     :raises TableDamageError: a cycle, a table that is nowhere, reserved bits, too much of it.
@@ -236,9 +237,8 @@ def read_second_stage(memory: Words, table: int, levels: int) -> list[Mapping]:
         report = check_tree(pool, table, levels, name="live")
         if report.findings:
             raise TableDamageError(report.findings[0].message)
-        found = list(
-            islice(scan_tree(pool, table, levels, 0, 1 << width_bits(levels)), MAX_RUNS + 1)
-        )
+        end = Iova(1 << width_bits(levels))
+        found = list(islice(scan_tree(pool, table, levels, Iova(0), end), MAX_RUNS + 1))
     if len(found) > MAX_RUNS:
         raise TableDamageError(f"it maps more than {MAX_RUNS} pieces of memory")
     return found
@@ -250,9 +250,9 @@ class _Copy:
     def __init__(self, region: Region, memory: Words) -> None:
         self._region = region
         self._memory = memory
-        self._offsets: dict[int, int] = {}
+        self._offsets: dict[PhysAddr, RegionOff] = {}
 
-    def read(self, physical: int, level: int) -> tuple[int, ...]:
+    def read(self, physical: PhysAddr, level: int) -> tuple[int, ...]:
         """The words of a table, which are copied."""
         known = physical in self._offsets
         full = len(self._offsets) == MAX_PAGES
@@ -260,7 +260,7 @@ class _Copy:
         if words is None:
             why = "reached a second time" if known else "not in memory, or too many"
             raise TableDamageError(f"page table of level {level} at {physical:#x}: {why}")
-        offset = self._offsets[physical] = len(self._offsets) * PAGE
+        offset = self._offsets[physical] = RegionOff(len(self._offsets) * PAGE)
         self._region.copy_in(offset, _PAGE_OF_WORDS.pack(*words))
         return words
 

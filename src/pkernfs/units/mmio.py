@@ -12,6 +12,7 @@ from pkernfs.errors import PermissionDeniedError, UnitError
 from pkernfs.host.sysroot import Host
 from pkernfs.layout import PAGE
 from pkernfs.native._native import ffi, lib
+from pkernfs.quantities import PhysAddr
 from pkernfs.region.region import Region
 from pkernfs.vtd.registers import Capabilities, Capability, ExtendedCapability, Step, Version
 
@@ -68,7 +69,7 @@ class MemoryWindow:
             raise UnitError(f"registers at {offset:#x}: beyond the unit's: got {length} bytes")
 
 
-def open_window(base: int, host: Host, *, write: bool) -> MemoryWindow:
+def open_window(base: PhysAddr, host: Host, *, write: bool) -> MemoryWindow:
     """Map the registers at a physical address, as many as the unit says it has.
 
     :raises PermissionDeniedError: the kernel does not let one.
@@ -98,12 +99,12 @@ def open_window(base: int, host: Host, *, write: bool) -> MemoryWindow:
         os.close(fd)
 
 
-def _map(fd: int, base: int, length: int, write: bool) -> mmap.mmap:
+def _map(fd: int, base: PhysAddr, length: int, write: bool) -> mmap.mmap:
     access = mmap.PROT_READ | (mmap.PROT_WRITE if write else 0)
     return mmap.mmap(fd, length, mmap.MAP_SHARED, access, offset=base)
 
 
-def _refused(base: int, path: str, error: OSError, host: Host) -> PermissionDeniedError:
+def _refused(base: PhysAddr, path: str, error: OSError, host: Host) -> PermissionDeniedError:
     message = f"registers at {base:#x}: {path}: {error.strerror}"
     lockdown = host.lockdown()
     if error.errno in (errno.ENOENT, errno.ENXIO, errno.ENODEV):

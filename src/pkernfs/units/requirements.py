@@ -12,6 +12,7 @@ from pkernfs.iommu.context_walk import Mode
 from pkernfs.iommu.memory import Memory
 from pkernfs.iommu.page_walk import leaves, reader
 from pkernfs.layout import PAGE
+from pkernfs.quantities import Iova, PhysAddr, SourceId
 from pkernfs.vtd.entries import LARGEST_LEAF_LEVEL, bdf_text, is_present
 from pkernfs.vtd.registers import Capabilities, Capability, ExtendedCapability
 
@@ -28,8 +29,8 @@ class Requirements(NamedTuple):
     config: Config
     domain_ids: Sequence[int]
     largest_leaf: int
-    end: int
-    physical_end: int
+    end: Iova
+    physical_end: PhysAddr
 
 
 def unmet_requirements(able: Capabilities, wanted: Requirements, host_bits: int) -> Iterator[str]:
@@ -61,7 +62,7 @@ def unmet_requirements(able: Capabilities, wanted: Requirements, host_bits: int)
             yield "domain id 0 is reserved (CAP.CM)"
 
 
-def largest_leaf(memory: Memory, table: int, levels: int) -> int:
+def largest_leaf(memory: Memory, table: PhysAddr, levels: int) -> int:
     """Level of the largest leaf of a domain's tables, which are sound: 1, 2 or 3."""
     for level in range(LARGEST_LEAF_LEVEL, 1, -1):  # what is below a level may be large
         runs = leaves(reader(memory, memory.size // PAGE), table, levels, lowest=level)
@@ -70,7 +71,7 @@ def largest_leaf(memory: Memory, table: int, levels: int) -> int:
     return 1
 
 
-def unfit_reason(dmar: Dmar, device: PciDevice | None, source_id: int) -> str | None:
+def unfit_reason(dmar: Dmar, device: PciDevice | None, source_id: SourceId) -> str | None:
     """Return the reason why a device must not depend on these tables; None: it may."""
     name = bdf_text(source_id)
     if device is None:
@@ -94,7 +95,10 @@ def unfit_reason(dmar: Dmar, device: PciDevice | None, source_id: int) -> str | 
 
 
 def cut_off(
-    dmar: Dmar, units: Sequence[UnitStructure], devices: Sequence[PciDevice], attached: set[int]
+    dmar: Dmar,
+    units: Sequence[UnitStructure],
+    devices: Sequence[PciDevice],
+    attached: set[SourceId],
 ) -> list[PciDevice]:
     """Devices that the kernel has at work below these units, and that their tables do not know."""
     return [

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from pkernfs.errors import InvalidError, PkernfsError, UnitError
 from pkernfs.iommu.context_walk import Mode
 from pkernfs.layout import PAGE
+from pkernfs.quantities import PhysAddr, RegionOff
 from pkernfs.region.checksum import crc32c
 from pkernfs.region.region import Region
 from pkernfs.units.window import Window
@@ -65,6 +66,7 @@ _QUEUE_STATE = struct.Struct("<8sQQIIxxxxI")
 _QUEUE_STATE_MAGIC = b"pkqueue\0"
 _QUEUE_STATE_AT = 64
 _MODES = {Mode.LEGACY: 0, Mode.SCALABLE: 1}
+_NOWHERE = PhysAddr(0)
 _QUEUE_ERRORS = FaultStatus.IQE.mask | FaultStatus.ICE.mask | FaultStatus.ITE.mask
 
 _IDLE = Step(StepKind.WAIT_SAME, QueueHead.OFFSET, QueueTail.OFFSET)
@@ -74,8 +76,8 @@ class QueueMemory(NamedTuple):
     """Consecutive memory that nothing else uses for now: region offset, physical address."""
 
     region: Region
-    offset: int
-    physical: int
+    offset: RegionOff
+    physical: PhysAddr
     length: int
 
 
@@ -118,7 +120,7 @@ class State(NamedTuple):
         return bool(Command.IRE.get(self.status))
 
     @property
-    def root(self) -> int:
+    def root(self) -> PhysAddr:
         """Physical address of the root table, whether DMA is translated or not."""
         return RootTableAddress.RTA.get(self.root_register)
 
@@ -126,7 +128,7 @@ class State(NamedTuple):
 class Unit:
     """One unit, through a window to its registers. Not for two threads at a time."""
 
-    def __init__(self, name: str, window: Window, base: int = 0) -> None:
+    def __init__(self, name: str, window: Window, base: PhysAddr = _NOWHERE) -> None:
         self.name = name
         self.base = base
         self._window = window
@@ -150,7 +152,7 @@ class Unit:
             self._window.read32(STATUS), self._window.read64(RootTableAddress.OFFSET), protected
         )
 
-    def walks(self, root: int) -> bool:
+    def walks(self, root: PhysAddr) -> bool:
         """Tell if the unit translates DMA by the tables below a root table."""
         state = self.state()
         return state.translating and state.root == root
@@ -206,7 +208,7 @@ class Unit:
             if not self._window.run(steps):
                 raise UnitError(f"{self.name}: write-buffer flush: the unit does not end it")
 
-    def enable_translation(self, root: int, mode: Mode, queue: QueueMemory | None) -> None:
+    def enable_translation(self, root: PhysAddr, mode: Mode, queue: QueueMemory | None) -> None:
         """Translate DMA by the tables below ``root``, which are complete and written back.
 
         On failure all is as it was before, as far as the unit obeys.
@@ -232,7 +234,7 @@ class Unit:
                 self._undo(before)
             raise
 
-    def replace_root(self, root: int, mode: Mode, queue: QueueMemory | None) -> None:
+    def replace_root(self, root: PhysAddr, mode: Mode, queue: QueueMemory | None) -> None:
         """Translate DMA by the tables below ``root`` from now on; translation stays on.
 
         Until this returns a request may meet either root. Both have to translate it to the same,
@@ -450,7 +452,7 @@ class Unit:
 
     def _replace_refused(self, memory: QueueMemory, ours: int, last: Sequence[Step]) -> None:
         """A wait instead of what the unit has stopped at, so that our queue ends (6.5.2.10)."""
-        wait = wait_descriptor(memory.physical + memory.length // 2, _DONE)
+        wait = wait_descriptor(self._status_address(memory), _DONE)
         image = queue_image(wait, wait, ours)
         memory.region.copy_in(memory.offset, image)
         memory.region.flush_lines(memory.offset, len(image))
@@ -478,8 +480,8 @@ class Unit:
         length = PAGE << QueueAddress.QS.get(shape)
         if memory.length < 2 * length or memory.physical % length:
             raise InvalidError(f"{self.name}: queue at {memory.physical:#x}: too small, unaligned")
-        status = memory.physical + memory.length // 2
-        image = queue_image(descriptor_of(what), wait_descriptor(status, _DONE), shape)
+        wait = wait_descriptor(self._status_address(memory), _DONE)
+        image = queue_image(descriptor_of(what), wait, shape)
         memory.region.copy_in(memory.offset, image)
         note = bytearray(
             _QUEUE_STATE.pack(
@@ -494,11 +496,16 @@ class Unit:
         return memory.physical | shape
 
     @staticmethod
-    def _status_offset(memory: QueueMemory) -> int:
-        return memory.offset + memory.length // 2
+    def _status_address(memory: QueueMemory) -> PhysAddr:
+        return PhysAddr(memory.physical + memory.length // 2)
+
+    @staticmethod
+    def _status_offset(memory: QueueMemory) -> RegionOff:
+        return RegionOff(memory.offset + memory.length // 2)
 
     def _clear_queue_state(self, memory: QueueMemory) -> None:
-        memory.region.store_u64(self._status_offset(memory) + _QUEUE_STATE_AT, 0)
+        at = RegionOff(self._status_offset(memory) + _QUEUE_STATE_AT)
+        memory.region.store_u64(at, 0)
 
     def restore_interrupted_queue(self, page: QueueMemory) -> bool:
         """Give the kernel its queue back if we were killed before that; False: nothing to do.
@@ -509,7 +516,7 @@ class Unit:
         :param page: one that may have the note that :meth:`_prepare_queue` left.
         :raises UnitError: the unit does not take it.
         """
-        at = page.offset + _QUEUE_STATE_AT
+        at = RegionOff(page.offset + _QUEUE_STATE_AT)
         kernel = self._noted_state(page.region.read(at, _QUEUE_STATE.size))
         if kernel is None:
             return False
@@ -530,7 +537,7 @@ class Unit:
             return None
         return QueueState(address, QueuePlace(place), tail) if place in list(QueuePlace) else None
 
-    def _queue_is_missing(self, note: int) -> bool:
+    def _queue_is_missing(self, note: PhysAddr) -> bool:
         """Tell if the unit remaps interrupts without a queue, or has the queue before that page."""
         state = self.state()
         if not state.queue_on:

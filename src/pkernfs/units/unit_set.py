@@ -12,12 +12,13 @@ from pkernfs.iommu.context_walk import Mode
 from pkernfs.iommu.memory import Memory
 from pkernfs.iommu.root_tables import RootTables
 from pkernfs.layout import PAGE
+from pkernfs.quantities import PhysAddr, RegionOff, SourceId
 from pkernfs.units.unit import QueueMemory, Unit
 from pkernfs.vtd.invalidation import Invalidation, device, domain, everything
 from pkernfs.vtd.registers import Capability
 
 
-def _anything(source_id: int) -> None:
+def _anything(source_id: SourceId) -> None:
     """Every device may be attached."""
 
 
@@ -29,7 +30,7 @@ class ActiveUnits:
     """
 
     def __init__(
-        self, units: Sequence[Unit], mode: Mode, admit: Callable[[int], None] = _anything
+        self, units: Sequence[Unit], mode: Mode, admit: Callable[[SourceId], None] = _anything
     ) -> None:
         self.units = tuple(units)
         self.mode = mode
@@ -63,7 +64,7 @@ class ActiveUnits:
         """After a change of page tables that may be cached."""
         self._tell(root, [one for number in domain_ids for one in domain(number)])
 
-    def invalidate_device(self, root: RootTables, source_id: int, domain_id: int) -> None:
+    def invalidate_device(self, root: RootTables, source_id: SourceId, domain_id: int) -> None:
         """After a change of a present context entry."""
         self._tell(root, device(source_id, domain_id, scalable=self.mode is Mode.SCALABLE))
 
@@ -103,6 +104,7 @@ def restore_interrupted_queues(units: Sequence[Unit], root: RootTables) -> None:
     region = root.memory.region
     for piece in root.memory.pieces:
         for at in range(0, piece.length, PAGE):
-            page = QueueMemory(region, piece.offset + at, piece.physical + at, PAGE)
+            offset, physical = RegionOff(piece.offset + at), PhysAddr(piece.physical + at)
+            page = QueueMemory(region, offset, physical, PAGE)
             for unit in units:
                 unit.restore_interrupted_queue(page)

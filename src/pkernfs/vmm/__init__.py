@@ -10,7 +10,8 @@
     and binds them
 
 Everything works without pkernfs's extension modules, pyfuse3 and trio: besides these modules, the
-package needs :mod:`pkernfs.errors`, :mod:`pkernfs.host.pci_config` and the command ``pkernfs``.
+package needs :mod:`pkernfs.errors`, :mod:`pkernfs.quantities`, :mod:`pkernfs.host.pci_config` and
+the command ``pkernfs``.
 Every failure is a :class:`~pkernfs.errors.VmmError`, or an :class:`OSError` of a file; nothing is
 printed.
 """

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pkernfs.errors import TakeOverError
+from pkernfs.quantities import Iova, RegionOff
 from pkernfs.vmm import program
 
 VERSION = 1
@@ -36,7 +37,7 @@ class Memory(NamedTuple):
     """A piece of a mapping's memory; ``region_offset`` is None where it is not in the region."""
 
     length: int
-    region_offset: int | None
+    region_offset: RegionOff | None
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Mapping:
     :ivar memory: the pieces of the region, in order, that hold a file
     """
 
-    iova: int
+    iova: Iova
     length: int
     readable: bool
     writeable: bool

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pkernfs.errors import TakeOverError
+from pkernfs.quantities import RegionOff
 from pkernfs.vmm import sysfs
 from pkernfs.vmm.export import Bar, Export
 from pkernfs.vmm.plan import Piece
@@ -18,11 +19,17 @@ _BLOCK = 2 << 20
 _DEV_MEM = Path("/dev/mem")
 
 
-class _Mapped(NamedTuple):
-    """Region offsets ``start`` to ``end`` (not included), mapped."""
+class _Range(NamedTuple):
+    """Region offsets from ``start`` to ``end``, which is not included."""
 
-    start: int
-    end: int
+    start: RegionOff
+    end: RegionOff
+
+
+class _Mapped(NamedTuple):
+    """A range of the region, mapped."""
+
+    range: _Range
     mapping: mmap.mmap
 
 
@@ -56,15 +63,15 @@ class Memory:
             self._bars[bar] = _map_bar(bar)
         align = _alignment(self._place.path)
         with self._place.path.open("r+b", buffering=0) as file:
-            for start, end in _ranges(pieces, align):
-                end = min(end, self._place.length)
-                mapping = self._map_region(file.fileno(), start, end)
-                self._region.append(_Mapped(start, end, mapping))
+            for wanted in _ranges(pieces, align):
+                there = _Range(wanted.start, min(wanted.end, RegionOff(self._place.length)))
+                self._region.append(_Mapped(there, self._map_region(file.fileno(), there)))
 
-    def _map_region(self, fd: int, start: int, end: int) -> mmap.mmap:
+    def _map_region(self, fd: int, part: _Range) -> mmap.mmap:
         flags = mmap.MAP_SHARED | mmap.MAP_POPULATE  # not in the hold: faults take their time
+        offset = self._place.offset + part.start
         try:
-            return mmap.mmap(fd, end - start, flags, offset=self._place.offset + start)
+            return mmap.mmap(fd, part.end - part.start, flags, offset=offset)
         except OSError as error:
             raise TakeOverError(f"{self._place.path}: cannot map it: {error.strerror}") from error
 
@@ -76,8 +83,8 @@ class Memory:
         if piece.bar is not None:
             return _address(self._bars[piece.bar]) + piece.offset
         for one in self._region:
-            if one.start <= piece.offset < one.end:
-                return _address(one.mapping) + piece.offset - one.start
+            if one.range.start <= piece.offset < one.range.end:
+                return _address(one.mapping) + piece.offset - one.range.start
         raise TakeOverError(f"{piece.iova:#x}: not mapped")
 
 
@@ -95,16 +102,16 @@ def _alignment(path: Path) -> int:
     return int(align.read_text()) if align.exists() else max(_BLOCK, info.st_blksize)
 
 
-def _ranges(pieces: Sequence[Piece], align: int) -> list[tuple[int, int]]:
+def _ranges(pieces: Sequence[Piece], align: int) -> list[_Range]:
     """Aligned ranges of the region that have all pieces in them; neighbours are one."""
-    found: list[tuple[int, int]] = []
+    found: list[_Range] = []
     for piece in sorted((p for p in pieces if p.bar is None), key=lambda p: p.offset):
-        start = piece.offset - piece.offset % align
-        end = -(-(piece.offset + piece.length) // align) * align
-        if found and start <= found[-1][1]:
-            found[-1] = (found[-1][0], max(end, found[-1][1]))
+        start = RegionOff(piece.offset - piece.offset % align)
+        end = RegionOff(-(-(piece.offset + piece.length) // align) * align)
+        if found and start <= found[-1].end:
+            found[-1] = _Range(found[-1].start, max(end, found[-1].end))
         else:
-            found.append((start, end))
+            found.append(_Range(start, end))
     return found
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pkernfs.errors import TakeOverError
+from pkernfs.quantities import Iova
 from pkernfs.vmm import program, sysfs, vfio
 from pkernfs.vmm.export import Attached, Bar, Export, Mapping
 
@@ -30,7 +31,7 @@ class Piece:
     :ivar offset: in the region, or in ``bar``
     """
 
-    iova: int
+    iova: Iova
     length: int
     perm: int
     offset: int
@@ -112,7 +113,7 @@ def _pieces(mapping: Mapping) -> Iterator[Piece]:
         if mapping.file is None or memory.region_offset is None:
             raise TakeOverError(f"{iova:#x}: maps nobody's memory: run pkernfs iommu check")
         yield Piece(iova, memory.length, perm, memory.region_offset)
-        iova += memory.length
+        iova = Iova(iova + memory.length)
 
 
 # ------------------------------------------------------------------------------ the machine

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pkernfs.errors import VfioError
+from pkernfs.quantities import Iova
 
 #: The driver of devices that VFIO has.
 DRIVER = "vfio-pci"
@@ -25,8 +26,8 @@ class ReservedRange(NamedTuple):
     ``kind`` is the kernel's word: direct, direct-relaxable, reserved or msi.
     """
 
-    first: int
-    last: int
+    first: Iova
+    last: Iova
     kind: str
 
 
@@ -74,7 +75,11 @@ def reserved_ranges(group: int) -> list[ReservedRange]:
 def parse_reserved(text: str) -> list[ReservedRange]:
     """Parse the lines of ``reserved_regions``: the first address, the last one, the kind."""
     lines = (line.split() for line in text.splitlines())
-    return [ReservedRange(int(words[0], 16), int(words[1], 16), words[2]) for words in lines]
+    return [ReservedRange(_iova(words[0]), _iova(words[1]), words[2]) for words in lines]
+
+
+def _iova(text: str) -> Iova:
+    return Iova(int(text, 16))
 
 
 # ------------------------------------------------------------------------------ drivers

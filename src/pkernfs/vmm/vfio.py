@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 
 from pkernfs.errors import VfioError
 from pkernfs.host import pci_config
+from pkernfs.quantities import Iova
 from pkernfs.vmm import sysfs, uapi
 
 CONTAINER = Path("/dev/vfio/vfio")
@@ -172,14 +173,14 @@ class AddressSpace(Protocol):
         """Have a device use these addresses, where that comes before opening it; be ready then."""
         ...
 
-    def map(self, iova: int, vaddr: int, length: int, perm: int) -> None:
+    def map(self, iova: Iova, vaddr: int, length: int, perm: int) -> None:
         """Have ``iova`` reach this process's memory at ``vaddr``, which the kernel pins.
 
         :param perm: READ, WRITE or both
         """
         ...
 
-    def unmap(self, iova: int, length: int) -> None:
+    def unmap(self, iova: Iova, length: int) -> None:
         """Take mappings away that lie in a range."""
         ...
 
@@ -255,7 +256,7 @@ class Container:
         self._added.add(group)
         self.ready = True
 
-    def map(self, iova: int, vaddr: int, length: int, perm: int) -> None:
+    def map(self, iova: Iova, vaddr: int, length: int, perm: int) -> None:
         """Map a range with VFIO_IOMMU_MAP_DMA.
 
         :raises VfioError: the kernel refuses it.
@@ -266,7 +267,7 @@ class Container:
         request = uapi.vfio_iommu_type1_dma_map(size, flags, vaddr, iova, length)
         _call(f"map {iova:#x}", self.fd, uapi.VFIO_IOMMU_MAP_DMA, request)
 
-    def unmap(self, iova: int, length: int) -> None:
+    def unmap(self, iova: Iova, length: int) -> None:
         """Unmap a range with VFIO_IOMMU_UNMAP_DMA.
 
         :raises VfioError: the kernel refuses it.
@@ -334,7 +335,7 @@ class Ioas:
         """
         self.prepare(bdf)
 
-    def map(self, iova: int, vaddr: int, length: int, perm: int) -> None:
+    def map(self, iova: Iova, vaddr: int, length: int, perm: int) -> None:
         """Map a range with IOMMU_IOAS_MAP.
 
         :raises VfioError: the kernel refuses it.
@@ -346,7 +347,7 @@ class Ioas:
         request = uapi.iommu_ioas_map(size, flags, self.id, 0, vaddr, length, iova)
         _call(f"map {iova:#x}", self.fd, uapi.IOMMU_IOAS_MAP, request)
 
-    def unmap(self, iova: int, length: int) -> None:
+    def unmap(self, iova: Iova, length: int) -> None:
         """Unmap a range with IOMMU_IOAS_UNMAP.
 
         :raises VfioError: the kernel refuses it.

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from pkernfs.errors import InvalidError, TableDamageError
+from pkernfs.quantities import PhysAddr, SourceId
 
 PAGE_SHIFT = 12
 LEVEL_BITS = 9
@@ -61,21 +62,31 @@ class Field:
         return value >> shift << self.lsb
 
 
+@dataclass(frozen=True)
+class Pointer(Field):
+    """A field that is the physical address of a table, or of other memory."""
+
+    address: bool = True
+
+    def get(self, entry: int) -> PhysAddr:
+        """The address in an entry."""
+        return PhysAddr(super().get(entry))
+
+
 class Entry:
     """Base of the formats: a class is never instantiated, an entry is an int of ``BITS`` bits."""
 
     NAME: ClassVar[str] = ""
     SECTION: ClassVar[str] = ""
     BITS: ClassVar[int] = 64
-    IGNORED: ClassVar[tuple[tuple[int, int], ...]] = ()
+    IGNORED: ClassVar[tuple[Field, ...]] = ()
     FIELDS: ClassVar[dict[str, Field]] = {}
     KNOWN: ClassVar[int] = 0
 
     def __init_subclass__(cls) -> None:
         cls.FIELDS = {k: v for k, v in vars(cls).items() if isinstance(v, Field)}
-        covers = list(cls.FIELDS.values()) + [Field(*bits) for bits in cls.IGNORED]
         cls.KNOWN = 0
-        for field in covers:
+        for field in (*cls.FIELDS.values(), *cls.IGNORED):
             assert not cls.KNOWN & field.mask, f"{cls.__name__}: bits declared twice"
             cls.KNOWN |= field.mask
 
@@ -120,7 +131,7 @@ class RootEntry(Entry):
 
     NAME, SECTION, BITS = "root entry", "9.1", 128
     P = Field(0, 0)
-    CTP = Field(63, 12, address=True)
+    CTP = Pointer(63, 12)
 
 
 class ScalableRootEntry(Entry):
@@ -128,9 +139,9 @@ class ScalableRootEntry(Entry):
 
     NAME, SECTION, BITS = "scalable root entry", "9.2", 128
     LP = Field(0, 0)
-    LCTP = Field(63, 12, address=True)
+    LCTP = Pointer(63, 12)
     UP = Field(64, 64)
-    UCTP = Field(127, 76, address=True)
+    UCTP = Pointer(127, 76)
 
 
 class ContextEntry(Entry):
@@ -140,10 +151,10 @@ class ContextEntry(Entry):
     P = Field(0, 0)
     FPD = Field(1, 1)
     TT = Field(3, 2)
-    SSPTPTR = Field(63, 12, address=True)
+    SSPTPTR = Pointer(63, 12)
     AW = Field(66, 64)
     DID = Field(87, 72)
-    IGNORED = ((70, 67),)
+    IGNORED = (Field(70, 67),)
 
 
 class ScalableContextEntry(Entry):
@@ -156,7 +167,7 @@ class ScalableContextEntry(Entry):
     PASIDE = Field(3, 3)
     PRE = Field(4, 4)
     PDTS = Field(11, 9)
-    PASIDDIRPTR = Field(63, 12, address=True)
+    PASIDDIRPTR = Pointer(63, 12)
     RID_PASID = Field(83, 64)
     RID_PRIV = Field(84, 84)
 
@@ -167,7 +178,7 @@ class PasidDirectoryEntry(Entry):
     NAME, SECTION = "PASID directory entry", "9.5"
     P = Field(0, 0)
     FPD = Field(1, 1)
-    SMPTBLPTR = Field(63, 12, address=True)
+    SMPTBLPTR = Pointer(63, 12)
 
 
 class PasidTableEntry(Entry):
@@ -179,7 +190,7 @@ class PasidTableEntry(Entry):
     AW = Field(4, 2)
     PGTT = Field(8, 6)
     SSADE = Field(9, 9)
-    SSPTPTR = Field(63, 12, address=True)
+    SSPTPTR = Pointer(63, 12)
     DID = Field(79, 64)
     PWSNP = Field(87, 87)
     PGSNP = Field(88, 88)
@@ -190,8 +201,8 @@ class PasidTableEntry(Entry):
     FSPM = Field(131, 130)
     WPE = Field(132, 132)
     EAFE = Field(135, 135)
-    FSPTPTR = Field(191, 140, address=True)
-    IGNORED = ((134, 133),)
+    FSPTPTR = Pointer(191, 140)
+    IGNORED = (Field(134, 133),)
 
 
 class SecondStageTable(Entry):
@@ -201,8 +212,8 @@ class SecondStageTable(Entry):
     R = Field(0, 0)
     W = Field(1, 1)
     A = Field(8, 8)
-    ADDRESS = Field(51, 12, address=True)
-    IGNORED = ((6, 2), (10, 9), (61, 52), (63, 63))
+    ADDRESS = Pointer(51, 12)
+    IGNORED = (Field(6, 2), Field(10, 9), Field(61, 52), Field(63, 63))
 
 
 class SecondStageLeaf4K(Entry):
@@ -214,8 +225,8 @@ class SecondStageLeaf4K(Entry):
     A = Field(8, 8)
     D = Field(9, 9)
     SNP = Field(11, 11)
-    ADDRESS = Field(51, 12, address=True)
-    IGNORED = ((7, 2), (10, 10), (61, 52), (63, 63))
+    ADDRESS = Pointer(51, 12)
+    IGNORED = (Field(7, 2), Field(10, 10), Field(61, 52), Field(63, 63))
 
 
 class SecondStageLeaf2M(Entry):
@@ -228,8 +239,8 @@ class SecondStageLeaf2M(Entry):
     A = Field(8, 8)
     D = Field(9, 9)
     SNP = Field(11, 11)
-    ADDRESS = Field(51, 21, address=True)
-    IGNORED = ((6, 2), (10, 10), (61, 52), (63, 63))
+    ADDRESS = Pointer(51, 21)
+    IGNORED = (Field(6, 2), Field(10, 10), Field(61, 52), Field(63, 63))
 
 
 class SecondStageLeaf1G(Entry):
@@ -242,8 +253,8 @@ class SecondStageLeaf1G(Entry):
     A = Field(8, 8)
     D = Field(9, 9)
     SNP = Field(11, 11)
-    ADDRESS = Field(51, 30, address=True)
-    IGNORED = ((6, 2), (10, 10), (61, 52), (63, 63))
+    ADDRESS = Pointer(51, 30)
+    IGNORED = (Field(6, 2), Field(10, 10), Field(61, 52), Field(63, 63))
 
 
 ALL_FORMATS: tuple[type[Entry], ...] = (
@@ -303,6 +314,11 @@ def aw_of(levels: int) -> int:
     return levels - 2
 
 
+def levels_of(aw: int) -> int:
+    """Return the levels of tables that an AW field stands for; they may be none of LEVELS."""
+    return aw + 2
+
+
 def parse_perm(text: str) -> int:
     """``r``, ``w`` or ``rw``.
 
@@ -319,7 +335,14 @@ def perm_text(perm: int) -> str:
     return ("r" if perm & READ else "") + ("w" if perm & WRITE else "") or "-"
 
 
-def parse_bdf(text: str) -> tuple[int, int]:
+class PciAddress(NamedTuple):
+    """The place of a PCI device: its segment in 0..0xffff, and its source id there."""
+
+    segment: int
+    source_id: SourceId
+
+
+def parse_bdf(text: str) -> PciAddress:
     """Segment and source id of ``DDDD:BB:DD.F`` as in ``lspci -D``; the segment may be left out.
 
     :raises InvalidError: not a device's address.
@@ -336,16 +359,17 @@ def parse_bdf(text: str) -> tuple[int, int]:
     *segment, bus, slot = (int(p, 16) for p in parts)
     if slot > 0x1F:
         raise InvalidError(f"device {text!r}: no such device: got {slot:#x}, expected 0..0x1f")
-    return (segment[0] if segment else 0), bus << 8 | slot << 3 | int(function)
+    source_id = SourceId(bus << 8 | slot << 3 | int(function))
+    return PciAddress(segment[0] if segment else 0, source_id)
 
 
-def check_source_id(source_id: int) -> None:
+def check_source_id(source_id: SourceId) -> None:
     """:raises InvalidError: not one."""
     if not 0 <= source_id <= MAX_SOURCE_ID:
         raise InvalidError(f"source id {source_id:#x}: not one: expected 0..{MAX_SOURCE_ID:#x}")
 
 
-def bdf_text(source_id: int, segment: int = 0) -> str:
+def bdf_text(source_id: SourceId, segment: int = 0) -> str:
     """A source id as ``DDDD:BB:DD.F``."""
     return f"{segment:04x}:{source_id >> 8:02x}:{source_id >> 3 & 31:02x}.{source_id & 7:x}"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 from typing import NamedTuple
 
+from pkernfs.quantities import PhysAddr, SourceId
 from pkernfs.vtd.registers import ContextCommand, Granularity, Iotlb, QueueAddress, Step, StepKind
 
 #: Bytes of a descriptor, by IQA.DW.
@@ -34,7 +35,7 @@ class Invalidation(NamedTuple):
     cache: Cache
     granularity: Granularity = Granularity.GLOBAL
     domain_id: int = 0
-    source_id: int = 0
+    source_id: SourceId = SourceId(0)
 
     def __str__(self) -> str:
         return f"{self.cache.value}, {self.granularity.name.lower()}"
@@ -51,7 +52,7 @@ def domain(domain_id: int) -> list[Invalidation]:
     return [Invalidation(Cache.IOTLB, Granularity.DOMAIN, domain_id)]
 
 
-def device(source_id: int, domain_id: int, *, scalable: bool) -> list[Invalidation]:
+def device(source_id: SourceId, domain_id: int, *, scalable: bool) -> list[Invalidation]:
     """After a change of a present context entry (6.5.3.3)."""
     context = Invalidation(Cache.CONTEXT, Granularity.SELECTIVE, domain_id, source_id)
     pasid = [Invalidation(Cache.PASID, Granularity.DOMAIN, domain_id)] if scalable else []
@@ -81,29 +82,37 @@ def register_steps(what: Invalidation, iotlb_offset: int) -> list[Step]:
     return [Step(StepKind.WRITE_64, at, command), Step(StepKind.WAIT_64, at, 0, busy)]
 
 
-def descriptor(what: Invalidation) -> tuple[int, int]:
-    """The same as a descriptor of the queue: its low and its high word."""
+class Descriptor(NamedTuple):
+    """A descriptor of the queue: its low and its high word."""
+
+    low: int
+    high: int
+
+
+def descriptor(what: Invalidation) -> Descriptor:
+    """The same as a descriptor of the queue."""
     if what.cache is Cache.CONTEXT:
         word = what.granularity << 4 | what.domain_id << 16 | what.source_id << 32
-        return _CONTEXT | word, 0
+        return Descriptor(_CONTEXT | word, 0)
     if what.cache is Cache.PASID:
-        return _PASID | _PASID_GRANULARITY[what.granularity] << 4 | what.domain_id << 16, 0
+        granularity = _PASID_GRANULARITY[what.granularity]
+        return Descriptor(_PASID | granularity << 4 | what.domain_id << 16, 0)
     drain = _DRAIN_READS | _DRAIN_WRITES
-    return _IOTLB | what.granularity << 4 | drain | what.domain_id << 16, 0
+    return Descriptor(_IOTLB | what.granularity << 4 | drain | what.domain_id << 16, 0)
 
 
-def wait_descriptor(address: int, data: int) -> tuple[int, int]:
+def wait_descriptor(address: PhysAddr, data: int) -> Descriptor:
     """Store 4 bytes at a physical address when all before it is done (6.5.2.8)."""
-    return _WAIT | _STATUS_WRITE | data << 32, address
+    return Descriptor(_WAIT | _STATUS_WRITE | data << 32, address)
 
 
-def queue_image(first: tuple[int, int], rest: tuple[int, int], iqa: int) -> bytes:
+def queue_image(first: Descriptor, rest: Descriptor, iqa: int) -> bytes:
     """A queue of the size and width that IQA has: one descriptor, and others behind it."""
     size = DESCRIPTOR_BYTES[QueueAddress.DW.get(iqa)]
     count = (4096 << QueueAddress.QS.get(iqa)) // size
     padding = bytes(size - 16)
 
-    def pack(words: tuple[int, int]) -> bytes:
+    def pack(words: Descriptor) -> bytes:
         return b"".join(w.to_bytes(8, "little") for w in words) + padding
 
     return pack(first) + pack(rest) * (count - 1)

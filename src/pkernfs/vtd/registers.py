@@ -11,7 +11,8 @@ import enum
 from typing import ClassVar, NamedTuple
 
 from pkernfs.layout import PAGE
-from pkernfs.vtd.entries import FaultReason, Field, bdf_text
+from pkernfs.quantities import Iova, SourceId
+from pkernfs.vtd.entries import FaultReason, Field, Pointer, bdf_text, levels_of
 
 
 class Register:
@@ -104,7 +105,7 @@ class RootTableAddress(Register):
 
     OFFSET, SECTION = 0x20, "11.4.5"
     TTM = Field(11, 10)
-    RTA = Field(63, 12, address=True)
+    RTA = Pointer(63, 12)
 
 
 class ContextCommand(Register):
@@ -159,7 +160,7 @@ class QueueAddress(Register):
     OFFSET, SECTION = 0x90, "11.4.9"
     QS = Field(2, 0)
     DW = Field(11, 11)
-    IQA = Field(63, 12, address=True)
+    IQA = Pointer(63, 12)
 
 
 class InvalidateAddress(Register):
@@ -242,6 +243,13 @@ class Step(NamedTuple):
 # ---------------------------------------------------------------------- what they say
 
 
+class FaultRecords(NamedTuple):
+    """A unit's fault records, 16 bytes each: where the first is, in bytes, and how many."""
+
+    offset: int
+    records: int
+
+
 class Capabilities(NamedTuple):
     """The capabilities of a unit: VER, CAP and ECAP as they are."""
 
@@ -271,7 +279,7 @@ class Capabilities(NamedTuple):
     def levels(self) -> tuple[int, ...]:
         """Numbers of levels of second-stage tables that it walks."""
         bits = Capability.SAGAW.get(self.cap)
-        return tuple(aw + 2 for aw in (1, 2, 3) if bits >> aw & 1)
+        return tuple(levels_of(aw) for aw in (1, 2, 3) if bits >> aw & 1)
 
     @property
     def address_bits(self) -> int:
@@ -285,9 +293,9 @@ class Capabilities(NamedTuple):
         return 1 + (pages & 1) + (pages & 3 == 3)
 
     @property
-    def fault_records(self) -> tuple[int, int]:
-        """Offset of the first fault record in bytes, and how many there are."""
-        return Capability.FRO.get(self.cap) * 16, Capability.NFR.get(self.cap) + 1
+    def fault_records(self) -> FaultRecords:
+        """Where its fault records are, and how many there are."""
+        return FaultRecords(Capability.FRO.get(self.cap) * 16, Capability.NFR.get(self.cap) + 1)
 
     @property
     def iotlb_offset(self) -> int:
@@ -331,8 +339,8 @@ class Capabilities(NamedTuple):
 class Fault(NamedTuple):
     """A fault record (11.4.7): ``iova`` is of the page; ``reason`` as FaultReason has it."""
 
-    source_id: int
-    iova: int
+    source_id: SourceId
+    iova: Iova
     reason: int
     write: bool
     pasid: int | None
@@ -349,8 +357,8 @@ def parse_fault(low: int, high: int) -> Fault | None:
         return None
     pasid = FaultRecord.PV.get(record) if record >> 95 & 1 else None
     return Fault(
-        FaultRecord.SID.get(record),
-        FaultRecord.FI.get(record),
+        SourceId(FaultRecord.SID.get(record)),
+        Iova(FaultRecord.FI.get(record)),
         FaultRecord.FR.get(record),
         not FaultRecord.T1.get(record),
         pasid,

@@ -10,6 +10,7 @@ from pkernfs.dma.mount import mount_filesystem
 from pkernfs.fs.fsck import Code, check
 from pkernfs.fs.fsck.trees import Allocator, NoRoomError
 from pkernfs.layout import ROOT_INO, STATE_MOUNTED
+from pkernfs.quantities import Ino, RegionOff
 from support.damage import REGION_BYTES, Damage, make_orphan, name_item
 from support.fsck_cases import Case, Cases
 from support.repairs import Pristine, repair_and_check, tree_of
@@ -51,7 +52,7 @@ def orphans(d: Damage) -> None:
         ino = d.inos[path]
         pending[ino >> 4] = pending.get(ino >> 4, 0) | 1 << (ino & 15)
     for index, mask in pending.items():
-        d.set_inode_page(index * 16 + 1, 3, mask)
+        d.set_inode_page(Ino(index * 16 + 1), 3, mask)
     d.set_state(state=STATE_MOUNTED)
 
 
@@ -132,8 +133,8 @@ def test_no_room_changes_nothing(damage: Damage, monkeypatch: pytest.MonkeyPatch
 
     nameless(damage)
     monkeypatch.setattr(Allocator, "page", none)
-    before = damage.region.read(0, REGION_BYTES)
+    before = damage.region.read(RegionOff(0), REGION_BYTES)
     report = check(damage.region, repair=True)
     assert report.counts[Code.NO_ROOM]
     assert report.left == len(report.problems)
-    assert damage.region.read(0, REGION_BYTES) == before
+    assert damage.region.read(RegionOff(0), REGION_BYTES) == before

@@ -10,6 +10,7 @@ from pkernfs.fs.fsck.structures import T_DIR, T_REG
 from pkernfs.fs.fsck.superblocks import load_block_maps, load_state, open_image
 from pkernfs.fs.fsck.table import check_inodes, load_table
 from pkernfs.layout import INODE_INLINE_BYTES, INODE_INLINE_OFFSET, PAGE, ROOT_INO
+from pkernfs.quantities import Ino, PageNo
 from support.damage import Damage
 
 
@@ -26,14 +27,14 @@ def ctx(damage: Damage) -> Context:
 
 def test_inodes_have_rows_in_the_order_in_which_pages_come() -> None:
     inodes = Inodes()
-    inodes.add_page(3, 700)
-    inodes.add_page(0, 600)
+    inodes.add_page(3, PageNo(700))
+    inodes.add_page(0, PageNo(600))
     inodes.type[inodes.row_of[3] + 5] = T_REG
     inodes.type[inodes.row_of[0] + 1] = T_DIR
-    assert inodes.row(3 * 16 + 5) == 5
-    assert inodes.row(1) == 17
-    assert inodes.row(2) == inodes.row(16) == -1
-    assert (inodes.type_of(53), inodes.type_of(1), inodes.type_of(54)) == (T_REG, T_DIR, 0)
+    assert inodes.row(Ino(3 * 16 + 5)) == 5
+    assert inodes.row(Ino(1)) == 17
+    assert inodes.row(Ino(2)) == inodes.row(Ino(16)) == -1
+    assert [inodes.type_of(ino) for ino in map(Ino, (53, 1, 54))] == [T_REG, T_DIR, 0]
     assert list(inodes.of_type(T_REG)) == [53]
 
 
@@ -66,5 +67,5 @@ def test_where_things_are(ctx: Context, damage: Damage) -> None:
     ino = damage.inos["small"]
     offset = damage.inode_page(ino) * PAGE + (ino & 15) * 256
     assert ctx.file(ino) == f"inode {ino} at {offset:#x}"
-    assert ctx.file(1 << 40) == f"inode {1 << 40}"
-    assert at(3) == "0x3000"
+    assert ctx.file(Ino(1 << 40)) == f"inode {1 << 40}"
+    assert at(PageNo(3)) == "0x3000"

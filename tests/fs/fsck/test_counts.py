@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pkernfs.fs.fsck import Code
+from pkernfs.quantities import Ino
 from support.damage import Damage
 from support.fsck_cases import Case, Cases
 from support.repairs import repair_and_check
@@ -18,12 +19,13 @@ def free_list_head(d: Damage) -> None:
 @case(Code.INODE_FREE_LIST)
 def free_list_cycle(d: Damage) -> None:
     index = d.state().free_inode_page - 1
-    d.set_inode_page(index * 16 + 1, 1, index + 1)
+    d.set_inode_page(Ino(index * 16 + 1), 1, index + 1)
 
 
 @case(Code.INODE_FREE_LIST)
 def free_list_flag(d: Damage) -> None:
-    d.set_inode_page((d.state().free_inode_page - 1) * 16 + 1, 4, 0)
+    index = d.state().free_inode_page - 1
+    d.set_inode_page(Ino(index * 16 + 1), 4, 0)
 
 
 @case(Code.INODE_PAGE_COUNT)

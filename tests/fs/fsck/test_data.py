@@ -5,7 +5,16 @@ from __future__ import annotations
 from pkernfs import layout
 from pkernfs.dma.mount import mount_filesystem
 from pkernfs.fs.fsck import Code
-from pkernfs.layout import INODE_FLAG_PENDING, PAGE, PAGES_PER_BLOCK, STATE_MOUNTED, STATE_PAGE
+from pkernfs.layout import (
+    INODE_FLAG_PENDING,
+    PAGE,
+    ROOT_INO,
+    STATE_MOUNTED,
+    STATE_PAGE,
+    block_of,
+    first_page,
+)
+from pkernfs.quantities import BlockNo, PageNo, RegionOff
 from support.damage import Damage, make_orphan
 from support.fsck_cases import Case, Cases
 from support.repairs import Pristine, repair_and_check, tree_of
@@ -97,9 +106,9 @@ def blocks_at_a_wrong_offset(d: Damage) -> None:
 @case(Code.EXTENT_SHAPE)
 def blocks_and_pages_in_one(d: Damage) -> None:
     """The last pages of a carved block and the whole block behind it."""
-    data = d.extents(d.inos["guest"])[0][1] // PAGES_PER_BLOCK
-    assert d.block_bits(data - 1)[1]
-    last = data * PAGES_PER_BLOCK - 1
+    data = block_of(d.extents(d.inos["guest"])[0].page)
+    assert d.block_bits(BlockNo(data - 1))[1]
+    last = PageNo(first_page(data) - 1)
     d.set_page_used(last, 1)
     d.set_extents(d.inos["guest"], [(511, last, 513)])
     d.set_inode(d.inos["guest"], data_pages=513)
@@ -107,13 +116,13 @@ def blocks_and_pages_in_one(d: Damage) -> None:
 
 @case(Code.EXTENT_METADATA)
 def extent_into_metadata(d: Damage) -> None:
-    d.set_extents(d.inos["small"], [(0, d.inode_page(1), 2)])
+    d.set_extents(d.inos["small"], [(0, d.inode_page(ROOT_INO), 2)])
 
 
 @case(Code.EXTENT_METADATA)
 def carved_block_as_extent(d: Damage) -> None:
-    carved = d.inode_page(1) // PAGES_PER_BLOCK
-    d.set_extents(d.inos["guest"], [(0, carved * PAGES_PER_BLOCK, 512)])
+    carved = block_of(d.inode_page(ROOT_INO))
+    d.set_extents(d.inos["guest"], [(0, first_page(carved), 512)])
 
 
 @case(Code.DOUBLE_CLAIM)
@@ -133,7 +142,7 @@ def bytes_behind_the_end(d: Damage) -> None:
     ino = d.inos["other"]
     file_page, page, _ = d.extents(ino)[-1]
     size = d.inode(ino).size
-    d.region.copy_in((page - file_page) * PAGE + size, b"stale")
+    d.region.copy_in(RegionOff((page - file_page) * PAGE + size), b"stale")
 
 
 @case(Code.TAIL_AFTER_CRASH)

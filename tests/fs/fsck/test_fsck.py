@@ -18,7 +18,8 @@ from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import PkernfsError, ReadOnlyError
 from pkernfs.fs import fsck
 from pkernfs.fs.fsck import Code, check
-from pkernfs.layout import PAGE
+from pkernfs.layout import PAGE, ROOT_INO, SUPERBLOCK_PAGE
+from pkernfs.quantities import PageNo, RegionOff, pages_from
 from pkernfs.region.region import Region
 from support.checking import MemoryFile
 from support.damage import REGION_BYTES, Damage, Populated, populate
@@ -69,9 +70,10 @@ def outcome(region: Region) -> None:
     assert check(region, repair=False).clean
 
 
-def metadata(image: bytes) -> list[int]:
+def metadata(image: bytes) -> list[PageNo]:
     """Numbers of the pages that look like metadata."""
-    return [n for n in range(len(image) // PAGE) if image[n * PAGE : n * PAGE + 2] == b"PK"]
+    pages = pages_from(SUPERBLOCK_PAGE, len(image) // PAGE)
+    return [n for n in pages if image[n * PAGE : n * PAGE + 2] == b"PK"]
 
 
 # Which metadata page (modulo their number), offset, how much or which word.
@@ -88,11 +90,11 @@ def use_damaged(region: Region) -> None:
         fs = mount_filesystem(region)
         with contextlib.suppress(PkernfsError):
             read_all(fs)
-        for name in [entry[0] for entry in fs.readdir(1, 0)]:
+        for name in [entry[0] for entry in fs.readdir(ROOT_INO, 0)]:
             with contextlib.suppress(PkernfsError):
-                fs.unlink(1, name)
+                fs.unlink(ROOT_INO, name)
         with contextlib.suppress(PkernfsError):
-            ino = fs.create(1, b"after", stat.S_IFREG | 0o644, 0, 0).ino
+            ino = fs.create(ROOT_INO, b"after", stat.S_IFREG | 0o644, 0, 0).ino
             fs.write(ino, 0, b"x" * 20000)
             fs.setxattr(ino, b"user.after", b"y" * 3000)
         fs.unmount()
@@ -104,7 +106,7 @@ def test_random_damage(pristine: Pristine, hits: list[tuple[int, int, int]], mou
     """Flipped bits and overwritten ranges: mount and fsck end well, or with a clear error."""
     pages = metadata(pristine[0])
     with Region.anonymous(REGION_BYTES) as region:
-        region.copy_in(0, pristine[0])
+        region.copy_in(RegionOff(0), pristine[0])
         damage = Damage(Populated(region, pristine[1]))
         for choice, offset, length in hits:
             page = pages[choice % len(pages)]
@@ -125,7 +127,7 @@ def test_random_damage_with_good_checksums(
     """Somebody who can compute a checksum gets no further."""
     pages = metadata(pristine[0])
     with Region.anonymous(REGION_BYTES) as region:
-        region.copy_in(0, pristine[0])
+        region.copy_in(RegionOff(0), pristine[0])
         damage = Damage(Populated(region, pristine[1]))
         for choice, at, how in hits:
             page = pages[choice % len(pages)]
@@ -149,11 +151,11 @@ def test_random_bytes(pristine: Pristine, seed: int, keep: bool) -> None:
     """A region of noise, with or without a superblock in front."""
     noise = random.Random(seed)
     with Region.anonymous(REGION_BYTES) as region:
-        region.copy_in(0, noise.randbytes(4 << 20))
+        region.copy_in(RegionOff(0), noise.randbytes(4 << 20))
         if keep:
-            region.copy_in(0, pristine[0][:PAGE])
+            region.copy_in(RegionOff(0), pristine[0][:PAGE])
             if noise.random() < 0.5:
-                region.copy_in(PAGE, pristine[0][PAGE : 2 * PAGE])
+                region.copy_in(RegionOff(PAGE), pristine[0][PAGE : 2 * PAGE])
         outcome(region)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pkernfs import layout
 from pkernfs.fs.fsck import Code
 from pkernfs.layout import STATE_FROZEN, STATE_PAGE
+from pkernfs.quantities import Ino
 from support.damage import Damage, make_orphan
 from support.fsck_cases import Case, Cases
 from support.repairs import repair_and_check
@@ -18,7 +19,7 @@ def record_without_a_handover(d: Damage) -> None:
         page[160:168] = (1).to_bytes(8, "little")
 
 
-def frozen_with_list(d: Damage, ino: int, size: int, crc: int) -> None:
+def frozen_with_list(d: Damage, ino: Ino, size: int, crc: int) -> None:
     d.set_state(state=STATE_FROZEN)
     record = layout.HandoverFields(1, 5, bytes(16), ino, size, crc, 0, layout.NO_PHYSICAL)
     with d.edit(STATE_PAGE) as page:
@@ -27,7 +28,7 @@ def frozen_with_list(d: Damage, ino: int, size: int, crc: int) -> None:
 
 @case(Code.HANDOVER_LIST)
 def list_of_no_inode(d: Damage) -> None:
-    frozen_with_list(d, 16 * 3000 + 1, 64, 0)
+    frozen_with_list(d, Ino(16 * 3000 + 1), 64, 0)
 
 
 @case(Code.HANDOVER_LIST)

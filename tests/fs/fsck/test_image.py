@@ -8,6 +8,7 @@ from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import PkernfsError
 from pkernfs.fs.fsck import Code, check
 from pkernfs.layout import BLOCK, ROOT_INO, STATE_PAGE
+from pkernfs.quantities import BlockNo, PageNo, RegionOff
 from pkernfs.region.region import Region
 from pkernfs.region.trace import trace_start, trace_stop
 from support.damage import REG, REGION_BYTES, Damage
@@ -40,7 +41,7 @@ def test_found_and_repaired(damage: Damage, code: Code, function: Case) -> None:
 
 @pytest.mark.parametrize("page", range(3, 40, 3))
 def test_a_flipped_bit_costs_nothing(damage: Damage, pristine: Pristine, page: int) -> None:
-    number = damage.inode_page(1) - 2 + page
+    number = PageNo(damage.inode_page(ROOT_INO) - 2 + page)
     if damage.page(number)[:2] != b"PK":
         number = STATE_PAGE
     damage.flip(number, 8 * (37 * page) + page % 8)
@@ -60,8 +61,8 @@ def several(d: Damage) -> None:
     extents = d.extents(d.inos["guest"])
     d.set_extents(d.inos["guest"], [*extents, (1 << 20, *extents[0][1:])])  # a block twice
     d.set_inode(d.inos["guest"], size=1 << 33)
-    for block in range(2, d.region.size // BLOCK):
-        if not d.block_bits(block)[0] and d.region.is_zero(block * BLOCK, BLOCK):
+    for block in map(BlockNo, range(2, d.region.size // BLOCK)):
+        if not d.block_bits(block)[0] and d.region.is_zero(RegionOff(block * BLOCK), BLOCK):
             d.set_map(block, zero=1)
 
 
@@ -97,7 +98,7 @@ def test_a_repair_may_be_stopped_at_any_store(
     monkeypatch.setattr("pkernfs.fs.fsck.image._BATCH", batch)
     several(damage)
     region = damage.region
-    before = region.read(0, REGION_BYTES)
+    before = region.read(RegionOff(0), REGION_BYTES)
     trace_start()
     check(region, repair=True)
     stores = trace_stop()
@@ -106,7 +107,7 @@ def test_a_repair_may_be_stopped_at_any_store(
     expected = files_in(read_all(fs))
     fs.unmount()
     for cut in sorted({*range(0, len(stores), max(1, len(stores) // 30)), len(stores) - 1}):
-        region.copy_in(0, before)
+        region.copy_in(RegionOff(0), before)
         for offset, length, data in stores[:cut]:
             region.copy_in(offset, data if data is not None else bytes(length))
         if mount:

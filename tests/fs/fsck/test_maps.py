@@ -6,7 +6,8 @@ import os
 
 from pkernfs import layout
 from pkernfs.fs.fsck import Code, check
-from pkernfs.layout import BLOCK, PAGES_PER_BLOCK
+from pkernfs.layout import BLOCK, ROOT_INO, block_of, first_page
+from pkernfs.quantities import RegionOff
 from support.checking import MemoryFile
 from support.damage import Damage, populate
 from support.fsck_cases import Case, Cases
@@ -22,17 +23,17 @@ def lost_block(d: Damage) -> None:
 
 @case(Code.BLOCK_UNMARKED, lossless=True)
 def unmarked_block(d: Damage) -> None:
-    d.set_map(d.extents(d.inos["guest"])[0][1] // PAGES_PER_BLOCK, used=0)
+    d.set_map(block_of(d.extents(d.inos["guest"])[0].page), used=0)
 
 
 @case(Code.BLOCK_CARVED)
 def carved_bit_missing(d: Damage) -> None:
-    d.set_map(d.inode_page(1) // PAGES_PER_BLOCK, carved=0)
+    d.set_map(block_of(d.inode_page(ROOT_INO)), carved=0)
 
 
 @case(Code.BLOCK_CARVED)
 def carved_bit_on_data(d: Damage) -> None:
-    d.set_map(d.extents(d.inos["guest"])[0][1] // PAGES_PER_BLOCK, carved=1)
+    d.set_map(block_of(d.extents(d.inos["guest"])[0].page), carved=1)
 
 
 @case(Code.BLOCK_CARVED)
@@ -42,34 +43,34 @@ def carved_bit_on_free_block(d: Damage) -> None:
 
 @case(Code.BLOCK_CARVED, lossless=True)
 def carved_bit_missing_on_pages(d: Damage) -> None:
-    d.set_map(d.extents(d.inos["small"])[0][1] // PAGES_PER_BLOCK, carved=0)
+    d.set_map(block_of(d.extents(d.inos["small"])[0].page), carved=0)
 
 
 @case(Code.ZERO_IN_USE)
 def zero_bit_on_data(d: Damage) -> None:
-    d.set_map(d.extents(d.inos["guest"])[0][1] // PAGES_PER_BLOCK, zero=1)
+    d.set_map(block_of(d.extents(d.inos["guest"])[0].page), zero=1)
 
 
 @case(Code.ZERO_NOT_ZERO)
 def zero_bit_on_dirty_block(d: Damage) -> None:
     block = d.free_block()
     d.set_map(block, zero=1)
-    d.region.copy_in(block * BLOCK + BLOCK - 1, b"\1")
+    d.region.copy_in(RegionOff(block * BLOCK + BLOCK - 1), b"\1")
 
 
 @case(Code.PAGE_MAP_DAMAGED, lossless=True)
 def page_map(d: Damage) -> None:
-    d.smash(d.inode_page(1) // PAGES_PER_BLOCK * PAGES_PER_BLOCK)
+    d.smash(first_page(block_of(d.inode_page(ROOT_INO))))
 
 
 @case(Code.PAGE_MAP_DAMAGED, lossless=True)
 def page_map_of_data(d: Damage) -> None:
-    d.smash(d.extents(d.inos["small"])[0][1] // PAGES_PER_BLOCK * PAGES_PER_BLOCK, 60, 9)
+    d.smash(first_page(block_of(d.extents(d.inos["small"])[0].page)), 60, 9)
 
 
 @case(Code.PAGE_MAP_CLASS)
 def page_map_class(d: Damage) -> None:
-    with d.edit(d.inode_page(1) // PAGES_PER_BLOCK * PAGES_PER_BLOCK) as page:
+    with d.edit(first_page(block_of(d.inode_page(ROOT_INO)))) as page:
         page[layout.PAGE_MAP_CLASS_OFFSET] = 9
 
 
@@ -80,12 +81,12 @@ def lost_page(d: Damage) -> None:
 
 @case(Code.PAGE_UNMARKED, lossless=True)
 def unmarked_page(d: Damage) -> None:
-    d.set_page_used(d.inode_page(1), 0)
+    d.set_page_used(d.inode_page(ROOT_INO), 0)
 
 
 @case(Code.PAGE_UNMARKED)
 def unmarked_page_map(d: Damage) -> None:
-    d.set_page_used(d.inode_page(1) // PAGES_PER_BLOCK * PAGES_PER_BLOCK, 0)
+    d.set_page_used(first_page(block_of(d.inode_page(ROOT_INO))), 0)
 
 
 @case.each
@@ -115,7 +116,7 @@ def test_zero_marks_are_verified_where_there_is_data() -> None:
     with MemoryFile(1 << 34) as file:
         with file.open() as region:
             populate(region, names=2, attributes=1)
-            region.copy_in((1 << 33) + 12345, b"stale")
+            region.copy_in(RegionOff((1 << 33) + 12345), b"stale")
         with file.open() as region:
             assert check(region, repair=False, verify_zero=False).clean
             assert check(region, repair=True).counts == {Code.ZERO_NOT_ZERO: 1}

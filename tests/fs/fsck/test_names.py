@@ -8,6 +8,7 @@ import pytest
 
 from pkernfs.fs.fsck import Code, check
 from pkernfs.layout import ROOT_INO, XATTR_ITEM
+from pkernfs.quantities import Ino, PageNo
 from support.damage import BIG_VALUE, Damage, name_item
 from support.fsck_cases import Case, Cases
 from support.repairs import Pristine, fill_up, repair_and_check, tree_of
@@ -53,7 +54,7 @@ def duplicate_name_elsewhere(d: Damage) -> None:
 
 @case(Code.NAME_DANGLING)
 def dangling_name(d: Damage) -> None:
-    d.rename(ROOT_INO, b"fifo", name_item(1 << 40 | 5, 1, b"fifo"))
+    d.rename(ROOT_INO, b"fifo", name_item(Ino(1 << 40 | 5), 1, b"fifo"))
 
 
 @case(Code.NAME_TYPE, lossless=True)
@@ -102,11 +103,11 @@ def duplicate_attribute(d: Damage) -> None:
     d.set_items(leaf, sorted([*items, (key + 1, item)]))
 
 
-def overflow_of(d: Damage) -> int:
+def overflow_of(d: Damage) -> PageNo:
     leaf = d.leaf_of(d.inode(d.inos["other"]).xattr_root)
     item = next(item for _, item in d.items(leaf) if b"user.two" in item)
     assert XATTR_ITEM.unpack_from(item)[3] == len(BIG_VALUE)
-    return int.from_bytes(item[-8:], "little")
+    return PageNo(int.from_bytes(item[-8:], "little"))
 
 
 @case(Code.XATTR_VALUE)

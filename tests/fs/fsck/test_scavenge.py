@@ -7,6 +7,7 @@ import pytest
 from pkernfs.dma.mount import mount_filesystem
 from pkernfs.fs.fsck import Code, check
 from pkernfs.layout import BLOCK, ROOT_INO
+from pkernfs.quantities import Ino
 from pkernfs.region.region import Region
 from support.checking import MemoryFile
 from support.damage import REG, Damage, Populated, populate
@@ -27,7 +28,7 @@ def fragmented(file: MemoryFile) -> tuple[Populated, dict[int, bytes]]:
     return populated, marks
 
 
-def marks_left(region: Region, ino: int, marks: dict[int, bytes]) -> int:
+def marks_left(region: Region, ino: Ino, marks: dict[int, bytes]) -> int:
     fs = mount_filesystem(region)
     left = sum(bytes(fs.read(ino, at, len(mark))) == mark for at, mark in marks.items())
     fs.unmount()

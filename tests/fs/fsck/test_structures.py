@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,7 @@ from pkernfs.alloc.bitmap import expand
 from pkernfs.errors import CorruptionError
 from pkernfs.fs.fsck.structures import (
     MAX_FILE_PAGES,
+    ItemSlot,
     Node,
     check_header,
     check_inode,
@@ -27,13 +29,15 @@ from pkernfs.fs.fsck.structures import (
     parse_overflow,
 )
 from pkernfs.layout import HEADER, INODE_FLAG_BODY, PAGE, TREE_EXTENTS, TREE_NAMES
+from pkernfs.quantities import Ino, PageNo
 from pkernfs.region.checksum import page_checksum
 
 UUID = bytes(range(16))
-INODE = layout.InodeFields(17, 1, stat.S_IFREG | 0o644, *[0] * 17)
+OWNER, NUMBER = Ino(17), PageNo(5)
+INODE = layout.InodeFields._make((OWNER, 1, stat.S_IFREG | 0o644, *[0] * 17))
 
 
-def page_of(magic: int, number: int = 5, owner: int = 17) -> bytearray:
+def page_of(magic: int, number: PageNo = NUMBER, owner: Ino = OWNER) -> bytearray:
     """A page with a header that is in order."""
     page = bytearray(PAGE)
     HEADER.pack_into(page, 0, magic, 0, number, owner, UUID)
@@ -41,7 +45,7 @@ def page_of(magic: int, number: int = 5, owner: int = 17) -> bytearray:
     return page
 
 
-def reason_of(page: bytearray, number: int = 5, uuid: bytes = UUID) -> str:
+def reason_of(page: bytearray, number: PageNo = NUMBER, uuid: bytes = UUID) -> str:
     with pytest.raises(CorruptionError) as caught:
         check_header(page, number, layout.MAGIC_TREE, uuid)
     return str(caught.value)
@@ -49,17 +53,17 @@ def reason_of(page: bytearray, number: int = 5, uuid: bytes = UUID) -> str:
 
 def test_a_header_says_whose_it_is() -> None:
     page = page_of(layout.MAGIC_TREE)
-    assert check_header(page, 5, layout.MAGIC_TREE, UUID) == 17
-    assert check_header(page, 5, layout.MAGIC_TREE, None) == 17
+    assert check_header(page, NUMBER, layout.MAGIC_TREE, UUID) == 17
+    assert check_header(page, NUMBER, layout.MAGIC_TREE, None) == 17
 
 
 def test_a_header_that_is_wrong() -> None:
     page = page_of(layout.MAGIC_TREE)
-    assert reason_of(page, number=6) == "not its own page: got 0x5, expected 0x6"
+    assert reason_of(page, number=PageNo(6)) == "not its own page: got 0x5, expected 0x6"
     assert reason_of(page, uuid=bytes(16)).startswith("of another file system: got uuid 0001")
     page[100] ^= 1
     assert reason_of(page).startswith("bad checksum: got 0x")
-    assert check_header(page, 5, layout.MAGIC_TREE, UUID, sealed=False) == 17
+    assert check_header(page, NUMBER, layout.MAGIC_TREE, UUID, sealed=False) == 17
     other = page_of(layout.MAGIC_INODES)
     assert reason_of(other) == "bad magic: got inode page, expected tree node"
 
@@ -77,10 +81,10 @@ def test_a_header_that_is_wrong() -> None:
         ),
     ],
 )
-def test_an_inode_that_cannot_be_told(change: dict[str, int], reason: str) -> None:
-    check_inode(INODE, 17)
+def test_an_inode_that_cannot_be_told(change: dict[str, Any], reason: str) -> None:
+    check_inode(INODE, OWNER)
     with pytest.raises(CorruptionError) as caught:
-        check_inode(INODE._replace(**change), 17)
+        check_inode(INODE._replace(**change), OWNER)
     assert str(caught.value) == reason
 
 
@@ -121,25 +125,27 @@ def test_a_node_that_is_wrong(header: tuple[int, ...], reason: str) -> None:
     page = page_of(layout.MAGIC_TREE)
     layout.TREE.pack_into(page, layout.TREE_OFFSET, *header)
     with pytest.raises(CorruptionError, match=reason):
-        parse_node(page, 17, TREE_EXTENTS)
+        parse_node(page, OWNER, TREE_EXTENTS)
 
 
 def test_a_node_of_somebody_else() -> None:
     page = page_of(layout.MAGIC_TREE)
     layout.TREE.pack_into(page, layout.TREE_OFFSET, TREE_NAMES, 0, 3, 4000, 6)
-    assert parse_node(page, 17, TREE_NAMES) == Node(17, TREE_NAMES, 0, 3, 4000, 6)
+    assert parse_node(page, OWNER, TREE_NAMES) == Node(OWNER, TREE_NAMES, 0, 3, 4000, 6)
     with pytest.raises(CorruptionError, match="bad owner: got 17, expected 18"):
-        parse_node(page, 18, TREE_NAMES)
+        parse_node(page, Ino(18), TREE_NAMES)
 
 
 def test_items_that_overlap_or_lie_outside() -> None:
-    node = Node(17, TREE_NAMES, 0, 2, 4066, 0)
-    assert check_items([(1, 4086, 10, 0), (2, 4066, 20, 0)], node) == ([True, True], "")
-    good, reason = check_items([(1, 4086, 11, 0), (2, 4066, 20, 0)], node)
+    node = Node(OWNER, TREE_NAMES, 0, 2, 4066, 0)
+    good, reason = check_items([ItemSlot(1, 4086, 10, 0), ItemSlot(2, 4066, 20, 0)], node)
+    assert (good, reason) == ([True, True], "")
+    good, reason = check_items([ItemSlot(1, 4086, 11, 0), ItemSlot(2, 4066, 20, 0)], node)
     assert (good, reason[:21]) == ([False, True], "item outside the heap")
-    good, reason = check_items([(1, 4080, 16, 0), (2, 4066, 20, 0)], node)
+    good, reason = check_items([ItemSlot(1, 4080, 16, 0), ItemSlot(2, 4066, 20, 0)], node)
     assert (good, reason[:13]) == ([False, True], "items overlap")
-    assert check_items([(1, 4086, 10, 0), (2, 4067, 19, 0)], node)[1].startswith("bad garbage")
+    _, reason = check_items([ItemSlot(1, 4086, 10, 0), ItemSlot(2, 4067, 19, 0)], node)
+    assert reason.startswith("bad garbage")
 
 
 @pytest.mark.parametrize("name", [b"", b"n" * 256, b"a/b", b"a\0b", b".", b".."])
@@ -169,10 +175,10 @@ def test_attributes_that_cannot_be(item: bytes, reason: str) -> None:
 def test_lengths_of_an_overflow_page(length: int) -> None:
     page = page_of(layout.MAGIC_OVERFLOW)
     layout.OVERFLOW.pack_into(page, layout.OVERFLOW_OFFSET, 9, layout.OVERFLOW_DATA_BYTES)
-    assert parse_overflow(page, 17) == (9, layout.OVERFLOW_DATA_BYTES)
+    assert parse_overflow(page, OWNER) == (9, layout.OVERFLOW_DATA_BYTES)
     layout.OVERFLOW.pack_into(page, layout.OVERFLOW_OFFSET, 9, length)
     with pytest.raises(CorruptionError, match="bad length"):
-        parse_overflow(page, 17)
+        parse_overflow(page, OWNER)
 
 
 @given(st.lists(st.integers(0, 1), max_size=200))

@@ -10,6 +10,7 @@ from pkernfs.fs.fsck import Code, check
 from pkernfs.layout import (
     BACKUP_PAGE,
     BLOCK,
+    FIRST_MAP_PAGE,
     HEADER,
     JOURNAL_PAGE,
     PAGE,
@@ -18,7 +19,10 @@ from pkernfs.layout import (
     STATE_FLAG_ERROR,
     STATE_MOUNTED,
     STATE_PAGE,
+    SUPERBLOCK_PAGE,
+    page_offset,
 )
+from pkernfs.quantities import BlockNo, RegionOff
 from pkernfs.region.checksum import crc32c
 from pkernfs.region.region import Region
 from support.damage import REGION_BYTES, Damage
@@ -30,7 +34,7 @@ case = Cases()
 
 @case(Code.SUPERBLOCK_DAMAGED, lossless=True)
 def primary_superblock(d: Damage) -> None:
-    d.smash(0)
+    d.smash(SUPERBLOCK_PAGE)
 
 
 @case(Code.SUPERBLOCK_DAMAGED)
@@ -46,10 +50,10 @@ def different_superblocks(d: Damage) -> None:
 
 def write_record(d: Damage, runs: list[tuple[int, bytes]], *, valid: bool = True) -> None:
     body = b"".join(RUN.pack(offset, len(data) // 8) + data for offset, data in runs)
-    uuid = HEADER.unpack_from(d.page(0))[4]
+    uuid = HEADER.unpack_from(d.page(SUPERBLOCK_PAGE))[4]
     head = [7, layout.MAGIC_RECORD, 0, 7, len(body), len(runs), uuid, 0]
     head[2] = crc32c(RECORD.pack(*head)[16:] + body) ^ (not valid)
-    d.region.copy_in(JOURNAL_PAGE * PAGE, RECORD.pack(*head) + body)
+    d.region.copy_in(page_offset(JOURNAL_PAGE), RECORD.pack(*head) + body)
 
 
 @case(Code.JOURNAL_PENDING)
@@ -57,7 +61,7 @@ def pending_record(d: Damage) -> None:
     before = d.page(STATE_PAGE)
     d.set_state(mounts=41)
     after = d.page(STATE_PAGE)
-    d.region.copy_in(STATE_PAGE * PAGE, before)
+    d.region.copy_in(page_offset(STATE_PAGE), before)
     write_record(d, [(STATE_PAGE * PAGE, after[:256])])
 
 
@@ -88,26 +92,26 @@ def not_unmounted(d: Damage) -> None:
 
 @case(Code.BLOCK_MAP_DAMAGED, lossless=True)
 def block_map(d: Damage) -> None:
-    d.smash(2)
+    d.smash(FIRST_MAP_PAGE)
 
 
 @case(Code.BLOCK_MAP_DAMAGED)
 def block_map_of_other_blocks(d: Damage) -> None:
-    with d.edit(2) as page:
+    with d.edit(FIRST_MAP_PAGE) as page:
         page[40] = 7
 
 
 @case(Code.BLOCK_MAP_UNTIDY)
 def untidy_block_map(d: Damage) -> None:
-    d.set_map(9000, used=1)
+    d.set_map(BlockNo(9000), used=1)
 
 
 def assert_refused(region: Region, words: str) -> None:
-    before = region.read(0, region.size)
+    before = region.read(RegionOff(0), region.size)
     for repair in (False, True):
         with pytest.raises(FormatError, match=words):
             check(region, repair=repair)
-    assert region.read(0, region.size) == before
+    assert region.read(RegionOff(0), region.size) == before
 
 
 @case.each
@@ -134,14 +138,14 @@ def test_nothing_is_lost(damage: Damage, pristine: Pristine, function: Case) -> 
 def test_what_it_does_not_know_is_not_touched(
     damage: Damage, offset: int, value: int, words: str
 ) -> None:
-    for number in (0, BACKUP_PAGE):
+    for number in (SUPERBLOCK_PAGE, BACKUP_PAGE):
         with damage.edit(number) as page:
             page[offset] = value
     assert_refused(damage.region, words)
 
 
 def test_both_superblocks_damaged(damage: Damage) -> None:
-    damage.smash(0, 64, 100)
+    damage.smash(SUPERBLOCK_PAGE, 64, 100)
     damage.smash(BACKUP_PAGE, 64, 100)
     assert_refused(damage.region, "both superblocks are damaged")
 
@@ -154,5 +158,5 @@ def test_no_file_system(size: int) -> None:
 
 def test_truncated_region(pristine: Pristine) -> None:
     with Region.anonymous(REGION_BYTES - BLOCK) as region:
-        region.copy_in(0, pristine[0][: REGION_BYTES - BLOCK])
+        region.copy_in(RegionOff(0), pristine[0][: REGION_BYTES - BLOCK])
         assert_refused(region, "truncated")

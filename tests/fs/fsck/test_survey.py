@@ -14,6 +14,7 @@ from pkernfs.layout import (
     STATE_PAGE,
     SUPERBLOCK_PAGE,
 )
+from pkernfs.quantities import pages_from
 from support.damage import Damage, make_orphan
 
 
@@ -25,7 +26,7 @@ def test_every_page_with_a_magic_is_listed(damage: Damage) -> None:
     assert {SUPERBLOCK_PAGE, BACKUP_PAGE, FIRST_MAP_PAGE} <= set(pages)
     with_magic = {
         number
-        for number in range(damage.region.size // PAGE)
+        for number in pages_from(SUPERBLOCK_PAGE, damage.region.size // PAGE)
         if int.from_bytes(damage.page(number)[:4], "little") in MAGIC_NAMES
     }
     journal = set(range(JOURNAL_PAGE, 2 * PAGES_PER_BLOCK))

@@ -7,6 +7,7 @@ import stat
 from pkernfs.dma.mount import mount_filesystem
 from pkernfs.fs.fsck import Code
 from pkernfs.layout import BLOCK, INODE_FLAG_PENDING, IOMMU_INO, ROOT_INO
+from pkernfs.quantities import Ino
 from support.damage import REG, Damage
 from support.fsck_cases import Case, Cases
 from support.repairs import Pristine, repair_and_check, tree_of
@@ -24,7 +25,7 @@ def table_entry_out_of_region(d: Damage) -> None:
 @case(Code.TABLE_ENTRY, Code.TABLE_GAP)
 def table_entry_of_other_page(d: Damage) -> None:
     """An inode page that is none, and the page that should be there is gone for good."""
-    d.smash(d.inode_page(16))
+    d.smash(d.inode_page(Ino(16)))
     root = d.state().inode_root
     extents = []
     for index, page, count in d.leaf_extents(root):
@@ -50,7 +51,7 @@ def pending_mask(d: Damage) -> None:
 
 @case(Code.INODE_PAGE_MASKS)
 def used_mask(d: Damage) -> None:
-    with d.edit(d.inode_page(1)) as page:
+    with d.edit(d.inode_page(ROOT_INO)) as page:
         page[56] |= 1
 
 
@@ -147,6 +148,6 @@ def test_inodes_of_a_damaged_page_become_roots_own(damage: Damage) -> None:
     assert b"a-name-that-takes-some-room-0020" not in left
     assert len(left) == 149
     fs = mount_filesystem(damage.region)
-    kept = fs.inode(many + 1 if many & 15 < 15 else many - 1)
+    kept = fs.inode(Ino(many + 1 if many & 15 < 15 else many - 1))
     assert (kept.mode, kept.uid) == (stat.S_IFREG | 0o600, 0)
     fs.unmount()

@@ -12,11 +12,12 @@ from pkernfs.fs.fsck import Code
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.iommu.config import config_offset
 from pkernfs.layout import IOMMU_INO, PAGE, ROOT_INO
+from pkernfs.quantities import Iova, PhysAddr, RegionOff, SourceId
 from pkernfs.region.region import Region
 
 MIB = 1 << 20
-BASE = 1 << 40
-DEVICE = 0x28
+BASE = PhysAddr(1 << 40)
+DEVICE = SourceId(0x28)
 
 
 @pytest.fixture
@@ -29,13 +30,13 @@ def region() -> Iterator[Region]:
         fs.setattr(ram, size=8 * MIB)
         dom = fs.create(IOMMU_INO, b"dom-0", 0o100400, 0, 0).ino
         fs.setattr(dom, size=2 * MIB)
-        tables_of(fs).map_file(0, PAGE, ram, 0, None, 3)
+        tables_of(fs).map_file(0, Iova(PAGE), ram, 0, None, 3)
         tables_of(fs).attach(0, DEVICE)
         fs.unmount()
         yield region
 
 
-def leaf_of(region: Region) -> int:
+def leaf_of(region: Region) -> RegionOff:
     """Region offset of the leaf that maps address 0x1000."""
     fs = mount_filesystem(region, read_only=True)
     table = tables_of(fs).domain(0)
@@ -43,10 +44,10 @@ def leaf_of(region: Region) -> int:
     for _level in range(4, 1, -1):
         offset = table.memory.offset(at)
         assert offset is not None
-        at = region.view(offset, PAGE).cast("Q")[0] & ~0xFFF
+        at = PhysAddr(region.view(offset, PAGE).cast("Q")[0] & ~0xFFF)
     offset = table.memory.offset(at)
     assert offset is not None
-    return offset + 8
+    return RegionOff(offset + 8)
 
 
 def test_sound_tables_are_clean(region: Region) -> None:
@@ -97,8 +98,8 @@ def test_a_table_as_data_is_found(region: Region) -> None:
 
 
 def test_tables_of_another_place_are_not_checked(region: Region) -> None:
-    with Region.anonymous(region.size, phys_base=BASE + (1 << 30)) as moved:
-        moved.copy_in(0, region.view(0, region.size))
+    with Region.anonymous(region.size, phys_base=PhysAddr(BASE + (1 << 30))) as moved:
+        moved.copy_in(RegionOff(0), region.view(RegionOff(0), region.size))
         report = fsck.check(moved, repair=False)
         assert report.clean
         assert [n.code for n in report.notes] == [Code.TABLES_UNCHECKED]
@@ -108,7 +109,7 @@ def test_addresses_are_found_in_the_tables(region: Region) -> None:
     """A copy without addresses of its own is checked with those that the tables were made for."""
     region.store_u64(leaf_of(region), BASE - (1 << 30) | 3)
     with Region.anonymous(region.size) as copy:
-        copy.copy_in(0, region.view(0, region.size))
+        copy.copy_in(RegionOff(0), region.view(RegionOff(0), region.size))
         report = fsck.check(copy, repair=False)
         assert [p.code for p in report.problems] == [Code.TABLES_BAD]
 
@@ -126,7 +127,7 @@ def test_a_damaged_configuration_is_told_where_nothing_else_tells_addresses(regi
     fs = mount_filesystem(region, read_only=True)
     region.store_u64(config_offset(tables_of(fs).root_memory()), 1)
     with Region.anonymous(region.size) as copy:
-        copy.copy_in(0, region.view(0, region.size))
+        copy.copy_in(RegionOff(0), region.view(RegionOff(0), region.size))
         report = fsck.check(copy, repair=False)
     assert [p.code for p in report.problems] == [Code.TABLES_BAD]
     assert "configuration" in report.problems[0].message
@@ -135,7 +136,7 @@ def test_a_damaged_configuration_is_told_where_nothing_else_tells_addresses(regi
 def test_a_damaged_configuration_is_told_where_no_device_is_attached(region: Region) -> None:
     fs = mount_filesystem(region)
     tables_of(fs).detach(DEVICE)
-    tables_of(fs).unmap(0, 0, 1 << 40)
+    tables_of(fs).unmap(0, Iova(0), 1 << 40)
     region.store_u64(config_offset(tables_of(fs).root_memory()), 1)
     fs.unmount()
     report = fsck.check(region, repair=False)

@@ -13,6 +13,7 @@ from typing import Any
 from kexeclab.guest import KERNELS, Guest
 from kexeclab.runner import Lab, Result
 from pkernfs.host.pci_config import COMMAND
+from pkernfs.quantities import Iova
 from pkernfs.vmm import sysfs
 from support.lab import regions
 from support.lab.commands import pkernfs
@@ -27,7 +28,8 @@ MIB = 1 << 20
 # In slots that the machine's own disks do not take. OTHER is not persistent.
 EDU, CARD, OTHER = "0000:00:10.0", "0000:00:11.0", "0000:00:12.0"
 DOMAINS = {EDU: 0, CARD: 1, OTHER: 2}
-AT = {EDU: 1 << 30, CARD: 3 << 30, OTHER: 5 << 30}  # where each domain has guest-ram
+# Where each domain has guest-ram.
+AT = {EDU: Iova(1 << 30), CARD: Iova(3 << 30), OTHER: Iova(5 << 30)}
 RAM = MOUNT / "guest-ram"
 SCRATCHES = {EDU: MOUNT / "scratch", OTHER: MOUNT / "scratch-other"}
 WIRE = "wire"
@@ -86,10 +88,10 @@ def put_to_work(guest: Guest) -> tuple[Edu, Edu]:
 
 def reads_and_writes(edu: Edu, bdf: str, place: int, word: int) -> None:
     """The device writes guest-ram, and reads what the processor has written there."""
-    edu.store(AT[bdf] + place, word)
+    edu.store(Iova(AT[bdf] + place), word)
     assert read_word(RAM, place) == word
     write_word(RAM, place, word + 1)
-    assert edu.load(AT[bdf] + place) == word + 1
+    assert edu.load(Iova(AT[bdf] + place)) == word + 1
 
 
 def all_packets(guest: Guest, sent: int) -> None:

@@ -10,6 +10,7 @@ import mmap
 from pathlib import Path
 from typing import Any
 
+from pkernfs.quantities import Iova
 from support.lab.pci import enable, map_bar, set_master
 from support.lab.words import read_word, write_word
 from support.waiting import until
@@ -77,7 +78,7 @@ class Edu(Transfers):
         self.start(source, target, command, count)
         self.wait()
 
-    def load(self, iova: int) -> int:
+    def load(self, iova: Iova) -> int:
         """The word that the device reads, or what it had before if it cannot."""
         self.transfer(iova, BUFFER, FROM_MEMORY)
         self.transfer(BUFFER, SCRATCH, TO_MEMORY)
@@ -88,7 +89,7 @@ class Edu(Transfers):
         write_word(self._scratch, 0, word)
         self.transfer(SCRATCH, BUFFER, FROM_MEMORY)
 
-    def store(self, iova: int, word: int) -> None:
+    def store(self, iova: Iova, word: int) -> None:
         """Have the device write a word."""
         self.keep(word)
         self.transfer(BUFFER, iova, TO_MEMORY)

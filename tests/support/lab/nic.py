@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kexeclab import feed
+from pkernfs.quantities import Iova
 from support.lab.pci import map_bar
 from support.waiting import until
 
@@ -102,7 +103,7 @@ class Ring:
         """The file's size, if nothing is behind."""
         return self.buffers + self.count * BUFFER
 
-    def clear(self, iova: int) -> None:
+    def clear(self, iova: Iova) -> None:
         """All descriptors anew, with nothing received; ``iova`` is that of the file's start."""
         first = iova + self.buffers
         fields = (_DESCRIPTOR.pack(first + BUFFER * n, 0, 0, 0, 0, 0) for n in range(self.count))
@@ -153,7 +154,7 @@ class Nic:
         until("the end of its reset", lambda: not self._registers.load(_CTRL) & _CTRL_RST, _SECONDS)
         self._registers.store(_IMC, 0xFFFF_FFFF)
 
-    def receive(self, ring: Ring, iova: int) -> None:
+    def receive(self, ring: Ring, iova: Iova) -> None:
         """Reset it, and receive all packets into ``ring``; ``iova`` is that of the file's start."""
         self.reset()
         ring.clear(iova)

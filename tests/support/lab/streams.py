@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 
+from pkernfs.quantities import Iova
 from support.lab.edu import BUFFER, FROM_MEMORY, TO_MEMORY, Edu
 
 #: Numbers in the device's buffer. One less than there is room for: QEMU 7.2 ends itself at a
@@ -21,7 +22,7 @@ BYTES = _PAGES * _PAGE
 class Stream:
     """Has a device write 1, 2, 3, ... into words of a file, from its buffer, page after page."""
 
-    def __init__(self, edu: Edu, file: Path, place: int, iova: int) -> None:
+    def __init__(self, edu: Edu, file: Path, place: int, iova: Iova) -> None:
         self._edu = edu
         self._iova = iova
         _write(file, place, struct.pack(f"<{COUNT}Q", *range(1, COUNT + 1)))
@@ -59,7 +60,7 @@ def landed(file: Path, place: int) -> list[int]:
     return [number for (number,) in struct.iter_unpack("<Q", data) if number]
 
 
-def asked_for(edu: Edu, iova: int) -> int:
+def asked_for(edu: Edu, iova: Iova) -> int:
     """Count the transfers of a stream that were asked for: the device still knows the last one."""
     page, offset = divmod(edu.target() - iova, _PAGE)
     return page * COUNT + offset // 8 + 1

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 from pkernfs.alloc.bitmap import Run
-from pkernfs.layout import PAGES_PER_BLOCK
+from pkernfs.layout import PAGES_PER_BLOCK, block_of
+from pkernfs.quantities import BlockNo, PageNo
 
 FREE = 0
 STATIC = 1
@@ -31,12 +32,12 @@ class Claims:
     def __init__(self, blocks: int) -> None:
         self.blocks = blocks
         self.kind = bytearray([OUTSIDE]) * blocks
-        self.pages: dict[int, int] = {}
-        self.meta: dict[int, int] = {}
+        self.pages: dict[BlockNo, int] = {}
+        self.meta: dict[BlockNo, int] = {}
 
-    def claim_meta(self, page: int) -> bool:
+    def claim_meta(self, page: PageNo) -> bool:
         """Claim one page for metadata; False if it cannot be one, or is claimed."""
-        block, bit = divmod(page, PAGES_PER_BLOCK)
+        block, bit = block_of(page), page % PAGES_PER_BLOCK
         if not bit or not self.carve(block):
             return False
         mask = 1 << bit
@@ -47,7 +48,7 @@ class Claims:
         self.meta[block] |= mask
         return True
 
-    def claim_pages(self, block: int, bit: int, count: int) -> int:
+    def claim_pages(self, block: BlockNo, bit: int, count: int) -> int:
         """Claim pages of a block for data; returns the mask of those that were free."""
         if not self.carve(block):
             return 0
@@ -56,21 +57,21 @@ class Claims:
         self.pages[block] = used | mask
         return mask & ~used
 
-    def claim_block(self, block: int) -> bool:
+    def claim_block(self, block: BlockNo) -> bool:
         """Claim a block as a whole for data."""
         if self.kind[block] != FREE:
             return False
         self.kind[block] = WHOLE
         return True
 
-    def claim_run(self, first: int, count: int) -> bool:
+    def claim_run(self, first: BlockNo, count: int) -> bool:
         """Claim blocks as a whole if all are free."""
         if self.kind.count(FREE, first, first + count) != count:
             return False
         self.kind[first : first + count] = bytes([WHOLE]) * count
         return True
 
-    def carve(self, block: int) -> bool:
+    def carve(self, block: BlockNo) -> bool:
         """Note that a block is carved; False if it is something else."""
         kind = self.kind[block]
         if kind == FREE:
@@ -79,18 +80,19 @@ class Claims:
             return True
         return kind == CARVED
 
-    def release_pages(self, first: int, count: int = 1) -> None:
+    def release_pages(self, first: PageNo, count: int = 1) -> None:
         """Take pages of carved blocks back."""
-        while count:
-            block, bit = divmod(first, PAGES_PER_BLOCK)
-            length = min(count, PAGES_PER_BLOCK - bit)
+        page: int = first
+        end = first + count
+        while page < end:
+            block, bit = BlockNo(page // PAGES_PER_BLOCK), page % PAGES_PER_BLOCK
+            length = min(end - page, PAGES_PER_BLOCK - bit)
             keep = ~(((1 << length) - 1) << bit) | 1
             self.pages[block] &= keep
             self.meta[block] &= keep
-            first += length
-            count -= length
+            page += length
 
-    def release_blocks(self, first: int, count: int) -> None:
+    def release_blocks(self, first: BlockNo, count: int) -> None:
         """Take whole blocks back."""
         self.kind[first : first + count] = bytes(count)
 

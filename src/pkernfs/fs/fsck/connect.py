@@ -15,7 +15,15 @@ from pkernfs.fs.fsck.scavenge import make_inode
 from pkernfs.fs.fsck.structures import T_DIR, T_LNK, T_REG, parse_inode
 from pkernfs.fs.fsck.table import new_inode_page
 from pkernfs.fs.fsck.trees import Allocator
-from pkernfs.layout import INODE_FLAG_BODY, IOMMU_INO, ROOT_INO, SLOTS_PER_INODE_PAGE
+from pkernfs.layout import (
+    INODE_FLAG_BODY,
+    IOMMU_INO,
+    NO_INO,
+    ROOT_INO,
+    SLOTS_PER_INODE_PAGE,
+    inos_of,
+)
+from pkernfs.quantities import Ino
 
 _IOMMU = b"iommu"
 _LOST = b"lost+found"
@@ -29,7 +37,7 @@ class Connector:
         self._ctx = ctx
         self._inodes = ctx.inodes
         self._space = space
-        self._lost_found = 0
+        self._lost_found = NO_INO
         self._status = bytearray()
         self._taken: set[bytes] = set()
 
@@ -78,9 +86,9 @@ class Connector:
         for ino in list(self._inodes.of_type(T_DIR)):
             self._climb(ino)
 
-    def _climb(self, ino: int) -> None:
+    def _climb(self, ino: Ino) -> None:
         inodes, status = self._inodes, self._status
-        path: list[int] = []
+        path: list[Ino] = []
         while True:
             row = inodes.row(ino)
             state = status[row]
@@ -94,7 +102,7 @@ class Connector:
                 break
             status[row] = _ON_PATH
             path.append(ino)
-            parent = inodes.parent[row]
+            parent = Ino(inodes.parent[row])
             if not parent:
                 state = self._top(ino)
                 break
@@ -102,7 +110,7 @@ class Connector:
         for done in path:
             status[inodes.row(done)] = state
 
-    def _top(self, ino: int) -> int:
+    def _top(self, ino: Ino) -> int:
         """A directory without a name: an orphan if it is empty and says so."""
         ctx = self._ctx
         if self._is_orphan(ino):
@@ -111,7 +119,7 @@ class Connector:
         self._unreachable(ino)
         return _REACHED
 
-    def _is_orphan(self, ino: int) -> bool:
+    def _is_orphan(self, ino: Ino) -> bool:
         row = self._inodes.row(ino)
         return (
             ino not in self._ctx.made
@@ -119,7 +127,7 @@ class Connector:
             and not self._inodes.entries[row]
         )
 
-    def _unreachable(self, ino: int) -> None:
+    def _unreachable(self, ino: Ino) -> None:
         words = {T_DIR: "directory", T_REG: "file", T_LNK: "symlink"}
         kind = self._inodes.type_of(ino)
         self._ctx.report.add(
@@ -131,11 +139,12 @@ class Connector:
         inodes = self._inodes
         for index in sorted(inodes.page_of):
             row = inodes.row_of[index]
+            inos = inos_of(index)
             for slot in range(1, SLOTS_PER_INODE_PAGE):
                 kind = inodes.type[row + slot]
                 if not kind or kind == T_DIR or inodes.names[row + slot]:
                     continue
-                ino = index * SLOTS_PER_INODE_PAGE + slot
+                ino = inos[slot]
                 if ino == self._ctx.list_ino:
                     continue
                 if self._is_orphan(ino):
@@ -148,7 +157,7 @@ class Connector:
 
     # ------------------------------------------------------------------ names
 
-    def _name(self, directory: int, name: bytes, ino: int) -> None:
+    def _name(self, directory: Ino, name: bytes, ino: Ino) -> None:
         inodes = self._inodes
         kind = inodes.type_of(ino)
         fix_of(self._ctx, directory).add.append(NewName(name, ino, kind))
@@ -159,10 +168,10 @@ class Connector:
             inodes.parent[row] = directory
             inodes.subdirs[above] += 1
 
-    def _unname(self, ino: int) -> None:
+    def _unname(self, ino: Ino) -> None:
         """Take a directory's one name away."""
         ctx = self._ctx
-        parent = self._inodes.parent[self._inodes.row(ino)]
+        parent = self._inodes.parent_of(ino)
         for entry in entries_of(ctx, parent):
             if entry.target == ino:
                 fix_of(ctx, parent).drop.add(entry.slot)
@@ -172,7 +181,7 @@ class Connector:
         fix.add = [new for new in fix.add if new.target != ino]
         uncount_name(ctx, parent, ino)
 
-    def _to_lost_found(self, ino: int) -> None:
+    def _to_lost_found(self, ino: Ino) -> None:
         directory = self._lost_found or self._find_lost_found()
         name = b"#%d" % ino
         taken = self._taken
@@ -181,7 +190,7 @@ class Connector:
         taken.add(name)
         self._name(directory, name, ino)
 
-    def _find_lost_found(self) -> int:
+    def _find_lost_found(self) -> Ino:
         ctx, inodes = self._ctx, self._inodes
         entries = entries_of(ctx, ROOT_INO)
         names = {entry.name: entry.target for entry in entries if entry.name.startswith(_LOST)}
@@ -203,20 +212,19 @@ class Connector:
         self._name(ROOT_INO, name, self._lost_found)
         return self._lost_found
 
-    def _free_ino(self) -> int:
+    def _free_ino(self) -> Ino:
         inodes, ctx = self._inodes, self._ctx
         for index in sorted(inodes.page_of):
             row = inodes.row_of[index]
-            for slot in range(1, SLOTS_PER_INODE_PAGE):
-                ino = index * SLOTS_PER_INODE_PAGE + slot
-                if not inodes.type[row + slot] and ino != IOMMU_INO:
+            for slot, ino in enumerate(inos_of(index)):
+                if slot and not inodes.type[row + slot] and ino != IOMMU_INO:
                     return ino
         index = len(inodes.page_of)
         number = self._space.page()
         new_inode_page(ctx, index, number, fresh=True)
         inodes.add_page(index, number)
         ctx.rebuild_table = True
-        return index * SLOTS_PER_INODE_PAGE + 1
+        return inos_of(index)[1]
 
     # ------------------------------------------------------------------ counting
 
@@ -226,9 +234,10 @@ class Connector:
         orphans = set(ctx.orphans)
         for index, page in ctx.load_inode_pages():
             row = inodes.row_of[index]
+            inos = inos_of(index)
             for slot in range(1, SLOTS_PER_INODE_PAGE):
                 kind = inodes.type[row + slot]
-                ino = index * SLOTS_PER_INODE_PAGE + slot
+                ino = inos[slot]
                 if not kind or ino in orphans:
                     continue
                 f = parse_inode(page, slot)
@@ -239,7 +248,7 @@ class Connector:
                 if f.nlink != links:
                     self._set(ino, Code.INODE_LINKS, "nlink", f.nlink, links)
 
-    def _directory(self, ino: int, row: int, f: layout.InodeFields) -> None:
+    def _directory(self, ino: Ino, row: int, f: layout.InodeFields) -> None:
         parent = self._inodes.parent[row]
         entries = self._inodes.entries[row]
         if f.parent != parent:
@@ -249,7 +258,7 @@ class Connector:
         if not entries and f.flags & INODE_FLAG_BODY:
             fix_of(self._ctx, ino)
 
-    def _set(self, ino: int, code: Code, field: str, got: int, expected: int) -> None:
+    def _set(self, ino: Ino, code: Code, field: str, got: int, expected: int) -> None:
         ctx = self._ctx
         if ino not in ctx.directories and ino not in ctx.made:
             ctx.report.add(code, ctx.file(ino), got=got, expected=expected)

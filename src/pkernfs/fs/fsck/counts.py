@@ -16,6 +16,8 @@ from pkernfs.fs.fsck.problems import Code
 from pkernfs.fs.fsck.structures import T_DIR, parse_inode_page
 from pkernfs.layout import (
     FULL_INODE_PAGE,
+    NO_INO,
+    NO_PAGE,
     PAGE,
     SLOTS_PER_INODE_PAGE,
     STATE_CLEAN,
@@ -93,8 +95,8 @@ def write(ctx: Context) -> None:
 def _write_state(ctx: Context, free: int, used: int) -> None:
     old = ctx.state
     if old is None:
-        old = layout.StateFields(STATE_CLEAN, 0, 0, 0, 0, bytes(16), 0, 0, 0, 0, 0, 0)
-        ctx.image.make(STATE_PAGE, layout.MAGIC_STATE, 0, fresh=False)
+        old = layout.StateFields(STATE_CLEAN, 0, 0, 0, 0, bytes(16), NO_PAGE, 0, 0, 0, 0, 0)
+        ctx.image.make(STATE_PAGE, layout.MAGIC_STATE, NO_INO, fresh=False)
     new = old._replace(
         state=STATE_FROZEN if old.state == STATE_FROZEN else STATE_CLEAN,
         flags=0,

@@ -9,21 +9,16 @@ from __future__ import annotations
 
 import re
 from array import array
+from typing import NamedTuple
 
 from pkernfs import layout
 from pkernfs.errors import CorruptionError
 from pkernfs.fs.fsck import superblocks
 from pkernfs.fs.fsck.claims import CARVED, FREE, WHOLE
-from pkernfs.fs.fsck.context import Context, Relocation
+from pkernfs.fs.fsck.context import Context, Relocation, at
 from pkernfs.fs.fsck.image import Buffer
 from pkernfs.fs.fsck.problems import Code
-from pkernfs.fs.fsck.structures import (
-    MAX_FILE_PAGES,
-    T_REG,
-    Extent,
-    inline_extents,
-    parse_inode,
-)
+from pkernfs.fs.fsck.structures import MAX_FILE_PAGES, T_REG, inline_extents, parse_inode
 from pkernfs.layout import (
     BLOCK,
     INODE_FLAG_BODY,
@@ -31,20 +26,26 @@ from pkernfs.layout import (
     PAGE,
     PAGES_PER_BLOCK,
     SLOTS_PER_INODE_PAGE,
+    Extent,
     InodeFields,
+    block_of,
+    inos_of,
 )
+from pkernfs.quantities import BlockNo, BlockRun, Ino, PageNo, PageRun, RegionOff
+from pkernfs.region.backing import ByteRange
 
 _SAME = [re.compile(re.escape(bytes([kind])) + b"+") for kind in range(5)]
 
 
 def check_data(ctx: Context) -> None:
     """Claim what every regular file holds."""
-    late = []
+    late: list[Ino] = []
     for index, page in ctx.load_inode_pages():
         row = ctx.inodes.row_of[index]
+        inos = inos_of(index)
         for slot in range(1, SLOTS_PER_INODE_PAGE):
             if ctx.inodes.type[row + slot] == T_REG:
-                ino = index * SLOTS_PER_INODE_PAGE + slot
+                ino = inos[slot]
                 if ino in ctx.salvaged:
                     late.append(ino)
                 else:
@@ -53,7 +54,7 @@ def check_data(ctx: Context) -> None:
         check_file(ctx, ino, ctx.inode_page(ino), ctx.fields(ino))
 
 
-def extents_of(ctx: Context, ino: int, page: Buffer, fields: InodeFields) -> list[Extent]:
+def extents_of(ctx: Context, ino: Ino, page: Buffer, fields: InodeFields) -> list[Extent]:
     """The extents that an inode says it has, unchecked."""
     if fields.flags & INODE_FLAG_BODY:
         return triples(ctx.tree_extents.get(ino, array("Q")))
@@ -67,10 +68,10 @@ def extents_of(ctx: Context, ino: int, page: Buffer, fields: InodeFields) -> lis
 
 def triples(flat: array[int]) -> list[Extent]:
     """Extents from an array of their numbers."""
-    return list(zip(flat[::3], flat[1::3], flat[2::3], strict=True))
+    return list(map(Extent._make, zip(flat[::3], flat[1::3], flat[2::3], strict=True)))
 
 
-def check_file(ctx: Context, ino: int, page: Buffer, fields: InodeFields) -> None:
+def check_file(ctx: Context, ino: Ino, page: Buffer, fields: InodeFields) -> None:
     """Claim the extents of one file, and find out which it keeps."""
     stored = extents_of(ctx, ino, page, fields)
     if not stored and not fields.data_pages and not fields.flags & INODE_FLAG_PENDING:
@@ -83,7 +84,7 @@ def check_file(ctx: Context, ino: int, page: Buffer, fields: InodeFields) -> Non
         _report_shape(ctx, ino, stored, final)
     if final != stored:
         ctx.extents[ino] = final
-    pages = sum(count for _, _, count in final)
+    pages = sum(extent.pages for extent in final)
     if final == stored and pages != fields.data_pages:
         ctx.report.add(Code.INODE_DATA_PAGES, ctx.file(ino), got=fields.data_pages, expected=pages)
         ctx.set_fields(ino, data_pages=pages)
@@ -120,13 +121,14 @@ def _in_order(ctx: Context, size: int, stored: list[Extent], work: _File) -> lis
             count = min(ctx.pages - page, -(-size // PAGE) - file_page)
             if count <= 0:
                 continue
-        found.append((file_page, page, count))
+            extent = Extent(file_page, page, count)
+        found.append(extent)
     if not work.faulty and found != stored:
         work.complain(Code.EXTENT_ORDER, stored[0])
     return found
 
 
-def claim_found(ctx: Context, ino: int, extents: list[Extent]) -> None:
+def claim_found(ctx: Context, ino: Ino, extents: list[Extent]) -> None:
     """Claim extents found by themselves, beside those that the file has."""
     kept = ctx.extents.get(ino)
     if kept is None:
@@ -137,7 +139,7 @@ def claim_found(ctx: Context, ino: int, extents: list[Extent]) -> None:
     ctx.extents[ino] = joined(ctx, sorted(kept + work.kept))
 
 
-def _report_shape(ctx: Context, ino: int, stored: list[Extent], final: list[Extent]) -> None:
+def _report_shape(ctx: Context, ino: Ino, stored: list[Extent], final: list[Extent]) -> None:
     extra = next(e for e in stored if e not in final)
     if len(final) < len(stored):
         ctx.report.add(Code.EXTENT_SPLIT, ctx.file(ino), extent=show(extra))
@@ -153,31 +155,42 @@ def _report_shape(ctx: Context, ino: int, stored: list[Extent], final: list[Exte
 
 def show(extent: Extent) -> str:
     """An extent, as messages show it."""
-    return f"file page {extent[0]} at {extent[1] * PAGE:#x}, {extent[2]} pages"
+    return f"file page {extent.file_page} at {at(extent.page)}, {extent.pages} pages"
 
 
 def joined(ctx: Context, extents: list[Extent]) -> list[Extent]:
     """Neighbours made one where the format wants it."""
     kind = ctx.claims.kind
     found: list[Extent] = []
-    for file_page, page, count in extents:
+    for extent in extents:
         if found:
             last = found[-1]
             if (
-                last[0] + last[2] == file_page
-                and last[1] + last[2] == page
-                and kind[last[1] // PAGES_PER_BLOCK] == kind[page // PAGES_PER_BLOCK]
+                last.file_page + last.pages == extent.file_page
+                and last.page + last.pages == extent.page
+                and kind[last.page // PAGES_PER_BLOCK] == kind[extent.page // PAGES_PER_BLOCK]
             ):
-                found[-1] = (last[0], last[1], last[2] + count)
+                found[-1] = last._replace(pages=last.pages + extent.pages)
                 continue
-        found.append((file_page, page, count))
+        found.append(extent)
     return found
+
+
+def _start(extent: Extent, count: int) -> Extent:
+    """The first pages of an extent; all of it as it is."""
+    return extent if count == extent.pages else Extent(extent.file_page, extent.page, count)
+
+
+def _rest(extent: Extent, skip: int) -> Extent:
+    """An extent without its first pages."""
+    file_page, page, count = extent
+    return Extent(file_page + skip, PageNo(page + skip), count - skip)
 
 
 class _File:
     """The claims of one file."""
 
-    def __init__(self, ctx: Context, ino: int) -> None:
+    def __init__(self, ctx: Context, ino: Ino) -> None:
         self._ctx = ctx
         self._ino = ino
         self.kept: list[Extent] = []
@@ -190,23 +203,24 @@ class _File:
 
     def claim(self, extent: Extent) -> None:
         """Claim an extent that lies in the region."""
-        file_page, page, count = extent
-        while count:
-            bit = page % PAGES_PER_BLOCK
-            if bit or count < PAGES_PER_BLOCK:
-                length = min(count, PAGES_PER_BLOCK - bit)
-                self._part((file_page, page, length))
+        left = extent
+        while True:
+            bit = left.page % PAGES_PER_BLOCK
+            if bit or left.pages < PAGES_PER_BLOCK:
+                done = min(left.pages, PAGES_PER_BLOCK - bit)
+                self._part(_start(left, done))
             else:
-                length = self._blocks(file_page, page, count // PAGES_PER_BLOCK) * PAGES_PER_BLOCK
-            file_page += length
-            page += length
-            count -= length
+                done = self._blocks(left) * PAGES_PER_BLOCK
+            if done == left.pages:
+                return
+            left = _rest(left, done)
 
-    def _blocks(self, file_page: int, page: int, most: int) -> int:
+    def _blocks(self, extent: Extent) -> int:
         """Claim whole blocks as far as they are alike; returns how many that is."""
         ctx = self._ctx
         claims = ctx.claims
-        first = page // PAGES_PER_BLOCK
+        file_page, page, pages = extent
+        first, most = block_of(page), pages // PAGES_PER_BLOCK
         kind = claims.kind[first]
         same = _SAME[kind].match(claims.kind, first, first + most)
         count = same.end() - first if same else 1
@@ -216,13 +230,13 @@ class _File:
                 kind, count = CARVED, 1
             elif carved >= 0:
                 count = max(carved - first, 1)
-        extent = (file_page, page, count * PAGES_PER_BLOCK)
+        extent = _start(extent, count * PAGES_PER_BLOCK)
         if kind == FREE and not (page - file_page) % PAGES_PER_BLOCK:
             claims.claim_run(first, count)
             self.kept.append(extent)
         elif kind == FREE:
             claims.claim_run(first, count)
-            ctx.released_blocks.append((first, count))
+            ctx.released_blocks.append(BlockRun(first, count))
             self._relocate(Code.EXTENT_SHAPE, extent)
         elif kind == WHOLE:
             self._relocate(Code.DOUBLE_CLAIM, extent)
@@ -233,41 +247,41 @@ class _File:
     def _part(self, extent: Extent) -> None:
         """Claim pages of one block."""
         ctx = self._ctx
-        file_page, page, count = extent
-        block, bit = divmod(page, PAGES_PER_BLOCK)
+        page = extent.page
+        block, bit = block_of(page), page % PAGES_PER_BLOCK
         kind = ctx.claims.kind[block]
         carved = kind == CARVED or (
             kind == FREE and (ctx.map_carved[block] == 1 or ctx.page_map(block) is not None)
         )
         if carved:
-            self._pages(file_page, block, bit, count)
+            self._pages(extent, block, bit)
         elif kind == FREE:
             ctx.claims.claim_block(block)
-            ctx.released_blocks.append((block, 1))
+            ctx.released_blocks.append(BlockRun(block, 1))
             self._relocate(Code.EXTENT_SHAPE, extent)
         elif kind == WHOLE:
             self._relocate(Code.DOUBLE_CLAIM, extent)
         else:
             self.complain(Code.EXTENT_RANGE, extent)
 
-    def _pages(self, file_page: int, block: int, bit: int, count: int) -> None:
+    def _pages(self, extent: Extent, block: BlockNo, bit: int) -> None:
         claims = self._ctx.claims
+        count = extent.pages
         before = claims.pages.get(block, 1)
         wanted = ((1 << count) - 1) << bit
-        if not before & wanted:
-            claims.claim_pages(block, bit, count)
-            self.kept.append((file_page, block * PAGES_PER_BLOCK + bit, count))
-            return
         claims.claim_pages(block, bit, count)
+        if not before & wanted:
+            self.kept.append(extent)
+            return
         meta = claims.meta[block]
-        for page in range(bit, bit + count):
-            extent = (file_page + page - bit, block * PAGES_PER_BLOCK + page, 1)
-            if meta >> page & 1:
-                self.complain(Code.EXTENT_METADATA, extent)
-            elif before >> page & 1:
-                self._relocate(Code.DOUBLE_CLAIM, extent)
+        for i in range(count):
+            single = Extent(extent.file_page + i, PageNo(extent.page + i), 1)
+            if meta >> bit + i & 1:
+                self.complain(Code.EXTENT_METADATA, single)
+            elif before >> bit + i & 1:
+                self._relocate(Code.DOUBLE_CLAIM, single)
             else:
-                self.kept.append(extent)
+                self.kept.append(single)
 
     def _relocate(self, code: Code, extent: Extent) -> None:
         self.faulty = True
@@ -288,7 +302,7 @@ class _File:
 # ------------------------------------------------------------------------------ ends
 
 
-def _finish_pending(ctx: Context, ino: int, fields: InodeFields, extents: list[Extent]) -> None:
+def _finish_pending(ctx: Context, ino: Ino, fields: InodeFields, extents: list[Extent]) -> None:
     """Do what is left of a truncation or a punch (format, section 6)."""
     clean = superblocks.is_clean(ctx)
     start, end = fields.pending_start, fields.pending_end
@@ -296,7 +310,8 @@ def _finish_pending(ctx: Context, ino: int, fields: InodeFields, extents: list[E
         Code.PENDING_LEFT if clean else Code.PENDING_RANGE, ctx.file(ino), start=start, end=end
     )
     left: list[Extent] = []
-    for file_page, page, count in extents:
+    for extent in extents:
+        file_page, page, count = extent
         whole = ctx.claims.kind[page // PAGES_PER_BLOCK] == WHOLE
         unit = PAGES_PER_BLOCK if whole else 1
         low = max(-(-start // (unit * PAGE)) * unit, file_page)
@@ -304,18 +319,19 @@ def _finish_pending(ctx: Context, ino: int, fields: InodeFields, extents: list[E
         if end < layout.PENDING_TO_END:
             stop = min(end // (unit * PAGE) * unit, stop)
         if low >= stop:
-            left.append((file_page, page, count))
+            left.append(extent)
             continue
         if low > file_page:
-            left.append((file_page, page, low - file_page))
+            left.append(_start(extent, low - file_page))
         if stop < file_page + count:
-            left.append((stop, page + stop - file_page, file_page + count - stop))
-        release_extent(ctx, (low, page + low - file_page, stop - low))
+            left.append(_rest(extent, stop - file_page))
+        release_extent(ctx, _rest(_start(extent, stop - file_page), low - file_page))
     for file_page, page, count in left:
         low_byte = max(start, file_page * PAGE)
         end_byte = min(end, (file_page + count) * PAGE)
         if low_byte < end_byte:
-            ctx.image.zero_data(page * PAGE + low_byte - file_page * PAGE, end_byte - low_byte)
+            start_of_range = RegionOff(page * PAGE + low_byte - file_page * PAGE)
+            ctx.image.zero_data(start_of_range, end_byte - low_byte)
     ctx.extents[ino] = left
     ctx.set_fields(ino, flags=fields.flags & ~INODE_FLAG_PENDING, pending_start=0, pending_end=0)
 
@@ -323,34 +339,43 @@ def _finish_pending(ctx: Context, ino: int, fields: InodeFields, extents: list[E
 def release_extent(ctx: Context, extent: Extent) -> None:
     """Free the pages or blocks of a kept extent once the repair is stored."""
     _, page, count = extent
-    if ctx.claims.kind[page // PAGES_PER_BLOCK] == WHOLE:
-        ctx.released_blocks.append((page // PAGES_PER_BLOCK, count // PAGES_PER_BLOCK))
+    block = block_of(page)
+    if ctx.claims.kind[block] == WHOLE:
+        ctx.released_blocks.append(BlockRun(block, count // PAGES_PER_BLOCK))
     else:
-        ctx.released_pages.append((page, count))
+        ctx.released_pages.append(PageRun(page, count))
 
 
-def check_tail(ctx: Context, ino: int, size: int, extents: list[Extent]) -> None:
+def check_tail(ctx: Context, ino: Ino, size: int, extents: list[Extent]) -> None:
     """Bytes behind the end of the file must be zero, where there is memory for them."""
-    dirty = []
+    dirty: list[_FileRange] = []
     for file_page, page, count in reversed(extents):
         end = (file_page + count) * PAGE
         if end <= size:
             break
         start = max(size, file_page * PAGE)
-        at = page * PAGE + start - file_page * PAGE
-        for offset, length in ctx.image.data_in(at, end - start):
-            dirty += _dirty_parts(ctx, offset, length, start - at)
+        offset = RegionOff(page * PAGE + start - file_page * PAGE)
+        for part in ctx.image.data_in(offset, end - start):
+            dirty += _dirty_parts(ctx, part, start - offset)
     if dirty:
         code = Code.TAIL_NOT_ZERO if superblocks.is_clean(ctx) else Code.TAIL_AFTER_CRASH
-        ctx.report.add(code, ctx.file(ino), start=min(dirty)[0], end=max(d[1] for d in dirty))
+        first, last = min(d.start for d in dirty), max(d.end for d in dirty)
+        ctx.report.add(code, ctx.file(ino), start=first, end=last)
 
 
-def _dirty_parts(ctx: Context, offset: int, length: int, shift: int) -> list[tuple[int, int]]:
+class _FileRange(NamedTuple):
+    """Bytes of a file, from ``start`` up to ``end``."""
+
+    start: int
+    end: int
+
+
+def _dirty_parts(ctx: Context, part: ByteRange, shift: int) -> list[_FileRange]:
     """Have what is not zero zeroed, at most a block at a time; its place in the file."""
     found = []
-    for at in range(offset, offset + length, BLOCK):
-        piece = min(BLOCK, offset + length - at)
-        if not ctx.image.region.is_zero(at, piece):
-            ctx.image.zero_data(at, piece)
-            found.append((at + shift, at + shift + piece))
+    for offset in map(RegionOff, range(part.start, part.end, BLOCK)):
+        piece = min(BLOCK, part.end - offset)
+        if not ctx.image.region.is_zero(offset, piece):
+            ctx.image.zero_data(offset, piece)
+            found.append(_FileRange(offset + shift, offset + shift + piece))
     return found

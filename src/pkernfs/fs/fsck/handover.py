@@ -8,7 +8,16 @@ from pkernfs import layout
 from pkernfs.fs.fsck.context import Context
 from pkernfs.fs.fsck.data import extents_of
 from pkernfs.fs.fsck.problems import Code
-from pkernfs.layout import HANDOVER, HANDOVER_OFFSET, PAGE, STATE_FROZEN, STATE_PAGE, HandoverFields
+from pkernfs.layout import (
+    HANDOVER,
+    HANDOVER_OFFSET,
+    NO_INO,
+    PAGE,
+    STATE_FROZEN,
+    STATE_PAGE,
+    HandoverFields,
+    page_offset,
+)
 from pkernfs.region import digest
 
 _WHERE = f"handover record in the state page at {STATE_PAGE * PAGE:#x}"
@@ -29,7 +38,7 @@ def check_record(ctx: Context) -> None:
     reason = _fault(ctx, record)
     if reason:
         ctx.report.add(Code.HANDOVER_LIST, _WHERE, reason=reason)
-        _store(ctx, record._replace(list_ino=0, list_bytes=0, list_digest=0, flags=0))
+        _store(ctx, record._replace(list_ino=NO_INO, list_bytes=0, list_digest=0, flags=0))
     else:
         ctx.list_ino = record.list_ino
 
@@ -52,7 +61,7 @@ def _fault(ctx: Context, record: HandoverFields) -> str:
         length = min(count * PAGE, fields.size - file_page * PAGE)
         if file_page * PAGE != done or length <= 0:
             break
-        crc = digest.crc64(ctx.image.region.view(page * PAGE, length), crc)
+        crc = digest.crc64(ctx.image.region.view(page_offset(page), length), crc)
         done += length
     if done != fields.size:
         return "its list has a hole"

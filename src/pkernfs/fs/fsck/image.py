@@ -10,30 +10,40 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable
 from functools import cache
+from typing import NamedTuple
 
 from pkernfs.errors import CorruptionError
 from pkernfs.fs.fsck.structures import check_header
-from pkernfs.journal import PageStore
+from pkernfs.journal import PageStore, runs_of_record
 from pkernfs.layout import (
     HEADER,
     JOURNAL_PAGE,
     JOURNAL_PAGES,
     PAGE,
-    RECORD,
-    RUN,
     STATE_FLAG_ERROR,
     STATE_OFFSET,
     STATE_PAGE,
+    page_offset,
 )
+from pkernfs.quantities import Ino, PageNo, RegionOff
+from pkernfs.region.backing import ByteRange
 from pkernfs.region.checksum import page_checksum
 from pkernfs.region.region import Region
 
 Buffer = bytearray | memoryview
 
-_JOURNAL = JOURNAL_PAGE * PAGE
+_JOURNAL = page_offset(JOURNAL_PAGE)
 # With every word changed a record of so many pages still fits.
 _BATCH = 400
 _MAX_COPY = 8 << 20
+
+
+class _Copy(NamedTuple):
+    """So many bytes to be copied inside the region."""
+
+    source: RegionOff
+    target: RegionOff
+    length: int
 
 
 class Image:
@@ -43,29 +53,30 @@ class Image:
         self.region = region
         self.pages = pages
         self.uuid = b""
-        self.on_flip: Callable[[int, int, int, int], None] = lambda *_: None
-        self._view = region.view(0, pages * PAGE)
-        self._changed: dict[int, bytearray] = {}
-        self._unsealed: set[int] = set()
-        self._fresh: set[int] = set()
-        self._first: dict[int, bytearray] = {}
-        self._between: dict[int, bytearray] = {}
-        self._zeroed: list[tuple[int, int]] = []
-        self._copied: list[tuple[int, int, int]] = []
+        #: Gets page, magic, byte in the page and bit in the byte of a bit that was flipped back.
+        self.on_flip: Callable[[PageNo, int, int, int], None] = lambda *_: None
+        self._view = region.view(RegionOff(0), pages * PAGE)
+        self._changed: dict[PageNo, bytearray] = {}
+        self._unsealed: set[PageNo] = set()
+        self._fresh: set[PageNo] = set()
+        self._first: dict[PageNo, bytearray] = {}
+        self._between: dict[PageNo, bytearray] = {}
+        self._zeroed: list[ByteRange] = []
+        self._copied: list[_Copy] = []
         ranges = list(region.data_ranges())
         self._data_starts = [start for start, _ in ranges]
         self._data_ends = [end for _, end in ranges]
 
     # ------------------------------------------------------------------ reading
 
-    def raw(self, number: int) -> Buffer:
+    def raw(self, number: PageNo) -> Buffer:
         """A page as it is, unchecked; the number is inside the region."""
         page = self._changed.get(number)
         if page is not None:
             return page
         return self._view[number * PAGE : number * PAGE + PAGE]
 
-    def load(self, number: int, magic: int) -> Buffer:
+    def load(self, number: PageNo, magic: int) -> Buffer:
         """A checked metadata page. A single flipped bit is flipped back.
 
         :raises CorruptionError: out of the region, or not an intact page of this kind.
@@ -87,11 +98,11 @@ class Image:
             self.on_flip(number, magic, bit >> 3, bit & 7)
         return page
 
-    def stored(self, number: int) -> memoryview:
+    def stored(self, number: PageNo) -> memoryview:
         """A page as it is in the region."""
         return self._view[number * PAGE : number * PAGE + PAGE]
 
-    def is_intact(self, number: int) -> bool:
+    def is_intact(self, number: PageNo) -> bool:
         """Tell if the page is an intact metadata page of this file system, of any kind."""
         if not 0 <= number < self.pages:
             return False
@@ -102,16 +113,16 @@ class Image:
             return False
         return True
 
-    def data_in(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """``(offset, length)`` of the parts of a byte range that are not holes of the region."""
+    def data_in(self, offset: RegionOff, length: int) -> list[ByteRange]:
+        """The parts of a byte range that are not holes of the region."""
         found = []
-        end = offset + length
+        end = RegionOff(offset + length)
         i = max(bisect_right(self._data_starts, offset) - 1, 0)
         while i < len(self._data_starts) and self._data_starts[i] < end:
             start = max(offset, self._data_starts[i])
             stop = min(end, self._data_ends[i])
             if start < stop:
-                found.append((start, stop - start))
+                found.append(ByteRange(start, stop))
             i += 1
         return found
 
@@ -120,13 +131,9 @@ class Image:
         """Tell if some of the region is known to be a hole, which reads as zeros."""
         return self._data_starts != [0] or self._data_ends != [self.region.size]
 
-    def is_zero(self, offset: int, length: int) -> bool:
-        """Tell if a byte range of the region is zero; holes are not touched."""
-        return all(self.region.is_zero(o, n) for o, n in self.data_in(offset, length))
-
     # ------------------------------------------------------------------ changing
 
-    def edit(self, number: int) -> bytearray:
+    def edit(self, number: PageNo) -> bytearray:
         """The private copy of a page, to be changed."""
         page = self._changed.get(number)
         if page is None:
@@ -134,7 +141,7 @@ class Image:
         self._unsealed.add(number)
         return page
 
-    def make(self, number: int, magic: int, owner: int, *, fresh: bool) -> bytearray:
+    def make(self, number: PageNo, magic: int, owner: Ino, *, fresh: bool) -> bytearray:
         """A zeroed page with its header. ``fresh``: nothing in the region refers to it yet."""
         page = self.edit(number)
         page[:] = bytes(PAGE)
@@ -143,26 +150,26 @@ class Image:
             self._fresh.add(number)
         return page
 
-    def store_first(self, number: int, image: bytearray) -> None:
+    def store_first(self, number: PageNo, image: bytearray) -> None:
         """Store this for a page before all else; its private copy follows as any other."""
         self._first[number] = image
 
-    def store_between(self, number: int, image: bytearray) -> None:
+    def store_between(self, number: PageNo, image: bytearray) -> None:
         """Store this for a page before others lead to or away from what it tells."""
         self._between[number] = image
 
-    def zero_data(self, offset: int, length: int) -> None:
+    def zero_data(self, offset: RegionOff, length: int) -> None:
         """Zero a byte range when the repair is stored."""
-        self._zeroed.append((offset, length))
+        self._zeroed.append(ByteRange(offset, RegionOff(offset + length)))
 
-    def copy_data(self, source: int, target: int, length: int) -> None:
+    def copy_data(self, source: RegionOff, target: RegionOff, length: int) -> None:
         """Copy bytes inside the region when the repair is stored."""
-        if self._copied and source == sum(self._copied[-1][::2]):
-            last_source, last_target, last_length = self._copied[-1]
-            if target == last_target + last_length:
-                self._copied[-1] = (last_source, last_target, last_length + length)
+        if self._copied:
+            last = self._copied[-1]
+            if (source - last.length, target - last.length) == (last.source, last.target):
+                self._copied[-1] = last._replace(length=last.length + length)
                 return
-        self._copied.append((source, target, length))
+        self._copied.append(_Copy(source, target, length))
 
     # ------------------------------------------------------------------ the journal
 
@@ -175,23 +182,19 @@ class Image:
 
     def replay(self) -> None:
         """Carry out the whole record in private copies."""
-        at = _JOURNAL + RECORD.size
-        end = at + RECORD.unpack_from(self._view, _JOURNAL)[4]
-        while at < end:
-            offset, words = RUN.unpack_from(self._view, at)
-            at += RUN.size
-            self._overlay(offset, self._view[at : at + 8 * words])
-            at += 8 * words
+        for offset, data in runs_of_record(self._view, _JOURNAL):
+            self._overlay(offset, data)
 
-    def _overlay(self, offset: int, data: memoryview) -> None:
+    def _overlay(self, offset: RegionOff, data: memoryview) -> None:
+        at: int = offset
         while len(data):
-            number, start = divmod(offset, PAGE)
+            number, start = PageNo(at // PAGE), at % PAGE
             length = min(PAGE - start, len(data))
             page = self._changed.get(number)
             if page is None:
                 page = self._changed[number] = bytearray(self.stored(number))
             page[start : start + length] = data[:length]
-            offset += length
+            at += length
             data = data[length:]
 
     def replay_in_region(self, uuid: bytes) -> None:
@@ -213,10 +216,10 @@ class Image:
         for source, target, length in self._copied:
             for at in range(0, length, _MAX_COPY):
                 piece = min(_MAX_COPY, length - at)
-                data = self.region.read(source + at, piece)
-                self.region.copy_in(target + at, data)
-        for offset, length in self._zeroed:
-            self.region.zero(offset, length)
+                data = self.region.read(RegionOff(source + at), piece)
+                self.region.copy_in(RegionOff(target + at), data)
+        for start, end in self._zeroed:
+            self.region.zero(start, end - start)
         fresh = sorted(self._fresh & self._changed.keys())
         changed = sorted(self._changed.keys() - self._fresh, reverse=True)
         for i in range(0, len(fresh), _BATCH):
@@ -241,7 +244,9 @@ class Image:
         marked[STATE_OFFSET + 4 : STATE_OFFSET + 8] = flags.to_bytes(4, "little")
         self._commit([STATE_PAGE], {STATE_PAGE: marked}, fresh=False)
 
-    def _commit(self, numbers: list[int], images: dict[int, bytearray], *, fresh: bool) -> None:
+    def _commit(
+        self, numbers: list[PageNo], images: dict[PageNo, bytearray], *, fresh: bool
+    ) -> None:
         if not numbers:
             return
         transactions = self._transactions(self.uuid)
@@ -253,7 +258,7 @@ class Image:
 class _Transactions(PageStore):
     """The journal alone: what a page held before does not matter to a repair."""
 
-    def put(self, page: int, data: bytearray, fresh: bool) -> None:
+    def put(self, page: PageNo, data: bytearray, fresh: bool) -> None:
         """Make ``data`` the contents of a page in the open transaction."""
         self._take(page, int(fresh))[:] = data
 

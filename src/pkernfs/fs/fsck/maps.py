@@ -14,7 +14,7 @@ from pkernfs.errors import CorruptionError
 from pkernfs.fs.fsck.claims import ALL_PAGES, CARVED, FREE, flag_runs
 from pkernfs.fs.fsck.context import Context, at
 from pkernfs.fs.fsck.problems import Code
-from pkernfs.fs.fsck.structures import pack_bits, parse_page_map
+from pkernfs.fs.fsck.structures import MapPage, pack_bits, parse_page_map
 from pkernfs.layout import (
     BLOCK,
     BLOCK_MAP,
@@ -26,11 +26,14 @@ from pkernfs.layout import (
     MAP_BYTES,
     MAP_USED_OFFSET,
     MAP_ZERO_OFFSET,
+    NO_INO,
     PAGE_MAP_CLASS_OFFSET,
     PAGE_MAP_USED_BYTES,
     PAGE_MAP_USED_OFFSET,
-    PAGES_PER_BLOCK,
+    first_page,
 )
+from pkernfs.quantities import BlockNo, BlockRun, PageNo, RegionOff
+from pkernfs.region.backing import ByteRange
 
 _TO_USED = bytes([0] + [1] * 255)
 _TO_FREE = bytes([1] + [0] * 255)
@@ -45,10 +48,10 @@ def compare(ctx: Context) -> None:
     """Report every difference between the maps and the claims."""
     _keep_empty_carved(ctx)
     spans = list(_spans(ctx))
-    for first, end in spans:
-        _compare_blocks(ctx, first, end)
-    for first, end in spans:
-        _compare_zero(ctx, first, end)
+    for span in spans:
+        _compare_blocks(ctx, span)
+    for span in spans:
+        _compare_zero(ctx, span)
     _verify_zero(ctx)
     blocks = sorted(ctx.claims.pages)
     for done, block in enumerate(blocks):
@@ -59,19 +62,20 @@ def compare(ctx: Context) -> None:
 
 def _keep_empty_carved(ctx: Context) -> None:
     """A carved block may have no page in use at all; only its page map tells it from a lost one."""
-    block = ctx.map_carved.find(1)
-    while block >= 0:
+    number = ctx.map_carved.find(1)
+    while number >= 0:
+        block = BlockNo(number)
         if (
             ctx.claims.kind[block] == FREE
             and ctx.map_used[block] == 1
-            and (ctx.page_map(block) is not None)
+            and ctx.page_map(block) is not None
         ):
             ctx.claims.carve(block)
-        block = ctx.map_carved.find(1, block + 1)
+        number = ctx.map_carved.find(1, number + 1)
 
 
-def _spans(ctx: Context) -> Iterator[tuple[int, int]]:
-    """``(first, end)`` of the blocks but for long runs that are free and not marked otherwise.
+def _spans(ctx: Context) -> Iterator[BlockRun]:
+    """All blocks but for long runs that are free and not marked otherwise.
 
     Most of a large region is: looking at it more closely would take most of the time.
     """
@@ -83,10 +87,10 @@ def _spans(ctx: Context) -> Iterator[tuple[int, int]]:
         if any(flags[first:end] != nothing[: end - first] for flags in maps):
             start = first if start < 0 else start
         elif start >= 0:
-            yield start, first
+            yield BlockRun(BlockNo(start), first - start)
             start = -1
     if start >= 0:
-        yield start, ctx.blocks
+        yield BlockRun(BlockNo(start), ctx.blocks - start)
 
 
 def _report_runs(ctx: Context, code: Code, base: int, flags: bytes, **words: Any) -> None:
@@ -102,7 +106,8 @@ def _both(a: bytes | bytearray, b: bytes | bytearray) -> bytes:
     return value.to_bytes(len(a), "little")
 
 
-def _compare_blocks(ctx: Context, first: int, end: int) -> None:
+def _compare_blocks(ctx: Context, span: BlockRun) -> None:
+    first, end = span.first, span.first + span.blocks
     kind = ctx.claims.kind[first:end]
     map_used, map_carved = ctx.map_used[first:end], ctx.map_carved[first:end]
     in_use, free = kind.translate(_TO_USED), kind.translate(_TO_FREE)
@@ -120,8 +125,9 @@ def _compare_blocks(ctx: Context, first: int, end: int) -> None:
     _report_runs(ctx, Code.BLOCK_CARVED, first, stray, got=1, expected=0)
 
 
-def _compare_zero(ctx: Context, first: int, end: int) -> None:
+def _compare_zero(ctx: Context, span: BlockRun) -> None:
     """Marks on blocks in use."""
+    first, end = span.first, span.first + span.blocks
     map_used = ctx.map_used[first:end]
     marked = map_used.translate(_ONLY_ONE)
     free = _both(ctx.claims.kind[first:end].translate(_TO_FREE), marked.translate(_TO_FREE))
@@ -142,25 +148,25 @@ def _verify_zero(ctx: Context) -> None:
         for start in range(first, first + count, _MANY):
             ctx.progress("free blocks", start / ctx.blocks)
             length = min(_MANY, first + count - start)
-            for offset, size in ctx.image.data_in(start * BLOCK, length * BLOCK):
-                _find_dirty(ctx, offset, size, not_zero)
+            for part in ctx.image.data_in(RegionOff(start * BLOCK), length * BLOCK):
+                _find_dirty(ctx, part, not_zero)
     _report_runs(ctx, Code.ZERO_NOT_ZERO, 0, bytes(not_zero))
     for first, count in flag_runs(not_zero):
         ctx.map_zero[first : first + count] = bytes(count)
 
 
-def _find_dirty(ctx: Context, offset: int, size: int, not_zero: bytearray) -> None:
-    end = offset + size
-    while offset < end:
-        stop = min(end, (offset // BLOCK + 1) * BLOCK)
-        block = offset // BLOCK
-        if not not_zero[block] and not ctx.image.region.is_zero(offset, stop - offset):
+def _find_dirty(ctx: Context, part: ByteRange, not_zero: bytearray) -> None:
+    start: int = part.start
+    while start < part.end:
+        block = start // BLOCK
+        stop = min(part.end, (block + 1) * BLOCK)
+        if not not_zero[block] and not ctx.image.region.is_zero(RegionOff(start), stop - start):
             not_zero[block] = 1
-        offset = stop
+        start = stop
 
 
-def _compare_page_map(ctx: Context, block: int) -> None:
-    number = block * PAGES_PER_BLOCK
+def _compare_page_map(ctx: Context, block: BlockNo) -> None:
+    number = first_page(block)
     where = f"page map at {at(number)}"
     try:
         found = parse_page_map(ctx.image.load(number, MAGIC_PAGE_MAP))
@@ -175,7 +181,7 @@ def _compare_page_map(ctx: Context, block: int) -> None:
         (Code.PAGE_UNMARKED, claimed & ~found.used),
     ):
         for bit, count in runs(mask):
-            ctx.report.add(code, f"pages {at(number + bit)}+{count} in block {block}")
+            ctx.report.add(code, f"pages {at(PageNo(number + bit))}+{count} in block {block}")
 
 
 # ------------------------------------------------------------------------------ marking it right
@@ -183,17 +189,16 @@ def _compare_page_map(ctx: Context, block: int) -> None:
 
 def write(ctx: Context) -> None:
     """Bring all maps in line with the claims, less what the repair has freed."""
-    for first, count in ctx.released_pages:
-        ctx.claims.release_pages(first, count)
+    for run in ctx.released_pages:
+        ctx.claims.release_pages(run.first, run.pages)
     for first, count in ctx.released_blocks:
         ctx.claims.release_blocks(first, count)
         ctx.map_zero[first : first + count] = bytes(count)
     for block in sorted(ctx.claims.pages):
         _write_page_map(ctx, block)
     unmark_zero(ctx)
-    maps = ctx.sb.map_pages()
-    for page, first, blocks in maps:
-        _write_block_map(ctx, page, first, blocks)
+    for map_page in ctx.sb.map_pages():
+        _write_block_map(ctx, map_page)
 
 
 def unmark_zero(ctx: Context) -> None:
@@ -208,8 +213,8 @@ def unmark_zero(ctx: Context) -> None:
         ctx.image.store_first(page, image)
 
 
-def _write_page_map(ctx: Context, block: int) -> None:
-    number = block * PAGES_PER_BLOCK
+def _write_page_map(ctx: Context, block: BlockNo) -> None:
+    number = first_page(block)
     used = ctx.claims.pages[block] & ALL_PAGES
     meta = ctx.claims.meta[block]
     if used == 1 and (ctx.map_carved[block] != 1 or ctx.page_map(block) is None):
@@ -229,12 +234,13 @@ def _write_page_map(ctx: Context, block: int) -> None:
         if found.kind not in (CLASS_META, CLASS_DATA):
             page[PAGE_MAP_CLASS_OFFSET : PAGE_MAP_CLASS_OFFSET + 4] = kind.to_bytes(4, "little")
     else:
-        page = ctx.image.make(number, MAGIC_PAGE_MAP, 0, fresh=not ctx.map_used[block])
+        page = ctx.image.make(number, MAGIC_PAGE_MAP, NO_INO, fresh=not ctx.map_used[block])
         page[PAGE_MAP_CLASS_OFFSET] = kind
     page[PAGE_MAP_USED_OFFSET:end] = used.to_bytes(PAGE_MAP_USED_BYTES, "little")
 
 
-def _write_block_map(ctx: Context, page: int, first: int, blocks: int) -> None:
+def _write_block_map(ctx: Context, map_page: MapPage) -> None:
+    page, first, blocks = map_page
     end = first + blocks
     kind = ctx.claims.kind[first:end]
     zero = _both(ctx.map_zero[first:end], kind.translate(_TO_FREE))
@@ -245,7 +251,7 @@ def _write_block_map(ctx: Context, page: int, first: int, blocks: int) -> None:
     body = b"".join(bitmaps)
     start = MAP_USED_OFFSET
     if page in ctx.rewrite_maps:
-        image = ctx.image.make(page, MAGIC_BLOCK_MAP, 0, fresh=False)
+        image = ctx.image.make(page, MAGIC_BLOCK_MAP, NO_INO, fresh=False)
         BLOCK_MAP.pack_into(image, BLOCK_MAP_OFFSET, first, blocks)
     elif bytes(ctx.image.raw(page)[start : start + len(body)]) == body:
         return
@@ -255,7 +261,7 @@ def _write_block_map(ctx: Context, page: int, first: int, blocks: int) -> None:
     image[start : start + len(body)] = body
 
 
-def _store_union(ctx: Context, page: int, image: bytearray, body: bytes) -> None:
+def _store_union(ctx: Context, page: PageNo, image: bytearray, body: bytes) -> None:
     """In between, what is in use before or after is marked so, and no more as zero than in both."""
     old = int.from_bytes(image[MAP_USED_OFFSET:MAP_ZERO_OFFSET], "little")
     new = int.from_bytes(body[: MAP_ZERO_OFFSET - MAP_USED_OFFSET], "little")

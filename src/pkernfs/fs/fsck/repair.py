@@ -7,13 +7,12 @@ anew: in the overlay, as all changes are.
 from __future__ import annotations
 
 from pkernfs import layout
-from pkernfs.fs.fsck.context import Context, NewName, Relocation, TreeParts
+from pkernfs.fs.fsck.context import Context, NewName, Relocation, TreeId, TreeParts
 from pkernfs.fs.fsck.data import joined, release_extent, show, triples
 from pkernfs.fs.fsck.names import attributes_of, entries_of
 from pkernfs.fs.fsck.structures import (
     T_LNK,
     T_REG,
-    Extent,
     file_type,
     inline_extents,
     parse_attribute,
@@ -34,20 +33,26 @@ from pkernfs.layout import (
     INODE_INLINE_SHIFT,
     MAX_INLINE_EXTENTS,
     NAME_ITEM,
+    NO_INO,
+    NO_PAGE,
     PAGE,
     PAGES_PER_BLOCK,
     TREE_EXTENTS,
     TREE_NAMES,
     TREE_XATTRS,
+    Extent,
+    first_page,
     name_key,
+    page_offset,
 )
+from pkernfs.quantities import Ino, PageNo, PageRun, RegionOff
 
 
 def rebuild(ctx: Context, space: Allocator) -> None:
     """Free orphans, move data, build trees anew."""
     for ino in ctx.orphans:
         _free(ctx, ino)
-    copies: dict[int, list[Extent]] = {}
+    copies: dict[Ino, list[Extent]] = {}
     for todo in ctx.relocations:
         if ctx.inodes.type_of(todo.ino) == T_REG:
             copies.setdefault(todo.ino, []).extend(_relocate(ctx, space, todo))
@@ -72,10 +77,10 @@ def rebuild(ctx: Context, space: Allocator) -> None:
 # ------------------------------------------------------------------------------ orphans
 
 
-def _free(ctx: Context, ino: int) -> None:
+def _free(ctx: Context, ino: Ino) -> None:
     """Free an inode without a name and all that it holds."""
     f = ctx.fields(ino)
-    body = f.body if f.flags & INODE_FLAG_BODY else 0
+    body = f.body if f.flags & INODE_FLAG_BODY else NO_PAGE
     kind = file_type(f.mode)
     if kind == T_REG:
         for extent in _current_extents(ctx, ino):
@@ -88,7 +93,7 @@ def _free(ctx: Context, ino: int) -> None:
         release(ctx, parts_of(ctx, body, ino, TREE_NAMES))
     if f.xattr_root:
         parts = parts_of(ctx, f.xattr_root, ino, TREE_XATTRS)
-        for _, item in attributes_of(ctx, ino, parts):
+        for item in attributes_of(ctx, ino, parts):
             page = parse_attribute(item).page
             if page:
                 _release_chain(ctx, page, ino)
@@ -96,21 +101,21 @@ def _free(ctx: Context, ino: int) -> None:
     for table in (ctx.extents, ctx.directories, ctx.attributes):
         table.pop(ino, None)
     for kind in (TREE_EXTENTS, TREE_NAMES, TREE_XATTRS):
-        ctx.trees.pop((ino, kind), None)
+        ctx.trees.pop(TreeId(ino, kind), None)
     ctx.drop_inode(ino)
 
 
-def _release_chain(ctx: Context, page: int, ino: int) -> None:
+def _release_chain(ctx: Context, page: PageNo, ino: Ino) -> None:
     """Give back the overflow pages of a value that was checked before."""
     while page:
-        ctx.released_pages.append((page, 1))
+        ctx.released_pages.append(PageRun(page, 1))
         page = parse_overflow(ctx.image.raw(page), ino).following
 
 
 # ------------------------------------------------------------------------------ extents
 
 
-def _current_extents(ctx: Context, ino: int) -> list[Extent]:
+def _current_extents(ctx: Context, ino: Ino) -> list[Extent]:
     known = ctx.extents.get(ino)
     if known is not None:
         return known
@@ -126,15 +131,15 @@ def _relocate(ctx: Context, space: Allocator, todo: Relocation) -> list[Extent]:
     Returns the extents of the copy.
     """
     size = ctx.fields(todo.ino).size
-    file_page, source = todo.file_page, todo.source
+    file_page = todo.file_page
     # What lies behind the end of the file needs no copy.
     end = min(todo.file_page + todo.pages, -(-size // PAGE))
     copied: list[Extent] = []
     try:
         while file_page < end and ctx.may_copy:
-            count = _copy_unit(ctx, space, file_page, source, end - file_page, copied)
-            file_page += count
-            source += count
+            source = PageNo(todo.source + file_page - todo.file_page)
+            copied.append(_copy_unit(ctx, space, Extent(file_page, source, end - file_page)))
+            file_page += copied[-1].pages
     except NoRoomError:
         pass
     left = end - file_page
@@ -147,7 +152,7 @@ def _relocate(ctx: Context, space: Allocator, todo: Relocation) -> list[Extent]:
     ctx.report.add(
         todo.code,
         ctx.file(todo.ino),
-        extent=show((todo.file_page, todo.source, todo.pages)),
+        extent=show(Extent(todo.file_page, todo.source, todo.pages)),
         reason=reason,
         remedy=remedy,
     )
@@ -155,34 +160,32 @@ def _relocate(ctx: Context, space: Allocator, todo: Relocation) -> list[Extent]:
         start, page, count = copied[-1]
         tail = size - start * PAGE
         if tail < count * PAGE:
-            ctx.image.zero_data(page * PAGE + tail, count * PAGE - tail)
+            ctx.image.zero_data(RegionOff(page * PAGE + tail), count * PAGE - tail)
     return copied
 
 
-def _copy_unit(
-    ctx: Context, space: Allocator, file_page: int, source: int, most: int, copied: list[Extent]
-) -> int:
-    """Copy a block, or a page; returns how many pages were done."""
+def _copy_unit(ctx: Context, space: Allocator, extent: Extent) -> Extent:
+    """Copy the first block, or page, of an extent; returns the copy."""
+    file_page, source, most = extent
     if file_page % PAGES_PER_BLOCK == 0 and most >= PAGES_PER_BLOCK:
         try:
-            page = space.block() * PAGES_PER_BLOCK
+            page = first_page(space.block())
             count = PAGES_PER_BLOCK
         except NoRoomError:
             page, count = space.data_page(), 1
     else:
         page, count = space.data_page(), 1
-    ctx.image.copy_data(source * PAGE, page * PAGE, count * PAGE)
-    copied.append((file_page, page, count))
-    return count
+    ctx.image.copy_data(page_offset(source), page_offset(page), count * PAGE)
+    return Extent(file_page, page, count)
 
 
-def _rebuild_extents(ctx: Context, space: Allocator, ino: int) -> None:
+def _rebuild_extents(ctx: Context, space: Allocator, ino: Ino) -> None:
     f = ctx.fields(ino)
     extents = joined(ctx, _current_extents(ctx, ino))
     old = TreeParts()
     if f.flags & INODE_FLAG_BODY:
         old = parts_of(ctx, f.body, ino, TREE_EXTENTS)
-    root = 0
+    root = NO_PAGE
     if len(extents) > MAX_INLINE_EXTENTS:
         root = build_extents(ctx, space, ino, extents, old)
     release(ctx, old)
@@ -193,7 +196,7 @@ def _rebuild_extents(ctx: Context, space: Allocator, ino: int) -> None:
     else:
         flags |= len(extents) << INODE_INLINE_SHIFT
         inline = b"".join([EXTENT.pack(*e) for e in extents])
-    pages = sum(count for _, _, count in extents)
+    pages = sum(extent.pages for extent in extents)
     ctx.set_fields(ino, flags=flags, body=root, data_pages=pages)
     ctx.set_inline(ino, inline)
 
@@ -209,9 +212,9 @@ def _free_key(base: int, taken: set[int]) -> int:
     return -1
 
 
-def _rebuild_names(ctx: Context, space: Allocator, ino: int) -> None:
+def _rebuild_names(ctx: Context, space: Allocator, ino: Ino) -> None:
     f = ctx.fields(ino)
-    body = f.body if f.flags & INODE_FLAG_BODY else 0
+    body = f.body if f.flags & INODE_FLAG_BODY else NO_PAGE
     parts = parts_of(ctx, body, ino, TREE_NAMES)
     fix = ctx.directories.get(ino)
     hash_key = ctx.sb.fields.hash_key
@@ -237,11 +240,11 @@ def _rebuild_names(ctx: Context, space: Allocator, ino: int) -> None:
     ctx.set_fields(ino, flags=flags, body=root, size=len(items))
 
 
-def _rebuild_attributes(ctx: Context, space: Allocator, ino: int) -> None:
+def _rebuild_attributes(ctx: Context, space: Allocator, ino: Ino) -> None:
     f = ctx.fields(ino)
     parts = parts_of(ctx, f.xattr_root, ino, TREE_XATTRS)
     items: dict[int, bytes] = {}
-    for _, item in attributes_of(ctx, ino, parts):
+    for item in attributes_of(ctx, ino, parts):
         base = name_key(parse_attribute(item).name, ctx.sb.fields.hash_key)
         items[_free_key(base, set(items))] = item
     root = build_items(ctx, space, ino, TREE_XATTRS, items, parts)
@@ -253,10 +256,9 @@ def _rebuild_table(ctx: Context, space: Allocator) -> None:
     extents: list[Extent] = []
     for index in sorted(ctx.inodes.page_of):
         page = ctx.inodes.page_of[index]
-        if extents and extents[-1][1] + extents[-1][2] == page:
-            first, start, count = extents[-1]
-            extents[-1] = (first, start, count + 1)
+        if extents and extents[-1].page + extents[-1].pages == page:
+            extents[-1] = extents[-1]._replace(pages=extents[-1].pages + 1)
         else:
-            extents.append((index, page, 1))
-    ctx.inode_root = build_extents(ctx, space, 0, extents, ctx.table)
+            extents.append(Extent(index, page, 1))
+    ctx.inode_root = build_extents(ctx, space, NO_INO, extents, ctx.table)
     release(ctx, ctx.table)

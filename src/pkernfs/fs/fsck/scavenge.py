@@ -12,7 +12,7 @@ import time
 
 from pkernfs import layout
 from pkernfs.errors import CorruptionError
-from pkernfs.fs.fsck.context import KEY_END, Context, TreeParts, at
+from pkernfs.fs.fsck.context import EVERY_KEY, Context, KeyRange, Slot, TreeId, TreeParts, at
 from pkernfs.fs.fsck.data import check_tail, claim_found
 from pkernfs.fs.fsck.names import (
     Group,
@@ -39,14 +39,18 @@ from pkernfs.layout import (
     INODE_BYTES,
     INODE_FLAG_BODY,
     MAGIC_TREE,
+    NO_INO,
+    NO_PAGE,
     PAGE,
     ROOT_INO,
     TREE_EXTENTS,
     TREE_NAMES,
     TREE_OFFSET,
     TREE_XATTRS,
+    Extent,
     InodeFields,
 )
+from pkernfs.quantities import Ino, PageNo, PageRun
 
 
 def find_leaves(ctx: Context) -> None:
@@ -67,42 +71,42 @@ def find_leaves(ctx: Context) -> None:
         except CorruptionError:
             continue
         if ctx.claims.claim_meta(number):
-            ctx.found_leaves.setdefault((owner, kind), []).append(number)
+            ctx.found_leaves.setdefault(TreeId(owner, kind), []).append(number)
     for (owner, kind), numbers in ctx.found_leaves.items():
         if kind == TREE_EXTENTS and ctx.inodes.type_of(owner) in (0, T_REG):
             _take_extents(ctx, owner, numbers)
 
 
-def _wanted(ctx: Context, owner: int, kind: int) -> bool:
+def _wanted(ctx: Context, owner: Ino, kind: int) -> bool:
     if ctx.inodes.row(owner) >= 0:
-        parts = ctx.trees.get((owner, kind))
+        parts = ctx.trees.get(TreeId(owner, kind))
         return parts is not None and bool(parts.lost)
     if kind not in (TREE_EXTENTS, TREE_NAMES) or not owner & 15:
         return False
     return owner >> 4 in ctx.lost_indexes or owner in ctx.lost_inos
 
 
-def _lost_ranges(ctx: Context, owner: int, kind: int) -> list[tuple[int, int]]:
-    parts = ctx.trees.get((owner, kind))
-    return parts.lost if parts is not None else [(0, KEY_END)]
+def _lost_ranges(ctx: Context, owner: Ino, kind: int) -> list[KeyRange]:
+    parts = ctx.trees.get(TreeId(owner, kind))
+    return parts.lost if parts is not None else [EVERY_KEY]
 
 
-def _is_in(key: int, ranges: list[tuple[int, int]]) -> bool:
+def _is_in(key: int, ranges: list[KeyRange]) -> bool:
     return any(low <= key < end for low, end in ranges)
 
 
-def _take_extents(ctx: Context, owner: int, numbers: list[int]) -> None:
+def _take_extents(ctx: Context, owner: Ino, numbers: list[PageNo]) -> None:
     ranges = _lost_ranges(ctx, owner, TREE_EXTENTS)
-    have = {e[0] for e in ctx.extents.get(owner, [])}
-    found = []
+    have = {e.file_page for e in ctx.extents.get(owner, [])}
+    found: list[Extent] = []
     for number in numbers:
         page = ctx.image.raw(number)
         extents = [
             e
             for e in extent_slots(page, parse_node(page, owner, TREE_EXTENTS))
-            if _is_in(e[0], ranges) and e[0] not in have
+            if _is_in(e.file_page, ranges) and e.file_page not in have
         ]
-        have |= {e[0] for e in extents}
+        have |= {e.file_page for e in extents}
         found += extents
         _report_leaf(ctx, owner, number, len(extents))
     claim_found(ctx, owner, found)
@@ -110,7 +114,7 @@ def _take_extents(ctx: Context, owner: int, numbers: list[int]) -> None:
         check_tail(ctx, owner, ctx.fields(owner).size, ctx.extents[owner])
 
 
-def _report_leaf(ctx: Context, owner: int, number: int, count: int) -> None:
+def _report_leaf(ctx: Context, owner: Ino, number: PageNo, count: int) -> None:
     ctx.report.add(Code.TREE_LEAF_FOUND, f"tree node at {at(number)} of inode {owner}", count=count)
 
 
@@ -135,24 +139,25 @@ def put_back(ctx: Context) -> None:
     for owner in owners:
         kind = ctx.inodes.type_of(owner)
         if kind == T_DIR:
-            _put_names(ctx, owner, ctx.found_leaves.get((owner, TREE_NAMES), []))
-        if (owner, TREE_XATTRS) in ctx.found_leaves and owner not in made:
-            _put_attributes(ctx, owner, ctx.found_leaves[owner, TREE_XATTRS])
+            _put_names(ctx, owner, ctx.found_leaves.get(TreeId(owner, TREE_NAMES), []))
+        attributes = ctx.found_leaves.get(TreeId(owner, TREE_XATTRS))
+        if attributes and owner not in made:
+            _put_attributes(ctx, owner, attributes)
     for numbers in ctx.found_leaves.values():
-        ctx.released_pages += [(number, 1) for number in numbers]
+        ctx.released_pages += [PageRun(number, 1) for number in numbers]
     _resolve_dangling(ctx)
 
 
-def _remake(ctx: Context, ino: int) -> bool:
+def _remake(ctx: Context, ino: Ino) -> bool:
     """A new inode for leaves without one: a directory if it has names, else a file."""
     if ino >> 4 not in ctx.inodes.page_of:
         return False
-    is_dir = (ino, TREE_NAMES) in ctx.found_leaves
+    is_dir = TreeId(ino, TREE_NAMES) in ctx.found_leaves
     mode = 0o040700 if is_dir else 0o100600
     size = 0
     if not is_dir:
         extents = ctx.extents.get(ino, [])
-        end = extents[-1][0] + extents[-1][2] if extents else 0
+        end = extents[-1].file_page + extents[-1].pages if extents else 0
         size = min(end * PAGE, layout.MAX_FILE_BYTES)
     make_inode(ctx, ino, 0o040755 if ino == ROOT_INO else mode, size=size)
     ctx.report.add(
@@ -161,7 +166,7 @@ def _remake(ctx: Context, ino: int) -> bool:
     return True
 
 
-def make_inode(ctx: Context, ino: int, mode: int, *, size: int = 0) -> None:
+def make_inode(ctx: Context, ino: Ino, mode: int, *, size: int = 0) -> None:
     """Put a new inode, root's own, into a free slot."""
     number = ctx.inodes.page_of[ino >> 4]
     page = ctx.image.edit(number)
@@ -188,11 +193,11 @@ def make_inode(ctx: Context, ino: int, mode: int, *, size: int = 0) -> None:
         rdev_major=0,
         rdev_minor=0,
         data_pages=0,
-        xattr_root=0,
+        xattr_root=NO_PAGE,
         pending_start=0,
         pending_end=0,
-        parent=0,
-        body=0,
+        parent=NO_INO,
+        body=NO_PAGE,
     )
     slot = ino & 15
     page[slot * INODE_BYTES : (slot + 1) * INODE_BYTES] = bytes(INODE_BYTES)
@@ -201,34 +206,35 @@ def make_inode(ctx: Context, ino: int, mode: int, *, size: int = 0) -> None:
     ctx.made.add(ino)
 
 
-def _tree_parts(ctx: Context, ino: int, kind: int, root: int) -> TreeParts:
-    parts = ctx.trees.get((ino, kind))
+def _tree_parts(ctx: Context, ino: Ino, kind: int, root: PageNo) -> TreeParts:
+    tree = TreeId(ino, kind)
+    parts = ctx.trees.get(tree)
     if parts is None:
-        parts = ctx.trees[ino, kind] = parts_of(ctx, root, ino, kind)
+        parts = ctx.trees[tree] = parts_of(ctx, root, ino, kind)
     parts.faulty = True
     return parts
 
 
-def _put_names(ctx: Context, ino: int, numbers: list[int]) -> None:
+def _put_names(ctx: Context, ino: Ino, numbers: list[PageNo]) -> None:
     if not numbers:
         return
     fields = ctx.fields(ino)
     ranges = _lost_ranges(ctx, ino, TREE_NAMES)
-    root = fields.body if fields.flags & INODE_FLAG_BODY else 0
+    root = fields.body if fields.flags & INODE_FLAG_BODY else NO_PAGE
     parts = _tree_parts(ctx, ino, TREE_NAMES, root)
     for number in numbers:
         page = ctx.image.raw(number)
         node = parse_node(page, ino, TREE_NAMES)
         slots = item_slots(page, node)
-        outside = {(number, i) for i, s in enumerate(slots) if not _is_in(s[0], ranges)}
+        outside = {Slot(number, i) for i, s in enumerate(slots) if not _is_in(s.key, ranges)}
         fix_of(ctx, ino).drop |= outside
-        scan_names(ctx, ino, Leaf(number, page, node, 0, KEY_END), slots, Group(), parts)
+        scan_names(ctx, ino, Leaf(number, page, node, *EVERY_KEY), slots, Group(), parts)
         parts.leaves.append(number)
         _report_leaf(ctx, ino, number, len(slots) - len(outside))
     drop_duplicates(ctx, ino, parts)
 
 
-def _put_attributes(ctx: Context, ino: int, numbers: list[int]) -> None:
+def _put_attributes(ctx: Context, ino: Ino, numbers: list[PageNo]) -> None:
     ranges = _lost_ranges(ctx, ino, TREE_XATTRS)
     parts = _tree_parts(ctx, ino, TREE_XATTRS, ctx.fields(ino).xattr_root)
     names = dict.fromkeys(ctx.attribute_names.get(ino, ()), 0)
@@ -236,9 +242,9 @@ def _put_attributes(ctx: Context, ino: int, numbers: list[int]) -> None:
         page = ctx.image.raw(number)
         node = parse_node(page, ino, TREE_XATTRS)
         slots = item_slots(page, node)
-        outside = {(number, i) for i, s in enumerate(slots) if not _is_in(s[0], ranges)}
+        outside = {Slot(number, i) for i, s in enumerate(slots) if not _is_in(s.key, ranges)}
         ctx.attributes.setdefault(ino, set()).update(outside)
-        scan_attributes(ctx, ino, Leaf(number, page, node, 0, KEY_END), slots, names, parts)
+        scan_attributes(ctx, ino, Leaf(number, page, node, *EVERY_KEY), slots, names, parts)
         parts.leaves.append(number)
         _report_leaf(ctx, ino, number, len(slots) - len(outside))
 
@@ -247,7 +253,7 @@ def _resolve_dangling(ctx: Context) -> None:
     """Drop the names whose inode did not come back, and count the others."""
     for ino, slot, target, kind, name in ctx.dangling:
         if ctx.inodes.row(target) >= 0:
-            count_name(ctx, ino, slot, name, target, kind)
+            count_name(ctx, ino, slot.page, slot.place, name, target, kind)
             continue
         ctx.report.add(Code.NAME_DANGLING, ctx.file(ino), name=repr(name), got=target)
         fix_of(ctx, ino).drop.add(slot)

@@ -23,15 +23,17 @@ from pkernfs.layout import (
     MAGIC_NAMES,
     MAP_BLOCKS,
     MAP_BYTES,
+    NO_PAGE,
     PAGE,
     PAGES_PER_BLOCK,
     TREE_EXTENTS,
     TREE_SLOTS_OFFSET,
+    Extent,
 )
+from pkernfs.quantities import BlockNo, Ino, PageNo
 from pkernfs.region.checksum import page_checksum
 
 Buffer = bytes | bytearray | memoryview
-Extent = tuple[int, int, int]
 
 # No file reaches beyond this many pages.
 MAX_FILE_PAGES = (layout.MAX_FILE_BYTES + 1) // PAGE
@@ -47,6 +49,10 @@ _FILE_TYPES = frozenset(
         stat.S_IFSOCK,
     )
 )
+# Found once: every inode is parsed several times.
+_unpack_inode = INODE.unpack_from
+_as_inode = layout.InodeFields._make
+
 _XATTR_PREFIXES = (b"user.", b"trusted.", b"security.")
 
 
@@ -64,9 +70,9 @@ T_LNK = stat.S_IFLNK >> 12
 
 
 def check_header(
-    page: Buffer, number: int, magic: int, uuid: bytes | None, *, sealed: bool = True
-) -> int:
-    """Check a page's header (section 2); returns its owner.
+    page: Buffer, number: PageNo, magic: int, uuid: bytes | None, *, sealed: bool = True
+) -> Ino:
+    """Check a page's header (section 2); returns its owner, :data:`NO_INO` for no inode.
 
     ``sealed`` False skips the checksum: an image in memory gets it when it is stored.
 
@@ -86,7 +92,7 @@ def check_header(
         raise CorruptionError(f"not its own page: got {itself:#x}, expected {number:#x}")
     if uuid is not None and its_uuid != uuid:
         raise CorruptionError(f"of another file system: got uuid {its_uuid.hex()}")
-    return int(owner)
+    return Ino(owner)
 
 
 # ------------------------------------------------------------------------------ superblock
@@ -95,8 +101,8 @@ def check_header(
 class MapPage(NamedTuple):
     """A block map page, and which blocks it has the bits of."""
 
-    page: int
-    first_block: int
+    page: PageNo
+    first_block: BlockNo
     blocks: int
 
 
@@ -120,11 +126,12 @@ class Superblock:
             for i in range(r.map_pages):
                 first = i * MAP_BLOCKS
                 blocks = min(MAP_BLOCKS, r.blocks - first)
-                found.append(MapPage(r.map_page + i, r.first_block + first, blocks))
+                block = BlockNo(r.first_block + first)
+                found.append(MapPage(PageNo(r.map_page + i), block, blocks))
         return found
 
 
-def parse_superblock(page: Buffer, number: int) -> Superblock:
+def parse_superblock(page: Buffer, number: PageNo) -> Superblock:
     """Parse the superblock at page ``number``.
 
     :raises CorruptionError: damaged.
@@ -223,7 +230,7 @@ def pack_bits(flags: Buffer) -> bytes:
     return int(text or b"0", 2).to_bytes(-(-len(flags) // 8), "little")
 
 
-def parse_block_map(page: Buffer, first: int, blocks: int) -> BlockMap:
+def parse_block_map(page: Buffer, first: BlockNo, blocks: int) -> BlockMap:
     """Bitmaps of a block map page whose header was checked.
 
     :raises CorruptionError: it is for other blocks.
@@ -281,10 +288,10 @@ def parse_inode_page(page: Buffer) -> InodePage:
 
 def parse_inode(page: Buffer, slot: int) -> layout.InodeFields:
     """The fields of the inode in a slot, unchecked."""
-    return layout.InodeFields._make(INODE.unpack_from(page, slot * INODE_BYTES))
+    return _as_inode(_unpack_inode(page, slot * INODE_BYTES))
 
 
-def check_inode(f: layout.InodeFields, ino: int) -> None:
+def check_inode(f: layout.InodeFields, ino: Ino) -> None:
     """Refuse an inode that cannot be told for what it is; small faults are not looked at.
 
     :raises CorruptionError: with the field, what it is and what it must be.
@@ -329,8 +336,11 @@ def inline_extents(page: Buffer, slot: int, flags: int) -> list[Extent]:
     count = flags >> layout.INODE_INLINE_SHIFT & 0xFF
     if count > layout.MAX_INLINE_EXTENTS:
         raise CorruptionError(f"bad number of inline extents: got {count}, expected 0..5")
+    if not count:  # so it is for most inodes
+        return []
     start = slot * INODE_BYTES + INODE_INLINE_OFFSET
-    return list(layout.EXTENT.iter_unpack(page[start : start + count * layout.EXTENT_BYTES]))
+    raw = layout.EXTENT.iter_unpack(page[start : start + count * layout.EXTENT_BYTES])
+    return list(map(Extent._make, raw))
 
 
 # ------------------------------------------------------------------------------ trees
@@ -339,7 +349,7 @@ def inline_extents(page: Buffer, slot: int, flags: int) -> list[Extent]:
 class Node(NamedTuple):
     """Header of a tree node (section 7)."""
 
-    owner: int
+    owner: Ino
     kind: int
     level: int
     slots: int
@@ -347,7 +357,7 @@ class Node(NamedTuple):
     garbage: int
 
 
-def parse_node(page: Buffer, owner: int, kind: int) -> Node:
+def parse_node(page: Buffer, owner: Ino, kind: int) -> Node:
     """A tree node whose common header was checked (but the owner).
 
     :raises CorruptionError: owner, kind, level or count.
@@ -365,26 +375,49 @@ def parse_node(page: Buffer, owner: int, kind: int) -> Node:
     return node
 
 
-def inner_slots(page: Buffer, node: Node) -> list[tuple[int, int]]:
-    """``(key, page)`` of an inner node."""
+class InnerSlot(NamedTuple):
+    """Slot of an inner node: the lowest key of a child, and the child's page."""
+
+    key: int
+    page: PageNo
+
+
+class ItemSlot(NamedTuple):
+    """Slot of a leaf of kind 2 or 3: a key, and where in the page its item is, in bytes."""
+
+    key: int
+    offset: int
+    length: int
+    reserved: int
+
+
+class ItemCheck(NamedTuple):
+    """Which items of a leaf can be used, by slot; and what is wrong with them, or ``""``."""
+
+    good: list[bool]
+    reason: str
+
+
+def inner_slots(page: Buffer, node: Node) -> list[InnerSlot]:
+    """The slots of an inner node."""
     end = TREE_SLOTS_OFFSET + node.slots * layout.INNER_SLOT.size
-    return list(layout.INNER_SLOT.iter_unpack(page[TREE_SLOTS_OFFSET:end]))
+    return list(map(InnerSlot._make, layout.INNER_SLOT.iter_unpack(page[TREE_SLOTS_OFFSET:end])))
 
 
 def extent_slots(page: Buffer, node: Node) -> list[Extent]:
     """The extents of a leaf of kind 1."""
     end = TREE_SLOTS_OFFSET + node.slots * layout.EXTENT_BYTES
-    return list(layout.EXTENT.iter_unpack(page[TREE_SLOTS_OFFSET:end]))
+    return list(map(Extent._make, layout.EXTENT.iter_unpack(page[TREE_SLOTS_OFFSET:end])))
 
 
-def item_slots(page: Buffer, node: Node) -> list[tuple[int, int, int, int]]:
-    """``(key, offset, length, 0)`` of a leaf of kind 2 or 3."""
+def item_slots(page: Buffer, node: Node) -> list[ItemSlot]:
+    """The slots of a leaf of kind 2 or 3."""
     end = TREE_SLOTS_OFFSET + node.slots * layout.ITEM_SLOT.size
-    return list(layout.ITEM_SLOT.iter_unpack(page[TREE_SLOTS_OFFSET:end]))
+    return list(map(ItemSlot._make, layout.ITEM_SLOT.iter_unpack(page[TREE_SLOTS_OFFSET:end])))
 
 
-def check_items(slots: list[tuple[int, int, int, int]], node: Node) -> tuple[list[bool], str]:
-    """Tell of each item of a leaf if it lies inside and clear of others; and the fault, or ``""``.
+def check_items(slots: list[ItemSlot], node: Node) -> ItemCheck:
+    """Tell of each item of a leaf if it lies inside and clear of others.
 
     ``heap`` and ``garbage`` are compared with what the items take.
     """
@@ -393,7 +426,8 @@ def check_items(slots: list[tuple[int, int, int, int]], node: Node) -> tuple[lis
     reason = ""
     end = total = 0
     lowest = PAGE
-    for offset, length, i in sorted((s[1], s[2], i) for i, s in enumerate(slots)):
+    in_order = sorted([(offset, length, i) for i, (_, offset, length, _) in enumerate(slots)])
+    for offset, length, i in in_order:
         if offset < floor or offset + length > PAGE:
             reason = f"item outside the heap: got {offset}+{length}, expected {floor}..{PAGE}"
             good[i] = False
@@ -408,7 +442,7 @@ def check_items(slots: list[tuple[int, int, int, int]], node: Node) -> tuple[lis
         reason = f"bad heap: got {node.heap}, expected {lowest}"
     if not reason and node.garbage != PAGE - node.heap - total:
         reason = f"bad garbage: got {node.garbage}, expected {PAGE - node.heap - total}"
-    return good, reason
+    return ItemCheck(good, reason)
 
 
 # ------------------------------------------------------------------------------ names, attributes
@@ -428,7 +462,7 @@ class Attribute(NamedTuple):
 
     name: bytes
     value_bytes: int
-    page: int
+    page: PageNo
 
 
 def parse_attribute(item: bytes) -> Attribute:
@@ -449,7 +483,7 @@ def parse_attribute(item: bytes) -> Attribute:
     name = item[head : head + name_bytes]
     if b"\0" in name or not any(name.startswith(p) and name != p for p in _XATTR_PREFIXES):
         raise CorruptionError(f"bad name: got {name!r}")
-    page = int.from_bytes(item[-8:], "little") if where else 0
+    page = PageNo(int.from_bytes(item[-8:], "little")) if where else NO_PAGE
     if where and not page:
         raise CorruptionError("value without a page")
     return Attribute(name, value_bytes, page)
@@ -458,11 +492,11 @@ def parse_attribute(item: bytes) -> Attribute:
 class Overflow(NamedTuple):
     """Header of an overflow page (section 8); ``following`` 0: the last of its value."""
 
-    following: int
+    following: PageNo
     length: int
 
 
-def parse_overflow(page: Buffer, owner: int) -> Overflow:
+def parse_overflow(page: Buffer, owner: Ino) -> Overflow:
     """Parse an overflow page whose common header was checked.
 
     :raises CorruptionError: owner or length.

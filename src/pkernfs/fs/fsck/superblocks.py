@@ -12,12 +12,7 @@ from pkernfs.fs.fsck.claims import FREE, STATIC
 from pkernfs.fs.fsck.context import UNKNOWN, Context, Progress, at
 from pkernfs.fs.fsck.image import Image
 from pkernfs.fs.fsck.problems import Code, Report
-from pkernfs.fs.fsck.structures import (
-    Superblock,
-    parse_block_map,
-    parse_state,
-    parse_superblock,
-)
+from pkernfs.fs.fsck.structures import Superblock, parse_block_map, parse_state, parse_superblock
 from pkernfs.journal import JOURNAL_DAMAGED, JOURNAL_PENDING
 from pkernfs.layout import (
     BACKUP_PAGE,
@@ -32,7 +27,9 @@ from pkernfs.layout import (
     STATE_FLAG_ERROR,
     STATE_PAGE,
     SUPERBLOCK_PAGE,
+    page_offset,
 )
+from pkernfs.quantities import PageNo
 from pkernfs.region.region import Region
 
 _COPIES = (SUPERBLOCK_PAGE, BACKUP_PAGE)
@@ -74,7 +71,7 @@ def _choose(region: Region) -> Superblock:
     """The first usable superblock, before the journal."""
     reasons = []
     for number in _COPIES:
-        page = region.read(number * PAGE, PAGE)
+        page = region.read(page_offset(number), PAGE)
         try:
             sb = parse_superblock(page, number)
         except CorruptionError as e:
@@ -93,8 +90,8 @@ def _choose(region: Region) -> Superblock:
     )
 
 
-def _is_trace(region: Region, number: int) -> bool:
-    page = region.read(number * PAGE, PAGE)
+def _is_trace(region: Region, number: PageNo) -> bool:
+    page = region.read(page_offset(number), PAGE)
     return (
         int.from_bytes(page[:4], "little") == MAGIC_SUPERBLOCK
         or page[layout.SUPERBLOCK_OFFSET :][: len(layout.SIGNATURE)] == layout.SIGNATURE
@@ -103,7 +100,7 @@ def _is_trace(region: Region, number: int) -> bool:
 
 def _compare(image: Image, report: Report, before: Superblock) -> Superblock:
     """Check both copies as they are after the journal; the one to go by."""
-    good: dict[int, Superblock] = {}
+    good: dict[PageNo, Superblock] = {}
     for number in _COPIES:
         try:
             good[number] = parse_superblock(image.raw(number), number)

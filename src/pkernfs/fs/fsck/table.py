@@ -11,14 +11,13 @@ import time
 
 from pkernfs import layout
 from pkernfs.errors import CorruptionError
-from pkernfs.fs.fsck.context import KEY_END, Context, at
+from pkernfs.fs.fsck.context import EVERY_KEY, Context, at
 from pkernfs.fs.fsck.image import Buffer
 from pkernfs.fs.fsck.problems import Code
 from pkernfs.fs.fsck.structures import (
     T_DIR,
     T_LNK,
     T_REG,
-    Extent,
     InodePage,
     check_header,
     check_inode,
@@ -31,18 +30,23 @@ from pkernfs.fs.fsck.structures import (
     parse_inode_page,
     parse_overflow,
 )
-from pkernfs.fs.fsck.trees import key_fault, shape_fault, walk
+from pkernfs.fs.fsck.trees import check_keys, walk
 from pkernfs.layout import (
     FULL_INODE_PAGE,
     HEADER,
     INODE_BYTES,
     MAGIC_INODES,
     MAGIC_OVERFLOW,
+    NO_INO,
     PAGES_PER_BLOCK,
     SLOTS_PER_INODE_PAGE,
     TREE_EXTENTS,
+    Extent,
     InodeFields,
+    block_of,
+    inos_of,
 )
+from pkernfs.quantities import Ino, PageNo, pages_from
 
 # Gaps in a table are filled with empty pages; an index further beyond the last good one is wrong.
 _MAX_GAP = 4096
@@ -77,45 +81,43 @@ def _note_gap(ctx: Context, index: int, count: int) -> None:
     ctx.rebuild_table = True
 
 
-def _walk_table(ctx: Context) -> dict[int, int]:
+def _walk_table(ctx: Context) -> dict[int, PageNo]:
     """``{index: page}`` of the pages that the table's tree leads to, each claimed."""
-    pages: dict[int, int] = {}
+    pages: dict[int, PageNo] = {}
     parts = ctx.table
     if ctx.state is None:
-        parts.lost.append((0, KEY_END))
+        parts.lost.append(EVERY_KEY)
         parts.faulty = True
         return pages
-    for leaf in walk(ctx, ctx.state.inode_root, 0, TREE_EXTENTS, parts):
+    for leaf in walk(ctx, ctx.state.inode_root, NO_INO, TREE_EXTENTS, parts):
         extents = extent_slots(leaf.buffer, leaf.node)
-        fault = key_fault([e[0] for e in extents], leaf.low, leaf.end)
-        if fault:
-            shape_fault(ctx, leaf, 0, parts, fault)
+        check_keys(ctx, leaf, NO_INO, parts, [e.file_page for e in extents])
         for extent in extents:
             _take_entry(ctx, pages, extent)
     return pages
 
 
-def _take_entry(ctx: Context, pages: dict[int, int], extent: Extent) -> None:
+def _take_entry(ctx: Context, pages: dict[int, PageNo], extent: Extent) -> None:
     index, page, count = extent
     if not count or count > ctx.pages or page >= ctx.pages:
         _bad_entry(ctx, f"got {index} at {page:#x}+{count:#x}")
         return
-    for i in range(count):
-        reason = _page_fault(ctx, page + i, index + i, pages)
+    for i, number in enumerate(pages_from(page, count)):
+        reason = _page_fault(ctx, number, index + i, pages)
         if reason:
             # Garbage goes on for as long as it says; the rest is searched for, not walked.
             _bad_entry(ctx, reason)
             return
-        pages[index + i] = page + i
+        pages[index + i] = number
 
 
 def _bad_entry(ctx: Context, reason: str) -> None:
     ctx.report.add(Code.TABLE_ENTRY, "inode table", reason=reason)
     ctx.rebuild_table = True
-    ctx.table.lost.append((0, KEY_END))
+    ctx.table.lost.append(EVERY_KEY)
 
 
-def _page_fault(ctx: Context, number: int, index: int, pages: dict[int, int]) -> str:
+def _page_fault(ctx: Context, number: PageNo, index: int, pages: dict[int, PageNo]) -> str:
     """Return why this cannot be the inode page of an index; ``""`` for a damaged one that can."""
     if index in pages:
         return f"index {index} twice"
@@ -132,14 +134,14 @@ def _page_fault(ctx: Context, number: int, index: int, pages: dict[int, int]) ->
     return ""
 
 
-def _plausible(ctx: Context, number: int) -> bool:
+def _plausible(ctx: Context, number: PageNo) -> bool:
     """Tell if a damaged page lies where a page of metadata can be in use."""
-    block, bit = divmod(number, PAGES_PER_BLOCK)
+    block, bit = block_of(number), number % PAGES_PER_BLOCK
     used = ctx.page_map(block)
     return bool(bit) and ctx.map_carved[block] != 0 and (used is None or bool(used >> bit & 1))
 
 
-def _search(ctx: Context, pages: dict[int, int]) -> None:
+def _search(ctx: Context, pages: dict[int, PageNo]) -> None:
     """Inode pages say what they are: those in use that the table does not lead to."""
     for number in list(ctx.find_pages(MAGIC_INODES)):
         try:
@@ -176,20 +178,21 @@ def check_inodes(ctx: Context) -> None:
             _drop(ctx, Code.INODE_BAD, ino, "not a directory, as it must be")
 
 
-def _check_page(ctx: Context, index: int, number: int, page: Buffer, head: InodePage) -> None:
+def _check_page(ctx: Context, index: int, number: PageNo, page: Buffer, head: InodePage) -> None:
     where = f"inode page {index} at {at(number)}"
     if head.used & ~FULL_INODE_PAGE:
         _bad_mask(ctx, where, "used", head.used, head.used & FULL_INODE_PAGE)
     if head.listed > 1:
         _bad_mask(ctx, where, "listed", head.listed, int(head.used != FULL_INODE_PAGE))
     row = ctx.inodes.row_of[index]
+    inos = inos_of(index)
     pending = 0
     used = head.used & FULL_INODE_PAGE
     ctx.inodes_on_media += used.bit_count()
     while used:
         slot = (used & -used).bit_length() - 1
         used &= used - 1
-        ino = index * SLOTS_PER_INODE_PAGE + slot
+        ino = inos[slot]
         fields = parse_inode(page, slot)
         try:
             check_inode(fields, ino)
@@ -211,13 +214,13 @@ def _bad_mask(ctx: Context, where: str, field: str, got: int, expected: int) -> 
     ctx.report.add(Code.INODE_PAGE_MASKS, where, field=field, got=got, expected=expected)
 
 
-def _drop(ctx: Context, code: Code, ino: int, reason: str) -> None:
+def _drop(ctx: Context, code: Code, ino: Ino, reason: str) -> None:
     ctx.report.add(code, ctx.file(ino), reason=reason)
     ctx.drop_inode(ino)
     ctx.lost_inos.add(ino)
 
 
-def _check_fields(ctx: Context, ino: int, f: InodeFields) -> None:
+def _check_fields(ctx: Context, ino: Ino, f: InodeFields) -> None:
     """Fields that can be put right without knowing anything else."""
     good: dict[str, int] = {}
     kind = file_type(f.mode)
@@ -256,7 +259,7 @@ def _check_fields(ctx: Context, ino: int, f: InodeFields) -> None:
 # ------------------------------------------------------------------------------ damaged pages
 
 
-def _salvage(ctx: Context, index: int, number: int, reason: str) -> None:
+def _salvage(ctx: Context, index: int, number: PageNo, reason: str) -> None:
     """A damaged page: inodes that pass every check are kept, but not who may read them.
 
     They have not been proved intact, so they become root's alone, and they have to yield wherever
@@ -264,11 +267,11 @@ def _salvage(ctx: Context, index: int, number: int, reason: str) -> None:
     """
     page = ctx.image.raw(number)
     kept: dict[int, bytes] = {}
+    inos = inos_of(index)
     if _is_like(ctx, page, index, number):
         used = parse_inode_page(page).used
         for slot in range(1, SLOTS_PER_INODE_PAGE):
-            ino = index * SLOTS_PER_INODE_PAGE + slot
-            if used >> slot & 1 and _looks_intact(ctx, page, slot, ino):
+            if used >> slot & 1 and _looks_intact(ctx, page, slot, inos[slot]):
                 kept[slot] = bytes(page[slot * INODE_BYTES : (slot + 1) * INODE_BYTES])
     ctx.report.add(
         Code.INODE_PAGE_DAMAGED,
@@ -280,7 +283,7 @@ def _salvage(ctx: Context, index: int, number: int, reason: str) -> None:
     image = ctx.image.edit(number)
     row = ctx.inodes.row_of[index]
     for slot, data in kept.items():
-        ino = index * SLOTS_PER_INODE_PAGE + slot
+        ino = inos[slot]
         image[slot * INODE_BYTES : (slot + 1) * INODE_BYTES] = data
         f = ctx.fields(ino)
         kind = f.mode & 0xF000
@@ -291,7 +294,7 @@ def _salvage(ctx: Context, index: int, number: int, reason: str) -> None:
     ctx.lost_indexes.add(index)
 
 
-def _is_like(ctx: Context, page: Buffer, index: int, number: int) -> bool:
+def _is_like(ctx: Context, page: Buffer, index: int, number: PageNo) -> bool:
     try:
         check_header(page, number, MAGIC_INODES, ctx.image.uuid, sealed=False)
     except CorruptionError:
@@ -299,7 +302,7 @@ def _is_like(ctx: Context, page: Buffer, index: int, number: int) -> bool:
     return parse_inode_page(page).own_index == index and HEADER.unpack_from(page)[3] == 0
 
 
-def _looks_intact(ctx: Context, page: Buffer, slot: int, ino: int) -> bool:
+def _looks_intact(ctx: Context, page: Buffer, slot: int, ino: Ino) -> bool:
     f = parse_inode(page, slot)
     try:
         check_inode(f, ino)
@@ -316,9 +319,9 @@ def _looks_intact(ctx: Context, page: Buffer, slot: int, ino: int) -> bool:
     return not (flag_faults(f) or f.mode >> 16 or no_body or not f.nlink)
 
 
-def new_inode_page(ctx: Context, index: int, number: int, *, fresh: bool) -> None:
+def new_inode_page(ctx: Context, index: int, number: PageNo, *, fresh: bool) -> None:
     """An empty inode page. Its generations start at the time, above those of the one before."""
-    image = ctx.image.make(number, MAGIC_INODES, 0, fresh=fresh)
+    image = ctx.image.make(number, MAGIC_INODES, NO_INO, fresh=fresh)
     generation = int(time.time()) & 0xFFFFFFFF
     layout.INODE_PAGE.pack_into(image, layout.INODE_PAGE_OFFSET, index, 0, 0, 0, 1, generation)
 
@@ -326,12 +329,12 @@ def new_inode_page(ctx: Context, index: int, number: int, *, fresh: bool) -> Non
 # ------------------------------------------------------------------------------ overflow pages
 
 
-def overflow_chain(ctx: Context, first: int, owner: int, length: int) -> list[int]:
+def overflow_chain(ctx: Context, first: PageNo, owner: Ino, length: int) -> list[PageNo]:
     """Claim the pages of a value of ``length`` bytes.
 
     :raises CorruptionError: damaged, of another length, or in a circle; nothing is claimed then.
     """
-    pages: list[int] = []
+    pages: list[PageNo] = []
     number = first
     try:
         while number:
@@ -353,7 +356,7 @@ def overflow_chain(ctx: Context, first: int, owner: int, length: int) -> list[in
     return pages
 
 
-def _check_target(ctx: Context, f: InodeFields, ino: int) -> None:
+def _check_target(ctx: Context, f: InodeFields, ino: Ino) -> None:
     if file_type(f.mode) == T_LNK and f.flags & layout.INODE_FLAG_BODY:
         try:
             overflow_chain(ctx, f.body, ino, f.size)

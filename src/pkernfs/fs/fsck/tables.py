@@ -15,7 +15,8 @@ from pkernfs.fs.fsck.data import extents_of
 from pkernfs.fs.fsck.names import entries_of
 from pkernfs.fs.fsck.problems import Code
 from pkernfs.fs.fsck.structures import T_REG
-from pkernfs.layout import INODE_FLAG_TABLE, IOMMU_INO, PAGE
+from pkernfs.layout import INODE_FLAG_TABLE, IOMMU_INO, PAGE, Extent, page_offset
+from pkernfs.quantities import Ino, PhysRange, RegionOff, RegionRun
 from pkernfs.region.region import Region
 
 if TYPE_CHECKING:
@@ -25,13 +26,11 @@ if TYPE_CHECKING:
 _ROOT = b"root-pgtables"
 _WHERE = "iommu"
 
-Pieces = list[tuple[int, int]]
-
 
 def check_tables(ctx: Context) -> None:
     """Check every table that a device, or a domain's first page, leads to."""
     files = _table_files(ctx)
-    if not files or all(_is_empty(ctx, name, pieces) for name, pieces in files.items()):
+    if not files or all(_is_empty(ctx, name, extents) for name, extents in files.items()):
         return
     try:
         report = _check(ctx, files)
@@ -50,50 +49,52 @@ def check_tables(ctx: Context) -> None:
         )
 
 
-def _table_files(ctx: Context) -> dict[bytes, Pieces]:
-    """Find each table file of /iommu that has data: ``(region offset, bytes)``, by its name."""
-    found: dict[bytes, Pieces] = {}
+def _table_files(ctx: Context) -> dict[bytes, list[Extent]]:
+    """Find each table file of /iommu that has data, by its name."""
+    found: dict[bytes, list[Extent]] = {}
     if not ctx.inodes.type_of(IOMMU_INO):
         return found
     for entry in entries_of(ctx, IOMMU_INO):
         ino = entry.target
         if ctx.inodes.type_of(ino) == T_REG and ctx.fields(ino).flags & INODE_FLAG_TABLE:
-            pieces = list(_pieces(ctx, ino))
-            if pieces:
-                found[entry.name] = pieces
+            extents = _extents(ctx, ino)
+            if extents:
+                found[entry.name] = extents
     return found
 
 
-def _pieces(ctx: Context, ino: int) -> Iterator[tuple[int, int]]:
+def _extents(ctx: Context, ino: Ino) -> list[Extent]:
     extents = ctx.extents.get(ino)
     if extents is None:
         extents = extents_of(ctx, ino, ctx.inode_page(ino), ctx.fields(ino))
-    for _file_page, page, count in extents:
-        yield page * PAGE, count * PAGE
+    return extents
 
 
-def _is_empty(ctx: Context, name: bytes, pieces: Pieces) -> bool:
-    at, length = pieces[0]
+def _is_empty(ctx: Context, name: bytes, extents: list[Extent]) -> bool:
+    _, page, count = extents[0]
     pages = 2 if name == _ROOT else 1  # the root table, and the configuration
-    return ctx.image.region.is_zero(at, min(pages * PAGE, length))
+    return ctx.image.region.is_zero(page_offset(page), min(pages, count) * PAGE)
 
 
-def _check(ctx: Context, files: dict[bytes, Pieces]) -> Report:
+def _check(ctx: Context, files: dict[bytes, list[Extent]]) -> Report:
     # Loaded where there are tables only: a handover is in a hurry.
     from pkernfs.iommu.check import check
     from pkernfs.iommu.config import assume_addresses, load_bars
     from pkernfs.iommu.memory import Memory, merge_ranges
 
     region = ctx.image.region
-    root_pieces = files.get(_ROOT)
-    if root_pieces is not None:
-        assume_addresses(region, root_pieces[0][0] + PAGE)
-    memories = {name: Memory(region, pieces) for name, pieces in files.items()}
+    root_extents = files.get(_ROOT)
+    if root_extents is not None:
+        assume_addresses(region, RegionOff(page_offset(root_extents[0].page) + PAGE))
+    memories = {
+        name: Memory(region, [RegionRun(page_offset(e.page), e.pages * PAGE) for e in extents])
+        for name, extents in files.items()
+    }
     root = memories.pop(_ROOT, None)
     ranges = merge_ranges(_linked_ranges(ctx, region))
     if root is not None:
         _check_tables_address(root)
-        ranges += [(b.start, b.start + b.length) for b in load_bars(root)]
+        ranges += [bar.range for bar in load_bars(root)]
     domains = {name.decode(errors="replace"): memory for name, memory in memories.items()}
     return check(root, domains, ranges)
 
@@ -112,12 +113,12 @@ def _check_tables_address(root: Memory) -> None:
         )
 
 
-def _linked_ranges(ctx: Context, region: Region) -> Iterator[tuple[int, int]]:
+def _linked_ranges(ctx: Context, region: Region) -> Iterator[PhysRange]:
     """Physical ranges of the data of files that have a name and are no tables."""
     for ino in ctx.inodes.of_type(T_REG):
         if not ctx.inodes.names[ctx.inodes.row(ino)] or ctx.fields(ino).flags & INODE_FLAG_TABLE:
             continue
-        for offset, length in _pieces(ctx, ino):
-            for _at, count, physical in region.physical_runs(offset, length):
+        for _, page, pages in _extents(ctx, ino):
+            for _, count, physical in region.physical_runs(page_offset(page), pages * PAGE):
                 if physical is not None:
-                    yield physical, physical + count
+                    yield PhysRange.of(physical, count)

@@ -1,4 +1,4 @@
-"""ActiveUnits the trees of the format, and building new ones (docs/format.md, section 7)."""
+"""Walking the trees of the format, and building new ones (docs/format.md, section 7)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from pkernfs.errors import CorruptionError
 from pkernfs.fs.fsck.claims import ALL_PAGES, CARVED, FREE
-from pkernfs.fs.fsck.context import KEY_END, Context, TreeParts, at
+from pkernfs.fs.fsck.context import KEY_END, Context, KeyRange, TreeId, TreeParts, at
 from pkernfs.fs.fsck.image import Buffer
 from pkernfs.fs.fsck.problems import Code
-from pkernfs.fs.fsck.structures import Extent, Node, inner_slots, parse_node
+from pkernfs.fs.fsck.structures import InnerSlot, Node, inner_slots, parse_node
 from pkernfs.layout import (
     EXTENT,
     INNER_SLOT,
@@ -19,26 +19,30 @@ from pkernfs.layout import (
     MAGIC_TREE,
     MAX_EXTENT_SLOTS,
     MAX_INNER_SLOTS,
+    NO_PAGE,
     PAGE,
     PAGES_PER_BLOCK,
     TREE,
     TREE_EXTENTS,
     TREE_OFFSET,
     TREE_SLOTS_OFFSET,
+    Extent,
+    block_of,
 )
+from pkernfs.quantities import BlockNo, Ino, PageNo, PageRun
 
 
 class Leaf(NamedTuple):
     """A leaf of a tree, and the keys that may be in it: ``low`` <= key < ``end``."""
 
-    page: int
+    page: PageNo
     buffer: Buffer
     node: Node
     low: int
     end: int
 
 
-def walk(ctx: Context, root: int, owner: int, kind: int, parts: TreeParts) -> Iterator[Leaf]:
+def walk(ctx: Context, root: PageNo, owner: Ino, kind: int, parts: TreeParts) -> Iterator[Leaf]:
     """Claim every node and yield the leaves.
 
     Faults are reported and noted in ``parts``; what is below a node that cannot be used is in
@@ -51,7 +55,7 @@ def walk(ctx: Context, root: int, owner: int, kind: int, parts: TreeParts) -> It
             buffer, node = _node(ctx, page, owner, kind, level)
         except CorruptionError as e:
             _fault(ctx, Code.TREE_NODE, page, owner, parts, str(e))
-            parts.lost.append((low, end))
+            parts.lost.append(KeyRange(low, end))
             continue
         parts.nodes.append(page)
         if not node.level:
@@ -68,11 +72,11 @@ def walk(ctx: Context, root: int, owner: int, kind: int, parts: TreeParts) -> It
         ends = [*keys[1:], end]
         lows = [low, *keys[1:]]
         todo += [
-            (slots[i][1], node.level - 1, lows[i], ends[i]) for i in range(len(slots) - 1, -1, -1)
+            (slots[i].page, node.level - 1, lows[i], ends[i]) for i in range(len(slots) - 1, -1, -1)
         ]
 
 
-def _node(ctx: Context, page: int, owner: int, kind: int, level: int) -> tuple[Buffer, Node]:
+def _node(ctx: Context, page: PageNo, owner: Ino, kind: int, level: int) -> tuple[Buffer, Node]:
     buffer = ctx.image.load(page, MAGIC_TREE)
     node = parse_node(buffer, owner, kind)
     if level >= 0 and node.level != level:
@@ -82,18 +86,20 @@ def _node(ctx: Context, page: int, owner: int, kind: int, level: int) -> tuple[B
     return buffer, node
 
 
-def _fault(ctx: Context, code: Code, page: int, owner: int, parts: TreeParts, reason: str) -> None:
+def _fault(
+    ctx: Context, code: Code, page: PageNo, owner: Ino, parts: TreeParts, reason: str
+) -> None:
     parts.faulty = True
     of = f"of inode {owner}" if owner else "of the inode table"
     ctx.report.add(code, f"tree node at {at(page)} {of}", reason=reason)
 
 
-def shape_fault(ctx: Context, leaf: Leaf, owner: int, parts: TreeParts, reason: str) -> None:
+def shape_fault(ctx: Context, leaf: Leaf, owner: Ino, parts: TreeParts, reason: str) -> None:
     """Report a leaf whose slots are not as they must be; the tree will be built anew."""
     _fault(ctx, Code.TREE_SHAPE, leaf.page, owner, parts, reason)
 
 
-def items_fault(ctx: Context, leaf: Leaf, owner: int, parts: TreeParts, reason: str) -> None:
+def items_fault(ctx: Context, leaf: Leaf, owner: Ino, parts: TreeParts, reason: str) -> None:
     """Report a leaf whose items are not as they must be; the tree will be built anew."""
     _fault(ctx, Code.TREE_ITEMS, leaf.page, owner, parts, reason)
 
@@ -109,9 +115,16 @@ def key_fault(keys: Sequence[int], low: int, end: int) -> str:
     return ""
 
 
-def parts_of(ctx: Context, root: int, owner: int, kind: int) -> TreeParts:
+def check_keys(ctx: Context, leaf: Leaf, owner: Ino, parts: TreeParts, keys: Sequence[int]) -> None:
+    """Report a leaf whose keys are out of order or beyond its bounds."""
+    fault = key_fault(keys, leaf.low, leaf.end)
+    if fault:
+        shape_fault(ctx, leaf, owner, parts, fault)
+
+
+def parts_of(ctx: Context, root: PageNo, owner: Ino, kind: int) -> TreeParts:
     """The nodes of a tree that was walked before."""
-    known = ctx.trees.get((owner, kind))
+    known = ctx.trees.get(TreeId(owner, kind))
     if known is not None:
         return known
     parts = TreeParts()
@@ -130,7 +143,7 @@ def parts_of(ctx: Context, root: int, owner: int, kind: int) -> TreeParts:
 
 def release(ctx: Context, parts: TreeParts) -> None:
     """The tree's nodes are free once the repair is stored."""
-    ctx.released_pages += [(page, 1) for page in parts.nodes]
+    ctx.released_pages += [PageRun(page, 1) for page in parts.nodes]
 
 
 # ------------------------------------------------------------------------------ space for new pages
@@ -149,28 +162,28 @@ class Allocator:
 
     def __init__(self, ctx: Context) -> None:
         self._ctx = ctx
-        self._open: list[int] | None = None
+        self._open: list[BlockNo] | None = None
         self._next_block = 0
         self._careful = True
-        self._fresh: set[int] = set()
+        self._fresh: set[BlockNo] = set()
 
-    def page(self) -> int:
+    def page(self) -> PageNo:
         """One page for metadata.
 
         :raises NoRoomError: there is none.
         """
         page = self._take()
-        self._ctx.claims.meta[page // PAGES_PER_BLOCK] |= 1 << page % PAGES_PER_BLOCK
+        self._ctx.claims.meta[block_of(page)] |= 1 << page % PAGES_PER_BLOCK
         return page
 
-    def data_page(self) -> int:
+    def data_page(self) -> PageNo:
         """One page for file data.
 
         :raises NoRoomError: there is none.
         """
         return self._take()
 
-    def _take(self) -> int:
+    def _take(self) -> PageNo:
         claims = self._ctx.claims
         while True:
             page = self._in_carved()
@@ -188,7 +201,7 @@ class Allocator:
             self._fresh.add(block)
             self._open = [block]
 
-    def _in_carved(self) -> int | None:
+    def _in_carved(self) -> PageNo | None:
         claims = self._ctx.claims
         if self._open is None:
             self._open = [b for b, used in claims.pages.items() if ~used & ALL_PAGES]
@@ -200,11 +213,11 @@ class Allocator:
             if free and claims.kind[block] == CARVED:
                 bit = (free & -free).bit_length() - 1
                 claims.pages[block] |= 1 << bit
-                return block * PAGES_PER_BLOCK + bit
+                return PageNo(block * PAGES_PER_BLOCK + bit)
             self._open.pop()
         return None
 
-    def block(self) -> int:
+    def block(self) -> BlockNo:
         """One block, for file data as a whole.
 
         :raises NoRoomError: there is none.
@@ -213,7 +226,7 @@ class Allocator:
         self._ctx.claims.claim_block(block)
         return block
 
-    def _block(self) -> int:
+    def _block(self) -> BlockNo:
         ctx = self._ctx
         while True:
             block = ctx.claims.kind.find(FREE, self._next_block)
@@ -225,10 +238,11 @@ class Allocator:
                 continue
             self._next_block = block + 1
             if not (self._careful and ctx.map_used[block]):
-                ctx.taken_blocks.append(block)
-                return block
+                taken = BlockNo(block)
+                ctx.taken_blocks.append(taken)
+                return taken
 
-    def give_back(self, page: int) -> None:
+    def give_back(self, page: PageNo) -> None:
         """A page that was taken is not needed."""
         self._ctx.claims.release_pages(page)
         self._open = None
@@ -238,8 +252,8 @@ class Allocator:
 
 
 def build_extents(
-    ctx: Context, space: Allocator, owner: int, extents: list[Extent], old: TreeParts
-) -> int:
+    ctx: Context, space: Allocator, owner: Ino, extents: list[Extent], old: TreeParts
+) -> PageNo:
     """A new tree of kind 1; returns its root.
 
     Without space for it, it takes the place of the ``old`` one.
@@ -248,27 +262,27 @@ def build_extents(
     """
     batches = [extents[i : i + MAX_EXTENT_SLOTS] for i in range(0, len(extents), MAX_EXTENT_SLOTS)]
     nodes = _Nodes(ctx, space, owner, TREE_EXTENTS, len(batches), old)
-    level = []
+    level: list[InnerSlot] = []
     for batch in batches:
         page, node = nodes.make()
         TREE.pack_into(node, TREE_OFFSET, TREE_EXTENTS, 0, len(batch), PAGE, 0)
         body = b"".join([EXTENT.pack(*e) for e in batch])
         node[TREE_SLOTS_OFFSET : TREE_SLOTS_OFFSET + len(body)] = body
-        level.append((batch[0][0], page))
+        level.append(InnerSlot(batch[0].file_page, page))
     return nodes.join(level)
 
 
 def build_items(
-    ctx: Context, space: Allocator, owner: int, kind: int, items: dict[int, bytes], old: TreeParts
-) -> int:
-    """A new tree of kind 2 or 3 from ``{key: item}``; returns its root, 0 for no items.
+    ctx: Context, space: Allocator, owner: Ino, kind: int, items: dict[int, bytes], old: TreeParts
+) -> PageNo:
+    """A new tree of kind 2 or 3 from ``{key: item}``; returns its root, no page for no items.
 
     Without space for it, it takes the place of the ``old`` one.
 
     :raises NoRoomError: not even that is enough; nothing was built.
     """
     if not items:
-        return 0
+        return NO_PAGE
     batches: list[list[tuple[int, bytes]]] = []
     room = 0
     for key, item in sorted(items.items()):
@@ -279,7 +293,7 @@ def build_items(
         room -= need
         batches[-1].append((key, item))
     nodes = _Nodes(ctx, space, owner, kind, len(batches), old)
-    level = []
+    level: list[InnerSlot] = []
     for batch in batches:
         page, node = nodes.make()
         heap = PAGE
@@ -288,15 +302,29 @@ def build_items(
             node[heap : heap + len(item)] = item
             ITEM_SLOT.pack_into(node, TREE_SLOTS_OFFSET + 16 * i, key, heap, len(item), 0)
         TREE.pack_into(node, TREE_OFFSET, kind, 0, len(batch), heap, 0)
-        level.append((batch[0][0], page))
+        level.append(InnerSlot(batch[0][0], page))
     return nodes.join(level)
+
+
+class _NewNode(NamedTuple):
+    """A node to be filled: its page, and the image of it."""
+
+    page: PageNo
+    image: bytearray
+
+
+class _NodePage(NamedTuple):
+    """A page for a node. ``fresh``: nothing in the region refers to it."""
+
+    page: PageNo
+    fresh: bool
 
 
 class _Nodes:
     """The nodes of a new tree, of which there are enough or none."""
 
     def __init__(
-        self, ctx: Context, space: Allocator, owner: int, kind: int, leaves: int, old: TreeParts
+        self, ctx: Context, space: Allocator, owner: Ino, kind: int, leaves: int, old: TreeParts
     ) -> None:
         self._ctx = ctx
         self._owner = owner
@@ -305,37 +333,37 @@ class _Nodes:
         while width > 1:
             width = -(-width // MAX_INNER_SLOTS)
             total += width
-        self._pages: list[tuple[int, bool]] = []
+        self._pages: list[_NodePage] = []
         spare = list(old.nodes)
         try:
             while len(self._pages) < total:
-                self._pages.append((space.page(), True))
+                self._pages.append(_NodePage(space.page(), True))
         except NoRoomError:
             if len(spare) < total - len(self._pages):
                 for page, _ in self._pages:
                     space.give_back(page)
                 raise
             while len(self._pages) < total:
-                self._pages.append((spare.pop(), False))
+                self._pages.append(_NodePage(spare.pop(), False))
             old.nodes = spare
 
-    def make(self) -> tuple[int, bytearray]:
-        """Number and image of the next one."""
+    def make(self) -> _NewNode:
+        """The next one."""
         page, fresh = self._pages.pop()
-        return page, self._ctx.image.make(page, MAGIC_TREE, self._owner, fresh=fresh)
+        return _NewNode(page, self._ctx.image.make(page, MAGIC_TREE, self._owner, fresh=fresh))
 
-    def join(self, level: list[tuple[int, int]]) -> int:
-        """Build the levels above ``(key, page)`` of the leaves; returns the root."""
+    def join(self, level: list[InnerSlot]) -> PageNo:
+        """Build the levels above the leaves, given as slots that lead to them; the root."""
         height = 0
         while len(level) > 1:
             height += 1
-            above = []
+            above: list[InnerSlot] = []
             for i in range(0, len(level), MAX_INNER_SLOTS):
                 batch = level[i : i + MAX_INNER_SLOTS]
                 page, node = self.make()
                 TREE.pack_into(node, TREE_OFFSET, self._kind, height, len(batch), PAGE, 0)
                 for j, slot in enumerate(batch):
                     INNER_SLOT.pack_into(node, TREE_SLOTS_OFFSET + 16 * j, *slot)
-                above.append((batch[0][0], page))
+                above.append(InnerSlot(batch[0].key, page))
             level = above
-        return level[0][1]
+        return level[0].page
