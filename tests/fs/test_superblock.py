@@ -19,9 +19,12 @@ from pkernfs.fs.superblock import Superblock, check_features, describe, is_trace
 from pkernfs.layout import (
     BACKUP_PAGE,
     BLOCK,
+    HEADER,
+    MAGIC_STATE,
     NO_NODE,
     NO_PHYSICAL,
     PAGE,
+    STATE_OFFSET,
     STATE_PAGE,
     SUPERBLOCK_PAGE,
     RangeFields,
@@ -82,6 +85,13 @@ NONE = bytes(PAGE)
 DAMAGED = encoded()[:-1] + b"x"
 NEWER = encoded(version_major=2)
 NEWER_BACKUP = encoded(BACKUP_PAGE, version_major=2)
+
+
+def state_page_of(state: int) -> bytes:
+    """A state page whose checksum is good, with a state that may not exist."""
+    page = bytearray(PAGE)
+    HEADER.pack_into(page, 0, MAGIC_STATE, 0, STATE_PAGE, 0, UUID)
+    return sealed(bytes(page), STATE_OFFSET, state.to_bytes(4, "little"))
 
 
 @pytest.fixture
@@ -295,6 +305,17 @@ def test_neither_copy_is_good(
     assert str(caught.value).count("superblock at") == len(messages)
 
 
+@pytest.mark.parametrize("change", [{"version_major": 2}, {"page_size": 1 << 14}])
+def test_an_intact_copy_of_another_format_is_final(
+    change: dict[str, Any], formatted: Region
+) -> None:
+    """The backup, which is of this format, is an older state: nobody may write by it."""
+    put(formatted, SUPERBLOCK_PAGE, encoded(**change))
+    with pytest.raises(FormatError, match=r"superblock at 0x0: (format version 2|page or block)"):
+        load(formatted)
+    assert parse(formatted.read(page_offset(BACKUP_PAGE), PAGE), BACKUP_PAGE)
+
+
 def test_a_region_that_has_no_room_for_a_backup() -> None:
     for size in (PAGE, BLOCK):
         with Region.anonymous(size) as small:
@@ -408,7 +429,9 @@ def test_what_is_told_of_a_damaged_one(formatted: Region) -> None:
         describe(formatted)
 
 
-@pytest.mark.parametrize("page", [bytes(PAGE), encoded(STATE_PAGE), b"\xff" * PAGE])
+@pytest.mark.parametrize(
+    "page", [bytes(PAGE), encoded(STATE_PAGE), b"\xff" * PAGE, state_page_of(9)]
+)
 def test_what_is_told_of_a_damaged_state_page(formatted: Region, page: bytes) -> None:
     put(formatted, STATE_PAGE, page)
     facts = describe(formatted)

@@ -35,6 +35,7 @@ from pkernfs.layout import (
     SUPERBLOCK_PAGE,
     VERSION_MAJOR,
     RangeFields,
+    StateFields,
     SuperblockFields,
     first_page,
     page_offset,
@@ -150,12 +151,15 @@ def load(region: Region) -> Superblock:
     :raises FormatError: no pkernfs, or one of another version.
     :raises CorruptionError: both copies are damaged, or the region is shorter than it was.
     """
-    first_error: CorruptionError | FormatError
+    page = region.read(page_offset(SUPERBLOCK_PAGE), PAGE)
     try:
-        found = parse(region.read(page_offset(SUPERBLOCK_PAGE), PAGE), SUPERBLOCK_PAGE)
-    except (CorruptionError, FormatError) as e:
-        first_error = e
-        found = _load_backup(region, first_error)
+        found = parse(page, SUPERBLOCK_PAGE)
+    except FormatError as e:
+        if is_trace(page):
+            raise  # intact, and of another format: an older backup says nothing of it
+        found = _load_backup(region, e)
+    except CorruptionError as e:
+        found = _load_backup(region, e)
     if region.size < found.fields.region_bytes:
         raise CorruptionError(
             f"{region.name}: region is truncated: got {region.size} bytes, "
@@ -197,7 +201,6 @@ def describe(region: Region) -> dict[str, Any]:
     """
     sb = load(region)
     page = region.read(page_offset(STATE_PAGE), PAGE)
-    magic, checksum, *_ = HEADER.unpack_from(page)
     info: dict[str, Any] = {
         "label": sb.label,
         "uuid": state_page.uuid_text(sb.uuid),
@@ -214,8 +217,8 @@ def describe(region: Region) -> dict[str, Any]:
         "superblock": "backup" if sb.from_backup else "primary",
         "ranges": [_describe_range(region, r) for r in sb.ranges],
     }
-    if magic == MAGIC_STATE and checksum == page_checksum(page):
-        state = state_page.load(page)
+    state = _intact_state(page)
+    if state is not None:
         info |= {
             "state": state_page.STATE_NAMES[state.state],
             "errors": bool(state.flags & STATE_FLAG_ERROR),
@@ -229,6 +232,16 @@ def describe(region: Region) -> dict[str, Any]:
     else:
         info["state"] = "damaged"
     return info
+
+
+def _intact_state(page: bytes) -> StateFields | None:
+    magic, checksum, *_ = HEADER.unpack_from(page)
+    if magic != MAGIC_STATE or checksum != page_checksum(page):
+        return None
+    try:
+        return state_page.load(page)
+    except CorruptionError:
+        return None
 
 
 def _describe_range(region: Region, r: RangeFields) -> dict[str, Any]:
