@@ -82,16 +82,14 @@ class PageStore:
         self._used = 0
         self._open = False
         self._uuid_c = ffi.from_buffer("uint8_t[16]", uuid)
+        #: The first arguments of what C does with the journal.
+        self._place = (region.base, region.size, self._journal, self._capacity)
 
     # ------------------------------------------------------------------ recovery
 
     def journal_state(self) -> int:
         """``JOURNAL_EMPTY``, ``JOURNAL_PENDING`` (a whole record waits) or ``JOURNAL_DAMAGED``."""
-        return int(
-            lib.pk_journal_state(
-                self.region.base, self.region.size, self._journal, self._capacity, self._uuid_c
-            )
-        )
+        return int(lib.pk_journal_state(*self._place, self._uuid_c))
 
     def recover(self, *, write: bool = True) -> bool:
         """Carry out a pending record: in the region, or unless ``write`` in private copies.
@@ -106,9 +104,7 @@ class PageStore:
         if state == JOURNAL_EMPTY:
             return False
         if write and self.region.writable:
-            lib.pk_journal_replay(
-                self.region.base, self.region.size, self._journal, self._capacity, self._uuid_c
-            )
+            lib.pk_journal_replay(*self._place, self._uuid_c)
         else:
             self._replay_in_memory()
         self._verified.clear()
@@ -190,8 +186,11 @@ class PageStore:
         change(memoryview(image))
         if changed is not None:
             change(changed)
+        self.sequence += 1
         done = lib.pk_commit(
-            *self._next_record(),
+            *self._place,
+            self.sequence,
+            self._uuid_c,
             ffi.from_buffer(_C_PAGE, image),
             ffi.new("uint64_t[]", [page]),
             ffi.new("uint8_t[]", [0]),
@@ -217,21 +216,12 @@ class PageStore:
                 raise RuntimeError(f"a word cannot be stored at {offset:#x}")
         offsets = ffi.new("uint64_t[]", [offset for offset, _word in words])
         values = ffi.new("uint64_t[]", [word for _offset, word in words])
-        done = lib.pk_commit_words(*self._next_record(), offsets, values, len(words))
+        self.sequence += 1
+        done = lib.pk_commit_words(
+            *self._place, self.sequence, self._uuid_c, offsets, values, len(words)
+        )
         if done < 0:
             raise _refusal(done)
-
-    def _next_record(self) -> tuple[Any, ...]:
-        """What each commit tells C: the region, the journal, a sequence number of its own."""
-        self.sequence += 1
-        return (
-            self.region.base,
-            self.region.size,
-            self._journal,
-            self._capacity,
-            self.sequence,
-            self._uuid_c,
-        )
 
     def _take(self, page: PageNo, fresh: int) -> memoryview:
         if not self._open:
@@ -303,8 +293,15 @@ class PageStore:
 
     def _commit(self) -> None:
         if self._used:
+            sequence = self.sequence = self.sequence + 1
             done = lib.pk_commit(
-                *self._next_record(), self._arena, self._numbers, self._fresh, self._used
+                *self._place,
+                sequence,
+                self._uuid_c,
+                self._arena,
+                self._numbers,
+                self._fresh,
+                self._used,
             )
             if done < 0:
                 self._abort()
