@@ -26,8 +26,8 @@ from pkernfs.errors import (
 from pkernfs.fs.file import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE
 from pkernfs.fs.namei import RENAME_EXCHANGE
 from pkernfs.fs.names import ROOT_PGTABLES
-from pkernfs.layout import BLOCK, IOMMU_INO, PAGE, ROOT_INO
-from pkernfs.quantities import Ino, Iova, RegionRun, SourceId
+from pkernfs.layout import BLOCK, IOMMU_INO, PAGE, ROOT_INO, Extent
+from pkernfs.quantities import Ino, Iova, PageNo, SourceId
 from support.checking import assert_clean
 from support.table_files import MIB, PHYS_BASE, Host
 
@@ -366,7 +366,12 @@ class TablesMachine(RuleBasedStateMachine):
         fs = self.host.fs
         return {
             name: [
-                (e.offset, tables_of(fs).holder([RegionRun(e.region_offset, e.length)]))
+                (
+                    e.offset,
+                    tables_of(fs).holder(
+                        [Extent(0, PageNo(e.region_offset // PAGE), e.length // PAGE)]
+                    ),
+                )
                 for e in fs.extents(file.ino)
             ]
             for name, file in self.names.items()

@@ -9,8 +9,8 @@ from pkernfs.errors import BusyError, TableDamageError
 from pkernfs.fs.names import ROOT_PGTABLES
 from pkernfs.iommu.config import Config
 from pkernfs.iommu.context_walk import Mode
-from pkernfs.layout import PAGE
-from pkernfs.quantities import Iova, PhysAddr, RegionOff, RegionRun
+from pkernfs.layout import PAGE, Extent
+from pkernfs.quantities import Iova, PageNo, PhysAddr, RegionOff
 from pkernfs.units.mmio import MemoryWindow
 from pkernfs.units.unit import Unit
 from pkernfs.units.unit_set import ActiveUnits
@@ -31,7 +31,9 @@ class Adopted(KernelAdopted):
 def holder(host: Host, name: str) -> str | None:
     """What maps a byte of a file."""
     extents = host.fs.extents(ino_of(host, name))
-    return host.tables.holder([RegionRun(e.region_offset, e.length) for e in extents])
+    return host.tables.holder(
+        [Extent(0, PageNo(e.region_offset // PAGE), e.length // PAGE) for e in extents]
+    )
 
 
 def test_what_is_mapped_is_held(mapped: Host) -> None:

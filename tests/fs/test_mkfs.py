@@ -226,6 +226,7 @@ def test_two_of_them_are_two(region: Region) -> None:
 labels = st.text(max_size=70).map(lambda label: label.replace("\0", ""))
 
 
+@pytest.mark.slow("formats a region for each example")
 @given(label=labels)
 def test_labels(label: str) -> None:
     with Region.anonymous(8 * MIB) as region:

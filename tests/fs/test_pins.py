@@ -12,7 +12,7 @@ from pkernfs.fs.file import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.fs.super import Access
-from pkernfs.layout import IOMMU_INO, PAGE
+from pkernfs.layout import IOMMU_INO, PAGE, Extent
 from pkernfs.quantities import Ino
 from pkernfs.region.region import Region
 from support.files import MIB, ROOT, make
@@ -35,8 +35,8 @@ class Holding:
     def changed(self) -> None:
         self.changes += 1
 
-    def holder(self, extents: Iterable[tuple[int, int]]) -> str | None:
-        return "somebody" if any(at in self.held for at, _length in extents) else None
+    def holder(self, extents: Iterable[Extent]) -> str | None:
+        return "somebody" if any(e.page * PAGE in self.held for e in extents) else None
 
     def check_unused(self, ino: Ino) -> None:
         if ino in self.used:

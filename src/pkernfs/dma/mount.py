@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from pkernfs.fs.filesystem import FileSystem
-from pkernfs.quantities import Ino, RegionRun
+from pkernfs.layout import Extent
+from pkernfs.quantities import Ino
 
 if TYPE_CHECKING:
     from pkernfs.dma.table_files import TableFiles
@@ -49,7 +50,7 @@ class TablePins:
         if self._tables is not None:
             self._tables.refresh()
 
-    def holder(self, extents: Iterable[RegionRun]) -> str | None:
+    def holder(self, extents: Iterable[Extent]) -> str | None:
         """Name what maps a byte of these; None: nothing does."""
         return None if self._tables is None else self._tables.holder(extents)
 

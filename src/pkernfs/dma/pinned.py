@@ -15,6 +15,7 @@ from pkernfs.fs.names import ROOT_PGTABLES
 from pkernfs.iommu.config import Config
 from pkernfs.iommu.memory import Memory
 from pkernfs.iommu.page_pool import BlockMap
+from pkernfs.layout import PAGE, Extent, page_offset
 from pkernfs.quantities import Ino, RegionOff, RegionRun
 from pkernfs.region.region import Region
 from pkernfs.vtd.entries import bdf_text
@@ -34,15 +35,16 @@ class Pinned:
 
     # ------------------------------------------------------------------ memory
 
-    def holder(self, extents: Iterable[RegionRun]) -> str | None:
+    def holder(self, extents: Iterable[Extent]) -> str | None:
         """Name what maps a byte of these; None: nothing does."""
         if not self._tables.trees:
             return None
         blocks = self._block_map()
-        wanted = [e for e in extents if blocks.any(*e)]
+        wanted = [e for e in extents if blocks.any_page(e.page, e.pages)]
         if not wanted:
             return None
-        ranges = Memory(self._region, wanted).ranges
+        runs = [RegionRun(page_offset(e.page), e.pages * PAGE) for e in wanted]
+        ranges = Memory(self._region, runs).ranges
         for number, tree in sorted(self._tables.trees.items()):
             iova = tree.find(ranges)
             if iova is not None:

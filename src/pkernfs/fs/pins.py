@@ -13,8 +13,8 @@ from typing import Protocol
 from pkernfs.errors import BusyError
 from pkernfs.fs.extents import LAST_PAGE, ExtentMap
 from pkernfs.fs.inodes import Inode, InodeTable
-from pkernfs.layout import INODE_FLAG_TABLE, IOMMU_INO, PAGE, page_offset
-from pkernfs.quantities import Ino, RegionRun
+from pkernfs.layout import INODE_FLAG_TABLE, IOMMU_INO, Extent
+from pkernfs.quantities import Ino
 from pkernfs.ratelimit import RateLimit
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class Pins(Protocol):
     def changed(self) -> None:
         """A file of /iommu has come, gone, grown or got another name."""
 
-    def holder(self, extents: Iterable[RegionRun]) -> str | None:
+    def holder(self, extents: Iterable[Extent]) -> str | None:
         """Name who holds a byte of these; None: nobody."""
 
     def check_unused(self, ino: Ino) -> None:
@@ -78,8 +78,7 @@ class PinGuard:
         """Name what maps one of file pages start..end-1; None: nothing does."""
         if not self.pins.active or not inode.is_reg or not inode.data_pages:
             return None
-        pages = self._map.within(inode, start, end)
-        return self.pins.holder(RegionRun(page_offset(e.page), e.pages * PAGE) for e in pages)
+        return self.pins.holder(self._map.within(inode, start, end))
 
     def _check_unused(self, inode: Inode) -> None:
         try:

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from pkernfs.errors import RegionError, TableDamageError
 from pkernfs.iommu.memory import Piece
-from pkernfs.layout import BLOCK, PAGE
+from pkernfs.layout import BLOCK, PAGE, PAGES_PER_BLOCK
 from pkernfs.native._native import ffi, lib
-from pkernfs.quantities import Iova, PhysAddr, PhysRange, RegionOff
+from pkernfs.quantities import Iova, PageNo, PhysAddr, PhysRange, RegionOff
 from pkernfs.region.region import Region
 from pkernfs.vtd.entries import ENTRIES
 
@@ -292,6 +292,11 @@ class BlockMap:
     def any(self, offset: RegionOff, length: int) -> bool:
         """Tell if a block of that range is marked."""
         return self._blocks.find(1, offset // BLOCK, -(-(offset + length) // BLOCK)) >= 0
+
+    def any_page(self, first: PageNo, count: int) -> bool:
+        """Tell if a block of those pages is marked."""
+        end = -(-(first + count) // PAGES_PER_BLOCK)
+        return self._blocks.find(1, first // PAGES_PER_BLOCK, end) >= 0
 
 
 def fill_entries(words: memoryview, first: int, step: int) -> None:
