@@ -109,6 +109,14 @@ def test_no_garbage_into_tables(
     refused(mapped, PermissionDeniedError, lambda: change(mapped.fs, ino))
 
 
+@pytest.mark.parametrize("name", [b"dom-1", b"x"])
+def test_another_file_gets_no_name_among_the_tables(mapped: Host, name: bytes) -> None:
+    """It would look like a domain, and be none."""
+    guest = ino_of(mapped, "guest")
+    refused(mapped, PermissionDeniedError, lambda: mapped.fs.link(guest, IOMMU_INO, name))
+    assert mapped.fs.inode(guest).nlink == 1
+
+
 # ---------------------------------------------------------------------- pins
 
 

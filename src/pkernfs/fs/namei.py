@@ -208,12 +208,14 @@ class Namei:
         """Give an inode another name.
 
         :raises ExistsError: the name is taken.
-        :raises PermissionDeniedError: a directory, or a file of /iommu.
+        :raises PermissionDeniedError: a directory, a file of /iommu, or a name in it.
         """
         inode = self._inodes.get(ino)
         if inode.is_dir or inode.flags & INODE_FLAG_TABLE:
             raise PermissionDeniedError(f"inode {ino}: cannot have a second name")
         directory = self._check_new(parent, name, stat.S_IFMT(inode.mode))
+        if parent == IOMMU_INO:  # a table file is one from the start
+            raise PermissionDeniedError("iommu: files do not move in or out")
         if not inode.nlink:
             raise NotFoundError(f"inode {ino}: was removed")
         if inode.nlink >= MAX_LINKS:
