@@ -10,9 +10,9 @@ What the pages mean is not this module's business.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from pkernfs.errors import CorruptionError, NoSpaceError, ReadOnlyError
 from pkernfs.layout import (
@@ -106,27 +106,10 @@ class PageStore:
         if write and self.region.writable:
             lib.pk_journal_replay(*self._place, self._uuid_c)
         else:
-            self._replay_in_memory()
+            replay_in_copies(self._view, self._journal, self._overlay)
         self._verified.clear()
         self.decoded.clear()
         return True
-
-    def _replay_in_memory(self) -> None:
-        for offset, data in runs_of_record(self._view, self._journal):
-            self._overlay_store(offset, data)
-
-    def _overlay_store(self, offset: RegionOff, data: memoryview) -> None:
-        while len(data):
-            number, start = PageNo(offset // PAGE), offset % PAGE
-            length = min(PAGE - start, len(data))
-            page = self._overlay.get(number)
-            if page is None:
-                page = self._overlay[number] = bytearray(
-                    self._view[number * PAGE : (number + 1) * PAGE]
-                )
-            page[start : start + length] = data[:length]
-            offset = RegionOff(offset + length)
-            data = data[length:]
 
     # ------------------------------------------------------------------ pages
 
@@ -334,22 +317,24 @@ class PageStore:
             callback()
 
 
-class RecordRun(NamedTuple):
-    """Bytes that a record stores: from which region offset on, and the bytes."""
-
-    offset: RegionOff
-    data: memoryview
-
-
-def runs_of_record(view: memoryview, at: RegionOff) -> Iterator[RecordRun]:
-    """Yield what the record at ``at`` stores, in order."""
-    end = at + RECORD.size + RECORD.unpack_from(view, at)[4]
-    position = at + RECORD.size
-    while position < end:
-        offset, words = RUN.unpack_from(view, position)
-        position += RUN.size
-        yield RecordRun(offset, view[position : position + 8 * words])
-        position += 8 * words
+def replay_in_copies(view: memoryview, record: RegionOff, pages: dict[PageNo, bytearray]) -> None:
+    """Carry out a record in private copies of pages; those that lack are made of ``view``."""
+    at = record + RECORD.size
+    end = at + RECORD.unpack_from(view, record)[4]
+    while at < end:
+        offset, words = RUN.unpack_from(view, at)
+        at += RUN.size
+        data = view[at : at + 8 * words]
+        at += 8 * words
+        while len(data):
+            number, start = PageNo(offset // PAGE), offset % PAGE
+            length = min(PAGE - start, len(data))
+            page = pages.get(number)
+            if page is None:
+                page = pages[number] = bytearray(view[number * PAGE : (number + 1) * PAGE])
+            page[start : start + length] = data[:length]
+            offset += length
+            data = data[length:]
 
 
 def _refusal(code: int) -> Exception:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from pkernfs.errors import CorruptionError
 from pkernfs.fs.fsck.structures import check_header
-from pkernfs.journal import PageStore, runs_of_record
+from pkernfs.journal import PageStore, replay_in_copies
 from pkernfs.layout import (
     HEADER,
     JOURNAL_PAGE,
@@ -182,20 +182,7 @@ class Image:
 
     def replay(self) -> None:
         """Carry out the whole record in private copies."""
-        for offset, data in runs_of_record(self._view, _JOURNAL):
-            self._overlay(offset, data)
-
-    def _overlay(self, offset: RegionOff, data: memoryview) -> None:
-        at: int = offset
-        while len(data):
-            number, start = PageNo(at // PAGE), at % PAGE
-            length = min(PAGE - start, len(data))
-            page = self._changed.get(number)
-            if page is None:
-                page = self._changed[number] = bytearray(self.stored(number))
-            page[start : start + length] = data[:length]
-            at += length
-            data = data[length:]
+        replay_in_copies(self._view, _JOURNAL, self._changed)
 
     def replay_in_region(self, uuid: bytes) -> None:
         """Carry out the whole record in the region, as a mount does."""
