@@ -365,7 +365,7 @@ class BlockAllocator:
                 dirty.append(BlockRun(BlockNo(at), stop - at))
                 at = self._zero.find(0, stop, end)
         if sum(count for _, count in dirty) > INLINE_ZERO_BLOCKS:
-            raise ZeroingNeeded([*dirty])
+            raise ZeroingNeeded(dirty)
         for first, count in dirty:
             self._store.region.zero(RegionOff(first * BLOCK), count * BLOCK)
 
