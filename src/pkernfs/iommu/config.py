@@ -101,7 +101,7 @@ def configure(memory: Memory, commit: Commit, config: Config) -> Config:
 
     :raises BusyError: the root table has entries.
     """
-    if not memory.region.is_zero(_offset(memory, memory.first_page), PAGE):
+    if not memory.region.is_zero(memory.need_offset(memory.first_page), PAGE):
         raise BusyError("root-pgtables: in use: mode and levels cannot change")
     config = config._replace(home=config_page(memory))
     at = config_offset(memory)
@@ -202,10 +202,4 @@ def config_page(memory: Memory) -> PhysAddr:
 
 def config_offset(memory: Memory) -> RegionOff:
     """Region offset of that page."""
-    return _offset(memory, config_page(memory))
-
-
-def _offset(memory: Memory, physical: PhysAddr) -> RegionOff:
-    offset = memory.offset(physical, 1)
-    assert offset is not None
-    return offset
+    return memory.need_offset(config_page(memory))

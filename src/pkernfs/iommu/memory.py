@@ -98,6 +98,12 @@ class Memory:
             return None
         return RegionOff(piece.offset + inside)
 
+    def need_offset(self, physical: PhysAddr) -> RegionOff:
+        """Region offset of an address that is in a piece."""
+        offset = self.offset(physical, 1)
+        assert offset is not None
+        return offset
+
     def room(self, physical: PhysAddr) -> int:
         """Bytes from an address that :meth:`offset` knows to the end of its piece."""
         piece = self.pieces[bisect_right(self._starts, physical) - 1]

@@ -151,15 +151,15 @@ class RootTables:
         freed = self._device_pages(device)
         root_at, table = self._root_word(source_id)
         context_at, size = self._context_place(source_id, table)
-        context = self._region.view(_offset(self.memory, table), PAGE)
+        context = self._region.view(self.memory.need_offset(table), PAGE)
         inside = context_at - table
         rest = bytes(context[:inside]) + bytes(context[inside + size :])
         stays = any(rest[i] & _P for i in range(0, len(rest), size))
         if stays:
-            at = _offset(self.memory, context_at)
+            at = self.memory.need_offset(context_at)
             self._commit([Word(RegionOff(at + 8 * i), 0) for i in range(size // 8)])
         else:
-            self._commit([Word(_offset(self.memory, root_at), 0)])
+            self._commit([Word(self.memory.need_offset(root_at), 0)])
             freed.append(table)
         del self._devices[source_id]
         if self.walked:
@@ -191,14 +191,14 @@ class RootTables:
         root_at, table = self._root_word(source_id)
         context_at, _size = self._context_place(source_id, table or new)
         if table:
-            at = _offset(self.memory, context_at)
+            at = self.memory.need_offset(context_at)
             # P is in the first word: it is stored last.
             backwards = reversed(range(len(entry)))
             self._commit([Word(RegionOff(at + 8 * i), entry[i]) for i in backwards])
         else:
             self._fill(new, entry, context_at - new)
             word = RootEntry.encode(P=1, CTP=new)
-            self._commit([Word(_offset(self.memory, root_at), word)])
+            self._commit([Word(self.memory.need_offset(root_at), word)])
 
     def _read_back(self, source_id: SourceId) -> Device:
         reader = ContextReader(self.memory, self.root, self.config.mode, _refuse)
@@ -209,9 +209,9 @@ class RootTables:
         data = bytearray(PAGE)
         for i, word in enumerate(words):
             data[at + 8 * i : at + 8 * i + 8] = word.to_bytes(8, "little")
-        self._region.copy_in(_offset(self.memory, page), data)
+        self._region.copy_in(self.memory.need_offset(page), data)
         if not self.coherent:
-            self._region.flush_lines(_offset(self.memory, page), PAGE)
+            self._region.flush_lines(self.memory.need_offset(page), PAGE)
 
     # ------------------------------------------------------------------ places
 
@@ -273,9 +273,3 @@ def _split(entry: int, bits: int) -> list[int]:
 
 def _refuse(finding: Finding) -> None:
     raise TableDamageError(finding.message)
-
-
-def _offset(memory: Memory, physical: PhysAddr) -> RegionOff:
-    offset = memory.offset(physical, 1)
-    assert offset is not None
-    return offset
