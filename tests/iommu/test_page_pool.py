@@ -11,7 +11,7 @@ from pkernfs.native._native import lib
 from pkernfs.errors import RegionError, TableDamageError
 from pkernfs.iommu.memory import Piece
 from pkernfs.iommu.page_pool import (
-    NO_PAGE,
+    PT_NONE,
     BlockMap,
     Mapping,
     Reserved,
@@ -64,7 +64,7 @@ def test_pages_of_one_change(pool: TablePool) -> None:
     pool.commit(deferred=False)
     assert (pool.free_pages, pool.used_pages) == (2, 6)
     assert all(map(pool.is_reachable, taken))
-    for not_there in (PHYS_BASE + 1, PHYS_BASE + 4 * PAGE, HIGH + 4 * PAGE, 0, NO_PAGE):
+    for not_there in (PHYS_BASE + 1, PHYS_BASE + 4 * PAGE, HIGH + 4 * PAGE, 0, PT_NONE):
         assert not pool.is_reachable(PhysAddr(not_there))
         pool.free(PhysAddr(not_there))
     assert pool.free_pages == 2
@@ -88,9 +88,9 @@ def test_freed_pages_may_have_to_wait(pool: TablePool) -> None:
 
 
 def test_missing_pages_are_counted(pool: TablePool) -> None:
-    assert [pool.alloc() == NO_PAGE for _ in range(PAGES + 1)] == [False] * 7 + [True] * 2
+    assert [pool.alloc() == PT_NONE for _ in range(PAGES + 1)] == [False] * 7 + [True] * 2
     assert pool.missing_pages == 2
-    assert pool.build(2, 1, DATA, READ_WRITE) == NO_PAGE
+    assert pool.build(2, 1, DATA, READ_WRITE) == PT_NONE
     assert pool.missing_pages == 2 + 513
 
 
@@ -101,13 +101,13 @@ def test_no_page_is_free_although_some_were(pool: TablePool) -> None:
     """Pages that were counted when the change began, and are tables now."""
     state = bytes([1]) * PAGES
     pool._state[:] = state
-    assert pool.alloc() == NO_PAGE
-    assert pool.build(1, 1, DATA, READ_WRITE) == NO_PAGE
+    assert pool.alloc() == PT_NONE
+    assert pool.build(1, 1, DATA, READ_WRITE) == PT_NONE
     pool._state[PAGES - 1] = 0
-    assert pool.build(2, 1, DATA, READ_WRITE) == NO_PAGE
+    assert pool.build(2, 1, DATA, READ_WRITE) == PT_NONE
     pool._state[:] = state
     table, mapped = pool.copy(PHYS_BASE, 4, READ_WRITE)
-    assert (table, mapped) == (NO_PAGE, 0)
+    assert (table, mapped) == (PT_NONE, 0)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_pieces_that_are_not_whole_pages_of_the_region(
 def test_a_pool_that_is_not_for_tables_has_none(region: Region) -> None:
     pool = TablePool(region, [Piece(PHYS_BASE, RegionOff(0), 8 * MIB)], tables=False)
     pool.begin()
-    assert pool.alloc() == NO_PAGE
+    assert pool.alloc() == PT_NONE
     assert not pool.is_reachable(PHYS_BASE)
     pool.free(PHYS_BASE)
     report = check_tree(pool, PHYS_BASE, 4)
@@ -162,7 +162,7 @@ def test_levels_that_there_are_not(pool: TablePool, region: Region, levels: int)
 
 @pytest.mark.parametrize(("level", "leaf"), [(1, 2), (2, 0), (6, 1), (4, 4)])
 def test_tables_that_cannot_be_built(pool: TablePool, level: int, leaf: int) -> None:
-    assert pool.build(level, leaf, DATA, READ_WRITE) == NO_PAGE
+    assert pool.build(level, leaf, DATA, READ_WRITE) == PT_NONE
     assert pool.free_pages == PAGES - 1
 
 

@@ -45,7 +45,7 @@ class Scanned(NamedTuple):
 
 
 class Copied(NamedTuple):
-    """A copy of a table (its physical address or ``NO_PAGE``), and the bytes that it maps."""
+    """A copy of a table (its physical address or ``PT_NONE``), and the bytes that it maps."""
 
     table: PhysAddr
     mapped_bytes: int
@@ -68,7 +68,8 @@ class TreeFigures(NamedTuple):
     mapped_bytes: int
 
 
-NO_PAGE: int = lib.PT_NONE
+#: Instead of a physical address, an address or an offset: there is none.
+PT_NONE: int = lib.PT_NONE
 _SCAN_BATCH = 512
 #: So that cffi refuses fewer bytes than C reads.
 _C_TABLE = ffi.typeof(f"uint64_t[{ENTRIES}]")
@@ -156,7 +157,7 @@ class TablePool:
         return bool(lib.pk_pt_is_reachable(self._pool, physical))
 
     def alloc(self) -> PhysAddr:
-        """Allocate a page: its physical address, or ``NO_PAGE``; pages that lack are counted."""
+        """Allocate a page: its physical address, or ``PT_NONE``; pages that lack are counted."""
         return PhysAddr(lib.pk_pt_alloc(self._pool))
 
     def free(self, physical: PhysAddr) -> None:
@@ -174,13 +175,13 @@ class TablePool:
     # ------------------------------------------------------------------ tables
 
     def build(self, level: int, leaf: int, physical: PhysAddr, perm: int) -> PhysAddr:
-        """A new full table that maps memory from ``physical`` on; its address or ``NO_PAGE``."""
+        """A new full table that maps memory from ``physical`` on; its address or ``PT_NONE``."""
         return PhysAddr(lib.pk_pt_build(self._base, self._pool, level, leaf, physical, perm))
 
     def verify(self, table: PhysAddr, level: int, physical: PhysAddr, perm: int) -> int | None:
         """Offset in bytes of the first page that is mapped to something else; None: no page."""
         found = int(lib.pk_pt_verify(self._base, self._pool, table, level, physical, perm))
-        return None if found == NO_PAGE else found
+        return None if found == PT_NONE else found
 
     def drop(self, table: PhysAddr, level: int) -> int:
         """Free a table and all below it; the bytes that it mapped."""
@@ -205,7 +206,7 @@ class TablePool:
         if count < 0:
             return None
         found = [Mapping(m.iova, m.physical, m.length, m.bits) for m in out[0:count]]
-        return Scanned(found, None if at[0] == NO_PAGE else Iova(at[0]))
+        return Scanned(found, None if at[0] == PT_NONE else Iova(at[0]))
 
     def mark(self, root: PhysAddr, levels: int, memory: TablePool, blocks: bytearray) -> bool:
         """Set the byte of each 2 MiB block that a leaf below ``root`` maps something of.
@@ -231,7 +232,7 @@ class TablePool:
         found = Iova(
             lib.pk_pt_find(self._base, self._pool, root, levels, ranges_c, len(ranges), seen)
         )
-        return None if found == NO_PAGE else found
+        return None if found == PT_NONE else found
 
     def check(
         self,
