@@ -108,7 +108,7 @@ def _files_round() -> dict[str, float]:
     tables_of(fs).create_root()
     for number in range(UNLINKS):
         _file(fs, ROOT_INO, b"%d" % number, 4 * MIB)
-    (_low, at, _length), *_ = fs.pieces(guest, 0, PAGE)
+    (_low, _length, at), *_ = fs.pieces(guest, 0, PAGE)
     start = (PHYS_BASE + at) % GIB  # as aligned as memory is: 1 GiB leaves
     found["file-map-2m"] = _milliseconds(
         lambda: tables_of(fs).map_file(0, Iova(GIB + start + 2 * MIB), guest, 0, 64 * GIB, 3)

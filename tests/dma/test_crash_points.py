@@ -134,7 +134,7 @@ def reading(h: Host) -> snapshot.Reading:
     mappings = [
         Mapping(Iova(iova + low), PhysAddr(PHYS_BASE + at), length, RW)
         for iova, ino in places
-        for low, at, length in h.fs.pieces(ino, 0, 6 * MIB)
+        for low, length, at in h.fs.pieces(ino, 0, 6 * MIB)
     ]
     return snapshot.Reading(
         DEVICE,
@@ -271,7 +271,7 @@ class Sweep:
         self.files = {
             host.physical(ino, at): bytes(host.fs.read(ino, at, PAGE))
             for ino in (small(host), large(host))
-            for low, _at, length in host.fs.pieces(ino, 0, 6 * MIB)
+            for low, length, _at in host.fs.pieces(ino, 0, 6 * MIB)
             for at in range(low, low + length, PAGE)
         }
         self.mode, self.levels = self.after.config.mode, self.after.config.levels

@@ -94,7 +94,7 @@ class Driven(Rig):
 
     def physical(self, name: str, offset: int = 0) -> PhysAddr:
         ino = self.fs.find(ROOT_INO, name.encode())
-        ((_low, at, _length),) = list(self.fs.pieces(ino, offset, 1))
+        ((_low, _length, at),) = list(self.fs.pieces(ino, offset, 1))
         return PhysAddr(at)
 
     def map(

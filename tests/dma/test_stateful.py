@@ -390,7 +390,7 @@ class TablesMachine(RuleBasedStateMachine):
         where: dict[int, dict[int, int]] = {}
         for file in self.names.values():
             pages = where.setdefault(file.ino, {})
-            for low, at, length in self.host.fs.pieces(file.ino, 0, -(-file.size // PAGE) * PAGE):
+            for low, length, at in self.host.fs.pieces(file.ino, 0, -(-file.size // PAGE) * PAGE):
                 first = (PHYS_BASE + at) // PAGE
                 pages.update((low // PAGE + i, first + i) for i in range(length // PAGE))
         assert set(self.host.tables.domains) == set(self.domains)

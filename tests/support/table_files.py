@@ -112,7 +112,7 @@ class Host:
 
     def physical(self, ino: Ino, offset: int = 0) -> PhysAddr:
         """Where a byte of a file is."""
-        (_low, at, _length), *_ = self.fs.pieces(ino, offset, 1)
+        (_low, _length, at), *_ = self.fs.pieces(ino, offset, 1)
         found = self.region.physical(at)
         assert found is not None
         return found

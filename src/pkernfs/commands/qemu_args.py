@@ -29,7 +29,7 @@ from pkernfs.errors import (
 from pkernfs.fuse.extents_xattr import Extent
 from pkernfs.host import qemu
 from pkernfs.options import format_size
-from pkernfs.quantities import RegionOff
+from pkernfs.quantities import FileSpan, RegionOff
 from pkernfs.region.spec import looks_physical, parse_span
 
 QEMU = "qemu-system-x86_64"
@@ -47,14 +47,6 @@ class MemPath(NamedTuple):
     path: str
     start: int
     align: int
-
-
-class Piece(NamedTuple):
-    """A run of a file's bytes that is consecutive in the region, too. In bytes."""
-
-    offset: int
-    length: int
-    region_offset: RegionOff
 
 
 class Qemu(NamedTuple):
@@ -191,9 +183,9 @@ def _one_piece(file: str, size: int, place: MemPath) -> RegionOff:
     return region_offset
 
 
-def join(extents: list[Extent]) -> list[Piece]:
+def join(extents: list[Extent]) -> list[FileSpan]:
     """Join extents that are neighbours in the region, wherever they are in physical memory."""
-    pieces: list[Piece] = []
+    pieces: list[FileSpan] = []
     for offset, length, region_offset, _ in extents:
         last = pieces[-1] if pieces else None
         if last and (offset, region_offset) == (
@@ -202,7 +194,7 @@ def join(extents: list[Extent]) -> list[Piece]:
         ):
             pieces[-1] = last._replace(length=last.length + length)
         else:
-            pieces.append(Piece(offset, length, region_offset))
+            pieces.append(FileSpan(offset, length, region_offset))
     return pieces
 
 

@@ -126,7 +126,7 @@ class Domains:
 
     def _holes(self, ino: Ino, offset: int, length: int) -> Iterator[tuple[int, int]]:
         at, end = offset, offset + length
-        for low, _region_offset, count in self._fs.pieces(ino, offset, length):
+        for low, count, _region_offset in self._fs.pieces(ino, offset, length):
             if low > at:
                 yield at, low - at
             at = low + count
@@ -139,7 +139,7 @@ class Domains:
         :raises InvalidError: it has no physical address.
         """
         region = self._fs.region
-        for low, at, count in self._fs.pieces(ino, offset, length):
+        for low, count, at in self._fs.pieces(ino, offset, length):
             for start, run, physical in region.physical_runs(at, count):
                 if physical is None:
                     raise InvalidError(f"{region.name}: no physical address at {at:#x}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from pkernfs.errors import (
     InvalidError,
@@ -45,14 +44,6 @@ _DAY_NS = 86400 * 10**9
 _ZERO_STEP_BYTES = 4 << 20
 
 
-class Piece(NamedTuple):
-    """Memory of a part of a file: offsets and length in bytes."""
-
-    offset: int
-    region_offset: RegionOff
-    length: int
-
-
 class Files:
     """The bytes of the regular files of one file system."""
 
@@ -88,7 +79,7 @@ class Files:
                 at = RegionOff((page - file_page) * PAGE + offset)
                 return self._region.view(at, length)
         data = bytearray(length)
-        for low, at, count in self._pieces(inode, offset, offset + length):
+        for low, count, at in self._pieces(inode, offset, offset + length):
             data[low - offset : low - offset + count] = self._region.view(at, count)
         if pending:  # a read-only mount cannot finish it
             low = max(inode.pending_start - offset, 0)
@@ -141,7 +132,7 @@ class Files:
                 # New pages are not reachable before the commit: so the data is there with them.
                 if self._map.fill(inode, first, last, size):
                     self._super.leave_reserve()
-                for low, at, count in self._pieces(inode, offset, end):
+                for low, count, at in self._pieces(inode, offset, end):
                     self._region.copy_in(at, memoryview(data)[low - offset : low - offset + count])
                 inode.size = size
                 inode.mtime = inode.ctime = self._super.clock()
@@ -295,8 +286,7 @@ class Files:
 
     def _zero_mapped(self, inode: Inode, start: int, end: int) -> None:
         """Zero the bytes start..end-1 of a file where it has memory."""
-        for offset, at, length in self._pieces(inode, start, end):
-            del offset
+        for _offset, length, at in self._pieces(inode, start, end):
             self._region.zero(at, length)
 
     # ------------------------------------------------------------------ fallocate
@@ -397,9 +387,9 @@ class Files:
             raise NoSuchAddressError("no more data")
         return at if whence == os.SEEK_HOLE else file_page * PAGE
 
-    def pieces(self, ino: Ino, offset: int, length: int) -> Iterator[Piece]:
+    def pieces(self, ino: Ino, offset: int, length: int) -> Iterator[FileSpan]:
         """The memory of a range of a file, in file order."""
-        return map(Piece._make, self._pieces(self._inodes.get(ino), offset, offset + length))
+        return map(FileSpan._make, self._pieces(self._inodes.get(ino), offset, offset + length))
 
     def extents(self, ino: Ino) -> list[FileSpan]:
         """List the memory of a file, in file order; only what lies before its end.
@@ -414,11 +404,11 @@ class Files:
             for file_page, page, count in self._map.within(inode, 0, -(-inode.size // PAGE))
         ]
 
-    def _pieces(self, inode: Inode, start: int, end: int) -> Iterator[tuple[int, RegionOff, int]]:
-        """``(file offset, region offset, length)`` of the memory of bytes start..end-1."""
+    def _pieces(self, inode: Inode, start: int, end: int) -> Iterator[tuple[int, int, RegionOff]]:
+        """The memory of bytes start..end-1; bare, in the order of :class:`FileSpan`."""
         if end <= start:
             return
         for file_page, page, count in self._map.within(inode, start // PAGE, -(-end // PAGE)):
             low = max(start, file_page * PAGE)
             high = min(end, (file_page + count) * PAGE)
-            yield low, RegionOff((page - file_page) * PAGE + low), high - low
+            yield low, high - low, RegionOff((page - file_page) * PAGE + low)

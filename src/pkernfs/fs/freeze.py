@@ -125,7 +125,7 @@ class Freezer:
         inode = self._inodes.get(ino)
         if not self._super.frozen or inode.nlink or offset < 0 or offset + len(data) > inode.size:
             raise InvalidError(f"the handover's list: cannot store {len(data)} bytes at {offset}")
-        for low, at, length in self._files.pieces(ino, offset, len(data)):
+        for low, length, at in self._files.pieces(ino, offset, len(data)):
             self._region.copy_in(at, data[low - offset : low - offset + length])
 
     def hand_over(self, list_ino: Ino, list_bytes: int, list_digest: int, flags: int) -> int:
@@ -216,7 +216,7 @@ class Freezer:
         if not inode.is_reg or inode.nlink or inode.size != record.list_bytes:
             raise CorruptionError(f"the handover's list: inode {inode.ino} is something else")
         data = bytearray(inode.size)
-        for offset, at, length in self._files.pieces(inode.ino, 0, inode.size):
+        for offset, length, at in self._files.pieces(inode.ino, 0, inode.size):
             data[offset : offset + length] = self._region.view(at, length)
         return bytes(data)
 
