@@ -52,6 +52,13 @@ class BlockRun(NamedTuple):
     blocks: int
 
 
+class RegionRange(NamedTuple):
+    """Bytes of the region from ``start`` up to ``end``, which is the first offset behind them."""
+
+    start: RegionOff
+    end: RegionOff
+
+
 class RegionRun(NamedTuple):
     """``length`` bytes of the region, from ``offset`` on."""
 

@@ -9,21 +9,13 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 from pkernfs.errors import RegionError
 from pkernfs.host.iomem import Span
 from pkernfs.layout import PAGE
-from pkernfs.quantities import BlockRun, PhysAddr, RegionOff
+from pkernfs.quantities import BlockRun, PhysAddr, RegionOff, RegionRange
 from pkernfs.region.dax import Device
 from pkernfs.region.locks import RegionLock
-
-
-class ByteRange(NamedTuple):
-    """Region offsets from ``start`` to ``end``, which is not included; bytes."""
-
-    start: RegionOff
-    end: RegionOff
 
 
 class Backing:
@@ -91,9 +83,9 @@ class Backing:
         """Return the blocks that are zero, as far as that is known without reading them."""
         return []
 
-    def data_ranges(self, first: RegionOff, last: RegionOff) -> Iterator[ByteRange]:
+    def data_ranges(self, first: RegionOff, last: RegionOff) -> Iterator[RegionRange]:
         """Yield what is no hole between two offsets in bytes."""
-        yield ByteRange(first, last)
+        yield RegionRange(first, last)
 
 
 def given_pieces(name: str, size: int, phys_base: PhysAddr | None) -> list[Span] | None:

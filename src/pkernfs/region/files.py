@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pkernfs.errors import RegionError
 from pkernfs.layout import BLOCK, PAGE
 from pkernfs.native._native import lib
-from pkernfs.quantities import BlockNo, BlockRun, PhysAddr, RegionOff
-from pkernfs.region.backing import Backing, ByteRange, given_pieces, open_path
+from pkernfs.quantities import BlockNo, BlockRun, PhysAddr, RegionOff, RegionRange
+from pkernfs.region.backing import Backing, given_pieces, open_path
 from pkernfs.region.locks import lock_file
 
 _TMPFS = 0x01021994
@@ -72,10 +72,10 @@ class FileBacking(Backing):
             runs.append(BlockRun(first, blocks - first))
         return runs
 
-    def data_ranges(self, first: RegionOff, last: RegionOff) -> Iterator[ByteRange]:
+    def data_ranges(self, first: RegionOff, last: RegionOff) -> Iterator[RegionRange]:
         """Yield what is no hole of the file; all, if it cannot be told."""
         if self.fd is None or self._is_huge:
-            yield ByteRange(first, last)
+            yield RegionRange(first, last)
             return
         end = first
         while end < last:
@@ -84,12 +84,12 @@ class FileBacking(Backing):
             except OSError as e:
                 if e.errno == errno.ENXIO:
                     return
-                yield ByteRange(end, last)
+                yield RegionRange(end, last)
                 return
             if start >= last:
                 return
             end = min(RegionOff(os.lseek(self.fd, start, os.SEEK_HOLE)), last)
-            yield ByteRange(start, end)
+            yield RegionRange(start, end)
 
 
 def create(path: str, size: int) -> None:

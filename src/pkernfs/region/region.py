@@ -19,9 +19,9 @@ from pkernfs.host.iomem import Span
 from pkernfs.host.sysroot import HOST, Host
 from pkernfs.layout import BLOCK, PAGE
 from pkernfs.native._native import ffi, lib
-from pkernfs.quantities import BlockRun, PageNo, PhysAddr, RegionOff
+from pkernfs.quantities import BlockRun, PageNo, PhysAddr, RegionOff, RegionRange
 from pkernfs.region import files
-from pkernfs.region.backing import Backing, ByteRange, given_pieces
+from pkernfs.region.backing import Backing, given_pieces
 from pkernfs.region.dax import Device
 from pkernfs.region.opening import open_backing
 
@@ -255,7 +255,7 @@ class Region:
 
     def data_ranges(
         self, first: RegionOff = _START, last: RegionOff | None = None
-    ) -> Iterator[ByteRange]:
+    ) -> Iterator[RegionRange]:
         """Yield what is no hole of the file; all, if it cannot be told.
 
         Only what lies between the offsets ``first`` and ``last`` (the end of the region).

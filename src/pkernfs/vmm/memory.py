@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pkernfs.errors import TakeOverError
-from pkernfs.quantities import RegionOff
+from pkernfs.quantities import RegionOff, RegionRange
 from pkernfs.vmm import sysfs
 from pkernfs.vmm.export import Bar, Export
 from pkernfs.vmm.plan import Piece
@@ -19,17 +19,10 @@ _BLOCK = 2 << 20
 _DEV_MEM = Path("/dev/mem")
 
 
-class _Range(NamedTuple):
-    """Region offsets from ``start`` to ``end``, which is not included."""
-
-    start: RegionOff
-    end: RegionOff
-
-
 class _Mapped(NamedTuple):
     """A range of the region, mapped."""
 
-    range: _Range
+    range: RegionRange
     mapping: mmap.mmap
 
 
@@ -64,10 +57,10 @@ class Memory:
         align = _alignment(self._place.path)
         with self._place.path.open("r+b", buffering=0) as file:
             for wanted in _ranges(pieces, align):
-                there = _Range(wanted.start, min(wanted.end, RegionOff(self._place.length)))
+                there = RegionRange(wanted.start, min(wanted.end, RegionOff(self._place.length)))
                 self._region.append(_Mapped(there, self._map_region(file.fileno(), there)))
 
-    def _map_region(self, fd: int, part: _Range) -> mmap.mmap:
+    def _map_region(self, fd: int, part: RegionRange) -> mmap.mmap:
         flags = mmap.MAP_SHARED | mmap.MAP_POPULATE  # not in the hold: faults take their time
         offset = self._place.offset + part.start
         try:
@@ -102,16 +95,16 @@ def _alignment(path: Path) -> int:
     return int(align.read_text()) if align.exists() else max(_BLOCK, info.st_blksize)
 
 
-def _ranges(pieces: Sequence[Piece], align: int) -> list[_Range]:
+def _ranges(pieces: Sequence[Piece], align: int) -> list[RegionRange]:
     """Aligned ranges of the region that have all pieces in them; neighbours are one."""
-    found: list[_Range] = []
+    found: list[RegionRange] = []
     for piece in sorted((p for p in pieces if p.bar is None), key=lambda p: p.offset):
         start = RegionOff(piece.offset - piece.offset % align)
         end = RegionOff(-(-(piece.offset + piece.length) // align) * align)
         if found and start <= found[-1].end:
-            found[-1] = _Range(found[-1].start, max(end, found[-1].end))
+            found[-1] = RegionRange(found[-1].start, max(end, found[-1].end))
         else:
-            found.append(_Range(start, end))
+            found.append(RegionRange(start, end))
     return found
 
 

@@ -31,8 +31,7 @@ from pkernfs.layout import (
     block_of,
     inos_of,
 )
-from pkernfs.quantities import BlockNo, BlockRun, Ino, PageNo, PageRun, RegionOff
-from pkernfs.region.backing import ByteRange
+from pkernfs.quantities import BlockNo, BlockRun, Ino, PageNo, PageRun, RegionOff, RegionRange
 
 _SAME = [re.compile(re.escape(bytes([kind])) + b"+") for kind in range(5)]
 
@@ -370,7 +369,7 @@ class _FileRange(NamedTuple):
     end: int
 
 
-def _dirty_parts(ctx: Context, part: ByteRange, shift: int) -> list[_FileRange]:
+def _dirty_parts(ctx: Context, part: RegionRange, shift: int) -> list[_FileRange]:
     """Have what is not zero zeroed, at most a block at a time; its place in the file."""
     found = []
     for offset in map(RegionOff, range(part.start, part.end, BLOCK)):

@@ -25,8 +25,7 @@ from pkernfs.layout import (
     STATE_PAGE,
     page_offset,
 )
-from pkernfs.quantities import Ino, PageNo, RegionOff
-from pkernfs.region.backing import ByteRange
+from pkernfs.quantities import Ino, PageNo, RegionOff, RegionRange
 from pkernfs.region.checksum import page_checksum
 from pkernfs.region.region import Region
 
@@ -61,7 +60,7 @@ class Image:
         self._fresh: set[PageNo] = set()
         self._first: dict[PageNo, bytearray] = {}
         self._between: dict[PageNo, bytearray] = {}
-        self._zeroed: list[ByteRange] = []
+        self._zeroed: list[RegionRange] = []
         self._copied: list[_Copy] = []
         ranges = list(region.data_ranges())
         self._data_starts = [start for start, _ in ranges]
@@ -113,7 +112,7 @@ class Image:
             return False
         return True
 
-    def data_in(self, offset: RegionOff, length: int) -> list[ByteRange]:
+    def data_in(self, offset: RegionOff, length: int) -> list[RegionRange]:
         """The parts of a byte range that are not holes of the region."""
         found = []
         end = RegionOff(offset + length)
@@ -122,7 +121,7 @@ class Image:
             start = max(offset, self._data_starts[i])
             stop = min(end, self._data_ends[i])
             if start < stop:
-                found.append(ByteRange(start, stop))
+                found.append(RegionRange(start, stop))
             i += 1
         return found
 
@@ -160,7 +159,7 @@ class Image:
 
     def zero_data(self, offset: RegionOff, length: int) -> None:
         """Zero a byte range when the repair is stored."""
-        self._zeroed.append(ByteRange(offset, RegionOff(offset + length)))
+        self._zeroed.append(RegionRange(offset, RegionOff(offset + length)))
 
     def copy_data(self, source: RegionOff, target: RegionOff, length: int) -> None:
         """Copy bytes inside the region when the repair is stored."""

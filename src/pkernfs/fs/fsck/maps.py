@@ -32,8 +32,7 @@ from pkernfs.layout import (
     PAGE_MAP_USED_OFFSET,
     first_page,
 )
-from pkernfs.quantities import BlockNo, BlockRun, PageNo, RegionOff
-from pkernfs.region.backing import ByteRange
+from pkernfs.quantities import BlockNo, BlockRun, PageNo, RegionOff, RegionRange
 
 _TO_USED = bytes([0] + [1] * 255)
 _TO_FREE = bytes([1] + [0] * 255)
@@ -155,7 +154,7 @@ def _verify_zero(ctx: Context) -> None:
         ctx.map_zero[first : first + count] = bytes(count)
 
 
-def _find_dirty(ctx: Context, part: ByteRange, not_zero: bytearray) -> None:
+def _find_dirty(ctx: Context, part: RegionRange, not_zero: bytearray) -> None:
     start: int = part.start
     while start < part.end:
         block = start // BLOCK
