@@ -196,8 +196,7 @@ def chunks_of(
     current = -1
     parts: list[digest.Part] = []
     has_data = False
-    for span in _spans(region, extents):
-        offset, at, length, is_data = span
+    for offset, at, length, is_data in _spans(region, extents):
         while length:
             number, skip = divmod(offset, LIST_CHUNK_BYTES)
             if number != current:

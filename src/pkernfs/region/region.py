@@ -99,7 +99,7 @@ class Region:
             backing.close()
             raise
         try:
-            backing.verify_mapping(lambda: region.read(RegionOff(0), 4 * PAGE))
+            backing.verify_mapping(lambda: region.read(_START, 4 * PAGE))
         except BaseException:
             region.close()
             raise
@@ -213,11 +213,11 @@ class Region:
 
     def assume_physical(self, base: PhysAddr) -> None:
         """Say which physical address offset 0 has, for a region that has none of its own."""
-        if self.physical(RegionOff(0)) is None:
+        if self.physical(_START) is None:
             self._backing.pieces = [Span(base, self.size)]
 
     def _runs_of_pieces(self, offset: RegionOff, length: int) -> Iterator[PhysicalRun]:
-        first = RegionOff(0)
+        first = _START
         end = offset + length
         for piece in self._backing.pieces or ():
             low, high = max(offset, first), min(end, first + piece.size)
