@@ -13,7 +13,6 @@ from struct import Struct
 import pytest
 
 from pkernfs import layout
-from pkernfs.quantities import Ino
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "format.md"
 
@@ -420,7 +419,6 @@ def test_a_hash_of_zero_counts_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_inode_numbers() -> None:
-    assert layout.split_ino(Ino(1)) == (0, 1)
-    assert layout.split_ino(Ino(15)) == (0, 15)
-    assert layout.split_ino(Ino(17)) == (1, 1)
-    assert layout.split_ino(Ino(16 * 1000 + 9)) == (1000, 9)
+    assert [*layout.inos_of(0)] == [*range(16)]
+    assert layout.inos_of(1)[1] == 17
+    assert layout.inos_of(1000)[9] == 16 * 1000 + 9

@@ -293,13 +293,6 @@ class InodeFields(NamedTuple):
     body: PageNo
 
 
-class InodeSlot(NamedTuple):
-    """Where an inode is: index of its page in the inode table, slot 1..15 in that page."""
-
-    page_index: int
-    slot: int
-
-
 EXTENT = Struct("<QQQ")
 EXTENT_BYTES = EXTENT.size
 
@@ -374,11 +367,6 @@ def name_key(name: bytes, hash_key: bytes) -> int:
     digest = hashlib.blake2b(name, digest_size=8, key=hash_key).digest()
     value = int.from_bytes(digest, "little") & ((1 << HASH_BITS) - 1)
     return (value or 1) << COLLISION_BITS
-
-
-def split_ino(ino: Ino) -> InodeSlot:
-    """The place of an inode by its number (section 6)."""
-    return InodeSlot(ino >> 4, ino & 15)
 
 
 def inos_of(index: int) -> Sequence[Ino]:
