@@ -488,7 +488,6 @@ def test_a_journal_that_is_not_in_the_region(
     uuid = store._uuid_c
     assert lib.pk_journal_state(region.base, SIZE, journal, capacity, uuid) == JOURNAL_DAMAGED
     store._journal, store._capacity = journal, capacity
-    store._place = (region.base, SIZE, journal, capacity)
     with pytest.raises(CorruptionError, match="out of the region"):
         fill(store, 1)
     with pytest.raises(CorruptionError, match="out of the region"):

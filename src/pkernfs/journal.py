@@ -82,8 +82,11 @@ class PageStore:
         self._used = 0
         self._open = False
         self._uuid_c = ffi.from_buffer("uint8_t[16]", uuid)
-        #: The first arguments of what C does with the journal.
-        self._place = (region.base, region.size, self._journal, self._capacity)
+
+    @property
+    def _place(self) -> tuple[Any, int, RegionOff, int]:
+        """The first arguments of what C does with the journal; a closed region has none."""
+        return (self.region.base, self.region.size, self._journal, self._capacity)
 
     # ------------------------------------------------------------------ recovery
 

@@ -73,7 +73,7 @@ class Domains:
         table.check_range(iova, length)
         self._units.check_domain(number)
         self._root.have()
-        if any(self._holes(ino, offset, length)):
+        if self._has_hole(ino, offset, length):
             self._check_overlap(table, iova, ino, offset, length, perm)
             self._fs.fallocate(ino, FALLOC_KEEP_SIZE, offset, length)
         pieces = [Span(at, count) for _low, at, count in self.file_pieces(ino, offset, length)]
@@ -124,14 +124,13 @@ class Domains:
                     raise ExistsError(f"iova {at:#x}: already mapped to something else")
                 at += low + count - in_file
 
-    def _holes(self, ino: Ino, offset: int, length: int) -> Iterator[tuple[int, int]]:
-        at, end = offset, offset + length
+    def _has_hole(self, ino: Ino, offset: int, length: int) -> bool:
+        at = offset
         for low, count, _region_offset in self._fs.pieces(ino, offset, length):
             if low > at:
-                yield at, low - at
+                return True
             at = low + count
-        if at < end:
-            yield at, end - at
+        return at < offset + length
 
     def file_pieces(self, ino: Ino, offset: int, length: int) -> Iterator[FilePiece]:
         """The memory of a range of a file that is allocated, in order.

@@ -102,7 +102,7 @@ class ExtentMap:
         first = self.at(inode, start)
         if first is None:
             if _has_none(inode):
-                return [FilePages(start, end - start)]
+                return [FilePages(start, end - start)] if start < end else []
         elif first.file_page + first.pages >= end:
             return []
         found = []
