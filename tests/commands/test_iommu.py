@@ -930,7 +930,7 @@ def test_sigkill_amid_maps_and_unmaps(number: int, request: pytest.FixtureReques
             for step in range(10_000):
                 if step == killed_at:
                     answered.set()
-                page = rng.choice((0, 3, 511, 512)) + rng.randrange(4) * 512
+                page = min(rng.choice((0, 3, 511, 512)) + rng.randrange(4) * 512, 2047)
                 count = rng.choice((1, 5, 512, 1024))
                 count = min(count, 2048 - page)
                 span = range(page, page + count)
