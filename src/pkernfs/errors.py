@@ -7,8 +7,8 @@ other exception is a bug and keeps its traceback. Message grammar:
 
 from __future__ import annotations
 
+import collections.abc
 import errno as _errno
-from collections.abc import Sequence
 
 
 def one_line(message: str) -> str:
@@ -225,6 +225,6 @@ class ZeroingNeeded(Exception):  # not an error: control flow
     the operation again.
     """
 
-    def __init__(self, blocks: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, blocks: collections.abc.Sequence[tuple[int, int]]) -> None:
         super().__init__(blocks)
         self.blocks = blocks

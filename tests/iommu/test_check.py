@@ -102,6 +102,7 @@ def test_a_superpage_that_spans_a_gap(host: TableHost) -> None:
     assert check(host.root, host.domains, whole).clean
 
 
+@pytest.mark.slow("20,000 pieces show if time grows faster than their number")
 def test_tables_between_files_in_many_pieces() -> None:
     """What may be mapped is what is left of the files; in little time, however many pieces."""
     count = 20000
