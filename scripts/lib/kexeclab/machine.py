@@ -84,13 +84,22 @@ def prepare(machine: Machine) -> Parts:
     return Parts(chosen, disks)
 
 
+def _threads(accelerator: str, cpus: int) -> str:
+    """Emulate several processors in one thread.
+
+    With a thread for each, a kernel that patches its own code (text_poke_bp) now and then panics at
+    the place that another processor has just patched.
+    """
+    return f"{accelerator},thread=single" if accelerator == "tcg" and cpus > 1 else accelerator
+
+
 def command(
     machine: Machine, parts: Parts, scratch: Path, parameters: Sequence[str], accelerator: str
 ) -> list[str]:
     """The QEMU command line, without a console and a side channel."""
     words = [
         QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-        "-accel", accelerator, "-cpu", _CPU, "-machine", machine.machine,
+        "-accel", _threads(accelerator, machine.cpus), "-cpu", _CPU, "-machine", machine.machine,
         "-m", str(machine.memory), "-smp", str(machine.cpus), "-kernel", str(parts.kernel.image),
         "-initrd", str(parts.kernel.initramfs), "-append", machine.parameters(*parameters),
         "-device", "virtio-serial-pci",

@@ -104,8 +104,7 @@ def run_stages(
                     play.stage(number, stage, last=number == len(stages))
                 break
             except (LostMachine, StageFailed) as error:
-                # Nothing of the test has run before the first word. With several emulated
-                # processors, a kernel that patches its own code now and then trips over that.
+                # Nothing of the test has run before the first word.
                 early = isinstance(error, LostMachine) and not result.boots
                 if not early or attempt == BOOTS:
                     raise type(error)(_report(error, alive)) from None
