@@ -36,6 +36,15 @@ def region(tmp_path: Path, command: Command) -> Path:
     return formatted(tmp_path, command)
 
 
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_no_room_for_what_is_printed(option: str) -> None:
+    line = [sys.executable, "-c", "import sys; from pkernfs.cli import main; sys.exit(main())"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*line, option], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "pkernfs: standard output: No space left on device\n"
+
+
 def test_version_and_help(command: Command) -> None:
     for program in PROGRAMS:
         assert command(program, "--version") == (0, f"{program} {__version__}\n", "")

@@ -226,7 +226,9 @@ def _complain(who: str, message: str) -> None:
 def _print(text: str) -> int:
     try:
         print(text, flush=True)
-    except BrokenPipeError:
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            _complain("pkernfs", f"standard output: {_describe(error)}")
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
