@@ -2,7 +2,8 @@
 
 A request's bases say what answers it: ``Call[Reply]`` or ``Stream[Item]``. The annotations of its
 fields say which values they may have; both ends check them where a line arrives. How lines look is
-in :mod:`pkernfs.control.wire`.
+in :mod:`pkernfs.control.wire`. The dataclasses are not frozen: that would double the time that it
+takes to import them, which every command spends.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ DomainNumber = Annotated[int, Between(0, 0xFFFF)]  #: N of dom-N
 Access = Annotated[int, Between(0, 3)]  #: READ, WRITE or both
 
 
-@dataclass(frozen=True)
+@dataclass
 class Nothing:
     """The reply to a request that only does something."""
 
@@ -34,7 +35,7 @@ class Nothing:
 # ---------------------------------------------------------------------- the daemon
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pong:
     """The daemon of the mount. ``region`` is the region's spec, as in mountinfo."""
 
@@ -43,7 +44,7 @@ class Pong:
     read_only: bool
 
 
-@dataclass(frozen=True)
+@dataclass
 class Ping(Call[Pong], op="ping"):
     """Ask who serves the mount."""
 
@@ -51,14 +52,14 @@ class Ping(Call[Pong], op="ping"):
 # ---------------------------------------------------------------------- handover
 
 
-@dataclass(frozen=True)
+@dataclass
 class OpenForWriting:
     """The file system was not frozen: these inodes are open for writing."""
 
     inodes: tuple[Ino, ...]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Frozen:
     """The file system is frozen; ``number`` will be that of the handover."""
 
@@ -66,12 +67,12 @@ class Frozen:
     uuid: bytes
 
 
-@dataclass(frozen=True)
+@dataclass
 class Freeze(Stream[OpenForWriting | Frozen], op="handover.freeze"):
     """Freeze as long as the client listens, or until it commits."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class ManifestFile:
     """Room for a manifest: its inode, and the pages of metadata that making it has changed."""
 
@@ -79,14 +80,14 @@ class ManifestFile:
     pages: tuple[PageNo, ...]
 
 
-@dataclass(frozen=True)
+@dataclass
 class MakeManifest(Call[ManifestFile], op="handover.make_manifest"):
     """Make room for a manifest of ``size`` bytes; the file system is frozen."""
 
     size: Unsigned
 
 
-@dataclass(frozen=True)
+@dataclass
 class WriteManifest(Call[Nothing], op="handover.write_manifest"):
     """Store ``data`` at ``offset`` of the manifest ``ino``."""
 
@@ -95,14 +96,14 @@ class WriteManifest(Call[Nothing], op="handover.write_manifest"):
     data: bytes
 
 
-@dataclass(frozen=True)
+@dataclass
 class Committed:
     """The handover has this number."""
 
     number: Unsigned
 
 
-@dataclass(frozen=True)
+@dataclass
 class Commit(Call[Committed], op="handover.commit"):
     """Record the handover, with the manifest ``ino`` of this digest (CRC-64) unless that is 0.
 
@@ -114,12 +115,12 @@ class Commit(Call[Committed], op="handover.commit"):
     flags: Unsigned
 
 
-@dataclass(frozen=True)
+@dataclass
 class Abort(Call[Nothing], op="handover.abort"):
     """Undo a handover."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class ChangedFile:
     """A file that has changed since the handover; the path "" is the file system itself."""
 
@@ -127,7 +128,7 @@ class ChangedFile:
     what: str
 
 
-@dataclass(frozen=True)
+@dataclass
 class Verification:
     """The outcome of the handover before this mount."""
 
@@ -139,7 +140,7 @@ class Verification:
     changes: tuple[ChangedFile, ...]
 
 
-@dataclass(frozen=True)
+@dataclass
 class HandoverStatus(Call[Verification], op="handover.status"):
     """Ask what has become of the handover before this mount."""
 
@@ -147,7 +148,7 @@ class HandoverStatus(Call[Verification], op="handover.status"):
 # ---------------------------------------------------------------------- tables
 
 
-@dataclass(frozen=True)
+@dataclass
 class CreateTables(Call[Nothing], op="iommu.create"):
     """Make root-pgtables of ``size`` bytes, or set mode and levels of one that is not in use."""
 
@@ -156,14 +157,14 @@ class CreateTables(Call[Nothing], op="iommu.create"):
     size: Unsigned
 
 
-@dataclass(frozen=True)
+@dataclass
 class ByteCount:
     """The number of bytes that were mapped, or are not mapped any more."""
 
     count: Unsigned
 
 
-@dataclass(frozen=True)
+@dataclass
 class MapFile(Call[ByteCount], op="iommu.map_file"):
     """Map a range of a file; to its end if ``length`` is None."""
 
@@ -175,7 +176,7 @@ class MapFile(Call[ByteCount], op="iommu.map_file"):
     access: Access
 
 
-@dataclass(frozen=True)
+@dataclass
 class MapBar(Call[ByteCount], op="iommu.map_bar"):
     """Map a range of memory BAR ``bar`` of a device; to its end if ``length`` is None."""
 
@@ -188,7 +189,7 @@ class MapBar(Call[ByteCount], op="iommu.map_bar"):
     access: Access
 
 
-@dataclass(frozen=True)
+@dataclass
 class Unmap(Call[ByteCount], op="iommu.unmap"):
     """Unmap a range of addresses."""
 
@@ -197,14 +198,14 @@ class Unmap(Call[ByteCount], op="iommu.unmap"):
     length: Unsigned
 
 
-@dataclass(frozen=True)
+@dataclass
 class Attached:
     """The device is attached by this domain id."""
 
     domain_id: Unsigned
 
 
-@dataclass(frozen=True)
+@dataclass
 class Attach(Call[Attached], op="iommu.attach"):
     """Have a device's requests translated by a domain."""
 
@@ -212,14 +213,14 @@ class Attach(Call[Attached], op="iommu.attach"):
     device: SourceId
 
 
-@dataclass(frozen=True)
+@dataclass
 class Detach(Call[Nothing], op="iommu.detach"):
     """Have a device's requests translated no more."""
 
     device: SourceId
 
 
-@dataclass(frozen=True)
+@dataclass
 class Persist(Call[Nothing], op="iommu.persist"):
     """Have a handover keep a device's entries, or clear them."""
 
@@ -227,7 +228,7 @@ class Persist(Call[Nothing], op="iommu.persist"):
     on: bool
 
 
-@dataclass(frozen=True)
+@dataclass
 class Snapshot(Call[Attached], op="iommu.snapshot"):
     """Have a domain be what the kernel's tables hold for a device, which is attached to it."""
 
@@ -235,24 +236,24 @@ class Snapshot(Call[Attached], op="iommu.snapshot"):
     device: SourceId
 
 
-@dataclass(frozen=True)
+@dataclass
 class CheckKernelTables(Call[Nothing], op="iommu.check_kernel_tables"):
     """Compare what the kernel's tables hold for the devices with the region's."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class UnitNames:
     """Units, as the kernel names them."""
 
     names: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Switch(Call[UnitNames], op="iommu.switch"):
     """Have the units that the kernel drives walk these tables; only a jump may follow."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Activate(Call[UnitNames], op="iommu.activate"):
     """Have units walk these tables; the reply names all that do then."""
 
@@ -260,7 +261,7 @@ class Activate(Call[UnitNames], op="iommu.activate"):
     cut_off: bool
 
 
-@dataclass(frozen=True)
+@dataclass
 class Deactivate(Call[UnitNames], op="iommu.deactivate"):
     """Have units translate no more; the reply names them."""
 
@@ -268,31 +269,31 @@ class Deactivate(Call[UnitNames], op="iommu.deactivate"):
     force: bool
 
 
-@dataclass(frozen=True)
+@dataclass
 class Devices:
     """The devices that are attached."""
 
     source_ids: tuple[SourceId, ...]
 
 
-@dataclass(frozen=True)
+@dataclass
 class ListDevices(Call[Devices], op="iommu.devices"):
     """Ask for the devices that are attached."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class RootTable:
     """The physical address of the root table; None: there is none."""
 
     address: PhysAddr | None
 
 
-@dataclass(frozen=True)
+@dataclass
 class FindRoot(Call[RootTable], op="iommu.root"):
     """Ask for the root table."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Read(Stream[Text | Record | Status], op="iommu.read"):
     """Ask what the tables say; see :class:`pkernfs.dma.output.Question`."""
 
@@ -322,7 +323,7 @@ class Read(Stream[Text | Record | Status], op="iommu.read"):
 # ---------------------------------------------------------------------- kexec
 
 
-@dataclass(frozen=True)
+@dataclass
 class KexecNeeds:
     """The needs of a mount's devices in a kexec.
 
@@ -336,19 +337,19 @@ class KexecNeeds:
     units: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass
 class FindKexecNeeds(Call[KexecNeeds], op="kexec.needs"):
     """Ask what the devices of the mount need of a kexec."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class CrashJump(Call[Nothing], op="kexec.jump"):
     """Take the step before the next kernel; with ``panic`` that kernel is the answer."""
 
     panic: bool
 
 
-@dataclass(frozen=True)
+@dataclass
 class UndoCrashJump(Call[Nothing], op="kexec.undo"):
     """Have the units walk the kernel's tables again."""
 

@@ -47,7 +47,7 @@ class VersionError(PkernfsError):
 class Request(Generic[A]):
     """A request of a client; ``A`` is the class of the answer, or a union of such classes.
 
-    A subclass is a frozen dataclass; it names the operation as ``op`` among its bases.
+    A subclass is a dataclass; it names the operation as ``op`` among its bases.
     """
 
     op: ClassVar[str]

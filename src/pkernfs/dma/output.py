@@ -25,28 +25,28 @@ class Question(NamedTuple):
     merge: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class Text:
     """Text to print as it is, with its ends of line."""
 
     text: str
 
 
-@dataclass(frozen=True)
+@dataclass
 class Record:
     """A record of a JSON document (:func:`pkernfs.iommu.export.assemble`)."""
 
     record: dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Status:
     """The exit status that the answer calls for."""
 
     status: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pause:
     """A place where others may be served."""
 
