@@ -42,6 +42,7 @@ NAMED_OTHERWISE = {
     "iommu/test_oracle.py": "QEMU's unit says whether tables are right",
     "test_architecture.py": "docs/architecture.md names what is there",
     "test_budgets.py": "of support/budgets.py",
+    "test_docstrings.py": "what docstrings of every module refer to",
     "test_imports.py": "laws of the sources",
     "test_layout_of_tests.py": "laws of the tests",
     "vmm/test_package.py": "what the package needs, as a whole",

@@ -157,9 +157,8 @@ def _run(name: str, prog: str, argv: list[str]) -> int:
     except PkernfsError as error:
         _complain(who, _with_subject(str(error), args))
         return command.failure_status
-    except BrokenPipeError:
-        # The reader has gone: nobody reads a message, and a flush at exit would fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader has gone: nobody reads a message
+        _discard_output()
         return command.failure_status
     except OSError as error:
         _complain(who, _describe(error))
@@ -229,6 +228,11 @@ def _print(text: str) -> int:
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
             _complain("pkernfs", f"standard output: {_describe(error)}")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 1
     return 0
+
+
+def _discard_output() -> None:
+    """Give what is not yet printed to /dev/null: a flush at exit would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,6 +1,6 @@
 """Every crash point: replay a prefix of an operation's stores, mount, and compare.
 
-:func:`sweep` records the stores of one operation, rebuilds the region at each 8-byte step of them,
+:class:`Sweep` records the stores of one operation, rebuilds the region at each 8-byte step of them,
 and there recovers, compares the whole tree with what it was before and after, checks the structure
 and goes on working. What a check itself stores is undone afterwards, so the region is copied once.
 

@@ -1,7 +1,7 @@
 """The 2 MiB block allocator over the block maps.
 
 The region holds which blocks are in use, page-granular (*carved* in the format) or known to be
-zero. Only memory holds what is in flight: blocks that the open transaction frees, that are claimed
+zero. Only memory holds what is in flight: blocks that the open transaction frees, that are isolated
 for zeroing, or that are kept for a file that grows.
 """
 
@@ -129,7 +129,7 @@ class BlockAllocator:
         return found
 
     def next_dirty(self, most: int) -> IsolatedBlocks | None:
-        """IsolatedBlocks up to ``most`` free blocks that are not known to be zero, in one run."""
+        """Isolate up to ``most`` free blocks that are not known to be zero, in one run."""
         state, zero = self._state, self._zero
         at = 0
         while True:
@@ -150,7 +150,7 @@ class BlockAllocator:
     # ------------------------------------------------------------------ zeroing
 
     def isolate(self, runs: Iterable[tuple[int, int]]) -> IsolatedBlocks:
-        """Keep free blocks from being allocated until :meth:`finish` or :meth:`release`.
+        """Keep free blocks from being allocated until :meth:`finish_zeroing` or :meth:`putback`.
 
         Blocks that are no longer free are left out. The runs are bare, ``(first, blocks)``: those
         of :class:`ZeroingNeeded` are, for errors know no other module.
@@ -168,12 +168,12 @@ class BlockAllocator:
         return IsolatedBlocks(kept)
 
     def putback(self, isolated: IsolatedBlocks) -> None:
-        """Let claimed blocks be allocated as they are."""
+        """Let isolated blocks be allocated as they are."""
         for first, count in isolated.runs:
             self._state[first : first + count] = bytes(count)
 
     def finish_zeroing(self, isolated: IsolatedBlocks) -> None:
-        """Record claimed blocks as zero and let them be allocated; inside a transaction."""
+        """Record isolated blocks as zero and let them be allocated; inside a transaction."""
         for first, count in isolated.runs:
             self._mark(first, count, zero=True)
 
@@ -216,9 +216,9 @@ class BlockAllocator:
         return runs
 
     def choose(self, count: int, owner: Ino) -> BlockNo:
-        """The first block of where ``count`` blocks would go, claimed and known to be dirty.
+        """The first block of where ``count`` blocks would go, isolated and known to be dirty.
 
-        For a caller that fills the block before it becomes part of a file: the claim keeps it
+        For a caller that fills the block before it becomes part of a file: isolation keeps it
         from others, and its known-zero bit is cleared by this transaction.
 
         :raises NoSpaceError: no block is free.
@@ -275,7 +275,7 @@ class BlockAllocator:
             runs = self._plan(count, goal)
         if runs is None:
             if count <= self.free_blocks and _ISOLATED in self._state:
-                raise ZeroingNeeded([])  # enough, once the claims are let go
+                raise ZeroingNeeded([])  # enough, once isolated ones are put back
             raise NoSpaceError(f"no space: {count} blocks wanted, {self.free_blocks} free")
         return runs
 

@@ -43,7 +43,8 @@ class FilePiece(NamedTuple):
 class Domains:
     """Maps and unmaps in the domains of one mounted file system.
 
-    Each change runs to its end without giving way, through :meth:`PageStore.commit_words`.
+    Each change runs to its end without giving way, through
+    :meth:`pkernfs.journal.PageStore.commit_words`.
     """
 
     def __init__(

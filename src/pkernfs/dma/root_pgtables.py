@@ -24,7 +24,8 @@ FIRST_DOMAIN_ID = 2
 class RootPgtables:
     """Makes and changes root-pgtables of one mounted file system.
 
-    Each change runs to its end without giving way, through :meth:`PageStore.commit_words`.
+    Each change runs to its end without giving way, through
+    :meth:`pkernfs.journal.PageStore.commit_words`.
     """
 
     def __init__(self, fs: FileSystem, tables: OpenTables, units: UnitNotices) -> None:

@@ -189,7 +189,7 @@ class Freezer:
     def history_entry(self, before: StateFields) -> HistoryFields | None:
         """The history's entry for this mount; None if it is an ordinary one.
 
-        :param before: the state that :meth:`arrive` was given.
+        :param before: the state that :meth:`compare_handover` was given.
         """
         mount_report = self.mount_report
         assert mount_report is not None

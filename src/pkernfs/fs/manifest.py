@@ -511,7 +511,8 @@ def tell(
 ) -> list[dict[str, str]]:
     """Tell changes by path: ``{"path", "what"}``; the path "" is the file system itself.
 
-    :param readdir: :meth:`FileSystem.readdir`, and ``holder`` :meth:`FileSystem.holder`.
+    :param readdir: lists a directory of the file system.
+    :param holder: names what maps a file's bytes for devices; None: nothing does.
     """
     paths = paths_of(set(changes.by_ino), readdir)
     told = []

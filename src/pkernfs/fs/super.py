@@ -303,13 +303,13 @@ class Super:
         return self.blocks.isolate(blocks)
 
     def next_dirty(self, most_bytes: int) -> IsolatedBlocks | None:
-        """IsolatedBlocks some free blocks that need zeroing; None if there are none."""
+        """Isolate some free blocks that need zeroing; None if there are none."""
         if self.read_only:
             return None
         return self.blocks.next_dirty(max(1, most_bytes // BLOCK))
 
     def finish_zeroing(self, isolated: IsolatedBlocks) -> None:
-        """The claimed blocks are zero now: record that, and let them be allocated."""
+        """The isolated blocks are zero now: record that, and let them be allocated."""
         if self.read_only:
             self.blocks.putback(isolated)
             return
@@ -321,7 +321,7 @@ class Super:
             raise
 
     def abandon_zeroing(self, isolated: IsolatedBlocks) -> None:
-        """The claimed blocks were not zeroed."""
+        """The isolated blocks were not zeroed."""
         self.blocks.putback(isolated)
 
     def run(self, operation: Callable[[], T]) -> T:

@@ -1,7 +1,8 @@
 """Requests about the data of files that pyfuse3 does not have, or not without a copy.
 
-A :class:`DataRequests` is the :class:`pkernfs.fuse.shim.Server` of a mount. What the daemon changes
-by itself (set-id bits cleared by a write, times of pages that a mapping wrote) is invalidated here.
+A :class:`DataRequests` is the :class:`pkernfs.fuse.shim.ExtraOperations` of a mount. What the
+daemon changes by itself (set-id bits cleared by a write, times of pages that a mapping wrote) is
+invalidated here.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ _Result = TypeVar("_Result")
 class Session:
     """The tasks of one mount.
 
-    It is the :class:`pkernfs.fuse.operations.Waiting` of the handlers of FUSE requests, and the
+    It is the :class:`pkernfs.fuse.waiting.Waiting` of the handlers of FUSE requests, and the
     :class:`pkernfs.control.session.Session` of those of the control socket.
     """
 

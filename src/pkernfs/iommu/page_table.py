@@ -6,7 +6,8 @@ reaches yet, are stored in free pages. Words of reachable tables that differ go 
 changes what its own entry maps from before to after, and nothing else. docs/iommu.md has the
 reasons.
 
-The places of the pool's pages are :mod:`.memory`'s business. The caller decides what may be mapped.
+The places of the pool's pages are the business of :mod:`pkernfs.iommu.memory`. The caller decides
+what may be mapped.
 """
 
 from __future__ import annotations

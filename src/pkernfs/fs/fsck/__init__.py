@@ -2,8 +2,8 @@
 
 Nothing is shared with the code that serves the file system but the layout, the region and the
 journal: own walk, own bitmaps. A check and a repair are the same work on an overlay of the region's
-pages (:mod:`.image`); a repair stores it at the end, through the journal, so that fsck may be
-stopped at any instant and be run again.
+pages (:mod:`~pkernfs.fs.fsck.image`). A repair stores it at the end, through the journal, so that
+fsck may be stopped at any instant and be run again.
 
 The passes are modules, numbered in the order in which :func:`_run` comes to them: superblocks,
 table, names, data, handover, scavenge, maps, counts, connect, repair, tables. The others are what

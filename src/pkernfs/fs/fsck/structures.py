@@ -72,7 +72,7 @@ T_LNK = stat.S_IFLNK >> 12
 def check_header(
     page: Buffer, number: PageNo, magic: int, uuid: bytes | None, *, sealed: bool = True
 ) -> Ino:
-    """Check a page's header (section 2); returns its owner, :data:`NO_INO` for no inode.
+    """Check a page's header (section 2); return its owner, which is 0 for no inode.
 
     ``sealed`` False skips the checksum: an image in memory gets it when it is stored.
 
