@@ -1,4 +1,4 @@
-"""Dataclasses as JSON, and back, with every check that their annotations call for.
+"""Frozen dataclasses as JSON, and back, with every check that their annotations call for.
 
 A field may be an int, with its range as ``Annotated[int, Between(...)]``; bool; str; bytes, which
 are base64 in JSON; a Literal of strings; another such dataclass; a dict, which is JSON as it is; or

@@ -2,17 +2,16 @@
 
 A request's bases say what answers it: ``Call[Reply]`` or ``Stream[Item]``. The annotations of its
 fields say which values they may have; both ends check them where a line arrives. How lines look is
-in :mod:`pkernfs.control.wire`. The dataclasses are not frozen: that would double the time that it
-takes to import them, which every command spends.
+in :mod:`pkernfs.control.wire`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pkernfs import quantities
 from pkernfs.control.codec import Between
+from pkernfs.control.message import Message
 from pkernfs.control.wire import Call, Request, Stream
 from pkernfs.dma.output import Question, Record, Status, Text
 
@@ -27,16 +26,14 @@ DomainNumber = Annotated[int, Between(0, 0xFFFF)]  #: N of dom-N
 Access = Annotated[int, Between(0, 3)]  #: READ, WRITE or both
 
 
-@dataclass
-class Nothing:
+class Nothing(Message):
     """The reply to a request that only does something."""
 
 
 # ---------------------------------------------------------------------- the daemon
 
 
-@dataclass
-class Pong:
+class Pong(Message):
     """The daemon of the mount. ``region`` is the region's spec, as in mountinfo."""
 
     pid: int
@@ -44,7 +41,6 @@ class Pong:
     read_only: bool
 
 
-@dataclass
 class Ping(Call[Pong], op="ping"):
     """Ask who serves the mount."""
 
@@ -52,42 +48,36 @@ class Ping(Call[Pong], op="ping"):
 # ---------------------------------------------------------------------- handover
 
 
-@dataclass
-class OpenForWriting:
+class OpenForWriting(Message):
     """The file system was not frozen: these inodes are open for writing."""
 
     inodes: tuple[Ino, ...]
 
 
-@dataclass
-class Frozen:
+class Frozen(Message):
     """The file system is frozen; ``number`` will be that of the handover."""
 
     number: Unsigned
     uuid: bytes
 
 
-@dataclass
 class Freeze(Stream[OpenForWriting | Frozen], op="handover.freeze"):
     """Freeze as long as the client listens, or until it commits."""
 
 
-@dataclass
-class ManifestFile:
+class ManifestFile(Message):
     """Room for a manifest: its inode, and the pages of metadata that making it has changed."""
 
     ino: Ino
     pages: tuple[PageNo, ...]
 
 
-@dataclass
 class MakeManifest(Call[ManifestFile], op="handover.make_manifest"):
     """Make room for a manifest of ``size`` bytes; the file system is frozen."""
 
     size: Unsigned
 
 
-@dataclass
 class WriteManifest(Call[Nothing], op="handover.write_manifest"):
     """Store ``data`` at ``offset`` of the manifest ``ino``."""
 
@@ -96,14 +86,12 @@ class WriteManifest(Call[Nothing], op="handover.write_manifest"):
     data: bytes
 
 
-@dataclass
-class Committed:
+class Committed(Message):
     """The handover has this number."""
 
     number: Unsigned
 
 
-@dataclass
 class Commit(Call[Committed], op="handover.commit"):
     """Record the handover, with the manifest ``ino`` of this digest (CRC-64) unless that is 0.
 
@@ -115,21 +103,18 @@ class Commit(Call[Committed], op="handover.commit"):
     flags: Unsigned
 
 
-@dataclass
 class Abort(Call[Nothing], op="handover.abort"):
     """Undo a handover."""
 
 
-@dataclass
-class ChangedFile:
+class ChangedFile(Message):
     """A file that has changed since the handover; the path "" is the file system itself."""
 
     path: str
     what: str
 
 
-@dataclass
-class Verification:
+class Verification(Message):
     """The outcome of the handover before this mount."""
 
     state: Literal["none", "running", "done"]
@@ -140,7 +125,6 @@ class Verification:
     changes: tuple[ChangedFile, ...]
 
 
-@dataclass
 class HandoverStatus(Call[Verification], op="handover.status"):
     """Ask what has become of the handover before this mount."""
 
@@ -148,7 +132,6 @@ class HandoverStatus(Call[Verification], op="handover.status"):
 # ---------------------------------------------------------------------- tables
 
 
-@dataclass
 class CreateTables(Call[Nothing], op="iommu.create"):
     """Make root-pgtables of ``size`` bytes, or set mode and levels of one that is not in use."""
 
@@ -157,14 +140,12 @@ class CreateTables(Call[Nothing], op="iommu.create"):
     size: Unsigned
 
 
-@dataclass
-class ByteCount:
+class ByteCount(Message):
     """The number of bytes that were mapped, or are not mapped any more."""
 
     count: Unsigned
 
 
-@dataclass
 class MapFile(Call[ByteCount], op="iommu.map_file"):
     """Map a range of a file; to its end if ``length`` is None."""
 
@@ -176,7 +157,6 @@ class MapFile(Call[ByteCount], op="iommu.map_file"):
     access: Access
 
 
-@dataclass
 class MapBar(Call[ByteCount], op="iommu.map_bar"):
     """Map a range of memory BAR ``bar`` of a device; to its end if ``length`` is None."""
 
@@ -189,7 +169,6 @@ class MapBar(Call[ByteCount], op="iommu.map_bar"):
     access: Access
 
 
-@dataclass
 class Unmap(Call[ByteCount], op="iommu.unmap"):
     """Unmap a range of addresses."""
 
@@ -198,14 +177,12 @@ class Unmap(Call[ByteCount], op="iommu.unmap"):
     length: Unsigned
 
 
-@dataclass
-class Attached:
+class Attached(Message):
     """The device is attached by this domain id."""
 
     domain_id: Unsigned
 
 
-@dataclass
 class Attach(Call[Attached], op="iommu.attach"):
     """Have a device's requests translated by a domain."""
 
@@ -213,14 +190,12 @@ class Attach(Call[Attached], op="iommu.attach"):
     device: SourceId
 
 
-@dataclass
 class Detach(Call[Nothing], op="iommu.detach"):
     """Have a device's requests translated no more."""
 
     device: SourceId
 
 
-@dataclass
 class Persist(Call[Nothing], op="iommu.persist"):
     """Have a handover keep a device's entries, or clear them."""
 
@@ -228,7 +203,6 @@ class Persist(Call[Nothing], op="iommu.persist"):
     on: bool
 
 
-@dataclass
 class Snapshot(Call[Attached], op="iommu.snapshot"):
     """Have a domain be what the kernel's tables hold for a device, which is attached to it."""
 
@@ -236,24 +210,20 @@ class Snapshot(Call[Attached], op="iommu.snapshot"):
     device: SourceId
 
 
-@dataclass
 class CheckKernelTables(Call[Nothing], op="iommu.check_kernel_tables"):
     """Compare what the kernel's tables hold for the devices with the region's."""
 
 
-@dataclass
-class UnitNames:
+class UnitNames(Message):
     """Units, as the kernel names them."""
 
     names: tuple[str, ...]
 
 
-@dataclass
 class Switch(Call[UnitNames], op="iommu.switch"):
     """Have the units that the kernel drives walk these tables; only a jump may follow."""
 
 
-@dataclass
 class Activate(Call[UnitNames], op="iommu.activate"):
     """Have units walk these tables; the reply names all that do then."""
 
@@ -261,7 +231,6 @@ class Activate(Call[UnitNames], op="iommu.activate"):
     cut_off: bool
 
 
-@dataclass
 class Deactivate(Call[UnitNames], op="iommu.deactivate"):
     """Have units translate no more; the reply names them."""
 
@@ -269,31 +238,26 @@ class Deactivate(Call[UnitNames], op="iommu.deactivate"):
     force: bool
 
 
-@dataclass
-class Devices:
+class Devices(Message):
     """The devices that are attached."""
 
     source_ids: tuple[SourceId, ...]
 
 
-@dataclass
 class ListDevices(Call[Devices], op="iommu.devices"):
     """Ask for the devices that are attached."""
 
 
-@dataclass
-class RootTable:
+class RootTable(Message):
     """The physical address of the root table; None: there is none."""
 
     address: PhysAddr | None
 
 
-@dataclass
 class FindRoot(Call[RootTable], op="iommu.root"):
     """Ask for the root table."""
 
 
-@dataclass
 class Read(Stream[Text | Record | Status], op="iommu.read"):
     """Ask what the tables say; see :class:`pkernfs.dma.output.Question`."""
 
@@ -323,8 +287,7 @@ class Read(Stream[Text | Record | Status], op="iommu.read"):
 # ---------------------------------------------------------------------- kexec
 
 
-@dataclass
-class KexecNeeds:
+class KexecNeeds(Message):
     """The needs of a mount's devices in a kexec.
 
     ``devices`` must go on, ``cleared`` are those that a handover detaches, by names as ``lspci -D``
@@ -337,19 +300,16 @@ class KexecNeeds:
     units: tuple[str, ...]
 
 
-@dataclass
 class FindKexecNeeds(Call[KexecNeeds], op="kexec.needs"):
     """Ask what the devices of the mount need of a kexec."""
 
 
-@dataclass
 class CrashJump(Call[Nothing], op="kexec.jump"):
     """Take the step before the next kernel; with ``panic`` that kernel is the answer."""
 
     panic: bool
 
 
-@dataclass
 class UndoCrashJump(Call[Nothing], op="kexec.undo"):
     """Have the units walk the kernel's tables again."""
 

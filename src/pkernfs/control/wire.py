@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, get_args
 
 from pkernfs.control.codec import decode, encode
+from pkernfs.control.message import Message
 from pkernfs.errors import InvalidError, PkernfsError, one_line
 
 VERSION = 2
@@ -44,16 +45,17 @@ class VersionError(PkernfsError):
         return self
 
 
-class Request(Generic[A]):
+class Request(Message, Generic[A], abstract=True):
     """A request of a client; ``A`` is the class of the answer, or a union of such classes.
 
-    A subclass is a dataclass; it names the operation as ``op`` among its bases.
+    A subclass names the operation as ``op`` among its bases.
     """
 
     op: ClassVar[str]
     answers: ClassVar[tuple[type[Any], ...]]
 
     def __init_subclass__(cls, op: str | None = None) -> None:
+        super().__init_subclass__(abstract=op is None)
         if op is not None:
             (answer,) = get_args(cls.__orig_bases__[0])  # type: ignore[attr-defined]
             cls.op = op
