@@ -37,6 +37,7 @@ NAMED_OTHERWISE = {
     "fuse/test_mount.py": "real mounts: a file system as its users see it",
     "fuse/test_sigkill.py": "daemons killed at any moment",
     "fuse/test_stateful.py": "a model of a mounted file system",
+    "host/test_memmap_oracle.py": "the kernel's own code says whether host.memmap is right",
     "iommu/test_api.py": "names that the package exports",
     "iommu/test_crash_points.py": "stores of several modules, cut at each",
     "iommu/test_oracle.py": "QEMU's unit says whether tables are right",
