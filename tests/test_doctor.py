@@ -75,6 +75,10 @@ def test_nothing_is_missing_on_a_good_machine(machine: Machine) -> None:
         ("proc/cmdline", "memmap=512M%1G pkernfs=", "pkernfs=", MISSING, "SIZE!START"),
         ("proc/cmdline", "memmap=512M%1G pkernfs=1G!1G", "pkernfs=1G!1G", MISSING, "docs"),
         ("proc/cmdline", "memmap=2G%1G", "KASLR", WARNING, "nokaslr"),
+        ("proc/cmdline", "memmap=64G28G", "memmap=", WARNING, "GRUB"),
+        ("proc/cmdline", "memmap=64G\\$128G", "memmap=", WARNING, "GRUB"),
+        ("proc/cmdline", "'memmap=64G$128G'", "memmap=", WARNING, "GRUB"),
+        ("proc/cmdline", "memmap=64G$128GB", "memmap=", WARNING, "GRUB"),
         ("proc/cmdline", "memmap=512M%1G pkernfs=512M!1G", "iomem=", WARNING, "iomem=relaxed"),
         ("proc/sys/kernel/kexec_load_disabled", "1", "kexec_load", MISSING, "sysctl"),
         ("sys/kernel/kexec_crash_size", "0", "crashkernel", MISSING, "crashkernel="),
@@ -93,6 +97,33 @@ def test_what_is_missing_is_said(
     result = results(machine)[name]
     assert result.status == status
     assert remedy in result.remedy
+
+
+@pytest.mark.parametrize(
+    ("line", "detail"),
+    [
+        ("memmap=1G$4G", "it avoids the ranges"),
+        ("memmap=1G$4G nokaslr", "off: nokaslr"),
+        ("memmap=1G$4G,1G$5G,1G$6G,1G$7G,1G$8G", "off: one memmap= brings more than 4 ranges"),
+        (
+            "memmap=1G$4G,1G$5G,1G$6G,1G$7G memmap=1G$8G",
+            "the next kernel may be put into memmap=1G$8G: memmap=1G$8G comes after the 4 ranges "
+            "that it counts",
+        ),
+    ],
+)
+def test_what_kaslr_does(machine: Machine, line: str, detail: str) -> None:
+    machine.write("proc/cmdline", line)
+    assert results(machine)["KASLR"].detail == detail
+
+
+def test_a_memmap_that_is_misspelt_is_shown_as_written(machine: Machine) -> None:
+    machine.write("proc/cmdline", "ro memmap=64GB$128GB")
+    found = results(machine)
+    assert "reserved memory" not in found
+    assert found["memmap="].detail == (
+        "memmap=64GB$128GB: the kernel takes it for memmap=64G, and uses no memory above 64G"
+    )
 
 
 @pytest.mark.parametrize("option", ["INTEL_IOMMU", "CRASH_DUMP", "VFIO_PCI"])

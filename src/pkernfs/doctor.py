@@ -15,8 +15,9 @@ from importlib import metadata
 from typing import NamedTuple
 
 from pkernfs.errors import NotFoundError, PkernfsError, RegionError
-from pkernfs.host import cmdline, kernel_image, qemu
+from pkernfs.host import cmdline, kernel_image, memmap, qemu
 from pkernfs.host.dmar import read_dmar
+from pkernfs.host.memmap import Kaslr, Kind, Reservation
 from pkernfs.host.sysroot import HOST, Host
 from pkernfs.iommu.config import Config as IommuConfig
 from pkernfs.kexec import systemd
@@ -160,18 +161,32 @@ def _check_dev_mem(host: Host, config: Config) -> Iterator[Result]:
 
 def _check_reservation(host: Host, config: Config) -> Iterator[Result]:
     line = host.command_line()
-    reserved = cmdline.reservations(line)
-    if not reserved:
+    reserved = memmap.reservations(line)
+    misspelt = list(_misspelt(line))
+    if not reserved and not misspelt:
         yield Result(
             "region", "reserved memory", WARNING, "no memmap= on the kernel command line",
             "memmap=1G%4G pkernfs=1G!4G, or what docs/operations.md says of device-dax",
         )  # fmt: skip
-    else:
+    elif reserved:
         text = ", ".join(f"{r.end - r.start:#x} at {r.start:#x}, {r.kind.value}" for r in reserved)
         yield Result("region", "reserved memory", OK, text)
+    yield from misspelt
     yield from _named_regions(host, line, bool(reserved))
-    if "nokaslr" not in line.split() and (config or {}).get("RANDOMIZE_BASE", "y") == "y":
-        yield from _kaslr(line)
+    if (config or {}).get("RANDOMIZE_BASE", "y") == "y":
+        yield from _kaslr(line, [r for r in reserved if r.kind is not Kind.RAM])
+
+
+def _misspelt(line: str) -> Iterator[Result]:
+    """Show each memmap= that is not what it seems as written, with what the kernel makes of it."""
+    remedy = "memmap=SIZE%START (docs/operations.md says how GRUB takes memmap=SIZE$START)"
+    for text in memmap.lost_words(line):
+        yield Result(
+            "region", "memmap=", WARNING, f"{text}: to the kernel this is no memmap=", remedy
+        )
+    for word in memmap.e820_words(line):
+        if word.trouble is not None:
+            yield Result("region", "memmap=", WARNING, f"{word.text}: {word.trouble}", remedy)
 
 
 def _named_regions(host: Host, line: str, has_memory: bool) -> Iterator[Result]:
@@ -197,18 +212,26 @@ def _named_regions(host: Host, line: str, has_memory: bool) -> Iterator[Result]:
             yield Result("region", f"pkernfs={region.spec}", OK, "reserved, and nobody else's")
 
 
-def _kaslr(line: str) -> Iterator[Result]:
-    """KASLR takes memmap=SIZE%START for a limit of SIZE (parse_memmap of kaslr.c)."""
-    danger = cmdline.kaslr_danger(line)
-    if danger is not None:
+def _kaslr(line: str, reserved: list[Reservation]) -> Iterator[Result]:
+    """Say what the next kernel's KASLR does about the ranges of memmap=, if its line is this one.
+
+    Any kernel may be next.
+    """
+    verdicts = [(r, memmap.kaslr(line, r.start, r.end)) for r in reserved]
+    for reservation, verdict in verdicts:
+        if verdict.kaslr is Kaslr.NOT_AVOIDED:
+            yield Result(
+                "region", "KASLR", WARNING,
+                f"the next kernel may be put into {reservation.parameter}: {verdict.why}",
+                "nokaslr (pkernfs kexec adds it), or memmap=SIZE$START",
+            )  # fmt: skip
+            return
+    if verdicts:
+        _, verdict = verdicts[0]
+        is_off = verdict.kaslr is Kaslr.OFF
         yield Result(
-            "region", "KASLR", WARNING,
-            f"the next kernel may be put into {danger}: its size is above its start",
-            "nokaslr, or a region that starts above its size",
-        )  # fmt: skip
-        return
-    if len(cmdline.values(line, "memmap")) > cmdline.KASLR_RANGES:
-        yield Result("region", "KASLR", OK, "off: more than 4 memmap= ranges")
+            "region", "KASLR", OK, f"off: {verdict.why}" if is_off else "it avoids the ranges"
+        )
 
 
 def _check_dax(host: Host, config: Config) -> Iterator[Result]:

@@ -1,4 +1,4 @@
-"""The kernel's command line: numbers, memmap=, pkernfs=."""
+"""The kernel's command line: numbers, words, pkernfs=."""
 
 from __future__ import annotations
 
@@ -7,22 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pkernfs.host.cmdline import (
-    Kind,
     Named,
-    Reservation,
-    coverage,
     format_number,
-    kaslr_danger,
     named_regions,
     parse_number,
     quoted_words,
-    reservations,
     spares_dax,
     values,
     with_words,
     words,
 )
-from pkernfs.quantities import PhysAddr
 
 G = 1 << 30
 M = 1 << 20
@@ -64,54 +58,6 @@ def test_words() -> None:
     assert words('open="quote') == ["open=quote"]
 
 
-@pytest.mark.parametrize(
-    ("text", "kind"),
-    [
-        ("1G%4G", Kind.REMOVED),
-        ("1G%4G-1", Kind.REMOVED),
-        ("1G%4G-1+2", Kind.RESERVED),
-        ("1G%4G+0x2", Kind.RESERVED),
-        ("1G$4G", Kind.RESERVED),
-        ("1G!4G", Kind.PMEM),
-        ("1G%4G+12", Kind.PMEM),
-        ("1G%4G-1+0xefffffff", Kind.SOFT),
-        ("1G@4G", Kind.RAM),
-        ("1G#4G", Kind.OTHER),
-        ("1G%4G+1", Kind.RAM),
-        ("0x40000000%0x100000000", Kind.REMOVED),
-    ],
-)
-def test_kinds_of_memmap(text: str, kind: Kind) -> None:
-    parameter = f"memmap={text}"
-    assert reservations(f"quiet {parameter} ro") == [
-        Reservation(PhysAddr(4 * G), PhysAddr(5 * G), kind, parameter)
-    ]
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["exactmap", "1G", "", "1G%", "%1G", "x%1G", "1G%1G-x", "1G%1G-2", "1G%1G-2+3", "0%1G", "1G%y"],
-)
-def test_memmap_that_reserves_nothing(text: str) -> None:
-    assert reservations(f"memmap={text}") == []
-
-
-def test_several_in_one_parameter_and_later_ones_win() -> None:
-    found = reservations("memmap=1G%4G,512M$4G memmap=256M@4G -- memmap=8G%4G")
-    assert [r.kind for r in found] == [Kind.REMOVED, Kind.RESERVED, Kind.RAM]
-    pieces = [
-        (start, end, None if r is None else r.kind)
-        for start, end, r in coverage(found, PhysAddr(4 * G - 2 * M), PhysAddr(5 * G + 2 * M))
-    ]
-    assert pieces == [
-        (4 * G - 2 * M, 4 * G, None),
-        (4 * G, 4 * G + 256 * M, Kind.RAM),
-        (4 * G + 256 * M, 4 * G + 512 * M, Kind.RESERVED),
-        (4 * G + 512 * M, 5 * G, Kind.REMOVED),
-        (5 * G, 5 * G + 2 * M, None),
-    ]
-
-
 def test_named_regions() -> None:
     line = "pkernfs=1G!1G quiet pkernfs=b.2:/dev/dax0.0 pkernfs=c-d:2G!8G"
     found = named_regions(line)
@@ -139,17 +85,3 @@ def test_what_keeps_dax_devices_from_the_kernel() -> None:
     assert spares_dax(line) == ["modprobe.blacklist=a,kmem"]
     assert spares_dax("dax_hmem.region_idle dax_hmem.region_idle=n") == ["dax_hmem.region_idle"]
     assert spares_dax("quiet") == []
-
-
-@pytest.mark.parametrize(
-    ("line", "parameter"),
-    [
-        ("memmap=2G%1G", "memmap=2G%1G"),
-        ("memmap=1G%1G", None),
-        ("memmap=2G$1G", None),
-        ("memmap=2G%1G nokaslr", None),
-        ("memmap=1M%1G,1M%2G,1M%3G,1M%4G,2G%1G", None),
-    ],
-)
-def test_where_kaslr_may_put_the_kernel(line: str, parameter: str | None) -> None:
-    assert kaslr_danger(line) == parameter

@@ -10,7 +10,7 @@ from pkernfs.errors import NotFoundError, RegionError
 from pkernfs.host.iomem import Span
 from pkernfs.kexec.plan import Plan, check_command_line, make_plan, without_boot_loader
 from pkernfs.quantities import PhysAddr
-from support.made_up_host import Machine, make_machine
+from support.made_up_host import Machine, bzimage, make_machine
 
 GIB = 1 << 30
 SPAN = Span(PhysAddr(GIB), GIB // 2)
@@ -85,6 +85,7 @@ def test_systemd_shuts_down_in_its_own_way(machine: Machine) -> None:
 
 def test_a_kernel_that_could_place_itself_into_a_region(machine: Machine) -> None:
     line = "memmap=2G%1G"
+    machine.write("proc/cmdline", line)
     made = make_plan([Span(PhysAddr(GIB), 2 * GIB)], [], append=line, host=machine)
     assert made.append.endswith(" nokaslr")
     assert "nokaslr" not in make_plan([], [], append=line, host=machine).append
@@ -96,9 +97,46 @@ def test_a_kernel_that_could_place_itself_into_a_region(machine: Machine) -> Non
     )
 
 
+def test_nokaslr_is_added_where_the_region_is_not_avoided(machine: Machine) -> None:
+    """More words than the decompressor counts, of which the region's comes last."""
+    machine.write("proc/cmdline", "memmap=512M$1G")
+    four = "memmap=1M$4G,1M$5G,1M$6G,1M$7G"
+    assert plan(machine, "quiet").added == ["memmap=512M$1G"]
+    assert plan(machine, four).added == ["memmap=512M$1G", "nokaslr"]
+    assert plan(machine, f"{four},1M$8G").added == ["memmap=512M$1G"]  # KASLR is off
+
+
+def test_the_rules_are_those_of_the_next_kernel(machine: Machine) -> None:
+    machine.write("proc/cmdline", "memmap=512M$1G")
+    machine.write("boot/old", bzimage("6.1.0"))
+    machine.write("boot/new", bzimage("6.12.0"))
+    line = "efi_fake_mem=1G@9G:0x40000 memmap=1M$4G,1M$5G,1M$6G"
+    assert plan(machine, line, kernel="/boot/old").added == ["memmap=512M$1G", "nokaslr"]
+    assert plan(machine, line, kernel="/boot/new").added == ["memmap=512M$1G"]
+
+
+def test_a_command_line_on_which_nokaslr_does_not_count(machine: Machine) -> None:
+    """The decompressor does not see the word behind one that is its beginning."""
+    machine.write("proc/cmdline", "memmap=512M$1G")
+    line = "memmap=1M$4G,1M$5G,1M$6G,1M$7G memmap=512M$1G no"
+    with pytest.raises(RegionError, match="nokaslr does not count where the command line has it"):
+        plan(machine, line)
+    assert plan(machine, f"nokaslr {line}").added == []
+
+
+def test_a_limit_that_keeps_the_region_is_kept(machine: Machine) -> None:
+    machine.write("proc/cmdline", "mem=1G pkernfs=512M!1G")
+    assert plan(machine, "quiet").added == ["mem=1G", "pkernfs=512M!1G"]
+    machine.write("proc/cmdline", "mem=8G memmap=512M$1G")
+    assert plan(machine, "quiet").added == ["memmap=512M$1G"]
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
+        ("memmap=512M%1G,1G%4G-1+1", "memmap=1G%4G-1\\+1: the next kernel would stop at boot"),
+        ("memmap=2GB$1GB", "needs memmap=512M%1G"),
+        ("memmap=512M%1GB", "needs memmap=512M%1G"),
         ("", "needs memmap=512M%1G"),
         ("memmap=256M%1G", "would take 0x50000000-0x5fffffff"),
         ("memmap=512M@1G", "ordinary memory"),

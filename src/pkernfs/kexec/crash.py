@@ -14,8 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from pkernfs.errors import NotFoundError, RegionError
-from pkernfs.host import cmdline, kernel_image, pci
-from pkernfs.host.cmdline import Kind
+from pkernfs.host import cmdline, kernel_image, memmap, pci
 from pkernfs.host.iomem import Resource, Span
 from pkernfs.host.sysroot import Host
 from pkernfs.iommu.memory import merge_ranges, without_ranges
@@ -107,8 +106,8 @@ def for_crash(line: str, memory: str, header: str) -> str:
 
 
 def _gives_memory(part: str) -> bool:
-    found = cmdline.reservations(f"memmap={part}")
-    return bool(found) and found[0].kind is Kind.RAM
+    change = memmap.parse_memmap_one(part).change
+    return change is not None and change.new == memmap.RAM
 
 
 def without_modules(line: str, names: Sequence[str]) -> Rewritten:

@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from pkernfs.errors import PkernfsError, RegionError
-from pkernfs.host import cmdline
-from pkernfs.host.cmdline import Kind
+from pkernfs.host import cmdline, memmap
 from pkernfs.host.iomem import Span, overlap
 from pkernfs.host.kcore import Kcore, KcoreError
+from pkernfs.host.memmap import Kaslr, Kind
 from pkernfs.host.sysroot import HOST, Host
 from pkernfs.quantities import PhysAddr
 from pkernfs.region import dax
@@ -69,12 +69,9 @@ def check(spec: str, given: str | None = None, host: Host = HOST) -> None:
             f"{spec}: the kernel loaded for kexec is not told {' '.join(missing)}: it would take "
             f"the region for ordinary memory: load it again with that on its command line"
         )
-    danger = cmdline.kaslr_danger(given)
-    if danger is not None:
-        raise KexecError(
-            f"{spec}: the next kernel may put itself into {danger} (KASLR takes a size above the "
-            "start for a limit): load it again with nokaslr"
-        )
+    for _, is_there in needed:
+        if isinstance(is_there, _Reserves):
+            _check_kaslr(spec, given, is_there)
 
 
 class _Reserves(NamedTuple):
@@ -85,8 +82,18 @@ class _Reserves(NamedTuple):
     kind: Kind
 
     def __call__(self, command_line: str) -> bool:
-        pieces = cmdline.coverage(cmdline.reservations(command_line), self.start, self.end)
+        pieces = memmap.coverage(command_line, self.start, self.end)
         return all(p.reservation is not None and p.reservation.kind is self.kind for p in pieces)
+
+
+def _check_kaslr(spec: str, given: str, reserved: _Reserves) -> None:
+    """Refuse a command line by which KASLR may put the next kernel into a range."""
+    verdict = memmap.kaslr(given, reserved.start, reserved.end)
+    if verdict.kaslr is Kaslr.NOT_AVOIDED:
+        raise KexecError(
+            f"{spec}: the next kernel may put itself into it, at {verdict.at:#x} (KASLR: "
+            f"{verdict.why}): load it again with nokaslr"
+        )
 
 
 class _Names(NamedTuple):
@@ -119,9 +126,8 @@ _Needed = _Reserves | _Names | _SparesDax
 def _needed(spans: list[Span], is_dax: bool, host: Host) -> Iterator[tuple[str, _Needed]]:
     """Yield the running kernel's parameters that a region needs, and how to look for each."""
     running = host.command_line()
-    reserved = cmdline.reservations(running)
     for span in spans:
-        for start, end, reservation in cmdline.coverage(reserved, span.start, span.end):
+        for start, end, reservation in memmap.coverage(running, span.start, span.end):
             if reservation is not None and reservation.kind is not Kind.RAM:
                 yield reservation.parameter, _Reserves(start, end, reservation.kind)
     spares = cmdline.spares_dax(running)

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pkernfs.errors import NotFoundError, RegionError
-from pkernfs.host import cmdline, iomem
-from pkernfs.host.cmdline import Kind
+from pkernfs.host import cmdline, iomem, kernel_image, memmap
 from pkernfs.host.iomem import Span
+from pkernfs.host.memmap import Kaslr, Kind, Rules
 from pkernfs.host.sysroot import HOST, Host
 from pkernfs.kexec import crash
 from pkernfs.kexec.needs import Needs
@@ -91,12 +91,14 @@ def make_plan(
     line = append if append is not None else without_boot_loader(running)
     plan = Plan(kernel_path, initrd_path, line)
     if append is not None:
-        _keep_parameters(plan, running)
+        _keep_parameters(plan, running, spans)
     if needs is not None and needs.devices:
         _for_devices(plan, spans, mount_points, append or "", needs, host)
-    _keep_out_of(plan, spans)
+    rules = memmap.rules_for(kernel_image.release_of(host, plan.kernel))
+    reserved = _reserved(spans, running)
+    _keep_out_of(plan, reserved, rules)
     room = crash.ROOM_FOR_HEADER if plan.crash else 0
-    check_command_line(plan.append, _reserved(spans, running), room)
+    check_command_line(plan.append, reserved, room, rules)
     plan.load = load_command(plan)
     told = ["--cmdline", plan.append] if plan.crash else []
     plan.handovers = [["pkernfs", "handover", point, *told] for point in mount_points]
@@ -149,21 +151,43 @@ def without_boot_loader(line: str) -> str:
     return " ".join(w for w in cmdline.quoted_words(line) if not w.startswith(_ADDED_BY_LOADERS))
 
 
-def _keep_parameters(plan: Plan, running: str) -> None:
+def _keep_parameters(plan: Plan, running: str, spans: list[Span]) -> None:
     """Add the parameters of the running kernel that keep regions, and are missing."""
     present = set(cmdline.words(plan.append))
-    spares_dax = [] if cmdline.spares_dax(plan.append) else cmdline.spares_dax(running)
+    keeping = set([] if cmdline.spares_dax(plan.append) else cmdline.spares_dax(running))
+    for span in spans:
+        pieces = memmap.coverage(running, span.start, span.end)
+        keeping.update(p.reservation.parameter for p in pieces if p.reservation)  # mem= as well
     for word in cmdline.words(running):
-        if word not in present and (word.partition("=")[0] in _KEPT or word in spares_dax):
+        if word not in present and (word.partition("=")[0] in _KEPT or word in keeping):
             plan.added.append(word)
     plan.append = cmdline.with_words(plan.append, plan.added)
 
 
-def _keep_out_of(plan: Plan, spans: list[Span]) -> None:
-    """Have the next kernel not place itself into a region."""
-    if spans and cmdline.kaslr_danger(plan.append) is not None:
-        plan.append = cmdline.with_words(plan.append, ["nokaslr"])
-        plan.added.append("nokaslr")
+def _keep_out_of(plan: Plan, spans: list[Span], rules: tuple[Rules, ...]) -> None:
+    """Have the next kernel not place itself into a region.
+
+    :raises RegionError: it would even with ``nokaslr``.
+    """
+    if _not_avoided(plan.append, spans, rules) is None:
+        return
+    plan.append = cmdline.with_words(plan.append, ["nokaslr"])
+    plan.added.append("nokaslr")
+    why = _not_avoided(plan.append, spans, rules)
+    if why is not None:
+        raise RegionError(
+            f"{why}; and nokaslr does not count where the command line has it: "
+            "put it first (--append)"
+        )
+
+
+def _not_avoided(line: str, spans: list[Span], rules: tuple[Rules, ...]) -> str | None:
+    """Say where KASLR may put the next kernel into a region; None: nowhere."""
+    for span in spans:
+        verdict = memmap.kaslr(line, span.start, span.end, rules)
+        if verdict.kaslr is Kaslr.NOT_AVOIDED:
+            return f"{span}: the next kernel may put itself into it ({verdict.why})"
+    return None
 
 
 def _reserved(spans: list[Span], running: str) -> list[Span]:
@@ -171,19 +195,21 @@ def _reserved(spans: list[Span], running: str) -> list[Span]:
 
     The firmware does it for a dax device of its own.
     """
-    reserved = cmdline.reservations(running)
     return [
         Span(start, end - start)
         for span in spans
-        for start, end, reservation in cmdline.coverage(reserved, span.start, span.end)
+        for start, end, reservation in memmap.coverage(running, span.start, span.end)
         if reservation is not None
     ]
 
 
-def check_command_line(line: str, spans: list[Span], room: int = 0) -> None:
-    """Refuse a command line with which a kernel would not leave the regions alone.
+def check_command_line(
+    line: str, spans: list[Span], room: int = 0, rules: tuple[Rules, ...] = memmap.KNOWN
+) -> None:
+    """Refuse a command line with which a kernel would not leave the regions alone, or not boot.
 
     :param room: bytes that are going to be added.
+    :param rules: that the kernel may follow.
     :raises RegionError: it would take a part of one for its own memory; with the parameter.
     """
     if len(line) > _MAX_COMMAND_LINE - room:
@@ -191,14 +217,27 @@ def check_command_line(line: str, spans: list[Span], room: int = 0) -> None:
             f"command line: too long: got {len(line)} bytes, "
             f"expected up to {_MAX_COMMAND_LINE - room}: leave something out (--append)"
         )
-    reserved = cmdline.reservations(line)
-    for span in spans:
-        for start, end, reservation in cmdline.coverage(reserved, span.start, span.end):
-            if reservation is None or reservation.kind not in _FREE:
-                raise RegionError(
-                    f"{span}: the next kernel would take {start:#x}-{end - 1:#x} for ordinary "
-                    f"memory: its command line needs {memmap_parameter(span)}"
-                )
+    for one in rules:
+        _check_words(line, one)
+        for span in spans:
+            _check_reserved(line, span, one)
+
+
+def _check_words(line: str, rules: Rules) -> None:
+    for word in memmap.e820_words(line, rules):
+        if word.stops_boot is not None:
+            raise RegionError(
+                f"command line: {word.text}: the next kernel would stop at boot: {word.stops_boot}"
+            )
+
+
+def _check_reserved(line: str, span: Span, rules: Rules) -> None:
+    for start, end, reservation in memmap.coverage(line, span.start, span.end, rules):
+        if reservation is None or reservation.kind not in _FREE:
+            raise RegionError(
+                f"{span}: the next kernel would take {start:#x}-{end - 1:#x} for ordinary "
+                f"memory: its command line needs {memmap_parameter(span)}"
+            )
 
 
 def load_command(plan: Plan) -> list[str]:

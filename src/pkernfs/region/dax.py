@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from pkernfs.errors import RegionError
-from pkernfs.host import cmdline
+from pkernfs.host import memmap
 from pkernfs.host.iomem import Span
 from pkernfs.host.sysroot import Host
 from pkernfs.layout import BLOCK
@@ -136,8 +136,8 @@ def _why_none(host: Host) -> str:
     names = device_names(host)
     if names:
         return f"no such device: there is {', '.join(f'/dev/{name}' for name in names)}"
-    kinds = {r.kind for r in cmdline.reservations(host.command_line())}
-    if cmdline.Kind.SOFT in kinds:
+    kinds = {r.kind for r in memmap.reservations(host.command_line())}
+    if memmap.Kind.SOFT in kinds:
         return "no such device: modprobe device_dax; modprobe dax_hmem"
     return (
         "no such device: boot with memmap=SIZE%START-1+0xefffffff to have one, and modprobe "

@@ -6,9 +6,10 @@ Everything here reads texts of the kernel; nothing is opened, mapped or stored.
 from __future__ import annotations
 
 from pkernfs.errors import RegionError
-from pkernfs.host import cmdline
-from pkernfs.host.cmdline import Kind, Piece, Reservation, format_number
+from pkernfs.host import cmdline, memmap
+from pkernfs.host.cmdline import format_number
 from pkernfs.host.iomem import Resource, Span, overlap, read_firmware_map, read_iomem
+from pkernfs.host.memmap import Kind, Piece, Reservation
 from pkernfs.host.sysroot import Host
 from pkernfs.quantities import PhysAddr
 
@@ -38,12 +39,12 @@ def check(spec: str, span: Span, host: Host) -> None:
     """
     command_line = host.command_line()
     resources = read_iomem(spec, host)
-    reserved = cmdline.reservations(command_line)
+    reserved = memmap.reservations(command_line)
     if not cmdline.values(command_line, "elfcorehdr") and not any(
         r.kind is Kind.RAM for r in reserved
     ):  # the kernel of a crash, and those after it, are told of little memory
         _check_memory(spec, span, sorted(read_firmware_map(host)))
-    _check_reserved(spec, span, reserved, resources)
+    _check_reserved(spec, span, command_line, resources)
     _check_kernel(spec, span, resources)
     for resource in resources:
         if overlap(span, resource):
@@ -67,11 +68,9 @@ def _check_memory(spec: str, span: Span, firmware: list[Resource]) -> None:
     )
 
 
-def _check_reserved(
-    spec: str, span: Span, reserved: list[Reservation], resources: list[Resource]
-) -> None:
+def _check_reserved(spec: str, span: Span, command_line: str, resources: list[Resource]) -> None:
     """Refuse a range that memmap= does not keep from the kernel, all of it."""
-    pieces = cmdline.coverage(reserved, span.start, span.end)
+    pieces = memmap.coverage(command_line, span.start, span.end)
     wrong = next(
         (p for p in pieces if p.reservation is None or p.reservation.kind not in _FREE), None
     )
