@@ -26,7 +26,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--append",
         metavar="A",
         help="its command line; the running one's if not given. pkernfs adds the memmap= and "
-        "pkernfs= parameters of the running kernel that it lacks.",
+        "pkernfs= parameters of the running kernel that it lacks, and nokaslr where KASLR could "
+        "put the kernel into a region.",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print the commands; change nothing."
