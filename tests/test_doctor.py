@@ -117,6 +117,13 @@ def test_what_kaslr_does(machine: Machine, line: str, detail: str) -> None:
     assert results(machine)["KASLR"].detail == detail
 
 
+def test_a_limit_reserves_what_is_above(machine: Machine) -> None:
+    machine.write("proc/cmdline", "mem=4G memmap=1G$2G")
+    assert results(machine)["reserved memory"].detail == (
+        "0x40000000 at 0x80000000, reserved, all from 0x100000000 on, by mem=4G"
+    )
+
+
 def test_a_memmap_that_is_misspelt_is_shown_as_written(machine: Machine) -> None:
     machine.write("proc/cmdline", "ro memmap=64GB$128GB")
     found = results(machine)

@@ -163,14 +163,16 @@ def _check_reservation(host: Host, config: Config) -> Iterator[Result]:
     line = host.command_line()
     reserved = memmap.reservations(line)
     misspelt = list(_misspelt(line))
-    if not reserved and not misspelt:
+    limits = [w for w in memmap.e820_words(line) if w.limit is not None and w.trouble is None]
+    if not reserved and not misspelt and not limits:
         yield Result(
             "region", "reserved memory", WARNING, "no memmap= on the kernel command line",
             "memmap=1G%4G pkernfs=1G!4G, or what docs/operations.md says of device-dax",
         )  # fmt: skip
-    elif reserved:
-        text = ", ".join(f"{r.end - r.start:#x} at {r.start:#x}, {r.kind.value}" for r in reserved)
-        yield Result("region", "reserved memory", OK, text)
+    elif reserved or limits:
+        texts = [f"{r.end - r.start:#x} at {r.start:#x}, {r.kind.value}" for r in reserved]
+        texts += [f"all from {w.limit:#x} on, by {w.text}" for w in limits]
+        yield Result("region", "reserved memory", OK, ", ".join(texts))
     yield from misspelt
     yield from _named_regions(host, line, bool(reserved))
     if (config or {}).get("RANDOMIZE_BASE", "y") == "y":

@@ -40,7 +40,7 @@ _HEX = "0123456789abcdefABCDEF"
 _SHIFT = {"k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 
 # enum e820_type, asm/e820/types.h.
-RAM, RESERVED, ACPI, NVS, UNUSABLE, PMEM, PRAM = 1, 2, 3, 4, 5, 7, 12
+RAM, RESERVED, ACPI, PMEM, PRAM = 1, 2, 3, 7, 12
 SOFT_RESERVED = 0xEFFFFFFF
 _OPERATORS = {"@": RAM, "#": ACPI, "$": RESERVED, "!": PRAM}
 
@@ -459,6 +459,12 @@ class Word(NamedTuple):
     rest: str
 
     @property
+    def limit(self) -> int | None:
+        """The address from which on the kernel uses no RAM, in bytes; None: it is no limit."""
+        change = self.change
+        return change.start if change is not None and change == _limit(change.start) else None
+
+    @property
     def stops_boot(self) -> str | None:
         """Why the kernel stops at boot (BUG_ON(), early_panic()); None: it does not for this."""
         change = self.change
@@ -483,8 +489,8 @@ class Word(NamedTuple):
             return None
         taken = self.text[: len(self.text) - len(self.rest)]
         meaning = f"the kernel takes it for {taken}"
-        if change.action is Action.REMOVE and change.old == RAM:
-            meaning += f", and uses no memory above {format_number(change.start)}"
+        if self.limit is not None:
+            meaning += f", and uses no memory above {format_number(self.limit)}"
         return meaning
 
 
@@ -665,8 +671,7 @@ def reservations(command_line: str, rules: Rules = NEWEST) -> list[Reservation]:
         change = word.change
         if change is None or not change.size or change.action is Action.CLEAR:
             continue
-        is_limit = change == _limit(change.start)
-        if change.old in (0, RAM) and not is_limit:
+        if change.old in (0, RAM) and word.limit is None:
             found.append(_reservation(word, change))
     return found
 
