@@ -104,7 +104,10 @@ def test_what_is_missing_is_said(
     [
         ("memmap=1G$4G", "it avoids the ranges"),
         ("memmap=1G$4G nokaslr", "off: nokaslr"),
-        ("memmap=1G$4G,1G$5G,1G$6G,1G$7G,1G$8G", "off: one memmap= brings more than 4 ranges"),
+        (
+            "memmap=1G$4G,1G$5G,1G$6G,1G$7G,1G$8G",
+            "off: a parameter goes on behind the fourth range",
+        ),
         (
             "memmap=1G$4G,1G$5G,1G$6G,1G$7G memmap=1G$8G",
             "the next kernel may be put into memmap=1G$8G: memmap=1G$8G comes after the 4 ranges "

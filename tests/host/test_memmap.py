@@ -203,7 +203,7 @@ def test_huge_pages_of_one_gib() -> None:
             Kaslr.NOT_AVOIDED,
             "memmap=4G$2G comes after the 4 ranges that it counts",
         ),
-        (f"memmap=4G$2G,{FOUR}", Kaslr.OFF, "one memmap= brings more than 4 ranges"),
+        (f"memmap=4G$2G,{FOUR}", Kaslr.OFF, "a parameter goes on behind the fourth range"),
         ("mem=0 memmap=4G$2G", Kaslr.NOT_AVOIDED, "it does not get as far as memmap=4G$2G"),
         ("memmap=4G@2G", Kaslr.NOT_AVOIDED, "it does not count memmap=4G@2G"),
         ("quiet", Kaslr.NOT_AVOIDED, "no memmap= covers it"),

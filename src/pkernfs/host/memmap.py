@@ -384,7 +384,7 @@ def kaslr(
 def _verdict(command_line: str, start: PhysAddr, end: PhysAddr, rules: Rules) -> Verdict:
     options = handle_mem_options(command_line, rules)
     if options.memmap_too_large:
-        return Verdict(Kaslr.OFF, None, f"one memmap= brings more than {MAX_MEMMAP_REGIONS} ranges")
+        return Verdict(Kaslr.OFF, None, "a parameter goes on behind the fourth range")
     at, words = int(start), []
     for one in sorted(options.avoided):
         if one.start <= at < one.start + one.size <= _ULLONG_MAX:
