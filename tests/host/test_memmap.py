@@ -277,6 +277,21 @@ def test_what_is_wrong_with_a_word(text: str, trouble: str | None) -> None:
     assert (word.text, word.trouble) == (f"memmap={text}", trouble)
 
 
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("memmap=exactmap", "memmap=exactmap: fewer than two ranges are given behind it"),
+        ("memmap=exactmap,4G@0", "memmap=exactmap: fewer than two ranges are given behind it"),
+        ("memmap=exactmap,4G@0,1G$1G", None),
+        ("memmap=exactmap,4G@0,1G%1G", None),
+        ("memmap=1G$4G,1G%4G-2+2", "memmap=1G%4G-2+2: it changes a type to itself"),
+        ("mem=4G", None),
+    ],
+)
+def test_what_stops_the_kernel_at_boot(line: str, why: str | None) -> None:
+    assert memmap.stops_boot(line) == why
+
+
 def test_words_that_only_look_like_it() -> None:
     assert memmap.lost_words("'memmap=1G$4G' memmap=1G$8G memmap") == ["'memmap=1G$4G'"]
     assert [w.text for w in memmap.e820_words("memmap=a,1G$1G mem=4G x=memmap=1G$2G")] == [

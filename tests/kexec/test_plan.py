@@ -134,7 +134,8 @@ def test_a_limit_that_keeps_the_region_is_kept(machine: Machine) -> None:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("memmap=512M%1G,1G%4G-1+1", "memmap=1G%4G-1\\+1: the next kernel would stop at boot"),
+        ("memmap=512M%1G,1G%4G-1+1", "would stop at boot: memmap=1G%4G-1\\+1: it changes a type"),
+        ("memmap=exactmap,1G@0", "would stop at boot: memmap=exactmap: fewer than two"),
         ("memmap=2GB$1GB", "needs memmap=512M%1G"),
         ("memmap=512M%1GB", "needs memmap=512M%1G"),
         ("", "needs memmap=512M%1G"),

@@ -576,21 +576,61 @@ def memory_map(firmware: list[Entry], words: list[Word]) -> list[Entry]:
     Entries may overlap: where they do, the highest type counts, whatever its place. Neighbours of
     one type are one entry here.
     """
-    edges = {edge for one in firmware for edge in (one.start, one.end)}
-    edges.update(edge for word in words for edge in _edges(word.change))
+    table = _table(firmware, words)
     found: list[Entry] = []
-    for low, high in itertools.pairwise(sorted(edges)):
-        types: dict[int, Word | None] = {
-            one.kind: None for one in firmware if one.start <= low and high <= one.end
-        }
-        for word in words:
-            _apply(types, word, low, high)
-        kind = max(types, default=0)
+    for low, high in itertools.pairwise(sorted({e for one in table for e in (one.start, one.end)})):
+        kind = max((e.kind for e in table if e.start <= low and high <= e.end), default=0)
         if found and found[-1].end == low and found[-1].kind == kind:
             low = found.pop().start
         if kind:
             found.append(Entry(low, high, kind))
     return found
+
+
+def _table(firmware: list[Entry], words: list[Word]) -> list[Entry]:
+    """Return the entries before e820__update_table(): none is sorted, some may be empty."""
+    table = list(firmware)
+    for change in (word.change for word in words if word.change is not None):
+        if change.action is Action.CLEAR:
+            table = []
+        elif change.action is Action.ADD:
+            table.append(Entry(change.start, change.start + change.size, change.new))
+        else:
+            table = [part for entry in table for part in _carved(entry, change)]
+    return table
+
+
+def _carved(entry: Entry, change: Change) -> list[Entry]:
+    """Return what is left of an entry, and what an update makes of the rest of it.
+
+    What is removed as a whole stays as an empty entry: it counts. A change of no bytes inside the
+    entry cuts it in two.
+    """
+    low, high = max(entry.start, change.start), min(entry.end, change.start + change.size)
+    touches = entry.start == low == high < entry.end or entry.start < low == high == entry.end
+    if change.old not in (0, entry.kind) or low > high or touches:
+        return [entry]
+    parts = [Entry(entry.start, low, entry.kind), Entry(high, entry.end, entry.kind)]
+    parts = [part for part in parts if part.start < part.end]
+    if change.action is Action.UPDATE:
+        parts.append(Entry(low, high, change.new))
+    return parts or [Entry(0, 0, 0)]
+
+
+def stops_boot(command_line: str, rules: Rules = NEWEST) -> str | None:
+    """Say why a kernel stops at boot by its words of memmap=; None: it does not for these.
+
+    Besides single words (:attr:`Word.stops_boot`), a map of fewer than two entries stops it. The
+    firmware's own has more.
+    """
+    words = e820_words(command_line, rules)
+    for word in words:
+        if word.stops_boot is not None:
+            return f"{word.text}: {word.stops_boot}"
+    firmware = [Entry(0, 0, RAM), Entry(0, 0, RESERVED)]
+    if len(_table(firmware, words)) < 2:
+        return "memmap=exactmap: fewer than two ranges are given behind it"
+    return None
 
 
 def _edges(change: Change | None) -> tuple[int, ...]:

@@ -218,17 +218,11 @@ def check_command_line(
             f"expected up to {_MAX_COMMAND_LINE - room}: leave something out (--append)"
         )
     for one in rules:
-        _check_words(line, one)
+        why = memmap.stops_boot(line, one)
+        if why is not None:
+            raise RegionError(f"command line: the next kernel would stop at boot: {why}")
         for span in spans:
             _check_reserved(line, span, one)
-
-
-def _check_words(line: str, rules: Rules) -> None:
-    for word in memmap.e820_words(line, rules):
-        if word.stops_boot is not None:
-            raise RegionError(
-                f"command line: {word.text}: the next kernel would stop at boot: {word.stops_boot}"
-            )
 
 
 def _check_reserved(line: str, span: Span, rules: Rules) -> None:
