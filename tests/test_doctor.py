@@ -168,6 +168,26 @@ def test_units_of_which_nobody_tells(machine: Machine) -> None:
     assert results(machine)["units"].status == doctor.UNKNOWN
 
 
+@pytest.mark.parametrize(
+    ("table", "status", "detail"),
+    [
+        (dmar_table(drhd(0xFED9_0000), drhd(0)), MISSING,
+         "the unit at 0x40 has register base 0: Linux drives no unit of such a table"),
+        (dmar_table(drhd(0xFED9_0000), bytes(8)), OK,
+         "there, and no driver has the units; 8 bytes behind the last structure: Linux takes it"),
+    ],
+)  # fmt: skip
+def test_what_linux_does_with_the_firmwares_table(
+    machine: Machine, table: bytes, status: str, detail: str
+) -> None:
+    Path(machine.path("dev/mem")).unlink()
+    machine.write("sys/firmware/acpi/tables/DMAR", table)
+    found = results(machine)
+    assert (found["DMAR"].status, found["DMAR"].detail) == (status, detail)
+    assert ("dmar0" in found) == (status == OK)
+    assert "units" not in found
+
+
 def test_neither_dev_mem_nor_dax(machine: Machine) -> None:
     Path(machine.path("dev/mem")).unlink()
     Path(machine.path("sys/bus/dax/devices/dax0.0/size")).unlink()

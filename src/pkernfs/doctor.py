@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import NamedTuple
 
-from pkernfs.errors import NotFoundError, PkernfsError, RegionError
+from pkernfs.errors import NotFoundError, PermissionDeniedError, PkernfsError, RegionError
 from pkernfs.host import cmdline, kernel_image, memmap, qemu
-from pkernfs.host.dmar import read_dmar
+from pkernfs.host.dmar import Dmar, read_table
 from pkernfs.host.memmap import Kaslr, Kind, Reservation
 from pkernfs.host.sysroot import HOST, Host
 from pkernfs.iommu.config import Config as IommuConfig
@@ -305,20 +305,36 @@ def _check_crash_kernel(host: Host, config: Config) -> Iterator[Result]:
 # ---------------------------------------------------------------------- DMA
 
 
-def _check_iommu(host: Host, config: Config) -> Iterator[Result]:
-    if not os.path.exists(host.path("sys/firmware/acpi/tables/DMAR")):
+def _check_dmar(host: Host) -> Iterator[Result]:
+    """Tell what Linux does with the table, and whether it has taken the units."""
+    try:
+        dmar: Dmar | None = read_table(host)
+    except NotFoundError:
         yield Result(
             "dma", "DMAR", MISSING, "the firmware describes no VT-d unit",
             "switch VT-d on in the firmware's set-up; AMD's IOMMU is not supported",
         )  # fmt: skip
+        return
+    except PkernfsError:
+        dmar = None  # _check_capabilities says it
+    if dmar is not None and dmar.refused:
+        yield Result(
+            "dma", "DMAR", MISSING, f"{dmar.refused}: Linux drives no unit of such a table",
+            "a newer firmware",
+        )  # fmt: skip
+        return
+    taken = "".join(f"; {remark}: Linux takes it" for remark in dmar.remarks) if dmar else ""
+    owned = [n for n in host.list("sys/class/iommu") if n.startswith("dmar")]
+    if owned:
+        detail = f"{', '.join(owned)}: driven by this kernel{taken}"
+        remedy = "intel_iommu=off to put the region's tables in force now"
+        yield Result("dma", "DMAR", WARNING, detail, remedy)
     else:
-        owned = [n for n in host.list("sys/class/iommu") if n.startswith("dmar")]
-        if owned:
-            detail = f"{', '.join(owned)}: driven by this kernel"
-            remedy = "intel_iommu=off to put the region's tables in force now"
-            yield Result("dma", "DMAR", WARNING, detail, remedy)
-        else:
-            yield Result("dma", "DMAR", OK, "there, and no driver has the units")
+        yield Result("dma", "DMAR", OK, f"there, and no driver has the units{taken}")
+
+
+def _check_iommu(host: Host, config: Config) -> Iterator[Result]:
+    yield from _check_dmar(host)
     if config is None:
         return
     for option, why in (
@@ -344,12 +360,17 @@ def _check_iommu(host: Host, config: Config) -> Iterator[Result]:
 def _check_capabilities(host: Host, config: Config) -> Iterator[Result]:
     """Tell of each unit whether it is able to walk tables as they are made by default."""
     try:
-        dmar = read_dmar(host)
+        dmar = read_table(host)
     except NotFoundError:
         return  # said already
-    except PkernfsError as e:
+    except PermissionDeniedError as e:
         yield Result("dma", "units", UNKNOWN, str(e), "as root")
         return
+    except PkernfsError as e:
+        yield Result("dma", "units", UNKNOWN, str(e), "a newer firmware")
+        return
+    if dmar.refused:
+        return  # said already
     wanted = Requirements(IommuConfig(), [], _HUGE_LEAF, Iova(0), PhysAddr(0))
     for found in discovery.find_units(host, dmar, write=False):
         name = found.structure.name

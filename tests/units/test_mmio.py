@@ -158,3 +158,10 @@ def test_flushed_lines_are_as_before() -> None:
         region.flush_lines(RegionOff(63), 130)
         assert region.read(RegionOff(60), 200) == bytes(range(200))
         lib.pk_flush_lines(region.base, 0)
+
+
+@pytest.mark.parametrize("base", [BASE + 16, 1 << 52, (1 << 64) - PAGE])
+def test_a_base_that_is_no_address(base: int, tmp_path: Path) -> None:
+    """The firmware has said it, and Linux does not look at it."""
+    with pytest.raises(UnitError, match="no address of a page"):
+        open_window(PhysAddr(base), Host(str(tmp_path)), write=False)

@@ -2,6 +2,9 @@
 
 Chapter 8 of the VT-d specification, revision 5.10. The table is the firmware's, and read as if it
 were anybody's: lengths are checked, what is unknown is passed by. Nothing here touches the machine.
+
+A table with faults is read as Linux reads it (drivers/iommu/intel/dmar.c, 6.1 to 7.x): Linux passes
+some by (:attr:`Dmar.remarks`), and for others it drives no unit at all (:attr:`Dmar.refused`).
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ _SCOPE = struct.Struct("<BBBBBB")
 _DRHD, _RMRR, _ATSR, _RHSA, _ANDD, _SATC, _SIDP = range(7)  # 8.2, table 64
 _INCLUDE_PCI_ALL = 1
 _ALL_PORTS = 1
+_LEAST_HOST_BITS = 12  # PAGE_SHIFT
 
 ENDPOINT, BRIDGE, IOAPIC, HPET, NAMESPACE = range(1, 6)
 _SCOPES = {
@@ -36,7 +40,7 @@ _SCOPES = {
 
 
 class PathStep(NamedTuple):
-    """A device on a bus, 0..0x1f, and its function, 0..7."""
+    """A device on a bus, 0..0x1f, and its function, 0..7; bytes of the table, not checked."""
 
     device: int
     function: int
@@ -98,17 +102,36 @@ class RootPorts(NamedTuple):
 
 
 class Dmar(NamedTuple):
-    """The table. ``host_bits`` is the width of physical addresses that units can reach."""
+    """The table. ``host_bits`` is the width of physical addresses that units can reach.
+
+    ``refused`` says for which fault Linux drives no unit of this table; it is empty if there is no
+    such fault. ``remarks`` are faults that Linux passes by.
+    """
 
     host_bits: int
     interrupt_remapping: bool
     units: tuple[UnitStructure, ...]
     reserved: tuple[ReservedMemory, ...]
     root_ports: tuple[RootPorts, ...]
+    refused: str = ""
+    remarks: tuple[str, ...] = ()
 
 
 def read_dmar(host: Host) -> Dmar:
-    """Read the machine's DMAR table.
+    """Read the machine's DMAR table, to use it.
+
+    :raises NotFoundError: there is none.
+    :raises PermissionDeniedError: it cannot be read.
+    :raises InvalidError: it makes no sense, or Linux refuses it.
+    """
+    dmar = read_table(host)
+    if dmar.refused:
+        raise InvalidError(f"DMAR table: {dmar.refused}: Linux drives no unit of such a table")
+    return dmar
+
+
+def read_table(host: Host) -> Dmar:
+    """Read the machine's DMAR table, to describe it: also one that Linux refuses.
 
     :raises NotFoundError: there is none.
     :raises PermissionDeniedError, InvalidError: it cannot be read, or makes no sense.
@@ -128,61 +151,104 @@ def read_dmar(host: Host) -> Dmar:
 def parse(table: bytes) -> Dmar:
     """Parse a DMAR table as the firmware has made it.
 
-    The kernel numbers units in the order of the table (drivers/iommu/intel/dmar.c, alloc_iommu).
-
-    :raises InvalidError: no such table, or one that contradicts itself.
+    :raises InvalidError: no such table, a part of one, or one of which nobody can tell what Linux
+        reads: a structure is too short for its fields, and Linux reads on behind it.
     """
     if len(table) < _HEADER.size:
         raise InvalidError(f"DMAR table: cut short: got {len(table)} bytes")
     signature, length, *_rest, width, flags = _HEADER.unpack_from(table)
-    if signature != b"DMAR" or not _HEADER.size <= length <= len(table):
+    if signature != b"DMAR" or length < _HEADER.size:
         raise InvalidError(f"DMAR table: no such table: got {signature!r}, {length} bytes")
-    if sum(table[:length]) & 0xFF:
-        raise InvalidError(f"DMAR table: bad checksum: got {sum(table[:length]) & 0xFF:#x}")
-    units: list[UnitStructure] = []
-    reserved: list[ReservedMemory] = []
-    root_ports: list[RootPorts] = []
-    nodes: dict[PhysAddr, int] = {}
-    for kind, at, body in _structures(table[:length]):
+    if length > len(table):
+        raise InvalidError(f"DMAR table: cut short: got {len(table)} bytes, expected {length}")
+    reader = _Reader()
+    if sum(table[:length]) & 0xFF:  # ACPICA warns (acpi_ut_verify_checksum)
+        reader.remarks.append("its checksum is wrong")
+    if width + 1 < _LEAST_HOST_BITS:  # parse_dmar_table: "Invalid DMAR haw"
+        reader.refuse(f"bad host address width: got {width + 1} bits")
+    reader.read(table[:length])
+    return Dmar(
+        width + 1,
+        bool(flags & 1),
+        tuple(reader.units),
+        tuple(reader.reserved),
+        tuple(reader.root_ports),
+        reader.refused,
+        tuple(reader.remarks),
+    )
+
+
+class _Reader:
+    """What the structures of a table say, and what Linux makes of their faults."""
+
+    def __init__(self) -> None:
+        self.units: list[UnitStructure] = []
+        self.reserved: list[ReservedMemory] = []
+        self.root_ports: list[RootPorts] = []
+        self.refused = ""
+        self.remarks: list[str] = []
+
+    def refuse(self, why: str) -> None:
+        """Note why Linux drives no unit; the first reason is the one that Linux logs."""
+        self.refused = self.refused or why
+
+    def read(self, table: bytes) -> None:
+        """Read all structures (dmar_walk_remapping_entries)."""
+        at = _HEADER.size
+        while at < len(table):
+            head = table[at : at + _STRUCTURE.size].ljust(_STRUCTURE.size, b"\0")
+            kind, length = _STRUCTURE.unpack(head)
+            if not length:
+                left = len(table) - at
+                self.remarks.append(f"{left} byte{'s'[: left - 1]} behind the last structure")
+                return
+            if at + length > len(table):
+                self.refuse(
+                    f"the structure at {at:#x} passes the end: "
+                    f"got {length} bytes, expected up to {len(table) - at}"
+                )
+                return
+            if length < _STRUCTURE.size:
+                raise InvalidError(f"DMAR table at {at:#x}: cut short: got {length} bytes")
+            self._structure(kind, at, table[at + _STRUCTURE.size : at + length])
+            at += length
+
+    def _structure(self, kind: int, at: int, body: bytes) -> None:
         if kind == _DRHD:
-            units.append(_unit(len(units), at, body))
+            self._unit(at, body)
         elif kind == _RMRR:
             _reserved, segment, start, last = _unpack("<HHQQ", at, body)
             scopes = tuple(_scopes(at, body[20:]))
-            reserved.append(ReservedMemory(segment, PhysAddr(start), PhysAddr(last), scopes))
+            self.reserved.append(ReservedMemory(segment, PhysAddr(start), PhysAddr(last), scopes))
         elif kind == _ATSR:
             port_flags, _reserved, segment = _unpack("<BBH", at, body)
             scopes = tuple(_scopes(at, body[4:]))
-            root_ports.append(RootPorts(segment, bool(port_flags & _ALL_PORTS), scopes))
+            self.root_ports.append(RootPorts(segment, bool(port_flags & _ALL_PORTS), scopes))
         elif kind == _RHSA:
             _reserved, base, node = _unpack("<IQI", at, body)
-            nodes[PhysAddr(base)] = node
-    found = tuple(u._replace(node=nodes.get(u.base)) for u in units)
-    return Dmar(width + 1, bool(flags & 1), found, tuple(reserved), tuple(root_ports))
+            # Units before it only: dmar_parse_one_rhsa looks at those that are registered.
+            self.units = [u._replace(node=node) if u.base == base else u for u in self.units]
+        elif kind == _ANDD and b"\0" not in body[4:]:  # dmar_parse_one_andd
+            self.refuse(f"the name at {at:#x} (ANDD) has no end")
 
-
-class _Structure(NamedTuple):
-    """A remapping structure: type, offset in the table, the bytes after type and length."""
-
-    kind: int
-    at: int
-    body: bytes
-
-
-def _structures(table: bytes) -> Iterator[_Structure]:
-    """Yield each structure of the table."""
-    at = _HEADER.size
-    while at < len(table):
-        if at + _STRUCTURE.size > len(table):
-            raise InvalidError(f"DMAR table at {at:#x}: cut short: got {len(table) - at} bytes")
-        kind, length = _STRUCTURE.unpack_from(table, at)
-        if length < _STRUCTURE.size or at + length > len(table):
-            raise InvalidError(
-                f"DMAR table at {at:#x}: bad length: got {length}, "
-                f"expected {_STRUCTURE.size}..{len(table) - at}"
-            )
-        yield _Structure(kind, at, table[at + _STRUCTURE.size : at + length])
-        at += length
+    def _unit(self, at: int, body: bytes) -> None:
+        """Read a DRHD. Units are numbered in the order of the table (alloc_iommu)."""
+        flags, size, segment, base = _unpack("<BBHQ", at, body)
+        if not base:  # dmar_validate_one_drhd; the kernel's log calls it a broken BIOS
+            self.refuse(f"the unit at {at:#x} has register base 0")
+            return
+        if any((u.segment, u.base) == (segment, base) for u in self.units):  # dmar_find_dmaru
+            self.remarks.append(f"the unit at {base:#x} is there twice")
+            return
+        unit = UnitStructure(
+            len(self.units),
+            segment,
+            PhysAddr(base),
+            PAGE << (size & 0xF),
+            bool(flags & _INCLUDE_PCI_ALL),
+            tuple(_scopes(at, body[12:])),
+        )
+        self.units.append(unit)
 
 
 def _unpack(form: str, at: int, body: bytes) -> tuple[int, ...]:
@@ -191,33 +257,18 @@ def _unpack(form: str, at: int, body: bytes) -> tuple[int, ...]:
     return struct.unpack_from(form, body)
 
 
-def _unit(number: int, at: int, body: bytes) -> UnitStructure:
-    flags, size, segment, base = _unpack("<BBHQ", at, body)
-    if not base or base % PAGE:
-        raise InvalidError(f"DMAR table at {at:#x}: bad register base: got {base:#x}")
-    return UnitStructure(
-        number,
-        segment,
-        PhysAddr(base),
-        PAGE << (size & 0xF),
-        bool(flags & _INCLUDE_PCI_ALL),
-        tuple(_scopes(at, body[12:])),
-    )
-
-
 def _scopes(at: int, data: bytes) -> Iterator[Scope]:
     while data:
         if len(data) < _SCOPE.size:
             raise InvalidError(f"DMAR table at {at:#x}: device scope: cut short: got {len(data)}")
         kind, length, _flags, _reserved, enumeration, bus = _SCOPE.unpack_from(data)
-        if length < _SCOPE.size + 2 or length % 2 or length > len(data):
+        if not _SCOPE.size <= length <= len(data):
             raise InvalidError(
                 f"DMAR table at {at:#x}: device scope: bad length: "
-                f"got {length}, expected an even number in 8..{len(data)}"
+                f"got {length}, expected {_SCOPE.size}..{len(data)}"
             )
+        # A path without a step, or with one that no device has, matches nothing.
         steps = data[_SCOPE.size : length]
-        path = tuple(PathStep(steps[i], steps[i + 1]) for i in range(0, len(steps), 2))
-        if any(device > 0x1F or function > 7 for device, function in path):
-            raise InvalidError(f"DMAR table at {at:#x}: device scope: bad path: got {steps.hex()}")
+        path = tuple(PathStep(steps[i], steps[i + 1]) for i in range(0, len(steps) - 1, 2))
         yield Scope(kind, enumeration, bus, path)
         data = data[length:]

@@ -141,10 +141,11 @@ def covers(scopes: Sequence[Scope], device: PciDevice) -> bool:
 def _is_in(scope: Scope, chain: tuple[SourceId, ...]) -> bool:
     if scope.kind not in (ENDPOINT, BRIDGE):
         return False
-    path = [device << 3 | function for device, function in scope.path]
-    for first in range(len(chain) - len(path) + 1):
+    path = list(scope.path)
+    for first in range(len(chain) - len(path) + 1 if path else 0):
         steps = chain[first : first + len(path)]
-        if steps[0] >> 8 == scope.bus and [s & 0xFF for s in steps] == path:
+        places = [(s >> 3 & 0x1F, s & 7) for s in steps]
+        if steps[0] >> 8 == scope.bus and places == path:
             return scope.kind == BRIDGE or first + len(path) == len(chain)
     return False
 

@@ -14,6 +14,7 @@ from pkernfs.layout import PAGE
 from pkernfs.native._native import ffi, lib
 from pkernfs.quantities import PhysAddr
 from pkernfs.region.region import Region
+from pkernfs.vtd.entries import MAX_PHYSICAL_BITS
 from pkernfs.vtd.registers import Capabilities, Capability, ExtendedCapability, Step, Version
 
 
@@ -75,6 +76,8 @@ def open_window(base: PhysAddr, host: Host, *, write: bool) -> MemoryWindow:
     :raises PermissionDeniedError: the kernel does not let one.
     :raises UnitError: there is no unit.
     """
+    if base % PAGE or base >> MAX_PHYSICAL_BITS:  # the firmware's word; Linux does not check it
+        raise UnitError(f"registers at {base:#x}: no address of a page")
     path = host.path("dev/mem")
     try:
         # O_SYNC: not through the processor's caches.
