@@ -1,13 +1,16 @@
-"""The ACPI SRAT: the NUMA node of each range of memory (ACPI 6.5, 5.2.16).
+"""The ACPI SRAT: the NUMA node of each range of memory (ACPI 6.5, 5.2.16), as Linux numbers nodes.
 
-The table is the firmware's, and read as if it were anybody's: lengths are checked, and an entry of
-an unknown type is passed by.
+Linux numbers a domain when it first meets it (drivers/acpi/numa/srat.c: acpi_numa_init(); 6.1 to
+7.x): in one pass over processors and generic initiators, in a second one over memory. The table is
+the firmware's, and read as if it were anybody's; an entry of an unknown type is passed by.
+
+Not modelled are ``numa=`` on the kernel command line, and x2APIC ids that a kernel in xAPIC mode
+ignores.
 """
 
 from __future__ import annotations
 
 import re
-import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -18,9 +21,12 @@ from pkernfs.quantities import PhysAddr
 _TABLE = "sys/firmware/acpi/tables/SRAT"
 _NODES = "sys/devices/system/node"
 _HEADER_BYTES = 48
-_APIC, _MEMORY, _X2APIC = 0, 1, 2
-_LEAST_BYTES = {_APIC: 16, _MEMORY: 40, _X2APIC: 24}
-_FLAGS_AT = {_APIC: 4, _MEMORY: 28, _X2APIC: 12}
+_REVISION_AT = 8
+_APIC, _MEMORY, _X2APIC, _INITIATOR = 0, 1, 2, 5
+_APIC_BYTES, _MEMORY_BYTES, _X2APIC_BYTES = 16, 40, 24
+_ENABLED = 1
+_MAX_DOMAINS = 1024  # MAX_PXM_DOMAINS, for the largest CONFIG_NODES_SHIFT of x86
+_WIDE_DOMAINS = 2  # the first revision whose domains are not one byte
 
 
 class NodeMemory(NamedTuple):
@@ -32,8 +38,15 @@ class NodeMemory(NamedTuple):
 
 
 class _Entry(NamedTuple):
+    """An entry; ``data`` has as many bytes as the kernel reads, whatever ``length`` says."""
+
     kind: int
+    length: int
     data: bytes
+
+    def number(self, at: int, count: int = 4) -> int:
+        """A field of ``count`` bytes."""
+        return int.from_bytes(self.data[at : at + count], "little")
 
 
 def nodes_of(span: Span, host: Host) -> list[int]:
@@ -55,40 +68,85 @@ def read_memory(host: Host) -> list[NodeMemory]:
 
 
 def parse(table: bytes) -> list[NodeMemory]:
-    """Return the ranges of memory that are enabled, in the order of the table."""
-    entries = list(_entries(table))
-    # The kernel numbers nodes as it meets their domains: processors first, then memory.
-    domains: list[int] = []
-    for entry in sorted(entries, key=lambda e: e.kind == _MEMORY):
-        domain = _enabled_domain(entry)
-        if domain is not None and domain not in domains:
-            domains.append(domain)
-    found = []
-    for entry in entries:
-        domain = _enabled_domain(entry)
-        if entry.kind == _MEMORY and domain is not None:
-            start, size = struct.unpack_from("<QQ", entry.data, 8)
-            found.append(NodeMemory(start, start + size, domains.index(domain)))
-    return found
+    """Return the ranges of memory that are enabled, in the order of the table.
+
+    Empty if the kernel does not use the table ("SRAT: SRAT not used."): all memory is in node 0.
+    """
+    wide = table[_REVISION_AT : _REVISION_AT + 1] >= bytes([_WIDE_DOMAINS])
+    nodes = _Nodes()
+    try:
+        _count_processors(table, wide, nodes)
+        return list(_memory(table, wide, nodes))
+    except _Unusable:
+        return []
+
+
+class _Unusable(Exception):  # noqa: N818 - control flow: bad_srat()
+    """The kernel does without the table."""
+
+
+class _Nodes:
+    """Numbers of nodes, given in the order of the calls (acpi_map_pxm_to_node)."""
+
+    def __init__(self) -> None:
+        self._domains: list[int] = []
+
+    def number(self, domain: int) -> int | None:
+        """Return the node of a proximity domain; None: there is no such domain."""
+        if domain >= _MAX_DOMAINS:
+            return None
+        if domain not in self._domains:
+            self._domains.append(domain)
+        return self._domains.index(domain)
+
+
+def _count_processors(table: bytes, wide: bool, nodes: _Nodes) -> None:
+    """Number the domains of processors and generic initiators.
+
+    The pass ends where its handler fails, and at an initiator that is disabled it does
+    (acpi_parse_gi_affinity, acpi_parse_entries_array).
+    """
+    for entry in _entries(table):
+        if entry.kind == _INITIATOR:
+            if not entry.number(24) & _ENABLED or nodes.number(entry.number(4)) is None:
+                return
+        elif entry.kind == _APIC:  # acpi_numa_processor_affinity_init
+            _need(entry.length == _APIC_BYTES)
+            if entry.number(4) & _ENABLED:
+                high = entry.number(9, 3) << 8 if wide else 0
+                _need(nodes.number(entry.number(2, 1) | high) is not None)
+        elif entry.kind == _X2APIC:  # acpi_numa_x2apic_affinity_init
+            _need(entry.length >= _X2APIC_BYTES)
+            if entry.number(12) & _ENABLED:
+                _need(nodes.number(entry.number(4)) is not None)
+
+
+def _memory(table: bytes, wide: bool, nodes: _Nodes) -> Iterator[NodeMemory]:
+    """Yield the ranges of memory (acpi_parse_memory_affinity)."""
+    for entry in _entries(table):
+        if entry.kind != _MEMORY:
+            continue
+        _need(entry.length >= _MEMORY_BYTES)
+        if not entry.number(28) & _ENABLED:
+            continue
+        node = nodes.number(entry.number(2) & (0xFFFF_FFFF if wide else 0xFF))
+        _need(node is not None)
+        start, end = entry.number(8, 8), entry.number(8, 8) + entry.number(16, 8)
+        if node is not None and start < end <= 1 << 64:  # others are passed by: numa_add_memblk
+            yield NodeMemory(PhysAddr(start), PhysAddr(end), node)
+
+
+def _need(condition: bool) -> None:
+    if not condition:
+        raise _Unusable
 
 
 def _entries(table: bytes) -> Iterator[_Entry]:
+    """Yield each entry (acpi_parse_entries_array), the one of no length that ends the table too."""
     at = _HEADER_BYTES
-    while at + 2 <= len(table):
+    while at + 2 < len(table):
         kind, length = table[at], table[at + 1]
-        data = table[at : at + length]
-        if length < 2 or len(data) < length:
+        yield _Entry(kind, length, table[at : at + _MEMORY_BYTES].ljust(_MEMORY_BYTES, b"\0"))
+        if not length:
             return
-        if kind in _LEAST_BYTES and length >= _LEAST_BYTES[kind]:
-            yield _Entry(kind, data)
         at += length
-
-
-def _enabled_domain(entry: _Entry) -> int | None:
-    """Return the proximity domain of an entry; None if the firmware has disabled it."""
-    kind, data = entry
-    if not data[_FLAGS_AT[kind]] & 1:
-        return None
-    if kind == _APIC:
-        return data[2] | int.from_bytes(data[9:12], "little") << 8
-    return int.from_bytes(data[2:6] if kind == _MEMORY else data[4:8], "little")
