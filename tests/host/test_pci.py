@@ -69,6 +69,32 @@ def test_a_device_of_another_segment_has_no_root_table() -> None:
         parse_device("0001:00:05.0")
 
 
+def test_a_device_below_a_vmd_is_named_by_the_vmd() -> None:
+    for name in ("10000:e1:00.0", "5d0505:01:00.0"):
+        with pytest.raises(InvalidError, match=f"'{name}': it is below a VMD, .*: name that one"):
+            parse_device(name)
+
+
+def test_requests_from_below_a_vmd_are_the_vmds(tmp_path: Path) -> None:
+    vmd, drive = "0000:00:0e.0", "10000:e1:00.0"
+    root = tmp_path / "sys/devices/pci0000:00"
+    add_device(tmp_path, vmd, config(command=4, express=9), "vmd")
+    add_device(tmp_path, f"{vmd}/pci10000:e0/10000:e0:06.0", config(kind=6, express=4))
+    add_device(tmp_path, f"{vmd}/pci10000:e0/10000:e0:06.0/{drive}", config(command=4), "nvme")
+    group = tmp_path / "sys/kernel/iommu_groups/9/devices"
+    for name in (vmd, drive):
+        (group / name).mkdir(parents=True)
+    (root / vmd / "iommu_group").symlink_to(group.parent)
+    host = Host(str(tmp_path))
+    above = read_device(host, SourceId(0x70))
+    assert above is not None
+    assert [d.name for d in all_devices(host)] == [vmd, "10000:e0:06.0", drive]
+    [below] = group_of(host, above)
+    assert (below.name, below.driver, below.chain, below.aliased) == (drive, "nvme", (0x70,), True)
+    dmar = parse(TWO_UNITS)
+    assert unit_of(dmar, below) == unit_of(dmar, above) == dmar.units[2]
+
+
 def test_devices_as_sysfs_has_them(tmp_path: Path) -> None:
     host = Host(str(tmp_path))
     add_device(tmp_path, "0000:00:05.0", config(command=4), "edu")

@@ -154,8 +154,10 @@ def test_values_that_do_not_fit() -> None:
 
 @pytest.mark.parametrize(
     ("text", "segment", "source_id"),
-    [("0000:00:05.0", 0, 0x28), ("0001:ff:1f.7", 1, 0xFFFF), ("3a:00.1", 0, 0x3A01)],
-)
+    [("0000:00:05.0", 0, 0x28), ("0001:ff:1f.7", 1, 0xFFFF), ("3a:00.1", 0, 0x3A01),
+     ("10000:e1:00.0", 0x10000, 0xE100), ("5d0505:01:00.0", 0x5D0505, 0x100),
+     ("ffffffff:00:00.0", 0xFFFF_FFFF, 0)],
+)  # fmt: skip
 def test_device_addresses(text: str, segment: int, source_id: SourceId) -> None:
     assert entries.parse_bdf(text) == (segment, source_id)
     assert entries.bdf_text(source_id, segment).endswith(text)
@@ -164,7 +166,7 @@ def test_device_addresses(text: str, segment: int, source_id: SourceId) -> None:
 @pytest.mark.parametrize(
     "text",
     ["", "5", "00:05", "0:5.0", "00:20.0", "00:05.8", "0000:00:05.0.1", "0000:00:05.0 ",
-     "00000:00:05.0", "gg:00.0", "-1:00.0", "00:05.00", "1:0000:00:05.0", "\u0660\u0660:05.0"],
+     "00000:00:05.0", "gg:00.0", "-1:00.0", "00:05.00", "1:0000:00:05.0", "100000000:00:05.0", "001:00:05.0", "\u0660\u0660:05.0"],
 )  # fmt: skip
 def test_what_is_no_device_address(text: str) -> None:
     with pytest.raises(InvalidError, match="device"):

@@ -18,7 +18,8 @@ from pkernfs.quantities import SourceId
 from pkernfs.vtd.entries import bdf_text, parse_bdf
 
 DEVICES = "sys/bus/pci/devices"
-_BDF = re.compile(r"[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
+_BDF = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
+_LAST_SEGMENT = 0xFFFF  # of DMAR; those above are below an Intel VMD
 _BRIDGE_CLASS = 0x06
 _TO_CONVENTIONAL, _FROM_CONVENTIONAL = 7, 8
 _EXTENDED_CAPABILITIES = 0x100
@@ -29,7 +30,9 @@ _MOST_CAPABILITIES = 256
 class PciDevice(NamedTuple):
     """A device: ``chain`` are the source ids from the root bus down to it, bridges first.
 
-    ``aliased``: a bridge above it sends its requests on under a name of its own.
+    ``aliased``: what is above it sends its requests on under a name of its own. Below an Intel VMD
+    the chain ends with the VMD, whose name requests have (Linux: pci_real_dma_dev());
+    ``unit_segment`` is then the VMD's segment. It is None where it is that of the device.
     """
 
     segment: int
@@ -41,6 +44,7 @@ class PciDevice(NamedTuple):
     aliased: bool
     ats: bool
     pasid: bool
+    unit_segment: int | None = None
 
     @property
     def name(self) -> str:
@@ -54,6 +58,10 @@ def parse_device(text: str) -> SourceId:
     :raises InvalidError: no device's address, or of another segment.
     """
     segment, source_id = parse_bdf(text)
+    if segment > _LAST_SEGMENT:
+        raise InvalidError(
+            f"device {text!r}: it is below a VMD, whose address its requests have: name that one"
+        )
     if segment:
         raise InvalidError(f"device {text!r}: only PCI segment 0000 is supported")
     return source_id
@@ -70,19 +78,23 @@ def read_device(host: Host, source_id: SourceId, segment: int = 0) -> PciDevice 
     place = os.path.realpath(os.path.join(path, "physfn"))
     if not os.path.isdir(place):
         place = os.path.realpath(path)
-    above = [parse_bdf(part).source_id for part in place.split("/") if _BDF.fullmatch(part)]
+    names = [part for part in place.split("/") if _BDF.fullmatch(part)]
+    above = [parse_bdf(part) for part in names]
+    chain = tuple(a.source_id for a in above if a.segment == above[0].segment)
     driver = os.path.join(path, "driver")
-    bridges = [_config(host.path(f"{DEVICES}/{bdf_text(b, segment)}")) for b in above[:-1]]
+    bridges = [_config(host.path(f"{DEVICES}/{bridge}")) for bridge in names[:-1]]
+    below_vmd = bool(above) and above[0].segment != segment
     return PciDevice(
         segment,
         source_id,
-        tuple(above),
+        chain,
         os.path.basename(os.readlink(driver)) if os.path.islink(driver) else None,
         config[pci_config.CLASS : pci_config.CLASS + 1] == bytes([_BRIDGE_CLASS]),
         bool(_word(config, pci_config.COMMAND) & pci_config.COMMAND_MASTER),
-        any(_is_conventional(c) for c in bridges),
+        below_vmd or any(_is_conventional(c) for c in bridges),
         _enabled(config, _ATS, 1 << 15),
         _enabled(config, _PASID, 1),
+        above[0].segment if below_vmd else None,
     )
 
 
@@ -121,7 +133,8 @@ def driver_module_of(host: Host, name: str) -> str | None:
 
 def unit_of(dmar: Dmar, device: PciDevice) -> UnitStructure | None:
     """Return the unit that a device's requests reach (8.3); None: there is none."""
-    mine = [u for u in dmar.units if u.segment == device.segment]
+    segment = device.segment if device.unit_segment is None else device.unit_segment
+    mine = [u for u in dmar.units if u.segment == segment]
     for unit in mine:
         if covers(unit.scopes, device):
             return unit

@@ -336,7 +336,11 @@ def perm_text(perm: int) -> str:
 
 
 class PciAddress(NamedTuple):
-    """The place of a PCI device: its segment in 0..0xffff, and its source id there."""
+    """The place of a PCI device: its segment, of 32 bits, and its source id there.
+
+    Segments above 0xffff are Linux's own: it numbers the devices below an Intel VMD from 0x10000
+    on (drivers/pci/controller/vmd.c), and DMAR knows no such segment.
+    """
 
     segment: int
     source_id: SourceId
@@ -345,11 +349,13 @@ class PciAddress(NamedTuple):
 def parse_bdf(text: str) -> PciAddress:
     """Segment and source id of ``DDDD:BB:DD.F`` as in ``lspci -D``; the segment may be left out.
 
+    It has four digits or, without a zero in front, up to eight.
+
     :raises InvalidError: not a device's address.
     """
     head, _, function = text.rpartition(".")
     parts = head.split(":")
-    digits = {2: (2, 2), 3: (4, 2, 2)}.get(len(parts), ())
+    digits = {2: (2, 2), 3: (_segment_digits(parts[0]), 2, 2)}.get(len(parts), ())
     hexadecimal = set("0123456789abcdefABCDEF")
     good = len(function) == 1 and function in "01234567" and len(digits) == len(parts)
     if not good or any(
@@ -361,6 +367,11 @@ def parse_bdf(text: str) -> PciAddress:
         raise InvalidError(f"device {text!r}: no such device: got {slot:#x}, expected 0..0x1f")
     source_id = SourceId(bus << 8 | slot << 3 | int(function))
     return PciAddress(segment[0] if segment else 0, source_id)
+
+
+def _segment_digits(text: str) -> int:
+    """Return how many digits the segment ``text`` must have: the kernel prints it by ``%04x``."""
+    return len(text) if 4 < len(text) <= 8 and text[0] != "0" else 4
 
 
 def check_source_id(source_id: SourceId) -> None:
