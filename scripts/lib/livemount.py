@@ -60,8 +60,10 @@ class LiveMount:
 
     def is_mounted(self) -> bool:
         """Tell whether something is mounted on the directory, be its daemon dead or alive."""
-        mountinfo = Path("/proc/self/mountinfo").read_text().splitlines()
-        return str(self.directory) in (line.split()[4] for line in mountinfo)
+        mountinfo = Path("/proc/self/mountinfo").read_bytes().split(b"\n")[:-1]
+        escapes = {ord(c): f"\\{ord(c):03o}" for c in " \t\n\\"}  # as proc(5) has them
+        wanted = os.fsencode(str(self.directory).translate(escapes))
+        return wanted in (line.split(b" ")[4] for line in mountinfo)
 
     def daemons(self) -> list[int]:
         """Processes whose command line serves this region on this directory."""

@@ -39,9 +39,9 @@ def test_lines_are_read_in_order(table: Path) -> None:
 
 def test_names_may_be_any_bytes(tmp_path: Path) -> None:
     path = tmp_path / "mountinfo"
-    path.write_bytes(b"90 22 0:62 / /mnt/\xff rw - fuse.pkernfs /dev/shm/\xc3\xbc\\011 rw\n")
+    path.write_bytes(b"90 22 0:62 / /mnt/\xff\r\x0c rw - fuse.pkernfs /dev/shm/\xc3\xbc\\011 rw\n")
     (mount,) = mounts.read_mounts(str(path))
-    assert os.fsencode(mount.mount_point) == b"/mnt/\xff"
+    assert os.fsencode(mount.mount_point) == b"/mnt/\xff\r\x0c"
     assert mount.source == "/dev/shm/ü\t"
 
 

@@ -247,6 +247,21 @@ def test_a_device_that_is_gone(machine: Machine) -> None:
         plan(machine, devices=("0000:00:1e.0",))
 
 
+def test_names_of_lost_mounts_are_not_escaped(machine: Machine) -> None:
+    """proc(5): white space, backslash and # are octal in a table of mounts."""
+    machine.write(
+        "proc/self/mounts",
+        "/dev/dax0.0 /mnt/my\\040guests fuse.pkernfs rw 0 0\n"
+        "/dev/sdb1 /srv/a\\040\\011b\\134c xfs rw 0 0\n"
+        " /run tmpfs rw 0 0\n"
+        "/dev/sdc1 /srv/\r\x0c\u2028end ext4 rw 0 0\n",
+    )
+    assert list(crash.losses(machine, Needs([], [], False), ["/mnt/my guests"])) == [
+        "/srv/a \tb\\c: left as by a loss of power, after a sync",
+        "/srv/\r\x0c\u2028end: left as by a loss of power, after a sync",
+    ]
+
+
 def test_what_is_lost(machine: Machine) -> None:
     machine.write(
         "proc/self/mounts",

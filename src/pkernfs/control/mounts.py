@@ -7,6 +7,7 @@ import os
 import re
 from typing import NamedTuple
 
+from pkernfs.host.mount_table import table_lines, unescape
 from pkernfs.region.spec import resolve
 
 FSTYPE = "fuse.pkernfs"
@@ -15,7 +16,6 @@ FSTYPE = "fuse.pkernfs"
 DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
 
 _OWNER = re.compile(r"(?:^|,)user_id=(\d+)(?:,|$)")
-_ESCAPE = re.compile(r"\\([0-7]{3})")
 
 
 class Mount(NamedTuple):
@@ -33,8 +33,7 @@ class Mount(NamedTuple):
 
 def read_mounts(path: str = "/proc/self/mountinfo") -> list[Mount]:
     """Return every mount that this process sees, in mounting order."""
-    with open(path, encoding="utf-8", errors="surrogateescape") as file:
-        return [_parse_line(line) for line in file]
+    return [_parse_line(line) for line in table_lines(path)]
 
 
 def mount_at(path: str) -> Mount | None:
@@ -75,7 +74,7 @@ def canonical_spec(spec: str) -> str:
 
 def _parse_line(line: str) -> Mount:
     # ID PARENT MAJOR:MINOR ROOT MOUNT_POINT OPTIONS [OPTIONAL ...] - FSTYPE SOURCE SUPER_OPTIONS
-    left, _, right = line.rstrip("\n").partition(" - ")
+    left, _, right = line.partition(" - ")
     _, _, device, _, mount_point, *_ = left.split(" ")
     fstype, source, *options = right.split(" ")
     major, minor = device.split(":")
@@ -83,13 +82,8 @@ def _parse_line(line: str) -> Mount:
     owner = _OWNER.search(options[-1]) if options else None
     return Mount(
         number,
-        _unescape(mount_point),
+        unescape(mount_point),
         fstype,
-        _unescape(source),
+        unescape(source),
         None if owner is None else int(owner[1]),
     )
-
-
-def _unescape(text: str) -> str:
-    # Only white space, backslash and # are escaped: ASCII, whatever the encoding of the rest.
-    return _ESCAPE.sub(lambda m: chr(int(m[1], 8)), text)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from pkernfs.errors import NotFoundError, RegionError
 from pkernfs.host import cmdline, kernel_image, memmap, pci
 from pkernfs.host.iomem import Resource, Span
+from pkernfs.host.mount_table import own_mounts
 from pkernfs.host.sysroot import Host
 from pkernfs.iommu.memory import merge_ranges, without_ranges
 from pkernfs.kexec.needs import Needs
@@ -230,7 +231,6 @@ def losses(host: Host, needs: Needs, mount_points: Sequence[str]) -> Iterator[st
         yield f"{device}: cut off, for it is not to persist"
     for device in needs.devices:
         yield f"{device}: its interrupts reach nobody until it is taken over"
-    for line in (host.find("proc/self/mounts") or "").splitlines():
-        source, where, _, options = line.split()[:4]
-        if source.startswith("/dev/") and "rw" in options.split(",") and where not in mount_points:
+    for source, where, _, options in own_mounts(host):
+        if source.startswith("/dev/") and "rw" in options and where not in mount_points:
             yield f"{where}: left as by a loss of power, after a sync"

@@ -119,7 +119,8 @@ def _process(host: Host, pid: int) -> Process:
 def _lines(host: Host, name: str) -> list[str]:
     """Return the lines of a file; none if it has gone or is not for us."""
     try:
-        with open(host.path(name), encoding="utf-8", errors="surrogateescape") as file:
+        path = host.path(name)
+        with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
             return file.readlines()
     except OSError:
         return []

@@ -1,0 +1,52 @@
+"""Tables of mounts, in the kernel's form: /proc/PID/mounts and the fields of /proc/PID/mountinfo.
+
+White space, backslash and ``#`` are octal escapes in a field (fs/proc_namespace.c: mangle()). All
+other bytes stand as they are: a carriage return, or whatever else Python takes for the end of a
+line, does not end one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from pkernfs.host.sysroot import Host
+
+_ESCAPE = re.compile(r"\\([0-7]{3})")
+
+
+class MountLine(NamedTuple):
+    """A line of /proc/PID/mounts; ``options`` are of the mount and its file system."""
+
+    source: str
+    mount_point: str
+    fstype: str
+    options: tuple[str, ...]
+
+
+def unescape(field: str) -> str:
+    """Return a field of a table of mounts as it was before the kernel escaped it."""
+    # What is escaped is ASCII, whatever the encoding of the rest.
+    return _ESCAPE.sub(lambda m: chr(int(m[1], 8)), field)
+
+
+def table_lines(path: str) -> list[str]:
+    """Return the lines of a table, fields still escaped.
+
+    :raises OSError: it cannot be read.
+    """
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+        return file.read().split("\n")[:-1]
+
+
+def own_mounts(host: Host) -> Iterator[MountLine]:
+    """Yield the mounts that this process sees; none where there is no /proc."""
+    try:
+        lines = table_lines(host.path("proc/self/mounts"))
+    except OSError:
+        return
+    for line in lines:
+        source, where, fstype, options = line.split(" ")[:4]
+        words = tuple(unescape(word) for word in options.split(","))
+        yield MountLine(unescape(source), unescape(where), fstype, words)
