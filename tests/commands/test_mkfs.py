@@ -79,6 +79,18 @@ def test_mkfs_directory(args: list[str], tmp_path: Path, command: Command) -> No
     refused(command("mkfs.pkernfs", *args, tmp_path), 1, "mkfs.pkernfs", "irectory")
 
 
+def test_mkfs_through_a_link_to_nothing(tmp_path: Path, command: Command) -> None:
+    """hugetlbfs and tmpfs are empty after a boot; the link on a disk is still there."""
+    link = tmp_path / "link"
+    link.symlink_to("gone")
+    why = f"it is a link to {tmp_path}/gone, which is not there"
+    for args in ([], ["-s16M"]):
+        refused(command("mkfs.pkernfs", *args, link), 1, "mkfs.pkernfs", f"cannot create: {why}")
+    refused(command("fsck.pkernfs", link), 8, "fsck.pkernfs", f"cannot open: {why}")
+    refused(command("pkernfs", "info", link), 1, "pkernfs", "gone: cannot open: No such")
+    assert os.listdir(tmp_path) == ["link"]
+
+
 @pytest.mark.parametrize("size", [0, 1, 4095, 4096, MIB, layout.MIN_REGION_BYTES - 1])
 def test_mkfs_too_small(size: int, tmp_path: Path, command: Command) -> None:
     path = tmp_path / "region"

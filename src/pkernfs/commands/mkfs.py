@@ -7,6 +7,7 @@ and leaves none where there was none.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import stat
 
@@ -114,9 +115,13 @@ def _file_size(path: str) -> int | None:
 
 def _resize(path: str, before: int | None, size: int | None, force: bool) -> None:
     """Make the file, or extend it to ``size`` bytes, where that harms nobody."""
+    from pkernfs.region.backing import dangling_link
     from pkernfs.region.region import Region
 
     if before is None:
+        why = dangling_link(path)
+        if why is not None:
+            raise RegionError(f"{path}: cannot create: {why}", errno.ENOENT)
         if size is None:
             raise RegionError(f"{path}: cannot open: no such file; -s SIZE makes one")
         Region.create(path, size)

@@ -108,4 +108,12 @@ def open_path(path: str, *, write: bool, flags: int = 0) -> int:
     try:
         return os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC | flags)
     except OSError as e:
-        raise RegionError(f"{path}: cannot open: {e.strerror}", e.errno or errno.EIO) from e
+        why, number = dangling_link(path) or e.strerror, e.errno or errno.EIO
+        raise RegionError(f"{path}: cannot open: {why}", number) from e
+
+
+def dangling_link(path: str) -> str | None:
+    """Return what to say of a link to nothing; None: it is none."""
+    if not os.path.islink(path) or os.path.exists(path):
+        return None
+    return f"it is a link to {os.path.realpath(path)}, which is not there"

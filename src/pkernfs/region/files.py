@@ -11,7 +11,7 @@ from pkernfs.errors import RegionError
 from pkernfs.layout import BLOCK, PAGE
 from pkernfs.native._native import lib
 from pkernfs.quantities import BlockNo, BlockRun, PhysAddr, RegionOff, RegionRange
-from pkernfs.region.backing import Backing, given_pieces, open_path
+from pkernfs.region.backing import Backing, dangling_link, given_pieces, open_path
 from pkernfs.region.locks import lock_file
 
 _TMPFS = 0x01021994
@@ -101,7 +101,8 @@ def create(path: str, size: int) -> None:
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError as e:
-        raise RegionError(f"{path}: cannot create: {e.strerror}", e.errno or errno.EIO) from e
+        why, number = dangling_link(path) or e.strerror, e.errno or errno.EIO
+        raise RegionError(f"{path}: cannot create: {why}", number) from e
     try:
         os.ftruncate(fd, size)
     except (OSError, OverflowError) as e:
