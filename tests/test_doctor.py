@@ -188,6 +188,58 @@ def test_what_linux_does_with_the_firmwares_table(
     assert "units" not in found
 
 
+@pytest.mark.parametrize(
+    ("files", "detail"),
+    [
+        ({"1048576kB/nr_hugepages": "64"}, "64 of 1 GiB"),
+        ({"2048kB/nr_overcommit_hugepages": "4096"}, "4096 of 2 MiB on demand"),
+        ({"2048kB/nr_hugepages": "8", "1048576kB/nr_hugepages": "2",
+          "1048576kB/nr_overcommit_hugepages": "1"},
+         "8 of 2 MiB, 2 of 1 GiB, 1 of 1 GiB on demand"),
+        ({}, None),
+    ],
+)  # fmt: skip
+def test_huge_pages_of_every_size(
+    machine: Machine, files: dict[str, str], detail: str | None
+) -> None:
+    base = "sys/kernel/mm/hugepages"
+    machine.write(f"{base}/hugepages-2048kB/nr_hugepages", "0")
+    for name, text in files.items():
+        machine.write(f"{base}/hugepages-{name}", text)
+    found = results(machine)["huge pages"]
+    assert (found.status, found.detail) == (
+        (WARNING, "none are reserved: no region on hugetlbfs") if detail is None else (OK, detail)
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "detail"),
+    [
+        ("memmap=64G28G", "none: misspelt: memmap=64G28G"),
+        (r"memmap=64G\$128G", r"none: misspelt: memmap=64G\$128G"),
+    ],
+)
+def test_a_misspelt_memmap_is_shown(machine: Machine, line: str, detail: str) -> None:
+    machine.write("proc/cmdline", f"ro {line} pkernfs=64G!128G")
+    found = results(machine)["reserved memory"]
+    assert (found.status, found.detail) == (WARNING, detail)
+
+
+@pytest.mark.parametrize(
+    ("release", "more", "warned"),
+    [("6.8.0", "", True), ("6.1.85", "", True), ("6.2.0", "", False), ("6.10.0", "", False),
+     ("6.8.0", " nokaslr", False)],
+)  # fmt: skip
+def test_an_efi_stub_that_ignores_memmap(
+    machine: Machine, release: str, more: str, warned: bool
+) -> None:
+    machine.write("proc/sys/kernel/osrelease", release)
+    machine.write("proc/cmdline", f"memmap=512M%1G{more}")
+    assert "KASLR" not in results(machine)
+    machine.write("sys/firmware/efi/fw_platform_size", "64")
+    assert ("KASLR" in results(machine)) == warned
+
+
 def test_neither_dev_mem_nor_dax(machine: Machine) -> None:
     Path(machine.path("dev/mem")).unlink()
     Path(machine.path("sys/bus/dax/devices/dax0.0/size")).unlink()

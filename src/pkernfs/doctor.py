@@ -15,12 +15,13 @@ from importlib import metadata
 from typing import NamedTuple
 
 from pkernfs.errors import NotFoundError, PermissionDeniedError, PkernfsError, RegionError
-from pkernfs.host import cmdline, kernel_image, memmap, qemu
+from pkernfs.host import boot, cmdline, kernel_image, memmap, qemu
 from pkernfs.host.dmar import Dmar, read_table
 from pkernfs.host.memmap import Kaslr, Kind, Reservation
 from pkernfs.host.sysroot import HOST, Host
 from pkernfs.iommu.config import Config as IommuConfig
 from pkernfs.kexec import systemd
+from pkernfs.options import format_size
 from pkernfs.quantities import Iova, PhysAddr
 from pkernfs.region import dax, physical
 from pkernfs.region.spec import looks_physical, parse_span
@@ -33,6 +34,8 @@ _OLDEST_KERNEL = (6, 1)
 _OLDEST_LIBFUSE = (3, 13)  # shim.attach()
 _SHARED_DIRECT_KERNEL = (6, 6)  # FUSE_DIRECT_IO_ALLOW_MMAP
 _HUGE_LEAF = 2  # level of the 2 MiB leaves that guest memory is mapped with
+_HUGE = "sys/kernel/mm/hugepages"
+_HUGE_PAGES = re.compile(r"hugepages-(\d+)kB")
 _UNITS = f"{systemd.DIRECTORY}/pkernfs.target"
 
 
@@ -132,14 +135,26 @@ def _check_mount8(host: Host, config: Config) -> Iterator[Result]:
 
 
 def _check_huge_pages(host: Host, config: Config) -> Iterator[Result]:
-    count = host.find("sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
-    if count and int(count):
-        yield Result("region", "huge pages", OK, f"{count} of 2 MiB")
+    found = [
+        f"{count} of {format_size(size)}{on_demand}"
+        for size, directory in _huge_page_sizes(host)
+        for name, on_demand in (("nr_hugepages", ""), ("nr_overcommit_hugepages", " on demand"))
+        if (count := int(host.find(f"{directory}/{name}") or 0))
+    ]
+    if found:
+        yield Result("region", "huge pages", OK, ", ".join(found))
     else:
         yield Result(
             "region", "huge pages", WARNING, "none are reserved: no region on hugetlbfs",
             "hugepages=N on the kernel command line, or vm.nr_hugepages",
         )  # fmt: skip
+
+
+def _huge_page_sizes(host: Host) -> Iterator[tuple[int, str]]:
+    """Yield each size of huge pages in bytes, ascending, and its directory in sysfs."""
+    names = (_HUGE_PAGES.fullmatch(name) for name in host.list(_HUGE))
+    for size, name in sorted((int(m[1]) << 10, m[0]) for m in names if m):
+        yield size, f"{_HUGE}/{name}"
 
 
 def _check_dev_mem(host: Host, config: Config) -> Iterator[Result]:
@@ -176,7 +191,10 @@ def _check_reservation(host: Host, config: Config) -> Iterator[Result]:
     yield from misspelt
     yield from _named_regions(host, line, bool(reserved))
     if (config or {}).get("RANDOMIZE_BASE", "y") == "y":
-        yield from _kaslr(line, [r for r in reserved if r.kind is not Kind.RAM])
+        kept = [r for r in reserved if r.kind is not Kind.RAM]
+        stub = list(_efi_stub(host)) if kept and "nokaslr" not in cmdline.words(line) else []
+        yield from stub
+        yield from (r for r in _kaslr(line, kept) if r.status == WARNING or not stub)
 
 
 def _misspelt(line: str) -> Iterator[Result]:
@@ -189,6 +207,22 @@ def _misspelt(line: str) -> Iterator[Result]:
     for word in memmap.e820_words(line):
         if word.trouble is not None:
             yield Result("region", "memmap=", WARNING, f"{word.text}: {word.trouble}", remedy)
+
+
+def _efi_stub(host: Host) -> Iterator[Result]:
+    """The stub places a kernel that EFI starts; some ignore memmap= (Linux 15aa8fb852f9).
+
+    The fix is of May 2024, and stable kernels of 6.1 and 6.6 to 6.9 have it since June; a
+    distribution's release does not tell.
+    """
+    version = _version(host.find("proc/sys/kernel/osrelease") or "")
+    if boot.by_efi(host) and (version == (6, 1) or (6, 6) <= version < (6, 10)):
+        yield Result(
+            "region", "KASLR", WARNING,
+            "the EFI stub of kernels before June 2024 ignores memmap=, and may put this kernel "
+            "into a region at the next boot",
+            "nokaslr, or a newer kernel",
+        )  # fmt: skip
 
 
 def _named_regions(host: Host, line: str, has_memory: bool) -> Iterator[Result]:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pkernfs.host.boot import adoptions, by_panic
+from pkernfs.host.boot import Loader, adoptions, by_panic
+from pkernfs.host.boot import loader as loader_of
 from support.made_up_host import Machine, make_machine
 
 LINE = "root=/dev/vda crashkernel=256M intel_iommu=off memmap=512M%1G pkernfs=512M!1G"
@@ -42,3 +43,20 @@ def test_the_first_word_of_the_kernel_counts(machine: Machine) -> None:
     lines = [FAILED, FAILED.replace("Failed to copy", "Copied"), COPIED, f"{COPIED}\n KEY=value"]
     machine.write("dev/kmsg", "".join(f"6,{n},{n},-;{line}\n" for n, line in enumerate(lines)))
     assert [(a.unit, a.adopted) for a in adoptions(machine)] == [("dmar1", False), ("dmar0", True)]
+
+
+@pytest.mark.parametrize(
+    ("text", "loader"),
+    [
+        ("208", Loader.KEXEC),
+        ("113", Loader.FIRMWARE),
+        ("0", Loader.FIRMWARE),
+        ("", Loader.UNKNOWN),
+        (None, Loader.UNKNOWN),
+    ],
+)
+def test_what_started_this_kernel(text: str | None, loader: Loader, tmp_path: Path) -> None:
+    machine = make_machine(tmp_path)
+    if text is not None:
+        machine.write("proc/sys/kernel/bootloader_type", text)
+    assert loader_of(machine) is loader

@@ -10,7 +10,7 @@ import pytest
 from pkernfs.errors import RegionError
 from pkernfs.host.iomem import Span
 from pkernfs.quantities import PhysAddr
-from pkernfs.region.physical import check, memmap_parameter
+from pkernfs.region.physical import check, memmap_parameter, misspelt_memmaps
 from pkernfs.region.spec import parse_span
 from support.made_up_host import FIRMWARE, IOMEM, make_machine
 
@@ -53,8 +53,54 @@ def test_ranges_that_are_reserved(spec: str, line: str, iomem: str, tmp_path: Pa
 def test_a_kernel_that_was_put_into_the_region(tmp_path: Path) -> None:
     inside = "5c200000-5f42ffff : System RAM\n  5c200000-5d36f05f : Kernel code\n"
     assert refusal("512M!1G", tmp_path, iomem=IOMEM + inside) == (
-        "512M!1G: the running kernel was put into it, at 0x5c200000: what it held is lost: "
-        "load kernels with kexec -s, and choose a START below other memory"
+        "512M!1G: the running kernel was put into it, at 0x5c200000: what it held "
+        "there is lost: boot with nokaslr, or load kernels with kexec -s, and choose a START below "
+        "other memory"
+    )
+
+
+@pytest.mark.parametrize(
+    ("loader", "efi", "more", "remedy"),
+    [
+        ("208", True, "", "load kernels with kexec -s, and choose a START below other memory"),
+        ("113", True, "", "boot with nokaslr (the EFI stub of some kernels ignores memmap=: fixed "
+                          "in 6.10)"),
+        ("113", False, "", "boot with nokaslr"),
+        ("113", True, " nokaslr", "choose another START"),
+        ("?", True, "", "boot with nokaslr (the EFI stub of some kernels ignores memmap=: fixed in "
+                        "6.10), or load kernels with kexec -s, and choose a START below other "
+                        "memory"),
+    ],
+)  # fmt: skip
+def test_a_kernel_was_put_there_by_kexec_or_at_boot(
+    loader: str, efi: bool, more: str, remedy: str, tmp_path: Path
+) -> None:
+    """Documentation/arch/x86/boot.rst: loader 0xd is kexec. Nothing was there before a boot."""
+    inside = "5c200000-5f42ffff : System RAM\n  5c200000-5d36f05f : Kernel code\n"
+    line = f"memmap=512M%1G{more}"
+    machine = make_machine(tmp_path, iomem=IOMEM + inside, command_line=line)
+    machine.write("proc/sys/kernel/bootloader_type", f"{loader}\n")
+    if efi:
+        machine.write("sys/firmware/efi/fw_platform_size", "64\n")
+    with pytest.raises(RegionError) as caught:
+        check("512M!1G", parse_span("512M!1G"), machine)
+    assert str(caught.value).endswith(f"there is lost: {remedy}")
+
+
+SPOILT = [
+    "memmap=64G28G", r"memmap=64G\$128G", "'memmap=64G$128G'", "memmap=64GB$128GB",
+    "memmap=64G$128GB", "memmap=64G$128G;",
+]  # fmt: skip
+
+
+def test_misspelt_ranges_are_shown_as_they_stand_there(tmp_path: Path) -> None:
+    for word in SPOILT:
+        assert misspelt_memmaps(f"ro {word} quiet") == [word]
+    assert misspelt_memmaps("memmap=exactmap memmap=512M memmap=512M%1G,1M$5G") == []
+    assert misspelt_memmaps("memmap=512M%1G,1Mx5G") == ["memmap=512M%1G,1Mx5G"]
+    assert misspelt_memmaps("efi_fake_memmap=1 xmemmap=2 ro -- memmap=64G28G") == []
+    assert refusal("512M!1G", tmp_path, command_line="memmap=512M1G").endswith(
+        "boot with memmap=512M%1G on the kernel command line instead of memmap=512M1G"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import os
 import re
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pkernfs.host.sysroot import Host
 
 _RECORD_BYTES = 8192  # of /dev/kmsg at most (Documentation/ABI/testing/dev-kmsg)
 _MAX_RECORDS = 100_000
+_KEXEC = 0xD  # upper half of the type of loader
 #: Linux, drivers/iommu/intel/iommu.c, init_dmars(): whether the tables were adopted.
 _SAID = (
     (re.compile(r"DMAR: Copied translation tables from previous kernel for (\w+)"), True),
@@ -26,6 +28,30 @@ class Adoption(NamedTuple):
     unit: str
     adopted: bool
     log: str
+
+
+class Loader(enum.Enum):
+    """What started the running kernel."""
+
+    KEXEC = "kexec"
+    FIRMWARE = "a boot loader, or the firmware itself"
+    UNKNOWN = "nobody knows"
+
+
+def loader(host: Host) -> Loader:
+    """Return what started this kernel, by the type that its loader gave itself.
+
+    kexec-tools and kexec_file_load() give 0xd (Documentation/arch/x86/boot.rst, type_of_loader).
+    """
+    text = host.find("proc/sys/kernel/bootloader_type") or ""
+    if not text.isdecimal():
+        return Loader.UNKNOWN
+    return Loader.KEXEC if int(text) >> 4 == _KEXEC else Loader.FIRMWARE
+
+
+def by_efi(host: Host) -> bool:
+    """Tell whether the firmware is EFI: its stub places the kernel, unless kexec started it."""
+    return os.path.isdir(host.path("sys/firmware/efi"))
 
 
 def by_panic(host: Host) -> bool:

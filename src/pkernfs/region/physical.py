@@ -5,8 +5,10 @@ Everything here reads texts of the kernel; nothing is opened, mapped or stored.
 
 from __future__ import annotations
 
+import re
+
 from pkernfs.errors import RegionError
-from pkernfs.host import cmdline, memmap
+from pkernfs.host import boot, cmdline, memmap
 from pkernfs.host.cmdline import format_number
 from pkernfs.host.iomem import Resource, Span, overlap, read_firmware_map, read_iomem
 from pkernfs.host.memmap import Kind, Piece, Reservation
@@ -45,7 +47,7 @@ def check(spec: str, span: Span, host: Host) -> None:
     ):  # the kernel of a crash, and those after it, are told of little memory
         _check_memory(spec, span, sorted(read_firmware_map(host)))
     _check_reserved(spec, span, command_line, resources)
-    _check_kernel(spec, span, resources)
+    _check_kernel(spec, span, resources, host)
     for resource in resources:
         if overlap(span, resource):
             _check_resource(spec, span, resource)
@@ -79,7 +81,7 @@ def _check_reserved(spec: str, span: Span, command_line: str, resources: list[Re
     remedy = f"boot with {memmap_parameter(span)} on the kernel command line"
     if wrong.reservation is not None:
         raise _reserved_otherwise(spec, wrong.start, wrong.reservation, remedy)
-    raise _not_reserved(spec, span, wrong.start, pieces, resources, remedy)
+    raise _not_reserved(spec, span, wrong.start, pieces, resources, remedy, command_line)
 
 
 def _reserved_otherwise(
@@ -101,6 +103,7 @@ def _not_reserved(
     pieces: list[Piece],
     resources: list[Resource],
     remedy: str,
+    command_line: str,
 ) -> RegionError:
     good = next((p.reservation for p in pieces if p.reservation is not None), None)
     if good is not None:
@@ -112,17 +115,35 @@ def _not_reserved(
     owners = (r.name for r in reversed(resources) if r.start <= at < r.end)
     owner = next((name for name in owners if not name.startswith(_KERNEL)), None)
     what = f"it is {owner}" if owner else "no memmap= covers it"
+    spoilt = memmap.lost_words(command_line)
+    spoilt += [w.text for w in memmap.e820_words(command_line) if w.trouble is not None]
+    if spoilt:
+        remedy += f" instead of {' '.join(spoilt)}"
     return RegionError(f"{spec}: not reserved: {what} at {at:#x}: {remedy}")
 
 
-def _check_kernel(spec: str, span: Span, resources: list[Resource]) -> None:
-    """Refuse a range that memmap= covers and that KASLR has put the running kernel into."""
+def _check_kernel(spec: str, span: Span, resources: list[Resource], host: Host) -> None:
+    """Refuse a range that memmap= covers and that the running kernel was put into."""
     for resource in resources:
         if resource.name.startswith(_KERNEL) and overlap(span, resource):
             raise RegionError(
                 f"{spec}: the running kernel was put into it, at {resource.start:#x}: what it held "
-                "is lost: load kernels with kexec -s, and choose a START below other memory"
+                f"there is lost: {_remedy_for_kernel(host)}"
             )
+
+
+def _remedy_for_kernel(host: Host) -> str:
+    """Return how to keep the kernel out of a region, by what has put it there."""
+    by_kexec = "load kernels with kexec -s, and choose a START below other memory"
+    by_random = "boot with nokaslr"
+    if boot.by_efi(host):  # Linux 15aa8fb852f9, "x86/efistub: Omit physical KASLR ..."
+        by_random += " (the EFI stub of some kernels ignores memmap=: fixed in 6.10)"
+    if "nokaslr" in cmdline.words(host.command_line()):
+        by_random = "choose another START"
+    started = boot.loader(host)
+    if started is boot.Loader.KEXEC:
+        return by_kexec
+    return by_random if started is boot.Loader.FIRMWARE else f"{by_random}, or {by_kexec}"
 
 
 def _check_resource(spec: str, span: Span, resource: Resource) -> None:
