@@ -16,7 +16,7 @@ from pkernfs.host.dmar import IOAPIC, Dmar, PathStep, Scope, parse, read_dmar, r
 from pkernfs.host.pci import PciDevice, covers
 from pkernfs.host.sysroot import Host
 from pkernfs.quantities import SourceId
-from support.dmar_tables import QEMU_TABLE, TWO_UNITS, drhd, rmrr, scope, structure, table
+from support.dmar_tables import QEMU_TABLE, TWO_UNITS, drhd, rmrr, structure, table
 
 
 def test_the_table_of_qemu() -> None:
@@ -75,7 +75,8 @@ ANDD = structure(4, b"\0\0\0\7" + b"\\_SB.PCI0")
     ("data", "why"),
     [
         (table(GOOD, drhd(0)), "the unit at 0x40 has register base 0"),
-        (table(GOOD, b"\0\0\0\1"), "the structure at 0x40 passes the end: got 256 bytes, expected up to 4"),
+        (table(GOOD, b"\0\0\0\1"),
+         "the structure at 0x40 passes the end: got 256 bytes, expected up to 4"),
         (table(GOOD, rmrr(1, 2)[:-4]), "the structure at 0x40 passes the end"),
         (table(GOOD, b"\1\0\4"), "the structure at 0x40 passes the end"),
         (table(GOOD, ANDD), r"the name at 0x40 \(ANDD\) has no end"),
@@ -105,9 +106,7 @@ def test_linux_drives_no_unit_of_some_tables(data: bytes, why: str, tmp_path: Pa
         (table(GOOD)[:9] + b"\0" + table(GOOD)[10:], ("its checksum is wrong",)),
     ],
 )
-def test_linux_passes_some_faults_by(
-    data: bytes, remarks: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_linux_passes_some_faults_by(data: bytes, remarks: tuple[str, ...], tmp_path: Path) -> None:
     dmar = read_dmar(machine_with(tmp_path, data))
     assert (dmar.refused, dmar.remarks) == ("", remarks)
     assert [(u.name, u.base) for u in dmar.units] == [("dmar0", 0xFED9_0000)]

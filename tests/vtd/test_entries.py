@@ -166,7 +166,8 @@ def test_device_addresses(text: str, segment: int, source_id: SourceId) -> None:
 @pytest.mark.parametrize(
     "text",
     ["", "5", "00:05", "0:5.0", "00:20.0", "00:05.8", "0000:00:05.0.1", "0000:00:05.0 ",
-     "00000:00:05.0", "gg:00.0", "-1:00.0", "00:05.00", "1:0000:00:05.0", "100000000:00:05.0", "001:00:05.0", "\u0660\u0660:05.0"],
+     "00000:00:05.0", "gg:00.0", "-1:00.0", "00:05.00", "1:0000:00:05.0",
+     "100000000:00:05.0", "001:00:05.0", "\u0660\u0660:05.0"],
 )  # fmt: skip
 def test_what_is_no_device_address(text: str) -> None:
     with pytest.raises(InvalidError, match="device"):

@@ -81,7 +81,7 @@ def parse(table: bytes) -> list[NodeMemory]:
         return []
 
 
-class _Unusable(Exception):  # noqa: N818 - control flow: bad_srat()
+class _Unusable(Exception):
     """The kernel does without the table."""
 
 
