@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import select
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from pkernfs.commands.mount import exit_status
 from pkernfs.errors import BusyError
 from pkernfs.fuse.background import Ready, in_background
+from support.mounting import wait_until
 
 
 def status_of(serve: Callable[[Ready], None]) -> int:
@@ -45,6 +51,58 @@ def test_the_first_process_ends_when_the_daemon_is_ready(tmp_path: object) -> No
         assert f.read() == b"12"
     _, status = os.wait()
     assert os.waitstatus_to_exitcode(status) == 5
+
+
+def test_a_daemon_keeps_none_of_its_callers_descriptors(tmp_path: Path) -> None:
+    """A lock below flock(1), a supervisor's pipe, a directory: let go before it says it is up.
+
+    Until then the daemon has them: its region may be one, /proc/self/fd/N.
+    """
+    lock = tmp_path / "lock"
+    lock.touch()
+    program = f"""
+import os, sys
+from pkernfs.fuse.background import in_background
+
+given = [int(word) for word in sys.argv[1:]]
+
+def serve(ready):
+    mine = os.open({str(tmp_path)!r}, os.O_RDONLY)
+    before = set(given) & set(map(int, os.listdir("/proc/self/fd")))
+    ready()
+    os.fstat(mine)
+    after = set(given) & set(map(int, os.listdir("/proc/self/fd")))
+    os.mkfifo({str(tmp_path / "end")!r})
+    with open({str(tmp_path / "end")!r}, "w") as end:
+        end.write(repr((len(before), len(after))))
+
+in_background(serve, 5)
+print("up", flush=True)
+"""
+    supervisor, given = os.pipe()
+    held = os.open(lock, os.O_RDWR)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    try:
+        # The output is a pipeline: it ends when nobody has it open any more.
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(given), str(held)],
+            pass_fds=(given, held),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
+        os.close(given)
+        os.close(held)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "up\n", "")
+        assert select.select([supervisor], [], [], 0)[0], "nobody else has the pipe"
+        with open(lock) as again:
+            fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(supervisor)
+        wait_until((tmp_path / "end").exists, "the daemon's last words")
+        words = (tmp_path / "end").read_text()
+    assert words == "(2, 0)"
 
 
 def test_a_daemon_that_dies_is_said(capfd: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,8 @@ from pkernfs.errors import PkernfsError
 
 log = logging.getLogger(__name__)
 
+_LAST_STREAM = 2
+
 _READY = b"r"
 _FAILED = b"f"  # an expected failure; its message follows
 _BUG = b"b"  # another exception; its repr follows
@@ -66,6 +68,7 @@ def in_background(serve: Callable[[Ready], None], failed_status: int) -> None:
 def _run_daemon(serve: Callable[[Ready], None], write_end: int, failed_status: int) -> NoReturn:
     status = failed_status
     pipe = open(write_end, "wb", buffering=0)  # noqa: SIM115 - until it is ready, or ends
+    inherited = _inherited_descriptors()
 
     def tell(word: bytes, message: str = "") -> None:
         if not pipe.closed:
@@ -75,6 +78,8 @@ def _run_daemon(serve: Callable[[Ready], None], write_end: int, failed_status: i
     def ready() -> None:
         os.chdir("/")
         _leave_the_terminal()
+        for fd in inherited:
+            os.close(fd)
         tell(_READY)
 
     try:
@@ -91,9 +96,23 @@ def _run_daemon(serve: Callable[[Ready], None], write_end: int, failed_status: i
         os._exit(status)
 
 
+def _inherited_descriptors() -> list[int]:
+    """Return what came with the caller, beside the standard streams: a lock, a pipe, a directory.
+
+    Those that this process has opened are closed on exec, as all of Python's are (PEP 446); these
+    have outlived one. The daemon has them until it serves: the region may be /proc/self/fd/N.
+    """
+    found = []
+    for fd in sorted(int(name) for name in os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError):  # that of the directory itself
+            if fd > _LAST_STREAM and os.get_inheritable(fd):
+                found.append(fd)
+    return found
+
+
 def _leave_the_terminal() -> None:
     null = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1, 2):
+    for fd in range(_LAST_STREAM + 1):
         os.dup2(null, fd)
     os.close(null)
 
