@@ -45,12 +45,21 @@ def test_no_room_for_what_is_printed(option: str) -> None:
     assert done.stderr == "pkernfs: standard output: No space left on device\n"
 
 
+def subcommands(parser: argparse.ArgumentParser) -> list[str]:
+    """The second words of a command that has them."""
+    groups = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    return [name for group in groups for name in group.choices]
+
+
 def test_version_and_help(command: Command) -> None:
     for program in PROGRAMS:
         assert command(program, "--version") == (0, f"{program} {__version__}\n", "")
         assert command(program, "--help").status == 0
     for name in cli.COMMANDS:
         assert command("pkernfs", name, "--help").out.startswith(f"usage: pkernfs {name}")
+        for more in subcommands(cli.build_parser(name, f"pkernfs {name}")):
+            usage = f"usage: pkernfs {name} {more}"
+            assert command("pkernfs", name, more, "--help").out.startswith(usage)
         assert name in command("pkernfs", "--help").out
 
 
