@@ -87,6 +87,35 @@ def test_usage(line: str, status: int, command: Command) -> None:
     refused(command(program, *args), status, program)
 
 
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("pkernfs inof", "inof is not a command (did you mean info?)"),
+        ("pkernfs inof /mnt", "inof is not a command (did you mean info?)"),
+        ("pkernfs kexecute --dry-run", "kexecute is not a command (did you mean kexec?)"),
+        ("pkernfs umount /mnt", "umount is not a command of pkernfs: umount MNT"),
+        ("pkernfs list", "list is not a command of pkernfs: findmnt -t fuse.pkernfs"),
+        ("pkernfs mkfs -s 1G /x", "mkfs is not a command of pkernfs: mkfs.pkernfs REGION"),
+        ("pkernfs iommu atach", "atach is not a command (did you mean attach?)"),
+        ("pkernfs iommu bogus", "bogus is not a command (try pkernfs iommu --help)"),
+        ("pkernfs bogus", "bogus: not a command, and no mount point after it"),
+    ],
+)
+def test_a_word_that_is_no_command(line: str, says: str, command: Command) -> None:
+    program, *args = line.split()
+    refused(command(program, *args), 1, program, says)
+
+
+def test_a_region_may_have_the_name_of_a_command(
+    region: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("list", "inof"):
+        (tmp_path / name).symlink_to(region)
+        refused(command("pkernfs", name, "no"), 32, "pkernfs", "mount point does not exist")
+    assert not set(cli.ELSEWHERE) & set(cli.COMMANDS)
+
+
 def test_one_line_whatever_is_in_a_name(command: Command, tmp_path: Path) -> None:
     refused(command("pkernfs", "info", tmp_path / "a\nb\x1b[2J"), 1, "pkernfs", "a\\nb\\x1b[2J")
 

@@ -12,10 +12,11 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from importlib import import_module
-from typing import NamedTuple, NoReturn, Protocol, cast
+from typing import Any, NamedTuple, NoReturn, Protocol, cast
 
 from pkernfs import __version__
 from pkernfs.errors import PkernfsError, UsageError, one_line
@@ -49,6 +50,20 @@ COMMANDS = {
     "iommu": Command("change and read IOMMU tables: map, attach, translate, show, check, export"),
 }
 
+#: Words that other programs of this kind have as commands, and what does it here.
+ELSEWHERE = {
+    "mkfs": "mkfs.pkernfs REGION",
+    "format": "mkfs.pkernfs REGION",
+    "create": "mkfs.pkernfs -s SIZE REGION",
+    "fsck": "fsck.pkernfs REGION",
+    "check": "fsck.pkernfs REGION, or pkernfs iommu check MNT",
+    "umount": "umount MNT",
+    "unmount": "umount MNT",
+    "list": "findmnt -t fuse.pkernfs shows the mounts, pkernfs info MNT what is in one",
+    "help": "pkernfs --help",
+    "version": "pkernfs --version",
+}
+
 #: Arguments that are names, and so cannot be empty.
 _OPERANDS = ("region", "mount_point", "target", "file", "dom", "mnt")
 
@@ -71,6 +86,18 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Refuse the command line."""
         raise UsageError(f"{message} (try {self.prog} --help)")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Refuse a second word that is no subcommand, where argparse lists all there are."""
+        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            raise UsageError(f"{no_command(value, action.choices)} (try {self.prog} --help)")
+        super()._check_value(action, value)
+
+
+def no_command(word: str, known: Iterable[str]) -> str:
+    """Return what to say of a word that is none of the commands."""
+    meant = get_close_matches(word, known, n=1)
+    return f"{word} is not a command" + "".join(f" (did you mean {name}?)" for name in meant)
 
 
 def load(name: str) -> CommandModule:
@@ -117,6 +144,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _print(f"pkernfs {__version__}")
     if args[0] in COMMANDS:
         return _run(args[0], f"pkernfs {args[0]}", args[1:])
+    if args[0] in ELSEWHERE and not os.path.lexists(args[0]):
+        _complain("pkernfs", f"{args[0]} is not a command of pkernfs: {ELSEWHERE[args[0]]}")
+        return 1
+    # A word is a command that is misspelt, or a region: never one that is there.
+    if not os.path.lexists(args[0]) and get_close_matches(args[0], COMMANDS):
+        _complain("pkernfs", f"{no_command(args[0], COMMANDS)} (try pkernfs --help)")
+        return 1
     if len(args) == 1:
         _complain("pkernfs", f"{args[0]}: not a command, and no mount point after it (try --help)")
         return 1

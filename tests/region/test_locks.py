@@ -134,3 +134,36 @@ def test_where_the_locks_are(host: Host) -> None:
     with pytest.raises(RegionError, match=r"cannot lock: .*physical.lock: "):
         attempt(host, Span(G, G))
     assert not (directory / "elsewhere").exists()
+
+
+def test_who_has_it_is_said(host: Host) -> None:
+    with holder(host, "s", Span(G, 512 * M)) as other, pytest.raises(LockedError) as caught:
+        locks.lock_physical("ours", [Span(G, 2 * M)], host, exclusive=True)
+    other.wait()
+    says = "ours: in use: it overlaps 512M!1G, which is mounted or being checked: "
+    assert str(caught.value) == f"{says}by process {other.pid} (python)"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a mount namespace needs root")
+def test_the_mount_namespace_is_said_if_it_is_another_one(host: Host, tmp_path: Path) -> None:
+    region = tmp_path / "region"
+    region.write_bytes(bytes(4096))
+    program = (
+        "import os, sys\nfrom pkernfs.region.locks import lock_file\n"
+        "lock = lock_file(os.open(sys.argv[1], os.O_RDWR), 'theirs', exclusive=True)\n"
+        "lock.serving(True)\nprint(os.readlink('/proc/self/ns/mnt'), flush=True)\nsys.stdin.read()"
+    )
+    command = ["unshare", "-m", sys.executable, "-c", program, str(region)]
+    fd = os.open(region, os.O_RDWR)
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout
+        namespace = other.stdout.readline().strip()
+        with pytest.raises(LockedError) as caught:
+            locks.lock_file(fd, "ours", exclusive=True)
+    os.close(fd)
+    assert str(caught.value) == (
+        f"ours: in use: it is mounted or being checked: by process {other.pid} (python), in the "
+        f"mount namespace {namespace}"
+    )

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from pkernfs.errors import LockedError, RegionError
 from pkernfs.host.iomem import Span
-from pkernfs.host.sysroot import Host
+from pkernfs.host.sysroot import HOST, Host
 from pkernfs.quantities import PhysAddr
 
 _FLOCK = struct.Struct("hhqqi4x")
@@ -101,10 +101,42 @@ class RegionLock:
 
     def _in_use(self, kind: int, owned: LockRange) -> str:
         holder = self._holder(kind, owned)
+        by = "".join(f": by {user}" for user in self._users(holder)[:1])
         if self._server_shift == _FILE_SERVER_SHIFT or holder is None or holder == owned:
-            return "in use: it is mounted or being checked"
+            return f"in use: it is mounted or being checked{by}"
         other = Span(PhysAddr(holder.start), holder.size)
-        return f"in use: it overlaps {other}, which is mounted or being checked"
+        return f"in use: it overlaps {other}, which is mounted or being checked{by}"
+
+    def _users(self, held: LockRange | None) -> list[str]:
+        """Return the processes that have a lock from an offset on, of the file that is locked.
+
+        As far as /proc shows them: those of other users it shows to root only. A lock belongs to an
+        open file description, so the kernel tells no process (fcntl(2)); each descriptor's fdinfo
+        has its locks (proc(5)).
+        """
+        if held is None:
+            return []
+        ino = str(os.fstat(self.fd).st_ino)
+        found = []
+        for pid in HOST.list("proc"):
+            for fd in HOST.list(f"proc/{pid}/fdinfo") if pid.isdigit() else []:
+                lines = (HOST.find(f"proc/{pid}/fdinfo/{fd}") or "").splitlines()
+                locks = [line.split()[-3:-1] for line in lines if line.startswith("lock:")]
+                if any(p.split(":")[-1] == ino and s == str(held.start) for p, s in locks):
+                    found.append(_user(pid))
+                    break
+        return found
+
+
+def _user(pid: str) -> str:
+    """Return a process for a message, with its mount namespace if it is another one than ours."""
+    command = HOST.find(f"proc/{pid}/comm") or "?"
+    text = f"process {pid} ({command})"
+    try:
+        theirs, ours = (os.readlink(f"/proc/{who}/ns/mnt") for who in (pid, "self"))
+    except OSError:
+        return text
+    return text if theirs == ours else f"{text}, in the mount namespace {theirs}"
 
 
 def lock_file(fd: int, spec: str, *, exclusive: bool) -> RegionLock:
