@@ -127,6 +127,12 @@ class TooBigError(PkernfsError):
     errno = _errno.EFBIG
 
 
+class TimeRangeError(PkernfsError):
+    """A time that 64 bits of nanoseconds since 1970 do not hold: before 1677 or after 2262."""
+
+    errno = _errno.EOVERFLOW
+
+
 class ArgumentTooLongError(PkernfsError):
     """An extended attribute value of more than 64 KiB."""
 

@@ -105,11 +105,10 @@ def test_shrinking_gives_space_back_and_growing_takes_it(fs: FileSystem) -> None
 def test_no_space_leaves_nothing_half_done(fs: FileSystem) -> None:
     ino = make(fs, content=noise(3 * MIB))
     other = make(fs, b"g", noise(PAGE))
-    free = fs.statfs().free
+    free, capacity = fs.statfs().free, fs.statfs().blocks * PAGE
     for ask in (
-        lambda: fs.setattr(ino, size=GIB),
-        lambda: fs.setattr(ino, size=MAX_FILE_BYTES - BLOCK),
-        lambda: fs.setattr(other, size=GIB, mode=0o777),
+        lambda: fs.setattr(ino, size=capacity),
+        lambda: fs.setattr(other, size=capacity, mode=0o777),
         lambda: fs.fallocate(ino, 0, 2 * MIB, GIB),
         lambda: fs.fallocate(ino, KEEP_SIZE, GIB, GIB),
     ):
@@ -305,6 +304,22 @@ def test_seek(fs: FileSystem) -> None:
     resize(fs, ino, 3 * PAGE)
     with pytest.raises(NoSuchAddressError):
         fs.seek(ino, 0, os.SEEK_DATA)
+
+
+def test_a_length_that_no_state_could_hold_is_too_big(fs: FileSystem) -> None:
+    """pjdfstest, truncate/12: EFBIG, for to free something would not help. Else it is ENOSPC."""
+    ino = make(fs, content=b"abc")
+    capacity = fs.statfs().blocks * PAGE
+    for size in (capacity + 4, GIB, 999_999_999_999_999, MAX_FILE_BYTES - BLOCK):
+        with pytest.raises(
+            TooBigError, match=f"size {size}: the file system holds {capacity} bytes"
+        ):
+            fs.setattr(ino, size=size)
+    with pytest.raises(NoSpaceError):
+        fs.run(lambda: fs.setattr(ino, size=capacity + 3))
+    fs.write(ino, GIB, b"sparse")
+    resize(fs, ino, GIB + PAGE)
+    assert fs.inode(ino).size == GIB + PAGE
 
 
 def test_reads_at_every_edge(fs: FileSystem) -> None:

@@ -373,6 +373,9 @@ def test_attributes_that_cannot_be(fs: FileSystem) -> None:
     with pytest.raises(ExistsError):
         fs.setxattr(ino, b"user.x", b"2", os.XATTR_CREATE)
     fs.setxattr(ino, b"user.x", b"3", os.XATTR_REPLACE)
+    for name in (b"user.x", b"user.new"):
+        with pytest.raises(InvalidError, match="got both"):
+            fs.setxattr(ino, name, b"4", os.XATTR_CREATE | os.XATTR_REPLACE)
     with pytest.raises(NotSupportedError):
         fs.setxattr(ino, b"system.posix_acl_access", b"")
     with pytest.raises(InvalidError):

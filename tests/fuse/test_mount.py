@@ -472,6 +472,17 @@ def test_other_users_are_refused_without_allow_other() -> None:
         run_as(USER, lambda: os.stat(mount.path))
 
 
+def test_times_that_cannot_be_kept_are_refused(mounted: Mounted) -> None:
+    path = mounted.path / "f"
+    path.touch()
+    last = (1 << 63) - 1
+    os.utime(path, ns=(last, last))
+    for seconds in (9223372037, 16725225600, -9223372037, -62135596800):
+        with fails_with(errno.EOVERFLOW):
+            os.utime(path, (seconds, seconds))
+        assert path.stat().st_mtime_ns == last
+
+
 # ---------------------------------------------------------------------- extended attributes
 
 
@@ -484,6 +495,9 @@ def test_xattr_flags_and_namespaces(mounted: Mounted) -> None:
     with fails_with(errno.EEXIST):
         os.setxattr(path, "user.a", b"2", os.XATTR_CREATE)
     os.setxattr(path, "user.a", b"", os.XATTR_REPLACE)
+    for name in ("user.a", "user.new"):
+        with fails_with(errno.EINVAL):
+            os.setxattr(path, name, b"2", os.XATTR_CREATE | os.XATTR_REPLACE)
     assert os.getxattr(path, "user.a") == b""
     os.setxattr(path, "trusted.t", b"t" * 60_000)
     assert os.getxattr(path, "trusted.t") == b"t" * 60_000

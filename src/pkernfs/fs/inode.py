@@ -10,7 +10,7 @@ import logging
 import stat
 from collections.abc import Iterator
 
-from pkernfs.errors import CorruptionError, StaleError
+from pkernfs.errors import CorruptionError, StaleError, TimeRangeError
 from pkernfs.fs.extents import LAST_PAGE, ExtentMap
 from pkernfs.fs.file import Files
 from pkernfs.fs.inodes import Inode, clear_set_id
@@ -221,17 +221,20 @@ class InodeLife:
         privileged: bool = True,
         group_member: bool = True,
     ) -> Inode:
-        """Change attributes. Times are ns since 1970; times beyond the format's are clamped.
+        """Change attributes. Times are ns since 1970.
 
         A new owner or group clears the set-id bits of a file, and so does a new size unless
         ``privileged``; a mode set by someone who is neither ``privileged`` nor in the group loses
         set-gid. Growing allocates, shrinking frees.
 
         :raises IsDirError, InvalidError, TooBigError, PermissionDeniedError: a bad size.
+        :raises TimeRangeError: a time that the format has not.
         :raises NoSpaceError: nothing was changed.
         """
         self._super.check_writable()
         inode = self._inodes.get(ino)
+        _check_time(atime)
+        _check_time(mtime)
         if size is not None:
             self._files.check_resize(inode, size)
             if size > inode.size:
@@ -252,9 +255,9 @@ class InodeLife:
                     clear_set_id(inode)
                 self._files.set_size(inode, size)
             if atime is not None:
-                inode.atime = _clamp(atime)
+                inode.atime = atime
             if mtime is not None:
-                inode.mtime = _clamp(mtime)
+                inode.mtime = mtime
             self._inodes.save(inode)
         if inode.flags & INODE_FLAG_PENDING:
             self._files.finish_pending(inode)
@@ -311,5 +314,7 @@ class InodeLife:
             self._inodes.save(inode)
 
 
-def _clamp(ns: int) -> int:
-    return max(-_S64_MAX - 1, min(ns, _S64_MAX))
+def _check_time(ns: int | None) -> None:
+    """:raises TimeRangeError: it cannot be stored. Another time than the given one would be."""
+    if ns is not None and not -_S64_MAX - 1 <= ns <= _S64_MAX:
+        raise TimeRangeError(f"time {ns}: expected nanoseconds since 1970 in 64 bits")

@@ -159,6 +159,8 @@ class Xattrs:
     def set(self, inode: Inode, name: bytes, value: bytes, flags: int) -> None:
         """Set a value; flags as in setxattr(2). The caller saves the inode."""
         self.check(name, value)
+        if flags & os.XATTR_CREATE and flags & os.XATTR_REPLACE:
+            raise InvalidError("attribute flags: got both create and replace")
         found = self._find(inode, name)
         if flags & os.XATTR_CREATE and found:
             raise ExistsError("attribute exists")

@@ -28,6 +28,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/uio.h>
+#include <sys/xattr.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -145,6 +146,18 @@ static void op_opendir(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi
 	next_opendir(req, ino, fi);
 }
 
+/* pyfuse3 looks at one of the flags only, and sets the attribute for both together. */
+static void (*next_setxattr)(fuse_req_t, fuse_ino_t, const char *, const char *, size_t, int);
+
+static void op_setxattr(fuse_req_t req, fuse_ino_t ino, const char *name, const char *value,
+			size_t size, int flags)
+{
+	if (flags & XATTR_CREATE && flags & XATTR_REPLACE)
+		fuse_reply_err(req, EINVAL);
+	else
+		next_setxattr(req, ino, name, value, size, flags);
+}
+
 /* The reply to a request whose callback answered PK_LATER. */
 void pk_reply_later(void *req, int64_t result, int counted)
 {
@@ -179,6 +192,8 @@ static void fill(struct fuse_lowlevel_ops *to, const struct fuse_lowlevel_ops *f
 	to->copy_file_range = op_copy_file_range;
 	next_opendir = to->opendir;
 	to->opendir = op_opendir;
+	next_setxattr = to->setxattr;
+	to->setxattr = op_setxattr;
 	if (pk_take_writes) { /* the caller's buffer goes to Python as it is, without a copy */
 		to->write = op_write;
 		to->write_buf = NULL;
