@@ -279,6 +279,8 @@ class Model:
             raise _fail(errno.ERANGE)
         if len(value) > 65536:
             raise _fail(errno.E2BIG)
+        if flags & os.XATTR_CREATE and flags & os.XATTR_REPLACE:
+            raise _fail(errno.EINVAL)
         if flags & os.XATTR_CREATE and name in node.xattrs:
             raise _fail(errno.EEXIST)
         if flags & os.XATTR_REPLACE and name not in node.xattrs:
