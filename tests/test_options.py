@@ -26,6 +26,9 @@ from pkernfs.options import (
         ("2t", 2 << 40),
         ("0x200000", 2 << 20),
         ("0X10m", 16 << 20),
+        ("1GiB", 1 << 30),
+        ("2miB", 2 << 20),
+        ("0x10KiB", 16 << 10),
     ],
 )
 def test_size(text: str, value: int) -> None:
@@ -59,7 +62,9 @@ def test_mount_options() -> None:
     assert parse_mount_options(["", ",defaults,"]) == {}
 
 
-@pytest.mark.parametrize("text", ["", "-1", "1 G", "1GiB", "0x", "1e9", "\u0661"])
+@pytest.mark.parametrize(
+    "text", ["", "-1", "1 G", "1GB", "1iB", "1B", "1gib", "0x", "1e9", "\u0661"]
+)
 def test_no_size(text: str) -> None:
     with pytest.raises(UsageError, match="bad length: got "):
         parse_size(text, "length")

@@ -11,7 +11,8 @@ from typing import NamedTuple
 from pkernfs.errors import NotSupportedError, UsageError
 from pkernfs.quantities import PhysAddr
 
-_SIZE = re.compile(r"(0[xX][0-9a-fA-F]+|[0-9]+)([KMGTkmgt]?)", re.ASCII)
+_SIZE = re.compile(r"(0[xX][0-9a-fA-F]+|[0-9]+)([KMGTkmgt]?)(iB)?", re.ASCII)
+_DECIMAL = re.compile(r"([0-9]+[KMGT])B", re.ASCII | re.IGNORECASE)
 _SHIFT = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 _MAX_SIZE = (1 << 63) - 1
 _MAX_DIGITS = 100
@@ -20,14 +21,20 @@ _PAGE = 4096
 
 
 def parse_size(text: str, what: str = "size") -> int:
-    """Parse a byte count: decimal or 0x, with K, M, G or T for powers of 1024.
+    """Parse a byte count: decimal or 0x, with K, M, G or T for powers of 1024, also as KiB.
+
+    ``GB`` is a power of 1000 elsewhere, and refused.
 
     :raises UsageError: ``text`` is something else, or above a signed 64-bit integer.
     """
     match = _SIZE.fullmatch(text)
-    if match is None:
-        raise UsageError(f"bad {what}: got {text!r}, expected a number with K, M, G or T, or 0x")
-    number, suffix = match.groups()
+    if match is None or (match[3] and not match[2]):
+        meant = _DECIMAL.fullmatch(text)
+        hint = f" (did you mean {meant[1]}?)" if meant else ""
+        raise UsageError(
+            f"bad {what}: got {text!r}, expected a number with K, M, G or T, or 0x{hint}"
+        )
+    number, suffix, _unit = match.groups()
     if len(number) <= _MAX_DIGITS:  # int() has a limit of its own
         size = int(number, 16 if number[:2] in ("0x", "0X") else 10) << _SHIFT[suffix.lower()]
         if size <= _MAX_SIZE:

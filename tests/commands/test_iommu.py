@@ -24,7 +24,8 @@ from typing import Any, Self
 import jsonschema
 import pytest
 
-from pkernfs.cli import main
+from pkernfs.cli import build_parser, main
+from pkernfs.commands import iommu
 from pkernfs.control import client
 from pkernfs.control.protocol import (
     Attach,
@@ -1043,3 +1044,22 @@ def test_bdf_text_and_parser_agree(guest: Guest) -> None:
         bdf_text(SourceId(s)) for s in (0, 0x28, 0x1F7, 0xFFFF)
     ]
     assert is_mounted(guest.path)
+
+
+@pytest.mark.parametrize(
+    ("words", "device", "other"),
+    [
+        (["attach", "/m/iommu/dom-0", "0000:00:05.0"], "0000:00:05.0", "/m/iommu/dom-0"),
+        (["attach", "00:05.0", "/m/iommu/dom-0"], "00:05.0", "/m/iommu/dom-0"),
+        (["snapshot", "/m/iommu/dom-0", "00:05.0"], "00:05.0", "/m/iommu/dom-0"),
+        (["detach", "/m", "00:05.0"], "00:05.0", "/m"),
+        (["detach", "00:05.0", "/m"], "00:05.0", "/m"),
+        (["persist", "/m", "off", "00:05.0"], "00:05.0", "/m"),
+        (["attach", "nothing", "else"], "else", "nothing"),
+        (["attach", "00:05.0", "00:06.0"], "00:06.0", "00:05.0"),
+    ],
+)
+def test_a_device_may_stand_first_or_last(words: list[str], device: str, other: str) -> None:
+    args = build_parser("iommu", "pkernfs iommu").parse_args(words)
+    iommu._put_in_order(args)
+    assert (args.bdf, getattr(args, "dom", None) or args.mnt) == (device, other)

@@ -124,10 +124,7 @@ def test_no_signal_between_two_units(daemons: Daemons, monkeypatch: pytest.Monke
 def test_the_command_says_what_is_missing(tmp_path: Path) -> None:
     done = run_pkernfs("kexec", "--dry-run", "--kernel", str(tmp_path / "none"))
     assert (done.returncode, done.stdout) == (1, "")
-    assert (
-        done.stderr
-        == f"pkernfs: {tmp_path}/none: no such file: name one with --kernel and --initrd\n"
-    )
+    assert done.stderr == f"pkernfs: {tmp_path}/none: no such file\n"
     kernel = tmp_path / "kernel"
     kernel.touch()
     done = run_pkernfs("kexec", "--dry-run", "--kernel", str(kernel), "--append", "quiet")

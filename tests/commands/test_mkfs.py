@@ -23,7 +23,7 @@ from support.command_lines import (
     unchanged,
 )
 
-BAD_SIZES = ["", "G", "1.5G", "-1", "+1", "1 G", "1GB", "1GiB", "0x", "0xZ", "1e9", "ten", "\u0661"]
+BAD_SIZES = ["", "G", "1.5G", "-1", "+1", "1 G", "1GB", "1iB", "0x", "0xZ", "1e9", "ten", "\u0661"]
 
 
 @pytest.mark.parametrize(
@@ -77,6 +77,28 @@ def test_mkfs_missing(tmp_path: Path, command: Command) -> None:
 @pytest.mark.parametrize("args", [[], ["-f"], ["-s", "16M"], ["-f", "-s", "16M"]])
 def test_mkfs_directory(args: list[str], tmp_path: Path, command: Command) -> None:
     refused(command("mkfs.pkernfs", *args, tmp_path), 1, "mkfs.pkernfs", "irectory")
+
+
+def test_mkfs_of_what_is_nearly_a_range(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    hint = "(did you mean 1G!4G?)"
+    refused(command("mkfs.pkernfs", "1G%4G"), 1, "mkfs.pkernfs", f"no such file {hint}")
+    refused(
+        command("fsck.pkernfs", "1G$4G"), 8, "fsck.pkernfs", f"No such file or directory {hint}"
+    )
+    refused(command("pkernfs", "info", r"1G\!4G"), 1, "pkernfs", hint)
+
+
+def test_which_condition_a_size_fails(tmp_path: Path, command: Command) -> None:
+    at = tmp_path / "region"
+    small = command("mkfs.pkernfs", "-s1M", at)
+    refused(small, 1, "mkfs.pkernfs", "bad size: got 1M, expected 8 MiB or more")
+    assert "multiple" not in small.err
+    odd = command("mkfs.pkernfs", "-s0x2000001", at)
+    refused(odd, 1, "mkfs.pkernfs", "expected a multiple of 4096 bytes")
+    refused(command("mkfs.pkernfs", "-s1GB", at), 1, "mkfs.pkernfs", "(did you mean 1G?)")
 
 
 def test_mkfs_through_a_link_to_nothing(tmp_path: Path, command: Command) -> None:

@@ -9,7 +9,7 @@ import pytest
 from pkernfs.errors import RegionError
 from pkernfs.host.iomem import Span
 from pkernfs.quantities import PhysAddr
-from pkernfs.region.spec import is_file_spec, parse_span, resolve, resolve_none
+from pkernfs.region.spec import did_you_mean, is_file_spec, parse_span, resolve, resolve_none
 from support.made_up_host import make_machine
 
 G = 1 << 30
@@ -27,7 +27,9 @@ def test_specs_have_one_form() -> None:
     ("spec", "message"),
     [
         ("1G!1Z", "1G!1Z: bad region: expected SIZE!START, as in 1G!4G"),
-        ("1GB!1G", "1GB!1G: bad region: expected SIZE!START, as in 1G!4G"),
+        ("1GB!1G", "1GB!1G: bad region: expected SIZE!START (did you mean 1G!1G?)"),
+        ("2GiB!4GB", "2GiB!4GB: bad region: expected SIZE!START (did you mean 2G!4G?)"),
+        ("1MiB!1G", "1MiB!1G: bad region: expected SIZE!START, as in 1G!4G"),
         ("08!1G", "08!1G: bad region: expected SIZE!START, as in 1G!4G"),
         ("0!1G", "0!1G: bad size: got 0"),
         ("1M!1G", "1M!1G: bad size: got 0x100000, expected a multiple of 2 MiB (0x200000)"),
@@ -50,6 +52,24 @@ def test_specs_that_cannot_be(spec: str, message: str) -> None:
     with pytest.raises(RegionError) as caught:
         parse_span(spec)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("spec", "hint"),
+    [
+        ("1G%1G", " (did you mean 1G!1G?)"),
+        ("1G$4G", " (did you mean 1G!4G?)"),
+        (r"1G\!4G", " (did you mean 1G!4G?)"),
+        ("/here/1GiB@4GB", " (did you mean 1G!4G?)"),
+        ("1g-0x100000000", " (did you mean 1G!4G?)"),
+        ("1G%1025K", ""),
+        ("region", ""),
+        ("2024-11", ""),
+        ("vm1G%1G", ""),
+    ],
+)
+def test_what_is_nearly_a_spec(spec: str, hint: str) -> None:
+    assert did_you_mean(spec) == hint
 
 
 def test_what_a_spec_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
         raise NotSupportedError(f"{args.file}: no extents: it is not on a pkernfs mount")
     extents = list(read_extents(args.file))
     if args.json:
-        print(json.dumps(describe(args.file, extents)))
+        print(json.dumps(describe(args.file, extents), indent=2))
     else:
         _print_table(extents)
     return 0

@@ -91,4 +91,5 @@ def _verdict(report: Report) -> str:
         )
         return f"clean{unclean}"
     fixed = len(report.problems) - report.left
-    return f"problems: {fixed} repaired, {report.left} left"
+    hint = "" if report.repaired else "; -y repairs what can be repaired without guessing"
+    return f"problems: {fixed} repaired, {report.left} left{hint}"

@@ -58,7 +58,7 @@ def _abort(mnt: str, *, as_json: bool) -> None:
 
     Daemon(mnt).abort()
     if as_json:
-        print(json.dumps({"aborted": True}))
+        print(json.dumps({"aborted": True}, indent=2))
     else:
         print(f"{mnt}: thawed: there is no handover any more")
 

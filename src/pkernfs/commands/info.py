@@ -117,6 +117,8 @@ def _print_facts(facts: dict[str, Any]) -> None:
             print(f"{label}: {_time(value)}")
         elif isinstance(value, list):
             print(f"{label}: {', '.join(value) or '-'}")
+        elif isinstance(value, bool):
+            print(f"{label}: {'yes' if value else 'no'}")
         else:
             print(f"{label}: {'-' if value in ('', None) else value}")
 

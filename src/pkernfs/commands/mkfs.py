@@ -14,7 +14,7 @@ import stat
 from pkernfs.errors import ExistsError, RegionError, UsageError
 from pkernfs.layout import MIN_REGION_BYTES, PAGE
 from pkernfs.options import format_size, parse_size
-from pkernfs.region.spec import is_file_spec
+from pkernfs.region.spec import did_you_mean, is_file_spec
 
 _MAX_LABEL_BYTES = 64
 
@@ -96,11 +96,10 @@ def _checked_label(label: str) -> str:
 
 def _checked_size(text: str) -> int:
     size = parse_size(text)
-    if size < MIN_REGION_BYTES or size % PAGE:
-        raise UsageError(
-            f"bad size: got {text}, expected {format_size(MIN_REGION_BYTES)} or more, "
-            f"a multiple of {PAGE} bytes"
-        )
+    if size < MIN_REGION_BYTES:
+        raise UsageError(f"bad size: got {text}, expected {format_size(MIN_REGION_BYTES)} or more")
+    if size % PAGE:
+        raise UsageError(f"bad size: got {text}, expected a multiple of {PAGE} bytes")
     return size
 
 
@@ -123,7 +122,8 @@ def _resize(path: str, before: int | None, size: int | None, force: bool) -> Non
         if why is not None:
             raise RegionError(f"{path}: cannot create: {why}", errno.ENOENT)
         if size is None:
-            raise RegionError(f"{path}: cannot open: no such file; -s SIZE makes one")
+            hint = did_you_mean(path) or "; -s SIZE makes one"
+            raise RegionError(f"{path}: cannot open: no such file{hint}")
         Region.create(path, size)
     elif size is not None and size != before and os.path.isfile(path):
         if size < before or (before and not force):

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"bad id: got {args.id!r}, expected a letter, then letters, digits, ._-")
     facts = describe(args.file, args.id)
     facts["qemu"], facts["qemu_version"] = check_qemu(args.qemu)
-    text = json.dumps(facts) if args.json else shlex.join(facts["args"])
+    text = json.dumps(facts, indent=2) if args.json else shlex.join(facts["args"])
     sys.stdout.flush()
     sys.stdout.buffer.write(os.fsencode(text) + b"\n")  # a path may be no text
     return 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
+from uuid import UUID
 
 from pkernfs.host.bars import Bar
 from pkernfs.iommu.config import Config
@@ -64,7 +65,7 @@ def head(
     """
     return {
         "version": VERSION,
-        "region": {**region, "uuid": uuid.hex()},
+        "region": {**region, "uuid": str(UUID(bytes=uuid))},
         "unit": unit(config, root),
         "damaged": damaged,
         "ioas": [],

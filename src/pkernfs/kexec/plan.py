@@ -135,14 +135,16 @@ def find_kernel(kernel: str | None, initrd: str | None, host: Host) -> KernelFil
     :raises NotFoundError: there is none there.
     """
     release = host.find("proc/sys/kernel/osrelease") or ""
+    hint = ""
     if kernel is None:
+        hint = ": name one with --kernel and --initrd"
         kernel = f"/boot/vmlinuz-{release}"
         if initrd is None and os.path.exists(host.path(f"boot/initrd.img-{release}")):
             initrd = f"/boot/initrd.img-{release}"
     kernel, initrd = os.path.abspath(kernel), None if initrd is None else os.path.abspath(initrd)
     for path in (kernel, initrd):
         if path is not None and not os.path.isfile(host.path(path.lstrip("/"))):
-            raise NotFoundError(f"{path}: no such file: name one with --kernel and --initrd")
+            raise NotFoundError(f"{path}: no such file{hint}")
     return KernelFiles(kernel, initrd)
 
 

@@ -16,6 +16,7 @@ from pkernfs.layout import PAGE
 from pkernfs.quantities import BlockRun, PhysAddr, RegionOff, RegionRange
 from pkernfs.region.dax import Device
 from pkernfs.region.locks import RegionLock
+from pkernfs.region.spec import did_you_mean
 
 
 class Backing:
@@ -108,7 +109,12 @@ def open_path(path: str, *, write: bool, flags: int = 0) -> int:
     try:
         return os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC | flags)
     except OSError as e:
-        why, number = dangling_link(path) or e.strerror, e.errno or errno.EIO
+        number = e.errno or errno.EIO
+        if number == errno.EISDIR:
+            raise RegionError(f"{path}: not a region: it is a directory", number) from e
+        why = dangling_link(path) or str(e.strerror)
+        if number == errno.ENOENT:
+            why += did_you_mean(path)
         raise RegionError(f"{path}: cannot open: {why}", number) from e
 
 

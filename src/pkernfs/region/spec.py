@@ -21,6 +21,10 @@ from pkernfs.quantities import PhysAddr
 _ADDRESS_BITS = 52  # as many as a page-table entry has
 _NONE = re.compile(r"none(:.*)?", re.DOTALL)
 _PHYSICAL = re.compile(r"(\d\w*)!(\d\w*)", re.ASCII)
+_NEARLY = re.compile(
+    r"(\d[\da-fx]*[KMGTPE]?)(?:i?B)?\\*[!$%@#:+-](\d[\da-fx]*[KMGTPE]?)(?:i?B)?",
+    re.ASCII | re.IGNORECASE,
+)
 _DEVICE = re.compile(r"/dev/(dax|mem)\S*", re.ASCII)
 
 
@@ -79,7 +83,8 @@ def parse_span(spec: str) -> Span:
             raise ValueError
         size, start = (cmdline.parse_number(text) for text in match.groups())
     except ValueError:
-        raise RegionError(f"{spec}: bad region: expected SIZE!START, as in 1G!4G") from None
+        hint = did_you_mean(spec) or ", as in 1G!4G"
+        raise RegionError(f"{spec}: bad region: expected SIZE!START{hint}") from None
     for what, number in (("size", size), ("start", start)):
         if number % BLOCK:
             raise RegionError(
@@ -93,6 +98,22 @@ def parse_span(spec: str) -> Span:
             f"expected below 2^{_ADDRESS_BITS}"
         )
     return Span(PhysAddr(start), size)
+
+
+def did_you_mean(spec: str) -> str:
+    """Return a hint for what is nearly ``SIZE!START``: units as people write them, memmap='s signs.
+
+    Empty if there is no such region either.
+    """
+    match = _NEARLY.fullmatch(os.path.basename(spec))
+    meant = match and f"{match[1]}!{match[2]}"
+    if not meant or meant == spec:
+        return ""
+    try:
+        span = parse_span(meant)
+    except RegionError:
+        return ""
+    return f" (did you mean {span}?)"
 
 
 # ---------------------------------------------------------------------------- none
