@@ -25,7 +25,7 @@ import jsonschema
 import pytest
 
 from pkernfs.cli import build_parser, main
-from pkernfs.commands import iommu
+from pkernfs.commands.iommu import put_in_order
 from pkernfs.control import client
 from pkernfs.control.protocol import (
     Attach,
@@ -1061,5 +1061,5 @@ def test_bdf_text_and_parser_agree(guest: Guest) -> None:
 )
 def test_a_device_may_stand_first_or_last(words: list[str], device: str, other: str) -> None:
     args = build_parser("iommu", "pkernfs iommu").parse_args(words)
-    iommu._put_in_order(args)
+    put_in_order(args)
     assert (args.bdf, getattr(args, "dom", None) or args.mnt) == (device, other)

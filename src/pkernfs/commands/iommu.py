@@ -247,11 +247,11 @@ def _configure_units(
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand; return its exit status."""
-    _put_in_order(args)
+    put_in_order(args)
     return _RUN[args.subcommand](args)
 
 
-def _put_in_order(args: argparse.Namespace) -> None:
+def put_in_order(args: argparse.Namespace) -> None:
     """Accept a device and a file or mount in either order: which is which shows in the words."""
     for other in ("dom", "mnt"):
         first, second = getattr(args, "bdf", None), getattr(args, other, None)
