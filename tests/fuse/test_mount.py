@@ -8,6 +8,7 @@ import errno
 import fcntl
 import itertools
 import os
+import select
 import signal
 import stat
 import struct
@@ -23,6 +24,8 @@ pytestmark = pytest.mark.fuse
 
 from pkernfs.control import client  # noqa: E402
 from pkernfs.control.protocol import Ping  # noqa: E402
+from pkernfs.errors import LockedError  # noqa: E402
+from pkernfs.region.region import Region  # noqa: E402
 from support.mounting import (  # noqa: E402
     MIB,
     Mapper,
@@ -754,6 +757,28 @@ def test_the_background_begins_when_the_mount_answers(mounted: Mounted) -> None:
     assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
     assert sorted(os.listdir(mounted.path)) == ["iommu"]
     subprocess.run(["umount", mounted.path], check=True)
+
+
+def test_a_mount_lets_go_of_what_its_caller_had(mounted: Mounted, tmp_path: Path) -> None:
+    """Below flock(1), in a pipeline, from a supervisor with a pipe that tells it of the end."""
+    mounted.unmount()
+    lock, supervisor = tmp_path / "lock", os.pipe()
+    program = [sys.executable, "-c", "import sys; from pkernfs.cli import main; sys.exit(main())"]
+    command = ["flock", str(lock), *program, str(mounted.region), str(mounted.path)]
+    done = subprocess.run(command, pass_fds=supervisor[1:], capture_output=True, timeout=20)
+    os.close(supervisor[1])
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    try:
+        assert is_mounted(mounted.path)
+        assert select.select([supervisor[0]], [], [], 0)[0], "the daemon has the supervisor's pipe"
+        with lock.open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        (mounted.path / "f").write_bytes(b"served")
+        with pytest.raises(LockedError, match=r"by process \d+ \(python"):
+            Region.open(str(mounted.region), write=True)
+    finally:
+        os.close(supervisor[0])
+        subprocess.run(["umount", mounted.path], check=True)
 
 
 #: The command, and a line on stderr for each look of the process at what is mounted on the last
