@@ -160,6 +160,7 @@ def test_values_that_do_not_fit() -> None:
 )  # fmt: skip
 def test_device_addresses(text: str, segment: int, source_id: SourceId) -> None:
     assert entries.parse_bdf(text) == (segment, source_id)
+    assert entries.is_bdf(text)
     assert entries.bdf_text(source_id, segment).endswith(text)
 
 
@@ -172,6 +173,7 @@ def test_device_addresses(text: str, segment: int, source_id: SourceId) -> None:
 def test_what_is_no_device_address(text: str) -> None:
     with pytest.raises(InvalidError, match="device"):
         entries.parse_bdf(text)
+    assert not entries.is_bdf(text)
 
 
 def test_permissions() -> None:

@@ -253,21 +253,13 @@ def run(args: argparse.Namespace) -> int:
 
 def put_in_order(args: argparse.Namespace) -> None:
     """Accept a device and a file or mount in either order: which is which shows in the words."""
+    from pkernfs.vtd.entries import is_bdf
+
     for other in ("dom", "mnt"):
         first, second = getattr(args, "bdf", None), getattr(args, other, None)
-        if first and second and _is_device(second) and not _is_device(first):
+        if first and second and is_bdf(second) and not is_bdf(first):
             args.bdf = second
             setattr(args, other, first)
-
-
-def _is_device(text: str) -> bool:
-    from pkernfs.vtd.entries import parse_bdf
-
-    try:
-        parse_bdf(text)
-    except InvalidError:
-        return False
-    return True
 
 
 # ---------------------------------------------------------------------- changes

@@ -369,6 +369,15 @@ def parse_bdf(text: str) -> PciAddress:
     return PciAddress(segment[0] if segment else 0, source_id)
 
 
+def is_bdf(text: str) -> bool:
+    """Tell whether :func:`parse_bdf` takes a text."""
+    try:
+        parse_bdf(text)
+    except InvalidError:
+        return False
+    return True
+
+
 def _segment_digits(text: str) -> int:
     """Return how many digits the segment ``text`` must have: the kernel prints it by ``%04x``."""
     return len(text) if 4 < len(text) <= 8 and text[0] != "0" else 4
