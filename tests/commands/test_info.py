@@ -10,10 +10,9 @@ import pytest
 
 from pkernfs.commands import info
 from pkernfs.control import client
-from pkernfs.control.mounts import FSTYPE, Mount
 from pkernfs.control.protocol import ChangedFile, Verification
 from pkernfs.control.wire import VersionError
-from pkernfs.errors import InvalidError, PermissionDeniedError
+from pkernfs.errors import PermissionDeniedError
 from support.command_lines import FOREIGN, SIZE, Command, no_superblock, refused, unchanged
 
 FACTS: dict[str, Any] = {
@@ -97,19 +96,6 @@ def test_a_daemon_that_does_not_tell(
     assert info._verification("/mnt/a") is None
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("pkernfs: /mnt/a: the daemon of this mount speaks protocol 1")
-
-
-def test_a_region_or_where_it_is_mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mount = Mount(7, str(tmp_path), FSTYPE, "512M!1G", 0)
-    (tmp_path / "region").touch()
-    assert info.region_of(str(tmp_path / "region")) == str(tmp_path / "region")
-    with pytest.raises(InvalidError, match="it is a directory and not on a pkernfs mount"):
-        info.region_of(str(tmp_path))
-    monkeypatch.setattr(info, "mount_of", lambda path: mount)
-    assert info.region_of(str(tmp_path)) == "512M!1G", "anywhere in it"
-    monkeypatch.setattr(info, "mount_of", lambda path: pytest.fail("its daemon may be dead"))
-    monkeypatch.setattr(info, "mount_at", lambda path: mount)
-    assert info.region_of(str(tmp_path)) == "512M!1G"
 
 
 # ------------------------------------------------------------------------------- region files

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 from pkernfs.control import mounts
-from pkernfs.control.mounts import FSTYPE, Mount, canonical_spec, mount_at, mount_of, own_mount
+from pkernfs.control.mounts import (
+    FSTYPE,
+    Mount,
+    canonical_spec,
+    mount_at,
+    mount_of,
+    own_mount,
+    refuse_mount_point,
+    region_of,
+)
+from pkernfs.errors import BusyError, InvalidError
 
 LINES = r"""22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
 90 22 0:62 / /mnt/a rw,nodev shared:9 master:1 - fuse.pkernfs /dev/shm/a rw,user_id=1000
@@ -62,6 +72,27 @@ def test_a_daemon_finds_its_own_below_another(table: Path) -> None:
 def test_the_mounts_of_a_region(table: Path) -> None:
     assert mounts.mounts_of_region("/dev/shm/a") == ["/mnt/a"], "another file system's is not"
     assert mounts.mounts_of_region("/dev/shm/b") == []
+
+
+def test_a_mount_point_is_no_region_to_check(table: Path) -> None:
+    for path in ("/mnt/a", "/mnt/../mnt/a"):
+        with pytest.raises(BusyError, match="/dev/shm/a is mounted on it: umount it, and name"):
+            refuse_mount_point(path)
+    refuse_mount_point("/mnt/with space")
+    refuse_mount_point("1G!1G")
+
+
+def test_a_region_or_where_it_is_mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mount = Mount(7, str(tmp_path), FSTYPE, "512M!1G", 0)
+    (tmp_path / "region").touch()
+    assert region_of(str(tmp_path / "region")) == str(tmp_path / "region")
+    with pytest.raises(InvalidError, match="it is a directory and not on a pkernfs mount"):
+        region_of(str(tmp_path))
+    monkeypatch.setattr(mounts, "mount_of", lambda path: mount)
+    assert region_of(str(tmp_path)) == "512M!1G", "anywhere in it"
+    monkeypatch.setattr(mounts, "mount_of", lambda path: pytest.fail("its daemon may be dead"))
+    monkeypatch.setattr(mounts, "mount_at", lambda path: mount)
+    assert region_of(str(tmp_path)) == "512M!1G"
 
 
 def test_a_path_is_in_a_mount_by_its_device(

@@ -9,6 +9,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from pkernfs.commands.progress import Progress
+from pkernfs.control.mounts import refuse_mount_point
 
 if TYPE_CHECKING:
     from pkernfs.fs.fsck import Report
@@ -53,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from pkernfs.fs.fsck import check
     from pkernfs.fs.placement import open_region
 
+    refuse_mount_point(args.region)
     with (
         open_region(args.region, write=args.repair) as region,
         Progress(args.region) as progress,

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from dataclasses import asdict
 from typing import Any
 
-from pkernfs.control.mounts import FSTYPE, canonical_spec, mount_at, mount_of, mounts_of_region
-from pkernfs.errors import InvalidError, PkernfsError, one_line
+from pkernfs.control.mounts import mounts_of_region, region_of
+from pkernfs.errors import PkernfsError, one_line
 from pkernfs.host import boot
 from pkernfs.host.sysroot import HOST
 from pkernfs.options import format_size
@@ -34,22 +33,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print_facts(facts)
     return 0
-
-
-def region_of(target: str) -> str:
-    """Return the region that ``target`` is, or that is mounted there.
-
-    :raises InvalidError: ``target`` is a directory in no pkernfs.
-    """
-    here = mount_at(target)
-    if here is not None and here.fstype == FSTYPE:
-        return here.source  # even if its daemon is dead and cannot be asked
-    if not os.path.isdir(target):
-        return canonical_spec(target)
-    mount = mount_of(target)
-    if mount is None:
-        raise InvalidError(f"{target}: not a region: it is a directory and not on a pkernfs mount")
-    return mount.source
 
 
 def describe(spec: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from pkernfs.control.mounts import DEAD, FSTYPE, Mount, canonical_spec, mount_at, mount_of
+from pkernfs.control.mounts import DEAD, FSTYPE, Mount, mount_at, mount_of, region_of
 from pkernfs.errors import InvalidError, NotFoundError, PkernfsError, UsageError
 from pkernfs.options import parse_size
 from pkernfs.quantities import Ino, Iova, PhysAddr, SourceId
@@ -523,7 +523,7 @@ def _without_daemon(spec: str, phys_base: str | None, question: Question) -> Out
     from pkernfs.region.region import Region
 
     base = None if phys_base is None else PhysAddr(parse_size(phys_base, "phys-base"))
-    with Region.open(canonical_spec(spec), write=False, phys_base=base) as region:
+    with Region.open(region_of(spec), write=False, phys_base=base) as region:
         yield from answer(mount_filesystem(region, read_only=True), question)
 
 

@@ -11,6 +11,7 @@ import errno
 import os
 import stat
 
+from pkernfs.control.mounts import refuse_mount_point
 from pkernfs.errors import ExistsError, RegionError, UsageError
 from pkernfs.layout import MIN_REGION_BYTES, PAGE
 from pkernfs.options import format_size, parse_size
@@ -55,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     """Format ``args.region``, and print its size and label."""
     label = _checked_label(args.label)
     size = None if args.size is None else _checked_size(args.size)
+    refuse_mount_point(args.region)
     if not is_file_spec(args.region):
         if size is not None:
             raise UsageError(f"-s: {args.region} has a size of its own; -s is for files")

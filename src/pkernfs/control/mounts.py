@@ -7,6 +7,7 @@ import os
 import re
 from typing import NamedTuple
 
+from pkernfs.errors import BusyError, InvalidError
 from pkernfs.host.mount_table import table_lines, unescape
 from pkernfs.region.spec import resolve
 
@@ -70,6 +71,32 @@ def canonical_spec(spec: str) -> str:
     :raises RegionError: there is nothing of that kind.
     """
     return resolve(spec)
+
+
+def region_of(target: str) -> str:
+    """Return the region that ``target`` is, or that is mounted there.
+
+    :raises InvalidError: ``target`` is a directory in no pkernfs.
+    """
+    here = mount_at(target)
+    if here is not None and here.fstype == FSTYPE:
+        return here.source  # even if its daemon is dead and cannot be asked
+    if not os.path.isdir(target):
+        return canonical_spec(target)
+    mount = mount_of(target)
+    if mount is None:
+        raise InvalidError(f"{target}: not a region: it is a directory and not on a pkernfs mount")
+    return mount.source
+
+
+def refuse_mount_point(path: str) -> None:
+    """Refuse a mount point where a region is asked for that is not mounted.
+
+    :raises BusyError: a pkernfs is mounted on it.
+    """
+    here = mount_at(path)
+    if here is not None and here.fstype == FSTYPE:
+        raise BusyError(f"{path}: {here.source} is mounted on it: umount it, and name that")
 
 
 def _parse_line(line: str) -> Mount:

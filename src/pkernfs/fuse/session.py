@@ -244,7 +244,11 @@ class Session:
         """Write back and unmount, still serving; leave the users behind if there are any."""
         busy = await trio.to_thread.run_sync(mounting.sync_and_unmount, self._mountpoint)
         if busy:
-            log.warning("%s: still in use: %s; detached", self._mountpoint, busy)
+            log.warning(
+                "%s: still in use: %s: detached, and what is open in it fails",
+                self._mountpoint,
+                busy,
+            )
             pyfuse3.terminate()
 
 
