@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import struct
 from pathlib import Path
 
 import pytest
@@ -30,13 +31,14 @@ def machine(tmp_path: Path) -> Machine:
     machine.write("sys/kernel/kexec_crash_size", str(256 << 20))
     machine.write("sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages", "64")
     machine.write("sys/kernel/security/lockdown", "[none] integrity confidentiality")
-    machine.write("sys/firmware/acpi/tables/DMAR", dmar_table())
+    machine.write("sys/firmware/acpi/tables/DMAR", dmar_table(drhd(0x1_0000, flags=1)))
     machine.write("sys/bus/dax/devices/dax0.0/size", "1")
     machine.write("usr/local/bin/pkernfs", "")
     machine.write("usr/local/lib/systemd/system/pkernfs.target", "")
     machine.write("run/systemd/system/x", "")
-    for device in ("fuse", "mem"):
-        machine.write(f"dev/{device}", "")
+    machine.write("dev/fuse", "")
+    registers = struct.pack("<QQQ", 0x10, 0xD2_008C_222F_0606, 0xF42)  # of QEMU's unit
+    machine.write("dev/mem", bytes(0x1_0000) + registers.ljust(4096, b"\0"))
     configure(machine, GOOD)
     return machine
 
@@ -171,6 +173,7 @@ def test_units_of_which_nobody_tells(machine: Machine) -> None:
 @pytest.mark.parametrize(
     ("table", "status", "detail"),
     [
+        (dmar_table(), MISSING, "the table has no unit"),
         (dmar_table(drhd(0xFED9_0000), drhd(0)), MISSING,
          "the unit at 0x40 has register base 0: Linux drives no unit of such a table"),
         (dmar_table(drhd(0xFED9_0000), bytes(8)), OK,

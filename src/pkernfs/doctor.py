@@ -357,6 +357,9 @@ def _check_dmar(host: Host) -> Iterator[Result]:
             "a newer firmware",
         )  # fmt: skip
         return
+    if dmar is not None and not dmar.units:  # Linux: "No DMAR devices found"
+        yield Result("dma", "DMAR", MISSING, "the table has no unit", "a newer firmware")
+        return
     taken = "".join(f"; {remark}: Linux takes it" for remark in dmar.remarks) if dmar else ""
     owned = [n for n in host.list("sys/class/iommu") if n.startswith("dmar")]
     if owned:
@@ -403,7 +406,7 @@ def _check_capabilities(host: Host, config: Config) -> Iterator[Result]:
     except PkernfsError as e:
         yield Result("dma", "units", UNKNOWN, str(e), "a newer firmware")
         return
-    if dmar.refused:
+    if dmar.refused or not dmar.units:
         return  # said already
     wanted = Requirements(IommuConfig(), [], _HUGE_LEAF, Iova(0), PhysAddr(0))
     for found in discovery.find_units(host, dmar, write=False):

@@ -15,6 +15,7 @@ import os
 import stat
 import struct
 import time
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from pkernfs.errors import LockedError, RegionError
@@ -101,31 +102,30 @@ class RegionLock:
 
     def _in_use(self, kind: int, owned: LockRange) -> str:
         holder = self._holder(kind, owned)
-        by = "".join(f": by {user}" for user in self._users(holder)[:1])
+        user = next(self._users(holder), None)
+        by = "" if user is None else f": by {user}"
         if self._server_shift == _FILE_SERVER_SHIFT or holder is None or holder == owned:
             return f"in use: it is mounted or being checked{by}"
         other = Span(PhysAddr(holder.start), holder.size)
         return f"in use: it overlaps {other}, which is mounted or being checked{by}"
 
-    def _users(self, held: LockRange | None) -> list[str]:
-        """Return the processes that have a lock from an offset on, of the file that is locked.
+    def _users(self, held: LockRange | None) -> Iterator[str]:
+        """Yield the processes that have a lock from an offset on, of the file that is locked.
 
         As far as /proc shows them: those of other users it shows to root only. A lock belongs to an
         open file description, so the kernel tells no process (fcntl(2)); each descriptor's fdinfo
         has its locks (proc(5)).
         """
         if held is None:
-            return []
+            return
         ino = str(os.fstat(self.fd).st_ino)
-        found = []
         for pid in HOST.list("proc"):
             for fd in HOST.list(f"proc/{pid}/fdinfo") if pid.isdigit() else []:
                 lines = (HOST.find(f"proc/{pid}/fdinfo/{fd}") or "").splitlines()
                 locks = [line.split()[-3:-1] for line in lines if line.startswith("lock:")]
                 if any(p.split(":")[-1] == ino and s == str(held.start) for p, s in locks):
-                    found.append(_user(pid))
+                    yield _user(pid)
                     break
-        return found
 
 
 def _user(pid: str) -> str:
