@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pkernfs.errors import InvalidError
-from pkernfs.host.dmar import IOAPIC, PathStep, Scope, parse
+from pkernfs.host.dmar import BRIDGE, ENDPOINT, IOAPIC, PathStep, Scope, parse
 from pkernfs.host.pci import (
     PciDevice,
     all_devices,
@@ -22,7 +22,7 @@ from pkernfs.host.pci import (
 )
 from pkernfs.host.sysroot import Host
 from pkernfs.quantities import SourceId
-from support.dmar_tables import TWO_UNITS, add_device, config
+from support.dmar_tables import TWO_UNITS, add_device, config, drhd, scope, table
 
 
 def device(*chain: int, segment: int = 0) -> PciDevice:
@@ -50,6 +50,35 @@ def test_which_unit_a_device_is_below(
 ) -> None:
     found = unit_of(parse(TWO_UNITS), device(*chain, segment=segment))
     assert (found and found.name) == name
+
+
+def test_a_scope_is_matched_as_linux_does() -> None:
+    """dmar_match_pci_path(): from the root bus, or one step on the bus of the device itself."""
+    below = device(0xE8, 0x110, 0x218)  # 00:1d.0, 01:02.0, 02:03.0
+    root, own = PathStep(0x1D, 0), PathStep(3, 0)
+    for bus, path, matches in (
+        (0, (root, PathStep(2, 0), own), True),
+        (2, (own,), True),
+        (1, (PathStep(2, 0), own), False),  # from the middle
+        (0, (own,), False),
+        (0, (root,), False),  # a bridge above it, but said to be an endpoint
+        (0, (), False),
+    ):
+        assert covers((Scope(ENDPOINT, 0, bus, path),), below) == matches
+    for bus, path in ((0, (root,)), (0, (root, PathStep(2, 0))), (1, (PathStep(2, 0),))):
+        assert covers((Scope(BRIDGE, 0, bus, path),), below)
+
+
+def test_of_several_units_the_last_has_a_device() -> None:
+    """dmar_register_drhd_unit() puts each at the head of its list, and INCLUDE_ALL at the tail."""
+    one = scope(ENDPOINT, 0, (2, 0))
+    table_of_four = table(drhd(0x1000, flags=1), drhd(0x2000, one), drhd(0x3000, one), drhd(0x4000))
+    found = unit_of(parse(table_of_four), device(0x10))
+    assert found is not None
+    assert found.base == 0x3000
+    found = unit_of(parse(table_of_four), device(0x18))
+    assert found is not None
+    assert found.base == 0x1000
 
 
 def test_reserved_memory_is_the_devices_that_it_names() -> None:

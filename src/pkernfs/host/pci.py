@@ -132,10 +132,14 @@ def driver_module_of(host: Host, name: str) -> str | None:
 
 
 def unit_of(dmar: Dmar, device: PciDevice) -> UnitStructure | None:
-    """Return the unit that a device's requests reach (8.3); None: there is none."""
+    """Return the unit that a device's requests reach (8.3); None: there is none.
+
+    Of several units with the device in their scopes, Linux takes the last in the table, and one
+    for all other devices after those (dmar_register_drhd_unit()).
+    """
     segment = device.segment if device.unit_segment is None else device.unit_segment
     mine = [u for u in dmar.units if u.segment == segment]
-    for unit in mine:
+    for unit in reversed([u for u in mine if not u.include_all]):
         if covers(unit.scopes, device):
             return unit
     return next((u for u in mine if u.include_all), None)
@@ -152,14 +156,21 @@ def covers(scopes: Sequence[Scope], device: PciDevice) -> bool:
 
 
 def _is_in(scope: Scope, chain: tuple[SourceId, ...]) -> bool:
+    """Tell whether a scope is a device, or a bridge above it (dmar_match_pci_path()).
+
+    The path is that from the root bus. Linux also takes a single step on the device's own bus.
+    """
     if scope.kind not in (ENDPOINT, BRIDGE):
         return False
-    path = list(scope.path)
-    for first in range(len(chain) - len(path) + 1 if path else 0):
-        steps = chain[first : first + len(path)]
-        places = [(s >> 3 & 0x1F, s & 7) for s in steps]
-        if steps[0] >> 8 == scope.bus and places == path:
-            return scope.kind == BRIDGE or first + len(path) == len(chain)
+    steps = [(s >> 3 & 0x1F, s & 7) for s in chain]
+    for length in range(1, len(chain) + 1):
+        if scope.kind == ENDPOINT and length < len(chain):
+            continue
+        last = length - 1
+        from_root = chain[0] >> 8 == scope.bus and tuple(steps[:length]) == scope.path
+        on_its_bus = chain[last] >> 8 == scope.bus and (steps[last],) == scope.path
+        if from_root or on_its_bus:
+            return True
     return False
 
 
