@@ -5,8 +5,6 @@ Everything here reads texts of the kernel; nothing is opened, mapped or stored.
 
 from __future__ import annotations
 
-import re
-
 from pkernfs.errors import RegionError
 from pkernfs.host import boot, cmdline, memmap
 from pkernfs.host.cmdline import format_number
