@@ -8,6 +8,7 @@ keeps its traceback.
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import sys
@@ -66,6 +67,9 @@ ELSEWHERE = {
 
 #: Arguments that are names, and so cannot be empty.
 _OPERANDS = ("region", "mount_point", "target", "file", "dom", "mnt")
+
+#: Imports make few cycles; to look for them as often as Python does takes a command 6 ms.
+GARBAGE_THRESHOLD = 100_000
 
 MOUNT_FORM = "pkernfs REGION MNT [-o OPTIONS]"
 
@@ -172,6 +176,7 @@ def _run(name: str, prog: str, argv: list[str]) -> int:
     command = PROGRAMS.get(name) or COMMANDS[name]
     who = prog.split()[0]
     args = argparse.Namespace()
+    gc.set_threshold(GARBAGE_THRESHOLD)
     _have_standard_streams()
     try:
         build_parser(name, prog).parse_args(argv, args)

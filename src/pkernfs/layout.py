@@ -6,12 +6,16 @@ are little-endian and naturally aligned.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from struct import Struct
 from typing import NamedTuple, cast
 
 from pkernfs.quantities import BlockNo, Ino, PageNo, PhysAddr, RegionOff
+
+try:  # as random.py does: hashlib loads OpenSSL, for which every command would wait 3 ms
+    from _blake2 import blake2b
+except ImportError:
+    from hashlib import blake2b
 
 PAGE = 4096
 BLOCK = 2 << 20
@@ -364,7 +368,7 @@ def page_offset(page: PageNo) -> RegionOff:
 
 def name_key(name: bytes, hash_key: bytes) -> int:
     """First of the 2048 keys that a name may have in a name or attribute tree (section 8)."""
-    digest = hashlib.blake2b(name, digest_size=8, key=hash_key).digest()
+    digest = blake2b(name, digest_size=8, key=hash_key).digest()
     value = int.from_bytes(digest, "little") & ((1 << HASH_BITS) - 1)
     return (value or 1) << COLLISION_BITS
 
