@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from unittest import mock
 
 from pkernfs.dma.mount import mount_filesystem
-from pkernfs.fs import manifest, state_page
+from pkernfs.fs import comparison, state_page
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.layout import PAGE, ROOT_INO, STATE_PAGE, page_offset
 from pkernfs.quantities import Ino, RegionOff
@@ -69,7 +69,7 @@ def changes_of(fs: FileSystem) -> dict[str, str]:
     assert not mount_report.trouble
     return {
         change["path"]: change["what"]
-        for change in manifest.tell(mount_report.changes, fs.readdir, fs.holder)
+        for change in comparison.tell(mount_report.changes, fs.readdir, fs.holder)
     }
 
 

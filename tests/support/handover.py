@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from pkernfs.fs.comparison import MountReport
 from pkernfs.fs.filesystem import FileSystem
-from pkernfs.fs.manifest import MountReport
 from pkernfs.kexec import handover
 from pkernfs.kexec.local import LocalFileSystem
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from typing import TYPE_CHECKING
 
@@ -47,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         args.mnt, digests=args.digest, command_line=args.cmdline, observer=Teller()
     )
     if args.json:
-        print(json.dumps(dataclasses.asdict(done), indent=2))
+        print(json.dumps(done._asdict(), indent=2))
     else:
         _print(args.mnt, done)
     return 0

@@ -9,7 +9,7 @@ import trio
 
 from pkernfs.control.protocol import ChangedFile, Verification
 from pkernfs.errors import PkernfsError
-from pkernfs.fs import manifest, state_page
+from pkernfs.fs import comparison, state_page
 
 if TYPE_CHECKING:
     from pkernfs.fs.filesystem import FileSystem
@@ -85,5 +85,5 @@ def lines(fs: FileSystem) -> list[str]:
     return said
 
 
-def _changes(fs: FileSystem, mount_report: manifest.MountReport) -> list[dict[str, str]]:
-    return manifest.tell(mount_report.changes, fs.readdir, fs.holder)
+def _changes(fs: FileSystem, mount_report: comparison.MountReport) -> list[dict[str, str]]:
+    return comparison.tell(mount_report.changes, fs.readdir, fs.holder)

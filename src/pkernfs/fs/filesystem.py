@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pkernfs.errors import CorruptionError, PkernfsError
-from pkernfs.fs import manifest, superblock
+from pkernfs.fs import comparison, superblock
 from pkernfs.fs.extents import ExtentMap
 from pkernfs.fs.file import Files
 from pkernfs.fs.freeze import Freezer
@@ -121,7 +121,7 @@ class FileSystem:
         return self.super.inodes.attribute_cache
 
     @property
-    def mount_report(self) -> manifest.MountReport | None:
+    def mount_report(self) -> comparison.MountReport | None:
         """The handover before this mount, and what has changed since."""
         return self._freezer.mount_report
 

@@ -10,7 +10,7 @@ import stat
 from typing import NamedTuple
 
 from pkernfs.errors import CorruptionError, InvalidError, NotFoundError, PkernfsError
-from pkernfs.fs import manifest, state_page
+from pkernfs.fs import comparison, state_page
 from pkernfs.fs.file import Files
 from pkernfs.fs.inode import InodeLife
 from pkernfs.fs.super import Super
@@ -52,7 +52,7 @@ class Freezer:
         self._life = life
         self._list_ino = NO_INO  # of the handover that is under way
         #: What the mount has found; None before it has looked.
-        self.mount_report: manifest.MountReport | None = None
+        self.mount_report: comparison.MountReport | None = None
 
     # ------------------------------------------------------------------ before
 
@@ -162,12 +162,12 @@ class Freezer:
 
     # ------------------------------------------------------------------ after
 
-    def compare_handover(self, state: StateFields) -> manifest.MountReport:
+    def compare_handover(self, state: StateFields) -> comparison.MountReport:
         """See what kind of mount this is, and compare with the handover before it."""
         kind = ARRIVAL_REMOUNT if state.boot_id == self._super.boot_id() else ARRIVAL_LIVE_UPDATE
         if not state.mounts:
             kind = ARRIVAL_FIRST_BOOT
-        mount_report = self.mount_report = manifest.MountReport(kind, self._super.clock())
+        mount_report = self.mount_report = comparison.MountReport(kind, self._super.clock())
         if state.state != STATE_FROZEN:
             return mount_report
         record = state_page.read_record(self._store.read(STATE_PAGE, MAGIC_STATE))
@@ -176,7 +176,7 @@ class Freezer:
             mount_report.trouble = "the handover has left no list to compare with"
             return mount_report
         try:
-            manifest.load(self._super, self._files.extents, self.read_list(record), mount_report)
+            comparison.load(self._super, self._files.extents, self.read_list(record), mount_report)
         except PkernfsError as e:
             mount_report.trouble = str(e)
         base = NO_PHYSICAL if self._region.phys_base is None else self._region.phys_base

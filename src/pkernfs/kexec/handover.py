@@ -11,7 +11,6 @@ import os
 import time
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from pkernfs.errors import CorruptionError, NoSpaceError, PkernfsError, RegionError
@@ -27,8 +26,7 @@ from pkernfs.region.digest import Part, crc64, digest_all
 from pkernfs.region.region import Region
 
 
-@dataclass(frozen=True)
-class Handover:
+class Handover(NamedTuple):
     """A handover that was made; durations in seconds."""
 
     number: int
@@ -40,13 +38,12 @@ class Handover:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Digests:
+class Digests(NamedTuple):
     """The digests of files, the bytes that were read for them, and the seconds that it took."""
 
-    files: list[FileDigests] = field(default_factory=list)
-    bytes: int = 0
-    seconds: float = 0.0
+    files: list[FileDigests]
+    bytes: int
+    seconds: float
 
 
 class _Checked(NamedTuple):
@@ -84,7 +81,7 @@ def hand_over_mount(
     loaded.check(daemon.mount.source, command_line)
     write_back(daemon.mount.mount_point)
     done = hand_over(daemon, digests=digests, observer=observer)
-    return replace(done, seconds=time.monotonic() - start)
+    return done._replace(seconds=time.monotonic() - start)
 
 
 def write_back(mount_point: str) -> None:
@@ -119,7 +116,7 @@ def hand_over(
     with mounted.frozen() as frozen:
         with mounted.open_region() as region:
             checked = _check(mounted, region, frozen, observer)
-            taken = Digests()
+            taken = Digests([], 0, 0.0)
             if digests:
                 taken = take_digests(mounted, region, checked.survey, observer, threads)
             manifest = _make_manifest(mounted, region, frozen, checked, taken.files, observer)

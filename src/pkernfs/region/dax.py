@@ -13,7 +13,6 @@ import errno
 import os
 import re
 import stat
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from pkernfs.errors import RegionError
@@ -37,8 +36,7 @@ class DeviceNumber(NamedTuple):
     device: int
 
 
-@dataclass(frozen=True)
-class Device:
+class Device(NamedTuple):
     """A device as sysfs has it; ``size`` and ``align`` in bytes, ``pieces`` by their offsets.
 
     ``region`` is the directory of the dax region, below the host's root; ``driver`` is None for a

@@ -7,7 +7,6 @@ here carries the reason alone (``bad magic: got .., expected ..``): the caller k
 from __future__ import annotations
 
 import stat
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from pkernfs import layout
@@ -106,8 +105,7 @@ class MapPage(NamedTuple):
     blocks: int
 
 
-@dataclass(frozen=True)
-class Superblock:
+class Superblock(NamedTuple):
     """Superblock (section 3); ``ranges`` as in the table."""
 
     uuid: bytes
@@ -212,8 +210,7 @@ def parse_state(page: Buffer) -> layout.StateFields:
 # ------------------------------------------------------------------------------ free space
 
 
-@dataclass(frozen=True)
-class BlockMap:
+class BlockMap(NamedTuple):
     """Block map page (section 5): one byte for each block, and whether all else is in order."""
 
     used: bytearray
