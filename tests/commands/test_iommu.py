@@ -27,7 +27,10 @@ import pytest
 from pkernfs.cli import build_parser, main
 from pkernfs.commands.iommu import put_in_order
 from pkernfs.control import client
-from pkernfs.control.protocol import (
+from pkernfs.control.protocol import Ping
+from pkernfs.control.server import MAX_CLIENTS
+from pkernfs.control.sockets import socket_name
+from pkernfs.control.table_protocol import (
     Attach,
     CreateTables,
     Detach,
@@ -36,12 +39,9 @@ from pkernfs.control.protocol import (
     MapBar,
     MapFile,
     Persist,
-    Ping,
     Read,
     Unmap,
 )
-from pkernfs.control.server import MAX_CLIENTS
-from pkernfs.control.sockets import socket_name
 from pkernfs.control.wire import VERSION
 from pkernfs.dma.output import Record, Status, Text
 from pkernfs.errors import PkernfsError

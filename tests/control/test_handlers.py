@@ -8,8 +8,9 @@ from typing import get_args, get_origin, get_type_hints
 
 import trio
 
+from pkernfs.control import protocol, table_protocol
 from pkernfs.control.handlers import handlers
-from pkernfs.control.protocol import REQUESTS, Ping, Pong
+from pkernfs.control.protocol import Ping, Pong
 from pkernfs.control.wire import Call
 from pkernfs.fs.filesystem import FileSystem
 from support.made_up_session import MadeUpSession, reply_of
@@ -17,7 +18,7 @@ from support.made_up_session import MadeUpSession, reply_of
 
 def test_each_request_has_a_handler_of_its_types(fs: FileSystem) -> None:
     found = handlers(fs, MadeUpSession(fs))
-    assert set(found) == set(REQUESTS)
+    assert set(found) == {*protocol.REQUESTS, *table_protocol.REQUESTS}
     for kind, handler in found.items():
         hints = get_type_hints(handler)
         assert hints["request"] is kind

@@ -7,8 +7,7 @@ from typing import Any, NewType, get_args, get_origin, get_type_hints
 
 import pytest
 
-from pkernfs.control import protocol
-from pkernfs.control.protocol import BY_OP, REQUESTS
+from pkernfs.control import protocol, table_protocol
 from pkernfs.control.wire import (
     Done,
     Item,
@@ -20,9 +19,9 @@ from pkernfs.control.wire import (
     parse_request,
     request_line,
 )
-from pkernfs.dma.output import Question
-from pkernfs.quantities import Iova, SourceId
 
+REQUESTS = protocol.REQUESTS + table_protocol.REQUESTS
+BY_OP = {request.op: request for request in REQUESTS}
 #: A value of each kind of field.
 VALUES: dict[Any, Any] = {int: 3, bool: True, str: "ü\n", bytes: b"\0\xff", dict: {"a": [1, None]}}
 
@@ -52,7 +51,7 @@ def made(kind: Any) -> Any:
 def test_every_request_is_registered_once() -> None:
     found = {
         one
-        for one in vars(protocol).values()
+        for one in (*vars(protocol).values(), *vars(table_protocol).values())
         if isinstance(one, type) and issubclass(one, Request) and hasattr(one, "op")
     }
     assert found == set(REQUESTS)
@@ -70,10 +69,3 @@ def test_requests_and_answers_come_back(kind: type[Request[Any]]) -> None:
             assert parse_answer(done_line(None), request) == Done(None)
         else:
             assert parse_answer(done_line(answer), request) == Done(answer)
-
-
-def test_a_question_has_all_that_was_asked() -> None:
-    asked = protocol.Read("show", 1, SourceId(2), Iova(3), 4, 1, True, True)
-    assert asked.question() == Question("show", 1, SourceId(2), Iova(3), 4, 1, True, True)
-    assert [f.name for f in dataclasses.fields(asked)] == list(Question._fields)
-    assert protocol.Read("check").question() == Question("check")

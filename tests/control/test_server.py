@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import trio
 
-from pkernfs.control import client, server
+from pkernfs.control import client, codec, server
 from pkernfs.control.protocol import Ping
 from pkernfs.control.wire import Call, Done, Item, Request, Stream, request_line
 from pkernfs.errors import (
@@ -203,6 +203,10 @@ class Forever(Stream[Word], op="forever"):
     """Is answered for as long as anybody listens."""
 
 
+async def _echo(request: Echo) -> Echoed:
+    return Echoed(request.a, request.b)
+
+
 async def _count(request: Count) -> AsyncIterator[Number]:
     for i in range(request.to):
         yield Number(i)
@@ -230,11 +234,8 @@ async def _corrupt(request: Corrupt) -> Anything:
 
 
 def test_values_items_and_errors(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    async def echo(request: Echo) -> Echoed:
-        return Echoed(request.a, request.b)
-
     handlers: dict[type[Request[Any]], server.Handler] = {
-        Echo: echo,
+        Echo: _echo,
         Count: _count,
         NoSpace: _no_space,
         FailsLater: _fails_later,
@@ -257,6 +258,11 @@ def test_values_items_and_errors(tmp_path: Path, caplog: pytest.LogCaptureFixtur
             ask(serving.path, NotJson())
         assert ask(serving.path, Echo()) == [Done(Echoed(0, ""))]
     assert "oops" in caplog.text
+
+
+def test_messages_are_ready_before_they_are_asked_for(tmp_path: Path) -> None:
+    with Serving({NoSpace: _no_space, Echo: _echo}, tmp_path / "sockets"):
+        wait_until(lambda: {NoSpace, Anything, Echo, Echoed} <= codec._known.keys(), "not ready")
 
 
 def test_corruption_ends_writing(fs: FileSystem, tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import pytest
 import trio
 
-from pkernfs.control import protocol
-from pkernfs.control.protocol import Attached, ByteCount, Nothing
+from pkernfs.control import protocol, table_protocol
+from pkernfs.control.protocol import Nothing
+from pkernfs.control.table_protocol import Attached, ByteCount
 from pkernfs.control.table_requests import TableRequests
 from pkernfs.control.wire import Call
 from pkernfs.dma.output import Record, Status, Text
@@ -37,13 +38,13 @@ class Rig:
         """Have the handler do it."""
         return trio.run(reply_of, self.handlers, request)
 
-    def read(self, request: protocol.Read) -> list[Text | Record | Status]:
+    def read(self, request: table_protocol.Read) -> list[Text | Record | Status]:
         """All that the answer is made of."""
         return trio.run(items_of, self.handlers, request)
 
     def map_file(self, iova: Iova = AT) -> ByteCount:
         """Map the whole file."""
-        return self.call(protocol.MapFile(0, iova, self.file, 0, None, RW))
+        return self.call(table_protocol.MapFile(0, iova, self.file, 0, None, RW))
 
 
 @pytest.fixture
@@ -63,48 +64,48 @@ def test_a_change_invalidates_what_the_kernel_knows(rig: Rig) -> None:
         f"invalidate attributes of {rig.file}",
     ]
     rig.session.asked.clear()
-    assert rig.call(protocol.Unmap(0, AT, 2 * PAGE)) == ByteCount(2 * PAGE)
+    assert rig.call(table_protocol.Unmap(0, AT, 2 * PAGE)) == ByteCount(2 * PAGE)
     assert rig.session.asked == [f"invalidate data of {root}", f"invalidate data of {rig.domain}"]
     assert rig.host.mappings(0)[0][0] == GIB + 2 * PAGE
 
 
 def test_devices_come_and_go(rig: Rig) -> None:
     rig.map_file()
-    assert rig.call(protocol.FindRoot()).address is not None
-    assert isinstance(rig.call(protocol.Attach(0, DEVICE)), Attached)
-    assert rig.call(protocol.ListDevices()).source_ids == (DEVICE,)
-    assert rig.call(protocol.Persist(DEVICE, False)) == Nothing()
+    assert rig.call(table_protocol.FindRoot()).address is not None
+    assert isinstance(rig.call(table_protocol.Attach(0, DEVICE)), Attached)
+    assert rig.call(table_protocol.ListDevices()).source_ids == (DEVICE,)
+    assert rig.call(table_protocol.Persist(DEVICE, False)) == Nothing()
     assert rig.call(protocol.FindKexecNeeds()) == protocol.KexecNeeds(
         (), ("0000:00:05.0",), False, ()
     )
-    assert rig.call(protocol.Detach(DEVICE)) == Nothing()
-    assert rig.call(protocol.ListDevices()).source_ids == ()
+    assert rig.call(table_protocol.Detach(DEVICE)) == Nothing()
+    assert rig.call(table_protocol.ListDevices()).source_ids == ()
     with pytest.raises(NotFoundError):
-        rig.call(protocol.Detach(DEVICE))
+        rig.call(table_protocol.Detach(DEVICE))
 
 
 def test_tables_are_made_as_asked(rig: Rig) -> None:
-    assert rig.call(protocol.FindRoot()).address is None
-    assert rig.call(protocol.CreateTables("scalable", 5, 2 * MIB)) == Nothing()
+    assert rig.call(table_protocol.FindRoot()).address is None
+    assert rig.call(table_protocol.CreateTables("scalable", 5, 2 * MIB)) == Nothing()
     config = rig.host.tables.config
     assert (config.mode.name, config.levels) == ("SCALABLE", 5)
     with pytest.raises(InvalidError):
-        rig.call(protocol.CreateTables("legacy", 7, 2 * MIB))
+        rig.call(table_protocol.CreateTables("legacy", 7, 2 * MIB))
 
 
 def test_questions(rig: Rig) -> None:
     rig.map_file()
-    rig.call(protocol.Attach(0, DEVICE))
-    shown = [i for i in rig.read(protocol.Read("show", 0)) if isinstance(i, Text)]
+    rig.call(table_protocol.Attach(0, DEVICE))
+    shown = [i for i in rig.read(table_protocol.Read("show", 0)) if isinstance(i, Text)]
     assert "0x0000000040000" in "".join(item.text for item in shown)
-    kinds = {type(item) for item in rig.read(protocol.Read("export"))}
+    kinds = {type(item) for item in rig.read(table_protocol.Read("export"))}
     assert kinds == {Record}
-    assert Status(0) in rig.read(protocol.Read("check"))
-    found = rig.read(protocol.Read("translate", device=DEVICE, iova=AT))
+    assert Status(0) in rig.read(table_protocol.Read("check"))
+    found = rig.read(table_protocol.Read("translate", device=DEVICE, iova=AT))
     assert Status(0) in found
     assert "/guest + 0x0" in "".join(item.text for item in found if isinstance(item, Text))
     with pytest.raises(InvalidError, match="cannot read 'translate'"):
-        rig.read(protocol.Read("translate"))
+        rig.read(table_protocol.Read("translate"))
 
 
 def test_a_check_keeps_changes_of_the_tables_out(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +119,7 @@ def test_a_check_keeps_changes_of_the_tables_out(rig: Rig, monkeypatch: pytest.M
         return await run_sync(work, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(trio.to_thread, "run_sync", spy)
-    rig.read(protocol.Read("check"))
+    rig.read(table_protocol.Read("check"))
     assert seen == [True]
     assert not rig.host.tables._tables.being_read
 
@@ -128,13 +129,13 @@ def test_tables_that_are_not_sound_are_not_activated(
 ) -> None:
     rig.map_file()
     ino = rig.host.file_of("other", MIB)
-    rig.call(protocol.MapFile(0, Iova(2 * GIB), ino, 0, None, RW))
+    rig.call(table_protocol.MapFile(0, Iova(2 * GIB), ino, 0, None, RW))
     table = rig.host.tables.domain(0)
     at = table.memory.offset(table.root, 8)
     assert at is not None
     rig.host.region.copy_in(at, b"\xff" * 8)
     with pytest.raises(TableDamageError, match="activate: the tables are not sound: "):
-        rig.call(protocol.Activate((), False))
+        rig.call(table_protocol.Activate((), False))
 
 
 def test_the_jump_wants_a_handover(rig: Rig) -> None:

@@ -37,7 +37,7 @@ AT = Iova(1 << 30)
 ROUNDS = """
 import os, sys, time
 from pkernfs.control.client import call
-from pkernfs.control.protocol import MapFile, Unmap
+from pkernfs.control.table_protocol import MapFile, Unmap
 iova, length = 2 << 30, 2 << 20
 ino, start, count = os.stat(sys.argv[1]).st_ino, time.monotonic(), 0
 # Long enough to meet the kernel at its queue, and often enough on a machine that is busy.

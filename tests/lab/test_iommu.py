@@ -21,7 +21,7 @@ from guestlab.machine import accelerators
 from kexeclab.guest import Guest
 from kexeclab.runner import Lab
 from pkernfs.control.client import call
-from pkernfs.control.protocol import MapFile, Unmap
+from pkernfs.control.table_protocol import MapFile, Unmap
 from pkernfs.iommu import FaultReason
 from pkernfs.layout import PAGE
 from pkernfs.quantities import Ino, Iova, SourceId

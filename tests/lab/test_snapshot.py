@@ -40,11 +40,12 @@ ELSEWHERE = Iova(8 << 30)
 ASK = """
 import sys
 from pkernfs.control.client import call
-from pkernfs.control.protocol import BY_OP, UnitNames
+from pkernfs.control import protocol, table_protocol
 from pkernfs.errors import PkernfsError
+known = {request.op: request for request in protocol.REQUESTS + table_protocol.REQUESTS}
 try:
-    reply = call("/mnt/pkernfs", BY_OP[sys.argv[1]]())
-    print(list(reply.names) if isinstance(reply, UnitNames) else None)
+    reply = call("/mnt/pkernfs", known[sys.argv[1]]())
+    print(list(reply.names) if isinstance(reply, table_protocol.UnitNames) else None)
 except PkernfsError as e:
     sys.exit(f"{e}")
 """

@@ -18,7 +18,7 @@ from pkernfs.options import parse_size
 from pkernfs.quantities import Ino, Iova, PhysAddr, SourceId
 
 if TYPE_CHECKING:
-    from pkernfs.control.protocol import Read
+    from pkernfs.control.table_protocol import Read
     from pkernfs.dma.output import Output, Question
 
 _MAX_DOMAIN = 65535
@@ -266,15 +266,15 @@ def put_in_order(args: argparse.Namespace) -> None:
 
 
 def _create(args: argparse.Namespace) -> int:
-    from pkernfs.control import client, protocol
+    from pkernfs.control import client, table_protocol
 
     size = parse_size(args.size)
-    client.call(args.mnt, protocol.CreateTables(args.mode, args.levels, size))
+    client.call(args.mnt, table_protocol.CreateTables(args.mode, args.levels, size))
     return 0
 
 
 def _map(args: argparse.Namespace) -> int:
-    from pkernfs.control import client, protocol
+    from pkernfs.control import client, table_protocol
     from pkernfs.host.bars import parse_bar
     from pkernfs.vtd.entries import parse_perm
 
@@ -287,7 +287,9 @@ def _map(args: argparse.Namespace) -> int:
         raise UsageError("map: either a file or --bar is wanted")
     if args.bar is not None:
         device, bar = parse_bar(args.bar)
-        client.call(args.dom, protocol.MapBar(number, iova, device, bar, offset, length, access))
+        client.call(
+            args.dom, table_protocol.MapBar(number, iova, device, bar, offset, length, access)
+        )
         return 0
     # While it is open here, its inode number cannot become another file's.
     with _alive(args.file), _open_file(args.file) as fd:
@@ -295,7 +297,7 @@ def _map(args: argparse.Namespace) -> int:
         if found.st_dev != mount.device:
             raise InvalidError(f"{args.file}: on another mount than {args.dom}")
         ino = Ino(found.st_ino)
-        client.call(args.dom, protocol.MapFile(number, iova, ino, offset, length, access))
+        client.call(args.dom, table_protocol.MapFile(number, iova, ino, offset, length, access))
     return 0
 
 
@@ -313,47 +315,47 @@ class _open_file:
 
 
 def _unmap(args: argparse.Namespace) -> int:
-    from pkernfs.control import client, protocol
+    from pkernfs.control import client, table_protocol
 
     _mount, number = _domain(args.dom)
     length = parse_size(args.length, "length")
-    client.call(args.dom, protocol.Unmap(number, parse_iova(args.iova), length))
+    client.call(args.dom, table_protocol.Unmap(number, parse_iova(args.iova), length))
     return 0
 
 
 def _attach(args: argparse.Namespace) -> int:
-    from pkernfs.control import client, protocol
+    from pkernfs.control import client, table_protocol
     from pkernfs.host.pci import parse_device
 
     _mount, number = _domain(args.dom)
-    client.call(args.dom, protocol.Attach(number, parse_device(args.bdf)))
+    client.call(args.dom, table_protocol.Attach(number, parse_device(args.bdf)))
     return 0
 
 
 def _snapshot(args: argparse.Namespace) -> int:
-    from pkernfs.control import client, protocol
+    from pkernfs.control import client, table_protocol
     from pkernfs.host.pci import parse_device
 
     _mount, number = _domain(args.dom)
-    client.call(args.dom, protocol.Snapshot(number, parse_device(args.bdf)))
+    client.call(args.dom, table_protocol.Snapshot(number, parse_device(args.bdf)))
     return 0
 
 
 def _detach(args: argparse.Namespace) -> int:
-    from pkernfs.control import client, protocol
+    from pkernfs.control import client, table_protocol
     from pkernfs.host.pci import parse_device
 
     device = parse_device(args.bdf)
-    client.call(_mount_with(args, device), protocol.Detach(device))
+    client.call(_mount_with(args, device), table_protocol.Detach(device))
     return 0
 
 
 def _persist(args: argparse.Namespace) -> int:
-    from pkernfs.control import client, protocol
+    from pkernfs.control import client, table_protocol
     from pkernfs.host.pci import parse_device
 
     device = parse_device(args.bdf)
-    client.call(_mount_with(args, device), protocol.Persist(device, args.switch == "on"))
+    client.call(_mount_with(args, device), table_protocol.Persist(device, args.switch == "on"))
     return 0
 
 
@@ -382,11 +384,11 @@ def _all_mounts() -> list[str]:
 
 def _is_attached(mount_point: str, device: SourceId) -> bool:
     """:raises VersionError: its daemon does not understand the question."""
-    from pkernfs.control import client, protocol
+    from pkernfs.control import client, table_protocol
     from pkernfs.control.wire import VersionError
 
     try:
-        return device in client.call(mount_point, protocol.ListDevices()).source_ids
+        return device in client.call(mount_point, table_protocol.ListDevices()).source_ids
     except VersionError:
         raise
     except PkernfsError:
@@ -476,7 +478,7 @@ def _read(args: argparse.Namespace) -> int:
 
 
 def _request(args: argparse.Namespace) -> Read:
-    from pkernfs.control.protocol import Read
+    from pkernfs.control.table_protocol import Read
     from pkernfs.host.pci import parse_device
     from pkernfs.vtd.entries import parse_perm
 
@@ -531,17 +533,17 @@ def _without_daemon(spec: str, phys_base: str | None, question: Question) -> Out
 
 
 def _activate(args: argparse.Namespace) -> int:
-    from pkernfs.control import client, protocol
+    from pkernfs.control import client, table_protocol
 
-    units = client.call(args.mnt, protocol.Activate(tuple(args.unit), args.cut_off))
+    units = client.call(args.mnt, table_protocol.Activate(tuple(args.unit), args.cut_off))
     print("\n".join(f"{name}: in force" for name in units.names))
     return 0
 
 
 def _deactivate(args: argparse.Namespace) -> int:
-    from pkernfs.control import client, protocol
+    from pkernfs.control import client, table_protocol
 
-    units = client.call(args.mnt, protocol.Deactivate(tuple(args.unit), args.force))
+    units = client.call(args.mnt, table_protocol.Deactivate(tuple(args.unit), args.force))
     print("\n".join(f"{name}: off" for name in units.names))
     return 0
 
@@ -567,11 +569,11 @@ def _units(args: argparse.Namespace) -> int:
 
 def _root_of(mount_point: str) -> PhysAddr | None:
     """Return the physical address of a mount's root table, if its daemon gives it."""
-    from pkernfs.control import client, protocol
+    from pkernfs.control import client, table_protocol
     from pkernfs.control.wire import VersionError
 
     try:
-        return client.call(mount_point, protocol.FindRoot()).address
+        return client.call(mount_point, table_protocol.FindRoot()).address
     except VersionError as e:
         print(f"pkernfs: {e}", file=sys.stderr)
         return None

@@ -11,9 +11,9 @@ from __future__ import annotations
 import base64
 import binascii
 import dataclasses
+import inspect
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import (
     Annotated,
@@ -26,7 +26,6 @@ from typing import (
     cast,
     get_args,
     get_origin,
-    get_type_hints,
 )
 
 from pkernfs.errors import InvalidError
@@ -36,8 +35,7 @@ _SHOWN = 80  # characters of a value in a message
 M = TypeVar("M")
 
 
-@dataclass(frozen=True)
-class Between:
+class Between(NamedTuple):
     """The range of an int, both ends included."""
 
     first: int
@@ -73,6 +71,11 @@ class _Field(NamedTuple):
     name: str
     codec: _Codec
     required: bool
+
+
+def prepare(kind: type[Any]) -> None:
+    """Read the annotations of a dataclass now, so that its first value need not wait for it."""
+    _fields(kind)
 
 
 def encode(message: object) -> dict[str, Any]:
@@ -126,7 +129,7 @@ def _fields(kind: type[Any]) -> tuple[_Field, ...]:
 
 
 def _read_annotations(kind: type[Any]) -> Iterator[_Field]:
-    hints = get_type_hints(kind, include_extras=True)
+    hints = inspect.get_annotations(kind, eval_str=True)
     for f in dataclasses.fields(kind):
         optional = (f.default, f.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
         yield _Field(f.name, _codec(hints[f.name]), not optional)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def handlers(fs: FileSystem, session: Session) -> Handlers:
-    """The handlers of one mount, for all of :data:`pkernfs.control.protocol.REQUESTS`."""
+    """The handlers of one mount, for all requests that there are."""
 
     async def ping(request: protocol.Ping) -> protocol.Pong:
         return protocol.Pong(os.getpid(), fs.region.name, fs.read_only)

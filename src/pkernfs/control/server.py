@@ -18,7 +18,7 @@ from typing import Any
 
 import trio
 
-from pkernfs.control import wire
+from pkernfs.control import codec, wire
 from pkernfs.control.sockets import Listener, peer_user
 from pkernfs.control.wire import Done, Request
 from pkernfs.errors import (
@@ -41,6 +41,9 @@ REQUEST_TIMEOUT_SECONDS = 10.0
 
 MAX_CLIENTS = 32
 
+#: Who waits for the mount comes first, and then the annotations of messages are read.
+_SECONDS_TO_PREPARE = 0.05
+
 
 class Server:
     """Serves the clients of a :class:`Listener`.
@@ -60,7 +63,16 @@ class Server:
         listener.socket.setblocking(False)
         accepting = trio.SocketListener(trio.socket.from_stdlib_socket(listener.socket.dup()))
         async with accepting, trio.open_nursery() as nursery:
+            nursery.start_soon(self._prepare)
             await trio.serve_listeners(self._serve, [accepting], handler_nursery=nursery)
+
+    async def _prepare(self) -> None:
+        """Have all messages ready, one after the other: a handover need not wait for them."""
+        await trio.sleep(_SECONDS_TO_PREPARE)
+        for request in self._handlers:
+            for kind in (request, *request.answers):
+                codec.prepare(kind)
+                await trio.lowlevel.checkpoint()
 
     async def _serve(self, stream: trio.SocketStream) -> None:
         self._clients += 1

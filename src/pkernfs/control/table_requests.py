@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 import trio
 
-from pkernfs.control import protocol
-from pkernfs.control.protocol import Attached, ByteCount, Nothing, UnitNames
+from pkernfs.control import protocol, table_protocol
+from pkernfs.control.protocol import Nothing
 from pkernfs.control.session import Session
+from pkernfs.control.table_protocol import Attached, ByteCount, UnitNames
 from pkernfs.dma import reports, snapshot
 from pkernfs.dma.activation import Activation
 from pkernfs.dma.crash_jump import CrashJump
@@ -54,21 +55,21 @@ class TableRequests:
     def handlers(self) -> Handlers:
         """The handlers by request."""
         return {
-            protocol.CreateTables: self.create,
-            protocol.MapFile: self.map_file,
-            protocol.MapBar: self.map_bar,
-            protocol.Unmap: self.unmap,
-            protocol.Attach: self.attach,
-            protocol.Detach: self.detach,
-            protocol.Persist: self.persist,
-            protocol.Snapshot: self.snapshot,
-            protocol.CheckKernelTables: self.check_kernel_tables,
-            protocol.Switch: self.switch,
-            protocol.Activate: self.activate,
-            protocol.Deactivate: self.deactivate,
-            protocol.ListDevices: self.devices,
-            protocol.FindRoot: self.root,
-            protocol.Read: self.read,
+            table_protocol.CreateTables: self.create,
+            table_protocol.MapFile: self.map_file,
+            table_protocol.MapBar: self.map_bar,
+            table_protocol.Unmap: self.unmap,
+            table_protocol.Attach: self.attach,
+            table_protocol.Detach: self.detach,
+            table_protocol.Persist: self.persist,
+            table_protocol.Snapshot: self.snapshot,
+            table_protocol.CheckKernelTables: self.check_kernel_tables,
+            table_protocol.Switch: self.switch,
+            table_protocol.Activate: self.activate,
+            table_protocol.Deactivate: self.deactivate,
+            table_protocol.ListDevices: self.devices,
+            table_protocol.FindRoot: self.root,
+            table_protocol.Read: self.read,
             protocol.FindKexecNeeds: self.kexec_needs,
             protocol.CrashJump: self.crash_jump,
             protocol.UndoCrashJump: self.undo_crash_jump,
@@ -76,13 +77,13 @@ class TableRequests:
 
     # ------------------------------------------------------------------ changes
 
-    async def create(self, request: protocol.CreateTables) -> Nothing:
+    async def create(self, request: table_protocol.CreateTables) -> Nothing:
         """Make root-pgtables."""
         config = Config(Mode[request.mode.upper()], request.levels)
         await self._change(lambda: tables_of(self._fs).create_root(config, request.size))
         return Nothing()
 
-    async def map_file(self, request: protocol.MapFile) -> ByteCount:
+    async def map_file(self, request: table_protocol.MapFile) -> ByteCount:
         """Map a range of a file."""
         r, tables = request, tables_of(self._fs)
         count = await self._change(
@@ -92,7 +93,7 @@ class TableRequests:
         await self._session.invalidate(r.ino)
         return ByteCount(count)
 
-    async def map_bar(self, request: protocol.MapBar) -> ByteCount:
+    async def map_bar(self, request: table_protocol.MapBar) -> ByteCount:
         """Map a range of a BAR."""
         r, tables = request, tables_of(self._fs)
         bar = read_bar(r.device, r.bar)
@@ -101,28 +102,28 @@ class TableRequests:
         )
         return ByteCount(count)
 
-    async def unmap(self, request: protocol.Unmap) -> ByteCount:
+    async def unmap(self, request: table_protocol.Unmap) -> ByteCount:
         """Unmap a range of addresses."""
         domain, iova, length = request.domain, request.iova, request.length
         count = await self._change(lambda: tables_of(self._fs).unmap(domain, iova, length), domain)
         return ByteCount(count)
 
-    async def attach(self, request: protocol.Attach) -> Attached:
+    async def attach(self, request: table_protocol.Attach) -> Attached:
         """Attach a device."""
         domain, device = request.domain, request.device
         return Attached(await self._change(lambda: tables_of(self._fs).attach(domain, device)))
 
-    async def detach(self, request: protocol.Detach) -> Nothing:
+    async def detach(self, request: table_protocol.Detach) -> Nothing:
         """Detach a device."""
         await self._change(lambda: tables_of(self._fs).detach(request.device))
         return Nothing()
 
-    async def persist(self, request: protocol.Persist) -> Nothing:
+    async def persist(self, request: table_protocol.Persist) -> Nothing:
         """Set whether a handover keeps a device's entries."""
         await self._change(lambda: tables_of(self._fs).persist(request.device, request.on))
         return Nothing()
 
-    async def snapshot(self, request: protocol.Snapshot) -> Attached:
+    async def snapshot(self, request: table_protocol.Snapshot) -> Attached:
         """Read the kernel's tables in a thread, plan in steps, then change ours at once."""
         number, source_id = request.domain, request.device
         check_source_id(source_id)
@@ -136,17 +137,17 @@ class TableRequests:
             plan = await self._in_steps(snapshot.plan(self._fs, HOST, reading))
         return Attached(await self._change(lambda: snapshot.apply(self._fs, plan, number), number))
 
-    async def check_kernel_tables(self, request: protocol.CheckKernelTables) -> Nothing:
+    async def check_kernel_tables(self, request: table_protocol.CheckKernelTables) -> Nothing:
         """See :meth:`Activation.check_kernel_tables`."""
         await self._looking(Activation(self._fs).check_kernel_tables)
         return Nothing()
 
-    async def switch(self, request: protocol.Switch) -> UnitNames:
+    async def switch(self, request: table_protocol.Switch) -> UnitNames:
         """See :meth:`Activation.switch_units`; nothing but the jump may follow."""
         async with self._lock:
             return UnitNames(tuple(Activation(self._fs).switch_units()))
 
-    async def activate(self, request: protocol.Activate) -> UnitNames:
+    async def activate(self, request: table_protocol.Activate) -> UnitNames:
         """Check the tables, and enable translation by them."""
         async with self._lock:
             report = await self._examine()
@@ -158,7 +159,7 @@ class TableRequests:
             names = Activation(self._fs).activate(list(request.units), block_others=request.cut_off)
             return UnitNames(tuple(names))
 
-    async def deactivate(self, request: protocol.Deactivate) -> UnitNames:
+    async def deactivate(self, request: table_protocol.Deactivate) -> UnitNames:
         """Have units translate no more."""
         async with self._lock:
             names = Activation(self._fs).deactivate(list(request.units), forced=request.force)
@@ -212,16 +213,16 @@ class TableRequests:
 
     # ------------------------------------------------------------------ reading
 
-    async def devices(self, request: protocol.ListDevices) -> protocol.Devices:
+    async def devices(self, request: table_protocol.ListDevices) -> table_protocol.Devices:
         """List the devices that are attached."""
-        return protocol.Devices(tuple(d.source_id for d in tables_of(self._fs).devices()))
+        return table_protocol.Devices(tuple(d.source_id for d in tables_of(self._fs).devices()))
 
-    async def root(self, request: protocol.FindRoot) -> protocol.RootTable:
+    async def root(self, request: table_protocol.FindRoot) -> table_protocol.RootTable:
         """Tell where the root table is."""
         root = tables_of(self._fs).root
-        return protocol.RootTable(None if root is None else root.root)
+        return table_protocol.RootTable(None if root is None else root.root)
 
-    async def read(self, request: protocol.Read) -> AsyncIterator[Text | Record | Status]:
+    async def read(self, request: table_protocol.Read) -> AsyncIterator[Text | Record | Status]:
         """Answer a question; text of one step is one item."""
         question = request.question()
         if question.what == "check":
