@@ -256,3 +256,18 @@ def test_another_physical_address_is_told() -> None:
             text = "physical address: 0x80000000, 0x40000000 at the handover"
             assert changes_of(fs) == {"": text}
             fs.unmount()
+
+
+def test_an_address_that_nobody_knew_at_the_handover_has_not_changed() -> None:
+    """A user other than root is told no addresses of huge pages; root mounts it again."""
+    with MemoryFile(16 * MIB) as memory:
+        with memory.open() as region:
+            assert region.phys_base is None
+            make_filesystem(region)
+            fs = mount_filesystem(region)
+            hand_over(fs)
+            fs.unmount()
+        with memory.open(phys_base=PhysAddr(2 << 30)) as region:
+            fs = mount_filesystem(region)
+            assert not changes_of(fs)
+            fs.unmount()

@@ -212,9 +212,24 @@ def test_ranges_have_no_gap_and_do_not_overlap() -> None:
         ranges = (first, RANGE._replace(first_block=BlockNo(start), blocks=4))
         with pytest.raises(CorruptionError, match=rf"bad range 1: got {start}\+4"):
             parse(encoded(ranges=ranges, range_count=2), SUPERBLOCK_PAGE)
-    ranges = (first, RANGE._replace(first_block=BlockNo(4), blocks=4))
+
+
+@pytest.mark.parametrize("page", [4 * 512, 6 * 512, 8 * 512 - 1])
+def test_the_map_of_a_second_range_is_in_its_own_blocks(page: int) -> None:
+    """Its page is counted from the begin of the region, as every page is."""
+    second = RANGE._replace(first_block=BlockNo(4), blocks=4, map_page=PageNo(page))
+    ranges = (RANGE._replace(blocks=4), second)
     found = parse(encoded(ranges=ranges, range_count=2), SUPERBLOCK_PAGE)
     assert (found.ranges, found.total_blocks) == (ranges, 8)
+
+
+@pytest.mark.parametrize(("page", "count"), [(2, 1), (4 * 512 - 1, 1), (8 * 512 - 1, 2)])
+def test_a_map_outside_of_its_range_is_refused(page: int, count: int) -> None:
+    second = RANGE._replace(
+        first_block=BlockNo(4), blocks=4, map_page=PageNo(page), map_pages=count
+    )
+    with pytest.raises(CorruptionError, match=rf"bad range 1: got its map at page {page}\+{count}"):
+        parse(encoded(ranges=(RANGE._replace(blocks=4), second), range_count=2), SUPERBLOCK_PAGE)
 
 
 def test_the_smallest_region() -> None:
@@ -405,7 +420,9 @@ def test_where_it_was_and_where_it_is() -> None:
 def test_ranges_are_told_one_by_one(formatted: Region) -> None:
     ranges = (
         RANGE._replace(blocks=3, node=1),
-        RANGE._replace(first_block=BlockNo(3), blocks=5, phys_base=PhysAddr(0), map_page=PageNo(3)),
+        RANGE._replace(
+            first_block=BlockNo(3), blocks=5, phys_base=PhysAddr(0), map_page=PageNo(5 * 512)
+        ),
     )
     put(formatted, SUPERBLOCK_PAGE, encoded(ranges=ranges, range_count=2, feature_compat=8))
     facts = describe(formatted)

@@ -180,7 +180,7 @@ class Freezer:
         except PkernfsError as e:
             mount_report.trouble = str(e)
         base = NO_PHYSICAL if self._region.phys_base is None else self._region.phys_base
-        if base != record.phys_base:
+        if record.phys_base not in (base, NO_PHYSICAL):  # without one, nothing can depend on it
             mount_report.changes.add_structure(
                 f"physical address: {_address(base)}, {_address(record.phys_base)} at the handover"
             )

@@ -40,7 +40,7 @@ from pkernfs.layout import (
     first_page,
     page_offset,
 )
-from pkernfs.quantities import PageNo
+from pkernfs.quantities import BlockNo, PageNo
 from pkernfs.region.checksum import page_checksum
 from pkernfs.region.region import Region
 
@@ -133,11 +133,16 @@ def _parse_ranges(page: bytes, fields: SuperblockFields, where: str) -> tuple[Ra
         RangeFields(*RANGE.unpack_from(page, RANGES_OFFSET + i * RANGE.size))
         for i in range(fields.range_count)
     )
-    block = 0
+    block = BlockNo(0)
     for i, r in enumerate(ranges):
-        if r.first_block != block or not r.blocks or r.map_page + r.map_pages > r.blocks * 512:
+        if r.first_block != block or not r.blocks:
             raise CorruptionError(f"{where}: bad range {i}: got {r.first_block}+{r.blocks}")
-        block += r.blocks
+        first, block = first_page(r.first_block), BlockNo(block + r.blocks)
+        if not first <= r.map_page <= first_page(block) - r.map_pages:
+            raise CorruptionError(
+                f"{where}: bad range {i}: got its map at page {r.map_page}+{r.map_pages}, "
+                f"expected in its blocks {r.first_block}+{r.blocks}"
+            )
     if block * BLOCK != fields.region_bytes or fields.region_bytes < MIN_REGION_BYTES:
         raise CorruptionError(f"{where}: bad size: got {fields.region_bytes}")
     if fields.journal_page != JOURNAL_PAGE or fields.journal_pages != JOURNAL_PAGES:

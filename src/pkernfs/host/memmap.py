@@ -45,6 +45,13 @@ SOFT_RESERVED = 0xEFFFFFFF
 _OPERATORS = {"@": RAM, "#": ACPI, "$": RESERVED, "!": PRAM}
 
 
+class Release(NamedTuple):
+    """The numbers of a release."""
+
+    major: int
+    minor: int
+
+
 class Rules(NamedTuple):
     """In what the kernels of one release differ from others.
 
@@ -54,16 +61,16 @@ class Rules(NamedTuple):
     :ivar whole_hugepages: hugepages= counts only if nothing is behind its number
     """
 
-    release: tuple[int, int]
+    release: Release
     avoids_fake_mem: bool
     saturates: bool
     whole_hugepages: bool
 
 
 KNOWN = (
-    Rules((6, 1), avoids_fake_mem=True, saturates=False, whole_hugepages=False),
-    Rules((6, 12), avoids_fake_mem=False, saturates=False, whole_hugepages=False),
-    Rules((7, 3), avoids_fake_mem=False, saturates=True, whole_hugepages=True),
+    Rules(Release(6, 1), avoids_fake_mem=True, saturates=False, whole_hugepages=False),
+    Rules(Release(6, 12), avoids_fake_mem=False, saturates=False, whole_hugepages=False),
+    Rules(Release(7, 3), avoids_fake_mem=False, saturates=True, whole_hugepages=True),
 )
 NEWEST = KNOWN[-1]
 
@@ -76,7 +83,7 @@ def rules_for(release: str | None) -> tuple[Rules, ...]:
     match = re.match(r"(\d+)\.(\d+)", release or "")
     if match is None:
         return KNOWN
-    version = (int(match[1]), int(match[2]))
+    version = Release(int(match[1]), int(match[2]))
     below = [r for r in KNOWN if r.release <= version][-1:]
     above = [r for r in KNOWN if r.release >= version][:1]
     return tuple(dict.fromkeys([*below, *above]))
