@@ -127,6 +127,10 @@ def test_the_command_says_what_is_missing(tmp_path: Path) -> None:
     assert done.stderr == f"pkernfs: {tmp_path}/none: no such file\n"
     kernel = tmp_path / "kernel"
     kernel.touch()
-    done = run_pkernfs("kexec", "--dry-run", "--kernel", str(kernel), "--append", "quiet")
+    words = ("kexec", "--dry-run", "--kernel", str(kernel), "--append", "quiet")
+    done = run_pkernfs(*words)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "started with an initrd, and none is found for" in done.stderr
+    done = run_pkernfs(*words, "--initrd", "none")
     assert done.returncode == 0
     assert f"kexec -s -l {kernel}" in done.stdout

@@ -169,10 +169,13 @@ def test_a_command_says_so_in_one_line(tmp_path: Path) -> None:
         path = socket_of(m.path)
         path.unlink()
         with other_daemon(path, old_answer):
-            done = run_pkernfs("handover", str(m.path))
+            says = f"pkernfs: {m.path}: {SAYS.format(1, VERSION)}\n"
+            done = run_pkernfs("handover", "--force", str(m.path))
             assert (done.returncode, done.stdout) == (1, "")
-            assert done.stderr == f"pkernfs: {m.path}: {SAYS.format(1, VERSION)}\n"
-            assert run_pkernfs("iommu", "create", str(m.path)).stderr == done.stderr
+            forced, refused = done.stderr.splitlines(keepends=True)
+            assert forced.startswith("pkernfs: forced, although: ")
+            assert refused == says
+            assert run_pkernfs("iommu", "create", str(m.path)).stderr == says
 
 
 def test_requests_of_this_version_have_no_op() -> None:

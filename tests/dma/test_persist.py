@@ -46,7 +46,7 @@ def test_a_handover_cuts_off_what_is_not_to_persist() -> None:
         pkernfs("iommu", "persist", OTHER, "off", mounted.path)
         assert devices(mounted.path) == {KEPT: True, CUT: False, OTHER: False}
         pkernfs("iommu", "persist", OTHER, "on", mounted.path)
-        pkernfs("handover", mounted.path, "--digest")
+        pkernfs("handover", mounted.path, "--digest", "--force")
         assert devices(mounted.path) == {KEPT: True, OTHER: True}
         assert run_pkernfs("iommu", "translate", str(mounted.path), CUT, "0").returncode == 1
         assert run_pkernfs("iommu", "translate", str(mounted.path), KEPT, "0").returncode == 0

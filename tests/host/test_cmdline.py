@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pkernfs.host.cmdline import (
     Named,
     format_number,
+    hides_dax,
     named_regions,
     parse_number,
     quoted_words,
@@ -83,5 +84,27 @@ def test_more_parameters_are_the_kernels() -> None:
 def test_what_keeps_dax_devices_from_the_kernel() -> None:
     line = "modprobe.blacklist=a,kmem module_blacklist=b dax-hmem.region_idle=1 kmem"
     assert spares_dax(line) == ["modprobe.blacklist=a,kmem"]
-    assert spares_dax("dax_hmem.region_idle dax_hmem.region_idle=n") == ["dax_hmem.region_idle"]
+    assert spares_dax("dax_hmem.region_idle=n dax_hmem.region_idle") == ["dax_hmem.region_idle"]
+    assert spares_dax("dax_hmem.region_idle=0") == []
     assert spares_dax("quiet") == []
+
+
+def test_of_several_parameters_the_last_one_counts() -> None:
+    """But modprobe takes all that it is told not to load."""
+    assert spares_dax("dax_hmem.region_idle dax_hmem.region_idle=n") == []
+    assert spares_dax("module_blacklist=kmem module_blacklist=floppy") == []
+    both = "modprobe.blacklist=kmem modprobe.blacklist=floppy"
+    assert spares_dax(both) == ["modprobe.blacklist=kmem"]
+
+
+def test_what_leaves_no_dax_device() -> None:
+    for word in ("device_hmem.disable", "device_hmem.disable=1", "modprobe.blacklist=x,dax-hmem",
+                 "module_blacklist=device_dax"):  # fmt: skip
+        assert hides_dax(f"quiet {word} ro") == word
+    for line in (
+        "device_hmem.disable=0",
+        "device_hmem.disable=1 device_hmem.disable=n",
+        "module_blacklist=device_dax module_blacklist=a",
+        "modprobe.blacklist=kmem",
+    ):
+        assert hides_dax(line) is None

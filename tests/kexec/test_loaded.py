@@ -21,6 +21,7 @@ from support.kernel_memory import (
 )
 from support.made_up_host import Machine, add_dax, make_machine
 
+G = 1 << 30
 SPEC = "512M!1G"
 SOFT = "memmap=512M%1G-1+0xefffffff"
 
@@ -117,8 +118,6 @@ def test_garbage_in_memory_is_an_error(memory: Memory) -> None:
         (RUNNING, "memmap=4G%8G memmap=256M%1G,256M%1280M pkernfs=512M!1G nokaslr"),
         ("memmap=512M!1G", "memmap=512M!1G"),
         ("memmap=512M$1G pkernfs=a:512M!1G", "memmap=512M$1G pkernfs=a:512M!1G"),
-        ("quiet", "anything: the firmware keeps the memory apart"),
-        ("memmap=1G%8G pkernfs=1G!8G", "another region is none of this one's business"),
         ("memmap=512M@1G", "given as RAM: it is not kept apart"),
     ],
 )
@@ -127,6 +126,100 @@ def test_repeated(memory: Memory, running: str, following: str) -> None:
     loaded.check(SPEC, following, memory.host)
     memory.load(following)
     loaded.check(SPEC, None, memory.host)
+
+
+@pytest.mark.parametrize("kind", ["Soft Reserved", "Persistent Memory", "Reserved", "anything"])
+@pytest.mark.parametrize("running", ["quiet", "memmap=1G%8G pkernfs=1G!8G"])
+def test_what_the_firmware_keeps_apart_needs_no_word(
+    memory: Memory, kind: str, running: str
+) -> None:
+    """Another region's words are none of this one's business."""
+    firmware(memory, (0, G, "System RAM"), (G, 2 * G, kind))
+    memory.write("proc/cmdline", running)
+    loaded.check(SPEC, "anything", memory.host)
+    memory.load("anything")
+    loaded.check(SPEC, None, memory.host)
+
+
+def firmware(memory: Memory, *entries: tuple[int, int, str]) -> None:
+    """Have the firmware report these: start, end, type."""
+    for number, (start, end, kind) in enumerate(entries):
+        for name, text in (("start", hex(start)), ("end", hex(end - 1)), ("type", kind)):
+            memory.write(f"sys/firmware/memmap/{number}/{name}", text)
+
+
+def test_a_word_that_undoes_what_the_firmware_does(memory: Memory) -> None:
+    firmware(memory, (0, G, "System RAM"), (G, 2 * G, "Soft Reserved"))
+    memory.write("proc/cmdline", "quiet")
+    says = (
+        r"the firmware keeps 0x40000000-0x5fffffff apart, and the kernel loaded for kexec would "
+        r"not: its command line"
+    )
+    for line in ("memmap=1G%1G-0xefffffff+1", "memmap=exactmap,2G@0,1G!4G"):
+        with pytest.raises(KexecError, match=says):
+            loaded.check(SPEC, line, memory.host)
+
+
+def test_the_map_that_kexec_gives_the_loaded_kernel(memory: Memory) -> None:
+    """kexec -c makes one of its own, and knows no soft-reserved memory."""
+    firmware(memory, (0, G, "System RAM"), (G, 2 * G, "Soft Reserved"))
+    memory.write("proc/cmdline", "quiet")
+    memory.load("quiet", memory_map=[(0, G, 1), (G, G, 0xEFFFFFFF)])
+    loaded.check(SPEC, None, memory.host)
+    memory.load("quiet", memory_map=[(0, G, 1), (G, G, 2)])
+    with pytest.raises(KexecError, match=r"the map that kexec gives it, .*: load it with kexec -s"):
+        loaded.check(SPEC, None, memory.host)
+
+
+@pytest.mark.parametrize(
+    ("running", "iomem", "word", "why"),
+    [
+        ("efi_fake_mem=1G@1G:0x40000", "Soft Reserved", "memmap=1G%1G-1+0xefffffff",
+         " (no kernel that kexec starts follows efi_fake_mem=)"),
+        ("quiet", "dax0.0", "memmap=1G%1G-1+0xefffffff",
+         " (it cannot be seen what keeps it from this one)"),
+        ("quiet", "Soft Reserved", "memmap=1G%1G-1+0xefffffff", ""),
+        ("quiet", "Persistent Memory", "memmap=1G%1G-1+12", ""),
+        ("quiet", "something", "memmap=1G%1G-1", ""),
+    ],
+)  # fmt: skip
+def test_what_keeps_it_apart_is_not_passed_on(
+    memory: Memory, running: str, iomem: str, word: str, why: str
+) -> None:
+    """By the firmware's map and the words this would be ordinary memory; it is not."""
+    firmware(memory, (0, 2 * G, "System RAM"))
+    memory.write("proc/cmdline", running)
+    memory.write("proc/iomem", f"00100000-3fffffff : System RAM\n40000000-7fffffff : {iomem}\n")
+    memory.load(running)
+    for given in (None, running):
+        with pytest.raises(KexecError) as failure:
+            loaded.check(SPEC, given, memory.host)
+        assert f"is not told {word}: it would take" in str(failure.value)
+        assert str(failure.value).endswith(why)
+    loaded.check(SPEC, f"{word} nokaslr", memory.host)
+
+
+def test_a_kernel_without_the_initrd_that_this_one_has(memory: Memory) -> None:
+    memory.load(RUNNING, before=5)
+    loaded.check(SPEC, None, memory.host)  # nobody knows if this one has one
+    for had, has, refused in ((0, 0, False), (5, 0, True), (5, 7, False)):
+        data = bytearray(4096)
+        data[0x21C] = had
+        path = memory.root / "sys/kernel/boot_params/data"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        memory.load(RUNNING, before=5, initrd=has)
+        if refused:
+            with pytest.raises(KexecError, match="has no initrd, and this one was started with"):
+                loaded.check(SPEC, None, memory.host)
+        else:
+            loaded.check(SPEC, None, memory.host)
+
+
+def test_a_region_that_ends_with_this_kernel(memory: Memory) -> None:
+    says = "/dev/shm: it ends with this kernel; nothing here survives a kexec"
+    with pytest.raises(KexecError, match=f"^{says}$"):
+        loaded.check("/dev/shm", "quiet", memory.host)
 
 
 @pytest.mark.parametrize(
@@ -184,8 +277,6 @@ def test_a_dax_device_is_repeated(tmp_path: Path) -> None:
         (dax_line(machine, keep), dax_line(machine, "dax_hmem.region_idle=0"), keep),
         (dax_line(machine, keep), dax_line(machine, "modprobe.blacklist=kmem2"), keep),
         (f"{SOFT} {named} dax_hmem.region_idle", dax_line(machine), "dax_hmem.region_idle"),
-        ("quiet", "", ""),  # the firmware keeps it apart
-        (keep, "", keep),
     ):
         machine.write("proc/cmdline", running)
         if not missing:
@@ -194,6 +285,21 @@ def test_a_dax_device_is_repeated(tmp_path: Path) -> None:
         with pytest.raises(KexecError) as failure:
             loaded.check(spec, following, machine)
         assert f"is not told {missing}: it would take" in str(failure.value), following
+
+
+def test_a_dax_device_of_memory_that_the_firmware_keeps_apart(tmp_path: Path) -> None:
+    """It needs no word but what keeps kmem from it; that may stand in modprobe.d."""
+    soft = (1 << 30, (2 << 30) - 1, "Soft Reserved")
+    machine = make_machine(tmp_path, command_line="quiet", firmware=(soft,))
+    add_dax(machine, "dax0.0", (1 << 30, 512 << 20))
+    spec = machine.path("dev/dax0.0")
+    loaded.check(spec, "", machine)
+    for running, modprobe in (("modprobe.blacklist=kmem", ""), ("quiet", "blacklist kmem\n")):
+        machine.write("proc/cmdline", running)
+        machine.write("etc/modprobe.d/x.conf", modprobe)
+        with pytest.raises(KexecError, match=r"is not told modprobe\.blacklist=kmem: it"):
+            loaded.check(spec, "", machine)
+        loaded.check(spec, "modprobe.blacklist=kmem", machine)
 
 
 def test_memory_in_dev_mem_is_not_kmems(memory: Memory) -> None:

@@ -68,6 +68,118 @@ def test_what_keeps_dax_devices_from_the_kernel_is_added(machine: Machine) -> No
     assert plan(machine, f"{line} dax_hmem.region_idle=1").added == []
 
 
+SOFT = "memmap=512M%1G-1+0xefffffff"
+
+
+def options(machine: Machine, **config: str) -> None:
+    """Give the running kernel this configuration."""
+    text = "".join(f"CONFIG_{name}={value}\n" for name, value in config.items())
+    machine.write("boot/config-7.3.4", text)
+
+
+def test_what_keeps_kmem_away_is_added_whatever_does_it_now(machine: Machine) -> None:
+    """A file in modprobe.d need not be in the initrd; if kmem is built in, none helps."""
+    machine.write("proc/cmdline", SOFT)
+    machine.write("etc/modprobe.d/dax.conf", "blacklist kmem\n")
+    assert plan(machine).added == ["modprobe.blacklist=kmem"]
+    options(machine, DEV_DAX="m", DEV_DAX_HMEM="m", DEV_DAX_KMEM="y")
+    assert plan(machine).added == ["dax_hmem.region_idle=1"]
+    assert plan(machine, "modprobe.blacklist=kmem").added == [SOFT, "dax_hmem.region_idle=1"]
+    options(machine, DEV_DAX="m", DEV_DAX_HMEM="m")
+    assert plan(machine).added == []
+
+
+def test_kmem_that_has_a_device_is_not_kept_away(machine: Machine) -> None:
+    """That would take memory from the next kernel that this one has."""
+    machine.write("proc/cmdline", SOFT)
+    machine.write("sys/bus/dax/drivers/kmem/dax1.0", "")
+    made = plan(machine)
+    assert made.added == []
+    assert "dax1.0 is its: " in made.obstacles[-1]
+    machine.write("proc/cmdline", f"{SOFT} dax_hmem.region_idle=1")
+    assert not any("kmem" in text for text in plan(machine).obstacles)
+
+
+@pytest.mark.parametrize("word", ["device_hmem.disable=1", "module_blacklist=dax_hmem"])
+def test_a_command_line_by_which_there_is_no_dax_device(machine: Machine, word: str) -> None:
+    machine.write("proc/cmdline", f"{SOFT} modprobe.blacklist=kmem")
+    says = f"the next kernel would have no dax device: its command line has {word}"
+    assert says in plan(machine, word).obstacles
+    machine.write("proc/cmdline", "memmap=512M%1G")
+    assert says not in plan(machine, word).obstacles
+
+
+@pytest.mark.parametrize(
+    ("running", "lacking"),
+    [
+        ("memmap=512M%1G", "DEVMEM"),
+        ("memmap=512M$1G", "DEVMEM"),
+        (SOFT, "DEV_DAX"),
+        (SOFT, "DEV_DAX_HMEM"),
+        ("memmap=512M!1G", "DEV_DAX_PMEM"),
+        ("memmap=512M!1G", "X86_PMEM_LEGACY"),
+    ],
+)
+def test_a_kernel_that_lacks_a_driver_of_the_region(
+    machine: Machine, running: str, lacking: str
+) -> None:
+    everything = ("DEVMEM", "DEV_DAX", "DEV_DAX_HMEM", "DEV_DAX_PMEM", "LIBNVDIMM",
+                  "X86_PMEM_LEGACY")  # fmt: skip
+    machine.write("proc/cmdline", running)
+    options(machine, **dict.fromkeys(everything, "y"))
+    assert not any("CONFIG_" in text for text in plan(machine).obstacles)
+    options(machine, **{name: "y" for name in everything if name != lacking})
+    says = f"/boot/vmlinuz-7.3.4: no CONFIG_{lacking}: it could not mount a region again"
+    assert says in plan(machine).obstacles
+
+
+def test_a_kernel_of_which_nothing_is_known(machine: Machine) -> None:
+    machine.write("boot/new", bzimage("9.1"))
+    says = "/boot/new: cannot see its configuration (9.1): it may lack the drivers of a region"
+    assert any(text.startswith(says) for text in plan(machine, kernel="/boot/new").obstacles)
+    machine.write("boot/config-9.1", "CONFIG_DEVMEM=y\n")
+    assert not any("configuration" in t for t in plan(machine, kernel="/boot/new").obstacles)
+
+
+# ---------------------------------------------------------------------- in no word of this kernel
+
+
+def test_what_a_kexec_does_not_pass_on_is_asked_for_by_a_word(machine: Machine) -> None:
+    """efi_fake_mem= is followed by a kernel that EFI starts; no other one has EFI's memory map."""
+    machine.write("proc/cmdline", "efi_fake_mem=512M@1G:0x40000 modprobe.blacklist=kmem")
+    assert plan(machine).added == [SOFT]
+    assert plan(machine, "quiet").added == ["modprobe.blacklist=kmem", SOFT]
+    machine.write("proc/cmdline", "quiet")  # and yet it is no System RAM in /proc/iomem
+    assert plan(machine).added == ["memmap=512M%1G-1"]
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["memmap=512M%1G-7+0xefffffff", "memmap=512M%1G-12+0xefffffff", "memmap=512M%1G+0xefffffff"],
+)
+def test_other_old_types_are_kept(tmp_path: Path, word: str) -> None:
+    """What the firmware reports as persistent memory, and a word makes soft-reserved."""
+    kind = "Persistent Memory (legacy)" if "-12" in word else "Persistent Memory"
+    firmware = ((0, GIB - 1, "System RAM"), (GIB, 2 * GIB - 1, kind))
+    line = f"{word} modprobe.blacklist=kmem"
+    other = make_machine(tmp_path, command_line=line, firmware=firmware)
+    other.write("proc/sys/kernel/osrelease", "7.3.4")
+    other.write("boot/vmlinuz-7.3.4", "")
+    assert plan(other, "quiet").added == [word, "modprobe.blacklist=kmem"]
+    if "-" in word.partition("%")[2].replace("+", " ").split()[0]:
+        with pytest.raises(RegionError, match="for ordinary memory"):  # of RAM it makes nothing
+            check_command_line(line, [SPAN])
+
+
+def test_an_initrd_that_is_not_found_is_an_obstacle(machine: Machine) -> None:
+    Path(machine.path("boot/initrd.img-7.3.4")).unlink()
+    assert any("--initrd none" in text for text in plan(machine).obstacles)
+    assert not any("initrd" in text for text in plan(machine, initrd="none").obstacles)
+
+
+# ---------------------------------------------------------------------- the rest of the plan
+
+
 def test_memory_that_the_firmware_keeps_apart_needs_no_parameter(machine: Machine) -> None:
     device = Span(PhysAddr(64 * GIB), GIB)
     assert make_plan([SPAN, device], [], append="quiet", host=machine).added == [

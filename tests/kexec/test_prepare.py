@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pkernfs.control.mounts import Mount
-from pkernfs.errors import InvalidError, NotFoundError, PkernfsError
+from pkernfs.errors import InvalidError, NotFoundError, PkernfsError, RegionError
 from pkernfs.host.sysroot import Host
 from pkernfs.kexec import prepare as module
 from pkernfs.kexec import systemd
@@ -67,7 +67,9 @@ def machine(tmp_path: Path) -> Machine:
     machine.write("proc/sysrq-trigger", "")
     machine.write("sys/kernel/kexec_crash_size", str(256 << 20))
     machine.write("boot/vmlinuz-7.3.4", bzimage("7.3.4"))
-    machine.write("boot/config-7.3.4", "CONFIG_INTEL_IOMMU=y\nCONFIG_CRASH_DUMP=y\n")
+    machine.write("sys/kernel/boot_params/data", bytes(4096))  # no initrd
+    config = "CONFIG_INTEL_IOMMU=y\nCONFIG_CRASH_DUMP=y\nCONFIG_DEVMEM=y\n"
+    machine.write("boot/config-7.3.4", config)
     machine.write("lib/modules/7.3.4/modules.alias", "")
     machine.write(f"sys/bus/pci/devices/{EDU}/modalias", "pci:v1\n")
     return machine
@@ -136,3 +138,29 @@ def test_problems_are_in_the_plan(asked: Asked, machine: Machine) -> None:
     assert len(plan.problems) == 2
     plan.problems.clear()
     refuse_problems(plan)
+
+
+@pytest.mark.parametrize(("append", "orderly"), [(None, False), ("quiet", True)])
+def test_a_region_that_ends_with_this_kernel(
+    asked: Asked, machine: Machine, append: str | None, orderly: bool
+) -> None:
+    """No plan of it without force, and --orderly is no remedy."""
+    asked.mounts[0] = asked.mounts[0]._replace(source="/dev/shm")  # as a file there would be
+    plan = prepare(Request(append=append, orderly=orderly), machine).plan
+    says = "/dev/shm: it ends with this kernel; nothing here survives a kexec"
+    with pytest.raises(PkernfsError, match=rf"^kexec: {says} \(--force goes on\)$"):
+        refuse_problems(plan)
+    assert prepare(Request(force=True), machine).force
+
+
+def test_force_goes_on_with_a_region_that_is_lost(asked: Asked, machine: Machine) -> None:
+    """What the command line does to it is said; one that kexec cannot load is refused."""
+    running = LINE.replace("%", "$")
+    machine.write("proc/cmdline", running)
+    line = f"memmap=1M$4G,1M$5G,1M$6G,1M$7G {running} no"
+    with pytest.raises(RegionError, match="nokaslr does not count"):
+        prepare(Request(append=line), machine)
+    plan = prepare(Request(append=line, force=True), machine).plan
+    assert any("nokaslr does not count" in text for text in plan.obstacles)
+    with pytest.raises(RegionError, match="too long"):
+        prepare(Request(append="x" * 2048, force=True), machine)

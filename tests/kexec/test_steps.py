@@ -40,9 +40,11 @@ class World(Observer):
     def say(self, text: str) -> None:
         self.said.append(text)
 
-    def hand_over(self, point: str, *, command_line: str | None, observer: Observer) -> None:
+    def hand_over(
+        self, point: str, *, command_line: str | None, force: bool, observer: Observer
+    ) -> None:
         assert observer is self
-        self.step("hand over", point, str(command_line))
+        self.step("hand over", point, str(command_line), *["forced"] * force)
 
     def run(self, words: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         try:
@@ -106,9 +108,15 @@ def test_a_program_that_fails_has_said_why(world: World) -> None:
     reason = "^kexec -s -l: failed with 3: no such syscall and more$"
     with pytest.raises(PkernfsError, match=reason):
         steps.load(orderly().plan)
-    with pytest.raises(NotFoundError, match="none: not found: apt install kexec-tools"):
+    with pytest.raises(NotFoundError, match=r"none: not found$"):
         steps.hand_over_and_start(orderly("none -e"), world)
     assert world.steps[-1] == "kexec -u"
+
+
+def test_a_remedy_is_that_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(NotFoundError, match=r"^kexec: not found: apt install kexec-tools$"):
+        steps.load(orderly().plan)
 
 
 # ---------------------------------------------------------------------- an orderly kexec

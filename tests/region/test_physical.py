@@ -88,8 +88,8 @@ def test_a_kernel_was_put_there_by_kexec_or_at_boot(
 
 
 SPOILT = [
-    "memmap=64G28G", "'memmap=64G$128G'", r"memmap=64G\$128G", "memmap=64GB$128GB", "memmap=64GB%128G",
-    "memmap=%128G", "memmap=64G%128G-1x",
+    "memmap=64G28G", "'memmap=64G$128G'", r"memmap=64G\$128G", "memmap=64GB$128GB",
+    "memmap=64GB%128G", "memmap=%128G", "memmap=64G%128G-1x",
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 from pkernfs.host.sysroot import Host
@@ -45,14 +46,29 @@ class Memory:
     def word(self, at: int, value: int) -> None:
         self.bytes[at : at + 8] = value.to_bytes(8, "little")
 
-    def load(self, command_line: str, *, before: int = 300, skip: int = 0x800) -> None:
-        """Load a kernel: so many pages of something, then boot parameters, text behind them."""
+    def load(
+        self,
+        command_line: str,
+        *,
+        before: int = 300,
+        skip: int = 0x800,
+        memory_map: Sequence[tuple[int, int, int]] = (),
+        initrd: int = 0,
+    ) -> None:
+        """Load a kernel: so many pages of something, then boot parameters, text behind them.
+
+        ``memory_map`` has start, size and type of each entry, ``initrd`` is its size.
+        """
         text = command_line.encode() + b"\0"
         segments = [(0x100_0000, [self.page(b"kernel") for _ in range(before)])]
         place = 0x9_0000
         head = bytearray(0x1000)
         head[0x202:0x206] = b"HdrS"
         head[0x228:0x22C] = (place + skip).to_bytes(4, "little")
+        head[0x21C:0x220] = initrd.to_bytes(4, "little")
+        head[0x1E8] = len(memory_map)
+        for number, entry in enumerate(memory_map):
+            struct.pack_into("<QQI", head, 0x2D0 + 20 * number, *entry)
         whole = bytes(head[:skip]) + text
         pages = [self.page(whole[at : at + 4096]) for at in range(0, len(whole), 4096)]
         # In the region the pages are anywhere: not one after the other.

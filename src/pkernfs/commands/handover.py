@@ -31,6 +31,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="the next kernel's command line, if no kernel is loaded for kexec or its command line "
         "cannot be read. It must reserve the region as the running kernel's does.",
     )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="hand over although the region does not outlive a kexec; print why it does not.",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON.")
     parser.add_argument("mnt", metavar="MNT", help="the mount point of the file system.")
 
@@ -43,7 +48,11 @@ def run(args: argparse.Namespace) -> int:
     from pkernfs.kexec.handover import hand_over_mount
 
     done = hand_over_mount(
-        args.mnt, digests=args.digest, command_line=args.cmdline, observer=Teller()
+        args.mnt,
+        digests=args.digest,
+        command_line=args.cmdline,
+        force=args.force,
+        observer=Teller(),
     )
     if args.json:
         print(json.dumps(done._asdict(), indent=2))

@@ -20,7 +20,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--initrd",
         metavar="I",
-        help="its initrd; the running kernel's if neither is given.",
+        help="its initrd; the running kernel's if neither is given; `none`: it needs none.",
     )
     parser.add_argument(
         "--append",
@@ -46,7 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check, load, hand over and start. Returns only if that failed, or with --dry-run."""
-    prepared = prepare(Request(args.kernel, args.initrd, args.append, args.orderly))
+    prepared = prepare(Request(args.kernel, args.initrd, args.append, args.orderly, args.force))
     if not args.force:
         refuse_problems(prepared.plan)
     _tell(prepared.plan)
@@ -71,7 +71,7 @@ def start(prepared: Prepared, *, replaced: bool) -> None:
 def _tell(plan: Plan) -> None:
     """Say what is wrong with the next kernel, what is added and what is lost."""
     teller = Teller()
-    for text in plan.problems:
+    for text in [*plan.obstacles, *plan.problems]:
         teller.say(f"forced, although: {text}")
     for word in plan.added:
         teller.say(f"added to the command line: {word}")

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from pkernfs.host import cmdline
 from pkernfs.host.sysroot import Host
 
+BOOT_PARAMS_BYTES = 4096
 _RECORD_BYTES = 8192  # of /dev/kmsg at most (Documentation/ABI/testing/dev-kmsg)
 _MAX_RECORDS = 100_000
 _KEXEC = 0xD  # upper half of the type of loader
@@ -52,6 +53,32 @@ def loader(host: Host) -> Loader:
 def by_efi(host: Host) -> bool:
     """Tell whether the firmware is EFI: its stub places the kernel, unless kexec started it."""
     return os.path.isdir(host.path("sys/firmware/efi"))
+
+
+def had_initrd(host: Host) -> bool | None:
+    """Tell whether this kernel was started with an initrd; None: that cannot be seen.
+
+    An EFI stub may have loaded one that the boot parameters know nothing of
+    (LINUX_EFI_INITRD_MEDIA_GUID, drivers/firmware/efi/libstub/efi-stub-helper.c).
+    """
+    try:
+        with open(host.path("sys/kernel/boot_params/data"), "rb") as file:
+            has_one = boot_params_have_initrd(file.read(BOOT_PARAMS_BYTES))
+    except OSError:
+        return None
+    if not has_one and by_efi(host) and loader(host) is not Loader.KEXEC:
+        return None
+    return has_one
+
+
+def boot_params_have_initrd(data: bytes) -> bool | None:
+    """Tell whether struct boot_params names an initrd; None: it is cut short.
+
+    ramdisk_size, ext_ramdisk_size: Documentation/arch/x86/boot.rst, zero-page.rst.
+    """
+    if len(data) < BOOT_PARAMS_BYTES:
+        return None
+    return any(int.from_bytes(data[at : at + 4], "little") for at in (0x21C, 0xC4))
 
 
 def by_panic(host: Host) -> bool:

@@ -13,6 +13,8 @@ from pkernfs.errors import RegionError
 
 _NUMBER = re.compile(r"(0[xX][0-9a-fA-F]+|[0-9]+)([KMGTPEkmgtpe]?)", re.ASCII)
 _SHIFT = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
+_BLACKLISTS = ("modprobe.blacklist", "module_blacklist")  # kmod's, and the kernel's
+_TRUE = ("", *"1yYtT")  # kstrtobool(); a parameter without a value is true
 _NAMED = re.compile(r"([A-Za-z_][\w.-]*):(.+)", re.ASCII)
 
 
@@ -70,14 +72,42 @@ def spares_dax(command_line: str) -> list[str]:
     Soft-reserved memory is meant for the module kmem, which takes it as soon as it is loaded.
     """
     found = []
-    for word in words(command_line):
+    for word in _in_force(command_line):
         name, _, value = word.partition("=")
-        listed = value.replace("-", "_").split(",")
-        if (name in ("modprobe.blacklist", "module_blacklist") and "kmem" in listed) or (
-            name == "dax_hmem.region_idle" and value[:1] in ("", *"1yYtT")
+        if (name in _BLACKLISTS and "kmem" in _listed(value)) or (
+            name == "dax_hmem.region_idle" and value[:1] in _TRUE
         ):
             found.append(word)
     return found
+
+
+def _in_force(command_line: str) -> list[str]:
+    """Return the parameters, of each name the last one; all of modprobe's own."""
+    found = words(command_line)
+    last = {word.partition("=")[0]: number for number, word in enumerate(found)}
+    return [
+        word
+        for number, word in enumerate(found)
+        if (name := word.partition("=")[0]) == _BLACKLISTS[0] or last[name] == number
+    ]
+
+
+def _listed(value: str) -> list[str]:
+    return value.replace("-", "_").split(",")
+
+
+def hides_dax(command_line: str) -> str | None:
+    """Return the parameter by which soft-reserved memory becomes no device; None: there is none.
+
+    ``device_hmem.disable`` (drivers/dax/hmem/device.c), or no driver for it.
+    """
+    for word in _in_force(command_line):
+        name, _, value = word.partition("=")
+        if name == "device_hmem.disable" and value[:1] in _TRUE:
+            return word
+        if name in _BLACKLISTS and {"dax_hmem", "device_dax"} & set(_listed(value)):
+            return word
+    return None
 
 
 # ---------------------------------------------------------------------------- pkernfs=

@@ -19,7 +19,7 @@ from __future__ import annotations
 import enum
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from pkernfs.host.cmdline import format_number
@@ -698,14 +698,15 @@ class Reservation(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A part of a range, and what is in force in all of it; None: the kernel has it as RAM.
+    """A part of a range, and what is in force in all of it; bytes, ``end`` is not part of it.
 
-    Bytes; ``end`` is not part of it.
+    :ivar reservation: None: no word has changed what the firmware reports
     """
 
     start: PhysAddr
     end: PhysAddr
     reservation: Reservation | None
+    kind: Kind
 
 
 def reservations(command_line: str, rules: Rules = NEWEST) -> list[Reservation]:
@@ -730,39 +731,45 @@ def _reservation(word: Word, change: Change) -> Reservation:
 
 
 def coverage(
-    command_line: str, start: PhysAddr, end: PhysAddr, rules: Rules = NEWEST
+    command_line: str,
+    start: PhysAddr,
+    end: PhysAddr,
+    rules: Rules = NEWEST,
+    firmware: Sequence[Entry] | None = None,
 ) -> list[Piece]:
     """Cut ``start`` to ``end`` where something else is in force, by all words together.
 
-    The firmware is taken to have reported RAM there.
+    :param firmware: the memory map before all words; None: it has RAM there.
     """
     words = e820_words(command_line, rules)
-    edges = {start, end}
-    for word in words:
-        edges.update(PhysAddr(edge) for edge in _edges(word.change) if start < edge < end)
+    table = [Entry(start, end, RAM)] if firmware is None else firmware
+    edges = {int(start), int(end)}
+    edges.update(edge for one in table for edge in one[:2] if start < edge < end)
+    edges.update(edge for word in words for edge in _edges(word.change) if start < edge < end)
     pieces: list[Piece] = []
     for low, high in itertools.pairwise(sorted(edges)):
-        one = _in_force(words, low, high)
-        if pieces and pieces[-1].reservation == one:
-            low = pieces.pop().start
-        pieces.append(Piece(low, high, one))
+        one = _in_force(words, table, PhysAddr(low), PhysAddr(high))
+        if pieces and pieces[-1][2:] == one[2:]:
+            one = one._replace(start=pieces.pop().start)
+        pieces.append(one)
     return pieces
 
 
-def _in_force(words: list[Word], low: PhysAddr, high: PhysAddr) -> Reservation | None:
-    types: dict[int, Word | None] = {RAM: None}
+def _in_force(words: list[Word], table: Sequence[Entry], low: PhysAddr, high: PhysAddr) -> Piece:
+    types: dict[int, Word | None] = {e.kind: None for e in table if e.start <= low < high <= e.end}
     last: Word | None = None
     for word in words:
         if _apply(types, word, low, high):
             last = word
     kind = max(types, default=0)
     word_in_force = types[kind] if types else last
-    if word_in_force is None or word_in_force.change is None:
-        return None
-    change = word_in_force.change
-    return Reservation(
-        PhysAddr(change.start),
-        PhysAddr(change.start + change.size),
-        _KINDS.get(kind, Kind.OTHER),
-        word_in_force.text,
-    )
+    reservation = None
+    if word_in_force is not None and word_in_force.change is not None:
+        change = word_in_force.change
+        reservation = Reservation(
+            PhysAddr(change.start),
+            PhysAddr(change.start + change.size),
+            _KINDS.get(kind, Kind.OTHER),
+            word_in_force.text,
+        )
+    return Piece(low, high, reservation, _KINDS.get(kind, Kind.OTHER))

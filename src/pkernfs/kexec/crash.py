@@ -25,7 +25,8 @@ from pkernfs.quantities import PhysAddr, PhysRange
 
 #: What the running kernel puts in front: ``elfcorehdr=0x...`` and a space.
 ROOM_FOR_HEADER = 32
-_SOFT_OF_RAM = re.compile(r"(\S+%\S+?)-1(\+0xefffffff)", re.IGNORECASE)
+#: ``-OLD`` where ``+NEW`` is behind it; a number may be hexadecimal.
+_OLD_TYPE = re.compile(r"(%[^-+]*)-[^-+]*(\+.*)")
 #: vfio-pci puts a device that is bound, for one by vfio-pci.ids=, and not open to sleep otherwise.
 AWAKE = "vfio_pci.disable_idle_d3=1"
 _NEVER = ("elfcorehdr", "reset_devices", "vfio_pci.disable_idle_d3")
@@ -88,8 +89,8 @@ def no_dump(spans: Sequence[Span]) -> str:
 def for_crash(line: str, memory: str, header: str) -> str:
     """Return a command line for the crash kernel: with ``memory``, and nothing of an older one.
 
-    The firmware's map is not what such a kernel starts from, so memory that is to be soft-reserved
-    is no RAM there before: ``-1`` (from RAM) would match nothing.
+    The firmware's map is not what such a kernel starts from, so memory that is to get another type
+    has none there before: ``-1`` (from RAM), or any other old type, would match nothing.
     """
     kept = []
     for word in cmdline.quoted_words(line):
@@ -97,7 +98,7 @@ def for_crash(line: str, memory: str, header: str) -> str:
         if name.replace("-", "_") in _NEVER:
             continue
         if name == "memmap":
-            parts = [_SOFT_OF_RAM.sub(r"\1\2", part) for part in value.split(",")]
+            parts = [_OLD_TYPE.sub(r"\1\2", part) for part in value.split(",")]
             parts = [part for part in parts if not _gives_memory(part)]
             if not parts:
                 continue

@@ -18,6 +18,7 @@ from pkernfs.fs.fsck import Survey, survey
 from pkernfs.fs.manifest import FileDigests, build_manifest, chunks_of, room_for_manifest
 from pkernfs.kexec import loaded
 from pkernfs.kexec.daemon import Daemon
+from pkernfs.kexec.loaded import KexecError
 from pkernfs.kexec.mounted import Frozen, MountedFileSystem
 from pkernfs.kexec.observer import SILENT, Observer
 from pkernfs.layout import HANDOVER_FLAG_DIGESTS, NO_INO, STATE_PAGE
@@ -66,19 +67,26 @@ def hand_over_mount(
     *,
     digests: bool = False,
     command_line: str | None = None,
+    force: bool = False,
     observer: Observer = SILENT,
 ) -> Handover:
     """Hand over the file system of the mount that ``path`` is in.
 
     :param digests: take digests of the data of all files as well.
     :param command_line: the next kernel's; None: that of the kernel loaded for kexec.
-    :raises KexecError: the next kernel would take the region for ordinary memory.
+    :param force: go on although the region does not outlive a kexec, and say why it does not.
+    :raises KexecError: it does not; the next kernel would take it for ordinary memory, say.
     :raises BusyError: files are open for writing, or it was handed over already.
     :raises CorruptionError: the check found something wrong; the file system is thawed.
     """
     start = time.monotonic()
     daemon = Daemon(path)
-    loaded.check(daemon.mount.source, command_line)
+    try:
+        loaded.check(daemon.mount.source, command_line)
+    except KexecError as e:
+        if not force:
+            raise
+        observer.say(f"forced, although: {e}")
     write_back(daemon.mount.mount_point)
     done = hand_over(daemon, digests=digests, observer=observer)
     return done._replace(seconds=time.monotonic() - start)

@@ -14,13 +14,14 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from pkernfs.errors import PkernfsError, RegionError
-from pkernfs.host import cmdline, memmap
+from pkernfs.host import boot, cmdline, kmem, memmap, reserved
 from pkernfs.host.iomem import Span, overlap
 from pkernfs.host.kcore import Kcore, KcoreError
-from pkernfs.host.memmap import Kaslr, Kind
+from pkernfs.host.memmap import Entry, Kaslr, Kind
+from pkernfs.host.reserved import Kept
 from pkernfs.host.sysroot import HOST, Host
 from pkernfs.quantities import PhysAddr
-from pkernfs.region import dax
+from pkernfs.region import dax, files
 from pkernfs.region.spec import looks_physical, parse_span
 
 _PAGE = 4096
@@ -30,6 +31,8 @@ _MAX_PAGES = 1 << 22
 # struct boot_params, Documentation/arch/x86/boot.rst.
 _SIGNATURE, _SIGNATURE_AT = b"HdrS", 0x202
 _COMMAND_LINE_AT, _COMMAND_LINE_HIGH_AT = 0x228, 0xC8
+# e820_entries, e820_table: zero-page.rst.
+_MAP_ENTRIES_AT, _MAP_AT, _MAX_MAP_ENTRIES = 0x1E8, 0x2D0, 128
 _MAX_COMMAND_LINE = 64 << 10
 
 
@@ -48,47 +51,81 @@ def physical_spans(spec: str, host: Host = HOST) -> list[Span]:
 def check(spec: str, given: str | None = None, host: Host = HOST) -> None:
     """Refuse a kexec after which the region would be lost.
 
-    The parameters of the running kernel that keep the region apart (memmap=, and what keeps kmem
-    from dax devices) and name it (pkernfs=) must be on the next kernel's command line too:
-    ``given``, or that of the kernel loaded for kexec.
+    What keeps the region from the running kernel (:mod:`pkernfs.host.reserved`), what keeps kmem
+    from dax devices, and what names it (pkernfs=) must be there for the next kernel too: on the
+    command line ``given``, or on that of the kernel loaded for kexec, and in its memory map.
 
     Nor may the loaded one be put into the region: ``kexec -c`` chooses places from the firmware's
     memory map, which knows nothing of memmap=.
 
     :raises KexecError: it is not, no kernel is loaded, or its command line cannot be read.
     """
+    if ends_with_kernel(spec, host):
+        raise KexecError(ends_message(spec))
     spans = physical_spans(spec, host)
-    needed = list(_needed(spans, not looks_physical(spec), host))
-    if not needed:
+    needed = _needed(spans, host)
+    if not needed.any():
         return
     if given is None:
-        given = command_line_of_loaded(spec, host, spans)
-    missing = [parameter for parameter, is_there in needed if not is_there(given)]
+        told = loaded_kernel(spec, host, spans)
+    else:
+        told = Told(given, has_initrd=None, firmware=None)
+    firmware = told.firmware or reserved.firmware_map(host)
+    lost = reserved.lost_by(told.command_line, needed.kept, firmware)
+    missing = [one.word for one in lost]
+    missing += [word for word, is_there in needed.asked if not is_there(told.command_line)]
+    if "" in missing:
+        one = next(one for one in lost if not one.word)
+        raise KexecError(
+            f"{spec}: the firmware keeps {one.start:#x}-{one.end - 1:#x} apart, and the kernel "
+            f"loaded for kexec would not: {_why_not_firmware(told)}"
+        )
     if missing:
         raise KexecError(
-            f"{spec}: the kernel loaded for kexec is not told {' '.join(missing)}: it would take "
-            f"the region for ordinary memory: load it again with that on its command line"
+            f"{spec}: the kernel loaded for kexec is not told {' '.join(dict.fromkeys(missing))}: "
+            "it would take the region for ordinary memory: load it again with that on its command "
+            f"line{_why_another_word(lost)}"
         )
-    for _, is_there in needed:
-        if isinstance(is_there, _Reserves):
-            _check_kaslr(spec, given, is_there)
+    for one in needed.kept:
+        if one.by is not reserved.By.FIRMWARE:
+            _check_kaslr(spec, told.command_line, one)
+    if told.has_initrd is False and boot.had_initrd(host):
+        raise KexecError(
+            f"{spec}: the kernel loaded for kexec has no initrd, and this one was started with "
+            "one: load it again with --initrd=INITRD"
+        )
 
 
-class _Reserves(NamedTuple):
-    """Asks of a command line whether it keeps a range apart as another one does."""
-
-    start: PhysAddr
-    end: PhysAddr
-    kind: Kind
-
-    def __call__(self, command_line: str) -> bool:
-        pieces = memmap.coverage(command_line, self.start, self.end)
-        return all(p.reservation is not None and p.reservation.kind is self.kind for p in pieces)
+def _why_not_firmware(told: Told) -> str:
+    if told.firmware is None:
+        return "its command line changes that"
+    return "its command line, or the map that kexec gives it, changes that: load it with kexec -s"
 
 
-def _check_kaslr(spec: str, given: str, reserved: _Reserves) -> None:
+def _why_another_word(lost: list[Kept]) -> str:
+    """Say why words of the running kernel's own command line would not do."""
+    if any(one.by is reserved.By.FAKE_MEM for one in lost):
+        return " (no kernel that kexec starts follows efi_fake_mem=)"
+    if any(one.by is reserved.By.UNKNOWN for one in lost):
+        return " (it cannot be seen what keeps it from this one)"
+    return ""
+
+
+def ends_with_kernel(spec: str, host: Host = HOST) -> bool:
+    """Tell whether a region is memory of the running kernel itself: a file on tmpfs, hugetlbfs."""
+    if looks_physical(spec) or dax.device_name(os.path.realpath(spec), host) is not None:
+        return False
+    return files.is_in_memory(spec)
+
+
+def ends_message(spec: str) -> str:
+    """Say it of such a region."""
+    return f"{spec}: it ends with this kernel; nothing here survives a kexec"
+
+
+def _check_kaslr(spec: str, given: str, kept: Kept) -> None:
     """Refuse a command line by which KASLR may put the next kernel into a range."""
-    verdict = memmap.kaslr(given, reserved.start, reserved.end)
+    verdict = memmap.kaslr(given, kept.start, kept.end)
     if verdict.kaslr is Kaslr.NOT_AVOIDED:
         raise KexecError(
             f"{spec}: the next kernel may put itself into it, at {verdict.at:#x} (KASLR: "
@@ -120,24 +157,32 @@ class _SparesDax(NamedTuple):
         return bool(cmdline.spares_dax(command_line))
 
 
-_Needed = _Reserves | _Names | _SparesDax
+class _Needed(NamedTuple):
+    """The ranges to leave alone, and other parameters with how to look for each."""
+
+    kept: list[Kept]
+    asked: list[tuple[str, _Names | _SparesDax]]
+
+    def any(self) -> bool:
+        """Tell whether anything is needed."""
+        return bool(self.kept or self.asked)
 
 
-def _needed(spans: list[Span], is_dax: bool, host: Host) -> Iterator[tuple[str, _Needed]]:
-    """Yield the running kernel's parameters that a region needs, and how to look for each."""
-    running = host.command_line()
-    for span in spans:
-        for start, end, reservation in memmap.coverage(running, span.start, span.end):
-            if reservation is not None and reservation.kind is not Kind.RAM:
-                yield reservation.parameter, _Reserves(start, end, reservation.kind)
-    spares = cmdline.spares_dax(running)
-    if spans and is_dax and spares:
-        yield spares[0], _SparesDax()
-    for one in cmdline.named_regions(running):
+def _needed(spans: list[Span], host: Host) -> _Needed:
+    """Return what a region needs of the next kernel, as this one has it."""
+    kept = reserved.find_kept(spans, host)
+    asked: list[tuple[str, _Names | _SparesDax]] = []
+    if any(one.kind is Kind.SOFT for one in kept):
+        barrier = kmem.barrier(host)
+        if barrier is not None:
+            # What is in modprobe.d here need not be in the next kernel's initrd.
+            asked.append((barrier.text if barrier.is_word else kmem.WORD, _SparesDax()))
+    for one in cmdline.named_regions(host.command_line()):
         named = _spans_of(one.spec, host)
         if any(overlap(a, b) for a in named for b in spans):
             name = "" if one.name is None else f"{one.name}:"
-            yield f"pkernfs={name}{one.spec}", _Names(one, host)
+            asked.append((f"pkernfs={name}{one.spec}", _Names(one, host)))
+    return _Needed(kept, asked)
 
 
 def _spans_of(spec: str, host: Host) -> list[Span]:
@@ -148,8 +193,20 @@ def _spans_of(spec: str, host: Host) -> list[Span]:
         return []
 
 
-def command_line_of_loaded(spec: str, host: Host = HOST, spans: Sequence[Span] = ()) -> str:
-    """Read the command line of the kernel that is loaded for kexec; ``spec`` is for messages.
+class Told(NamedTuple):
+    """What a loaded kernel is given.
+
+    :ivar has_initrd: None: not known
+    :ivar firmware: the memory map; None: not known
+    """
+
+    command_line: str
+    has_initrd: bool | None
+    firmware: list[Entry] | None
+
+
+def loaded_kernel(spec: str, host: Host = HOST, spans: Sequence[Span] = ()) -> Told:
+    """Read what the kernel that is loaded for kexec is given; ``spec`` is for messages.
 
     :raises KexecError: there is none, it cannot be read, or kexec would put it into ``spans``.
     """
@@ -161,18 +218,36 @@ def command_line_of_loaded(spec: str, host: Host = HOST, spans: Sequence[Span] =
     try:
         with LoadedKernel(host) as kernel:
             inside = kernel.put_into(spans)
-            text = kernel.command_line()
+            told = kernel.told()
     except (KcoreError, OSError) as e:
+        root = "as root, or " if isinstance(e, PermissionError) and host.lockdown() is None else ""
         raise KexecError(
-            f"{spec}: cannot read the command line of the kernel loaded for kexec ({e}): say it "
-            "with --cmdline"
+            f"{spec}: cannot read the command line of the kernel loaded for kexec ({e}): {root}say "
+            "it with --cmdline"
         ) from None
     if inside is not None:
         raise KexecError(
             f"{spec}: kexec would put the next kernel into the region, at {inside:#x}: load it "
             "with kexec -s"
         )
-    return text
+    return told
+
+
+def command_line_of_loaded(spec: str, host: Host = HOST, spans: Sequence[Span] = ()) -> str:
+    """Read the command line of the kernel that is loaded for kexec.
+
+    :raises KexecError: as :func:`loaded_kernel`.
+    """
+    return loaded_kernel(spec, host, spans).command_line
+
+
+def _memory_map(head: bytes) -> list[Entry] | None:
+    """Return the memory map in struct boot_params; None: it has none, or more than fit there."""
+    number = head[_MAP_ENTRIES_AT]
+    if not 0 < number < _MAX_MAP_ENTRIES:
+        return None
+    found = struct.iter_unpack("<QQI", head[_MAP_AT : _MAP_AT + 20 * number])
+    return [Entry(start, start + size, kind) for start, size, kind in found]
 
 
 class LoadedKernel:
@@ -190,14 +265,14 @@ class LoadedKernel:
     def __exit__(self, *exc: object) -> None:
         self._core.close()
 
-    def command_line(self) -> str:
-        """Read the command line that the loaded kernel gets.
+    def told(self) -> Told:
+        """Read the command line, the memory map and the initrd that the loaded kernel gets.
 
         :raises KcoreError: it is not where Linux on x86-64 has it.
         """
         pages, firsts = self._pages()
         for first in firsts:
-            head = self._core.read_physical(pages[first], 0x300)
+            head = self._core.read_physical(pages[first], _PAGE)
             if head[_SIGNATURE_AT : _SIGNATURE_AT + 4] != _SIGNATURE:
                 continue
             low, high = (
@@ -206,7 +281,7 @@ class LoadedKernel:
             )
             text = self._text(pages, PhysAddr(high << 32 | low))
             if text is not None:
-                return text
+                return Told(text, boot.boot_params_have_initrd(head), _memory_map(head))
         raise KcoreError("it has no boot parameters")
 
     def put_into(self, spans: Sequence[Span]) -> PhysAddr | None:

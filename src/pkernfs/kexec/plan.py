@@ -6,17 +6,18 @@ devices go on working meanwhile.
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-from pkernfs.errors import NotFoundError, RegionError
-from pkernfs.host import cmdline, iomem, kernel_image, memmap
+from pkernfs.errors import RegionError
+from pkernfs.host import cmdline, iomem, kernel_image, kmem, memmap, reserved
 from pkernfs.host.iomem import Span
-from pkernfs.host.memmap import Kaslr, Kind, Rules
+from pkernfs.host.memmap import Entry, Kaslr, Kind, Rules
+from pkernfs.host.reserved import By, Kept
 from pkernfs.host.sysroot import HOST, Host
 from pkernfs.kexec import crash
 from pkernfs.kexec.needs import Needs
+from pkernfs.kexec.next_kernel import config_of, find_kernel, lacks
 from pkernfs.region.physical import memmap_parameter
 
 #: Words that a boot loader, or the kernel for a crash kernel, adds for the one that it starts.
@@ -31,19 +32,13 @@ CRASH_JUMP = (
 )
 
 
-class KernelFiles(NamedTuple):
-    """Absolute paths of a kernel and its initrd, if it has one."""
-
-    kernel: str
-    initrd: str | None
-
-
 @dataclass
 class Plan:
     """The steps of ``pkernfs kexec``; commands are lists of words.
 
     :ivar crash: by a panic, for devices that must not be stopped
-    :ivar problems: why it should not be done
+    :ivar problems: why it should not be done, by devices: an orderly kexec has none of these
+    :ivar obstacles: why it should not be done, in either way
     :ivar losses: what does not outlive the running kernel, beside its processes
     :ivar load: loads the next kernel, before anything is handed over
     :ivar handovers: are what is done for each file system
@@ -56,6 +51,7 @@ class Plan:
     crash: bool = False
     added: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    obstacles: list[str] = field(default_factory=list)
     losses: list[str] = field(default_factory=list)
     load: list[str] = field(default_factory=list)
     handovers: list[list[str]] = field(default_factory=list)
@@ -75,6 +71,7 @@ def make_plan(
     initrd: str | None = None,
     append: str | None = None,
     needs: Needs | None = None,
+    force: bool = False,
     host: Host = HOST,
 ) -> Plan:
     """Plan a kexec that keeps physical memory.
@@ -83,22 +80,33 @@ def make_plan(
     :param mount_points: of all file systems that are to be handed over.
     :param append: the next kernel's command line; None: the running one's.
     :param needs: of the devices that must go on; None, or no devices: an orderly kexec.
+    :param force: what could be refused is an obstacle of the plan.
     :raises NotFoundError: no such kernel.
     :raises RegionError: the next kernel would take a region for its own memory.
     """
-    kernel_path, initrd_path = find_kernel(kernel, initrd, host)
+    files = find_kernel(kernel, initrd, host)
     running = host.command_line()
     line = append if append is not None else without_boot_loader(running)
-    plan = Plan(kernel_path, initrd_path, line)
+    plan = Plan(files.kernel, files.initrd, line)
+    plan.obstacles += [files.doubt] if files.doubt else []
+    kept = reserved.find_kept(spans, host)
     if append is not None:
-        _keep_parameters(plan, running, spans)
+        _keep_parameters(plan, running, kept)
     if needs is not None and needs.devices:
         _for_devices(plan, spans, mount_points, append or "", needs, host)
-    rules = memmap.rules_for(kernel_image.release_of(host, plan.kernel))
-    reserved = _reserved(spans, running)
-    _keep_out_of(plan, reserved, rules)
-    room = crash.ROOM_FOR_HEADER if plan.crash else 0
-    check_command_line(plan.append, reserved, room, rules)
+    rules = memmap.rules_for(files.release)
+    config = config_of(files, host)
+    firmware = [] if plan.crash else reserved.firmware_map(host)
+    _keep_apart(plan, kept, firmware, rules, host)
+    _keep_kmem_away(plan, kept, config, host)
+    plan.obstacles += lacks(files, config, kept, host)
+    try:
+        _check_plan(plan, kept, firmware, rules)
+    except RegionError as e:
+        if not force:
+            raise
+        plan.obstacles.append(str(e))
+    _check_length(plan.append, crash.ROOM_FOR_HEADER if plan.crash else 0)
     plan.load = load_command(plan)
     told = ["--cmdline", plan.append] if plan.crash else []
     plan.handovers = [["pkernfs", "handover", point, *told] for point in mount_points]
@@ -129,23 +137,21 @@ def _for_devices(
     plan.losses += crash.losses(host, needs, mount_points)
 
 
-def find_kernel(kernel: str | None, initrd: str | None, host: Host) -> KernelFiles:
-    """Return paths of the kernel and its initrd; the running kernel's if they are not given.
+def _check_plan(
+    plan: Plan, kept: list[Kept], firmware: list[Entry] | None, rules: tuple[Rules, ...]
+) -> None:
+    """Have the next kernel not place itself into a region, and refuse one that would take it.
 
-    :raises NotFoundError: there is none there.
+    :raises RegionError: it would.
     """
-    release = host.find("proc/sys/kernel/osrelease") or ""
-    hint = ""
-    if kernel is None:
-        hint = ": name one with --kernel and --initrd"
-        kernel = f"/boot/vmlinuz-{release}"
-        if initrd is None and os.path.exists(host.path(f"boot/initrd.img-{release}")):
-            initrd = f"/boot/initrd.img-{release}"
-    kernel, initrd = os.path.abspath(kernel), None if initrd is None else os.path.abspath(initrd)
-    for path in (kernel, initrd):
-        if path is not None and not os.path.isfile(host.path(path.lstrip("/"))):
-            raise NotFoundError(f"{path}: no such file{hint}")
-    return KernelFiles(kernel, initrd)
+    words = [one for one in kept if one.by is not By.FIRMWARE]  # all else is no RAM to kaslr.c
+    _keep_out_of(plan, [Span(one.start, one.end - one.start) for one in words], rules)
+    check_command_line(
+        plan.append,
+        [Span(one.start, one.end - one.start) for one in kept],
+        rules=rules,
+        firmware=firmware,
+    )
 
 
 def without_boot_loader(line: str) -> str:
@@ -153,17 +159,57 @@ def without_boot_loader(line: str) -> str:
     return " ".join(w for w in cmdline.quoted_words(line) if not w.startswith(_ADDED_BY_LOADERS))
 
 
-def _keep_parameters(plan: Plan, running: str, spans: list[Span]) -> None:
+def _keep_parameters(plan: Plan, running: str, kept: list[Kept]) -> None:
     """Add the parameters of the running kernel that keep regions, and are missing."""
     present = set(cmdline.words(plan.append))
     keeping = set([] if cmdline.spares_dax(plan.append) else cmdline.spares_dax(running))
-    for span in spans:
-        pieces = memmap.coverage(running, span.start, span.end)
-        keeping.update(p.reservation.parameter for p in pieces if p.reservation)  # mem= as well
+    keeping.update(one.word for one in kept if one.by is By.WORD)  # mem= as well
     for word in cmdline.words(running):
         if word not in present and (word.partition("=")[0] in _KEPT or word in keeping):
             plan.added.append(word)
     plan.append = cmdline.with_words(plan.append, plan.added)
+
+
+def _keep_apart(
+    plan: Plan,
+    kept: list[Kept],
+    firmware: list[Entry] | None,
+    rules: tuple[Rules, ...],
+    host: Host,
+) -> None:
+    """Add what keeps a range that no parameter of the running kernel does, or not in this way."""
+    for one in kept:
+        word = reserved.word_in_crash_kernel(one, host) if plan.crash else one.word
+        if word and reserved.lost_by(plan.append, [one], firmware, rules):
+            _add(plan, word)
+
+
+def _keep_kmem_away(
+    plan: Plan, kept: list[Kept], config: kernel_image.Config | None, host: Host
+) -> None:
+    """Keep soft-reserved memory from the module kmem, whatever does it in this kernel."""
+    if not any(one.kind is Kind.SOFT for one in kept):
+        return
+    if cmdline.hides_dax(plan.append):
+        plan.obstacles.append(
+            f"the next kernel would have no dax device: its command line has "
+            f"{cmdline.hides_dax(plan.append)}"
+        )
+    if kmem.is_kept_away_by(plan.append, config):
+        return
+    others = kmem.devices_of(host)
+    if others:
+        plan.obstacles.append(
+            f"nothing keeps the module kmem from dax devices of the next kernel, and {others[0]} "
+            f"is its: bind it to kmem by hand, and give --append {kmem.word_for(config)}"
+        )
+        return
+    _add(plan, kmem.word_for(config))
+
+
+def _add(plan: Plan, word: str) -> None:
+    plan.append = cmdline.with_words(plan.append, [word])
+    plan.added.append(word)
 
 
 def _keep_out_of(plan: Plan, spans: list[Span], rules: tuple[Rules, ...]) -> None:
@@ -192,47 +238,44 @@ def _not_avoided(line: str, spans: list[Span], rules: tuple[Rules, ...]) -> str 
     return None
 
 
-def _reserved(spans: list[Span], running: str) -> list[Span]:
-    """Return what memmap= keeps apart of them now.
-
-    The firmware does it for a dax device of its own.
-    """
-    return [
-        Span(start, end - start)
-        for span in spans
-        for start, end, reservation in memmap.coverage(running, span.start, span.end)
-        if reservation is not None
-    ]
-
-
 def check_command_line(
-    line: str, spans: list[Span], room: int = 0, rules: tuple[Rules, ...] = memmap.KNOWN
+    line: str,
+    spans: list[Span],
+    room: int = 0,
+    rules: tuple[Rules, ...] = memmap.KNOWN,
+    firmware: Sequence[Entry] | None = None,
 ) -> None:
     """Refuse a command line with which a kernel would not leave the regions alone, or not boot.
 
     :param room: bytes that are going to be added.
     :param rules: that the kernel may follow.
+    :param firmware: the memory map that it is given; None: RAM where the regions are.
     :raises RegionError: it would take a part of one for its own memory; with the parameter.
     """
-    if len(line) > _MAX_COMMAND_LINE - room:
-        raise RegionError(
-            f"command line: too long: got {len(line)} bytes, "
-            f"expected up to {_MAX_COMMAND_LINE - room}: leave something out (--append)"
-        )
+    _check_length(line, room)
     for one in rules:
         why = memmap.stops_boot(line, one)
         if why is not None:
             raise RegionError(f"command line: the next kernel would stop at boot: {why}")
         for span in spans:
-            _check_reserved(line, span, one)
+            _check_reserved(line, span, one, firmware)
 
 
-def _check_reserved(line: str, span: Span, rules: Rules) -> None:
-    for start, end, reservation in memmap.coverage(line, span.start, span.end, rules):
-        if reservation is None or reservation.kind not in _FREE:
+def _check_length(line: str, room: int) -> None:
+    if len(line.encode("utf-8", "surrogateescape")) > _MAX_COMMAND_LINE - room:
+        raise RegionError(
+            f"command line: too long: got {len(line)} bytes, "
+            f"expected up to {_MAX_COMMAND_LINE - room}: leave something out (--append)"
+        )
+
+
+def _check_reserved(line: str, span: Span, rules: Rules, firmware: Sequence[Entry] | None) -> None:
+    for piece in memmap.coverage(line, span.start, span.end, rules, firmware):
+        changed = piece.reservation is not None and piece.kind not in _FREE
+        if piece.kind is Kind.RAM or changed:
             raise RegionError(
-                f"{span}: the next kernel would take {start:#x}-{end - 1:#x} for ordinary "
-                f"memory: its command line needs {memmap_parameter(span)}"
+                f"{span}: the next kernel would take {piece.start:#x}-{piece.end - 1:#x} for "
+                f"ordinary memory: its command line needs {memmap_parameter(span)}"
             )
 
 

@@ -13,7 +13,8 @@ from pkernfs.host.sysroot import HOST, Host
 from pkernfs.kexec import loaded, systemd
 from pkernfs.kexec.daemon import Daemon
 from pkernfs.kexec.needs import MountNeeds, Needs
-from pkernfs.kexec.plan import Plan, find_kernel, make_plan
+from pkernfs.kexec.next_kernel import find_kernel
+from pkernfs.kexec.plan import Plan, make_plan
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,14 @@ class Request:
     """The kexec that somebody asks for; None stands for the running kernel's own.
 
     :ivar orderly: stop devices, although they depend on tables
+    :ivar force: go on where something may be lost
     """
 
     kernel: str | None = None
     initrd: str | None = None
     append: str | None = None
     orderly: bool = False
+    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,13 @@ class Prepared:
 
     :ivar mount_points: of the file systems to hand over, in their order
     :ivar with_devices: of those with devices that must go on
+    :ivar force: hand over regions that may be lost
     """
 
     plan: Plan
     mount_points: list[str]
     with_devices: list[str]
+    force: bool = False
 
 
 def prepare(request: Request, host: Host = HOST) -> Prepared:
@@ -70,10 +75,14 @@ def prepare(request: Request, host: Host = HOST) -> Prepared:
         initrd=request.initrd,
         append=request.append,
         needs=needs,
+        force=request.force,
         host=host,
     )
+    plan.obstacles[:0] = [
+        loaded.ends_message(m.source) for m in mounts if loaded.ends_with_kernel(m.source, host)
+    ]
     with_devices = [point for point, n in mount_needs.needs.items() if n.devices]
-    return Prepared(plan, points, with_devices)
+    return Prepared(plan, points, with_devices, request.force)
 
 
 def ask(mounts: list[Mount]) -> dict[str, Needs]:
@@ -86,7 +95,9 @@ def refuse_problems(plan: Plan) -> None:
 
     :raises PkernfsError: with the problems.
     """
-    if plan.problems:
+    remedies = ["--orderly stops the devices"] if plan.problems and not plan.obstacles else []
+    if plan.problems or plan.obstacles:
         raise PkernfsError(
-            f"kexec: {'; '.join(plan.problems)} (--orderly stops the devices, --force goes on)"
+            f"kexec: {'; '.join([*plan.obstacles, *plan.problems])} "
+            f"({', '.join([*remedies, '--force goes on'])})"
         )

@@ -48,16 +48,18 @@ def hand_over_and_start(
     plan = prepared.plan
     with ended_by_exception(), _undone_if_it_fails(plan, observer, replaced=replaced) as handed:
         for point in prepared.mount_points:
-            _hand_over(point, plan, observer, handed)
+            _hand_over(point, prepared, observer, handed)
         if plan.crash:
             _start_by_panic(prepared.with_devices, observer)
         else:
             _run(plan.start)
 
 
-def _hand_over(point: str, plan: Plan, observer: Observer, handed: list[str]) -> None:
+def _hand_over(point: str, prepared: Prepared, observer: Observer, handed: list[str]) -> None:
+    plan = prepared.plan
+    line = plan.append if plan.crash else None
     try:
-        hand_over_mount(point, command_line=plan.append if plan.crash else None, observer=observer)
+        hand_over_mount(point, command_line=line, force=prepared.force, observer=observer)
     except PkernfsError:
         raise  # and it is not handed over
     except BaseException:
@@ -113,7 +115,8 @@ def _start_by_panic(mount_points: list[str], observer: Observer) -> None:
 def _run(words: list[str]) -> None:
     """:raises PkernfsError: the program fails; with what it has said."""
     if shutil.which(words[0]) is None:
-        raise NotFoundError(f"{words[0]}: not found: apt install kexec-tools")
+        remedy = ": apt install kexec-tools" if words[0] == "kexec" else ""
+        raise NotFoundError(f"{words[0]}: not found{remedy}")
     done = subprocess.run(words, check=False, capture_output=True, text=True)
     if done.returncode:
         said = " ".join((done.stderr or done.stdout).split())

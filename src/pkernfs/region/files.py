@@ -8,6 +8,8 @@ import stat
 from collections.abc import Iterator
 
 from pkernfs.errors import RegionError
+from pkernfs.host.mount_table import own_mounts
+from pkernfs.host.sysroot import HOST
 from pkernfs.layout import BLOCK, PAGE
 from pkernfs.native._native import lib
 from pkernfs.quantities import BlockNo, BlockRun, PhysAddr, RegionOff, RegionRange
@@ -18,7 +20,42 @@ _TMPFS = 0x01021994
 _HUGETLBFS = 0x958458F6
 _RAMFS = 0x858458F6
 _RAM_FILE_SYSTEMS = (_TMPFS, _HUGETLBFS, _RAMFS)
+_OVERLAYFS = 0x794C7630
 _LEAST_ROOM = 2 * BLOCK
+
+
+def is_in_memory(path: str) -> bool:
+    """Tell whether a file is the kernel's own memory: on tmpfs, ramfs or hugetlbfs.
+
+    False for what is not there. On an overlay the directory counts that has its changes.
+    """
+    try:
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        magic = int(lib.pk_fs_magic(fd))
+        upper = _upper_directory(os.fstat(fd).st_dev) if magic == _OVERLAYFS else None
+    finally:
+        os.close(fd)
+    return magic in _RAM_FILE_SYSTEMS or (upper is not None and is_in_memory(upper))
+
+
+def _upper_directory(device: int) -> str | None:
+    """Return ``upperdir=`` of the overlay with that device number; None: it is not told."""
+    for _, where, fstype, options in own_mounts(HOST):
+        if fstype == "overlay" and _device_of(where) == device:
+            found = [o[len("upperdir=") :] for o in options if o.startswith("upperdir=")]
+            # In an initramfs' own names, it may lead back into the overlay.
+            return found[0] if found and _device_of(found[0]) != device else None
+    return None
+
+
+def _device_of(path: str) -> int | None:
+    try:
+        return os.stat(path).st_dev
+    except OSError:
+        return None
 
 
 class FileBacking(Backing):
