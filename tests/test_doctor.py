@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import struct
 from pathlib import Path
 
@@ -244,6 +245,93 @@ def test_an_efi_stub_that_ignores_memmap(
     assert results(machine)["KASLR"].status == OK
     machine.write("sys/firmware/efi/fw_platform_size", "64")
     assert results(machine)["KASLR"].status == (WARNING if warned else OK)
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "iomem", "status", "detail", "remedy"),
+    [
+        ("", "Soft Reserved", "", OK,
+         "soft-reserved by the firmware's memory map, which a kexec passes on", ""),
+        ("efi_fake_mem=512M@1G:0x40000", "System RAM", "Soft Reserved", WARNING,
+         "efi_fake_mem= keeps it from this kernel, and a kexec does not pass that on",
+         "memmap=512M%1G-1+0xefffffff"),
+        ("", "System RAM", "Soft Reserved", WARNING,
+         "something that is neither in the firmware's map nor on the command line keeps it from",
+         "memmap=512M%1G-1+0xefffffff"),
+    ],
+)  # fmt: skip
+def test_what_keeps_a_region_from_the_next_kernel(
+    machine: Machine, line: str, kind: str, iomem: str, status: str, detail: str, remedy: str
+) -> None:
+    machine.write("proc/cmdline", f"{line} pkernfs=512M!1G modprobe.blacklist=kmem")
+    if iomem:
+        machine.write("proc/iomem", f"40000000-5fffffff : {iomem}\n")
+    if kind != "System RAM":
+        machine.write("sys/firmware/memmap/1/type", kind)
+    found = results(machine)
+    result = found["512M!1G, next kernel"]
+    assert result.status == status
+    assert result.detail.startswith(detail)
+    assert result.remedy.startswith(remedy)
+    assert "512M!1G, kmem" not in found
+    machine.write("proc/cmdline", "memmap=512M%1G pkernfs=512M!1G")
+    assert "512M!1G, next kernel" not in results(machine)
+
+
+@pytest.mark.parametrize(
+    ("word", "modprobe", "option", "detail", "remedy"),
+    [
+        ("", "", "m", "nothing keeps the module kmem from it", "modprobe.blacklist=kmem"),
+        ("", "blacklist kmem", "m", "/etc/modprobe.d/a.conf (blacklist kmem) keeps kmem from it; "
+         "the next kernel's initrd may lack that", "modprobe.blacklist=kmem"),
+        ("module_blacklist=kmem", "", "y", "module_blacklist=kmem keeps no kmem away that is bui",
+         "dax_hmem.region_idle=1"),
+    ],
+)  # fmt: skip
+def test_what_keeps_kmem_from_a_region(
+    machine: Machine, word: str, modprobe: str, option: str, detail: str, remedy: str
+) -> None:
+    configure(machine, {**GOOD, "DEV_DAX_KMEM": option})
+    machine.write("proc/cmdline", f"memmap=512M%1G-1+0xefffffff pkernfs=512M!1G {word}")
+    machine.write("etc/modprobe.d/a.conf", modprobe)
+    result = results(machine)["512M!1G, kmem"]
+    assert result.detail.startswith(detail)
+    assert (result.status, result.remedy) == (WARNING, remedy)
+
+
+def test_what_is_not_known_is_not_there(machine: Machine) -> None:
+    """Neither able nor unable, for the lack of a configuration, or of rights."""
+    Path(machine.path("proc/config.gz")).unlink()
+    found = results(machine)
+    assert found["configuration"].status == found["kexec_load"].status == doctor.UNKNOWN
+    for area in ("dma", "kexec"):
+        here = [r for r in found.values() if r.area == area and r.name != "kexec-tools"]
+        assert doctor.able(here, area) is None
+    machine.write("sys/kernel/kexec_loaded", "0")  # it is there with kexec alone
+    assert results(machine)["kexec_load"].status == OK
+    configure(machine, GOOD)
+    table = Path(machine.path("sys/firmware/acpi/tables/DMAR"))
+    table.write_bytes(b"DMAR")
+    assert results(machine)["DMAR"].status == doctor.UNKNOWN
+    assert doctor.able(list(results(machine).values()), "dma") is None
+
+
+@pytest.mark.parametrize(
+    ("line", "lockdown", "remedy"),
+    [
+        ("quiet", "[none] integrity", "iomem=relaxed"),
+        ("iomem=relaxed", "[none] integrity", "a kernel with CONFIG_DEVMEM=y"),
+        ("quiet", "none [integrity]", "boot without lockdown=, secure boot off"),
+    ],
+)
+def test_the_remedy_is_that_of_the_cause(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, line: str, lockdown: str, remedy: str
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    Path(machine.path("dev/mem")).unlink()
+    machine.write("proc/cmdline", line)
+    machine.write("sys/kernel/security/lockdown", lockdown)
+    assert results(machine)["dmar0"].remedy == remedy
 
 
 def test_neither_dev_mem_nor_dax(machine: Machine) -> None:

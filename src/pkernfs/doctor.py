@@ -15,12 +15,13 @@ from importlib import metadata
 from typing import NamedTuple
 
 from pkernfs.errors import NotFoundError, PermissionDeniedError, PkernfsError, RegionError
-from pkernfs.host import boot, cmdline, kernel_image, memmap, qemu
+from pkernfs.host import boot, cmdline, kernel_image, kmem, memmap, qemu, reserved
 from pkernfs.host.dmar import Dmar, read_table
 from pkernfs.host.memmap import Kaslr, Kind, Reservation
+from pkernfs.host.reserved import By, Kept
 from pkernfs.host.sysroot import HOST, Host
 from pkernfs.iommu.config import Config as IommuConfig
-from pkernfs.kexec import systemd
+from pkernfs.kexec import loaded, systemd
 from pkernfs.options import format_size
 from pkernfs.quantities import Iova, PhysAddr
 from pkernfs.region import dax, physical
@@ -36,6 +37,8 @@ _SHARED_DIRECT_KERNEL = (6, 6)  # FUSE_DIRECT_IO_ALLOW_MMAP
 _HUGE_LEAF = 2  # level of the 2 MiB leaves that guest memory is mapped with
 _HUGE = "sys/kernel/mm/hugepages"
 _HUGE_PAGES = re.compile(r"hugepages-(\d+)kB")
+_NO_CONFIG = "this kernel's configuration is nowhere to be found"
+_CONFIG_REMEDY = "put it into /boot as config-RELEASE, or use a kernel with CONFIG_IKCONFIG_PROC"
 _UNITS = f"{systemd.DIRECTORY}/pkernfs.target"
 
 
@@ -56,9 +59,12 @@ def examine(host: Host = HOST) -> Iterator[Result]:
         yield from check(host, config)
 
 
-def able(results: list[Result], area: str) -> bool:
-    """Tell whether nothing is missing for ``area``."""
-    return not any(r.area == area and r.status == MISSING for r in results)
+def able(results: list[Result], area: str) -> bool | None:
+    """Tell whether all is there for ``area``; None: what is missing is not known."""
+    found = {r.status for r in results if r.area == area}
+    if MISSING in found:
+        return False
+    return None if UNKNOWN in found else True
 
 
 Config = kernel_image.Config | None
@@ -256,10 +262,12 @@ def _kaslr(line: str, reserved: list[Reservation]) -> Iterator[Result]:
     verdicts = [(r, memmap.kaslr(line, r.start, r.end)) for r in reserved]
     for reservation, verdict in verdicts:
         if verdict.kaslr is Kaslr.NOT_AVOIDED:
+            is_late = "comes after" in verdict.why
             yield Result(
                 "region", "KASLR", WARNING,
                 f"the next kernel may be put into {reservation.parameter}: {verdict.why}",
-                "nokaslr (pkernfs kexec adds it), or memmap=SIZE$START",
+                "nokaslr (pkernfs kexec adds it), or "
+                + ("that word before the others" if is_late else "memmap=SIZE$START"),
             )  # fmt: skip
             return
     if verdicts:
@@ -268,6 +276,48 @@ def _kaslr(line: str, reserved: list[Reservation]) -> Iterator[Result]:
         yield Result(
             "region", "KASLR", OK, f"off: {verdict.why}" if is_off else "it avoids the ranges"
         )
+
+
+def _check_next_kernel(host: Host, config: Config) -> Iterator[Result]:
+    """Tell of each region that has a name what keeps it from this kernel, if not from the next."""
+    try:
+        named = cmdline.named_regions(host.command_line())
+    except RegionError:
+        return  # said already
+    for region in named:
+        try:
+            kept = reserved.find_kept(loaded.physical_spans(region.spec, host), host)
+        except (PkernfsError, OSError):
+            continue  # said already, or no region of this machine yet
+        yield from _kept_from_the_next_kernel(region.spec, kept)
+        if any(one.kind is Kind.SOFT for one in kept):
+            yield from _kmem(region.spec, host, config)
+
+
+def _kept_from_the_next_kernel(spec: str, kept: list[Kept]) -> Iterator[Result]:
+    for one in kept:
+        if one.by in (By.FAKE_MEM, By.UNKNOWN):
+            yield Result(
+                "region", f"{spec}, next kernel", WARNING,
+                f"{one.by.value} keeps it from this kernel, and a kexec does not pass that on",
+                f"{one.word} (pkernfs kexec adds it)",
+            )  # fmt: skip
+        elif one.by is By.FIRMWARE:
+            detail = f"{one.kind.value} by {one.by.value}, which a kexec passes on"
+            yield Result("region", f"{spec}, next kernel", OK, detail)
+
+
+def _kmem(spec: str, host: Host, config: Config) -> Iterator[Result]:
+    if kmem.is_kept_away_by(host.command_line(), config):
+        return
+    barrier = kmem.barrier(host)
+    if barrier is None:
+        detail = "nothing keeps the module kmem from it, which makes ordinary memory of it"
+    elif barrier.is_word:
+        detail = f"{barrier.text} keeps no kmem away that is built in"
+    else:
+        detail = f"{barrier.text} keeps kmem from it; the next kernel's initrd may lack that"
+    yield Result("region", f"{spec}, kmem", WARNING, detail, kmem.word_for(config))
 
 
 def _check_dax(host: Host, config: Config) -> Iterator[Result]:
@@ -320,6 +370,8 @@ def _check_kexec(host: Host, config: Config) -> Iterator[Result]:
         )  # fmt: skip
     elif config is not None and "KEXEC" not in config and "KEXEC_FILE" not in config:
         yield Result("kexec", "kexec_load", MISSING, "not in this kernel", "CONFIG_KEXEC=y")
+    elif config is None and host.find("sys/kernel/kexec_loaded") is None:
+        yield Result("kexec", "kexec_load", UNKNOWN, _NO_CONFIG, _CONFIG_REMEDY)
     else:
         yield Result("kexec", "kexec_load", OK, "allowed")
 
@@ -350,7 +402,7 @@ def _check_dmar(host: Host) -> Iterator[Result]:
         )  # fmt: skip
         return
     except PkernfsError:
-        dmar = None  # _check_capabilities says it
+        dmar = None  # _check_capabilities says why
     if dmar is not None and dmar.refused:
         yield Result(
             "dma", "DMAR", MISSING, f"{dmar.refused}: Linux drives no unit of such a table",
@@ -360,7 +412,10 @@ def _check_dmar(host: Host) -> Iterator[Result]:
     if dmar is not None and not dmar.units:  # Linux: "No DMAR devices found"
         yield Result("dma", "DMAR", MISSING, "the table has no unit", "a newer firmware")
         return
-    taken = "".join(f"; {remark}: Linux takes it" for remark in dmar.remarks) if dmar else ""
+    if dmar is None:
+        yield Result("dma", "DMAR", UNKNOWN, "there; what is in it is not known", "see `units`")
+        return
+    taken = "".join(f"; {remark}: Linux takes it" for remark in dmar.remarks)
     owned = [n for n in host.list("sys/class/iommu") if n.startswith("dmar")]
     if owned:
         detail = f"{', '.join(owned)}: driven by this kernel{taken}"
@@ -373,6 +428,7 @@ def _check_dmar(host: Host) -> Iterator[Result]:
 def _check_iommu(host: Host, config: Config) -> Iterator[Result]:
     yield from _check_dmar(host)
     if config is None:
+        yield Result("dma", "configuration", UNKNOWN, _NO_CONFIG, _CONFIG_REMEDY)
         return
     for option, why in (
         ("INTEL_IOMMU", "no kernel without it adopts the tables"),
@@ -413,7 +469,7 @@ def _check_capabilities(host: Host, config: Config) -> Iterator[Result]:
         name = found.structure.name
         able_to = discovery.capabilities(host, found)
         if able_to is None:
-            yield Result("dma", name, UNKNOWN, found.why_not, "iomem=relaxed, and root")
+            yield Result("dma", name, UNKNOWN, found.why_not, _reach(host))
             continue
         lacks = list(unmet_requirements(able_to, wanted, dmar.host_bits))
         if lacks:
@@ -421,6 +477,16 @@ def _check_capabilities(host: Host, config: Config) -> Iterator[Result]:
             yield Result("dma", name, MISSING, "; ".join(lacks), remedy)
         else:
             yield Result("dma", name, OK, ", ".join(able_to.words()))
+
+
+def _reach(host: Host) -> str:
+    """Return how to reach the registers of a unit that cannot be."""
+    if os.geteuid():
+        return "as root"
+    if host.lockdown() is not None:
+        return "boot without lockdown=, secure boot off"
+    is_relaxed = "iomem=relaxed" in cmdline.words(host.command_line())
+    return "a kernel with CONFIG_DEVMEM=y" if is_relaxed else "iomem=relaxed"
 
 
 def _check_systemd(host: Host, config: Config) -> Iterator[Result]:
@@ -439,6 +505,7 @@ _CHECKS: tuple[Callable[[Host, Config], Iterator[Result]], ...] = (
     _check_huge_pages,
     _check_dev_mem,
     _check_reservation,
+    _check_next_kernel,
     _check_dax,
     _check_qemu,
     _check_kexec,

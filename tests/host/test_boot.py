@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pkernfs.host.boot import Loader, adoptions, by_panic
+from pkernfs.host.boot import Loader, adoptions, by_panic, had_initrd
 from pkernfs.host.boot import loader as loader_of
 from support.made_up_host import Machine, make_machine
 
@@ -60,3 +60,32 @@ def test_what_started_this_kernel(text: str | None, loader: Loader, tmp_path: Pa
     if text is not None:
         machine.write("proc/sys/kernel/bootloader_type", text)
     assert loader_of(machine) is loader
+
+
+@pytest.mark.parametrize(
+    ("at", "efi", "loader", "found"),
+    [
+        (None, False, "113", False),
+        (0x21C, False, "113", True),
+        (0xC7, False, "113", True),  # of more than 4 GiB
+        (0x218, False, "113", False),  # its address says nothing
+        (None, True, "113", None),  # the stub may have loaded it
+        (None, True, "208", False),  # kexec has no stub
+        (0x21C, True, "113", True),
+    ],
+)
+def test_if_it_had_an_initrd(
+    tmp_path: Path, at: int | None, efi: bool, loader: str, found: bool | None
+) -> None:
+    machine = Machine(str(tmp_path))
+    assert had_initrd(machine) is None
+    machine.write("sys/kernel/boot_params/data", b"short")
+    machine.write("proc/sys/kernel/bootloader_type", loader)
+    assert had_initrd(machine) is None
+    data = bytearray(4096)
+    if at is not None:
+        data[at] = 1
+    machine.write("sys/kernel/boot_params/data", bytes(data))
+    if efi:
+        machine.write("sys/firmware/efi/fw_platform_size", "64")
+    assert had_initrd(machine) is found

@@ -38,6 +38,9 @@ def test_files_beside_the_image(machine: Machine) -> None:
     assert kernel_image.release_of(machine, "/lab/k/vmlinuz") == "6.1.0"
     assert kernel_image.config_of(machine, "6.1.0", "/lab/k/vmlinuz") == {"X": "m"}
     found = kernel_image.claiming_modules(machine, "6.1.0", "/lab/k/vmlinuz", "pci:v1")
+    assert found is None  # it is not known what is built in
+    machine.write("lab/k/lib/modules/6.1.0/modules.builtin.modinfo", "")
+    found = kernel_image.claiming_modules(machine, "6.1.0", "/lab/k/vmlinuz", "pci:v1")
     assert found == {"x": False}
 
 

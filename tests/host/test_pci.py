@@ -158,6 +158,18 @@ def test_a_virtual_function_is_below_its_physical_ones_unit(tmp_path: Path) -> N
     assert (found.source_id, found.chain) == (0x180, (0xE0, 0x100))
 
 
+def test_a_configuration_space_of_which_little_is_shown(tmp_path: Path) -> None:
+    """64 bytes for all but root: nothing is known of ATS then, on the device or below a bridge."""
+    add_device(tmp_path, "0000:00:1c.0", config(kind=6, express=4))
+    add_device(tmp_path, "0000:00:1c.0/0000:01:00.0", config(express=0, ats=True)[:64])
+    add_device(tmp_path, "0000:00:1d.0", config(kind=6, express=4)[:64])
+    add_device(tmp_path, "0000:00:1d.0/0000:02:00.0", config(express=0)[:256])
+    found = {device.name: device.known for device in all_devices(Host(str(tmp_path)))}
+    assert found == {
+        "0000:00:1c.0": True, "0000:01:00.0": False, "0000:00:1d.0": False, "0000:02:00.0": False,
+    }  # fmt: skip
+
+
 def test_a_configuration_space_of_garbage_ends_in_a_device(tmp_path: Path) -> None:
     add_device(tmp_path, "0000:00:05.0", b"\xff" * 4096)
     add_device(tmp_path, "0000:00:06.0", bytes([0, 0, 0, 0, 0, 0, 0x10] + [0x40] * 4089))

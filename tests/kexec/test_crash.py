@@ -31,7 +31,10 @@ def machine(tmp_path: Path) -> Machine:
     machine.write("proc/sysrq-trigger", "")
     machine.write("sys/kernel/kexec_crash_size", str(256 << 20))
     machine.write(KERNEL, bzimage(RELEASE))
-    machine.write(f"boot/config-{RELEASE}", "CONFIG_INTEL_IOMMU=y\nCONFIG_CRASH_DUMP=y\n")
+    machine.write("sys/kernel/boot_params/data", bytes(4096))  # no initrd
+    options = ("INTEL_IOMMU", "CRASH_DUMP", "DEVMEM", "DEV_DAX", "DEV_DAX_HMEM")
+    machine.write(f"boot/config-{RELEASE}", "".join(f"CONFIG_{name}=y\n" for name in options))
+    machine.write(f"lib/modules/{RELEASE}/modules.builtin.modinfo", "")
     machine.write(
         f"lib/modules/{RELEASE}/modules.alias",
         "# Aliases\nalias pci:v00008086d000010D3sv*sd*bc*sc*i* e1000e\n"
@@ -240,6 +243,49 @@ def test_a_kernel_whose_modules_are_nowhere(machine: Machine) -> None:
     Path(machine.path(f"lib/modules/{RELEASE}/modules.alias")).unlink()
     [problem] = plan(machine).problems
     assert "cannot see which of its drivers" in problem
+
+
+def test_a_kernel_of_which_it_is_not_known_what_is_built_in(machine: Machine) -> None:
+    Path(machine.path(f"lib/modules/{RELEASE}/modules.builtin.modinfo")).unlink()
+    [problem] = plan(machine).problems
+    assert "cannot see which of its drivers" in problem
+
+
+# ---------------------------------------------------------------------- memory that is kept apart
+
+
+def test_memory_that_the_firmware_keeps_apart_is_asked_for(machine: Machine) -> None:
+    """A crash kernel's map does not have it: all of it, so that the device is the same."""
+    for name, text in (("start", "0x40000000"), ("end", "0x7fffffff"), ("type", "Soft Reserved")):
+        machine.write(f"sys/firmware/memmap/1/{name}", text)
+    machine.write("proc/cmdline", "root=/dev/vda crashkernel=256M modprobe.blacklist=kmem")
+    made = plan(machine)
+    assert "memmap=1G%1G+0xefffffff" in made.added
+    assert made.obstacles == []
+
+
+def test_memory_that_no_kexec_passes_on_is_asked_for(machine: Machine) -> None:
+    line = "efi_fake_mem=512M@1G:0x40000 crashkernel=256M modprobe.blacklist=kmem"
+    machine.write("proc/cmdline", line)
+    assert "memmap=512M%1G+0xefffffff" in plan(machine).added
+
+
+@pytest.mark.parametrize(
+    ("word", "kept"),
+    [
+        ("512M%1G-1+0xefffffff", "512M%1G+0xefffffff"),
+        ("512M%1G-1+0xEFFFFFFF", "512M%1G+0xEFFFFFFF"),
+        ("0x20000000%0x40000000-7+0xefffffff", "0x20000000%0x40000000+0xefffffff"),
+        ("512M%1G-0xc+0xefffffff", "512M%1G+0xefffffff"),
+        ("512M%1G-1+12", "512M%1G+12"),
+        ("512M%1G-1", "512M%1G-1"),
+        ("512M%1G+0xefffffff", "512M%1G+0xefffffff"),
+        ("1M$5G,512M%1G-7+0xefffffff", "1M$5G,512M%1G+0xefffffff"),
+    ],
+)
+def test_old_types_are_left_out(word: str, kept: str) -> None:
+    """Of whatever type it is to be, nothing is there before."""
+    assert crash.for_crash(f"memmap={word}", "m", "h") == f"memmap={kept} m h {crash.AWAKE}"
 
 
 def test_a_device_that_is_gone(machine: Machine) -> None:

@@ -71,6 +71,7 @@ def machine(tmp_path: Path) -> Machine:
     config = "CONFIG_INTEL_IOMMU=y\nCONFIG_CRASH_DUMP=y\nCONFIG_DEVMEM=y\n"
     machine.write("boot/config-7.3.4", config)
     machine.write("lib/modules/7.3.4/modules.alias", "")
+    machine.write("lib/modules/7.3.4/modules.builtin.modinfo", "")
     machine.write(f"sys/bus/pci/devices/{EDU}/modalias", "pci:v1\n")
     return machine
 

@@ -54,6 +54,21 @@ def test_no_device(machine: Machine, line: str, message: str) -> None:
     assert refusal(machine) == f"/dev/dax0.0: {message}"
 
 
+def test_no_device_of_memory_that_there_is(machine: Machine) -> None:
+    """Whatever has made it what it is."""
+    load = "no such device: modprobe device_dax; modprobe dax_hmem"
+    for line in ("memmap=512M%1G-7+0xefffffff", "efi_fake_mem=1G@1G:0x40000"):
+        machine.write("proc/cmdline", line)
+        assert refusal(machine) == f"/dev/dax0.0: {load}"
+    machine.write("proc/cmdline", "memmap=1G%1G+0xefffffff module_blacklist=dax_hmem")
+    assert refusal(machine) == "/dev/dax0.0: no such device: boot without module_blacklist=dax_hmem"
+    machine.write("proc/cmdline", "memmap=512M!1G")
+    assert "ndctl create-namespace -m devdax" in refusal(machine)
+    machine.write("proc/cmdline", "quiet")
+    machine.write("sys/firmware/memmap/1/type", "Soft Reserved")
+    assert refusal(machine) == f"/dev/dax0.0: {load}"
+
+
 def test_another_device(machine: Machine) -> None:
     for name in ("dax0.0", "dax0.10", "dax0.9"):
         add_dax(machine, name, (G, 8 * M))

@@ -16,6 +16,7 @@ from pkernfs.native._native import lib
 from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import LockedError, RegionError
 from pkernfs.fs.mkfs import make_filesystem
+from pkernfs.host.mount_table import MountLine
 from pkernfs.layout import BLOCK, PAGE, ROOT_INO
 from pkernfs.quantities import RegionOff
 from pkernfs.region import files, locks
@@ -50,6 +51,23 @@ def test_what_cannot_be_opened(tmp_path: Path, path: str) -> None:
     with pytest.raises(RegionError):
         Region.create(str(tmp_path / "huge"), 1 << 63)
     assert not (tmp_path / "huge").exists()
+
+
+def test_files_that_end_with_the_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an overlay the upper directory counts; what is not there does not."""
+    with MemoryFile(16 << 20) as memory:
+        assert files.is_in_memory(memory.path)
+    assert not files.is_in_memory(f"{tmp_path}/none")
+    assert not files.is_in_memory("/proc/version")
+    with open("/proc/version", "rb") as proc:
+        monkeypatch.setattr(files, "_OVERLAYFS", lib.pk_fs_magic(proc.fileno()))
+    device = os.stat("/proc").st_dev
+    for upper, found in (("/dev/shm", True), ("/sys", False), ("/proc/self", False), (None, False)):
+        options = ("rw", "lowerdir=/x", *([f"upperdir={upper}"] if upper else []))
+        line = MountLine("overlay", "/proc", "overlay", options)
+        monkeypatch.setattr(files, "own_mounts", lambda host, line=line: iter([line]))
+        assert os.stat("/proc/version").st_dev == device
+        assert files.is_in_memory("/proc/version") == found
 
 
 def test_sizes_are_cut_to_pages(tmp_path: Path) -> None:

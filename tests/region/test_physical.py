@@ -107,6 +107,23 @@ def test_a_limit_is_no_misspelt_range(tmp_path: Path) -> None:
     check("512M!1G", parse_span("512M!1G"), make_machine(tmp_path, command_line="memmap=512M1G"))
 
 
+@pytest.mark.parametrize(
+    "line", ["quiet", "memmap=512M$1G", "memmap=512M%1G-1", "memmap=1M$512M,512M%1G-1"]
+)
+def test_memory_that_the_firmware_keeps_for_dax(tmp_path: Path, line: str) -> None:
+    """The highest type counts, and -1 is of RAM only: kmem could take it at any time."""
+    firmware = ((0, G - 1, "System RAM"), (G, 2 * G - 1, "Soft Reserved"))
+    machine = make_machine(tmp_path, command_line=line, firmware=firmware)
+    with pytest.raises(RegionError, match="the firmware keeps 0x40000000 for device-dax: use /dev"):
+        check("512M!1G", parse_span("512M!1G"), machine)
+
+
+def test_memory_that_the_firmware_keeps_for_dax_may_be_removed(tmp_path: Path) -> None:
+    firmware = ((0, G - 1, "System RAM"), (G, 2 * G - 1, "Soft Reserved"))
+    machine = make_machine(tmp_path, command_line="memmap=512M%1G", firmware=firmware)
+    check("512M!1G", parse_span("512M!1G"), machine)
+
+
 @pytest.mark.parametrize("at", ["20000000", "27e00000"])
 def test_a_kernel_in_memory_that_is_not_reserved(at: str, tmp_path: Path) -> None:
     """KASLR puts it anywhere, so it says nothing of a region; the memmap= is what is missing."""

@@ -117,6 +117,7 @@ def test_a_device_that_may_depend_on_tables(dmar: Dmar) -> None:
         ({"aliased": True}, "a bridge to conventional PCI is above it"),
         ({"chain": (0x30,)}, "the firmware has it use memory at 0x100000-0x1fffff (RMRR)"),
         ({"ats": True}, "ATS is enabled"),
+        ({"known": False}, "the kernel shows too little of its configuration space"),
         ({"pasid": True}, "PASID is enabled"),
     ],
 )

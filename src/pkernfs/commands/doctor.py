@@ -15,6 +15,7 @@ _AREAS = {
     "dma": "leave devices running meanwhile",
     "units": "do it with systemd",
 }
+_ANSWERS = {True: "yes", False: "no", None: "not known"}
 _MARKS = {doctor.OK: "ok", doctor.WARNING: "!", doctor.MISSING: "MISSING", doctor.UNKNOWN: "?"}
 
 
@@ -29,15 +30,16 @@ def run(args: argparse.Namespace) -> int:
     able = {area: doctor.able(results, area) for area in _AREAS}
     if args.json:
         checks = [r._asdict() for r in results]
-        print(json.dumps({"able": able, "checks": checks}, indent=2))
+        known = {area: found is True for area, found in able.items()}
+        print(json.dumps({"able": known, "checks": checks}, indent=2))
     else:
         _print(results, able)
     return 0 if able["mount"] else 1
 
 
-def _print(results: list[doctor.Result], able: dict[str, bool]) -> None:
+def _print(results: list[doctor.Result], able: dict[str, bool | None]) -> None:
     for area, purpose in _AREAS.items():
-        print(f"{purpose}: {'yes' if able[area] else 'no'}")
+        print(f"{purpose}: {_ANSWERS[able[area]]}")
         for r in results:
             if r.area == area:
                 print(f"  {_MARKS[r.status]:<8}{r.name}: {r.detail}")

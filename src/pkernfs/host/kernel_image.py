@@ -62,15 +62,17 @@ def _parse(text: str) -> Config:
 def claiming_modules(host: Host, release: str, image: str, modalias: str) -> dict[str, bool] | None:
     """Return the modules of a kernel that take a device of that modalias.
 
-    :returns: True for each module that is built in. None: the modules are nowhere to be found.
+    :returns: True for each module that is built in. None: the modules are nowhere to be found, or
+        it is not known which are built in.
     """
     texts = [host.find(name) for name in _modules(release, image, "modules.alias")]
     aliases = next((text for text in texts if text is not None), None)
-    if aliases is None:
+    texts = [host.find(name) for name in _modules(release, image, "modules.builtin.modinfo")]
+    built_in = next((text for text in texts if text is not None), None)
+    if aliases is None or built_in is None:
         return None
     found = {m: False for pattern, m in _aliases(aliases) if fnmatch.fnmatchcase(modalias, pattern)}
-    built_in = [host.find(name) for name in _modules(release, image, "modules.builtin.modinfo")]
-    for pattern, module in _built_in(next((t for t in built_in if t is not None), "")):
+    for pattern, module in _built_in(built_in):
         if fnmatch.fnmatchcase(modalias, pattern):
             found[module] = True
     return found

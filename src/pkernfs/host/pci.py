@@ -22,6 +22,7 @@ _BDF = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
 _LAST_SEGMENT = 0xFFFF  # of DMAR; those above are below an Intel VMD
 _BRIDGE_CLASS = 0x06
 _TO_CONVENTIONAL, _FROM_CONVENTIONAL = 7, 8
+_FOR_EVERYBODY = 64  # so many bytes of a space are shown without CAP_SYS_ADMIN
 _EXTENDED_CAPABILITIES = 0x100
 _ATS, _PASID = 0x000F, 0x001B
 _MOST_CAPABILITIES = 256
@@ -33,6 +34,7 @@ class PciDevice(NamedTuple):
     ``aliased``: what is above it sends its requests on under a name of its own. Below an Intel VMD
     the chain ends with the VMD, whose name requests have (Linux: pci_real_dma_dev());
     ``unit_segment`` is then the VMD's segment. It is None where it is that of the device.
+    ``known``: its configuration space could be read, more than the first 64 bytes of it.
     """
 
     segment: int
@@ -45,6 +47,7 @@ class PciDevice(NamedTuple):
     ats: bool
     pasid: bool
     unit_segment: int | None = None
+    known: bool = True
 
     @property
     def name(self) -> str:
@@ -95,6 +98,7 @@ def read_device(host: Host, source_id: SourceId, segment: int = 0) -> PciDevice 
         _enabled(config, _ATS, 1 << 15),
         _enabled(config, _PASID, 1),
         above[0].segment if below_vmd else None,
+        all(len(one) > _FOR_EVERYBODY for one in (config, *bridges)),
     )
 
 

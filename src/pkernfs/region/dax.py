@@ -16,7 +16,7 @@ import stat
 from typing import NamedTuple
 
 from pkernfs.errors import RegionError
-from pkernfs.host import memmap
+from pkernfs.host import cmdline, memmap, reserved
 from pkernfs.host.iomem import Span
 from pkernfs.host.sysroot import Host
 from pkernfs.layout import BLOCK
@@ -134,9 +134,15 @@ def _why_none(host: Host) -> str:
     names = device_names(host)
     if names:
         return f"no such device: there is {', '.join(f'/dev/{name}' for name in names)}"
-    kinds = {r.kind for r in memmap.reservations(host.command_line())}
-    if memmap.Kind.SOFT in kinds:
+    line = host.command_line()
+    if hidden := cmdline.hides_dax(line):
+        return f"no such device: boot without {hidden}"
+    made = {word.change.new for word in memmap.e820_words(line) if word.change is not None}
+    made.update(entry.kind for entry in reserved.firmware_map(host) or [])
+    if memmap.SOFT_RESERVED in made or reserved.fake_mem_spans(line):
         return "no such device: modprobe device_dax; modprobe dax_hmem"
+    if memmap.PMEM in made or memmap.PRAM in made:
+        return "no such device: ndctl create-namespace -m devdax makes one of persistent memory"
     return (
         "no such device: boot with memmap=SIZE%START-1+0xefffffff to have one, and modprobe "
         "device_dax; modprobe dax_hmem"

@@ -6,7 +6,7 @@ Everything here reads texts of the kernel; nothing is opened, mapped or stored.
 from __future__ import annotations
 
 from pkernfs.errors import RegionError
-from pkernfs.host import boot, cmdline, memmap
+from pkernfs.host import boot, cmdline, memmap, reserved
 from pkernfs.host.cmdline import format_number
 from pkernfs.host.iomem import Resource, Span, overlap, read_firmware_map, read_iomem
 from pkernfs.host.memmap import Kind, Piece, Reservation
@@ -15,6 +15,7 @@ from pkernfs.quantities import PhysAddr
 
 _FREE = (Kind.REMOVED, Kind.RESERVED)
 _MEMORY = ("System RAM", "Soft Reserved")
+_USE_DAX = "use /dev/daxX.Y (modprobe dax_hmem; modprobe device_dax)"
 _KERNEL = "Kernel "  # its code, its data, its bss: children of System RAM
 
 
@@ -39,12 +40,15 @@ def check(spec: str, span: Span, host: Host) -> None:
     """
     command_line = host.command_line()
     resources = read_iomem(spec, host)
-    reserved = memmap.reservations(command_line)
+    given = memmap.reservations(command_line)
+    firmware = None
     if not cmdline.values(command_line, "elfcorehdr") and not any(
-        r.kind is Kind.RAM for r in reserved
+        r.kind is Kind.RAM for r in given
     ):  # the kernel of a crash, and those after it, are told of little memory
         _check_memory(spec, span, sorted(read_firmware_map(host)))
-    _check_reserved(spec, span, command_line, resources)
+        firmware = reserved.firmware_map(host)
+    pieces = memmap.coverage(command_line, span.start, span.end, firmware=firmware)
+    _check_reserved(spec, span, pieces, command_line, resources)
     _check_kernel(spec, span, resources, host)
     for resource in resources:
         if overlap(span, resource):
@@ -68,15 +72,16 @@ def _check_memory(spec: str, span: Span, firmware: list[Resource]) -> None:
     )
 
 
-def _check_reserved(spec: str, span: Span, command_line: str, resources: list[Resource]) -> None:
+def _check_reserved(
+    spec: str, span: Span, pieces: list[Piece], command_line: str, resources: list[Resource]
+) -> None:
     """Refuse a range that memmap= does not keep from the kernel, all of it."""
-    pieces = memmap.coverage(command_line, span.start, span.end)
-    wrong = next(
-        (p for p in pieces if p.reservation is None or p.reservation.kind not in _FREE), None
-    )
+    wrong = next((p for p in pieces if p.reservation is None or p.kind not in _FREE), None)
     if wrong is None:
         return
     remedy = f"boot with {memmap_parameter(span)} on the kernel command line"
+    if wrong.reservation is None and wrong.kind is Kind.SOFT:
+        raise RegionError(f"{spec}: the firmware keeps {wrong.start:#x} for device-dax: {_USE_DAX}")
     if wrong.reservation is not None:
         raise _reserved_otherwise(spec, wrong.start, wrong.reservation, remedy)
     raise _not_reserved(spec, span, wrong.start, pieces, resources, remedy, command_line)
@@ -87,10 +92,7 @@ def _reserved_otherwise(
 ) -> RegionError:
     parameter, kind = reservation.parameter, reservation.kind
     if kind is Kind.SOFT:
-        return RegionError(
-            f"{spec}: {parameter} keeps {at:#x} for device-dax: "
-            "use /dev/daxX.Y (modprobe dax_hmem; modprobe device_dax)"
-        )
+        return RegionError(f"{spec}: {parameter} keeps {at:#x} for device-dax: {_USE_DAX}")
     return RegionError(f"{spec}: {parameter} makes {kind.value} of {at:#x}: {remedy} instead")
 
 

@@ -78,6 +78,11 @@ def unfit_reason(dmar: Dmar, device: PciDevice | None, source_id: SourceId) -> s
         return f"device {name}: there is none: detach it"
     if unit_of(dmar, device) is None:
         return f"device {name}: below no unit: its DMA is never translated"
+    if not device.known:
+        return (
+            f"device {name}: the kernel shows too little of its configuration space (or of a "
+            "bridge's) to tell if ATS or PASID are enabled: root is needed (CAP_SYS_ADMIN)"
+        )
     if device.aliased:
         return f"device {name}: a bridge to conventional PCI is above it: its requests have no name"
     reserved = reserved_memory_of(dmar, device)
