@@ -201,7 +201,7 @@ def test_a_mount_is_written_back_and_checked_first(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(handover, "Daemon", Daemon)
     monkeypatch.setattr(handover, "hand_over", hand_over)
-    monkeypatch.setattr(loaded, "check", lambda *given: order.append(f"check {given}"))
+    monkeypatch.setattr(loaded, "check", lambda *given, **_: order.append(f"check {given}"))
     monkeypatch.setattr(handover, "write_back", lambda point: order.append(f"sync {point}"))
     done = hand_over_mount("/mnt/a/x", command_line="quiet")
     assert order == [

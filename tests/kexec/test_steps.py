@@ -41,9 +41,16 @@ class World(Observer):
         self.said.append(text)
 
     def hand_over(
-        self, point: str, *, command_line: str | None, force: bool, observer: Observer
+        self,
+        point: str,
+        *,
+        command_line: str | None,
+        force: bool,
+        needs_initrd: bool,
+        observer: Observer,
     ) -> None:
         assert observer is self
+        assert not needs_initrd  # the plans here have none
         self.step("hand over", point, str(command_line), *["forced"] * force)
 
     def run(self, words: list[str], **_: Any) -> subprocess.CompletedProcess[str]:

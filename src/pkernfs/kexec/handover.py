@@ -68,6 +68,7 @@ def hand_over_mount(
     digests: bool = False,
     command_line: str | None = None,
     force: bool = False,
+    needs_initrd: bool = True,
     observer: Observer = SILENT,
 ) -> Handover:
     """Hand over the file system of the mount that ``path`` is in.
@@ -75,6 +76,7 @@ def hand_over_mount(
     :param digests: take digests of the data of all files as well.
     :param command_line: the next kernel's; None: that of the kernel loaded for kexec.
     :param force: go on although the region does not outlive a kexec, and say why it does not.
+    :param needs_initrd: the loaded kernel must have an initrd if this one had one.
     :raises KexecError: it does not; the next kernel would take it for ordinary memory, say.
     :raises BusyError: files are open for writing, or it was handed over already.
     :raises CorruptionError: the check found something wrong; the file system is thawed.
@@ -82,7 +84,7 @@ def hand_over_mount(
     start = time.monotonic()
     daemon = Daemon(path)
     try:
-        loaded.check(daemon.mount.source, command_line)
+        loaded.check(daemon.mount.source, command_line, needs_initrd=needs_initrd)
     except KexecError as e:
         if not force:
             raise

@@ -48,7 +48,9 @@ def physical_spans(spec: str, host: Host = HOST) -> list[Span]:
     return [] if name is None else list(dax.read_device(name, host).pieces)
 
 
-def check(spec: str, given: str | None = None, host: Host = HOST) -> None:
+def check(
+    spec: str, given: str | None = None, host: Host = HOST, *, needs_initrd: bool = True
+) -> None:
     """Refuse a kexec after which the region would be lost.
 
     What keeps the region from the running kernel (:mod:`pkernfs.host.reserved`), what keeps kmem
@@ -58,6 +60,7 @@ def check(spec: str, given: str | None = None, host: Host = HOST) -> None:
     Nor may the loaded one be put into the region: ``kexec -c`` chooses places from the firmware's
     memory map, which knows nothing of memmap=.
 
+    :param needs_initrd: the loaded kernel must have an initrd if this one had one.
     :raises KexecError: it is not, no kernel is loaded, or its command line cannot be read.
     """
     if ends_with_kernel(spec, host):
@@ -89,7 +92,7 @@ def check(spec: str, given: str | None = None, host: Host = HOST) -> None:
     for one in needed.kept:
         if one.by is not reserved.By.FIRMWARE:
             _check_kaslr(spec, told.command_line, one)
-    if told.has_initrd is False and boot.had_initrd(host):
+    if needs_initrd and told.has_initrd is False and boot.had_initrd(host):
         raise KexecError(
             f"{spec}: the kernel loaded for kexec has no initrd, and this one was started with "
             "one: load it again with --initrd=INITRD"

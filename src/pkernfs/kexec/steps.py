@@ -59,7 +59,13 @@ def _hand_over(point: str, prepared: Prepared, observer: Observer, handed: list[
     plan = prepared.plan
     line = plan.append if plan.crash else None
     try:
-        hand_over_mount(point, command_line=line, force=prepared.force, observer=observer)
+        hand_over_mount(
+            point,
+            command_line=line,
+            force=prepared.force,
+            needs_initrd=plan.initrd is not None,  # it was decided that there is none
+            observer=observer,
+        )
     except PkernfsError:
         raise  # and it is not handed over
     except BaseException:
