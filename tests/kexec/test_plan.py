@@ -133,6 +133,24 @@ def test_a_kernel_that_lacks_a_driver_of_the_region(
     assert says in plan(machine).obstacles
 
 
+@pytest.mark.parametrize(
+    ("own", "says"),
+    [
+        ({"CMDLINE_OVERRIDE": "y", "CMDLINE": '"quiet"'}, "CONFIG_CMDLINE_OVERRIDE"),
+        ({"CMDLINE": '"quiet memmap=4G@0"'}, "CONFIG_CMDLINE has 'quiet memmap=4G@0'"),
+        ({"CMDLINE": '"mem=1G"'}, "CONFIG_CMDLINE has"),
+        ({"CMDLINE": '"quiet"'}, None),
+    ],
+)
+def test_a_kernel_with_a_command_line_of_its_own(
+    machine: Machine, own: dict[str, str], says: str | None
+) -> None:
+    options(machine, DEVMEM="y", CMDLINE_BOOL="y", **own)
+    found = [text for text in plan(machine).obstacles if "CMDLINE" in text]
+    assert len(found) == (says is not None)
+    assert says is None or says in found[0]
+
+
 def test_a_kernel_of_which_nothing_is_known(machine: Machine) -> None:
     machine.write("boot/new", bzimage("9.1"))
     says = "/boot/new: cannot see its configuration (9.1): it may lack the drivers of a region"

@@ -171,9 +171,28 @@ def lacks(
                 "it may lack the drivers of a region: put its config beside it"
             )
         return
+    yield from _own_command_line(files, config)
     for option in dict.fromkeys(option for one in kept for option in _options(one)):
         if option not in config:
             yield f"{files.kernel}: no CONFIG_{option}: it could not mount a region again"
+
+
+def _own_command_line(files: KernelFiles, config: kernel_image.Config) -> Iterator[str]:
+    """Yield what a command line in the configuration does (arch/x86/kernel/setup.c, setup_arch()).
+
+    It takes the place of the one that is given, or is put in front of it; the decompressor knows
+    nothing of it.
+    """
+    if config.get("CMDLINE_BOOL") != "y":
+        return
+    own = config.get("CMDLINE", "").strip('"')
+    if "CMDLINE_OVERRIDE" in config:
+        yield f"{files.kernel}: CONFIG_CMDLINE_OVERRIDE: it looks at its own command line only"
+    elif any(cmdline.values(own, name) for name in ("memmap", "mem")):
+        yield (
+            f"{files.kernel}: CONFIG_CMDLINE has {own!r}: with that in front, the command line "
+            "means something else than was checked"
+        )
 
 
 def _options(one: Kept) -> tuple[str, ...]:
