@@ -59,6 +59,7 @@ def test_files_that_end_with_the_kernel(tmp_path: Path, monkeypatch: pytest.Monk
         assert files.is_in_memory(memory.path)
     assert not files.is_in_memory(f"{tmp_path}/none")
     assert not files.is_in_memory("/proc/version")
+    assert not files.is_in_memory("/dev/null")  # its node is on a tmpfs, as that of a disk
     with open("/proc/version", "rb") as proc:
         monkeypatch.setattr(files, "_OVERLAYFS", lib.pk_fs_magic(proc.fileno()))
     device = os.stat("/proc").st_dev

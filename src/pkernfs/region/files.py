@@ -34,8 +34,11 @@ def is_in_memory(path: str) -> bool:
     except OSError:
         return False
     try:
+        info = os.fstat(fd)
+        if stat.S_ISBLK(info.st_mode) or stat.S_ISCHR(info.st_mode):
+            return False  # its node is in memory, and it is not
         magic = int(lib.pk_fs_magic(fd))
-        upper = _upper_directory(os.fstat(fd).st_dev) if magic == _OVERLAYFS else None
+        upper = _upper_directory(info.st_dev) if magic == _OVERLAYFS else None
     finally:
         os.close(fd)
     return magic in _RAM_FILE_SYSTEMS or (upper is not None and is_in_memory(upper))
