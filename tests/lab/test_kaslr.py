@@ -46,8 +46,8 @@ class Class(NamedTuple):
 CLASSES = (
     Class("avoided", [REGION], nokaslr=False),
     Class("not avoided, by number", [f"memmap={FOUR}", REGION], nokaslr=True),
-    Class("off", [f"{REGION},{FOUR}"], nokaslr=False),
     Class("not avoided, by limit", [LIMIT], nokaslr=True),
+    Class("off", [f"{REGION},{FOUR}"], nokaslr=False),
 )
 _RAM = MOUNT / "guest-ram"
 _OURS = ("memmap=", "nokaslr")
