@@ -205,7 +205,10 @@ def test_memory_that_the_firmware_keeps_apart_needs_no_parameter(machine: Machin
         "pkernfs=512M!1G",
     ]
     machine.write("proc/cmdline", "quiet")
-    assert make_plan([device], [], append="quiet", host=machine).added == []
+    options(machine, X="y")
+    made = make_plan([device], [], append="quiet", host=machine)
+    assert made.added == []
+    assert not any("CONFIG" in text for text in made.obstacles)
 
 
 def test_systemd_shuts_down_in_its_own_way(machine: Machine) -> None:

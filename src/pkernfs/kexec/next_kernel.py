@@ -198,4 +198,7 @@ def _own_command_line(files: KernelFiles, config: kernel_image.Config) -> Iterat
 def _options(one: Kept) -> tuple[str, ...]:
     if one.kind is Kind.PMEM and one.by is By.WORD:
         return (*_DAX_OPTIONS[Kind.PMEM], "X86_PMEM_LEGACY")
-    return _DAX_OPTIONS.get(one.kind, ("DEVMEM",))
+    if one.kind in (Kind.REMOVED, Kind.RESERVED):
+        # What a map does not have is a dax device of CXL, or was given up in an older kernel.
+        return () if one.by is By.FIRMWARE else ("DEVMEM",)
+    return _DAX_OPTIONS.get(one.kind, ())
