@@ -18,6 +18,7 @@ import pytest
 from kexeclab.guest import Guest, running_kernel
 from kexeclab.runner import Lab
 from support.lab import regions
+from support.lab.commands import pkernfs
 
 pytestmark = pytest.mark.lab
 
@@ -301,6 +302,51 @@ def lose_to_the_kernel(guest: Guest) -> None:
     for driver, file in (("device_dax", "unbind"), ("device_dax", "remove_id"), ("kmem", "new_id")):
         write(f"/sys/bus/dax/drivers/{driver}/{file}", "dax0.1")
     refused(guest, "mkfs.pkernfs", "-f", "/dev/dax0.1", says="it is in system-ram mode")
+
+
+SOFT = "memmap=512M%1G-1+0xefffffff"
+
+
+def leave_by_another_line(guest: Guest) -> None:
+    """Give the next kernel a command line without a word of the region."""
+    load_dax(guest)
+    guest.run("mkfs.pkernfs", "-f", "none")
+    mount(guest, "none")
+    fill(guest)
+    place = running_kernel()
+    ours = ("memmap=", "pkernfs=")
+    line = " ".join(word for word in guest.command_line() if not word.startswith(ours))
+    words = (
+        "kexec", "--kernel", str(place / "vmlinuz"), "--initrd", str(place / "initrd"),
+        "--append", line,
+    )  # fmt: skip
+    said = pkernfs(*words, "--dry-run")
+    for word in (SOFT, "pkernfs=/dev/dax0.0", "modprobe.blacklist=kmem"):
+        assert f"added to the command line: {word}\n" in said, said
+    guest.run("kexec", "-s", "-l", str(place / "vmlinuz"), f"--initrd={place / 'initrd'}",
+              f"--command-line={line}")  # fmt: skip
+    refused(guest, "pkernfs", "handover", MNT, says=f"is not told {SOFT} pkernfs=/dev/dax0.0: ")
+    guest.run("kexec", "-s", "-l", str(place / "vmlinuz"), f"--command-line={line} {SOFT} "
+              "pkernfs=/dev/dax0.0")  # fmt: skip
+    refused(guest, "pkernfs", "handover", MNT, says="has no initrd, and this one was started with")
+    guest.leaving("pkernfs kexec")
+    raise AssertionError(f"pkernfs kexec: came back: {pkernfs(*words)}")
+
+
+def find_all_of_it(guest: Guest) -> None:
+    """The device is there, and nothing has taken it for memory."""
+    assert "modprobe.blacklist=kmem" in guest.command_line()
+    load_dax(guest)
+    mount(guest, "none")
+    check_contents(guest)
+    guest.run("umount", MNT)
+    guest.run("fsck.pkernfs", "none")
+
+
+def test_dax_by_another_command_line(lab: Lab) -> None:
+    """What keeps the memory apart is asked for where the command line is replaced."""
+    machine = lab.machine(kernel="7", memory=2048, cmdline=[SOFT, "pkernfs=/dev/dax0.0"])
+    lab.run(leave_by_another_line, find_all_of_it, machine=machine)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
