@@ -24,7 +24,16 @@ from pkernfs.errors import BusyError, InvalidError, PermissionDeniedError
 from pkernfs.quantities import Ino, RegionOff
 from pkernfs.region.region import Region
 from support.control import answer_to, socket_of
-from support.mounting import _PROGRAM, Mapper, Mounted, child, libc, run_as, run_pkernfs, wait_until
+from support.mounting import (
+    _PROGRAM,
+    Mapper,
+    Mounted,
+    child,
+    own_mount_namespace,
+    run_as,
+    run_pkernfs,
+    wait_until,
+)
 
 pytestmark = pytest.mark.fuse
 
@@ -458,8 +467,7 @@ def test_another_boot_is_a_live_update() -> None:
 
     def work() -> None:
         boot_id = "/proc/sys/kernel/random/boot_id"
-        assert libc.unshare(0x20000) == 0  # CLONE_NEWNS
-        subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+        own_mount_namespace()
         with Mounted(16 * MIB) as m:
             hand_over(m)
             m.unmount()

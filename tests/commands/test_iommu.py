@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -110,9 +110,9 @@ class Guest(Mounted):
         super().__enter__()
         return self
 
-    def start(self) -> None:
+    def start(self, given: Sequence[int] = ()) -> None:
         first = self.daemon is None
-        super().start()
+        super().start(given)
         if first:
             self.size(self.path / "guest-ram", 8 * MIB)
             self.size(self.path / "small", 6 * PAGE)

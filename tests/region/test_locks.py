@@ -150,13 +150,15 @@ def test_the_mount_namespace_is_said_if_it_is_another_one(host: Host, tmp_path: 
     region.write_bytes(bytes(4096))
     program = (
         "import os, sys\nfrom pkernfs.region.locks import lock_file\n"
+        "from support.mounting import own_mount_namespace\nown_mount_namespace()\n"
         "lock = lock_file(os.open(sys.argv[1], os.O_RDWR), 'theirs', exclusive=True)\n"
         "lock.serving(True)\nprint(os.readlink('/proc/self/ns/mnt'), flush=True)\nsys.stdin.read()"
     )
-    command = ["unshare", "-m", sys.executable, "-c", program, str(region)]
+    command = [sys.executable, "-c", program, str(region)]
+    tests = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     fd = os.open(region, os.O_RDWR)
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=tests
     ) as other:
         assert other.stdout
         namespace = other.stdout.readline().strip()

@@ -19,7 +19,7 @@ from pkernfs.control import client
 from pkernfs.control.server import Handlers, Server
 from pkernfs.control.sockets import Listener, socket_name
 from pkernfs.control.wire import Done, Item, Request, request_line
-from support.mounting import libc, run_as
+from support.mounting import own_mount_namespace, run_as
 
 
 @contextmanager
@@ -58,8 +58,7 @@ def with_own_run(work: Callable[[], None], options: str = "") -> None:
     """Run ``work`` in a process that sees a /run of its own, so that others' daemons do not."""
 
     def first() -> None:
-        assert libc.unshare(0x20000) == 0  # CLONE_NEWNS
-        subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+        own_mount_namespace()
         subprocess.run(["mount", "-t", "tmpfs", "-o", options or "rw", "none", "/run"], check=True)
         work()
 

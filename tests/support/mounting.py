@@ -15,10 +15,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from pkernfs.fs import mkfs
+from pkernfs.host.mount_table import FSTYPE, own_mounts
+from pkernfs.host.sysroot import HOST
 from pkernfs.region.region import Region
 from support.checking import assert_clean
 
@@ -44,6 +46,19 @@ def is_mounted(path: Path | str) -> bool:
     """Tell if something is mounted at ``path``, dead or alive."""
     with open("/proc/self/mountinfo") as table:
         return any(line.split(" ")[4] == str(path) for line in table)
+
+
+def own_mount_namespace(keep: Path | None = None) -> None:
+    """Put this process into a mount namespace of its own, without pkernfs mounts but ``keep``.
+
+    A copy of a mount keeps its daemon serving after umount(8), for as long as the namespace is
+    there: on a busy machine that made other tests wait for 20 s, and fail.
+    """
+    assert libc.unshare(0x20000) == 0  # CLONE_NEWNS
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    for mount in own_mounts(HOST):
+        if mount.fstype == FSTYPE and mount.mount_point != str(keep):
+            subprocess.run(["umount", "-l", mount.mount_point], check=True)
 
 
 _PROGRAM = "import sys; from pkernfs.cli import main; sys.exit(main())"
@@ -94,8 +109,8 @@ class Mounted:
         with Region.open(str(self.region), write=False) as region:
             assert_clean(region)
 
-    def start(self) -> None:
-        """Start the daemon and wait until the mount answers.
+    def start(self, given: Sequence[int] = ()) -> None:
+        """Start the daemon, with these descriptors of ours, and wait until the mount answers.
 
         :raises AssertionError: the daemon ended instead.
         """
@@ -104,7 +119,10 @@ class Mounted:
         if self.options:
             command += ["-o", self.options]
         daemon = self.daemon = subprocess.Popen(
-            [*command, str(self.region), str(self.path)], stderr=subprocess.PIPE, text=True
+            [*command, str(self.region), str(self.path)],
+            stderr=subprocess.PIPE,
+            text=True,
+            pass_fds=given,
         )
         wait_until(
             lambda: is_mounted(self.path) or daemon.poll() is not None, "the mount, or an end"

@@ -57,12 +57,18 @@ def fetch() -> Root:
     return Root(place / "tree", place / "root.ext4")
 
 
+#: A mount namespace of a command's own, without copies of the host's pkernfs mounts: their daemons
+#: would serve until the command has ended, whatever is unmounted meanwhile.
+_DETACH = "umount -a -l -t fuse.pkernfs"
+_OWN_MOUNTS = ("unshare", "-m", "sh", "-c", f'{_DETACH}; exec "$@"', "sh")
+
+
 def _build(scratch: Path) -> None:
     cache.require_root()
     tree = scratch / "tree"
     # In a mount namespace of its own: what it mounts in the tree goes, also if it is killed.
     run(
-        "unshare", "-m", "mmdebstrap", "--mode=root", "--variant=minbase", "--architectures=amd64",
+        *_OWN_MOUNTS, "mmdebstrap", "--mode=root", "--variant=minbase", "--architectures=amd64",
         f"--include={','.join(_PACKAGES)}",
         *(f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in _LEAVE_OUT),
         *(f"--aptopt={_statement(option)}" for option in proxy_options()),
@@ -118,7 +124,7 @@ def chroot(tree: Path, mounts: dict[str, Path], *command: str) -> str:
 
     :raises LabError: it failed.
     """
-    script = ["set -e", "mount --make-rprivate /"]
+    script = ["set -e", "mount --make-rprivate /", _DETACH]
     script.append(f"mount -t tmpfs tmpfs {tree}/tmp")
     script.append(f"mount -t proc proc {tree}/proc")
     for inside, outside in mounts.items():

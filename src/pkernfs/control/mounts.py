@@ -8,10 +8,9 @@ import re
 from typing import NamedTuple
 
 from pkernfs.errors import BusyError, InvalidError
+from pkernfs.host.mount_table import FSTYPE as FSTYPE
 from pkernfs.host.mount_table import table_lines, unescape
 from pkernfs.region.spec import resolve
-
-FSTYPE = "fuse.pkernfs"
 
 #: What a mount without a daemon answers; the second one if the daemon is just going.
 DEAD = (errno.ENOTCONN, errno.ECONNABORTED)

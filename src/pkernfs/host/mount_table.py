@@ -13,6 +13,9 @@ from typing import NamedTuple
 
 from pkernfs.host.sysroot import Host
 
+#: The type of pkernfs mounts.
+FSTYPE = "fuse.pkernfs"
+
 _ESCAPE = re.compile(r"\\([0-7]{3})")
 
 
@@ -42,8 +45,13 @@ def table_lines(path: str) -> list[str]:
 
 def own_mounts(host: Host) -> Iterator[MountLine]:
     """Yield the mounts that this process sees; none where there is no /proc."""
+    return mounts_of(host, "self")
+
+
+def mounts_of(host: Host, process: str) -> Iterator[MountLine]:
+    """Yield the mounts that a process sees; none where it has ended, or is not for this user."""
     try:
-        lines = table_lines(host.path("proc/self/mounts"))
+        lines = table_lines(host.path(f"proc/{process}/mounts"))
     except OSError:
         return
     for line in lines:

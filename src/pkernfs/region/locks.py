@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from pkernfs.errors import LockedError, RegionError
 from pkernfs.host.iomem import Span
+from pkernfs.host.mount_table import FSTYPE, mounts_of
 from pkernfs.host.sysroot import HOST, Host
 from pkernfs.quantities import PhysAddr
 
@@ -124,19 +125,48 @@ class RegionLock:
                 lines = (HOST.find(f"proc/{pid}/fdinfo/{fd}") or "").splitlines()
                 locks = [line.split()[-3:-1] for line in lines if line.startswith("lock:")]
                 if any(p.split(":")[-1] == ino and s == str(held.start) for p, s in locks):
-                    yield _user(pid)
+                    yield _user(pid) + _elsewhere(self._spec, pid)
                     break
 
 
 def _user(pid: str) -> str:
     """Return a process for a message, with its mount namespace if it is another one than ours."""
-    command = HOST.find(f"proc/{pid}/comm") or "?"
-    text = f"process {pid} ({command})"
+    text = f"process {pid} ({HOST.find(f'proc/{pid}/comm') or '?'})"
+    theirs, ours = (_mount_namespace(who) for who in (pid, "self"))
+    return text if theirs in (ours, "") else f"{text}, in the mount namespace {theirs}"
+
+
+def _elsewhere(spec: str, daemon: str) -> str:
+    """Tell of a mount that umount(8) has not ended: a mount namespace has a copy of it.
+
+    Whoever makes a namespace (a container, unshare(1), a service) gets copies of all mounts, and
+    the daemon serves until the last of them has gone (mount_namespaces(7)). Empty if the daemon
+    sees the mount itself, or nobody is seen to have it.
+    """
+    seen = {_mount_namespace(daemon)}
+    if _where_mounted(spec, daemon) is not None:
+        return ""
+    for pid in HOST.list("proc"):
+        namespace = _mount_namespace(pid) if pid.isdigit() else ""
+        if namespace and namespace not in seen:
+            seen.add(namespace)
+            where = _where_mounted(spec, pid)
+            if where is not None:
+                return f": unmounted, but a copy of the mount is at {where} for {_user(pid)}"
+    return ""
+
+
+def _where_mounted(spec: str, pid: str) -> str | None:
+    mounts = mounts_of(HOST, pid)
+    return next((m.mount_point for m in mounts if (m.fstype, m.source) == (FSTYPE, spec)), None)
+
+
+def _mount_namespace(pid: str) -> str:
+    """Return the name of a process' mount namespace; empty if it has ended, or is not ours."""
     try:
-        theirs, ours = (os.readlink(f"/proc/{who}/ns/mnt") for who in (pid, "self"))
+        return os.readlink(f"/proc/{pid}/ns/mnt")
     except OSError:
-        return text
-    return text if theirs == ours else f"{text}, in the mount namespace {theirs}"
+        return ""
 
 
 def lock_file(fd: int, spec: str, *, exclusive: bool) -> RegionLock:
