@@ -49,7 +49,10 @@ def run(args: argparse.Namespace) -> int:
 
     if args.foreground:
         background.log_to_stderr()
-        return exit_status(lambda: serve(lambda: None), spec, mount_point)
+        inherited = background.inherited_descriptors()
+        return exit_status(
+            lambda: serve(lambda: background.close_all(inherited)), spec, mount_point
+        )
     return exit_status(lambda: background.in_background(serve, EXIT_FAILED), spec, mount_point)
 
 

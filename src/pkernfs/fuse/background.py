@@ -68,7 +68,7 @@ def in_background(serve: Callable[[Ready], None], failed_status: int) -> None:
 def _run_daemon(serve: Callable[[Ready], None], write_end: int, failed_status: int) -> NoReturn:
     status = failed_status
     pipe = open(write_end, "wb", buffering=0)  # noqa: SIM115 - until it is ready, or ends
-    inherited = _inherited_descriptors()
+    inherited = inherited_descriptors()
 
     def tell(word: bytes, message: str = "") -> None:
         if not pipe.closed:
@@ -78,8 +78,7 @@ def _run_daemon(serve: Callable[[Ready], None], write_end: int, failed_status: i
     def ready() -> None:
         os.chdir("/")
         _leave_the_terminal()
-        for fd in inherited:
-            os.close(fd)
+        close_all(inherited)
         tell(_READY)
 
     try:
@@ -96,11 +95,12 @@ def _run_daemon(serve: Callable[[Ready], None], write_end: int, failed_status: i
         os._exit(status)
 
 
-def _inherited_descriptors() -> list[int]:
+def inherited_descriptors() -> list[int]:
     """Return what came with the caller, beside the standard streams: a lock, a pipe, a directory.
 
-    Those that this process has opened are closed on exec, as all of Python's are (PEP 446); these
-    have outlived one. The daemon has them until it serves: the region may be /proc/self/fd/N.
+    What has outlived an exec is not closed on exec, and all that Python opens is (PEP 446). Ask
+    before a library opens anything. A close_range() would end what the daemon itself has open.
+    The daemon has these until it serves: the region may be /proc/self/fd/N.
     """
     found = []
     for fd in sorted(int(name) for name in os.listdir("/proc/self/fd")):
@@ -108,6 +108,12 @@ def _inherited_descriptors() -> list[int]:
             if fd > _LAST_STREAM and os.get_inheritable(fd):
                 found.append(fd)
     return found
+
+
+def close_all(descriptors: list[int]) -> None:
+    """Close what :func:`inherited_descriptors` has returned."""
+    for fd in descriptors:
+        os.close(fd)
 
 
 def _leave_the_terminal() -> None:
