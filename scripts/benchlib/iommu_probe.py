@@ -111,10 +111,10 @@ def _files_round() -> dict[str, float]:
     (_low, _length, at), *_ = fs.pieces(guest, 0, PAGE)
     start = (PHYS_BASE + at) % GIB  # as aligned as memory is: 1 GiB leaves
     found["file-map-2m"] = _milliseconds(
-        lambda: tables_of(fs).map_file(0, Iova(GIB + start + 2 * MIB), guest, 0, 64 * GIB, 3)
+        lambda: tables_of(fs).map_file(0, Iova(4 * GIB + start + 2 * MIB), guest, 0, 64 * GIB, 3)
     )
     found["file-map-4k"] = _milliseconds(
-        lambda: tables_of(fs).map_file(1, Iova(GIB + start + PAGE), guest, 0, 16 * GIB, 3)
+        lambda: tables_of(fs).map_file(1, Iova(4 * GIB + start + PAGE), guest, 0, 16 * GIB, 3)
     )
     fs.unmount()
     found["mount"] = _milliseconds(lambda: mount_filesystem(region))

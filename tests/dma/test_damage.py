@@ -52,7 +52,7 @@ class Damaged(Host):
         self.map(0, Iova(GIB), guest)
         self.map(1, Iova(0), other)
         self.tables.map_bar(
-            0, Iova(2 * GIB), Bar(SourceId(0x30), 0, PhysAddr(1 << 40), 2 * GIB), 0, None, RW
+            0, Iova(4 * GIB), Bar(SourceId(0x30), 0, PhysAddr(1 << 40), 2 * GIB), 0, None, RW
         )
         self.attach(0)
         self.attach(1, SourceId(0x30))

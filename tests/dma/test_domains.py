@@ -17,6 +17,7 @@ from pkernfs.errors import (
 )
 from pkernfs.fs.names import ROOT_PGTABLES
 from pkernfs.host.bars import Bar
+from pkernfs.iommu.page_pool import Mapping
 from pkernfs.iommu.page_walk import Code
 from pkernfs.layout import IOMMU_INO, PAGE, ROOT_INO
 from pkernfs.quantities import Ino, Iova, PhysAddr, SourceId
@@ -107,6 +108,37 @@ def test_only_holes_of_the_range_are_filled(host: Host) -> None:
     before = host.fs.inode(ino).blocks512
     host.map(0, Iova(0), ino, 2 * MIB, 2 * MIB)
     assert host.fs.inode(ino).blocks512 - before == 2 * MIB // 512
+
+
+@pytest.mark.parametrize(
+    ("iova", "length"),
+    [
+        (0xFEE0_0000, PAGE),
+        (0xFEEF_F000, PAGE),
+        (0xFEDF_F000, 2 * PAGE),
+        (0xFEEF_F000, 2 * PAGE),
+        (0xFEC0_0000, 8 * MIB),
+    ],
+)
+def test_addresses_of_interrupts_are_refused(mapped: Host, iova: int, length: int) -> None:
+    """Requests to 0xfee00000-0xfeefffff are interrupts, and never translated (VT-d, 3.15)."""
+    ino = mapped.sparse("sparse", 8 * MIB)
+    bar = Bar(SourceId(0x30), 2, PhysAddr(1 << 40), GIB)
+    says = f"iova {iova:#x}: a unit takes requests to 0xfee00000-0xfeefffff for interrupts"
+    wanted = [Mapping(Iova(iova), mapped.physical(ino_of(mapped, "guest")), length, RW)]
+    for change in (
+        lambda: mapped.tables.map_file(0, Iova(iova), ino, 0, length, RW),
+        lambda: mapped.tables.map_bar(0, Iova(iova), bar, 0, length, RW),
+        lambda: mapped.tables.replace(0, wanted, [], 3),
+    ):
+        refused(mapped, InvalidError, change, says)
+
+
+def test_addresses_beside_those_of_interrupts_are_mapped(mapped: Host) -> None:
+    ino = ino_of(mapped, "guest")
+    mapped.map(0, Iova(0xFEDF_F000), ino, 0, PAGE)
+    mapped.map(0, Iova(0xFEF0_0000), ino, PAGE, PAGE)
+    mapped.assert_check_clean()
 
 
 def test_holes_beside_something_mapped_stay_holes(mapped: Host) -> None:
@@ -288,16 +320,18 @@ def test_an_unmap_may_need_table_pages(host: Host) -> None:
     """Cutting a piece out of a superpage takes a table."""
     host.dom(0)
     far = Bar(SourceId(0x30), 2, PhysAddr(1 << 40), 508 * GIB)
-    host.tables.map_bar(0, Iova(0), far, 0, None, RW)
+    base = 4 * GIB  # behind the addresses of interrupts
+    host.tables.map_bar(0, Iova(base), far, 0, None, RW)
     assert host.tables.domain(0).used_pages == 2
-    cuts = [partial(host.tables.unmap, 0, Iova(at + MIB), PAGE) for at in range(0, 508 * GIB, GIB)]
+    starts = range(base + MIB, base + 508 * GIB, GIB)
+    cuts = [partial(host.tables.unmap, 0, Iova(at), PAGE) for at in starts]
     _says, number = until_refused(NoTablePagesError, host, cuts)
     assert number > 250
     grow(host, 2)
     assert cuts[number]() == PAGE
-    at = number * GIB + MIB
+    at = starts[number]
     assert host.at(0, Iova(at)) is None
-    assert host.at(0, Iova(at + PAGE)) == far.start + at + PAGE
+    assert host.at(0, Iova(at + PAGE)) == far.start + at + PAGE - base
     host.assert_check_clean()
 
 

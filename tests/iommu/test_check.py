@@ -42,6 +42,35 @@ def test_no_tables_at_all() -> None:
         Memory.whole(Region.anonymous(2 * MIB))
 
 
+@pytest.mark.parametrize(
+    ("iova", "length", "found"),
+    [
+        (0xFEE0_0000, PAGE, PAGE),
+        (0xFEEF_F000, 2 * PAGE, PAGE),
+        (0xFEDF_F000, PAGE, 0),
+        (0xFEF0_0000, PAGE, 0),
+        (0xFEE0_0000, 2 * MIB, 2 * MIB),
+        (3 * GIB, GIB, GIB),
+    ],
+)
+def test_addresses_of_interrupts(iova: int, length: int, found: int) -> None:
+    """Tables that map them are sound, but a device does not reach what they map (3.15)."""
+    region = Region.anonymous(8 * MIB, phys_base=PhysAddr(0))
+    memory = Memory(region, [RegionRun(RegionOff(0), 2 * MIB)])
+    table = PageTable(memory, store_words(region))
+    table.map(Iova(iova), PhysAddr(4 * GIB + iova % GIB), length, 3)
+    everything = [PhysRange(PhysAddr(0), PhysAddr(1 << 52))]
+    report = check(None, {"dom-0": memory}, everything)
+    assert codes(report) == ({Code.INTERRUPT_RANGE} if found else set())
+    if found:
+        (finding,) = report.findings
+        assert f"{found:#x} bytes in or around the interrupt range" in finding.message
+        word = int.from_bytes(region.view(RegionOff(finding.where), 8), "little")
+        assert word & 3 == 3, "the entry that maps it"
+        PageTable(memory, store_words(region)).unmap(Iova(0xFEE0_0000), MIB)
+        assert check(None, {"dom-0": memory}, everything).clean
+
+
 # ---------------------------------------------------------------------- each kind of damage
 
 

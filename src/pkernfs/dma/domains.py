@@ -27,6 +27,7 @@ from pkernfs.iommu.page_table import PageTable
 from pkernfs.iommu.root_tables import RootTables
 from pkernfs.layout import INODE_FLAG_TABLE, PAGE
 from pkernfs.quantities import Ino, Iova, PhysAddr
+from pkernfs.vtd.entries import INTERRUPT_FIRST, INTERRUPT_LAST, in_interrupt_range
 
 if TYPE_CHECKING:
     from pkernfs.fs.filesystem import FileSystem
@@ -65,6 +66,7 @@ class Domains:
         :param length: bytes; None: to the end of the file.
         :raises ExistsError: something of the range of addresses is mapped otherwise.
         :raises NoTablePagesError: the domain file must grow; it is as it was.
+        :raises InvalidError: addresses for interrupts are among them.
         :raises ZeroingNeeded: see :meth:`FileSystem.fallocate`.
         """
         self._tables.check_writable()
@@ -72,6 +74,7 @@ class Domains:
         length = self._check_file_range(ino, offset, length)
         table.check_perm(perm)
         table.check_range(iova, length)
+        _check_no_interrupts(iova, length)
         self._units.check_domain(number)
         self._root.have()
         if self._has_hole(ino, offset, length):
@@ -165,6 +168,7 @@ class Domains:
             )
         table.check_perm(perm)
         table.check_range(iova, length)
+        _check_no_interrupts(iova, length)
         if offset % PAGE:
             raise InvalidError(f"{bar.name}: offset {offset:#x}: unaligned: not whole pages")
         self._units.check_domain(number)
@@ -200,6 +204,8 @@ class Domains:
         """
         self._tables.check_writable()
         self._units.check_domain(number)
+        for m in wanted:
+            _check_no_interrupts(m.iova, m.length)
         root = self._root.have()
         try:
             for bar in bars:
@@ -240,3 +246,13 @@ class Domains:
         self._tables.generation += 1
         self._forget_bars()
         return done
+
+
+def _check_no_interrupts(iova: Iova, length: int) -> None:
+    """:raises InvalidError: some of these addresses are for interrupts: nothing translates them."""
+    if in_interrupt_range(iova, length):
+        raise InvalidError(
+            f"iova {iova:#x}: a unit takes requests to {INTERRUPT_FIRST:#x}-{INTERRUPT_LAST:#x} "
+            f"for interrupts, and translates none: got {length:#x} bytes, expected an end up to "
+            f"{INTERRUPT_FIRST:#x}, or a start from {INTERRUPT_LAST + 1:#x} on"
+        )

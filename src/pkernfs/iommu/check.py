@@ -15,9 +15,19 @@ from pkernfs.iommu.config import Config, load_config
 from pkernfs.iommu.context_walk import ContextReader, Device
 from pkernfs.iommu.memory import Memory, merge_ranges, without_ranges
 from pkernfs.iommu.page_pool import TablePool
-from pkernfs.iommu.page_walk import MAX_FINDINGS, Code, Finding, check_tree
-from pkernfs.quantities import PhysAddr, PhysRange
-from pkernfs.vtd.entries import MAX_PHYSICAL_BITS, bdf_text
+from pkernfs.iommu.page_walk import MAX_FINDINGS, Code, Finding, check_tree, leaves, reader
+from pkernfs.layout import PAGE
+from pkernfs.quantities import Iova, PhysAddr, PhysRange
+from pkernfs.vtd.entries import (
+    ADDRESS_MASK,
+    ENTRIES,
+    INTERRUPT_FIRST,
+    INTERRUPT_LAST,
+    MAX_PHYSICAL_BITS,
+    bdf_text,
+    in_interrupt_range,
+    leaf_bytes,
+)
 
 _MAX_KEPT = 10 * MAX_FINDINGS
 
@@ -87,7 +97,39 @@ def check(
         report.tables += tree.tables
         report.leaves += tree.leaves
         report.mapped_bytes += tree.mapped_bytes
+        if not tree.found:
+            _check_interrupt_range(report, name, memory, config.levels)
     return report
+
+
+def _check_interrupt_range(report: Report, name: str, memory: Memory, levels: int) -> None:
+    """Note what sound tables map where no unit translates, at the first such entry.
+
+    Requests without PASID are interrupts there (3.15), so a device does not reach what is mapped.
+    """
+    where, mapped, first = PhysAddr(0), 0, Iova(0)
+    read = reader(memory, memory.size // PAGE)
+    for found in leaves(read, memory.first_page, levels, start=Iova(INTERRUPT_FIRST)):
+        if found.iova > INTERRUPT_LAST:
+            break
+        table = PhysAddr(found.path[-1] & ADDRESS_MASK) if found.path else memory.first_page
+        size = leaf_bytes(found.level)
+        for leaf in found.present():
+            if in_interrupt_range(leaf.iova, size):
+                if not mapped:
+                    first = leaf.iova
+                    where = PhysAddr(table + leaf.iova // size % ENTRIES * 8)
+                mapped += size
+    if mapped:
+        report.note(
+            Finding(
+                Code.INTERRUPT_RANGE,
+                where,
+                f"{name} entry at {where:#x}, iova {first:#x}: {mapped:#x} bytes in or around the "
+                f"interrupt range: a unit translates nothing from {INTERRUPT_FIRST:#x} to "
+                f"{INTERRUPT_LAST:#x}: unmap it",
+            )
+        )
 
 
 def _check_root(

@@ -42,6 +42,7 @@ class Code(enum.IntEnum):
     UNKNOWN_DOMAIN = 7
     DOMAIN_ID = 8
     CONFIGURATION = 9
+    INTERRUPT_RANGE = 10
 
 
 _TEXTS = {

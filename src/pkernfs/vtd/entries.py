@@ -29,8 +29,14 @@ WRITE = 2
 READ_WRITE = READ | WRITE
 
 #: Requests without PASID to these addresses are interrupts, or blocked, never translated (3.15).
+#: Linux gives them to nobody either: IOAPIC_RANGE_START in intel_iommu_get_resv_regions().
 INTERRUPT_FIRST = 0xFEE0_0000
 INTERRUPT_LAST = 0xFEEF_FFFF
+
+
+def in_interrupt_range(start: int, length: int) -> bool:
+    """Tell whether some of ``length`` bytes from ``start`` on are in the interrupt range."""
+    return start <= INTERRUPT_LAST and start + length > INTERRUPT_FIRST
 
 
 @dataclass(frozen=True)
