@@ -169,8 +169,8 @@ def test_pieces_are_one_change(domain: Domain) -> None:
 @pytest.mark.parametrize(
     ("iova", "length", "message"),
     [
-        (1, PAGE, "unaligned"),
-        (0, 100, "unaligned"),
+        (1, PAGE, "iova 0x1: unaligned: expected a multiple of 0x1000"),
+        (0, 100, "bad length: got 0x64 bytes"),
         (0, 0, "bad length"),
         (0, -PAGE, "bad length"),
         (-PAGE, PAGE, "not an address"),

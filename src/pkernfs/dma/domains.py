@@ -101,9 +101,11 @@ class Domains:
             )
         if length == 0:
             raise InvalidError("bad length: got 0, expected more")
-        if offset % PAGE or length % PAGE:
+        if offset % PAGE:
+            raise InvalidError(f"offset {offset:#x}: unaligned: expected a multiple of {PAGE:#x}")
+        if length % PAGE:
             raise InvalidError(
-                f"offset {offset:#x}: unaligned: got {length:#x} bytes, not whole pages"
+                f"offset {offset:#x}: bad length: got {length:#x} bytes, expected whole pages"
             )
         return length
 
@@ -170,7 +172,9 @@ class Domains:
         table.check_range(iova, length)
         _check_no_interrupts(iova, length)
         if offset % PAGE:
-            raise InvalidError(f"{bar.name}: offset {offset:#x}: unaligned: not whole pages")
+            raise InvalidError(
+                f"{bar.name}: offset {offset:#x}: unaligned: expected a multiple of {PAGE:#x}"
+            )
         self._units.check_domain(number)
         self._record_bar(self._root.have(), bar)
         try:

@@ -227,8 +227,14 @@ class PageTable:
                 self._map(root, m.iova, Iova(m.iova + m.length), m.physical, m.perm)
 
     def _check_memory(self, physical: PhysAddr, length: int) -> None:
-        if physical % PAGE or length % PAGE or length <= 0:
-            raise InvalidError(f"memory at {physical:#x}: unaligned: got {length:#x} bytes")
+        if physical % PAGE:
+            raise InvalidError(
+                f"memory at {physical:#x}: unaligned: expected a multiple of {PAGE:#x}"
+            )
+        if length % PAGE or length <= 0:
+            raise InvalidError(
+                f"memory at {physical:#x}: bad length: got {length:#x} bytes, expected whole pages"
+            )
         if physical < 0 or physical + length > 1 << self.physical_bits:
             raise InvalidError(f"memory at {physical:#x}: beyond {self.physical_bits} address bits")
 
@@ -242,8 +248,12 @@ class PageTable:
         limit = 1 << width_bits(self.levels)
         if length <= 0:
             raise InvalidError(f"iova {iova:#x}: bad length: got {length}, expected more than 0")
-        if iova % PAGE or length % PAGE:
-            raise InvalidError(f"iova {iova:#x}: unaligned: got {length:#x} bytes, not whole pages")
+        if iova % PAGE:
+            raise InvalidError(f"iova {iova:#x}: unaligned: expected a multiple of {PAGE:#x}")
+        if length % PAGE:
+            raise InvalidError(
+                f"iova {iova:#x}: bad length: got {length:#x} bytes, expected whole pages"
+            )
         if iova < 0 or iova >= 1 << 64:
             raise InvalidError(f"iova {iova:#x}: not an address of 64 bits")
         if iova + length > limit:
