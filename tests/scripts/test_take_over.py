@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from pkernfs.vmm.export import parse_export
+from support.vfio_machine import SPARE, A, B, VfioMachine, two_domains
 
 SCRIPT = Path(__file__).parents[2] / "scripts/take-over"
 
@@ -31,3 +41,84 @@ def run(*words: str, path: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command, env={"PATH": str(path)}, capture_output=True, text=True, check=False
     )
+
+
+# ---------------------------------------------------------------------- several domains
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> VfioMachine:
+    """Two devices in a domain each; the one in dom-0 cannot be put into its new address space."""
+    made = VfioMachine.instead_of_this_one(tmp_path, monkeypatch)
+    made.fails = f"{A} add"
+    return made
+
+
+@pytest.fixture
+def script(machine: VfioMachine, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script, for a machine that is made up, and where SIGTERM comes at once."""
+    loader = SourceFileLoader("take_over", str(SCRIPT))
+    spec = spec_from_loader("take_over", loader)
+    assert spec
+    module = module_from_spec(spec)
+    loader.exec_module(module)
+    monkeypatch.setattr(module, "read_export", lambda mnt: parse_export(two_domains(machine)))
+    monkeypatch.setattr(module, "release", lambda mnt, bdf: machine.do(f"{bdf} detach"))
+    monkeypatch.setattr(signal, "pthread_sigmask", lambda how, signals: set())
+    monkeypatch.setattr(signal, "sigwait", lambda signals: machine.do("SIGTERM"))
+    return module
+
+
+def test_a_domain_that_fails_does_not_end_the_others(
+    script: ModuleType,
+    machine: VfioMachine,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["take-over", "/mnt"])
+    assert script.main() == 1
+    told = capsys.readouterr()
+    why = f"{A}: stopped, bus mastering is off: {A} add: no"
+    assert told.err == f"take-over: dom-0: not taken over: {why}\n"
+    assert f"take-over: {B}: taken over; held for " in told.out
+    assert told.out.endswith("take-over: stopped\n")
+    assert f"{B} on" in machine.done
+    assert machine.done[-4:] == [f"{B} detach", "SIGTERM", f"{B} close", "close"]
+
+
+def test_the_vmm_gets_what_was_taken_and_learns_of_the_rest(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run: list[dict[str, str]] = []
+    monkeypatch.setattr(os, "execvpe", lambda file, words, variables: run.append(variables))
+    monkeypatch.setattr(os, "set_inheritable", lambda fd, on: None)
+    monkeypatch.setattr(sys, "argv", ["take-over", "/mnt", "--exec", "true"])
+    assert script.main() == 1
+    (variables,) = run
+    taken = {"dom-1": {"fds": {"container": 3}, "devices": {B: 4}}}
+    assert json.loads(variables["TAKEN_OVER"]) == taken
+    assert "stopped, bus mastering is off" in json.loads(variables["NOT_TAKEN_OVER"])["dom-0"]
+
+
+def test_if_every_domain_fails_it_ends(
+    script: ModuleType, machine: VfioMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["take-over", "/mnt", "--device", A])
+    assert script.main() == 1
+    assert "SIGTERM" not in machine.done
+
+
+def test_a_spare_device_is_for_one_domain(
+    script: ModuleType,
+    machine: VfioMachine,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its group can be in one address space only."""
+    machine.fails = ""
+    monkeypatch.setattr(sys, "argv", ["take-over", "/mnt", "--spare", SPARE])
+    assert script.main() == 0
+    assert machine.done.count(f"{SPARE} add") == 1
+    assert {f"{A} on", f"{B} on"} <= set(machine.done)
+    says = f"{SPARE}: in use for dom-0: memory of others is mapped in the hold"
+    assert f"take-over: {says}\n" in capsys.readouterr().out

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pkernfs.errors import VfioError
 from pkernfs.host import pci_config
 from pkernfs.quantities import Iova
-from pkernfs.vmm import sysfs
+from pkernfs.vmm import plan, sysfs, vfio
 
 MIB = 1 << 20
 #: Two attached devices, and one with nothing to do.
@@ -37,6 +39,23 @@ class VfioMachine:
         ):
             self.parameter(module, parameter).parent.mkdir(parents=True)
             self.parameter(module, parameter).write_text("Y\n")
+
+    @classmethod
+    def instead_of_this_one(cls, root: Path, monkeypatch: pytest.MonkeyPatch) -> VfioMachine:
+        """A machine in ``root`` that pkernfs.vmm sees in place of this one."""
+        made = Space.machine = cls(root)
+        monkeypatch.setattr(sysfs, "device_path", made.device)
+        monkeypatch.setattr(sysfs, "driver_of", made.drivers.get)
+        monkeypatch.setattr(sysfs, "group_of", made.groups.__getitem__)
+        monkeypatch.setattr(sysfs, "group_members", made.members)
+        monkeypatch.setattr(sysfs, "reserved_ranges", made.reserved_ranges)
+        monkeypatch.setattr(sysfs, "bind", lambda bdf: made.do(f"{bdf} bind"))
+        monkeypatch.setattr(vfio, "has_iommufd", lambda bdf: False)
+        monkeypatch.setattr(sysfs, "read_config", made.read_config)
+        monkeypatch.setattr(sysfs, "write_config", made.write_config)
+        monkeypatch.setattr(vfio, "Container", Space)
+        monkeypatch.setattr(plan, "_MODULES", root / "module")
+        return made
 
     def device(self, bdf: str) -> Path:
         return self.root / "devices" / bdf

@@ -110,6 +110,43 @@ def test_what_fails_before_leaves_it_at_work(machine: VfioMachine) -> None:
     assert machine.commands[A] == COMMAND
 
 
+@pytest.mark.parametrize(
+    "fails", [f"{B} prepare", f"{B} add", "map 0x0 0x100000 3", f"{B} open", f"{B} off"]
+)
+def test_a_domain_that_fails_does_not_end_the_others(machine: VfioMachine, fails: str) -> None:
+    """Nothing of it stays open, and the one that has been taken is at work."""
+    export = parse_export(two_domains(machine))
+    first, second = plan(export)
+    with TakeOver(export) as taking:
+        taken = taking.take(first)
+        machine.done.clear()
+        machine.fails = fails
+        with pytest.raises((TakeOverError, VfioError)):
+            taking.take(second)
+        assert taking.taken == [taken]
+        assert not {f"{A} off", f"{A} close"} & set(machine.done)
+        assert machine.done[-1] == "close", "its own address space"
+        machine.done.clear()
+        machine.fails = ""
+        machine.commands[B] = COMMAND
+        assert taking.take(second).devices.keys() == {B}, "it may be tried again"
+
+
+def test_a_group_that_fails_does_not_end_the_domain(machine: VfioMachine) -> None:
+    """Its other devices have been taken over: they are at work, and their space is kept."""
+    whole = export_of(machine, dom_0=[mapping(0, (0, MIB))])
+    whole["devices"].append({**whole["devices"][0], "device": B})
+    export = parse_export(whole)
+    [domain] = plan(export)
+    machine.fails = f"{B} add"
+    with TakeOver(export) as taking:
+        with pytest.raises(TakeOverError, match=f"{B}: stopped, bus mastering is off"):
+            taking.take(domain)
+        [taken] = taking.taken
+        assert taken.hold_ms.keys() == taken.devices.keys() == {A}
+        assert not {f"{A} close", "close"} & set(machine.done)
+
+
 def test_a_device_that_is_asleep_or_gone(machine: VfioMachine) -> None:
     export = parse_export(two_domains(machine))
     first, second = plan(export)

@@ -6,8 +6,11 @@ For a VMM that restores itself after the jump:
     domains = plan(export)              # refuses what cannot work; nothing has been changed then
     with TakeOver(export) as taking:
         for domain in domains:
-            taken = taking.take(domain)  # taken.devices["0000:00:05.0"] is at work
-        ...                              # to close it all stops the devices
+            try:
+                taken = taking.take(domain)  # taken.devices["0000:00:05.0"] is at work
+            except (VmmError, OSError):
+                ...                          # what is in taking.taken goes on all the same
+        ...                                  # to close it all stops the devices
 
 The device's requests would fault from when the kernel takes its copy of the context entry down
 until the new domain is filled. So the device's bus mastering is off for that time, the hold: the
@@ -71,13 +74,19 @@ class TakeOver:
     def close(self) -> None:
         """Stop the devices, as VFIO does when they are closed, and end their address spaces."""
         while self.taken:
-            taken = self.taken.pop()
-            for device in taken.devices.values():
-                device.close()
-            taken.space.close()
+            self._close(self.taken.pop())
+
+    @staticmethod
+    def _close(taken: Taken) -> None:
+        for device in taken.devices.values():
+            device.close()
+        taken.space.close()
 
     def take(self, domain: Domain, spare: str | None = None) -> Taken:
         """Take one domain over, with a hold of its devices.
+
+        If it fails, what has been taken before stays at work. So do devices of this domain that had
+        been taken already: it is in :attr:`taken` with those. Else nothing of it stays open.
 
         :param spare: a device that does nothing, in a group of its own. It is put into the address
             space first, and has the memory pinned and mapped before the hold. The hold does not
@@ -91,9 +100,21 @@ class TakeOver:
             prepare(bdf)
         if spare is not None:
             sysfs.bind(spare)
-        space = self._address_space(domain)
-        taken = Taken(domain.name, space)
+        taken = Taken(domain.name, self._address_space(domain))
+        try:
+            self._fill(taken, domain, spare)
+        except BaseException:
+            if taken.hold_ms:
+                self.taken.append(taken)
+            else:
+                self._close(taken)
+            raise
         self.taken.append(taken)
+        return taken
+
+    def _fill(self, taken: Taken, domain: Domain, spare: str | None) -> None:
+        """Have a new address space reach the memory, and the devices use it."""
+        space = taken.space
         self._memory.map(domain.pieces)
         for bdf in domain.devices:
             space.prepare(bdf)
@@ -106,7 +127,6 @@ class TakeOver:
         for group in domain.groups():
             self._switch(taken, domain, group, mapped=mapped)
             mapped = True
-        return taken
 
     def _address_space(self, domain: Domain) -> vfio.AddressSpace:
         # iommufd pins pages, and neither a BAR nor memory that the kernel never had has any.
