@@ -20,7 +20,7 @@ from importlib import import_module
 from typing import Any, NamedTuple, NoReturn, Protocol, cast
 
 from pkernfs import __version__
-from pkernfs.errors import PkernfsError, UsageError, one_line
+from pkernfs.errors import PkernfsError, UsageError, one_line, os_reason
 
 
 class Command(NamedTuple):
@@ -200,7 +200,7 @@ def _run(name: str, prog: str, argv: list[str]) -> int:
         _discard_output()
         return command.failure_status
     except OSError as error:
-        _complain(who, _describe(error))
+        _complain(who, os_reason(error))
         return command.failure_status
     except KeyboardInterrupt:
         _complain(who, "interrupted")
@@ -238,11 +238,6 @@ def _with_subject(message: str, args: argparse.Namespace) -> str:
     return message if subject in message else f"{subject}: {message}"
 
 
-def _describe(error: OSError) -> str:
-    why = error.strerror or str(error)
-    return why if error.filename is None else f"{os.fsdecode(error.filename)}: {why}"
-
-
 def _have_standard_streams() -> None:
     """Open /dev/null for each standard stream that this process lacks."""
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
@@ -266,7 +261,7 @@ def _print(text: str) -> int:
         print(text, flush=True)
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
-            _complain("pkernfs", f"standard output: {_describe(error)}")
+            _complain("pkernfs", f"standard output: {os_reason(error)}")
         _discard_output()
         return 1
     return 0

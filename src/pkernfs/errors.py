@@ -9,11 +9,19 @@ from __future__ import annotations
 
 import collections.abc
 import errno as _errno
+import os as _os
 
 
 def one_line(message: str) -> str:
     """A message as it may be shown, whatever is in the names that it quotes."""
     return "".join(c if c.isprintable() or c == " " else ascii(c)[1:-1] for c in message)
+
+
+def os_reason(error: OSError) -> str:
+    """Return a system call's failure as it is shown: the file, if one is named, and the reason."""
+    why = error.strerror or str(error)
+    name = error.filename
+    return why if name is None else f"{_os.fsdecode(name)}: {why}"
 
 
 class PkernfsError(Exception):

@@ -101,6 +101,15 @@ def test_too_old(version: str, qemu: Callable[[str], str]) -> None:
         qemu_args.check_qemu(path)
 
 
+@pytest.mark.parametrize("version", ["8.1.5", "7.2.22"])
+def test_too_old_for_a_live_update(version: str, qemu: Callable[[str], str]) -> None:
+    """The version that is named is the one that is needed, not that of offset=."""
+    path = qemu(f"QEMU emulator version {version}")
+    with pytest.raises(PkernfsError, match=rf"got QEMU {version}, expected 8\.2 .*\(cpr-reboot\)"):
+        qemu_args.check_qemu(path, live_update=True)
+    assert qemu_args.check_qemu(qemu("QEMU emulator version 8.2.0"), live_update=True)
+
+
 @pytest.mark.parametrize("says", ["", "qemu", "GNU bash, version 9.2.15", "QEMU version new"])
 def test_no_qemu(says: str, qemu: Callable[[str], str]) -> None:
     with pytest.raises(PkernfsError, match="does not tell a version of QEMU"):

@@ -25,7 +25,8 @@ class Host:
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
-        self.version = "8.2.0"
+        self.refusal = ""
+        self.no_start = ""
         self.ran: list[list[str]] = []
         self.qemus: list[MadeUpQemu] = []
         self.migration = "completed"
@@ -33,10 +34,14 @@ class Host:
     def output(self, *command: str, directory: Path | None = None, seconds: float = 0) -> str:
         if command[0] == "pkernfs":
             assert command == (
-                "pkernfs", "qemu-args", "--json", "--qemu", "my-qemu", str(self.machine.ram)
+                "pkernfs", "qemu-args", "--live-update", "--json", "--qemu", "my-qemu",
+                str(self.machine.ram),
             )  # fmt: skip
-            args = ["-object", "memory"]
-            return json.dumps({"qemu": "my-qemu", "qemu_version": self.version, "args": args})
+            if self.refusal:
+                raise VmmError(self.refusal)
+            return json.dumps({"qemu": "my-qemu", "args": ["-object", "memory"]})
+        if self.no_start:
+            raise VmmError(self.no_start)
         assert directory == self.machine.directory
         self.ran.append(list(command))
         self.machine.monitor.unlink(missing_ok=True)
@@ -94,11 +99,51 @@ def test_a_machine_that_is_there_is_left_alone(host: Host) -> None:
     assert len(host.ran) == 1
 
 
-def test_a_start_that_fails_leaves_no_memory(host: Host) -> None:
-    host.version = "7.2.9"
-    with pytest.raises(LiveUpdateError, match=r"got QEMU 7\.2\.9, expected 8\.2 or later"):
+def test_files_that_qemu_needs_are_made_with_the_memory(host: Host) -> None:
+    host.machine.start(1 << 20, SETTINGS, files={"boot.img": b"disk"})
+    assert (host.machine.directory / "boot.img").read_bytes() == b"disk"
+
+
+@pytest.mark.parametrize("fails", ["refusal", "no_start"])
+def test_a_start_that_fails_leaves_nothing(host: Host, fails: str) -> None:
+    setattr(host, fails, "QEMU: too old, or not on a pkernfs mount")
+    with pytest.raises(VmmError, match="too old"):
+        host.machine.start(1 << 20, SETTINGS, files={"boot.img": b"disk"})
+    assert list(host.machine.directory.iterdir()) == []
+
+
+def test_a_start_that_fails_leaves_what_was_there(host: Host) -> None:
+    (host.machine.directory / "boot.img").write_bytes(b"mine")
+    host.no_start = "QEMU: no"
+    with pytest.raises(VmmError, match="QEMU: no"):
+        host.machine.start(1 << 20, SETTINGS, files={"boot.img": b"disk"})
+    assert [path.name for path in host.machine.directory.iterdir()] == ["boot.img"]
+
+
+def test_a_machine_whose_settings_cannot_be_kept_is_ended(host: Host) -> None:
+    """No machine runs that could not be restored, and none without its memory."""
+    host.machine.config.mkdir()
+    with pytest.raises(IsADirectoryError):
+        host.machine.start(1 << 20, SETTINGS, files={"boot.img": b"disk"})
+    assert host.qemus[0].asked == ["qom-get", "quit"]
+    assert list(host.machine.directory.iterdir()) == [host.machine.config]
+
+
+def test_memory_stays_as_long_as_its_qemu_does(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(process: int) -> None:
+        raise LiveUpdateError("QEMU: still there")
+
+    monkeypatch.setattr(live_update, "_wait_until_gone", never)
+    host.machine.config.mkdir()
+    with pytest.raises(LiveUpdateError, match="QEMU goes on: its process is in"):
         host.machine.start(1 << 20, SETTINGS)
-    assert not host.machine.ram.exists()
+    assert host.machine.ram.exists()
+
+
+def test_a_directory_that_is_not_there(host: Host) -> None:
+    machine = Machine(host.machine.directory / "none")
+    with pytest.raises(LiveUpdateError, match=r"none: no such directory: make one in a mounted"):
+        machine.start(1 << 20, SETTINGS)
 
 
 def test_a_save_that_fails_lets_the_machine_go_on(host: Host) -> None:

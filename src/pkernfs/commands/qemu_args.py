@@ -70,6 +70,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help=f"the QEMU whose version is checked; {QEMU} if not given.",
     )
+    parser.add_argument(
+        "--live-update",
+        action="store_true",
+        help="refuse a QEMU with which the guest cannot be saved by cpr-reboot, too.",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON.")
     parser.add_argument("file", metavar="FILE", help="a file on a pkernfs mount.")
 
@@ -79,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     if not _ID.fullmatch(args.id):
         raise UsageError(f"bad id: got {args.id!r}, expected a letter, then letters, digits, ._-")
     facts = describe(args.file, args.id)
-    facts["qemu"], facts["qemu_version"] = check_qemu(args.qemu)
+    facts["qemu"], facts["qemu_version"] = check_qemu(args.qemu, live_update=args.live_update)
     text = json.dumps(facts, indent=2) if args.json else shlex.join(facts["args"])
     sys.stdout.flush()
     sys.stdout.buffer.write(os.fsencode(text) + b"\n")  # a path may be no text
@@ -254,8 +259,8 @@ def _dax_align(device: int) -> int:
 # ------------------------------------------------------------------------------- QEMU
 
 
-def check_qemu(command: str) -> Qemu:
-    """Return path and version of a QEMU that is new enough.
+def check_qemu(command: str, *, live_update: bool = False) -> Qemu:
+    """Return path and version of a QEMU that is new enough, for a live update if that is wanted.
 
     :raises NotFoundError: there is no such program.
     :raises NotSupportedError: it is too old, or no QEMU.
@@ -270,11 +275,13 @@ def check_qemu(command: str) -> Qemu:
     if version is None:
         raise NotSupportedError(f"{path}: does not tell a version of QEMU: got {said!r}")
     major, minor, *_ = map(int, version.split("."))
-    if (major, minor) < qemu.OLDEST:
-        oldest = ".".join(map(str, qemu.OLDEST))
+    needed, what = qemu.OLDEST, "offset= of memory-backend-file"
+    if live_update:
+        needed, what = qemu.OLDEST_CPR, "cpr-reboot"
+    if (major, minor) < needed:
+        oldest = ".".join(map(str, needed))
         raise NotSupportedError(
-            f"{path}: too old: got QEMU {version}, expected {oldest} or later (offset= of "
-            "memory-backend-file): install that of Debian 13 or of bookworm-backports, or give "
-            "--qemu PATH"
+            f"{path}: too old: got QEMU {version}, expected {oldest} or later ({what}): install "
+            "that of Debian 13 or of bookworm-backports, or give --qemu PATH"
         )
     return Qemu(path, version)

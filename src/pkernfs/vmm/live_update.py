@@ -13,9 +13,10 @@ import json
 import os
 import select
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from pkernfs.errors import LiveUpdateError, QemuError, VmmError
@@ -23,8 +24,6 @@ from pkernfs.vmm import program
 from pkernfs.vmm.qmp import TIMEOUT_SECONDS, Qmp
 
 RUN = Path("/run")
-#: The first QEMU with the mode cpr-reboot: major and minor number.
-OLDEST_QEMU = (8, 2)
 #: For save and restore alike: without them QEMU would write all of the memory into the state.
 CAPABILITIES = ("x-ignore-shared", "events")
 
@@ -117,42 +116,78 @@ class Machine:
     def check_absent(self) -> None:
         """Refuse a directory that has a machine: no device state goes without its memory.
 
-        :raises LiveUpdateError: it has one.
+        :raises LiveUpdateError: it has one, or there is no such directory.
         """
+        if not self.directory.is_dir():
+            raise LiveUpdateError(
+                f"{self.directory}: no such directory: make one in a mounted pkernfs"
+            )
         if self.ram.exists():
             raise LiveUpdateError(f"{self.ram}: there is a machine: restore it, or remove it")
 
-    def start(self, size: int, settings: Settings, tell: Tell = _tell_nobody) -> float:
+    def start(
+        self,
+        size: int,
+        settings: Settings,
+        tell: Tell = _tell_nobody,
+        files: Mapping[str, bytes] = MappingProxyType({}),
+    ) -> float:
         """Make the memory, of ``size`` bytes, and run a new machine in it.
 
+        :param files: files that QEMU needs, with their contents, to be made in the directory
         :returns: the milliseconds that it took
-        :raises VmmError: there is a machine, or QEMU does not run; the memory is removed again.
-        :raises OSError: a file cannot be made.
+        :raises VmmError: there is a machine, or QEMU does not run; what was made is removed again.
+        :raises OSError: a file cannot be made; likewise.
         """
         self.check_absent()
         clock = _Clock(tell)
+        made: list[Path] = []
         try:
+            made.append(self.ram)
             with open(self.ram, "xb", opener=_private) as ram:
                 ram.truncate(size)
             clock.done("memory")
-            self._run_qemu(settings)
+            memory = self._memory_options(settings.qemu)  # before anything else is made
+            for name, content in files.items():
+                _write(self.directory / name, content, made)
+            self._run_qemu(settings, memory)
         except BaseException:
-            self.ram.unlink(missing_ok=True)
+            _remove(made)
             raise
         clock.done("QEMU")
-        # Another QEMU may make another machine of "pc": write down which one this is.
+        try:
+            self._keep_settings(settings, made)
+        except BaseException as error:
+            self._end_after(error)
+            _remove(made)
+            raise
+        return clock.ms
+
+    def _keep_settings(self, settings: Settings, made: list[Path]) -> None:
+        """Write down how the machine is run, that is which one of the versions of "pc" it is."""
         with Qmp(self.monitor) as qmp:
             machine = qmp.execute("qom-get", path="/machine", property="type")
         settings = replace(settings, machine=machine.removesuffix("-machine"))
-        self.config.write_text(json.dumps(asdict(settings), indent=2) + "\n")
-        return clock.ms
+        _write(self.config, json.dumps(asdict(settings), indent=2).encode() + b"\n", made)
 
-    def _run_qemu(self, settings: Settings, *more: str) -> None:
+    def _end_after(self, error: BaseException) -> None:
+        """End the QEMU that has been started; nobody may take its memory away before.
+
+        :raises LiveUpdateError: it does not end.
+        """
+        try:
+            with self._process() as process, Qmp(self.monitor) as qmp:
+                qmp.execute("quit")
+                _wait_until_gone(process)
+        except (VmmError, OSError):
+            raise LiveUpdateError(f"{error}: QEMU goes on: its process is in {self.pid}") from error
+
+    def _run_qemu(self, settings: Settings, memory: Sequence[str], *more: str) -> None:
         """Start QEMU in the background; its monitor answers when this returns."""
         command = [
             settings.qemu, "-nodefaults", "-no-user-config", "-display", "none",
             "-machine", settings.machine, "-accel", settings.accel,
-            *self._memory_options(settings.qemu), *settings.options,
+            *memory, *settings.options,
             "-qmp", f"unix:{self.monitor},server=on,wait=off",
             "-pidfile", str(self.pid), "-daemonize", *more,
         ]  # fmt: skip
@@ -160,12 +195,8 @@ class Machine:
 
     def _memory_options(self, qemu: str) -> list[str]:
         """Options that map the memory's place in the region; asked anew at each start."""
-        words = ("pkernfs", "qemu-args", "--json", "--qemu", qemu, str(self.ram))
+        words = ("pkernfs", "qemu-args", "--live-update", "--json", "--qemu", qemu, str(self.ram))
         answer: dict[str, Any] = json.loads(program.output(*words, seconds=TIMEOUT_SECONDS))
-        major, minor, *_ = answer["qemu_version"].split(".")
-        if (int(major), int(minor)) < OLDEST_QEMU:
-            found = f"{answer['qemu']}: too old: got QEMU {answer['qemu_version']}"
-            raise LiveUpdateError(f"{found}, expected 8.2 or later (cpr-reboot)")
         options: list[str] = answer["args"]
         return options
 
@@ -216,7 +247,8 @@ class Machine:
         if not self.state.exists():
             raise LiveUpdateError(f"{self.state}: no machine is saved here")
         clock = _Clock(tell)
-        self._run_qemu(Settings.read(self.config), "-incoming", "defer")
+        settings = Settings.read(self.config)
+        self._run_qemu(settings, self._memory_options(settings.qemu), "-incoming", "defer")
         clock.done("QEMU")
         with Qmp(self.monitor) as qmp, self._process() as process:
             self._read_state(qmp, process)
@@ -250,6 +282,19 @@ class Machine:
             yield handle
         finally:
             os.close(handle)
+
+
+def _write(path: Path, content: bytes, made: list[Path]) -> None:
+    """Write a file; it is added to ``made`` if it was not there before."""
+    if not path.exists():
+        made.append(path)
+    path.write_bytes(content)
+
+
+def _remove(made: list[Path]) -> None:
+    """Remove files that were made for nothing."""
+    for path in made:
+        path.unlink(missing_ok=True)
 
 
 def _private(path: str, flags: int) -> int:
