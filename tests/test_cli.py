@@ -36,13 +36,49 @@ def region(tmp_path: Path, command: Command) -> Path:
     return formatted(tmp_path, command)
 
 
-@pytest.mark.parametrize("option", ["--help", "--version"])
-def test_no_room_for_what_is_printed(option: str) -> None:
-    line = [sys.executable, "-c", "import sys; from pkernfs.cli import main; sys.exit(main())"]
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("program", "words", "status"),
+    [
+        ("pkernfs", "--help", 1),
+        ("pkernfs", "--version", 1),
+        ("pkernfs", "info --help", 1),
+        ("pkernfs", "iommu map --help", 1),
+        ("pkernfs", "mount -h", 32),
+        ("pkernfs", "info REGION", 1),
+        ("pkernfs", "info --json REGION", 1),
+        ("pkernfs", "doctor", 1),
+        ("mkfs.pkernfs", "-f REGION", 1),
+        ("fsck.pkernfs", "-n -v REGION", 8),
+        ("fsck.pkernfs", "-n --json REGION", 8),
+    ],
+)
+def test_no_room_for_what_is_printed(
+    region: Path, program: str, words: str, status: int, unbuffered: str
+) -> None:
+    """It is standard output that lacks room, not the region; and the command failed."""
+    entry = {"pkernfs": "main", "mkfs.pkernfs": "mkfs_main", "fsck.pkernfs": "fsck_main"}[program]
+    line = f"import sys; from pkernfs.cli import {entry} as main; sys.exit(main())"
+    command = [sys.executable, "-c", line, *words.replace("REGION", str(region)).split()]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     with open("/dev/full", "w") as full:
-        done = subprocess.run([*line, option], stdout=full, stderr=subprocess.PIPE, text=True)
-    assert done.returncode == 1
-    assert done.stderr == "pkernfs: standard output: No space left on device\n"
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment
+        )
+    assert done.stderr == f"{program}: standard output: No space left on device\n"
+    assert done.returncode == status
+
+
+def test_a_reader_that_has_gone_is_told_nothing(region: Path) -> None:
+    """Unlike a full disk it is no error of anybody's."""
+    line = "import sys; from pkernfs.cli import main; sys.exit(main())"
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with os.fdopen(write_end, "w") as nobody:
+        done = subprocess.run(
+            [sys.executable, "-c", line, "info", str(region)], stdout=nobody, stderr=subprocess.PIPE
+        )
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def subcommands(parser: argparse.ArgumentParser) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import io
 import logging
 import os
 import sys
@@ -173,11 +174,23 @@ def fsck_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(name: str, prog: str, argv: list[str]) -> int:
+    """Run a command, and see to it that what it has printed is where it should be."""
     command = PROGRAMS.get(name) or COMMANDS[name]
+    _have_standard_streams()
+    with _output_that_tells():
+        try:
+            status = _attempt(command, name, prog, argv)
+        except SystemExit as end:  # --help and --version, by argparse
+            status = end.code if isinstance(end.code, int) else 0
+        if not _is_printed(prog.split()[0]):
+            return status or command.failure_status
+    return status
+
+
+def _attempt(command: Command, name: str, prog: str, argv: list[str]) -> int:
     who = prog.split()[0]
     args = argparse.Namespace()
     gc.set_threshold(GARBAGE_THRESHOLD)
-    _have_standard_streams()
     try:
         build_parser(name, prog).parse_args(argv, args)
         for operand in _OPERANDS:
@@ -187,20 +200,16 @@ def _run(name: str, prog: str, argv: list[str]) -> int:
 
         exit_on_bus_error(who, command.failure_status)
         with _warnings_on_stderr(who, name, args):
-            status = load(name).run(args)
-        sys.stdout.flush()
-        return status
+            return load(name).run(args)
     except UsageError as error:
         _complain(who, str(error))
         return command.usage_status
     except PkernfsError as error:
         _complain(who, _with_subject(str(error), args))
         return command.failure_status
-    except BrokenPipeError:  # the reader has gone: nobody reads a message
-        _discard_output()
-        return command.failure_status
     except OSError as error:
-        _complain(who, os_reason(error))
+        if error.filename != _Output.NAME:  # that is said in the end
+            _complain(who, os_reason(error))
         return command.failure_status
     except KeyboardInterrupt:
         _complain(who, "interrupted")
@@ -208,6 +217,61 @@ def _run(name: str, prog: str, argv: list[str]) -> int:
     except Exception:  # a bug; Python's own status for it, 1, is "all repaired" to fsck(8)
         traceback.print_exc()
         return command.failure_status
+
+
+class _Output(io.FileIO):
+    """Standard output that names itself where it fails, and knows that it did.
+
+    Not every writer passes a failure on (argparse), and ENOSPC may be a region's as well.
+    """
+
+    NAME = "standard output"
+
+    def __init__(self) -> None:
+        super().__init__(sys.stdout.fileno(), "wb", closefd=False)
+        self.failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write what fits."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            error.filename = self.NAME
+            self.failure = error
+            raise
+
+
+@contextmanager
+def _output_that_tells() -> Iterator[None]:
+    """Print to an :class:`_Output`, where standard output is a file at all."""
+    usual = sys.stdout
+    if usual is sys.__stdout__ and isinstance(usual, io.TextIOWrapper):
+        sys.stdout = io.TextIOWrapper(
+            io.BufferedWriter(_Output()),
+            encoding=usual.encoding,
+            errors=usual.errors,
+            line_buffering=usual.line_buffering or usual.write_through,
+        )
+    try:
+        yield
+    finally:
+        sys.stdout = usual
+
+
+def _is_printed(who: str) -> bool:
+    """Tell whether all that was printed has been written; if it has not, why goes to stderr."""
+    try:
+        sys.stdout.flush()
+        raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+        failure = raw.failure if isinstance(raw, _Output) else None
+    except OSError as error:
+        failure = error
+    if failure is None:
+        return True
+    if not isinstance(failure, BrokenPipeError):  # the reader has gone: nobody reads a message
+        _complain(who, os_reason(failure))
+    _discard_output()
+    return False
 
 
 @contextmanager
