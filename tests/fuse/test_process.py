@@ -131,3 +131,20 @@ def test_a_daemon_that_serves_a_copy_of_its_mount_is_explained(mounted: Mounted)
         done.stderr,
     ), done.stderr
     assert mounted.wait() == 0, "the copy was all that it served"
+
+
+def test_sigterm_leaves_another_mount_in_its_place_alone(mounted: Mounted) -> None:
+    """A daemon that serves what is still open ends, and unmounts nothing that is not its own."""
+    assert mounted.daemon
+    (mounted.path / "f").write_bytes(b"open")
+    with (mounted.path / "f").open("rb"):
+        subprocess.run(["umount", "-l", mounted.path], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "none", mounted.path], check=True)
+        try:
+            mounted.daemon.terminate()
+            assert mounted.wait() == 0
+            assert is_mounted(mounted.path), "that is the tmpfs"
+        finally:
+            subprocess.run(["umount", mounted.path], check=True)
+    says = "still in use: unmounted or covered here, but open or mounted elsewhere: detached"
+    assert says in mounted.words()

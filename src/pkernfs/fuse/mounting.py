@@ -8,7 +8,7 @@ import os
 import subprocess
 from typing import Any
 
-from pkernfs.control.mounts import FSTYPE, mount_at
+from pkernfs.control.mounts import FSTYPE, mount_at, read_mounts
 
 #: Mount options for libfuse or the kernel. What else there is of the kind (relatime and others)
 #: has no meaning here: FUSE leaves access times to the daemon.
@@ -41,11 +41,14 @@ def tune_backing_device(device: int) -> None:
             f.write(str(value))
 
 
-def sync_and_unmount(mountpoint: str) -> str | None:
+def sync_and_unmount(mountpoint: str, device: int | None) -> str | None:
     """Write back and unmount, in a thread, while requests are served.
 
-    Returns why the mount had to be detached, or None if it had not.
+    ``device`` is the mount's ``st_dev``, if it is known: another one in its place, or on top of it,
+    is left alone. Returns why the mount had to be detached, or None if it had not.
     """
+    if device is not None and not _is_on_top(mountpoint, device):
+        return "unmounted or covered here, but open or mounted elsewhere"
     libc = ctypes.CDLL(None, use_errno=True)
     path = os.fsencode(mountpoint)
     if os.geteuid():
@@ -63,6 +66,12 @@ def sync_and_unmount(mountpoint: str) -> str | None:
     reason = os.strerror(ctypes.get_errno())
     libc.umount2(path, 2)  # MNT_DETACH
     return reason
+
+
+def _is_on_top(mountpoint: str, device: int) -> bool:
+    """Tell whether umount(8) would take this very mount; its daemon is not asked."""
+    here = next((m for m in reversed(read_mounts()) if m.mount_point == mountpoint), None)
+    return here is not None and here.device == device
 
 
 def detach_what_is_left(mountpoint: str, source: str) -> None:

@@ -242,7 +242,9 @@ class Session:
 
     async def _unmount(self) -> None:
         """Write back and unmount, still serving; leave the users behind if there are any."""
-        busy = await trio.to_thread.run_sync(mounting.sync_and_unmount, self._mountpoint)
+        busy = await trio.to_thread.run_sync(
+            mounting.sync_and_unmount, self._mountpoint, self._device
+        )
         if busy:
             log.warning(
                 "%s: still in use: %s: detached, and what is open in it fails",
