@@ -34,6 +34,15 @@ def socket_of(path: Path) -> Path:
     return Path("/run/pkernfs", socket_name(os.stat(path).st_dev))
 
 
+def which(path: Path) -> str | None:
+    """Tell sockets of one name apart, for another mount may get it; None: it has gone."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return f"inode {found.st_ino} of {found.st_ctime_ns}"
+
+
 def connect(path: Path) -> socket.socket:
     """A connection to a socket, which gives up after 10 seconds."""
     connection = socket.socket(socket.AF_UNIX)
