@@ -471,6 +471,7 @@ def one() -> Iterator[Guest]:
 BAD = {
     "unaligned iova": ("map D0 0x123 RAM", "iova 0x123: unaligned"),
     "an iova for a file of whole pages": ("map D0 0x1 RAM", "iova 0x1: unaligned: expected a "),
+    "addresses of interrupts": ("map D0 0xfec00000 RAM", "0xfee00000-0xfeefffff for interrupts"),
     "unaligned length": ("map D0 1G RAM --length 100", "bad length: got 0x64 bytes"),
     "unaligned offset": ("map D0 1G RAM --offset 12", "offset 0xc: unaligned"),
     "an odd size": ("map D0 1G MNT/odd", "bad length: got 0x1388 bytes"),

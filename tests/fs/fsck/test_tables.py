@@ -56,6 +56,23 @@ def test_sound_tables_are_clean(region: Region) -> None:
     assert not report.notes
 
 
+def test_addresses_of_interrupts_are_found(region: Region) -> None:
+    """Tables of another maker may map them; pkernfs can open those, and unmap."""
+    fs = mount_filesystem(region)
+    tables = tables_of(fs)
+    table = tables.domain(0)
+    leaf = next(iter(table.mappings()))
+    table.map(Iova(0xFEE0_0000), leaf.physical, PAGE, 3)
+    fs.unmount()
+    (problem,) = fsck.check(region, repair=True).problems
+    assert problem.code is Code.TABLES_BAD
+    assert "INTERRUPT_RANGE: dom-0 entry at " in problem.message
+    fs = mount_filesystem(region)
+    assert tables_of(fs).unmap(0, Iova(0xFEE0_0000), PAGE) == PAGE
+    fs.unmount()
+    assert fsck.check(region, repair=False).clean
+
+
 @pytest.mark.parametrize(
     ("entry", "finding"),
     [
