@@ -133,6 +133,17 @@ def test_a_daemon_that_serves_a_copy_of_its_mount_is_explained(mounted: Mounted)
     assert mounted.wait() == 0, "the copy was all that it served"
 
 
+def test_sigterm_ends_a_daemon_whose_caller_had_blocked_it(mounted: Mounted) -> None:
+    """A mask of signals outlives fork and exec, as descriptors do."""
+    mounted.unmount()
+    program = "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {15}); "
+    program += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    mount = ["-c", _PROGRAM, "mount", str(mounted.region), str(mounted.path)]
+    subprocess.run([sys.executable, "-c", program, *mount], check=True, timeout=20)
+    os.kill(client.call(str(mounted.path), Ping()).pid, signal.SIGTERM)
+    wait_until(lambda: not is_mounted(mounted.path), "the end of the mount")
+
+
 def test_sigterm_leaves_another_mount_in_its_place_alone(mounted: Mounted) -> None:
     """A daemon that serves what is still open ends, and unmounts nothing that is not its own."""
     assert mounted.daemon

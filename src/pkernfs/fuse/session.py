@@ -38,6 +38,8 @@ _ZERO_BATCH_BYTES = 64 * _MIB  # one thread call: what an unmount may wait for
 _DRAIN_SECONDS = 0.05
 _ZERO_DELAY_SECONDS = 0.05  # more will be freed in a moment
 
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
 _Result = TypeVar("_Result")
 
 
@@ -236,7 +238,8 @@ class Session:
     # ------------------------------------------------------------------ the end
 
     async def _handle_signals(self) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+        with trio.open_signal_receiver(*_ENDING) as signals:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)  # the caller's mask comes with it
             async for _ in signals:
                 await self._unmount()
 
