@@ -120,6 +120,7 @@ def test_a_daemon_that_serves_a_copy_of_its_mount_is_explained(mounted: Mounted)
         namespace = os.readlink(f"/proc/{pid}/ns/mnt")
         done = run_pkernfs("mount", str(mounted.region), str(mounted.path))
         assert mounted.daemon.poll() is None
+        assert f"its mount is seen by processes ['{pid}']" in mounted._doing()
     os.close(read_end)
     os.close(write_end)
     assert done.returncode == 32

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from pkernfs.fs import mkfs
-from pkernfs.host.mount_table import FSTYPE, own_mounts
+from pkernfs.host.mount_table import FSTYPE, mounts_of, own_mounts
 from pkernfs.host.sysroot import HOST
 from pkernfs.region.region import Region
 from support.checking import assert_clean
@@ -137,9 +137,26 @@ class Mounted:
         return self.daemon.stderr.read()
 
     def wait(self) -> int:
-        """The exit status of the daemon, which has been made to end."""
+        """The exit status of the daemon, which has been made to end.
+
+        :raises TimeoutError: it does not, and what it does instead.
+        """
         assert self.daemon is not None
-        return self.daemon.wait(REQUEST_TIMEOUT_SECONDS)
+        try:
+            return self.daemon.wait(REQUEST_TIMEOUT_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"the daemon goes on: {self._doing()}") from None
+
+    def _doing(self) -> str:
+        """Where the daemon's threads wait, and who sees its mount."""
+        assert self.daemon is not None
+        tasks = f"proc/{self.daemon.pid}/task"
+        waits = [HOST.find(f"{tasks}/{task}/wchan") for task in HOST.list(tasks)]
+        seen = [pid for pid in HOST.list("proc") if pid.isdigit() and self._is_seen_by(pid)]
+        return f"its threads wait in {waits}; its mount is seen by processes {seen}"
+
+    def _is_seen_by(self, pid: str) -> bool:
+        return any(mount.mount_point == str(self.path) for mount in mounts_of(HOST, pid))
 
     def unmount(self) -> None:
         """umount(8), and the daemon's end."""
