@@ -19,6 +19,8 @@ pytestmark = pytest.mark.fuse
 
 from pkernfs.control import client  # noqa: E402
 from pkernfs.control.protocol import Ping  # noqa: E402
+from pkernfs.errors import LockedError  # noqa: E402
+from pkernfs.region.region import Region  # noqa: E402
 from support.mounting import (  # noqa: E402
     _PROGRAM,
     Mounted,
@@ -119,6 +121,10 @@ def test_a_daemon_that_serves_a_copy_of_its_mount_is_explained(mounted: Mounted)
         assert not is_mounted(mounted.path)
         namespace = os.readlink(f"/proc/{pid}/ns/mnt")
         done = run_pkernfs("mount", str(mounted.region), str(mounted.path))
+        link = mounted.directory / "link"
+        link.symlink_to(mounted.region)
+        with pytest.raises(LockedError, match="unmounted, but a copy of the mount is at"):
+            Region.open(str(link), write=True)
         assert mounted.daemon.poll() is None
         assert f"its mount is seen by processes ['{pid}']" in mounted._doing()
     os.close(read_end)

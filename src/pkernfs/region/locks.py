@@ -110,6 +110,11 @@ class RegionLock:
         other = Span(PhysAddr(holder.start), holder.size)
         return f"in use: it overlaps {other}, which is mounted or being checked{by}"
 
+    def _source(self) -> str:
+        """The region as a table of mounts has it."""
+        is_file = self._server_shift == _FILE_SERVER_SHIFT
+        return os.path.realpath(self._spec) if is_file else self._spec
+
     def _users(self, held: LockRange | None) -> Iterator[str]:
         """Yield the processes that have a lock from an offset on, of the file that is locked.
 
@@ -125,7 +130,7 @@ class RegionLock:
                 lines = (HOST.find(f"proc/{pid}/fdinfo/{fd}") or "").splitlines()
                 locks = [line.split()[-3:-1] for line in lines if line.startswith("lock:")]
                 if any(p.split(":")[-1] == ino and s == str(held.start) for p, s in locks):
-                    yield _user(pid) + _elsewhere(self._spec, pid)
+                    yield _user(pid) + _elsewhere(self._source(), pid)
                     break
 
 
@@ -136,7 +141,7 @@ def _user(pid: str) -> str:
     return text if theirs in (ours, "") else f"{text}, in the mount namespace {theirs}"
 
 
-def _elsewhere(spec: str, daemon: str) -> str:
+def _elsewhere(source: str, daemon: str) -> str:
     """Tell of a mount that umount(8) has not ended: a mount namespace has a copy of it.
 
     Whoever makes a namespace (a container, unshare(1), a service) gets copies of all mounts, and
@@ -144,21 +149,21 @@ def _elsewhere(spec: str, daemon: str) -> str:
     sees the mount itself, or nobody is seen to have it.
     """
     seen = {_mount_namespace(daemon)}
-    if _where_mounted(spec, daemon) is not None:
+    if _where_mounted(source, daemon) is not None:
         return ""
     for pid in HOST.list("proc"):
         namespace = _mount_namespace(pid) if pid.isdigit() else ""
         if namespace and namespace not in seen:
             seen.add(namespace)
-            where = _where_mounted(spec, pid)
+            where = _where_mounted(source, pid)
             if where is not None:
                 return f": unmounted, but a copy of the mount is at {where} for {_user(pid)}"
     return ""
 
 
-def _where_mounted(spec: str, pid: str) -> str | None:
+def _where_mounted(source: str, pid: str) -> str | None:
     mounts = mounts_of(HOST, pid)
-    return next((m.mount_point for m in mounts if (m.fstype, m.source) == (FSTYPE, spec)), None)
+    return next((m.mount_point for m in mounts if (m.fstype, m.source) == (FSTYPE, source)), None)
 
 
 def _mount_namespace(pid: str) -> str:
