@@ -1,0 +1,87 @@
+"""README and docs are typed word for word, and print what stands there.
+
+What can be typed on any host is typed here; tests/lab/test_shell.py types the rest.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from support.sessions import (
+    DOCUMENTS,
+    ROOT,
+    Block,
+    Command,
+    blocks,
+    compare,
+    form,
+    typed_at,
+)
+from support.typing_host import type_at_host
+
+_PARAMETERS = [
+    pytest.param(
+        document,
+        marks=pytest.mark.vm if any("qemu" in b.words for b in typed) else pytest.mark.fuse,
+        id=document.name,
+    )
+    for document in DOCUMENTS
+    if (typed := typed_at(document, "host"))
+]
+#: Lines of indented blocks that are for a shell: they belong into a block of ``console``.
+_UNTYPED = re.compile(r"^ {4}(# |(sudo )?(pkernfs|(mkfs|fsck)\.pkernfs|mount|umount|kexec) )", re.M)
+
+
+@pytest.mark.parametrize("document", _PARAMETERS)
+@pytest.mark.slow("a whole document, typed")
+def test_document(document: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Every command prints what the document has it print, times and addresses aside."""
+    typed = typed_at(document, "host")
+    programs = None
+    if any("qemu" in block.words for block in typed):
+        programs = tmp_path / "bin"
+        programs.mkdir()
+        (programs / "qemu-system-x86_64").symlink_to(request.getfixturevalue("new_qemu"))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    commands = [command for block in typed for command in block.commands()]
+    lines = [command.typed for command in commands]
+    compare(commands, type_at_host(lines, ROOT, scratch, programs=programs))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_what_is_for_a_shell_is_typed_somewhere(document: Path) -> None:
+    outside = re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.M | re.S)
+    assert not _UNTYPED.findall(outside)
+    for block in blocks(document):
+        for word in block.words:
+            name, _, value = word.partition("=")
+            assert name in ("qemu", "lab", "shown"), (str(block), word)
+            assert not value or value == "host" or (ROOT / value).is_file(), (str(block), word)
+
+
+def test_blocks(tmp_path: Path) -> None:
+    document = tmp_path / "a.md"
+    document.write_text("a\n```console lab\n# b\nc\n\nd\n# e\n```\n```python\n# f\n```\n")
+    (block,) = blocks(document)
+    assert (block.place, block.number) == ("lab", 2)
+    assert [c[1:] for c in block._replace(document=ROOT / "x").commands()] == [
+        ("b", "c\n\nd"),
+        ("e", ""),
+    ]
+    assert Block(document, 1, ("shown=host",), ()).place == ""
+
+
+def test_form_leaves_out_times_and_names_addresses() -> None:
+    assert form(["took 1.5 ms", "took 20 ms"]) == ["took <number> ms"] * 2
+    a, b = "0x100000", "0x200000"
+    assert form([f"{a} {b}", a]) == form([f"{b} {a}", b]) != form([f"{a} {a}", a])
+    assert form(["4 inodes"]) != form(["5 inodes"])
+
+
+def test_a_difference_is_told_with_its_place() -> None:
+    with pytest.raises(AssertionError, match="README.md:7: ls"):
+        compare([Command("README.md:7: ls", "ls", "a")], ["b\n"])
