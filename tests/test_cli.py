@@ -27,7 +27,7 @@ from support.command_lines import (
     refused,
     unchanged,
 )
-from support.superblocks import edit_superblocks
+from support.superblocks import damage, edit_superblocks
 
 
 @pytest.fixture
@@ -134,12 +134,23 @@ def test_usage(line: str, status: int, command: Command) -> None:
         ("pkernfs mkfs -s 1G /x", "mkfs is not a command of pkernfs: mkfs.pkernfs REGION"),
         ("pkernfs iommu atach", "atach is not a command (did you mean attach?)"),
         ("pkernfs iommu bogus", "bogus is not a command (try pkernfs iommu --help)"),
+        ("pkernfs unmount /mnt -f", "unmount is not a command of pkernfs: umount MNT"),
         ("pkernfs bogus", "bogus: not a command, and no mount point after it"),
     ],
 )
 def test_a_word_that_is_no_command(line: str, says: str, command: Command) -> None:
     program, *args = line.split()
     refused(command(program, *args), 1, program, says)
+
+
+@pytest.mark.parametrize("word", ["inof", "list"])
+def test_a_word_with_options_of_a_mount_is_a_region(
+    word: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As mount(8) calls it: the status is that of a mount that failed."""
+    monkeypatch.chdir(tmp_path)
+    outcome = command("pkernfs", word, tmp_path, "-o", "rw")
+    refused(outcome, 32, "pkernfs", f"{tmp_path / word}: cannot open: No such file or directory")
 
 
 def test_a_region_may_have_the_name_of_a_command(
@@ -260,6 +271,33 @@ def test_mount_newer_format(
         refused(outcome, 8, "fsck.pkernfs", word)
 
 
+@pytest.mark.parametrize("page", [layout.STATE_PAGE, layout.FIRST_MAP_PAGE])
+def test_damage_that_a_check_repairs_is_told_with_the_command(
+    page: int, region: Path, command: Command, tmp_path: Path
+) -> None:
+    damage(region, page * layout.PAGE)
+    refused(mounting(command, region, tmp_path), 32, "pkernfs", ": run fsck.pkernfs -y\n")
+    if page == layout.STATE_PAGE:
+        refused(command("pkernfs", "iommu", "check", region), 1, "pkernfs", "run fsck.pkernfs -y\n")
+    assert command("fsck.pkernfs", "-y", region).status == 1
+    assert command("fsck.pkernfs", region).status == 0
+
+
+@pytest.mark.parametrize("lost", ["both superblocks", "the end"])
+def test_damage_that_no_check_repairs_names_none(
+    lost: str, region: Path, command: Command, tmp_path: Path
+) -> None:
+    if lost == "the end":
+        os.truncate(region, SIZE // 2)
+    else:
+        for page in (layout.SUPERBLOCK_PAGE, layout.BACKUP_PAGE):
+            damage(region, page * layout.PAGE + 64)
+    for outcome in (mounting(command, region, tmp_path), command("pkernfs", "info", region)):
+        assert outcome.status
+        assert "fsck" not in outcome.err
+    assert command("fsck.pkernfs", "-y", region).status == 8
+
+
 def test_truncated_since_mkfs(region: Path, command: Command, tmp_path: Path) -> None:
     os.truncate(region, SIZE // 2)
     with unchanged(region):
@@ -305,6 +343,14 @@ def test_the_manual_page_of_iommu_has_every_option(pages: dict[str, str]) -> Non
             for option in action.option_strings:
                 assert f"\\fB{option}\\fR" in page, (name, option)
             assert action.help, (name, action.dest)
+
+
+def test_manual_pages_have_every_exit_status(pages: dict[str, str]) -> None:
+    for name, row in {**cli.COMMANDS, **cli.PROGRAMS}.items():
+        page = pages[f"{name}.pkernfs.8" if name in cli.PROGRAMS else "pkernfs.8"]
+        section = page.partition(".SH EXIT STATUS\n")[2].partition("\n.SH ")[0]
+        for status in (0, row.usage_status, row.failure_status, row.interrupted_status):
+            assert f".B {status}\n" in section, (name, status)
 
 
 def test_documents_have_every_mount_option() -> None:

@@ -104,8 +104,11 @@ def test_an_option_of_the_vfs_keeps_its_value() -> None:
         ("bogus", "unknown mount option: bogus"),
         ("ro=1", "bad mount option: got ro=1, expected ro"),
         ("phys_base", "bad mount option: got phys_base, expected phys_base=ADDR"),
-        ("phys_base=4097", r"bad phys_base: got 4097, expected a multiple of 4096 below 2\^52"),
-        ("phys_base=0x10000000000000", "bad phys_base: got 0x10000000000000"),
+        ("phys_base=4097", "bad phys_base: got 4097, expected a multiple of 4096$"),
+        (
+            "phys_base=0x10000000000000",
+            r"bad phys_base: got 0x1.*, expected less than 2\^52$",
+        ),
         ("phys_base=here", "bad phys_base: got 'here'"),
         ("cache=none", "bad cache: got 'none', expected auto, direct, page"),
         ("spin=1000001", "bad spin: got 1000001, expected up to 1000000"),

@@ -21,7 +21,7 @@ from importlib import import_module
 from typing import Any, NamedTuple, NoReturn, Protocol, cast
 
 from pkernfs import __version__
-from pkernfs.errors import PkernfsError, UsageError, one_line, os_reason
+from pkernfs.errors import PkernfsError, UsageError, one_line, os_reason, with_remedy
 
 
 class Command(NamedTuple):
@@ -149,11 +149,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _print(f"pkernfs {__version__}")
     if args[0] in COMMANDS:
         return _run(args[0], f"pkernfs {args[0]}", args[1:])
-    if args[0] in ELSEWHERE and not os.path.lexists(args[0]):
+    if args[0] in ELSEWHERE and "-o" not in args and not os.path.lexists(args[0]):
         _complain("pkernfs", f"{args[0]} is not a command of pkernfs: {ELSEWHERE[args[0]]}")
         return 1
-    # A word is a command that is misspelt, or a region: never one that is there.
-    if not os.path.lexists(args[0]) and get_close_matches(args[0], COMMANDS):
+    # A word is a command that is misspelt, or a region: never one that is there, and a region where
+    # options of a mount follow, as mount(8) always gives them.
+    if "-o" not in args and not os.path.lexists(args[0]) and get_close_matches(args[0], COMMANDS):
         _complain("pkernfs", f"{no_command(args[0], COMMANDS)} (try pkernfs --help)")
         return 1
     if len(args) == 1:
@@ -205,7 +206,7 @@ def _attempt(command: Command, name: str, prog: str, argv: list[str]) -> int:
         _complain(who, str(error))
         return command.usage_status
     except PkernfsError as error:
-        _complain(who, _with_subject(str(error), args))
+        _complain(who, _with_subject(with_remedy(error), args))
         return command.failure_status
     except OSError as error:
         if error.filename != _Output.NAME:  # that is said in the end

@@ -171,6 +171,17 @@ class CorruptionError(PkernfsError):
     errno = _errno.EUCLEAN
 
 
+class BeyondRepairError(CorruptionError):
+    """Damage that fsck.pkernfs does not repair: too little is left to go by."""
+
+
+def with_remedy(error: PkernfsError) -> str:
+    """Return a message, with what repairs the damage if it is of that kind."""
+    mendable = isinstance(error, CorruptionError) and not isinstance(error, BeyondRepairError)
+    text = str(error)
+    return f"{text}: run fsck.pkernfs -y" if mendable and "fsck" not in text else text
+
+
 class TableDamageError(PkernfsError):
     """IOMMU tables that contradict their format, or are not where they were made for.
 

@@ -21,6 +21,7 @@ from pkernfs.layout import (
     PAGE,
     RECORD,
     RUN,
+    uuid_text,
 )
 from pkernfs.native._native import ffi, lib
 from pkernfs.quantities import Ino, PageNo, RegionOff, Word, pages_from
@@ -105,7 +106,7 @@ class PageStore:
         """
         state = self.journal_state()
         if state == JOURNAL_DAMAGED:
-            raise CorruptionError(f"journal at {self._journal:#x}: damaged record: run fsck")
+            raise CorruptionError(f"journal at {self._journal:#x}: damaged record")
         if state == JOURNAL_EMPTY:
             return False
         if write and self.region.writable:
@@ -248,7 +249,7 @@ class PageStore:
         if itself != page:
             raise CorruptionError(f"{where}: not its own page: got {itself}, expected {page}")
         if uuid != self.uuid:
-            raise CorruptionError(f"{where}: of another file system: got {uuid.hex()}")
+            raise CorruptionError(f"{where}: of another file system: got {uuid_text(uuid)}")
         if len(self._verified) > _MAX_VERIFIED:
             self._verified.clear()
         self._verified[page] = magic
@@ -345,5 +346,5 @@ def replay_in_copies(view: memoryview, record: RegionOff, pages: dict[PageNo, by
 def _refusal(code: int) -> Exception:
     """Why C did not commit; nothing that is in use was touched."""
     if code == lib.COMMIT_OUTSIDE:
-        return CorruptionError("a change reaches out of the region: run fsck")
+        return CorruptionError("a change reaches out of the region")
     return TransactionTooLarge("change too large for the journal")

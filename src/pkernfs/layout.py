@@ -366,6 +366,12 @@ def page_offset(page: PageNo) -> RegionOff:
     return RegionOff(page * PAGE)
 
 
+def uuid_text(uuid: bytes) -> str:
+    """16 bytes as a UUID is written."""
+    h = uuid.hex()
+    return f"{h[:8]}-{h[8:12]}-{h[12:16]}-{h[16:20]}-{h[20:]}"
+
+
 def name_key(name: bytes, hash_key: bytes) -> int:
     """First of the 2048 keys that a name may have in a name or attribute tree (section 8)."""
     digest = blake2b(name, digest_size=8, key=hash_key).digest()

@@ -178,8 +178,8 @@ def _parse_value(name: str, value: str) -> int | str:
 
 def _parse_phys_base(text: str) -> PhysAddr:
     address = parse_size(text, "phys_base")
-    if address % _PAGE or address >> _ADDRESS_BITS:
-        raise UsageError(
-            f"bad phys_base: got {text}, expected a multiple of 4096 below 2^{_ADDRESS_BITS}"
-        )
+    if address % _PAGE:
+        raise UsageError(f"bad phys_base: got {text}, expected a multiple of {_PAGE}")
+    if address >> _ADDRESS_BITS:
+        raise UsageError(f"bad phys_base: got {text}, expected less than 2^{_ADDRESS_BITS}")
     return PhysAddr(address)

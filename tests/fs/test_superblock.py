@@ -295,7 +295,7 @@ def test_the_backup_is_taken_instead(
     assert (found.label, found.uuid, found.from_backup) == ("here", UUID, True)
     [record] = caplog.records
     assert record.getMessage().startswith("superblock at 0x0: ")
-    assert record.getMessage().endswith("; the backup at 0x200000 is used: run fsck")
+    assert record.getMessage().endswith("; the backup at 0x200000 is used: run fsck.pkernfs -y")
 
 
 @pytest.mark.parametrize(

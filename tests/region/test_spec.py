@@ -83,7 +83,7 @@ def test_what_a_spec_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert not is_file_spec(spec)
     for spec in ("region", "./none", "a!b", "/dev/shm/region", "./1G!1G", "a,b"):
         assert is_file_spec(spec)
-    for spec in ("1G!1G,1G!4G", "/dev/dax0.0,/dev/dax1.0"):
+    for spec in ("1G!1G,1G!4G", "/dev/dax0.0,/dev/dax1.0", "/dev/shm/no,1G!1G"):
         with pytest.raises(RegionError, match="several ranges"):
             resolve(spec, machine)
 

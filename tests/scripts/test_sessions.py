@@ -63,6 +63,20 @@ def test_what_is_for_a_shell_is_typed_somewhere(document: Path) -> None:
             assert not value or value == "host" or (ROOT / value).is_file(), (str(block), word)
 
 
+def test_the_same_is_written_in_the_same_way_everywhere() -> None:
+    """One line of fstab; the options of QEMU through eval, for they are quoted for a shell."""
+    pages = [page.read_text().replace("\\-", "-") for page in (ROOT / "docs/man").glob("*.in")]
+    texts = [document.read_text() for document in DOCUMENTS] + pages
+    lines = [
+        line for text in texts for line in re.findall(r"^ *(/\S+ +/\S+ +fuse\.\S+ .*)", text, re.M)
+    ]
+    assert len(lines) == 3
+    assert len(set(lines)) == 1
+    uses = [line for text in texts for line in re.findall(r".*\$\(pkernfs qemu-args .*", text)]
+    assert len(uses) == 3
+    assert all('eval "qemu-system-x86_64 ' in line for line in uses)
+
+
 def test_blocks(tmp_path: Path) -> None:
     document = tmp_path / "a.md"
     document.write_text("a\n```console lab\n# b\nc\n\nd\n# e\n```\n```python\n# f\n```\n")
@@ -83,5 +97,5 @@ def test_form_leaves_out_times_and_names_addresses() -> None:
 
 
 def test_a_difference_is_told_with_its_place() -> None:
-    with pytest.raises(AssertionError, match="README.md:7: ls"):
+    with pytest.raises(AssertionError, match=r"README\.md:7: ls"):
         compare([Command("README.md:7: ls", "ls", "a")], ["b\n"])

@@ -10,7 +10,15 @@ import sys
 from collections.abc import Callable
 
 from pkernfs.control.mounts import DEAD, FSTYPE, canonical_spec, mount_at
-from pkernfs.errors import BusyError, NotDirError, NotFoundError, PkernfsError, one_line
+from pkernfs.errors import (
+    BusyError,
+    CorruptionError,
+    NotDirError,
+    NotFoundError,
+    PkernfsError,
+    one_line,
+    with_remedy,
+)
 from pkernfs.options import parse_mount_options
 
 #: mount(8): the mount failed.
@@ -45,7 +53,10 @@ def run(args: argparse.Namespace) -> int:
     from pkernfs.fuse import background, daemon
 
     def serve(ready: background.Ready) -> None:
-        daemon.run_mount(spec, mount_point, options, ready=ready, tell=_say)
+        try:
+            daemon.run_mount(spec, mount_point, options, ready=ready, tell=_say)
+        except CorruptionError as e:  # here, for its kind does not come out of the background
+            raise PkernfsError(with_remedy(e)) from e
 
     if args.foreground:
         background.log_to_stderr()

@@ -31,6 +31,7 @@ from pkernfs.layout import (
     HandoverFields,
     HistoryFields,
     StateFields,
+    uuid_text,
 )
 
 Buffer = bytes | bytearray | memoryview
@@ -125,9 +126,3 @@ def _describe_entry(entry: HistoryFields) -> dict[str, Any]:
         "result": RESULTS.get(entry.result, "unknown"),
         "changed": entry.changed,
     }
-
-
-def uuid_text(uuid: bytes) -> str:
-    """16 bytes as a UUID is written."""
-    h = uuid.hex()
-    return f"{h[:8]}-{h[8:12]}-{h[12:16]}-{h[16:20]}-{h[20:]}"

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from pkernfs.errors import CorruptionError, FormatError
+from pkernfs.errors import BeyondRepairError, CorruptionError, FormatError
 from pkernfs.fs import state_page
 from pkernfs.layout import (
     BACKUP_PAGE,
@@ -39,6 +39,7 @@ from pkernfs.layout import (
     SuperblockFields,
     first_page,
     page_offset,
+    uuid_text,
 )
 from pkernfs.quantities import BlockNo, PageNo
 from pkernfs.region.checksum import page_checksum
@@ -154,7 +155,7 @@ def load(region: Region) -> Superblock:
     """The superblock of a region, from the backup if the first copy is damaged.
 
     :raises FormatError: no pkernfs, or one of another version.
-    :raises CorruptionError: both copies are damaged, or the region is shorter than it was.
+    :raises BeyondRepairError: both copies are damaged, or the region is shorter than it was.
     """
     page = region.read(page_offset(SUPERBLOCK_PAGE), PAGE)
     try:
@@ -166,7 +167,7 @@ def load(region: Region) -> Superblock:
     except CorruptionError as e:
         found = _load_backup(region, e)
     if region.size < found.fields.region_bytes:
-        raise CorruptionError(
+        raise BeyondRepairError(
             f"{region.name}: region is truncated: got {region.size} bytes, "
             f"expected {found.fields.region_bytes}"
         )
@@ -182,9 +183,11 @@ def _load_backup(region: Region, first_error: CorruptionError | FormatError) -> 
         raise first_error from None
     except CorruptionError as e:
         if isinstance(first_error, CorruptionError):
-            raise CorruptionError(f"{first_error}; {e}") from None
+            raise BeyondRepairError(f"{first_error}; {e}") from None
         raise
-    log.warning("%s; the backup at %#x is used: run fsck", first_error, BACKUP_PAGE * PAGE)
+    log.warning(
+        "%s; the backup at %#x is used: run fsck.pkernfs -y", first_error, BACKUP_PAGE * PAGE
+    )
     return Superblock(found.uuid, found.fields, found.ranges, from_backup=True)
 
 
@@ -208,7 +211,7 @@ def describe(region: Region) -> dict[str, Any]:
     page = region.read(page_offset(STATE_PAGE), PAGE)
     info: dict[str, Any] = {
         "label": sb.label,
-        "uuid": state_page.uuid_text(sb.uuid),
+        "uuid": uuid_text(sb.uuid),
         "version": f"{sb.fields.version_major}.{sb.fields.version_minor}",
         "region_bytes": sb.fields.region_bytes,
         "page_bytes": PAGE,
@@ -230,7 +233,7 @@ def describe(region: Region) -> dict[str, Any]:
             "mounts": state.mounts,
             "mounted_ns": state.mounted_at,
             "unmounted_ns": state.unmounted_at,
-            "boot_id": state_page.uuid_text(state.boot_id),
+            "boot_id": uuid_text(state.boot_id),
             "arrival": state_page.MOUNT_KINDS.get(state.arrival),
             **state_page.describe(page, state.state == STATE_FROZEN),
         }

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
-from uuid import UUID
 
 from pkernfs.host.bars import Bar
 from pkernfs.iommu.config import Config
 from pkernfs.iommu.context_walk import Device
 from pkernfs.iommu.page_pool import Mapping
+from pkernfs.layout import uuid_text
 from pkernfs.quantities import Iova, PhysAddr, RegionOff
 from pkernfs.region.region import Place
 from pkernfs.vtd.entries import READ, WRITE, bdf_text, width_bits
@@ -65,7 +65,7 @@ def head(
     """
     return {
         "version": VERSION,
-        "region": {**region, "uuid": str(UUID(bytes=uuid))},
+        "region": {**region, "uuid": uuid_text(uuid)},
         "unit": unit(config, root),
         "damaged": damaged,
         "ioas": [],

@@ -60,8 +60,10 @@ def _refuse_several(spec: str) -> None:
 
 
 def _is_several(spec: str) -> bool:
+    """A list with any part that is no file's name; the name of a file may have commas."""
     parts = spec.split(",")
-    return len(parts) > 1 and all(looks_physical(part) or _DEVICE.fullmatch(part) for part in parts)
+    known = any(looks_physical(part) or _DEVICE.fullmatch(part) for part in parts)
+    return len(parts) > 1 and known and not os.path.lexists(spec)
 
 
 # ---------------------------------------------------------------------------- SIZE!START

@@ -28,6 +28,7 @@ from pkernfs.layout import (
     TREE_EXTENTS,
     TREE_SLOTS_OFFSET,
     Extent,
+    uuid_text,
 )
 from pkernfs.quantities import BlockNo, Ino, PageNo
 from pkernfs.region.checksum import page_checksum
@@ -90,7 +91,7 @@ def check_header(
     if itself != number:
         raise CorruptionError(f"not its own page: got {itself:#x}, expected {number:#x}")
     if uuid is not None and its_uuid != uuid:
-        raise CorruptionError(f"of another file system: got uuid {its_uuid.hex()}")
+        raise CorruptionError(f"of another file system: got uuid {uuid_text(its_uuid)}")
     return Ino(owner)
 
 
