@@ -5,7 +5,9 @@ What can be typed on any host is typed here; tests/lab/test_shell.py types the r
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from support.sessions import (
     form,
     typed_at,
 )
-from support.typing_host import type_at_host
+from support.typing_host import PYTHON, type_at_host
 
 _PARAMETERS = [
     pytest.param(
@@ -45,6 +47,9 @@ def test_document(document: Path, tmp_path: Path, request: pytest.FixtureRequest
         programs = tmp_path / "bin"
         programs.mkdir()
         (programs / "qemu-system-x86_64").symlink_to(request.getfixturevalue("new_qemu"))
+    # What has changed since the last set-up would be told in the session.
+    line = [ROOT / "scripts/setup", "--no-links"]
+    subprocess.run(line, env={**os.environ, "PYTHON": PYTHON}, check=True, capture_output=True)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     commands = [command for block in typed for command in block.commands()]

@@ -13,6 +13,8 @@ from pathlib import Path
 
 _END = "\x01end\x01"
 _SECONDS = 300.0
+#: The interpreter that this checkout was set up with.
+PYTHON = os.path.realpath(os.path.join(sys.base_prefix, "bin/python3"))
 _DEVICES = "null zero full random urandom tty fuse"
 # A /dev as containers have it: what is mounted or made in it is not the host's.
 _PRIVATE = f"""
@@ -48,13 +50,14 @@ def type_at_host(
     script = [_PRIVATE]
     for line in lines:
         script.append(f"{line}\nprintf '%s' '{_END}'")
-    python = os.path.realpath(os.path.join(sys.base_prefix, "bin/python3"))
+    file = scratch / "typed"  # what bash reads, and nobody else sees
+    file.write_text("\n".join(script))
     path = f"{programs}:{_PATH}" if programs else _PATH
-    environment = {"PATH": path, "HOME": "/root", "LANG": "C.UTF-8", "PYTHON": python}
+    environment = {"PATH": path, "HOME": "/root", "LANG": "C.UTF-8", "PYTHON": PYTHON}
     run = os.environ.get("PKERNFS_TEST_RUN")  # by which scripts/test knows what a run has left
     done = subprocess.run(
-        ["unshare", "-m", "-p", "-f", "--kill-child", "--mount-proc", "bash"],
-        input="\n".join(script),
+        [*"unshare -m -p -f --kill-child --mount-proc bash".split(), str(file)],
+        stdin=subprocess.DEVNULL,
         cwd=directory,
         env={**environment, "SCRATCH": str(scratch), **({"PKERNFS_TEST_RUN": run} if run else {})},
         stdout=subprocess.PIPE,
