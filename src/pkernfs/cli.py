@@ -61,6 +61,10 @@ ELSEWHERE = {
     "check": "fsck.pkernfs REGION, or pkernfs iommu check MNT",
     "umount": "umount MNT",
     "unmount": "umount MNT",
+    "remount": "umount MNT, then mount again with the other options",
+    "df": "df MNT",
+    "status": "pkernfs info MNT",
+    "ls": "findmnt -t fuse.pkernfs shows the mounts, ls MNT the files in one",
     "list": "findmnt -t fuse.pkernfs shows the mounts, pkernfs info MNT what is in one",
     "help": "pkernfs --help",
     "version": "pkernfs --version",
@@ -71,6 +75,9 @@ _OPERANDS = ("region", "mount_point", "target", "file", "dom", "mnt")
 
 #: Imports make few cycles; to look for them as often as Python does takes a command 6 ms.
 GARBAGE_THRESHOLD = 100_000
+
+#: Arguments that a message is about, the first that is given; others may be in it.
+_SUBJECTS = ("region", "target", "file", "dom", "mnt", "bdf")
 
 MOUNT_FORM = "pkernfs REGION MNT [-o OPTIONS]"
 
@@ -101,7 +108,7 @@ class Parser(argparse.ArgumentParser):
 
 def no_command(word: str, known: Iterable[str]) -> str:
     """Return what to say of a word that is none of the commands."""
-    meant = get_close_matches(word, known, n=1)
+    meant = get_close_matches(word.lower(), known, n=1)
     return f"{word} is not a command" + "".join(f" (did you mean {name}?)" for name in meant)
 
 
@@ -154,8 +161,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     # A word is a command that is misspelt, or a region: never one that is there, and a region where
     # options of a mount follow, as mount(8) always gives them.
-    if "-o" not in args and not os.path.lexists(args[0]) and get_close_matches(args[0], COMMANDS):
+    if (
+        "-o" not in args
+        and not os.path.lexists(args[0])
+        and get_close_matches(args[0].lower(), COMMANDS)
+    ):
         _complain("pkernfs", f"{no_command(args[0], COMMANDS)} (try pkernfs --help)")
+        return 1
+    if len(args) == 1 and args[0].startswith("-"):
+        _complain("pkernfs", f"unrecognized arguments: {args[0]} (try pkernfs --help)")
         return 1
     if len(args) == 1:
         _complain("pkernfs", f"{args[0]}: not a command, and no mount point after it (try --help)")
@@ -298,7 +312,7 @@ def _warnings_on_stderr(who: str, name: str, args: argparse.Namespace) -> Iterat
 
 def _with_subject(message: str, args: argparse.Namespace) -> str:
     """Put the command's region or file before a message that does not name it."""
-    subjects = [getattr(args, name, None) for name in ("region", "target", "file", "dom", "mnt")]
+    subjects = [getattr(args, name, None) for name in _SUBJECTS]
     subject = next((s for s in subjects if s), "")
     return message if subject in message else f"{subject}: {message}"
 

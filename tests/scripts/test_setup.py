@@ -196,6 +196,10 @@ def test_second_mount_is_refused(place: Place, tmp_path: Path) -> None:
     spare = tmp_path / "spare"
     run("mkfs.pkernfs", "-s", "16M", spare)
     assert "busy" in run("pkernfs", spare, place.mnt, status=32).stderr
+    said = run("pkernfs", place.mnt, other, status=32).stderr
+    assert said == (
+        f"pkernfs: {place.mnt}: {place.region} is mounted on it: umount it, and name that\n"
+    )
     run("mkfs.pkernfs", "-f", place.region, status=1)
     run("fsck.pkernfs", place.region, status=8)
     (place.mnt / "still there").touch()
@@ -279,6 +283,9 @@ def test_extents(place: Place) -> None:
             content[start : start + extent["length"]] = region.read(extent["length"])
     assert content == file.read_bytes()
     assert "0x400000" in run("pkernfs", "extents", file).stdout
+    for other in (place.mnt, place.mnt / "iommu"):
+        said = run("pkernfs", "extents", other, status=1).stderr
+        assert said == f"pkernfs: {other}: no extents: it is a directory\n"
     (place.mnt / "empty").touch()
     answer = json.loads(run("pkernfs", "extents", "--json", place.mnt / "empty").stdout)
     assert answer["extents"] == []

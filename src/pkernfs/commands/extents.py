@@ -23,6 +23,8 @@ def run(args: argparse.Namespace) -> int:
     """Print the extents of ``args.file``, in the order of the file."""
     if mount_of(args.file) is None:
         raise NotSupportedError(f"{args.file}: no extents: it is not on a pkernfs mount")
+    if os.path.isdir(args.file):
+        raise NotSupportedError(f"{args.file}: no extents: it is a directory")
     extents = list(read_extents(args.file))
     if args.json:
         print(json.dumps(describe(args.file, extents), indent=2))

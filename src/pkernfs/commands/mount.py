@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-from pkernfs.control.mounts import DEAD, FSTYPE, canonical_spec, mount_at
+from pkernfs.control.mounts import DEAD, FSTYPE, canonical_spec, mount_at, refuse_mount_point
 from pkernfs.errors import (
     BusyError,
     CorruptionError,
@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     options = parse_mount_options(args.options)
     mount_point = os.path.realpath(args.mount_point)
     check_mount_point(mount_point)
+    refuse_mount_point(args.region)
     spec = canonical_spec(args.region)
     from pkernfs.fuse import background, daemon
 
