@@ -48,7 +48,7 @@ def test_document(document: Path, tmp_path: Path, request: pytest.FixtureRequest
         programs.mkdir()
         (programs / "qemu-system-x86_64").symlink_to(request.getfixturevalue("new_qemu"))
     # What has changed since the last set-up would be told in the session.
-    line = [ROOT / "scripts/setup", "--no-links"]
+    line = [str(ROOT / "scripts/setup"), "--no-links"]
     subprocess.run(line, env={**os.environ, "PYTHON": PYTHON}, check=True, capture_output=True)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
