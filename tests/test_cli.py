@@ -7,6 +7,7 @@ of them do to the same region is here.
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 import subprocess
 import sys
@@ -220,6 +221,21 @@ def test_a_handover_waits_for_no_module_that_it_does_not_need() -> None:
     program += "print({'_hashlib', 'pkernfs.fs.comparison', 'pkernfs.dma'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("set()\n", "")
+
+
+def test_json_is_indented_whoever_prints_it() -> None:
+    """But for what goes over a socket, where a line is a message."""
+    over_sockets = {"control/wire.py", "vmm/qmp.py"}
+    sources = Path(cli.__file__).parent
+    found = 0
+    for path in sources.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(node, ast.Call) and ast.unparse(node.func) == "json.dumps"):
+                continue
+            found += 1
+            if str(path.relative_to(sources)) not in over_sockets:
+                assert [ast.unparse(k) for k in node.keywords] == ["indent=2"], (path, node.lineno)
+    assert found > len(over_sockets)
 
 
 # ------------------------------------------------------------------------------- several commands
