@@ -20,6 +20,7 @@ FACTS: dict[str, Any] = {
     "label": "",
     "size_bytes": 3 << 20,
     "created_ns": 0,
+    "errors": False,
     "mount_points": [],
     "features": {"compat": 1, "incompat": 0},
     "ranges": [
@@ -51,6 +52,7 @@ def test_each_fact_has_its_line(capsys: pytest.CaptureFixture[str]) -> None:
         "label: -",
         "size: 3145728 bytes (3 MiB)",
         "created: never",
+        "errors: no",
         "mount points: -",
         "features: compat 0x1, incompat 0x0",
         "range 0: 2 MiB at 0x0, physical 0x40000000",
