@@ -32,7 +32,10 @@ def test_no_script_is_left_out() -> None:
 def test_help(line: list[str], option: str, tmp_path: Path) -> None:
     script = SCRIPTS / line[0]
     first = script.read_text().partition("\n")[0]
-    program = {"python": [sys.executable], "sh": ["bash"]}["python" if "python" in first else "sh"]
+    # Any Python will do: one that has nothing of the virtual environment.
+    program = {"python": [sys.executable, "-S", "-E"], "sh": ["bash"]}[
+        "python" if "python" in first else "sh"
+    ]
     environment = {**os.environ, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
     done = subprocess.run(
         [*program, str(script), *line[1:], option],

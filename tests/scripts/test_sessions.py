@@ -68,6 +68,14 @@ def test_what_is_for_a_shell_is_typed_somewhere(document: Path) -> None:
             assert not value or value == "host" or (ROOT / value).is_file(), (str(block), word)
 
 
+def test_tests_of_the_lab_have_the_names_that_documents_have() -> None:
+    tests = "".join(path.read_text() for path in (ROOT / "tests/lab").glob("test_*.py"))
+    names = re.findall(r"scripts/lab run ([a-z_]+)", "".join(d.read_text() for d in DOCUMENTS))
+    assert len(names) >= 3
+    for name in names:
+        assert re.search(rf"^def \w*{name}\w*\(", tests, re.M), name
+
+
 def test_the_same_is_written_in_the_same_way_everywhere() -> None:
     """One line of fstab; the options of QEMU through eval, for they are quoted for a shell."""
     pages = [page.read_text().replace("\\-", "-") for page in (ROOT / "docs/man").glob("*.in")]
