@@ -22,8 +22,8 @@ pytestmark = pytest.mark.lab
 _ROOT = Path(__file__).resolve().parents[2]
 _PROMPT = rb"~ # "
 _TIMEOUT_SECONDS = 300  # a boot, or a command, on a machine with much else to do
-#: After this the next prompt is another kernel's.
-_LEAVES = "kexec -e"
+#: How a document names a machine, and what ``scripts/lab shell`` is told to have it.
+_MACHINES = {"lab": [], "lab=units": ["--units"]}
 #: What the kernel writes on the console by itself.
 _KERNEL_LINE = re.compile(r"^\[ *\d+\.\d{6}\] .*\n", re.MULTILINE)
 #: What has been on the line before it was erased: progress.
@@ -57,23 +57,20 @@ class Terminal:
         self._process.stdin.flush()
 
     def run(self, command: str) -> str:
-        """Type a command; what it has written, without its echo."""
-        if command == _LEAVES:
-            self.type(command)
-            self.wait_for(_PROMPT)
-            return ""
+        """Type a command; what it has written until it ends, or another kernel is up."""
         # The echo of the line has no digit behind the two words.
         self.type(f"echo begin=$((1)); {command}; echo end=$((1))")
-        found = self.wait_for(rb"(?s)begin=1\r?\n(.*?)end=1\r?\n.*?" + _PROMPT)
+        end = rb"(?:end=1|Linux \S+ is up)\r?\n.*?"
+        found = self.wait_for(rb"(?s)begin=1\r?\n(.*?)" + end + _PROMPT)
         said = found[1].decode(errors="replace").replace("\r\n", "\n")
         return _KERNEL_LINE.sub("", _ERASED.sub("", said))
 
 
 @contextmanager
-def shell() -> Iterator[Terminal]:
+def shell(options: list[str]) -> Iterator[Terminal]:
     """``scripts/lab shell``, ended in any case with all that it has started."""
     process = subprocess.Popen(
-        [sys.executable, str(_ROOT / "scripts/lab"), "shell"],
+        [sys.executable, str(_ROOT / "scripts/lab"), "shell", *options],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -90,12 +87,14 @@ def shell() -> Iterator[Terminal]:
 
 
 @pytest.mark.parametrize(
-    "document", [d for d in DOCUMENTS if typed_at(d, "lab")], ids=lambda path: path.name
+    ("document", "machine"),
+    [(d, m) for d in DOCUMENTS for m in _MACHINES if typed_at(d, m)],
+    ids=lambda value: value.name if isinstance(value, Path) else value,
 )
-def test_shell(document: Path) -> None:
-    """What a document has typed in the shell: README's kexec, and the same file after it."""
-    commands = [command for block in typed_at(document, "lab") for command in block.commands()]
-    with shell() as terminal:
+def test_shell(document: Path, machine: str) -> None:
+    """What a document has typed in the shell: README's kexecs, and the same file after them."""
+    commands = [command for block in typed_at(document, machine) for command in block.commands()]
+    with shell(_MACHINES[machine]) as terminal:
         terminal.wait_for(_PROMPT)
         compare(commands, [terminal.run(command.typed) for command in commands])
         terminal.type("exit")

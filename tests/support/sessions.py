@@ -5,7 +5,7 @@ after ``console`` say where a block can be typed; no reader of the rendered page
 
 - no word: on this host, in a shell whose directory is the checkout;
 - ``qemu``: the same, where there is a QEMU that pkernfs can use (8.2 or later);
-- ``lab``: in the machine that ``scripts/lab shell`` boots;
+- ``lab``: in the machine that ``scripts/lab shell`` boots; ``lab=units``: with ``--units``;
 - ``shown=FILE``: nowhere; the test or script FILE does the like, or ``shown=host`` where it is for
   the machine at hand to say.
 """
@@ -40,10 +40,10 @@ class Block(NamedTuple):
 
     @property
     def place(self) -> str:
-        """Where it is typed: ``host``, ``lab``, or nowhere (empty)."""
+        """Where it is typed: ``host``, ``lab``, ``lab=units``, or nowhere (empty)."""
         if any(word.startswith("shown=") for word in self.words):
             return ""
-        return "lab" if "lab" in self.words else "host"
+        return next((word for word in self.words if word.startswith("lab")), "host")
 
     def commands(self) -> list[Command]:
         """Return what is typed, each with what the document has it print."""
