@@ -1,6 +1,6 @@
 """Somebody who types at a shell of this host, which has the machine for itself.
 
-The shell is in namespaces of its own: its /usr/local, /mnt, /run/pkernfs and /dev/shm are private,
+The shell is in namespaces of its own: its /usr/local, /mnt, /run and /dev are private,
 and its processes end with it. So a document's words can be typed as they stand.
 """
 
@@ -31,8 +31,7 @@ mount --bind "$SCRATCH"/dev /dev
 mount -t tmpfs -o size=64g shm /dev/shm
 mount -t tmpfs -o size=64g hugepages /dev/hugepages
 mount -t tmpfs mnt /mnt
-mkdir -p /run/pkernfs
-mount -t tmpfs -o mode=755 run /run/pkernfs
+mount -t tmpfs -o mode=755 run /run
 set +e
 """
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
