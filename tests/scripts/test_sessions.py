@@ -24,37 +24,51 @@ from support.sessions import (
 )
 from support.typing_host import PYTHON, type_at_host
 
-_PARAMETERS = [
-    pytest.param(
-        document,
-        marks=pytest.mark.vm if any("qemu" in b.words for b in typed) else pytest.mark.fuse,
-        id=document.name,
-    )
-    for document in DOCUMENTS
-    if (typed := typed_at(document, "host"))
-]
 #: Lines of indented blocks that are for a shell: they belong into a block of ``console``.
 _UNTYPED = re.compile(r"^ {4}(# |(sudo )?(pkernfs|(mkfs|fsck)\.pkernfs|mount|umount|kexec) )", re.M)
 
 
-@pytest.mark.parametrize("document", _PARAMETERS)
-@pytest.mark.slow("a whole document, typed")
-def test_document(document: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def for_qemu(block: Block) -> bool:
+    """Whether a block needs a QEMU."""
+    return "qemu" in block.words
+
+
+def prints_what_it_says(typed: list[Block], directory: Path, programs: Path | None = None) -> None:
     """Every command prints what the document has it print, times and addresses aside."""
-    typed = typed_at(document, "host")
-    programs = None
-    if any("qemu" in block.words for block in typed):
-        programs = tmp_path / "bin"
-        programs.mkdir()
-        (programs / "qemu-system-x86_64").symlink_to(request.getfixturevalue("new_qemu"))
     # What has changed since the last set-up would be told in the session.
     line = [str(ROOT / "scripts/setup"), "--no-links"]
     subprocess.run(line, env={**os.environ, "PYTHON": PYTHON}, check=True, capture_output=True)
-    scratch = tmp_path / "scratch"
+    scratch = directory / "scratch"
     scratch.mkdir()
     commands = [command for block in typed for command in block.commands()]
     lines = [command.typed for command in commands]
     compare(commands, type_at_host(lines, ROOT, scratch, programs=programs))
+
+
+@pytest.mark.fuse
+@pytest.mark.slow("a whole document, typed")
+@pytest.mark.parametrize(
+    "document", [d for d in DOCUMENTS if typed_at(d, "host")], ids=lambda path: path.name
+)
+def test_without_qemu(document: Path, tmp_path: Path) -> None:
+    """By somebody who has no QEMU, and leaves out what needs it."""
+    typed = [block for block in typed_at(document, "host") if not for_qemu(block)]
+    prints_what_it_says(typed, tmp_path)
+
+
+@pytest.mark.vm
+@pytest.mark.slow("a whole document, typed")
+@pytest.mark.parametrize(
+    "document",
+    [d for d in DOCUMENTS if any(for_qemu(b) for b in blocks(d))],
+    ids=lambda path: path.name,
+)
+def test_with_qemu(document: Path, tmp_path: Path, new_qemu: Path) -> None:
+    """All that is for the host."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "qemu-system-x86_64").symlink_to(new_qemu)
+    prints_what_it_says(typed_at(document, "host"), tmp_path, programs)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
