@@ -44,3 +44,12 @@ def test_help(line: list[str], option: str, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert script.name in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_size_is_written_as_for_every_command(tmp_path: Path) -> None:
+    """With the hint for a unit that is a power of 1000; a size that is good goes on to DIR."""
+    for size, said in (("1GB", "did you mean 1G?"), ("16MiB", "no such"), ("0x1000000", "no such")):
+        line = [str(SCRIPTS / "live-update"), "start", str(tmp_path / "no"), "--size", size]
+        done = subprocess.run([sys.executable, *line], capture_output=True, text=True, timeout=60)
+        assert done.returncode
+        assert said in done.stderr.replace("No such", "no such")
