@@ -71,6 +71,22 @@ def test_a_message_is_one_line(message: str, shown: str) -> None:
     assert len(one_line(message).splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (CorruptionError("page 5: bad magic"), "page 5: bad magic: run fsck.pkernfs -y"),
+        (
+            CorruptionError("a: unmount it and run fsck.pkernfs"),
+            "a: unmount it and run fsck.pkernfs",
+        ),
+        (errors.BeyondRepairError("both copies"), "both copies"),
+        (RegionError("cannot open"), "cannot open"),
+    ],
+)
+def test_what_repairs_damage_is_said(error: errors.PkernfsError, said: str) -> None:
+    assert errors.with_remedy(error) == said
+
+
 def test_it_imports_nothing_of_ours() -> None:
     tree = ast.parse(inspect.getsource(errors))
     names = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
