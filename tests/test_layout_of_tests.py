@@ -36,6 +36,7 @@ NAMED_OTHERWISE = {
     "fs/test_stateful.py": "a model of the whole file system",
     "fuse/test_mount.py": "real mounts: a file system as its users see it",
     "fuse/test_process.py": "a daemon as a process: its descriptors, its mount namespace, its end",
+    "fuse/test_overlay.py": "real mounts as the upper layer of overlayfs",
     "fuse/test_sigkill.py": "daemons killed at any moment",
     "fuse/test_stateful.py": "a model of a mounted file system",
     "host/test_memmap_oracle.py": "the kernel's own code says whether host.memmap is right",

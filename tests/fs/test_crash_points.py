@@ -22,7 +22,7 @@ from pkernfs.errors import CorruptionError, FormatError, NoSpaceError
 from pkernfs.fs import fsck, mkfs, superblock
 from pkernfs.fs.file import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE
 from pkernfs.fs.filesystem import FileSystem
-from pkernfs.fs.namei import RENAME_EXCHANGE
+from pkernfs.fs.namei import RENAME_EXCHANGE, RENAME_WHITEOUT
 from pkernfs.fs.super import Access
 from pkernfs.layout import (
     BLOCK,
@@ -216,6 +216,18 @@ def release_all(fs: FileSystem) -> None:
         fs.release(ino)
 
 
+def unnamed(fs: FileSystem) -> None:
+    """A file without a name, open, with data."""
+    ino = fs.tmpfile(at(fs, "d"), 0o640, 3, 4).ino
+    fs.open(ino)
+    fs.write(ino, 0, text(5000, 8))
+
+
+def name_it(fs: FileSystem) -> None:
+    """Give the file of :func:`unnamed` a name."""
+    fs.link(next(iter(fs._life._opens)), at(fs, "d"), b"named")
+
+
 def inode_page_full(fs: FileSystem) -> None:
     """No inode is free: the next one makes the table grow."""
     i = 0
@@ -337,6 +349,18 @@ SCENARIOS = [
     Scenario("rename, exchanges", move("d/a", "d/full", RENAME_EXCHANGE)),
     Scenario("rename, exchanges across", move("d/a", "d/full/x", RENAME_EXCHANGE)),
     Scenario("rename, exchanges directory and file across", move("d/sub", "d/full/x", 2)),
+    Scenario("rename, leaves a whiteout", move("d/a", "d/c", RENAME_WHITEOUT)),
+    Scenario("rename, replaces and leaves a whiteout", move("d/a", "d/b", RENAME_WHITEOUT)),
+    Scenario("rename, directory leaves a whiteout", move("d/full", "new", RENAME_WHITEOUT)),
+    Scenario(
+        "rename, a whiteout grows the inode table",
+        move("d/a", "d/c", RENAME_WHITEOUT),
+        setup=inode_page_full,
+    ),
+    Scenario("tmpfile", unnamed),
+    Scenario("tmpfile grows the inode table", unnamed, setup=inode_page_full),
+    Scenario("tmpfile, linked", name_it, setup=unnamed),
+    Scenario("tmpfile, closed", release_all, setup=unnamed),
     Scenario("rename, file across", move("d/a", "d/full/y")),
     Scenario("rename, directory across", move("d/full", "new")),
     Scenario("chmod", lambda fs: fs.setattr(at(fs, "d/a"), mode=0o4711)),

@@ -59,6 +59,8 @@ CHANGES: dict[str, Callable[[FileSystem, Ino], object]] = {
     "link": lambda fs, ino: fs.link(ino, ROOT_INO, b"new"),
     "unlink": lambda fs, ino: fs.unlink(ROOT_INO, b"file"),
     "rename": lambda fs, ino: fs.rename(ROOT_INO, b"file", ROOT_INO, b"new", 0),
+    "rename, whiteout": lambda fs, ino: fs.rename(ROOT_INO, b"file", ROOT_INO, b"new", 4),
+    "tmpfile": lambda fs, ino: fs.tmpfile(ROOT_INO, 0o600, 0, 0),
     "chmod": lambda fs, ino: fs.setattr(ino, mode=0o600),
     "truncate": lambda fs, ino: fs.setattr(ino, size=3),
     "utimens": lambda fs, ino: fs.setattr(ino, mtime=5),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import (
     NotFoundError,
     StaleError,
@@ -177,17 +178,29 @@ def test_unlinked_but_open(fs: FileSystem) -> None:
 
 
 def test_looked_up_but_not_open_yet(fs: FileSystem) -> None:
-    """open(2) looks up first. If the name goes in between, ESTALE makes the kernel look again."""
+    """open(2) looks up first, and a descriptor made with O_PATH may be opened at any time."""
     ino = make(fs, content=noise(3 * MIB))
     fs.remember(ino)
     free = fs.statfs().free
     fs.unlink(ROOT, b"f")
-    assert fs.statfs().free > free
-    with pytest.raises(StaleError):
+    for _ in range(2):
         fs.open(ino)
+        assert contents(fs, ino) == noise(3 * MIB)
+        fs.release(ino)
     fs.forget(ino, 1)
     with pytest.raises(NotFoundError):
         fs.inode(ino)
+    assert fs.statfs().free > free
+
+
+def test_what_an_earlier_daemon_left_is_not_opened(fs: FileSystem) -> None:
+    """Its users have gone, and its data may be on its way out."""
+    ino = make(fs)
+    fs.open(ino)
+    fs.unlink(ROOT, b"f")
+    fs = mount_filesystem(fs.region, read_only=True)
+    with pytest.raises(StaleError):
+        fs.open(ino)
 
 
 @pytest.mark.parametrize("opened", [False, True])

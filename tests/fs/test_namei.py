@@ -7,15 +7,18 @@ import os
 import random
 import stat
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 
 from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import (
     BusyError,
+    ExistsError,
     InvalidError,
     IsDirError,
     NameTooLongError,
+    NoSpaceError,
     NotDirError,
     NotEmptyError,
     NotFoundError,
@@ -24,10 +27,11 @@ from pkernfs.errors import (
 )
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
+from pkernfs.fs.namei import RENAME_WHITEOUT
 from pkernfs.layout import BLOCK, PAGE
 from pkernfs.quantities import Ino
 from support.checking import MemoryFile, assert_clean
-from support.files import IOMMU, REG, ROOT, make, names, noise, remount, resize
+from support.files import IOMMU, REG, ROOT, contents, make, names, noise, remount, resize
 
 # ------------------------------------------------------------------------------ names
 
@@ -106,7 +110,7 @@ def _rename_error(source: str, target: str, flags: int) -> int:
         return errno.ENOENT if flags == 2 else 0
     if flags == 2:
         return 0
-    if flags == 1:
+    if flags & 1:
         return errno.EEXIST
     source_dir, target_dir = source in ("empty", "full"), target in ("empty", "full")
     if source_dir and not target_dir:
@@ -117,7 +121,7 @@ def _rename_error(source: str, target: str, flags: int) -> int:
 
 
 @pytest.mark.parametrize("same", [False, True])
-@pytest.mark.parametrize("flags", [0, 1, 2])
+@pytest.mark.parametrize("flags", [0, 1, 2, 4, 5])
 def test_rename_matrix(same: bool, flags: int) -> None:
     everything = ("file", "link", "fifo", "empty", "full")
     for source in everything:
@@ -148,6 +152,9 @@ def test_rename_matrix(same: bool, flags: int) -> None:
                     assert fs.lookup(two, target.encode()).ino == moving
                     if flags == 2:
                         assert fs.lookup(one, source.encode()).ino == there
+                    elif flags & 4:
+                        left = fs.lookup(one, source.encode())
+                        assert (left.mode, left.rdev, left.nlink) == (stat.S_IFCHR, 0, 1)
                     else:
                         with pytest.raises(NotFoundError):
                             fs.lookup(one, source.encode())
@@ -173,7 +180,7 @@ def test_rename_into_itself_and_of_the_fixed(fs: FileSystem) -> None:
             fs.unlink(to, b"x")
     with pytest.raises(NotEmptyError):
         fs.rename(a, b"b", ROOT, b"a")
-    for flags in (3, 4, 8, -1):
+    for flags in (3, 6, 7, 8, -1):
         with pytest.raises(InvalidError):
             fs.rename(ROOT, b"f", ROOT, b"g", flags)
     fs.rename(ROOT, b"f", ROOT, b"same")  # two names of one file: nothing happens
@@ -188,6 +195,120 @@ def test_rename_into_itself_and_of_the_fixed(fs: FileSystem) -> None:
         fs.rmdir(ROOT, b"iommu")
     with pytest.raises(NotFoundError):
         fs.rename(ROOT, b"none", ROOT, b"x")
+
+
+def test_a_whiteout_is_its_makers(fs: FileSystem) -> None:
+    """As a device node that mknod(2) makes: of the caller, or of a set-gid directory's group."""
+    make(fs)
+    fs.rename(ROOT, b"f", ROOT, b"g", RENAME_WHITEOUT, 3, 4)
+    left = fs.lookup(ROOT, b"f")
+    assert (left.uid, left.gid) == (3, 4)
+    inside = fs.mkdir(ROOT, b"d", 0o2755, 0, 9).ino
+    make(fs, parent=inside)
+    fs.rename(inside, b"f", ROOT, b"h", RENAME_WHITEOUT, 3, 4)
+    left = fs.lookup(inside, b"f")
+    assert (left.uid, left.gid) == (3, 9)
+    # It is a file like others: it can be replaced, renamed and removed.
+    fs.rename(ROOT, b"h", inside, b"f", RENAME_WHITEOUT)
+    fs.unlink(ROOT, b"h")
+    assert fs.inode(inside).size == 1
+
+
+def test_two_names_of_one_file_leave_no_whiteout(fs: FileSystem) -> None:
+    fs.link(make(fs), ROOT, b"same")
+    fs.rename(ROOT, b"f", ROOT, b"same", RENAME_WHITEOUT)
+    assert fs.lookup(ROOT, b"f").is_reg
+
+
+def test_no_whiteout_among_table_files(fs: FileSystem) -> None:
+    fs.create(IOMMU, b"dom-1", stat.S_IFREG | 0o600, 0, 0)
+    with pytest.raises(PermissionDeniedError):
+        fs.rename(IOMMU, b"dom-1", IOMMU, b"dom-2", RENAME_WHITEOUT)
+    assert names(fs, IOMMU) == {b"dom-1"}
+
+
+def test_a_whiteout_needs_space(fs: FileSystem) -> None:
+    """Nothing is moved if there is no room for what is to be left behind."""
+    ino = make(fs)
+    full = mock.patch.object(fs.super, "leave_reserve", side_effect=NoSpaceError("full"))
+    with full, pytest.raises(NoSpaceError):
+        fs.rename(ROOT, b"f", ROOT, b"g", RENAME_WHITEOUT)
+    assert fs.lookup(ROOT, b"f").ino == ino
+    assert names(fs, ROOT) == {b"f", b"iommu"}
+    assert_clean(fs.region)
+
+
+# ------------------------------------------------------------------------------ no name
+
+
+def test_a_file_without_a_name(fs: FileSystem) -> None:
+    free, used = fs.statfs().free, fs.super.inodes.used
+    inside = fs.mkdir(ROOT, b"d", 0o2755, 0, 9).ino
+    ino = fs.tmpfile(inside, 0o4640, 3, 4).ino
+    fs.open(ino)
+    inode = fs.inode(ino)
+    assert (inode.mode, inode.uid, inode.gid) == (stat.S_IFREG | 0o4640, 3, 9)
+    assert (inode.nlink, fs.inode(inside).size) == (0, 0)
+    fs.write(ino, 0, noise(300_000))
+    assert contents(fs, ino) == noise(300_000)
+    fs.release(ino)
+    with pytest.raises(NotFoundError):
+        fs.inode(ino)
+    fs.rmdir(ROOT, b"d")
+    assert fs.super.inodes.used == used
+    assert fs.statfs().free >= free - 2
+    assert_clean(fs.region)
+
+
+def test_a_file_gets_its_first_name(fs: FileSystem) -> None:
+    ino = fs.tmpfile(ROOT, 0o600, 0, 0).ino
+    fs.open(ino)
+    fs.write(ino, 0, b"kept")
+    fs.link(ino, ROOT, b"f")
+    fs.release(ino)
+    assert (contents(fs, ino), fs.inode(ino).nlink) == (b"kept", 1)
+    assert_clean(fs.region)
+    # Once it has lost its names again, it is a removed file like others.
+    fs.open(ino)
+    fs.unlink(ROOT, b"f")
+    with pytest.raises(NotFoundError):
+        fs.link(ino, ROOT, b"again")
+    fs.release(ino)
+    with pytest.raises(NotFoundError):
+        fs.inode(ino)
+
+
+def test_a_name_that_is_refused_may_come_later(fs: FileSystem) -> None:
+    make(fs)
+    ino = fs.tmpfile(ROOT, 0o600, 0, 0).ino
+    fs.open(ino)
+    with pytest.raises(ExistsError):
+        fs.link(ino, ROOT, b"f")
+    full = mock.patch.object(fs.super, "leave_reserve", side_effect=NoSpaceError("full"))
+    with full, pytest.raises(NoSpaceError):
+        fs.link(ino, ROOT, b"g")
+    assert fs.inode(ino).nlink == 0
+    fs.link(ino, ROOT, b"g")
+    fs.release(ino)
+    assert fs.inode(ino).nlink == 1
+
+
+def test_where_no_file_is_made_without_a_name(fs: FileSystem) -> None:
+    with pytest.raises(PermissionDeniedError):
+        fs.tmpfile(IOMMU, 0o600, 0, 0)
+    with pytest.raises(NotDirError):
+        fs.tmpfile(make(fs), 0o600, 0, 0)
+    ino = fs.tmpfile(ROOT, 0o600, 0, 0).ino
+    with pytest.raises(PermissionDeniedError):
+        fs.link(ino, IOMMU, b"dom-1")
+
+
+def test_a_file_without_a_name_goes_with_the_daemon(fs: FileSystem) -> None:
+    used = fs.super.inodes.used
+    fs.open(fs.tmpfile(ROOT, 0o600, 0, 0).ino)
+    fs = remount(fs)
+    assert fs.super.inodes.used == used
+    assert_clean(fs.region)
 
 
 def test_directories_count_links_and_entries(fs: FileSystem) -> None:

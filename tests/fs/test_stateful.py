@@ -37,6 +37,7 @@ TIMES = st.integers(-(1 << 63), (1 << 63) - 1)
 NAMES = st.sampled_from(
     [b"a", b"b", b"c", b"d", b"\xff\xfe\n ", b"x" * 255, b"x" * 254 + b"y", b"iommu", b"x" * 256]
 )
+RENAMES = st.sampled_from([0, 0, 0, 1, 2, 2, 3, 4, 4, 5, 6, 8])
 MODES = st.sampled_from([0o644, 0o755, 0o4755, 0o2755, 0o2644, 0o6777, 0o1777, 0])
 IDS = st.sampled_from([0, 1, 1000, (1 << 32) - 2])
 XATTRS = st.sampled_from(
@@ -160,6 +161,24 @@ class FileSystemMachine(RuleBasedStateMachine):
             lambda: self.model.create(at, name, kind | mode, uid, gid, rdev),
         )
 
+    @rule(d=PICK, mode=MODES, uid=IDS, gid=IDS)
+    def tmpfile(self, d: int, mode: int, uid: int, gid: int) -> None:
+        at = self.directory(d)
+        made: list[Node] = []
+
+        def ours() -> Any:
+            inode = self.fs.tmpfile(self.inos[at], mode, uid, gid)
+            self.fs.open(inode.ino)
+            return inode
+
+        def theirs() -> Node:
+            made.append(self.model.tmpfile(at, mode, uid, gid))
+            return made[0]
+
+        if self.both(ours, theirs):
+            made[0].handles += 1
+            self.open_nodes.append(made[0])
+
     @rule(d=PICK, name=NAMES, mode=MODES, uid=IDS, gid=IDS)
     def mkdir(self, d: int, name: bytes, mode: int, uid: int, gid: int) -> None:
         at = self.directory(d)
@@ -200,12 +219,17 @@ class FileSystemMachine(RuleBasedStateMachine):
         at = self.directory(d)
         self.both(lambda: self.fs.rmdir(self.inos[at], name), lambda: self.model.rmdir(at, name))
 
-    @rule(d=PICK, name=NAMES, to=PICK, new=NAMES, flags=st.sampled_from([0, 0, 0, 1, 2, 2, 3, 4]))
+    @rule(d=PICK, name=NAMES, to=PICK, new=NAMES, flags=RENAMES)
     def rename(self, d: int, name: bytes, to: int, new: bytes, flags: int) -> None:
         source, target = self.directory(d), self.directory(to)
+
+        def theirs() -> None:
+            self.model.rename(source, name, target, new, flags)
+            for node in self.model.changed - self.inos.keys():  # a whiteout
+                self.inos[node] = self.fs.lookup(self.inos[source], name).ino
+
         self.both(
-            lambda: self.fs.rename(self.inos[source], name, self.inos[target], new, flags),
-            lambda: self.model.rename(source, name, target, new, flags),
+            lambda: self.fs.rename(self.inos[source], name, self.inos[target], new, flags), theirs
         )
 
     # ------------------------------------------------------------------ attributes

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import errno
+import os
+import stat
 
 import pytest
+from pkernfs.fuse._shim import ffi
 
 from pkernfs.errors import ZeroingNeeded
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fuse import shim
 from pkernfs.fuse.operations import Operations
-from support.fuse_handlers import AS_ROOT, Waiting, do, make, make_operations, run_once
+from pkernfs.quantities import Ino
+from support.fuse_handlers import (
+    AS_ROOT,
+    AS_USER,
+    ROOT,
+    Waiting,
+    do,
+    make,
+    make_operations,
+    run_once,
+)
 
 MIB = 1 << 20
 
@@ -46,6 +59,35 @@ def test_added_operations_are_answered_later(
     assert replies == [("w", 7, True), ("f", 0, False), ("g", 0, False)]
     assert bytes(do(ops.read(ino, 0, 7))) == b"written"
     assert "pause" in waiting.asked
+
+
+def test_attributes_with_the_birth_time(ops: Operations, fs: FileSystem) -> None:
+    ino = fs.create(Ino(ROOT), b"d", stat.S_IFCHR | 0o640, 3, 4, os.makedev(5, 6)).ino
+    ops.data.invalidated.add(ino)
+    fs.setattr(ino, atime=-5, mtime=7)
+    to = ffi.new("struct pk_statx *")
+    assert ops.data.on_statx(ino, to) == 0
+    inode = fs.inode(ino)
+    assert (to.mode, to.nlink, to.uid, to.gid) == (stat.S_IFCHR | 0o640, 1, 3, 4)
+    assert (to.atime_ns, to.mtime_ns, to.ctime_ns) == (-5, 7, inode.ctime)
+    assert 0 < to.btime_ns == inode.btime < inode.ctime
+    assert (to.major, to.minor, to.size, to.pages, to.timeout_seconds) == (5, 6, 0, 0, 5)
+    assert not ops.data.invalidated, "the kernel has asked"
+    assert ops.data.on_statx(Ino(4711), to) == -errno.ENOENT
+
+
+def test_a_file_without_a_name_comes_as_a_create(
+    ops: Operations, fs: FileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shim.request, "tmpfile", 1)
+    flags = os.O_TMPFILE | os.O_RDWR
+    info, entry = do(ops.create(ROOT, b"#3", 0o600, flags, AS_USER))
+    assert (entry.st_nlink, entry.st_uid) == (0, 1000)
+    assert not fs.find(Ino(ROOT), b"#3")
+    do(ops.link(entry.st_ino, ROOT, b"f", AS_USER))
+    do(ops.release(info.fh))
+    do(ops.forget([(entry.st_ino, 2)]))
+    assert fs.lookup(Ino(ROOT), b"f").ino == entry.st_ino
 
 
 def test_a_write_takes_the_file_capability(ops: Operations) -> None:

@@ -38,9 +38,10 @@ from support.mounting import (  # noqa: E402
     wait_until,
 )
 
-RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
+RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4
 KEEP_SIZE, PUNCH_HOLE, COLLAPSE_RANGE, ZERO_RANGE = 1, 2, 8, 16
 USER = 4711
+KERNEL = tuple(int(n) for n in os.uname().release.split(".")[:2])
 
 _tags = itertools.count()
 
@@ -72,6 +73,12 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 def renameat2(old: Path, new: Path, flags: int) -> None:
     if libc.renameat2(-100, os.fsencode(old), -100, os.fsencode(new), flags):
         raise OSError(ctypes.get_errno(), "renameat2")
+
+
+def inodes_used(mounted: Mounted) -> int:
+    """How many inodes there are; a removed one goes when the kernel has told to forget it."""
+    now = os.statvfs(mounted.path)
+    return now.f_files - now.f_ffree
 
 
 def place_of(path: Path) -> int:
@@ -287,6 +294,7 @@ def test_unlinked_file_lives_while_open(mounted: Mounted) -> None:
     path = mounted.path / "f"
     path.write_bytes(b"x" * MIB)  # so that what a directory needs is there
     path.unlink()
+    wait_until(lambda: inodes_used(mounted) == 2, "the file to go")
     free = os.statvfs(mounted.path).f_bfree
     with open(path, "w+b", buffering=0) as f:
         f.write(b"still here" * 100_000)
@@ -329,8 +337,128 @@ def test_rename_flags(mounted: Mounted) -> None:
     (mounted.path / "d").mkdir()
     renameat2(b, mounted.path / "d", RENAME_EXCHANGE)
     assert b.is_dir()
+    renameat2(b, mounted.path / "x", RENAME_WHITEOUT)
+    left = b.lstat()
+    assert (stat.S_IFMT(left.st_mode), left.st_rdev) == (stat.S_IFCHR, 0)
     with fails_with(errno.EINVAL):
-        renameat2(b, mounted.path / "x", 4)  # RENAME_WHITEOUT
+        renameat2(b, mounted.path / "x", RENAME_EXCHANGE | RENAME_WHITEOUT)
+
+
+def link_open_file(fd: int, path: Path) -> None:
+    """linkat(2) as its manual page has it for a file without a name."""
+    if libc.linkat(-100, b"/proc/self/fd/%d" % fd, -100, os.fsencode(path), 0x400):
+        raise OSError(ctypes.get_errno(), "linkat")
+
+
+@pytest.mark.skipif(KERNEL < (6, 2), reason="FUSE has O_TMPFILE since Linux 6.2")
+def test_a_file_without_a_name(mounted: Mounted) -> None:
+    assert inodes_used(mounted) == 2
+    fd = os.open(mounted.path, os.O_TMPFILE | os.O_RDWR, 0o640)
+    t = tag()
+    os.write(fd, t)
+    assert os.pread(fd, 100, 0) == t
+    assert (os.fstat(fd).st_nlink, stat.S_IMODE(os.fstat(fd).st_mode)) == (0, 0o640)
+    assert [p.name for p in mounted.path.iterdir()] == ["iommu"]
+    link_open_file(fd, mounted.path / "f")
+    assert os.fstat(fd).st_nlink == 1
+    os.close(fd)
+    assert (mounted.path / "f").read_bytes() == t
+    fd = os.open(mounted.path, os.O_TMPFILE | os.O_WRONLY | os.O_EXCL)
+    with fails_with(errno.ENOENT):
+        link_open_file(fd, mounted.path / "g")
+    os.close(fd)
+    with fails_with(errno.EPERM):
+        os.open(mounted.path / "iommu", os.O_TMPFILE | os.O_WRONLY)
+    wait_until(lambda: inodes_used(mounted) == 3, "the file to go")
+    fd = os.open(mounted.path, os.O_TMPFILE | os.O_RDWR)
+    os.write(fd, bytes(3 * MIB))
+    mounted.kill()
+    os.close(fd)
+    mounted.start()
+    assert inodes_used(mounted) == 3
+    assert (mounted.path / "f").read_bytes() == t
+
+
+def test_a_user_makes_a_file_without_a_name(mounted: Mounted) -> None:
+    if KERNEL < (6, 2):
+        pytest.skip("FUSE has O_TMPFILE since Linux 6.2")
+    mounted.path.chmod(0o1777)
+
+    def make() -> None:
+        fd = os.open(mounted.path, os.O_TMPFILE | os.O_WRONLY, 0o600)
+        os.write(fd, b"mine")
+        link_open_file(fd, mounted.path / "f")
+
+    run_as(USER, make)
+    assert ((mounted.path / "f").stat().st_uid, mode_of(mounted.path / "f")) == (USER, 0o600)
+
+
+@pytest.mark.skipif(KERNEL < (6, 6), reason="FUSE has birth times since Linux 6.6")
+def test_birth_times(mounted: Mounted) -> None:
+    path = mounted.path / "f"
+    path.touch()
+    made = path.stat().st_ctime_ns
+
+    def times() -> list[str]:
+        found = subprocess.run(
+            ["stat", "-c", "%.9W %.9X %.9Y %s %h %f %u", path], capture_output=True, check=True
+        )
+        return found.stdout.decode().split()
+
+    seconds = f"{made // 10**9}.{made % 10**9:09d}"
+    assert times() == [seconds, seconds, seconds, "0", "1", "81a4", "0"]
+    path.write_bytes(bytes(5000))
+    os.utime(path, ns=(-1_500_000_000, 3))
+    os.chmod(path, 0o4711)
+    assert times() == [seconds, "-1.500000000", "0.000000003", "5000", "1", "89c9", "0"]
+    os.link(path, mounted.path / "g")
+    assert times()[4] == "2"
+    mounted.unmount()
+    mounted.start()
+    assert times()[0] == seconds
+    os.mknod(mounted.path / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    device = subprocess.run(["stat", "-c", "%W %t %T", mounted.path / "null"], capture_output=True)
+    assert device.stdout.decode().split()[1:] == ["1", "3"]
+
+
+def test_a_removed_file_is_opened_again_by_its_descriptor(mounted: Mounted) -> None:
+    """O_PATH is no open file to the daemon, and the last close must not end what it leads to."""
+    path = mounted.path / "f"
+    path.write_bytes(b"content")
+    handle = os.open(path, os.O_PATH)
+    path.unlink()
+    for _ in range(2):
+        fd = os.open(f"/proc/self/fd/{handle}", os.O_RDWR)
+        assert os.pread(fd, 100, 0) == b"content"
+        os.close(fd)
+    os.close(handle)
+    wait_until(lambda: inodes_used(mounted) == 2, "the file to go")
+
+
+def test_a_length_that_no_state_could_hold(mounted: Mounted) -> None:
+    path = mounted.path / "f"
+    path.write_bytes(b"kept")
+    for size in (1 << 40, (1 << 63) - 1):
+        with fails_with(errno.EFBIG):
+            os.truncate(path, size)
+        with open(path, "r+b") as f, fails_with(errno.EFBIG):
+            os.ftruncate(f.fileno(), size)
+    with fails_with(errno.ENOSPC):
+        os.truncate(path, os.statvfs(mounted.path).f_blocks * 4096)
+    assert path.read_bytes() == b"kept"
+
+
+@pytest.mark.parametrize("seconds", [9223372037, 16725225600, -9223372037, -62135596800])
+def test_a_time_that_cannot_be_kept_is_refused(mounted: Mounted, seconds: int) -> None:
+    path = mounted.path / "f"
+    path.touch()
+    before = path.stat().st_mtime_ns
+    for times in ((seconds, 0), (0, seconds)):
+        with fails_with(errno.EOVERFLOW):
+            os.utime(path, times)
+    assert path.stat().st_mtime_ns == before
+    os.utime(path, (9223372036, -9223372036))
+    assert (path.stat().st_atime, path.stat().st_mtime) == (9223372036, -9223372036)
 
 
 def test_names_of_any_bytes(mounted: Mounted) -> None:

@@ -40,6 +40,10 @@ class Server:
         self.asked.append(("copy", req, ino_in, off_in, ino_out, off_out, length))
         return length
 
+    def on_statx(self, ino: Ino, to: Any) -> int:
+        self.asked.append(("statx", ino, to))
+        return -errno.ENOENT
+
 
 @pytest.fixture
 def server() -> Server:
@@ -55,11 +59,14 @@ def test_calls_of_c_go_to_the_server(server: Server) -> None:
     assert shim._on_fallocate(request, Ino(5), 3, 100, 200) == shim.LATER
     assert shim._on_lseek(Ino(5), 100, 4) == -errno.ENXIO
     assert shim._on_copy(request, Ino(5), 1, Ino(6), 2, 30) == 30
+    to = ffi.new("struct pk_statx *")
+    assert shim._on_statx(Ino(5), to) == -errno.ENOENT
     assert server.asked == [
         ("write", request, 5, b"written", 100, True),
         ("fallocate", request, 5, 3, 100, 200),
         ("lseek", 5, 100, 4),
         ("copy", request, 5, 1, 6, 2, 30),
+        ("statx", 5, to),
     ]
 
 

@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from pkernfs.fs import fsck
 from pkernfs.region.region import Region
 from support.mounting import Mounted, child, libc
-from support.posix_model import Model, Node
+from support.posix_model import RENAME_WHITEOUT, Model, Node
 from support.strategies import LENGTHS, OFFSETS, PICK, noise
 
 pytestmark = pytest.mark.fuse
@@ -27,6 +27,7 @@ pytestmark = pytest.mark.fuse
 AT_FDCWD = -100
 MIB = 1 << 20
 NAMES = st.sampled_from([b"a", b"b", b"c", b"d", b"\xff\xfe\n ", b"x" * 255, b"iommu"])
+RENAMES = st.sampled_from([0, 0, 0, 1, 2, 2, 3, 4, 5])
 MODES = st.sampled_from([0o644, 0o755, 0o4755, 0o2755, 0o2644, 0o1777, 0])
 XATTRS = st.sampled_from([b"user.a", b"user.b", b"security.c", b"trusted.d", b"system.no"])
 KINDS = st.sampled_from([stat.S_IFREG] * 4 + [stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR])
@@ -39,7 +40,7 @@ class MountedModel(Model):
         self, source: Node, name: bytes, target: Node, new_name: bytes, flags: int = 0
     ) -> None:
         old = target.entries.get(new_name)
-        if flags == 0 and old is not None and name in source.entries:
+        if flags in (0, RENAME_WHITEOUT) and old is not None and name in source.entries:
             above = old is not source.entries[name] and old.is_dir and self._is_below(old, source)
             if above:
                 raise OSError(errno.ENOTEMPTY, "the target is above the source")
@@ -193,7 +194,7 @@ class MountMachine(RuleBasedStateMachine):
         path = self.path(at, name)
         self.both(lambda: os.rmdir(path), lambda: self.model.rmdir(at, name))
 
-    @rule(d=PICK, name=NAMES, to=PICK, new=NAMES, flags=st.sampled_from([0, 0, 0, 1, 2, 2, 3]))
+    @rule(d=PICK, name=NAMES, to=PICK, new=NAMES, flags=RENAMES)
     def rename(self, d: int, name: bytes, to: int, new: bytes, flags: int) -> None:
         source, target = self.directory(d), self.directory(to)
         old_path, new_path = self.path(source, name), self.path(target, new)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import stat
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import CorruptionError, NoSpaceError, ZeroingNeeded
 from pkernfs.fs import mkfs
 from pkernfs.fs.filesystem import FileSystem
+from pkernfs.fuse import shim
 from pkernfs.fuse.operations import Operations
 from pkernfs.quantities import Ino
 from pkernfs.region.region import Region
@@ -89,8 +91,31 @@ def test_handlers_wait_for_memory(
     assert ops.waiting.asked == asked
 
 
+def test_what_waits_keeps_the_note_on_its_request(
+    ops: Operations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel wanted set-id bits gone with this request, and says nothing of the kind of others.
+
+    Others are read while it waits.
+    """
+    ino = make(ops)
+    do(ops.setattr(ino, *set_fields(mode=stat.S_IFREG | 0o4711), None, AS_ROOT))
+    run_once(ops, ZeroingNeeded([(5, 20)]), monkeypatch, "setattr")
+    monkeypatch.setattr(shim.request, "kill", 1)
+    waiting = ops.waiting
+    assert isinstance(waiting, Waiting)
+
+    async def another_request(need: ZeroingNeeded) -> None:
+        shim.request.kill = 0
+
+    monkeypatch.setattr(waiting, "zero", another_request)
+    entry = do(ops.setattr(ino, *set_fields(size=4 * MIB), None, AS_ROOT))
+    assert entry.st_mode == stat.S_IFREG | 0o711
+    assert shim.request.kill == 0, "the note is the other request's again"
+
+
 def test_no_space_that_stays_is_an_error(ops: Operations) -> None:
     ino = make(ops)
-    attributes, fields = set_fields(size=1 << 40)
+    attributes, fields = set_fields(size=ops.fs.statfs().blocks * 4096)
     assert fails(ops.setattr(ino, attributes, fields, None, AS_ROOT)) == errno.ENOSPC
     assert do(ops.getattr(ino, AS_ROOT)).st_size == 0

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
+RENAME_WHITEOUT = 4
 KEEP_SIZE = 1
 PUNCH_HOLE = 2
 ZERO_RANGE = 16
@@ -36,6 +37,7 @@ class Node:
     xattrs: dict[bytes, bytes] = field(default_factory=dict)
     parent: Node | None = None
     handles: int = 0
+    unnamed: bool = False  # made by O_TMPFILE, and not linked yet
     fixed: bool = False  # /iommu: stays where it is
 
     @property
@@ -126,6 +128,15 @@ class Model:
         device = stat.S_IFMT(mode) in (stat.S_IFCHR, stat.S_IFBLK)
         return self._enter(directory, name, Node(mode, uid, gid, rdev=rdev if device else 0))
 
+    def tmpfile(self, directory: Node, mode: int, uid: int, gid: int) -> Node:
+        if not directory.nlink:
+            raise _fail(errno.ENOENT)
+        if directory.mode & stat.S_ISGID:
+            gid = directory.gid
+        node = Node(stat.S_IFREG | mode, uid, gid, nlink=0, unnamed=True)
+        self.changed.add(node)
+        return node
+
     def mkdir(self, directory: Node, name: bytes, mode: int, uid: int, gid: int) -> Node:
         self._check_new(directory, name)
         mode |= stat.S_IFDIR
@@ -147,8 +158,9 @@ class Model:
         if node.is_dir:
             raise _fail(errno.EPERM)
         self._check_new(directory, name)
-        if not node.nlink:
+        if not node.nlink and not node.unnamed:
             raise _fail(errno.ENOENT)
+        node.unnamed = False
         node.nlink += 1
         return self._enter(directory, name, node)
 
@@ -191,7 +203,7 @@ class Model:
     def rename(
         self, source: Node, name: bytes, target: Node, new_name: bytes, flags: int = 0
     ) -> None:
-        if flags not in (0, RENAME_NOREPLACE, RENAME_EXCHANGE):
+        if flags not in (0, RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT, 5):
             raise _fail(errno.EINVAL)
         if not source.nlink or not target.nlink:
             raise _fail(errno.ENOENT)
@@ -202,7 +214,7 @@ class Model:
         if flags == RENAME_EXCHANGE:
             self._exchange(source, name, target, new_name)
             return
-        if old is not None and flags == RENAME_NOREPLACE:
+        if old is not None and flags & RENAME_NOREPLACE:
             raise _fail(errno.EEXIST)
         if old is node:
             return
@@ -221,6 +233,9 @@ class Model:
                 old.nlink -= 1
             self.changed.add(old)
         del source.entries[name]
+        if flags & RENAME_WHITEOUT:
+            gid = source.gid if source.mode & stat.S_ISGID else 0
+            self._enter(source, name, Node(stat.S_IFCHR, 0, gid))
         target.entries[new_name] = node
         self._moved(node, source, target)
         self.changed |= {source, target, node}

@@ -63,6 +63,7 @@ class FileSystem:
         self.opendir = namei.opendir
         self.readdir = namei.readdir
         self.create = namei.create
+        self.tmpfile = namei.tmpfile
         self.mkdir = namei.mkdir
         self.symlink = namei.symlink
         self.readlink = namei.readlink

@@ -1,7 +1,8 @@
 """The life of inodes, from the first look-up to the last handle, and their attributes.
 
-An inode without names is an orphan: it goes with its last handle and its last look-up. A file that
-a rename has replaced keeps its data as long as someone who looked it up may open it.
+An inode without names is an orphan: it goes, with its data, when the last handle is closed and the
+last look-up forgotten. Until then it can be opened: of a descriptor made with O_PATH no more is
+known here than the look-up. A file that was made without a name may get one until then.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class InodeLife:
         self._opens: dict[Ino, int] = {}
         self._lookups: dict[Ino, int] = {}
         self._orphans: set[Ino] = set()  # in use, to be freed when they no longer are
-        self._replaced: set[Ino] = set()  # those of them that have their data without being open
+        self._unnamed: set[Ino] = set()  # those of them that never had a name
 
     def numbers(self) -> Iterator[Ino]:
         """Every inode number in use, ascending. Others may run in between: what is there all the
@@ -70,6 +71,23 @@ class InodeLife:
         inode.atime = inode.mtime = inode.ctime = inode.btime = self._super.clock()
         return inode
 
+    # ------------------------------------------------------------------ files without a name
+
+    def expect_name(self, ino: Ino) -> None:
+        """A file was made without a name: until its last user goes, it may be opened and linked."""
+        self._orphans.add(ino)
+        self._unnamed.add(ino)
+
+    def expects_name(self, ino: Ino) -> bool:
+        """Tell if a file was made without a name and has had none since."""
+        return ino in self._unnamed
+
+    def has_name(self, ino: Ino) -> None:
+        """An inode has a name."""
+        if ino in self._unnamed:
+            self._unnamed.discard(ino)
+            self._orphans.discard(ino)
+
     # ------------------------------------------------------------------ who uses them
 
     def remember(self, ino: Ino, n: int = 1) -> None:
@@ -88,11 +106,10 @@ class InodeLife:
     def open(self, ino: Ino) -> Inode:
         """Count an open handle; the inode lives at least as long.
 
-        :raises StaleError: the last name of a file was removed since it was looked up.
+        :raises StaleError: a file without a name that nobody uses: an earlier daemon left it.
         """
         inode = self._inodes.get(ino)
-        gone = inode.is_reg and not inode.nlink and ino not in self._replaced
-        if gone and ino not in self._opens:
+        if inode.is_reg and not inode.nlink and ino not in self._orphans:
             raise StaleError(f"inode {ino}: was removed")
         self._opens[ino] = self._opens.get(ino, 0) + 1
         return inode
@@ -113,7 +130,7 @@ class InodeLife:
         if ino not in self._orphans or self._in_use(ino) or self._super.read_only:
             return
         self._orphans.discard(ino)
-        self._replaced.discard(ino)
+        self._unnamed.discard(ino)
         inode = self._inodes.get(ino)
         if not inode.nlink:
             self.evict(inode)
@@ -130,11 +147,8 @@ class InodeLife:
 
     # ------------------------------------------------------------------ the end of one
 
-    def drop_link(self, inode: Inode, *, replaced: bool = False) -> bool:
-        """Take a name away, in the open transaction; False: :meth:`evict` the inode after it.
-
-        :param replaced: the name goes on to be another inode's.
-        """
+    def drop_link(self, inode: Inode) -> bool:
+        """Take a name away, in the open transaction; False: :meth:`evict` the inode after it."""
         self._inodes.touch(inode)
         if not inode.nlink:
             raise CorruptionError(f"inode {inode.ino}: a name, but a link count of 0")
@@ -144,22 +158,11 @@ class InodeLife:
             self._inodes.save(inode)
             return True
         self._blocks.drop_preallocation(inode.ino)
-        # Who has looked the name up may be about to open it: the old file is as good as the new,
-        # and to be told to look again and again, while it is replaced as often, is no answer.
-        if replaced and inode.is_reg and inode.ino in self._lookups:
-            self._replaced.add(inode.ino)
-        if inode.ino in self._opens or inode.ino in self._replaced:
+        if self._in_use(inode.ino):
             self._orphans.add(inode.ino)
             self._inodes.save(inode)
             return True
-        # Nobody can open it any more: its space is free at once, its number when it is forgotten.
-        whole = not inode.is_reg or not inode.data_pages or self._remove_data(inode)
-        if whole and inode.ino not in self._lookups:
-            self._free(inode)
-            return True
-        self._orphans.add(inode.ino)
-        self._inodes.save(inode)
-        return whole or inode.ino in self._lookups
+        return self._free_some(inode)
 
     def drop_directory(self, inode: Inode) -> None:
         """Take an empty directory's only name away, in the open transaction."""
@@ -174,19 +177,20 @@ class InodeLife:
 
     def evict(self, inode: Inode) -> None:
         """Free an inode that has no name and all it holds."""
-        while inode.is_reg and inode.data_pages:
+        self._blocks.drop_preallocation(inode.ino)
+        whole = False
+        while not whole:
             with self._store:
                 self._inodes.touch(inode)
-                self._remove_data(inode)
-                self._inodes.save(inode)
-        self._blocks.drop_preallocation(inode.ino)
-        with self._store:
-            self._inodes.touch(inode)
-            self._free(inode)
+                whole = self._free_some(inode)
 
-    def _remove_data(self, inode: Inode) -> bool:
-        """Free as much of a file's data as fits the transaction; True if that was all."""
-        return self._map.remove(inode, 0, LAST_PAGE + 1) == 0
+    def _free_some(self, inode: Inode) -> bool:
+        """Free as much as fits the transaction; True if that was all, and the inode with it."""
+        if inode.is_reg and inode.data_pages and self._map.remove(inode, 0, LAST_PAGE + 1):
+            self._inodes.save(inode)
+            return False
+        self._free(inode)
+        return True
 
     def _free(self, inode: Inode) -> None:
         self._xattrs.destroy(inode)

@@ -1,4 +1,8 @@
-"""Names: looking them up, making and removing them, renaming, listing directories."""
+"""Names: looking them up, making and removing them, renaming, listing directories.
+
+A whiteout, which a rename may leave under the old name, is a device node 0:0: overlayfs keeps it
+in an upper layer for a name of the lower layer that was removed.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +39,15 @@ from pkernfs.quantities import Ino
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
+RENAME_WHITEOUT = 4
 
+_RENAME_FLAGS = (
+    0,
+    RENAME_NOREPLACE,
+    RENAME_EXCHANGE,
+    RENAME_WHITEOUT,
+    RENAME_WHITEOUT | RENAME_NOREPLACE,
+)
 _PERMISSIONS = 0o7777
 _DEVICES = (stat.S_IFCHR, stat.S_IFBLK)
 _CREATED = (stat.S_IFREG, stat.S_IFIFO, stat.S_IFSOCK, *_DEVICES)
@@ -149,6 +161,26 @@ class Namei:
         self._pins.directory_changed(directory)
         return inode
 
+    def tmpfile(self, parent: Ino, mode: int, uid: int, gid: int) -> Inode:
+        """Make a file without a name, as O_TMPFILE; it goes with its last user, or is linked.
+
+        A set-gid directory passes its group on.
+
+        :raises PermissionDeniedError: in /iommu, where every file has a name.
+        """
+        self._super.check_writable()
+        directory = self._linked_directory(parent)
+        if directory.ino == IOMMU_INO:
+            raise PermissionDeniedError("iommu: only root-pgtables and dom-N live here")
+        if directory.mode & stat.S_ISGID:
+            gid = directory.gid
+        with self._store:
+            inode = self._life.new(stat.S_IFREG | mode & _PERMISSIONS, uid, gid)
+            self._inodes.save(inode)
+            self._super.leave_reserve()
+        self._life.expect_name(inode.ino)
+        return inode
+
     def mkdir(self, parent: Ino, name: bytes, mode: int, uid: int, gid: int) -> Inode:
         """Make a directory; a set-gid parent passes group and set-gid bit on.
 
@@ -205,7 +237,7 @@ class Namei:
         return inode.target
 
     def link(self, ino: Ino, parent: Ino, name: bytes) -> Inode:
-        """Give an inode another name.
+        """Give an inode another name; or its first one, if :meth:`tmpfile` has made it.
 
         :raises ExistsError: the name is taken.
         :raises PermissionDeniedError: a directory, a file of /iommu, or a name in it.
@@ -216,7 +248,7 @@ class Namei:
         directory = self._check_new(parent, name, stat.S_IFMT(inode.mode))
         if parent == IOMMU_INO:  # a table file is one from the start
             raise PermissionDeniedError("iommu: files do not move in or out")
-        if not inode.nlink:
+        if not inode.nlink and not self._life.expects_name(ino):
             raise NotFoundError(f"inode {ino}: was removed")
         if inode.nlink >= MAX_LINKS:
             raise TooManyLinksError(f"inode {ino}: too many names")
@@ -226,6 +258,7 @@ class Namei:
             inode.ctime = self._super.clock()
             self._inodes.save(inode)
             self._enter(directory, name, inode)
+        self._life.has_name(ino)
         return inode
 
     def _check_new(self, parent: Ino, name: bytes, kind: int) -> Inode:
@@ -303,14 +336,22 @@ class Namei:
     # ------------------------------------------------------------------ rename
 
     def rename(
-        self, parent: Ino, name: bytes, new_parent: Ino, new_name: bytes, flags: int = 0
+        self,
+        parent: Ino,
+        name: bytes,
+        new_parent: Ino,
+        new_name: bytes,
+        flags: int = 0,
+        uid: int = 0,
+        gid: int = 0,
     ) -> None:
         """Rename, replace or exchange, as renameat2(2).
 
+        :param uid: who owns the whiteout that RENAME_WHITEOUT leaves; ``gid`` likewise.
         :raises InvalidError: unknown flags, or a directory into itself.
         """
         self._super.check_writable()
-        if flags not in (0, RENAME_NOREPLACE, RENAME_EXCHANGE):
+        if flags not in _RENAME_FLAGS:
             raise InvalidError(f"rename flags {flags:#x}: not supported")
         source = self._linked_directory(parent)
         target = self._linked_directory(new_parent)
@@ -332,6 +373,8 @@ class Namei:
         if taken is not None and taken.ino == inode.ino:
             return
         self._check_move(inode, source, name, target, new_name)
+        if flags & RENAME_WHITEOUT and source.ino == IOMMU_INO:
+            raise PermissionDeniedError("iommu: only root-pgtables and dom-N live here")
         old = self._named(target, taken.ino) if taken is not None else None
         if old is not None:
             self._check_replace(inode, old)
@@ -340,7 +383,10 @@ class Namei:
             self._inodes.touch(source)
             self._inodes.touch(target)
             self._inodes.touch(inode)
-            self._names.remove(source, name, found.key)
+            if flags & RENAME_WHITEOUT:
+                self._leave_whiteout(source, name, found.key, uid, gid)
+            else:
+                self._names.remove(source, name, found.key)
             if taken is not None:
                 self._names.replace(target, new_name, taken.key, inode.ino, inode.mode >> 12)
             else:
@@ -362,10 +408,20 @@ class Namei:
                 if old.is_dir:
                     self._life.drop_directory(old)
                 else:
-                    done = self._life.drop_link(old, replaced=True)
+                    done = self._life.drop_link(old)
         self._pins.directory_changed(target)
         if not done and old is not None:
             self._life.evict(old)
+
+    def _leave_whiteout(self, directory: Inode, name: bytes, key: int, uid: int, gid: int) -> None:
+        """Inside a transaction: let the name mean a new whiteout."""
+        if directory.mode & stat.S_ISGID:
+            gid = directory.gid
+        whiteout = self._life.new(stat.S_IFCHR, uid, gid)
+        whiteout.nlink = 1
+        self._inodes.save(whiteout)
+        self._names.replace(directory, name, key, whiteout.ino, whiteout.mode >> 12)
+        self._super.leave_reserve()
 
     def _check_move(
         self, inode: Inode, source: Inode, name: bytes, target: Inode, new_name: bytes

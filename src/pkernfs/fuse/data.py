@@ -7,6 +7,7 @@ invalidated here.
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
@@ -26,14 +27,17 @@ _END = object()
 
 
 class DataRequests:
-    """Write, copy, seek and preallocate; ``handlers`` are those of the same mount.
+    """Write, copy, seek, preallocate and statx; ``handlers`` are those of the same mount.
+
+    ``timeout`` is how long (seconds) the kernel may keep attributes.
 
     :attr:`invalidated` has the inodes whose attributes the kernel was told to forget, and has not
     asked for since. :attr:`without_capability` has open files without a file capability.
     """
 
-    def __init__(self, handlers: Handlers) -> None:
+    def __init__(self, handlers: Handlers, timeout: float = 0) -> None:
         self._handlers = handlers
+        self._timeout_seconds = int(timeout)
         self._fs = handlers.fs
         self.invalidated: set[Ino] = set()
         self.without_capability: set[Ino] = set()
@@ -117,6 +121,20 @@ class DataRequests:
             return self._fs.seek(ino, offset, whence)
         except Exception as e:
             return -errno_of(self._fs, e)
+
+    def on_statx(self, ino: Ino, to: Any) -> int:
+        """The attributes of an inode with its birth time; GETATTR has the others alone."""
+        try:
+            inode = self._fs.inode(ino)
+        except Exception as e:
+            return -errno_of(self._fs, e)
+        to.mode, to.nlink, to.uid, to.gid = inode.mode, inode.nlink, inode.uid, inode.gid
+        to.size, to.pages, to.timeout_seconds = inode.size, inode.data_pages, self._timeout_seconds
+        to.atime_ns, to.btime_ns = inode.atime, inode.btime
+        to.mtime_ns, to.ctime_ns = inode.mtime, inode.ctime
+        to.major, to.minor = os.major(inode.rdev), os.minor(inode.rdev)
+        self.invalidated.discard(ino)
+        return 0
 
     def on_fallocate(self, req: Any, ino: Ino, mode: int, offset: int, length: int) -> int:
         """Take the first step at once; the others beside other requests."""

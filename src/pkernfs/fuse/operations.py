@@ -62,7 +62,7 @@ class Operations(Handlers, pyfuse3.Operations):
         self, fs: FileSystem, *, cache: str = "auto", timeout: float = _FOREVER_SECONDS
     ) -> None:
         super().__init__(fs)
-        self.data = DataRequests(self)
+        self.data = DataRequests(self, timeout)
         self.initialized = False
         self._cache = cache
         self.writers: dict[Ino, int] = {}  # how often each inode is open for writing
@@ -212,7 +212,7 @@ class Operations(Handlers, pyfuse3.Operations):
     def rename(
         self, parent: Ino, name: bytes, new_parent: Ino, new_name: bytes, flags: int, ctx: Any
     ) -> None:
-        self.fs.rename(parent, name, new_parent, new_name, flags)
+        self.fs.rename(parent, name, new_parent, new_name, flags, ctx.uid, ctx.gid)
 
     @handler
     def opendir(self, ino: Ino, ctx: Any) -> Ino:
@@ -241,7 +241,13 @@ class Operations(Handlers, pyfuse3.Operations):
 
     @handler
     def create(self, parent: Ino, name: bytes, mode: int, flags: int, ctx: Any) -> Any:
+        """Also O_TMPFILE: it comes as CREATE does, with a name that means nothing."""
         fs = self.fs
+        if shim.request.tmpfile:
+            ino = fs.tmpfile(parent, mode, ctx.uid, ctx.gid).ino
+            self._open(ino, flags)
+            fs.remember(ino)
+            return self._opened, self._attributes(ino)
         if not stat.S_IFMT(mode):
             mode |= stat.S_IFREG
         try:

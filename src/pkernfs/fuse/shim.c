@@ -6,6 +6,9 @@
  * itself between libfuse and /dev/fuse, to
  *   - add capabilities to the reply to FUSE_INIT that the libfuse at hand has no names for,
  *   - note what libfuse does not hand on of a request (who asks; whether set-id bits must go),
+ *   - serve two requests that not every libfuse knows: TMPFILE (7.37, Linux 6.2) has the form of
+ *     CREATE, and is handed on as one, with a note; STATX (7.39, Linux 6.6), which has the birth
+ *     time, is answered here,
  *   - read without blocking, and for a moment without sleeping.
  * One thread serves requests, so the notes on the current request are plain statics.
  */
@@ -33,10 +36,10 @@
 #include <unistd.h>
 
 /* ------------------------------------------------------------------ the kernel's protocol */
-/* The few parts of linux/fuse.h (7.36 and later) that are used here, so that old headers will do. */
+/* The few parts of linux/fuse.h (7.39) that are used here, so that old headers will do. */
 
 enum { OP_SETATTR = 4, OP_OPEN = 14, OP_WRITE = 16, OP_INIT = 26, OP_CREATE = 35,
-       OP_FALLOCATE = 43, OP_COPY_FILE_RANGE = 47 };
+       OP_FALLOCATE = 43, OP_COPY_FILE_RANGE = 47, OP_TMPFILE = 51, OP_STATX = 52 };
 
 #define INIT_PARALLEL_DIROPS (UINT64_C(1) << 18)
 #define INIT_AUTO_INVAL_DATA (UINT64_C(1) << 12)
@@ -70,6 +73,28 @@ struct out_header {
 	int32_t error;
 	uint64_t unique;
 };
+struct sx_time {
+	int64_t seconds;
+	uint32_t ns;
+	int32_t reserved;
+};
+struct statx_out {
+	uint64_t attr_valid;
+	uint32_t attr_valid_ns, flags;
+	uint64_t spare[2];
+	/* struct fuse_statx */
+	uint32_t mask, blksize;
+	uint64_t attributes;
+	uint32_t nlink, uid, gid;
+	uint16_t mode, spare0;
+	uint64_t ino, size, blocks, attributes_mask;
+	struct sx_time atime, btime, ctime, mtime;
+	uint32_t rdev_major, rdev_minor, dev_major, dev_minor;
+	uint64_t spare2[14];
+};
+_Static_assert(sizeof(struct statx_out) == 32 + 256, "struct fuse_statx_out");
+
+#define STATX_BASIC_STATS_AND_BTIME 0xfffu
 
 /* ------------------------------------------------------------------ state, read by shim.py */
 
@@ -251,7 +276,7 @@ static void note_request(const struct in_header *in, size_t length)
 	pk_request.nodeid = in->nodeid;
 	pk_request.uid = in->uid;
 	pk_request.opcode = in->opcode;
-	pk_request.kill = 0;
+	pk_request.kill = pk_request.tmpfile = 0;
 	pk_request.serial++;
 	if (length < sizeof *in + 8)
 		return;
@@ -266,6 +291,9 @@ static void note_request(const struct in_header *in, size_t length)
 	case OP_OPEN:
 		pk_request.kill = !!(u32_at(body, 4) & OPEN_KILL_SUIDGID);
 		break;
+	case OP_TMPFILE:
+		pk_request.tmpfile = 1;
+		/* fallthrough */
 	case OP_CREATE:
 		if (length >= sizeof *in + 16)
 			pk_request.kill = !!(u32_at(body, 12) & OPEN_KILL_SUIDGID);
@@ -297,6 +325,45 @@ static uint64_t now_ns(void)
 	return (uint64_t)t.tv_sec * 1000000000u + t.tv_nsec;
 }
 
+static struct sx_time sx_time(int64_t ns)
+{
+	int64_t rest = ns % 1000000000;
+
+	if (rest < 0)
+		rest += 1000000000;
+	return (struct sx_time){ .seconds = (ns - rest) / 1000000000, .ns = (uint32_t)rest };
+}
+
+/* libfuse has STATX from 3.18 on only; attributes are the same as those of GETATTR. */
+static void answer_statx(int fd, const struct in_header *in)
+{
+	struct pk_statx from = { 0 };
+	int64_t result = pk_on_statx(in->nodeid, &from);
+	struct statx_out body = {
+		.attr_valid = from.timeout_seconds,
+		.mask = STATX_BASIC_STATS_AND_BTIME,
+		.blksize = 4096,
+		.nlink = from.nlink, .uid = from.uid, .gid = from.gid, .mode = (uint16_t)from.mode,
+		.ino = in->nodeid, .size = from.size, .blocks = from.pages * 8,
+		.atime = sx_time(from.atime_ns), .btime = sx_time(from.btime_ns),
+		.ctime = sx_time(from.ctime_ns), .mtime = sx_time(from.mtime_ns),
+		.rdev_major = from.major, .rdev_minor = from.minor,
+	};
+	struct out_header out = { .len = sizeof out, .unique = in->unique };
+	struct iovec iov[2] = { { &out, sizeof out }, { &body, sizeof body } };
+	int count = 1;
+
+	if (result) {
+		out.error = (int32_t)result;
+	} else {
+		out.len += sizeof body;
+		count = 2;
+	}
+	/* As for libfuse's own replies: who asked may have been interrupted, or is unmounting. */
+	if (writev(fd, iov, count) < 0 && errno != ENOENT)
+		fuse_log(FUSE_LOG_ERR, "pkernfs: reply to STATX: %s\n", strerror(errno));
+}
+
 static ssize_t io_read(int fd, void *buf, size_t size, void *userdata)
 {
 	uint64_t deadline = 0;
@@ -315,8 +382,18 @@ static ssize_t io_read(int fd, void *buf, size_t size, void *userdata)
 		}
 		sched_yield();
 	}
-	if (n >= (ssize_t)sizeof(struct in_header))
-		note_request(buf, n);
+	if (n >= (ssize_t)sizeof(struct in_header)) {
+		struct in_header *in = buf;
+
+		note_request(in, n);
+		if (in->opcode == OP_TMPFILE) {
+			in->opcode = OP_CREATE;
+		} else if (in->opcode == OP_STATX) {
+			answer_statx(fd, in);
+			errno = EINTR; /* go round the loop again */
+			return -1;
+		}
+	}
 	return n;
 }
 

@@ -12,10 +12,12 @@ File-system semantics are not here: a :class:`ExtraOperations` gets the added op
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -34,7 +36,8 @@ log = logging.getLogger(__name__)
 #: What a :class:`ExtraOperations` method returns when :func:`reply_later` will follow.
 LATER: int = lib.PK_LATER
 
-#: The request being handled: ``uid``, ``nodeid``, and ``kill``: the kernel wants set-id bits gone.
+#: The request being handled: ``uid``, ``nodeid``; ``kill``: the kernel wants set-id bits gone;
+#: ``tmpfile``: what comes as CREATE is a file without a name.
 request: Any = lib.pk_request
 
 _CACHE_SYMLINKS = 1 << 23
@@ -64,6 +67,31 @@ class ExtraOperations(Protocol):
         self, req: Any, ino_in: Ino, off_in: int, ino_out: Ino, off_out: int, length: int
     ) -> int:
         """Bytes copied, or :data:`LATER`."""
+
+    def on_statx(self, ino: Ino, to: Any) -> int:
+        """0; the attributes are in ``to``, a ``struct pk_statx``."""
+
+
+class Note(NamedTuple):
+    """What :data:`request` says of how a request is meant, for one that is handled later."""
+
+    kill: int
+    tmpfile: int
+
+    @classmethod
+    def take(cls) -> Note:
+        """Take the note on the request being handled."""
+        return cls(request.kill, request.tmpfile)
+
+    @contextlib.contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Let :data:`request` say so meanwhile; nothing may wait in the block."""
+        before = self.take()
+        request.kill, request.tmpfile = self
+        try:
+            yield
+        finally:
+            request.kill, request.tmpfile = before
 
 
 class ProtocolVersion(NamedTuple):
@@ -215,5 +243,10 @@ def _on_copy(req: Any, ino_in: Ino, off_in: int, ino_out: Ino, off_out: int, len
     return _server.on_copy(req, ino_in, off_in, ino_out, off_out, length)
 
 
-for _function in (_on_write, _on_fallocate, _on_lseek, _on_copy):
+def _on_statx(ino: Ino, to: Any) -> int:
+    assert _server is not None
+    return _server.on_statx(ino, to)
+
+
+for _function in (_on_write, _on_fallocate, _on_lseek, _on_copy, _on_statx):
     ffi.def_extern(name=f"pk{_function.__name__}", error=-errno.EIO)(_function)

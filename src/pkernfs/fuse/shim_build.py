@@ -17,7 +17,12 @@ finally:
 _STATE = """
     struct pk_request {
         uint64_t nodeid, serial;
-        uint32_t uid, opcode, kill;
+        uint32_t uid, opcode, kill, tmpfile;
+    };
+    struct pk_statx {
+        uint64_t size, pages, timeout_seconds;
+        int64_t atime_ns, btime_ns, ctime_ns, mtime_ns;
+        uint32_t mode, nlink, uid, gid, major, minor;
     };
     struct pk_negotiated {
         uint64_t offered, granted;
@@ -48,6 +53,7 @@ ffibuilder.cdef(
     extern "Python" int64_t pk_on_lseek(uint64_t ino, int64_t offset, int whence);
     extern "Python" int64_t pk_on_copy(void *req, uint64_t ino_in, int64_t off_in,
                                        uint64_t ino_out, int64_t off_out, uint64_t length);
+    extern "Python" int64_t pk_on_statx(uint64_t ino, struct pk_statx *to);
 
     #define PK_LATER ...
     """
@@ -61,6 +67,7 @@ static int64_t pk_on_write(void *, uint64_t, char *, uint64_t, int64_t, int);
 static int64_t pk_on_fallocate(void *, uint64_t, int, int64_t, int64_t);
 static int64_t pk_on_lseek(uint64_t, int64_t, int);
 static int64_t pk_on_copy(void *, uint64_t, int64_t, uint64_t, int64_t, uint64_t);
+static int64_t pk_on_statx(uint64_t, struct pk_statx *);
 """
 
 

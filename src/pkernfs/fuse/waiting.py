@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from pkernfs.errors import CorruptionError, NoSpaceError, PkernfsError, ZeroingNeeded
-from pkernfs.fuse import shim  # noqa: F401 - before pyfuse3: it must be found first by the linker
+from pkernfs.fuse import shim  # before pyfuse3: it must be found first by the linker
 from pkernfs.quantities import Ino
 
 import pyfuse3  # isort: skip
@@ -111,6 +111,7 @@ def handler(
     """Make a pyfuse3 handler of a synchronous method: errors become errnos, zeroing is waited for.
 
     The method runs again after the zeroing, so it must change nothing before the core is called.
+    It then finds the note on its own request again, though others were read meanwhile.
     """
 
     @functools.wraps(function)
@@ -123,7 +124,13 @@ def handler(
             if not self.must_wait(e):
                 raise FUSEError(errno_of(self.fs, e)) from None
             reason = e
-        return await self.after_zeroing(reason, functools.partial(function, self, *args))
+        note = shim.Note.take()
+
+        def again() -> _Result:
+            with note.in_force():
+                return function(self, *args)
+
+        return await self.after_zeroing(reason, again)
 
     return wrapper
 
