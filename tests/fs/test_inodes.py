@@ -36,7 +36,7 @@ from pkernfs.layout import (
     Extent,
     InodeFields,
 )
-from pkernfs.quantities import Ino, PageNo, RegionOff
+from pkernfs.quantities import Ino, PageNo, PageRun, RegionOff
 from support.files import IOMMU, REG, ROOT, contents, make
 from support.space import GiveUp, Space, space
 
@@ -550,6 +550,63 @@ def test_a_table_that_cannot_grow(table: Table) -> None:
         table.free(Ino(9))
     assert [inode.ino for inode in table.new_now(1)] == [9]
     table.check()
+
+
+@pytest.mark.parametrize("piece", [0, 1])
+def test_growth_that_fails_half_way(
+    table: Table, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new pages are in several pieces, and the index has no room for one of them."""
+    made = table.space
+    table.new_now(15 * 18 - 2)  # with the two of a new file system: all of them
+    assert len(table.table.where) == 18
+    whole, extend = made.pages.alloc, InodeTable._extend_tree
+    asked: list[int] = []
+
+    def in_pieces(count: int, kind: int, goal: PageNo | None = None) -> list[PageRun]:
+        runs = whole(1, kind, goal)
+        gap = whole(1, kind)
+        runs += whole(count - 1, kind)
+        made.pages.free(gap[0].first)
+        return runs
+
+    def no_room(tree: Tree, index: int, start: PageNo, count: int) -> None:
+        asked.append(index)
+        if len(asked) > piece:
+            raise NoSpaceError("no page for the index")
+        extend(tree, index, start, count)
+
+    before, free, model = list(table.table.where), made.free_bytes(), dict(table.model)
+    with monkeypatch.context() as patch:
+        patch.setattr(made.pages, "alloc", in_pieces)
+        patch.setattr(InodeTable, "_extend_tree", staticmethod(no_room))
+        with pytest.raises(NoSpaceError), made.store:
+            table.new()
+    assert len(asked) == piece + 1
+    table.model = model
+    assert list(table.table.where) == before
+    assert made.free_bytes() == free
+    table.check()
+    table.new_now(60)
+    table.check()
+
+
+def test_what_cannot_be_read_when_a_change_is_given_up(table: Table) -> None:
+    """The other things that the change has in memory are put back all the same."""
+    kept, damaged = table.new_now(2)
+    store = table.space.store
+    modes = kept.mode, damaged.mode
+    with suppress(GiveUp), store:
+        for inode in (kept, damaged):
+            table.table.touch(inode)
+            inode.mode = REG | 0o777
+        store.region.copy_in(RegionOff(INODE_PAGE * PAGE + 3 * 256 + 8), b"\xff" * 8)
+        assert damaged.ino == 3 or kept.ino == 3
+        raise GiveUp
+    good = kept if damaged.ino == 3 else damaged
+    assert good.mode == modes[0 if good is kept else 1]
+    with pytest.raises(CorruptionError):
+        table.table.get(Ino(3))
 
 
 # ------------------------------------------------------------------------------ damage

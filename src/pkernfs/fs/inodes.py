@@ -11,7 +11,7 @@ from struct import Struct
 from typing import Any, NamedTuple, cast
 
 from pkernfs.alloc.pages import PageAllocator
-from pkernfs.errors import CorruptionError, NotFoundError
+from pkernfs.errors import CorruptionError, NotFoundError, PkernfsError
 from pkernfs.fs.btree import Tree
 from pkernfs.journal import PageStore
 from pkernfs.layout import (
@@ -374,9 +374,10 @@ class InodeTable:
         self._store.on_abort.append(partial(self._reload, inode))
 
     def _reload(self, inode: Inode) -> None:
+        """Put an inode back; one that cannot be read is told by whoever asks for it next."""
         try:
             self._load(inode, inode.ino)
-        except NotFoundError:
+        except PkernfsError:
             self._cache.pop(inode.ino, None)
 
     def save(self, inode: Inode) -> None:
@@ -453,6 +454,7 @@ class InodeTable:
         first = len(self.where)
         want = min(max(1, first // 8), _MAX_NEW_PAGES)
         goal = PageNo(self.where[-1] + 1) if first else None
+        self._store.on_abort.append(partial(self._ungrow, first, self._root))
         runs = self._pages.alloc(want, CLASS_META, goal)
         tree = Tree(self._store, self._pages, TREE_EXTENTS, NO_INO, self._root)
         index = first
@@ -464,7 +466,6 @@ class InodeTable:
                 _pack_page(image, INODE_PAGE_OFFSET, index, following, 0, 0, 1, 1)
                 self.where.append(page)
                 index += 1
-        self._store.on_abort.append(partial(self._ungrow, first, self._root))
         self._root = tree.root
         state[STATE_INODE_ROOT_OFFSET : STATE_INODE_ROOT_OFFSET + 8] = tree.root.to_bytes(
             8, "little"
