@@ -323,6 +323,69 @@ def test_what_is_kept_is_let_go() -> None:
         assert sp.alloc(1, 12) == [12]
 
 
+# ------------------------------------------------------------------------------ clean ones first
+
+
+def test_clean_blocks_are_taken_before_freed_ones() -> None:
+    """What was in use would have to be zeroed first."""
+    with space(64 * BLOCK) as sp:
+        first = sp.alloc(20)
+        for block in first:
+            sp.free(block, 1)
+        with sp.store:
+            ((start, count),) = sp.blocks.alloc(20)
+        assert (start, count) == (first[-1] + 1, 20)
+        assert sp.alloc(1) == [start + 20]
+        # Where the bytes may be anything, the first will do.
+        with sp.store:
+            assert sp.blocks.alloc_page_granular() == first[0]
+        # They are taken before a file has to be cut up, and when there are no others.
+        clean = sp.blocks._zero.count(1)
+        assert clean > 15
+        assert sp.alloc(clean) == list(range(start + 21, start + 21 + clean))
+        assert sp.alloc(3) == first[1:4]
+
+
+def test_the_goal_comes_before_a_clean_block() -> None:
+    with space(64 * BLOCK) as sp:
+        sp.alloc(10)
+        for block in map(BlockNo, range(5, 9)):
+            sp.free(block, 1)
+        assert sp.alloc(2, 5) == [5, 6]
+
+
+def test_one_dirty_run_comes_before_clean_pieces() -> None:
+    with space(32 * BLOCK) as sp:
+        taken = sp.alloc(sp.blocks.free_blocks)
+        for block in taken[3:9]:
+            sp.free(block, 1)
+        for block in (taken[11], taken[13], taken[15], taken[17]):
+            sp.free(block, 1)
+            sp.zero(sp.blocks.isolate([BlockRun(block, 1)]))
+        assert sp.alloc(3) == taken[3:6]
+        assert sp.alloc(1) == [taken[11]]
+
+
+def test_what_is_kept_for_a_file_is_passed_over() -> None:
+    with space(64 * BLOCK) as sp:
+        assert sp.alloc(1, 10, owner=5) == [10]
+        kept = sp.blocks._windows[Ino(5)]
+        assert (kept.first, kept.blocks) == (11, 8)
+        assert sp.alloc(12) == list(range(19, 31))
+        assert sp.alloc(2) == list(range(3, 5))
+
+
+def test_a_clean_gib_comes_before_a_dirty_one() -> None:
+    with space(4 * GIB) as sp:
+        first = sp.alloc(BLOCKS_PER_GIB)
+        sp.free(first[7], 1)
+        for block in first[:7] + first[8:]:
+            sp.free(block, 1)
+        assert sp.alloc(BLOCKS_PER_GIB)[0] == first[0] + BLOCKS_PER_GIB
+        assert sp.alloc(BLOCKS_PER_GIB)[0] == first[0] + 2 * BLOCKS_PER_GIB
+        assert sp.alloc(BLOCKS_PER_GIB)[0] == first[0], "aligned, though dirty"
+
+
 # ------------------------------------------------------------------------------ zeros and errors
 
 

@@ -196,7 +196,8 @@ class BlockAllocator:
     ) -> list[BlockRun]:
         """Allocate ``count`` blocks: at ``goal`` if that is free, in one run if there is one.
 
-        Runs of 1 GiB or more start at a 1 GiB aligned (physical) address where possible. A file
+        Runs of 1 GiB or more start at a 1 GiB aligned (physical) address where possible. Of runs
+        that are as good, one that is known to be zero is taken first. A file
         (``owner``) that asks again and again has the blocks behind its last ones kept for it.
         With ``zeroed``, blocks that are not known to be zero are zeroed here if they are few.
         Returns runs of blocks in the order of use.
@@ -206,7 +207,7 @@ class BlockAllocator:
         """
         if owner is not None:
             self.drop_preallocation(owner)
-        runs = self._plan_or_drop_preallocations(count, goal)
+        runs = self._plan_or_drop_preallocations(count, goal, clean=zeroed)
         if zeroed:
             self._zero_now(runs)
         for first, length in runs:
@@ -225,9 +226,9 @@ class BlockAllocator:
         """
         self.drop_preallocation(owner)
         try:
-            runs = self._plan_or_drop_preallocations(count, None)
+            runs = self._plan_or_drop_preallocations(count, None, clean=True)
         except NoSpaceError:
-            runs = self._plan_or_drop_preallocations(1, None)
+            runs = self._plan_or_drop_preallocations(1, None, clean=True)
         block = runs[0].first
         old_zero = bytes(self._zero[block : block + 1])
         if self._zero[block]:
@@ -268,11 +269,13 @@ class BlockAllocator:
         self._allocate(block, 1, _PAGE_GRANULAR)
         return block
 
-    def _plan_or_drop_preallocations(self, count: int, goal: BlockNo | None) -> list[BlockRun]:
-        runs = self._plan(count, goal)
+    def _plan_or_drop_preallocations(
+        self, count: int, goal: BlockNo | None, *, clean: bool = False
+    ) -> list[BlockRun]:
+        runs = self._plan(count, goal, clean)
         if runs is None and self._windows:
             self.drop_preallocations()
-            runs = self._plan(count, goal)
+            runs = self._plan(count, goal, clean)
         if runs is None:
             if count <= self.free_blocks and _ISOLATED in self._state:
                 raise ZeroingNeeded([])  # enough, once isolated ones are put back
@@ -371,8 +374,12 @@ class BlockAllocator:
 
     # ------------------------------------------------------------------ choosing
 
-    def _plan(self, count: int, goal: BlockNo | None) -> list[BlockRun] | None:
-        """Choose the runs to allocate; None: too few blocks are free outside the windows."""
+    def _plan(self, count: int, goal: BlockNo | None, clean: bool) -> list[BlockRun] | None:
+        """Choose the runs to allocate; None: too few blocks are free outside the windows.
+
+        ``clean``: better blocks that are known to be zero, if one run has them all. To zero is
+        cheaper than to cut a file up.
+        """
         if count > self.free_blocks:
             return None
         head: list[BlockRun] = []
@@ -387,7 +394,7 @@ class BlockAllocator:
         for first, length in head:
             self._state[first : first + length] = bytes([_USED]) * length
         try:
-            found = self._find(count)
+            found = self._find(count, clean)
             rest = [BlockRun(found, count)] if found is not None else self._pick_largest(count)
         finally:
             for first, length in head:
@@ -399,23 +406,42 @@ class BlockAllocator:
         run = _FREE_RUNS.match(self._state, block, end)
         return run.end() - block if run else 0
 
-    def _find(self, count: int) -> BlockNo | None:
+    def _find(self, count: int, clean: bool) -> BlockNo | None:
         if count >= BLOCKS_PER_GIB:
-            aligned = self._find_aligned(count)
+            aligned = self._find_aligned(count, clean)
             if aligned is not None:
                 return aligned
+        if clean:
+            found = self._find_clean(count)
+            if found is not None:
+                return found
         at = self._state.find(bytes(count))
         return BlockNo(at) if at >= 0 else None
 
-    def _find_aligned(self, count: int) -> BlockNo | None:
+    def _find_clean(self, count: int) -> BlockNo | None:
+        """The first run of free blocks that are known to be zero."""
+        wanted = b"\1" * count
+        at = self._zero.find(wanted)
+        while at >= 0:
+            free = self._free_at(BlockNo(at), count)
+            if free == count:
+                return BlockNo(at)
+            at = self._zero.find(wanted, at + free + 1)  # what is kept for a file is zero, too
+        return None
+
+    def _find_aligned(self, count: int, clean: bool) -> BlockNo | None:
+        dirty = None
         for r in self._ranges:
             base = (r.phys_base or 0) // BLOCK
             first = r.first_block + -base % BLOCKS_PER_GIB
             for at in range(first, r.first_block + r.blocks - count + 1, BLOCKS_PER_GIB):
                 block = BlockNo(at)
-                if self._free_at(block, count) == count:
+                if self._free_at(block, count) < count:
+                    continue
+                if not clean or self._zero.find(0, block, block + count) < 0:
                     return block
-        return None
+                dirty = block if dirty is None else dirty
+        return dirty
 
     def _pick_largest(self, count: int) -> list[BlockRun] | None:
         found = [
