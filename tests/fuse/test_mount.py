@@ -26,6 +26,7 @@ from pkernfs.control import client  # noqa: E402
 from pkernfs.control.protocol import Ping  # noqa: E402
 from pkernfs.errors import LockedError  # noqa: E402
 from pkernfs.region.region import Region  # noqa: E402
+from support.huge_pages import free_pages, huge_pages  # noqa: E402
 from support.mounting import (  # noqa: E402
     MIB,
     Mapper,
@@ -433,6 +434,27 @@ def test_a_removed_file_is_opened_again_by_its_descriptor(mounted: Mounted) -> N
         os.close(fd)
     os.close(handle)
     wait_until(lambda: inodes_used(mounted) == 2, "the file to go")
+
+
+def test_the_extents_of_a_file_on_huge_pages_cost_no_memory() -> None:
+    with huge_pages(64 * MIB) as directory, Mounted(directory=str(directory)) as mount:
+        path = mount.path / "f"
+        path.touch()
+        os.truncate(path, 20 * MIB)
+        with open(path, "r+b", buffering=0) as f:
+            f.write(b"x")
+        free = free_pages()
+        value = os.getxattr(path, "system.pkernfs.extents")
+        assert free_pages() == free
+        extents = list(struct.iter_unpack("<QQQQ", value))
+        assert [(at, length) for at, length, *_ in extents] == [(0, 2 * MIB), (2 * MIB, 18 * MIB)]
+        assert extents[0][3] % (2 * MIB) == 0
+        assert extents[1][3] == 2**64 - 1, "not there yet"
+        with open(path, "r+b", buffering=0) as f:
+            f.seek(19 * MIB)
+            f.write(b"x")
+        assert free_pages() == free - 1
+        assert len(os.getxattr(path, "system.pkernfs.extents")) == 3 * 32
 
 
 def test_a_length_that_no_state_could_hold(mounted: Mounted) -> None:

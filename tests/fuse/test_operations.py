@@ -199,5 +199,6 @@ def test_namespaces(ops: Operations) -> None:
         assert fails(ops.setxattr(ino, name, b"v", AS_ROOT)) == errno.EOPNOTSUPP
     assert fails(ops.removexattr(ino, EXTENTS_XATTR, AS_ROOT)) == errno.EOPNOTSUPP
     assert fails(ops.getxattr(ino, b"system.x", AS_ROOT)) == errno.EOPNOTSUPP
+    assert fails(ops.getxattr(4711, EXTENTS_XATTR, AS_ROOT)) == errno.ENOENT
     do(ops.removexattr(ino, b"user.a", AS_ROOT))
     assert fails(ops.getxattr(ino, b"user.a", AS_ROOT)) == errno.ENODATA

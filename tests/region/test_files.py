@@ -254,3 +254,16 @@ def test_huge_pages_do_not_tell_holes(path: str, monkeypatch: pytest.MonkeyPatch
     assert backing.known_zero() == [(0, backing.size // BLOCK)]
     assert list(backing.data_ranges(RegionOff(PAGE), RegionOff(BLOCK))) == [(PAGE, BLOCK)]
     backing.close()
+
+
+def test_where_the_kernel_does_not_look_there_is_no_address(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel without userfaultfd for huge pages: this file has none, and is refused by it."""
+    with open(path, "rb") as file:
+        magic = int(lib.pk_fs_magic(file.fileno()))
+    monkeypatch.setattr(files, "_HUGETLBFS", magic)
+    with Region.open(path, write=True) as region:
+        assert region.asks_for_addresses
+        region.copy_in(RegionOff(0), b"touched")
+        assert list(region.existing_runs(RegionOff(5), 10)) == [(5, 10, None)]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 from pkernfs.native._native import ffi, lib
@@ -11,7 +14,9 @@ from pkernfs.native._native import ffi, lib
 from pkernfs.errors import RegionError
 from pkernfs.layout import BLOCK, PAGE
 from pkernfs.quantities import PageNo, PhysAddr, RegionOff
+from pkernfs.region import region as region_module
 from pkernfs.region.region import Region
+from support.huge_pages import free_pages, huge_pages
 
 MIB = 1 << 20
 
@@ -116,6 +121,60 @@ def test_physical_addresses(path: str) -> None:
         assert region.physical(RegionOff(3 * BLOCK + 17)) == (5 << 30) + 3 * BLOCK + 17
     with Region.anonymous(BLOCK, phys_base=PhysAddr(1 << 40)) as region:
         assert region.physical(RegionOff(8)) == (1 << 40) + 8
+
+
+def test_addresses_that_are_given_or_that_nobody_knows(path: str) -> None:
+    with Region.open(path, write=True) as region:
+        assert list(region.existing_runs(RegionOff(5), 10)) == [(5, 10, None)]
+        assert not region.asks_for_addresses
+    with Region.open(path, write=True, phys_base=PhysAddr(5 << 30)) as region:
+        assert list(region.existing_runs(RegionOff(5), 10)) == [(5, 10, (5 << 30) + 5)]
+        assert not region.asks_for_addresses
+
+
+_TOUCH = """
+import mmap, sys
+with open(sys.argv[1], "r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+    for page in sys.argv[2:]:
+        memory[int(page) << 21]
+"""
+
+
+@pytest.mark.fuse  # as root, with pages to spare
+@pytest.mark.parametrize("at_once", [4096, 3])
+@pytest.mark.parametrize("write", [True, False])
+def test_to_look_for_huge_pages_takes_none(
+    write: bool, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever has touched them: this process or another one. The next look finds the same."""
+    monkeypatch.setattr(region_module, "_PAGES_AT_ONCE", at_once)
+    with huge_pages(32 * MIB) as directory:
+        path = str(directory / "region")
+        Region.create(path, 32 * MIB)
+        with Region.open(path, write=True) as region:
+            region.copy_in(RegionOff(9 * BLOCK), b"x")
+        subprocess.run([sys.executable, "-c", _TOUCH, path, "3", "4", "14"], check=True)
+        free = free_pages()
+        with Region.open(path, write=write) as region:
+            assert region.asks_for_addresses
+            for _ in range(2):
+                runs = list(region.existing_runs(RegionOff(5), 32 * MIB - 10))
+                assert free_pages() == free
+            known = {
+                page
+                for at, length, address in runs
+                if address is not None
+                for page in range(at // BLOCK, (at + length) // BLOCK)
+            }
+            assert known == {3, 4, 9, 14}
+            assert (runs[0].offset, sum(run.length for run in runs)) == (5, 32 * MIB - 10)
+            assert all(a.offset + a.length == b.offset for a, b in pairwise(runs))
+            for run in runs:
+                if run.physical is not None:
+                    assert region.physical_runs(run.offset, run.length) == [run]
+            [part] = region.existing_runs(RegionOff(9 * BLOCK + 4096), 8192)
+            assert part == region.physical_runs(RegionOff(9 * BLOCK + 4096), 8192)[0]
+            assert free_pages() == free
 
 
 @pytest.mark.parametrize(

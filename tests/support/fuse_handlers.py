@@ -49,6 +49,10 @@ class Waiting:
     async def sync(self) -> None:
         self.asked.append("sync")
 
+    async def aside(self, work: Callable[[], Any]) -> Any:
+        self.asked.append("aside")
+        return work()
+
     async def pause(self) -> None:
         self.asked.append("pause")
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import itertools
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from pkernfs.errors import NoDataError
-from pkernfs.quantities import Ino, PhysAddr, RegionOff
+from pkernfs.quantities import FileSpan, Ino, PhysAddr, RegionOff
 
 if TYPE_CHECKING:
     from pkernfs.fs.filesystem import FileSystem
+    from pkernfs.region.region import Region
 
 NAME = "system.pkernfs.extents"
 
@@ -37,8 +38,10 @@ class Extent(NamedTuple):
     physical: PhysAddr | None
 
 
-def page(fs: FileSystem, ino: Ino, name: bytes, with_addresses: bool) -> bytes:
-    """The value of the attribute ``name``, which begins with :data:`NAME`.
+def page(fs: FileSystem, ino: Ino, name: bytes, with_addresses: bool) -> Callable[[], bytes]:
+    """What makes the value of the attribute ``name``, which begins with :data:`NAME`.
+
+    The call looks up addresses and nothing else; any thread may do it.
 
     :raises NoDataError: the rest of the name is no page.
     """
@@ -46,8 +49,8 @@ def page(fs: FileSystem, ino: Ino, name: bytes, with_addresses: bool) -> bytes:
     if suffix and not (suffix[:1] == b"." and suffix[1:].isdigit() and len(suffix) < 20):
         raise NoDataError("no such virtual attribute")
     start = int(suffix[1:] or 0)
-    pieces = itertools.islice(_pieces(fs, ino, with_addresses), start, start + _EXTENTS_PER_PAGE)
-    return b"".join(map(_pack, pieces))
+    pieces = _pieces(fs.region, fs.extents(ino), with_addresses)
+    return lambda: b"".join(map(_pack, itertools.islice(pieces, start, start + _EXTENTS_PER_PAGE)))
 
 
 def _pack(extent: Extent) -> bytes:
@@ -64,11 +67,14 @@ def parse(value: bytes) -> Iterator[Extent]:
         yield Extent(offset, length, region_offset, None if physical == _NO_ADDRESS else physical)
 
 
-def _pieces(fs: FileSystem, ino: Ino, with_addresses: bool) -> Iterator[Extent]:
-    """The extents, with addresses cut where those jump (huge pages lie anywhere)."""
-    for e in fs.extents(ino):
+def _pieces(region: Region, extents: Iterable[FileSpan], with_addresses: bool) -> Iterator[Extent]:
+    """The extents, with addresses cut where those jump (huge pages lie anywhere).
+
+    To look at a file gives it no memory: what it has none of yet has no address.
+    """
+    for e in extents:
         if not with_addresses:
             yield Extent(e.offset, e.length, e.region_offset, None)
             continue
-        for at, length, address in fs.region.physical_runs(e.region_offset, e.length):
+        for at, length, address in region.existing_runs(e.region_offset, e.length):
             yield Extent(e.offset + at - e.region_offset, length, at, address)

@@ -343,12 +343,25 @@ class Operations(Handlers, pyfuse3.Operations):
 
     # ------------------------------------------------------------------ extended attributes
 
-    @handler
-    def getxattr(self, ino: Ino, name: bytes, ctx: Any) -> bytes:
+    async def getxattr(self, ino: Any, name: bytes, ctx: Any) -> bytes:
         if name.startswith(_EXTENTS):
-            return extents_xattr.page(self.fs, ino, name, ctx.uid == 0)
+            return await self._extents(ino, name, ctx.uid == 0)
+        return await self._stored_xattr(ino, name)
+
+    @handler
+    def _stored_xattr(self, ino: Ino, name: bytes) -> bytes:
         _check_namespace(name)
         return self.fs.getxattr(ino, name)
+
+    async def _extents(self, ino: Ino, name: bytes, with_addresses: bool) -> bytes:
+        """The addresses of huge pages are the kernel's to tell, one by one: in a thread."""
+        try:
+            make = extents_xattr.page(self.fs, ino, name, with_addresses)
+            if with_addresses and self.waiting is not None and self.fs.region.asks_for_addresses:
+                return await self.waiting.aside(make)
+            return make()
+        except Exception as e:
+            raise FUSEError(errno_of(self.fs, e)) from None
 
     @handler
     def setxattr(self, ino: Ino, name: bytes, value: bytes, ctx: Any) -> None:

@@ -142,8 +142,12 @@ class Session:
 
     async def sync(self) -> None:
         """Write the region back to its disk, in a thread."""
+        await self.aside(self._fs.sync)
+
+    async def aside(self, work: Callable[[], _Result]) -> _Result:
+        """Run ``work`` in a thread, while others are served."""
         self._start_loop()
-        await trio.to_thread.run_sync(self._fs.sync)
+        return await trio.to_thread.run_sync(work)
 
     @contextlib.asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:

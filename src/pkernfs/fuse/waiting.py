@@ -44,6 +44,9 @@ class Waiting(Protocol):
     async def sync(self) -> None:
         """Write the region back to its disk, in a thread, while others are served."""
 
+    async def aside(self, work: Callable[[], _Result]) -> _Result:
+        """Run ``work`` in a thread, while others are served."""
+
     async def pause(self) -> None:
         """Let other requests be served before the caller goes on."""
 

@@ -6,10 +6,19 @@
 #include "native.h"
 
 #include <errno.h>
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
 #include <signal.h>
+#include <stdio.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/vfs.h>
 #include <unistd.h>
+
+#ifndef UFFD_USER_MODE_ONLY
+#define UFFD_USER_MODE_ONLY 1
+#endif
 
 static char bus_line[256];
 static size_t bus_length;
@@ -85,6 +94,91 @@ void pk_unmap(uint8_t *map, uint64_t size)
 int pk_msync(uint8_t *map, uint64_t size)
 {
 	return msync(map, size, MS_SYNC) ? errno : 0;
+}
+
+/* ---------------------------------------------------------------- huge pages that are there */
+
+/*
+ * Have faults on the mapping that only a page table entry is missing for handled by us.  This
+ * kernel's userfaultfd (5.13 and later) can then be asked to enter the page if the file has it, and
+ * answers EFAULT if not: nothing else looks without allocating.  The descriptor or a negative errno.
+ */
+static int watch_mapping(uint8_t *map, uint64_t size)
+{
+	struct uffdio_api api = { .api = UFFD_API, .features = UFFD_FEATURE_MINOR_HUGETLBFS };
+	struct uffdio_register all = { .range = { .start = (uintptr_t)map, .len = size },
+				       .mode = UFFDIO_REGISTER_MODE_MINOR };
+	int error, watch = (int)syscall(SYS_userfaultfd, O_CLOEXEC | UFFD_USER_MODE_ONLY);
+
+	if (watch < 0)
+		return -errno;
+	if (!ioctl(watch, UFFDIO_API, &api) && !ioctl(watch, UFFDIO_REGISTER, &all))
+		return watch;
+	error = errno;
+	close(watch);
+	return -error;
+}
+
+/* The physical address of a page of the mapping, if the file has that page; nobody else maps it. */
+static uint64_t existing_address(int watch, int pagemap, uint8_t *at, uint64_t page)
+{
+	struct uffdio_continue there = { .range = { .start = (uintptr_t)at, .len = page } };
+	uint64_t entry, number;
+
+	if (ioctl(watch, UFFDIO_CONTINUE, &there))
+		return NO_ADDRESS;
+	if (pread(pagemap, &entry, sizeof(entry), (off_t)((uintptr_t)at / PAGE * sizeof(entry))) !=
+	    (ssize_t)sizeof(entry))
+		return NO_ADDRESS;
+	number = entry & ((UINT64_C(1) << 55) - 1);
+	return entry >> 63 && number ? number * PAGE : NO_ADDRESS;
+}
+
+/*
+ * The physical addresses of bytes start..end-1 of a hugetlbfs file, in runs; memory that the file
+ * does not have yet has none, and gets none here.  page is the size of its pages, of which start
+ * and end are multiples.  Returns how many runs, or a negative errno; as many bytes as fit max runs
+ * are looked at.
+ */
+int64_t pk_existing_runs(int fd, uint64_t start, uint64_t end, uint64_t page, struct pk_existing *out,
+			 uint64_t max)
+{
+	uint64_t n = 0, size = end - start;
+	int watch, pagemap, file;
+	char name[32];
+	uint8_t *map;
+
+	/* Only what could be written to may be watched, though nothing is written here. */
+	snprintf(name, sizeof(name), "/proc/self/fd/%d", fd);
+	file = open(name, O_RDWR | O_CLOEXEC);
+	if (file < 0)
+		return -errno;
+	map = mmap(NULL, size, PROT_READ, MAP_SHARED | MAP_NORESERVE, file, (off_t)start);
+	close(file);
+	if (map == MAP_FAILED)
+		return -errno;
+	watch = watch_mapping(map, size);
+	pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+	for (uint64_t at = 0; watch >= 0 && pagemap >= 0 && at < size; at += page) {
+		uint64_t physical = existing_address(watch, pagemap, map + at, page);
+		struct pk_existing *last = n ? &out[n - 1] : NULL;
+
+		if (last && (physical == NO_ADDRESS ? last->physical == NO_ADDRESS
+						    : last->physical != NO_ADDRESS &&
+						      last->physical + last->length == physical)) {
+			last->length += page;
+		} else if (n < max) {
+			out[n++] = (struct pk_existing){ start + at, page, physical };
+		} else {
+			break;
+		}
+	}
+	munmap(map, size);
+	if (watch >= 0)
+		close(watch);
+	if (pagemap >= 0)
+		close(pagemap);
+	return watch < 0 ? watch : pagemap < 0 ? -EACCES : (int64_t)n;
 }
 
 /* f_type of the file system that fd is on; 0 if it cannot be told. */

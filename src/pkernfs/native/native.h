@@ -147,6 +147,13 @@ void pk_exit_on_bus_error(const char *line, int status);
 int pk_msync(uint8_t *map, uint64_t size);
 uint64_t pk_fs_magic(int fd);
 
+struct pk_existing { uint64_t offset, length, physical; };	/* bytes; physical: NO_ADDRESS: none */
+
+#define NO_ADDRESS UINT64_MAX
+
+int64_t pk_existing_runs(int fd, uint64_t start, uint64_t end, uint64_t page, struct pk_existing *out,
+			 uint64_t max);
+
 /* end of cdef */
 
 /* Of store.c: all stores into a region go through these, or are told to trace_stored(). */

@@ -26,6 +26,7 @@ from pkernfs.region.dax import Device
 from pkernfs.region.opening import open_backing
 
 _START = RegionOff(0)
+_PAGES_AT_ONCE = 4096  # huge ones that are looked for in one call
 
 
 class Place(NamedTuple):
@@ -161,6 +162,11 @@ class Region:
         return self._backing.real_addresses
 
     @property
+    def asks_for_addresses(self) -> bool:
+        """The kernel is asked for the address of each huge page, which takes time."""
+        return self._backing.pieces is None and self._backing.in_pagemap
+
+    @property
     def dax(self) -> Device | None:
         """The dax device that the region is, if it is one."""
         return self._backing.dax
@@ -210,6 +216,49 @@ class Region:
                     runs.append(PhysicalRun(at, count, address))
                 at = RegionOff(at + count)
         return runs
+
+    def existing_runs(self, offset: RegionOff, length: int) -> Iterator[PhysicalRun]:
+        """As :meth:`physical_runs`, but memory that a file does not have yet gets none by this.
+
+        That has no address. Nor has any of a file on hugetlbfs if the kernel cannot tell (no
+        userfaultfd), or tells nobody but root. Any thread may call it.
+        """
+        backing = self._backing
+        if backing.pieces is not None or not backing.in_pagemap:
+            yield from self.physical_runs(offset, length)
+            return
+        end = offset + length
+        at = RegionOff(offset - offset % self.page_bytes)
+        last: PhysicalRun | None = None
+        while at < end:
+            stop = min(
+                at + _PAGES_AT_ONCE * self.page_bytes, -(-end // self.page_bytes) * self.page_bytes
+            )
+            for run in self._existing(at, RegionOff(stop)):
+                if last is None:
+                    last = run
+                elif run.physical == (
+                    None if last.physical is None else last.physical + last.length
+                ):
+                    last = last._replace(length=last.length + run.length)
+                else:
+                    yield _cut(last, offset, end)
+                    last = run
+            at = RegionOff(stop)
+        if last is not None:
+            yield _cut(last, offset, end)
+
+    def _existing(self, start: RegionOff, end: RegionOff) -> Iterator[PhysicalRun]:
+        """The runs of whole huge pages, up to :data:`_PAGES_AT_ONCE` of them."""
+        runs = ffi.new("struct pk_existing[]", _PAGES_AT_ONCE)
+        count = lib.pk_existing_runs(
+            self._backing.fd, start, end, self.page_bytes, runs, _PAGES_AT_ONCE
+        )
+        if count < 0:
+            yield PhysicalRun(start, end - start, None)
+        for run in runs[0 : max(count, 0)]:
+            address = None if run.physical == lib.NO_ADDRESS else PhysAddr(run.physical)
+            yield PhysicalRun(RegionOff(run.offset), run.length, address)
 
     def assume_physical(self, base: PhysAddr) -> None:
         """Say which physical address offset 0 has, for a region that has none of its own."""
@@ -339,3 +388,10 @@ class Region:
         """Tell contenders whether requests are being served, or the region is about to be free."""
         if self._base is not None:
             self._backing.serving(on)
+
+
+def _cut(run: PhysicalRun, start: int, end: int) -> PhysicalRun:
+    """What of a run lies between two region offsets in bytes."""
+    low, high = max(run.offset, start), min(run.offset + run.length, end)
+    address = None if run.physical is None else PhysAddr(run.physical + low - run.offset)
+    return PhysicalRun(RegionOff(low), high - low, address)
