@@ -14,6 +14,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -803,6 +804,70 @@ def test_a_full_region_and_a_mapping(mounted: Mounted) -> None:
     done = subprocess.run([sys.executable, "-c", program, sparse])
     assert done.returncode in (errno.ENOSPC, errno.EIO)
     filler.unlink()
+
+
+@contextlib.contextmanager
+def small_tmpfs(size: int) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="pkernfs-test.") as directory:
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", directory]
+        subprocess.run(command, check=True)
+        try:
+            yield Path(directory)
+        finally:
+            subprocess.run(["umount", "-l", directory], check=True)
+
+
+def test_a_full_file_system_below_the_region() -> None:
+    """Whoever needs memory is told ENOSPC; all others go on, and so does the daemon."""
+    with small_tmpfs(24 * MIB) as room, Mounted(size=256 * MIB, directory=str(room)) as mount:
+        holes, f, domain = mount.path / "holes", mount.path / "f", mount.path / "iommu" / "dom-0"
+        holes.touch()
+        domain.touch()
+        os.truncate(holes, 64 * MIB)
+        done = 0
+        with open(f, "wb", buffering=0) as file, fails_with(errno.ENOSPC):
+            while True:
+                done += file.write(b"x" * MIB)
+        assert done >= 12 * MIB
+        assert os.statvfs(room).f_bavail < 256
+        with fails_with(errno.ENOSPC):
+            os.truncate(domain, 4 * MIB)
+        with open(holes, "r+b", buffering=0) as file, fails_with(errno.ENOSPC):
+            file.write(b"x" * MIB)
+        with fails_with(errno.EIO):
+            holes.read_bytes()
+        assert f.read_bytes() == b"x" * done
+        for i in range(300):
+            (mount.path / f"empty{i}").touch()
+        small = mount.path / "small"
+        small.write_bytes(b"in pages that have memory")
+        assert small.read_bytes() == b"in pages that have memory"
+        mount.kill()
+        mount.start()
+        assert f.stat().st_size == done
+        f.unlink()
+        small.unlink()
+        wait_until(lambda: inodes_used(mount) == 304, "the files to go")
+        (mount.path / "again").write_bytes(b"y" * 4 * MIB)
+        mount.unmount()
+
+
+def test_no_mount_where_metadata_has_no_room() -> None:
+    """A commit cannot be refused half way."""
+    with small_tmpfs(24 * MIB) as room:
+        mount = Mounted(size=64 * MIB, directory=str(room))
+        filler = room / "filler"
+        with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        done = run_pkernfs("mount", str(mount.region), str(mount.path))
+        assert done.returncode == 32
+        assert done.stderr.count("\n") == 1
+        assert "the file system that it is on is full" in done.stderr
+        assert not is_mounted(mount.path)
+        filler.unlink()
+        with mount:
+            (mount.path / "f").write_bytes(b"now")
 
 
 def test_four_clients_at_once(mounted: Mounted) -> None:

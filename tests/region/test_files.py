@@ -9,12 +9,13 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from pkernfs.native._native import lib
 
 from pkernfs.dma.mount import mount_filesystem
-from pkernfs.errors import LockedError, RegionError
+from pkernfs.errors import LockedError, NoSpaceError, RegionError
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.host.mount_table import MountLine
 from pkernfs.layout import BLOCK, PAGE, ROOT_INO
@@ -212,6 +213,46 @@ def test_zeroing_leaves_holes(tmp_path: Path) -> None:
         region.zero(RegionOff(0), 64 << 20)
         assert path.stat().st_blocks <= before
         assert region.read(RegionOff(9 << 20), 4) == bytes(4)
+
+
+def test_what_is_reserved_has_memory_and_no_other_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "region"
+    Region.create(str(path), 64 << 20)
+    with Region.open(str(path), write=True) as region:
+        region.copy_in(RegionOff(BLOCK), b"data")
+        region.reserve(RegionOff(BLOCK - PAGE), 2 * PAGE)
+        region.reserve(RegionOff(8 * BLOCK), BLOCK)
+        used = path.stat().st_blocks * 512
+        assert BLOCK + 2 * PAGE <= used <= 4 * BLOCK, "pages may be large ones"
+        region.reserve(RegionOff(8 * BLOCK), BLOCK)
+        assert path.stat().st_blocks * 512 == used
+        assert path.stat().st_size == 64 << 20
+        assert region.read(RegionOff(BLOCK), 4) == b"data"
+        assert region.is_zero(RegionOff(8 * BLOCK), BLOCK)
+        with pytest.raises(RegionError):
+            region.reserve(RegionOff(64 << 20), PAGE)
+    with Region.open(str(path), write=False) as region, pytest.raises(RegionError):
+        region.reserve(RegionOff(0), PAGE)
+    with Region.anonymous(BLOCK) as region:
+        region.reserve(RegionOff(0), BLOCK)
+
+
+@pytest.mark.parametrize("refused", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_file_system_refuses_to_reserve(
+    path: str, refused: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Region.open(path, write=True, lock=False) as region:
+        monkeypatch.setattr(files, "lib", SimpleNamespace(pk_reserve=lambda *_: refused))
+        with pytest.raises(NoSpaceError, match="the file system that it is on is full"):
+            region.reserve(RegionOff(0), PAGE)
+
+
+def test_a_file_system_that_cannot_reserve_is_no_reason_to_refuse(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Region.open(path, write=True, lock=False) as region:
+        monkeypatch.setattr(files, "lib", SimpleNamespace(pk_reserve=lambda *_: errno.EOPNOTSUPP))
+        region.reserve(RegionOff(0), PAGE)
 
 
 def test_removed_sparse_file_takes_no_memory(tmp_path: Path) -> None:

@@ -258,10 +258,12 @@ class BlockAllocator:
     def alloc_page_granular(self) -> BlockNo:
         """Allocate one block for pages; its bytes may be anything.
 
-        :raises NoSpaceError: none is free.
+        :raises NoSpaceError: none is free, or the region's file can have no memory for it: what a
+            transaction stores in pages cannot be refused any more.
         """
         runs = self._plan_or_drop_preallocations(1, None)
         block = runs[0].first
+        self._store.region.reserve(RegionOff(block * BLOCK), BLOCK)
         if self._zero[block]:
             # Its pages are filled before the transaction is committed: should it not be, the
             # block is free and must not be taken for zero.

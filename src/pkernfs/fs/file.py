@@ -80,7 +80,7 @@ class Files:
                 return self._region.view(at, length)
         data = bytearray(length)
         for low, count, at in self._pieces(inode, offset, offset + length):
-            data[low - offset : low - offset + count] = self._region.view(at, count)
+            self._region.copy_out(at, memoryview(data)[low - offset : low - offset + count])
         if pending:  # a read-only mount cannot finish it
             low = max(inode.pending_start - offset, 0)
             high = min(inode.pending_end - offset, length)
@@ -214,6 +214,9 @@ class Files:
         with self._store:
             self._inodes.touch(inode)
             new = self._map.fill(inode, start, end, size)
+            if inode.flags & INODE_FLAG_TABLE:  # what is stored in tables cannot be refused
+                for extent in new:
+                    self._region.reserve(page_offset(extent.page), extent.pages * PAGE)
             if new:
                 self._inodes.save(inode)
                 self._super.leave_reserve()

@@ -42,7 +42,7 @@ from pkernfs.layout import (
     HistoryFields,
     StateFields,
 )
-from pkernfs.quantities import PhysAddr
+from pkernfs.quantities import PhysAddr, RegionOff
 from pkernfs.region.region import Region
 
 log = logging.getLogger(__name__)
@@ -127,6 +127,17 @@ class Super:
         self.inodes = InodeTable(self.store, self.pages)
         static = min(r.map_page // PAGES_PER_BLOCK for r in superblock.ranges)
         self._static_blocks = 2 if static == 0 else static + 1
+        if may_write:
+            self._reserve_metadata()
+
+    def _reserve_metadata(self) -> None:
+        """Give all metadata its memory: a commit cannot be refused half way.
+
+        :raises NoSpaceError: the file system that a sparse region is on is full.
+        """
+        self.region.reserve(RegionOff(0), self._static_blocks * BLOCK)
+        for block in self.blocks.page_granular_blocks():
+            self.region.reserve(RegionOff(block * BLOCK), BLOCK)
 
     # ------------------------------------------------------------------ access
 

@@ -1,7 +1,8 @@
 /*
  * Mappings of a region, and what happens when their memory turns out not to be there.
  *
- * Threads: the line that a bus error writes is set once, before there are threads.
+ * Threads: the line that a bus error writes is set once, before there are threads. Each has its own
+ * guard.
  */
 #include "native.h"
 
@@ -24,18 +25,30 @@ static char bus_line[256];
 static size_t bus_length;
 static int bus_status;
 
+__thread sigjmp_buf *bus_error_guard;
+
 static void on_bus_error(int number)
 {
-	ssize_t done = write(2, bus_line, bus_length);
+	ssize_t done;
 
+	if (bus_error_guard)
+		siglongjmp(*bus_error_guard, 1);
+	done = write(2, bus_line, bus_length);
 	(void)number, (void)done;
 	_exit(bus_status);
+}
+
+/* End the process as a bus error that nobody has a use for. */
+void pk_bus_error(void)
+{
+	raise(SIGBUS);
 }
 
 /* From here on, memory that is not there ends the process with that line and status. */
 void pk_exit_on_bus_error(const char *line, int status)
 {
-	struct sigaction action = { .sa_handler = on_bus_error };
+	/* No signal is blocked while it runs, for it may not return. */
+	struct sigaction action = { .sa_handler = on_bus_error, .sa_flags = SA_NODEFER };
 
 	bus_length = strnlen(line, sizeof(bus_line));
 	memcpy(bus_line, line, bus_length);
@@ -179,6 +192,12 @@ int64_t pk_existing_runs(int fd, uint64_t start, uint64_t end, uint64_t page, st
 	if (pagemap >= 0)
 		close(pagemap);
 	return watch < 0 ? watch : pagemap < 0 ? -EACCES : (int64_t)n;
+}
+
+/* Give n bytes of a file their memory; nothing of it changes.  0 or an errno. */
+int pk_reserve(int fd, uint64_t offset, uint64_t n)
+{
+	return fallocate(fd, FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)n) ? errno : 0;
 }
 
 /* f_type of the file system that fd is on; 0 if it cannot be told. */

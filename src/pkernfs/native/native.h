@@ -15,6 +15,7 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
+#include <setjmp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -29,8 +30,9 @@ void pk_trace_start(void);
 uint64_t pk_trace_stop(void);
 const uint8_t *pk_trace_data(void);
 
-void pk_copy(uint8_t *base, uint64_t offset, const uint8_t *data, uint64_t n);
-void pk_zero(uint8_t *base, uint64_t offset, uint64_t n);
+int pk_copy(uint8_t *base, uint64_t offset, const uint8_t *data, uint64_t n);
+int pk_copy_out(const uint8_t *base, uint64_t offset, uint8_t *data, uint64_t n);
+int pk_zero(uint8_t *base, uint64_t offset, uint64_t n);
 void pk_store_u64(uint8_t *base, uint64_t offset, uint64_t value);
 int pk_is_zero(const uint8_t *p, uint64_t n);
 
@@ -144,6 +146,8 @@ void pk_flush_lines(const uint8_t *p, uint64_t n);
 uint8_t *pk_map(int fd, uint64_t offset, uint64_t size, uint64_t align, int writable, int *error);
 void pk_unmap(uint8_t *map, uint64_t size);
 void pk_exit_on_bus_error(const char *line, int status);
+void pk_bus_error(void);
+int pk_reserve(int fd, uint64_t offset, uint64_t n);
 int pk_msync(uint8_t *map, uint64_t size);
 uint64_t pk_fs_magic(int fd);
 
@@ -160,5 +164,8 @@ int64_t pk_existing_runs(int fd, uint64_t start, uint64_t end, uint64_t page, st
 void put_words(uint8_t *base, uint64_t offset, const void *data, uint64_t n);
 void put_bytes(uint8_t *base, uint64_t offset, const void *data, uint64_t n);
 void trace_stored(const uint8_t *base, uint64_t offset, uint64_t n);
+
+/* Of map.c: where a bus error of this thread jumps to; NULL: it ends the process. */
+extern __thread sigjmp_buf *bus_error_guard;
 
 #endif

@@ -96,14 +96,50 @@ static void put_u64(uint8_t *base, uint64_t offset, uint64_t value)
 		trace(offset, &value, 8);
 }
 
-void pk_copy(uint8_t *base, uint64_t offset, const uint8_t *data, uint64_t n)
+/*
+ * The next three return 1 if memory turned out not to be there (a bus error: pk_exit_on_bus_error):
+ * part of the bytes may have been stored then.
+ */
+int pk_copy(uint8_t *base, uint64_t offset, const uint8_t *data, uint64_t n)
 {
+	sigjmp_buf here;
+
+	if (sigsetjmp(here, 0)) {
+		bus_error_guard = NULL;
+		return 1;
+	}
+	bus_error_guard = &here;
 	put_bytes(base, offset, data, n);
+	bus_error_guard = NULL;
+	return 0;
 }
 
-void pk_zero(uint8_t *base, uint64_t offset, uint64_t n)
+int pk_copy_out(const uint8_t *base, uint64_t offset, uint8_t *data, uint64_t n)
 {
+	sigjmp_buf here;
+
+	if (sigsetjmp(here, 0)) {
+		bus_error_guard = NULL;
+		return 1;
+	}
+	bus_error_guard = &here;
+	memcpy(data, base + offset, n);
+	bus_error_guard = NULL;
+	return 0;
+}
+
+int pk_zero(uint8_t *base, uint64_t offset, uint64_t n)
+{
+	sigjmp_buf here;
+
+	if (sigsetjmp(here, 0)) {
+		bus_error_guard = NULL;
+		return 1;
+	}
+	bus_error_guard = &here;
 	put_zeros(base, offset, n);
+	bus_error_guard = NULL;
+	return 0;
 }
 
 void pk_store_u64(uint8_t *base, uint64_t offset, uint64_t value)

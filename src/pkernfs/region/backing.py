@@ -88,6 +88,12 @@ class Backing:
         """Yield what is no hole between two offsets in bytes."""
         yield RegionRange(first, last)
 
+    def reserve(self, offset: RegionOff, length: int) -> None:
+        """Give memory to what has none, ``length`` bytes from ``offset`` on.
+
+        :raises NoSpaceError: there is none to be had.
+        """
+
 
 def given_pieces(name: str, size: int, phys_base: PhysAddr | None) -> list[Span] | None:
     """Return the physical range of ``size`` bytes whose address somebody has given.

@@ -13,7 +13,9 @@ def exit_on_bus_error(who: str, status: int) -> None:
 
     The kernel raises one when a file region is shortened while it is mapped, or when the file
     system that it is on has no room for a hole that is written (or, on tmpfs, read); when a dax
-    device is taken from its driver; and when memory fails.
+    device is taken from its driver; and when memory fails. From here on, those that
+    :class:`~pkernfs.region.region.Region` meets while it copies or zeroes are errors if the file
+    system is full: metadata and tables have their memory before they are stored into.
     """
     line = (
         f"{who}: bus error: the region's file was cut short, or the file system it is on is full; "

@@ -7,7 +7,7 @@ import os
 import stat
 from collections.abc import Iterator
 
-from pkernfs.errors import RegionError
+from pkernfs.errors import NoSpaceError, RegionError
 from pkernfs.host.mount_table import own_mounts
 from pkernfs.host.sysroot import HOST
 from pkernfs.layout import BLOCK, PAGE
@@ -22,6 +22,7 @@ _RAMFS = 0x858458F6
 _RAM_FILE_SYSTEMS = (_TMPFS, _HUGETLBFS, _RAMFS)
 _OVERLAYFS = 0x794C7630
 _LEAST_ROOM = 2 * BLOCK
+_SECTOR = 512
 
 
 def is_in_memory(path: str) -> bool:
@@ -130,6 +131,33 @@ class FileBacking(Backing):
                 return
             end = min(RegionOff(os.lseek(self.fd, start, os.SEEK_HOLE)), last)
             yield RegionRange(start, end)
+
+    def reserve(self, offset: RegionOff, length: int) -> None:
+        """Give memory to holes of the file.
+
+        :raises NoSpaceError: the file system that it is on is full.
+        """
+        if self.fd is None or self._is_huge:  # the mapping has reserved them
+            return
+        for start, end in list(self._holes(offset, length)):  # tmpfs takes its time over the rest
+            # Other errors (EOPNOTSUPP of remote file systems) do not say what there is room for.
+            if lib.pk_reserve(self.fd, start, end - start) in (errno.ENOSPC, errno.EDQUOT):
+                raise NoSpaceError(
+                    f"{self.name}: a sparse file, and the file system that it is on is full"
+                )
+
+    def _holes(self, offset: RegionOff, length: int) -> Iterator[RegionRange]:
+        """The holes of the file in a range, as far as can be told."""
+        assert self.fd is not None
+        if os.fstat(self.fd).st_blocks * _SECTOR >= self.size:
+            return
+        at = offset
+        for start, end in self.data_ranges(offset, RegionOff(offset + length)):
+            if start > at:
+                yield RegionRange(at, start)
+            at = end
+        if at < offset + length:
+            yield RegionRange(at, RegionOff(offset + length))
 
 
 def create(path: str, size: int) -> None:

@@ -329,10 +329,29 @@ class Region:
         return bytes(self.view(offset, length))
 
     def copy_in(self, offset: RegionOff, data: bytes | bytearray | memoryview) -> None:
-        """Store ``data`` at ``offset``."""
+        """Store ``data`` at ``offset``.
+
+        :raises NoSpaceError: the file system below a sparse region is full; part may be stored.
+        """
         length = len(data)
         self._check_store(offset, length)
-        lib.pk_copy(self._base, offset, ffi.from_buffer("uint8_t[]", data), length)
+        source = ffi.from_buffer("uint8_t[]", data)
+        if lib.pk_copy(self._base, offset, source, length):
+            self._make_room(offset, length)
+            if lib.pk_copy(self._base, offset, source, length):
+                lib.pk_bus_error()
+
+    def copy_out(self, offset: RegionOff, into: bytearray | memoryview) -> None:
+        """Fill ``into`` from ``offset`` on.
+
+        :raises NoSpaceError: as for a store: on tmpfs a hole of the file needs memory to be read.
+        """
+        self.view(offset, len(into))
+        to = ffi.from_buffer("uint8_t[]", into, require_writable=True)
+        if lib.pk_copy_out(self._base, offset, to, len(into)):
+            self._make_room(offset, len(into))
+            if lib.pk_copy_out(self._base, offset, to, len(into)):
+                lib.pk_bus_error()
 
     def zero(self, offset: RegionOff, length: int) -> None:
         """Zero ``length`` bytes at ``offset``; other threads run meanwhile.
@@ -340,11 +359,28 @@ class Region:
         Where the region's file has holes, they stay: a sparse file does not fill up with zeros.
         """
         self._check_store(offset, length)
-        if length < BLOCK:
-            lib.pk_zero(self._base, offset, length)
+        # Where there is no memory, and none to be had, there is nothing to be zeroed.
+        if length < BLOCK and not lib.pk_zero(self._base, offset, length):
             return
         for start, end in self.data_ranges(offset, RegionOff(offset + length)):
-            lib.pk_zero(self._base, start, end - start)
+            if lib.pk_zero(self._base, start, end - start):
+                lib.pk_bus_error()
+
+    def reserve(self, offset: RegionOff, length: int) -> None:
+        """Give memory to holes of a region's file, for what must be stored without fail later.
+
+        :raises NoSpaceError: the file system that the region is on is full.
+        """
+        self._check_store(offset, length)
+        self._backing.reserve(offset, length)
+
+    def _make_room(self, offset: RegionOff, length: int) -> None:
+        """After a bus error: give the range memory, or say why there is none.
+
+        :raises NoSpaceError: the file system that the region is on is full.
+        """
+        first = offset - offset % PAGE
+        self._backing.reserve(RegionOff(first), -(-(offset + length) // PAGE) * PAGE - first)
 
     def store_u64(self, offset: RegionOff, value: int) -> None:
         """Store 8 aligned bytes at once, after all stores before it and before all after it."""
