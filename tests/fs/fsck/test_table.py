@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import stat
 
+import pytest
+
 from pkernfs.dma.mount import mount_filesystem
 from pkernfs.fs.fsck import Code
-from pkernfs.layout import BLOCK, INODE_FLAG_PENDING, IOMMU_INO, ROOT_INO
+from pkernfs.layout import BLOCK, INODE_FLAG_PENDING, IOMMU_INO, PAGE, ROOT_INO
 from pkernfs.quantities import Ino
+from support.checking import assert_clean
 from support.damage import REG, Damage
 from support.fsck_cases import Case, Cases
 from support.repairs import Pristine, repair_and_check, tree_of
@@ -136,6 +139,32 @@ def test_nothing_is_lost(damage: Damage, pristine: Pristine, function: Case) -> 
     function(damage)
     _, tree = repair_and_check(damage.region)
     assert tree == tree_of(pristine)
+
+
+@pytest.mark.parametrize("name", ["small", "guest", "pages", "none"])
+@pytest.mark.parametrize("size", [1 << 50, (1 << 63) - (4 << 20)])
+def test_a_size_from_a_damaged_page_is_no_more_than_there_is(
+    damage: Damage, name: str, size: int
+) -> None:
+    """The checksum of the page is wrong, and so may the size be, in whole or in part."""
+    ino = damage.inos["small" if name == "none" else name]
+    if name == "none":
+        damage.set_inode(ino, flags=0, data_pages=0)
+    fs = mount_filesystem(damage.region, read_only=True)
+    extents = fs.extents(ino)
+    was = fs.inode(ino).size if extents else 0
+    damage.set_inode(ino, size=size)
+    damage.smash(damage.inode_page(ino), 200, 8)  # of the page's header: every inode is whole
+    repair_and_check(damage.region, Code.INODE_PAGE_DAMAGED, Code.INODE_FIELD)
+    fs = mount_filesystem(damage.region)
+    assert was <= fs.inode(ino).size < was + BLOCK
+    assert fs.inode(ino).size % PAGE == 0
+    fs.unmount()
+
+
+def test_a_hole_at_the_end_of_an_intact_inode_stays(damage: Damage) -> None:
+    damage.set_inode(damage.inos["small"], size=1 << 40)
+    assert_clean(damage.region)
 
 
 def test_inodes_of_a_damaged_page_become_roots_own(damage: Damage) -> None:

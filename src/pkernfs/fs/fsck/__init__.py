@@ -142,6 +142,7 @@ def _run(ctx: Context) -> None:
     data.check_data(ctx)
     handover.check_record(ctx)
     scavenge.find_leaves(ctx)
+    data.bound_sizes(ctx)
     maps.compare(ctx)
     counts.compare(ctx)
     space = Allocator(ctx)

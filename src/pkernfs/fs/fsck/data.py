@@ -53,6 +53,27 @@ def check_data(ctx: Context) -> None:
         check_file(ctx, ino, ctx.inode_page(ino), ctx.fields(ino))
 
 
+def bound_sizes(ctx: Context) -> None:
+    """Files of damaged inode pages end where their memory does, at the latest.
+
+    Nothing proves a size that is larger: it would be as many zeros as the damage says. Of an intact
+    inode it is a hole at the end.
+    """
+    for ino in sorted(ctx.salvaged):
+        if ctx.inodes.type_of(ino) != T_REG:
+            continue
+        fields = ctx.fields(ino)
+        extents = ctx.extents.get(ino)
+        if extents is None:
+            extents = sorted(extents_of(ctx, ino, ctx.inode_page(ino), fields))
+        most = (extents[-1].file_page + extents[-1].pages) * PAGE if extents else 0
+        if fields.size > most:
+            ctx.report.add(
+                Code.INODE_FIELD, ctx.file(ino), field="size", got=fields.size, expected=most
+            )
+            ctx.set_fields(ino, size=most)
+
+
 def extents_of(ctx: Context, ino: Ino, page: Buffer, fields: InodeFields) -> list[Extent]:
     """The extents that an inode says it has, unchecked."""
     if fields.flags & INODE_FLAG_BODY:
