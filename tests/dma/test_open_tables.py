@@ -147,9 +147,36 @@ def test_a_region_without_addresses_gets_them_back(mapped: Host) -> None:
     mapped.assert_check_clean()
 
 
+@pytest.mark.parametrize("phys_base", [2 * PHYS_BASE, PHYS_BASE + PAGE, PHYS_BASE - (8 << 20)])
+def test_what_is_mapped_is_held_though_the_address_is_said_wrong(
+    mapped: Host, phys_base: int
+) -> None:
+    """A typing error in phys_base= must not cost what the next mount, with the right one, needs."""
+    mapped.dom(5)
+    mapped.attach(0)
+    before = mapped.state()
+    mapped.remount(PhysAddr(phys_base))
+    guest, other = ino_of(mapped, "guest"), ino_of(mapped, "other")
+    for change in (
+        lambda: mapped.fs.unlink(ROOT_INO, b"guest"),
+        lambda: mapped.fs.setattr(guest, size=0),
+        lambda: mapped.fs.fallocate(guest, PUNCH, 0, MIB),
+        lambda: mapped.fs.rename(ROOT_INO, b"other", ROOT_INO, b"guest", 0),
+        lambda: mapped.fs.unlink(IOMMU_INO, b"dom-0"),
+        lambda: mapped.fs.rename(IOMMU_INO, b"dom-0", IOMMU_INO, b"dom-1", 0),
+        lambda: mapped.fs.unlink(IOMMU_INO, ROOT_PGTABLES),
+    ):
+        refused(mapped, BusyError, change)
+    mapped.fs.setattr(other, size=0)
+    mapped.fs.unlink(ROOT_INO, b"other")
+    mapped.remount(PHYS_BASE)
+    assert mapped.state() == before
+    mapped.assert_check_clean()
+
+
 @pytest.mark.slow("the whole region is copied, and mounted three times")
 def test_tables_of_another_place_are_refused(
-    mapped: Host, caplog: pytest.LogCaptureFixture
+    mapped: Host, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mapped.attach(0)
     image = mapped.region.read(RegionOff(0), mapped.region.size)
@@ -170,7 +197,13 @@ def test_tables_of_another_place_are_refused(
     ):
         refused(mapped, TableDamageError, operation, says)
         refused(mapped, TableDamageError, operation, f"mount with phys_base={PHYS_BASE:#x}")
-    # Nothing is pinned: no unit can be walking tables that are not where they say.
+    # If that is where the machine has it, nothing is pinned: no unit can be walking such tables.
+    monkeypatch.setattr(type(mapped.region), "real_addresses", True)
+    mapped.remount(PhysAddr(2 * PHYS_BASE))
+    monkeypatch.undo()
+    refused(
+        mapped, TableDamageError, lambda: mapped.answer("show"), "the region's memory has moved"
+    )
     mapped.run(lambda: mapped.fs.setattr(ino_of(mapped, "guest"), size=0))
     mapped.fs.unlink(IOMMU_INO, b"dom-0")
     mapped.fs.unlink(IOMMU_INO, ROOT_PGTABLES)

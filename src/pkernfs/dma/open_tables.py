@@ -24,6 +24,7 @@ from pkernfs.host.bars import Bar
 from pkernfs.iommu.config import (
     Config,
     assume_addresses,
+    base_of,
     config_offset,
     config_page,
     load_bars,
@@ -76,6 +77,9 @@ class OpenTables:
         self._levels: tuple[int, ...] = (self.config.levels,)
         #: Why the tables are of no use where they are, if they were made for another place.
         self.relocated: str | None = None
+        #: Bytes from where the region is said to be to where relocated tables say it; None: its
+        #: memory has moved for good, and nothing can be at what they map.
+        self.shift: int | None = 0
         #: The units that walk the tables now. They are told of each change before it returns.
         self.active_units: ActiveUnits | None = None
         self._readers = 0
@@ -133,6 +137,7 @@ class OpenTables:
         self.config = Config()
         self._levels = (self.config.levels,)
         self.relocated = None
+        self.shift = 0
         self.damaged.pop(ROOT_PGTABLES, None)
         file = self.files.get(ROOT_PGTABLES)
         if file is None or not file.size:
@@ -144,6 +149,7 @@ class OpenTables:
             self.config = load_config(memory)
             self._levels = (self.config.levels,)
             if self.config.home not in (0, config_page(memory)):
+                self.shift = self._find_shift(memory)
                 self.relocated = self._say_relocated(memory)
                 return
             self.root = RootTables(
@@ -163,14 +169,16 @@ class OpenTables:
         self.trees.pop(number, None)
         self.damaged.pop(name, None)
         file = self.files.get(name)
-        if file is None or not file.size or self.relocated is not None:
+        if file is None or not file.size or self.shift is None:
             return
         active_units = self.active_units
         try:
             if extents := self.extents_of(file):
-                there = Memory(self._fs.region, extents)
+                there = Memory(self._fs.region, extents, self.shift)
                 pool = TablePool(there.region, there.pieces)
                 self.trees[number] = Tree(pool, there.first_page, self._levels)
+            if self.relocated is not None:
+                return
             self.domains[number] = PageTable(
                 self.memory_of(file),
                 self._fs.store.commit_words,
@@ -208,15 +216,22 @@ class OpenTables:
         for first in self._fs.extents(file.ino)[:1]:
             assume_addresses(self._fs.region, RegionOff(first.region_offset + PAGE))
 
+    def _find_shift(self, memory: Memory) -> int | None:
+        """How far off an assumed address is. What they map is held: the right one may come next."""
+        region = self._fs.region
+        if region.real_addresses or region.phys_base is None:
+            return None
+        base = base_of(region, self.config.home, config_offset(memory))
+        return None if base is None else base - region.phys_base
+
     def _say_relocated(self, memory: Memory) -> str:
         home = self.config.home
         reason = (
             f"root-pgtables: its tables were made for {home:#x}, but they are at "
             f"{config_page(memory):#x}"
         )
-        if self._fs.region.phys_base is not None:
-            base = max(home - config_offset(memory), 0)
-            return f"{reason}: mount with phys_base={base:#x}, or remove the files of iommu/"
+        if self.shift is not None and self._fs.region.phys_base is not None:
+            return f"{reason}: mount with phys_base={self._fs.region.phys_base + self.shift:#x}"
         return f"{reason}: the region's memory has moved: remove the files of iommu/"
 
     @property

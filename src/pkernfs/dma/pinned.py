@@ -31,6 +31,7 @@ class Pinned:
         self._tables = tables
         self._units = units
         self._map: BlockMap | None = None
+        self._shift = 0  # of the addresses in it
         self._generation = -1  # of the tables, when the map was made
 
     # ------------------------------------------------------------------ memory
@@ -44,7 +45,7 @@ class Pinned:
         if not wanted:
             return None
         runs = [RegionRun(page_offset(e.page), e.pages * PAGE) for e in wanted]
-        ranges = Memory(self._region, runs).ranges
+        ranges = Memory(self._region, runs, self._tables.shift or 0).ranges
         for number, tree in sorted(self._tables.trees.items()):
             iova = tree.find(ranges)
             if iova is not None:
@@ -57,8 +58,11 @@ class Pinned:
 
     def _block_map(self) -> BlockMap:
         """The blocks that are mapped; made again after a change, when it is asked for."""
-        if self._map is None:
-            self._map = BlockMap(self._region, self._tables.region_memory().pieces)
+        shift = self._tables.shift or 0
+        if self._map is None or self._shift != shift:
+            memory = Memory.whole(self._region, shift) if shift else self._tables.region_memory()
+            self._map, self._shift = BlockMap(self._region, memory.pieces), shift
+            self._generation = -1
         if self._generation != self._tables.generation:
             self._map.clear()
             for number, tree in self._tables.trees.items():
@@ -82,8 +86,10 @@ class Pinned:
 
     def _table_holder(self, name: bytes) -> str | None:
         tables = self._tables
-        if tables.relocated is not None or tables.files[name].size == 0:
-            return None  # no unit can be walking tables that are not where they say
+        if tables.files[name].size == 0:
+            return None
+        if tables.relocated is not None:  # no unit can be walking tables that have moved for good
+            return None if tables.shift is None else tables.relocated
         if ROOT_PGTABLES in tables.damaged:
             return "root-pgtables is damaged, and may refer to it: run fsck.pkernfs"
         if tables.root is None:

@@ -91,9 +91,17 @@ def assume_addresses(region: Region, at: RegionOff) -> None:
     """
     if region.physical(RegionOff(0)) is not None:
         return
-    base = parse_config(region.read(at, CONFIG_BYTES)).home - at
+    base = base_of(region, parse_config(region.read(at, CONFIG_BYTES)).home, at)
+    if base is not None:
+        region.assume_physical(base)
+
+
+def base_of(region: Region, home: PhysAddr, at: RegionOff) -> PhysAddr | None:
+    """The address of the region's first byte if offset ``at`` is at ``home``; None: none can be."""
+    base = home - at
     if base > 0 and not base % PAGE and base + region.size <= 1 << MAX_PHYSICAL_BITS:
-        region.assume_physical(PhysAddr(base))
+        return PhysAddr(base)
+    return None
 
 
 def configure(memory: Memory, commit: Commit, config: Config) -> Config:

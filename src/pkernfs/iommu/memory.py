@@ -39,16 +39,17 @@ class Memory:
     """Pieces of a region by physical address, each page once.
 
     :param extents: whole pages, in the order of the file.
+    :param shift: bytes to add to each physical address: where tables say that the region is.
     :raises InvalidError: the region has no physical addresses, or pages are not whole.
     """
 
-    def __init__(self, region: Region, extents: Iterable[RegionRun]) -> None:
+    def __init__(self, region: Region, extents: Iterable[RegionRun], shift: int = 0) -> None:
         self.region = region
         pieces: list[Piece] = []
         for offset, length in extents:
             if offset % PAGE or length % PAGE:
                 raise InvalidError(f"extent at {offset:#x}: not whole pages: got {length} bytes")
-            pieces += _pieces(region, offset, length)
+            pieces += _pieces(region, offset, length, shift)
         if not pieces:
             raise InvalidError("no memory for tables: the file was never sized")
         self._in_file_order = tuple(pieces)
@@ -56,9 +57,9 @@ class Memory:
         self._starts = [p.physical for p in self.pieces]
 
     @classmethod
-    def whole(cls, region: Region) -> Memory:
+    def whole(cls, region: Region, shift: int = 0) -> Memory:
         """All of a region."""
-        return cls(region, [RegionRun(RegionOff(0), region.size)])
+        return cls(region, [RegionRun(RegionOff(0), region.size)], shift)
 
     @property
     def first_page(self) -> PhysAddr:
@@ -161,11 +162,11 @@ def store_words(region: Region) -> Commit:
     return commit
 
 
-def _pieces(region: Region, offset: RegionOff, length: int) -> Iterator[Piece]:
+def _pieces(region: Region, offset: RegionOff, length: int, shift: int) -> Iterator[Piece]:
     for at, count, physical in region.physical_runs(offset, length):
         if physical is None:
             raise InvalidError(f"{region.name}: no physical addresses: give phys_base=")
-        yield Piece(physical, at, count)
+        yield Piece(PhysAddr(physical + shift), at, count)
 
 
 def _joined(pieces: list[Piece]) -> list[Piece]:
