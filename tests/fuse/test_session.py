@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +17,7 @@ from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import CorruptionError, ZeroingNeeded
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
+from pkernfs.fuse import session as session_module
 from pkernfs.fuse.session import Session
 from pkernfs.layout import ROOT_INO
 from pkernfs.quantities import Ino
@@ -78,6 +82,56 @@ def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
     with Region.anonymous(16 * MIB) as region:
         make_filesystem(region)
         yield Rig(region, monkeypatch)
+
+
+_MAPS = """
+import mmap, sys
+file = open(sys.argv[1], "r+b")
+memory = mmap.mmap(file.fileno(), 0)
+print("mapped", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_who_maps_what_was_removed_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The program maps the region itself, as QEMU does, and nothing keeps it from that."""
+    monkeypatch.setattr(session_module, "_LOOK_SECONDS", 0)
+    path = str(tmp_path / "region")
+    Region.create(path, 16 * MIB)
+    with Region.open(path, write=True) as region:
+        make_filesystem(region)
+        rig = Rig(region, monkeypatch)
+        ino = large_file(rig.fs)
+        rig.fs.link(ino, ROOT_INO, b"g")
+
+        async def work(session: Session) -> None:
+            command = [sys.executable, "-c", _MAPS, path]
+            with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as program:
+                assert program.stdin is not None
+                assert program.stdout is not None
+                assert program.stdout.readline() == "mapped\n"
+                rig.fs.unlink(ROOT_INO, b"f")
+                session.freed()
+                await trio.sleep(0.05)
+                assert caplog.messages == [], "it has another name"
+                rig.fs.unlink(ROOT_INO, b"g")
+                session.freed()
+                with trio.fail_after(20):
+                    while not caplog.messages:
+                        await trio.sleep(0.002)
+                program.stdin.close()
+            [line] = caplog.messages
+            assert line.startswith(f"process {program.pid} (")
+            assert "maps 4 MiB of removed files in the region" in line
+            rig.fs.run(lambda: rig.fs.write(large_file(rig.fs), 0, b"x"))
+            rig.fs.unlink(ROOT_INO, b"f")
+            session.freed()
+            await trio.sleep(0.05)
+            assert len(caplog.messages) == 1, "the program has ended"
+
+        rig.run(work)
 
 
 def large_file(fs: FileSystem) -> Ino:

@@ -216,3 +216,21 @@ def test_refusals(live: LiveMount, vm: Counting, tmp_path: Path) -> None:
     assert before == {path.name: path.stat().st_ctime_ns for path in vm.directory.glob("[!s]*")}
     vm.wait_for(10)
     vm("save")
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_no_save_of_a_guest_whose_memory_was_removed(
+    live: LiveMount, vm: Counting, again: bool
+) -> None:
+    """The region is one file to the kernel, so the removal succeeds; the save must not."""
+    vm.start()
+    vm.wait_for(10)
+    ram = vm.directory / "ram"
+    ram.unlink()
+    if again:
+        ram.touch()
+        os.truncate(ram, RAM_BYTES)
+    with pytest.raises(CommandError, match="which was removed|was removed: nothing is saved"):
+        vm("save")
+    assert not (vm.directory / "state").exists()
+    vm.wait_for(len(vm.numbers()) + 5)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pkernfs.errors import LiveUpdateError, QemuError, VmmError
+from pkernfs.host.mappings import Mapping
 from pkernfs.vmm import live_update, program
 from pkernfs.vmm.live_update import Machine, Settings
 from support.made_up_qemu import MadeUpQemu
@@ -28,6 +29,7 @@ class Host:
         self.refusal = ""
         self.no_start = ""
         self.ran: list[list[str]] = []
+        self.mapped = [(2 << 20, 4 << 20)]
         self.qemus: list[MadeUpQemu] = []
         self.migration = "completed"
 
@@ -39,7 +41,9 @@ class Host:
             )  # fmt: skip
             if self.refusal:
                 raise VmmError(self.refusal)
-            return json.dumps({"qemu": "my-qemu", "args": ["-object", "memory"]})
+            place = {"mem-path": "/region", "offset": 2 << 20, "size": 1 << 20}
+            answer = {"qemu": "my-qemu", "args": ["-object", "memory"]}
+            return json.dumps({**answer, "object": place})
         if self.no_start:
             raise VmmError(self.no_start)
         assert directory == self.machine.directory
@@ -50,6 +54,10 @@ class Host:
         self.machine.pid.write_text(f"{self.qemus[-1].process.pid}\n")
         return ""
 
+    def mappings(self, path: str, *, pids: list[int]) -> list[Mapping]:
+        assert (path, pids) == ("/region", [self.qemus[-1].process.pid])
+        return [Mapping(pids[0], "my-qemu", start, end) for start, end in self.mapped]
+
 
 @pytest.fixture
 def host(tmp_path: Path, short_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
@@ -57,6 +65,7 @@ def host(tmp_path: Path, short_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     (tmp_path / "vm").mkdir()
     made = Host(Machine(tmp_path / "vm"))
     monkeypatch.setattr(program, "output", made.output)
+    monkeypatch.setattr(live_update, "mappings_of", made.mappings)
     yield made
     for qemu in made.qemus:
         qemu.end()
@@ -152,6 +161,27 @@ def test_a_save_that_fails_lets_the_machine_go_on(host: Host) -> None:
     with pytest.raises(QemuError, match="QEMU: state failed: no room"):
         host.machine.save()
     assert host.qemus[0].asked[-1] == "cont"
+    assert not host.machine.state.exists()
+
+
+def test_no_save_without_the_file_of_the_memory(host: Host) -> None:
+    """QEMU would go on as if nothing had happened: it maps the region, not the file."""
+    host.machine.start(1 << 20, SETTINGS)
+    host.machine.ram.unlink()
+    with pytest.raises(LiveUpdateError, match="ram: the memory's file was removed: nothing is"):
+        host.machine.save()
+    assert host.qemus[0].asked == ["qom-get"]
+    assert not host.machine.state.exists()
+
+
+@pytest.mark.parametrize("mapped", [[], [(0, 2 << 20)], [(2 << 20, (3 << 20) - 4096)]])
+def test_no_save_of_memory_that_is_another_file(host: Host, mapped: list[tuple[int, int]]) -> None:
+    """The file was removed, and one of its name made: QEMU maps the blocks of the old one."""
+    host.machine.start(1 << 20, SETTINGS)
+    host.mapped = mapped
+    with pytest.raises(LiveUpdateError, match="not the memory that QEMU runs in, which was rem"):
+        host.machine.save()
+    assert "stop" not in host.qemus[0].asked
     assert not host.machine.state.exists()
 
 

@@ -12,7 +12,9 @@ NEEDS = {
     "pkernfs",
     "pkernfs.errors",
     "pkernfs.host",
+    "pkernfs.host.mappings",
     "pkernfs.host.pci_config",
+    "pkernfs.host.sysroot",
     "pkernfs.quantities",
 }
 

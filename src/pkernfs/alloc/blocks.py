@@ -86,6 +86,8 @@ class BlockAllocator:
         for r in ranges:
             self._load(r)
         self.free_blocks = self._state.count(_FREE)
+        #: Gets the runs that have become free, if it is a list; whoever sets it empties it.
+        self.freed: list[BlockRun] | None = None
 
     def _load(self, r: MapRange) -> None:
         for i in range(-(-r.blocks // MAP_BLOCKS)):
@@ -300,6 +302,8 @@ class BlockAllocator:
     def _freed(self, first: BlockNo, count: int) -> None:
         self._state[first : first + count] = bytes(count)
         self.free_blocks += count
+        if self.freed is not None:
+            self.freed.append(BlockRun(first, count))
 
     def _restore(self, first: BlockNo, state: bytes, zero: bytes | None) -> None:
         self._state[first : first + len(state)] = state

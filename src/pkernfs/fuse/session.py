@@ -20,7 +20,9 @@ import trio
 from pkernfs.errors import PkernfsError, ZeroingNeeded
 from pkernfs.fuse import mounting, shim  # noqa: F401 - the shim is found first by the linker
 from pkernfs.fuse.event_loop import RecurringEvent
+from pkernfs.host.mappings import mappings_of
 from pkernfs.quantities import Ino, RegionRun
+from pkernfs.ratelimit import RateLimit
 
 import pyfuse3  # isort: skip
 
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from pkernfs.control.sockets import Listener
     from pkernfs.fs.filesystem import FileSystem
     from pkernfs.fuse.operations import Operations
-    from pkernfs.region.region import Region
+    from pkernfs.region.region import Place, Region
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ _MIB = 1 << 20
 _ZERO_BATCH_BYTES = 64 * _MIB  # one thread call: what an unmount may wait for
 _DRAIN_SECONDS = 0.05
 _ZERO_DELAY_SECONDS = 0.05  # more will be freed in a moment
+_LOOK_SECONDS = 0.5  # before a look at who maps what was freed: more will be
 
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -68,6 +71,7 @@ class Session:
         self._loops = 0
         self._ended = trio.Event()
         self._dirty = trio.Event()
+        self._freed = trio.Event()
         self._ready = trio.Event()
         self.idle = RecurringEvent()
         self._zeroing = trio.Lock()
@@ -78,6 +82,7 @@ class Session:
         async with trio.open_nursery() as background, trio.open_nursery() as nursery:
             self._nursery = nursery
             background.start_soon(self._zero_ahead)
+            background.start_soon(self._warn_of_mappings)
             background.start_soon(self._handle_signals)
             background.start_soon(self._announce, ready)
             background.start_soon(self._serve_control_socket)
@@ -211,7 +216,9 @@ class Session:
     # ------------------------------------------------------------------ zeroing
 
     def freed(self) -> None:
-        """Look soon for memory that has to be zeroed: some may have become free."""
+        """Look soon for memory that has to be zeroed, and who maps it: some may be free now."""
+        if not self._freed.is_set():
+            self._freed.set()
         if not self._dirty.is_set():
             self._dirty.set()
 
@@ -230,6 +237,25 @@ class Session:
             self._dirty = trio.Event()
             await self._dirty.wait()
             await trio.sleep(_ZERO_DELAY_SECONDS)
+
+    async def _warn_of_mappings(self) -> None:
+        """Tell who still maps the region's memory of what was removed: others get it now.
+
+        A region is one file to the kernel, so nobody can be kept from what he maps of it, and a
+        look at every process is too slow for the request itself.
+        """
+        place = self._region.place
+        if place is None:
+            return
+        self._fs.watch_freed()
+        said = RateLimit(log)
+        while True:
+            await self._freed.wait()
+            await trio.sleep(_LOOK_SECONDS)
+            self._freed = trio.Event()
+            if freed := self._fs.take_freed():
+                for line in await trio.to_thread.run_sync(_mapped, place, freed):
+                    said.warning(line)
 
     async def _zero_isolated(self, isolated: IsolatedBlocks) -> None:
         try:
@@ -259,6 +285,22 @@ class Session:
                 busy,
             )
             pyfuse3.terminate()
+
+
+def _mapped(place: Place, freed: list[RegionRun]) -> list[str]:
+    """Who maps what has been freed: a line for each process."""
+    found: dict[str, int] = {}
+    for mapping in mappings_of(place.path):
+        for offset, length in freed:
+            start = place.offset + offset
+            shared = min(mapping.end, start + length) - max(mapping.start, start)
+            if shared > 0:
+                found[mapping.process] = found.get(mapping.process, 0) + shared
+    return [
+        f"{process} maps {size >> 20} MiB of removed files in the region: other files get that "
+        "memory now, and what it stores there damages them: end it"
+        for process, size in found.items()
+    ]
 
 
 def _load_handlers() -> None:

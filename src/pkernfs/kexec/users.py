@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from pkernfs.control.mounts import Mount
+from pkernfs.host.mappings import maps_device
 from pkernfs.host.sysroot import HOST, Host
 from pkernfs.quantities import Ino
 
@@ -26,7 +27,7 @@ class Process(NamedTuple):
 
 def users_of(mount: Mount, inos: set[Ino], host: Host = HOST) -> Iterator[str]:
     """Yield who has inodes of a mount open for writing or mapped: ``PATH by PID (COMMAND)``."""
-    number = _maps_device(mount.device)
+    number = maps_device(mount.device)
     ids: dict[str, set[str]] = {}
     for pid in _processes(host):
         opened = _open_files(host, pid, _mount_ids(host, pid, mount, ids), inos)
@@ -44,7 +45,7 @@ def mappers_of(path: str, host: Host = HOST) -> Iterator[Process]:
         status = os.stat(path)
     except OSError:
         return
-    number = _maps_device(status.st_dev)
+    number = maps_device(status.st_dev)
     for pid in _processes(host):
         if pid != os.getpid() and _maps_for_writing(host, pid, number, status.st_ino):
             yield _process(host, pid)
@@ -56,11 +57,6 @@ def _maps_for_writing(host: Host, pid: int, number: str, ino: int) -> bool:
         if fields[3] == number and int(fields[4]) == ino and fields[1][1] == "w":
             return True
     return False
-
-
-def _maps_device(device: int) -> str:
-    """Return a device number as /proc/PID/maps has it."""
-    return f"{os.major(device):02x}:{os.minor(device):02x}"
 
 
 def _mount_ids(host: Host, pid: int, mount: Mount, known: dict[str, set[str]]) -> set[str]:

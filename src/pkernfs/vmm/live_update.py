@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from pkernfs.errors import LiveUpdateError, QemuError, VmmError
+from pkernfs.host.mappings import mappings_of
 from pkernfs.vmm import program
 from pkernfs.vmm.qmp import TIMEOUT_SECONDS, Qmp
 
@@ -193,10 +194,35 @@ class Machine:
         ]  # fmt: skip
         program.output(*command, directory=self.directory, seconds=TIMEOUT_SECONDS)
 
-    def _memory_options(self, qemu: str) -> list[str]:
-        """Options that map the memory's place in the region; asked anew at each start."""
+    def _check_memory(self, qemu: str) -> None:
+        """Refuse to save a machine whose memory is not the file's: the file may have been removed.
+
+        Its device state would be saved without memory, and its blocks may be another file's.
+
+        :raises LiveUpdateError: there is no such file, or QEMU maps another place.
+        """
+        if not self.ram.exists():
+            raise LiveUpdateError(f"{self.ram}: the memory's file was removed: nothing is saved")
+        place = self._ask_place(qemu)["object"]
+        start = place["offset"]
+        end = start + place["size"]
+        pids = [int(self.pid.read_text())]
+        for mapping in mappings_of(place["mem-path"], pids=pids):
+            if mapping.start <= start and end <= mapping.end:
+                return
+        raise LiveUpdateError(
+            f"{self.ram}: not the memory that QEMU runs in, which was removed: nothing is saved"
+        )
+
+    def _ask_place(self, qemu: str) -> dict[str, Any]:
+        """The memory's place in the region; asked anew each time."""
         words = ("pkernfs", "qemu-args", "--live-update", "--json", "--qemu", qemu, str(self.ram))
         answer: dict[str, Any] = json.loads(program.output(*words, seconds=TIMEOUT_SECONDS))
+        return answer
+
+    def _memory_options(self, qemu: str) -> list[str]:
+        """Options that map the memory's place in the region."""
+        answer = self._ask_place(qemu)
         options: list[str] = answer["args"]
         return options
 
@@ -206,11 +232,13 @@ class Machine:
         """Stop the machine, write its device state, end QEMU.
 
         :returns: the milliseconds that it took
-        :raises VmmError: the state cannot be written (the machine goes on), or QEMU does not end.
+        :raises VmmError: the memory is not in the file any more, or the state cannot be written
+            (the machine goes on); or QEMU does not end.
         :raises OSError: the state cannot be synced.
         """
         clock = _Clock(tell)
         with Qmp(self.monitor) as qmp, self._process() as process:
+            self._check_memory(Settings.read(self.config).qemu)
             _set_up(qmp)
             clock.done("prepare")
             qmp.execute("stop")

@@ -1,0 +1,59 @@
+"""Who maps a file, on a made-up /proc and for real."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+
+import pytest
+
+from pkernfs.host.mappings import Mapping, mappings_of, maps_device
+from support.made_up_host import Machine
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(str(tmp_path))
+
+
+def test_what_processes_map(machine: Machine, tmp_path: Path) -> None:
+    file = tmp_path / "a region"
+    file.touch()
+    status = file.stat()
+    device = maps_device(status.st_dev)
+    lines = (
+        f"7f0000000000-7f0000200000 rw-s 00600000 {device} {status.st_ino}        {file}",
+        f"7f0000200000-7f0000300000 r--s 00100000 {device} {status.st_ino}        {file} (deleted)",
+        f"7f0000300000-7f0000400000 rw-s 00000000 {device} {status.st_ino + 1}    /another file",
+        f"7f0000400000-7f0000500000 rw-s 00000000 ff:ff {status.st_ino}           /another device",
+        "7f0000500000-7f0000600000 rw-p 00000000 00:00 0                          [heap]",
+    )
+    machine.write("proc/12/maps", "\n".join(lines) + "\n")
+    machine.write("proc/12/comm", "qemu-system-x86\n")
+    machine.write("proc/9/maps", lines[0] + "\n")
+    machine.write("proc/7/maps", lines[2] + "\n")
+    machine.write(f"proc/{os.getpid()}/maps", lines[0] + "\n")
+    machine.write("proc/maps/maps", lines[0] + "\n")
+    found = list(mappings_of(str(file), machine))
+    assert found == [
+        Mapping(9, "?", 6 * MIB, 8 * MIB),
+        Mapping(12, "qemu-system-x86", 6 * MIB, 8 * MIB),
+        Mapping(12, "qemu-system-x86", MIB, 2 * MIB),
+    ]
+    assert found[1].process == "process 12 (qemu-system-x86)"
+    assert list(mappings_of(str(file), machine, pids=[7, 9, 1000])) == found[:1]
+    assert list(mappings_of(str(tmp_path / "absent"), machine)) == []
+
+
+def test_what_this_process_maps(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(3 * MIB))
+    pid = os.getpid()
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), MIB, offset=2 * MIB):
+        [found] = mappings_of(str(path), pids=[pid])
+        assert (found.pid, found.start, found.end) == (pid, 2 * MIB, 3 * MIB)
+        assert list(mappings_of(str(path))) == [], "others do not"
+    assert list(mappings_of(str(path), pids=[pid])) == []
