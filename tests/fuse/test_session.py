@@ -14,13 +14,14 @@ import trio
 from trio.testing import MockClock
 
 from pkernfs.dma.mount import mount_filesystem
-from pkernfs.errors import CorruptionError, ZeroingNeeded
+from pkernfs.errors import CorruptionError, NoSpaceError, ZeroingNeeded
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.fuse import session as session_module
 from pkernfs.fuse.session import Session
+from pkernfs.host.mappings import Mapping
 from pkernfs.layout import ROOT_INO
-from pkernfs.quantities import Ino
+from pkernfs.quantities import BlockNo, BlockRun, Ino
 from pkernfs.region.region import Region
 
 import pyfuse3  # isort: skip  # after the shim
@@ -87,51 +88,79 @@ def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
 _MAPS = """
 import mmap, sys
 file = open(sys.argv[1], "r+b")
-memory = mmap.mmap(file.fileno(), 0)
+memory = mmap.mmap(file.fileno(), int(sys.argv[3]), offset=int(sys.argv[2]))
 print("mapped", flush=True)
 sys.stdin.read()
 """
 
 
-def test_who_maps_what_was_removed_is_told(
+def test_what_others_map_of_a_removed_file_is_held(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The program maps the region itself, as QEMU does, and nothing keeps it from that."""
-    monkeypatch.setattr(session_module, "_LOOK_SECONDS", 0)
+    """They map the region itself, as QEMU does; it is neither zeroed nor given to anybody."""
+    monkeypatch.setattr(session_module, "_LOOK_SECONDS", 0.001)
     path = str(tmp_path / "region")
     Region.create(path, 16 * MIB)
     with Region.open(path, write=True) as region:
         make_filesystem(region)
         rig = Rig(region, monkeypatch)
-        ino = large_file(rig.fs)
-        rig.fs.link(ino, ROOT_INO, b"g")
+        fs = rig.fs
+        [place] = fs.extents(large_file(fs))
+        free = fs.statfs().free
 
         async def work(session: Session) -> None:
-            command = [sys.executable, "-c", _MAPS, path]
+            command = [sys.executable, "-c", _MAPS, path, str(place.region_offset), str(4 * MIB)]
             with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as program:
                 assert program.stdin is not None
                 assert program.stdout is not None
                 assert program.stdout.readline() == "mapped\n"
-                rig.fs.unlink(ROOT_INO, b"f")
-                session.freed()
-                await trio.sleep(0.05)
-                assert caplog.messages == [], "it has another name"
-                rig.fs.unlink(ROOT_INO, b"g")
+                fs.unlink(ROOT_INO, b"f")
+                assert fs.statfs().free > free
                 session.freed()
                 with trio.fail_after(20):
                     while not caplog.messages:
                         await trio.sleep(0.002)
+                [line] = caplog.messages
+                assert line.startswith(f"process {program.pid} (")
+                assert "maps 4 MiB of the region whose file was removed or cut" in line
+                assert fs.statfs().free == free
+                assert region.read(place.region_offset, 4) == b"xxxx"
+                ino = fs.create(ROOT_INO, b"all", 0o100600, 0, 0).ino
+
+                def fill() -> None:
+                    fs.fallocate(ino, 0, 0, 10 * MIB)
+
+                with pytest.raises(NoSpaceError):
+                    await session.with_zeroing(fill)
                 program.stdin.close()
-            [line] = caplog.messages
-            assert line.startswith(f"process {program.pid} (")
-            assert "maps 4 MiB of removed files in the region" in line
-            rig.fs.run(lambda: rig.fs.write(large_file(rig.fs), 0, b"x"))
-            rig.fs.unlink(ROOT_INO, b"f")
-            session.freed()
-            await trio.sleep(0.05)
-            assert len(caplog.messages) == 1, "the program has ended"
+            with trio.fail_after(20):
+                while fs.statfs().free <= free:
+                    await trio.sleep(0.002)
+            await session.with_zeroing(fill)
+            assert len(caplog.messages) == 1
 
         rig.run(work)
+
+
+def test_who_maps_the_whole_region_or_only_reads_holds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = str(tmp_path / "region")
+    Region.create(path, 16 * MIB)
+    with Region.open(path, write=True) as region:
+        place = region.place
+        assert place is not None
+        found = [
+            Mapping(7, "all", 0, 16 * MIB),
+            Mapping(8, "reader", 0, 8 * MIB, writable=False),
+            Mapping(9, "writer", 6 * MIB, 8 * MIB),
+        ]
+        monkeypatch.setattr(session_module, "mappings_of", lambda path: found)
+        users = session_module._writers(place, region.size)
+        assert [user.pid for user in users] == [9]
+        for first, blocks, user in ((0, 3, None), (3, 1, "process 9 (writer)"), (4, 2, None)):
+            assert session_module._user_of(users, BlockRun(BlockNo(first), blocks)) == user
+        assert session_module._writers(None, 1) == []
 
 
 def large_file(fs: FileSystem) -> Ino:

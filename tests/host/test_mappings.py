@@ -41,7 +41,7 @@ def test_what_processes_map(machine: Machine, tmp_path: Path) -> None:
     assert found == [
         Mapping(9, "?", 6 * MIB, 8 * MIB),
         Mapping(12, "qemu-system-x86", 6 * MIB, 8 * MIB),
-        Mapping(12, "qemu-system-x86", MIB, 2 * MIB),
+        Mapping(12, "qemu-system-x86", MIB, 2 * MIB, writable=False),
     ]
     assert found[1].process == "process 12 (qemu-system-x86)"
     assert list(mappings_of(str(file), machine, pids=[7, 9, 1000])) == found[:1]

@@ -230,7 +230,7 @@ def test_no_save_of_a_guest_whose_memory_was_removed(
     if again:
         ram.touch()
         os.truncate(ram, RAM_BYTES)
-    with pytest.raises(CommandError, match=r"which was removed|was removed: nothing is saved"):
+    with pytest.raises(CommandError, match="was removed: nothing is saved"):
         vm("save")
     assert not (vm.directory / "state").exists()
     vm.wait_for(len(vm.numbers()) + 5)

@@ -37,6 +37,7 @@ _PAGE_GRANULAR = 2
 _ISOLATED = 3  # free, being zeroed
 _KEPT = 4  # free, kept for a file that grows
 _FREED = 5  # free once the open transaction is committed
+_HELD = 6  # free, but somebody still stores into it
 
 _FREE_RUNS = re.compile(rb"\x00+")
 _MAX_PREALLOCATIONS = 64
@@ -86,7 +87,8 @@ class BlockAllocator:
         for r in ranges:
             self._load(r)
         self.free_blocks = self._state.count(_FREE)
-        #: Gets the runs that have become free, if it is a list; whoever sets it empties it.
+        #: The runs that have become free, isolated until someone has looked at them, if it is a
+        #: list: see :meth:`take_freed`.
         self.freed: list[BlockRun] | None = None
 
     def _load(self, r: MapRange) -> None:
@@ -185,6 +187,27 @@ class BlockAllocator:
             self.putback(isolated)
 
         self._store.on_commit.append(done)
+
+    # ------------------------------------------------------------------ what others still use
+
+    def take_freed(self) -> IsolatedBlocks:
+        """What has become free since the last call; the caller puts it back, or holds it."""
+        taken = IsolatedBlocks(self.freed or [])
+        if self.freed is not None:
+            self.freed = []
+        return taken
+
+    def hold(self, isolated: IsolatedBlocks) -> None:
+        """Keep isolated blocks from being allocated or zeroed until :meth:`let_go`."""
+        for first, count in isolated.runs:
+            self._state[first : first + count] = bytes([_HELD]) * count
+            self.free_blocks -= count
+
+    def let_go(self, held: IsolatedBlocks) -> None:
+        """Isolate blocks that were held."""
+        for first, count in held.runs:
+            self._state[first : first + count] = bytes([_ISOLATED]) * count
+            self.free_blocks += count
 
     # ------------------------------------------------------------------ allocating
 
@@ -300,9 +323,11 @@ class BlockAllocator:
         self._store.on_commit.append(partial(self._freed, first, count))
 
     def _freed(self, first: BlockNo, count: int) -> None:
-        self._state[first : first + count] = bytes(count)
         self.free_blocks += count
-        if self.freed is not None:
+        if self.freed is None:
+            self._state[first : first + count] = bytes(count)
+        else:
+            self._state[first : first + count] = bytes([_ISOLATED]) * count
             self.freed.append(BlockRun(first, count))
 
     def _restore(self, first: BlockNo, state: bytes, zero: bytes | None) -> None:

@@ -54,8 +54,7 @@ class FileSystem:
         self.statfs = state.statfs
         self.isolate_for_zeroing = state.isolate_for_zeroing
         self.next_dirty = state.next_dirty
-        self.watch_freed = state.watch_freed
-        self.take_freed = state.take_freed
+        self.blocks = state.blocks
         self.finish_zeroing = state.finish_zeroing
         self.abandon_zeroing = state.abandon_zeroing
         self.run = state.run

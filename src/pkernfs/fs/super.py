@@ -42,7 +42,7 @@ from pkernfs.layout import (
     HistoryFields,
     StateFields,
 )
-from pkernfs.quantities import PhysAddr, RegionOff, RegionRun
+from pkernfs.quantities import PhysAddr, RegionOff
 from pkernfs.region.region import Region
 
 log = logging.getLogger(__name__)
@@ -305,18 +305,6 @@ class Super:
             files=self.inodes.used + free_files,
             free_files=free_files,
         )
-
-    def watch_freed(self) -> None:
-        """From here on, note what becomes free, for :meth:`take_freed`."""
-        self.blocks.freed = []
-
-    def take_freed(self) -> list[RegionRun]:
-        """What has become free since the last call, in whole blocks."""
-        freed = self.blocks.freed
-        if not freed:
-            return []
-        self.blocks.freed = []
-        return [RegionRun(RegionOff(r.first * BLOCK), r.blocks * BLOCK) for r in freed]
 
     def isolate_for_zeroing(self, blocks: Iterable[tuple[int, int]]) -> IsolatedBlocks:
         """Keep blocks from being allocated while the caller zeroes them.

@@ -10,24 +10,27 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import math
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
+from pkernfs.alloc.blocks import IsolatedBlocks
 from pkernfs.errors import PkernfsError, ZeroingNeeded
 from pkernfs.fuse import mounting, shim  # noqa: F401 - the shim is found first by the linker
 from pkernfs.fuse.event_loop import RecurringEvent
-from pkernfs.host.mappings import mappings_of
-from pkernfs.quantities import Ino, RegionRun
+from pkernfs.host.mappings import Mapping, mappings_of
+from pkernfs.layout import BLOCK
+from pkernfs.quantities import BlockRun, Ino, RegionRun
 from pkernfs.ratelimit import RateLimit
 
 import pyfuse3  # isort: skip
 
 if TYPE_CHECKING:
-    from pkernfs.alloc.blocks import IsolatedBlocks
     from pkernfs.control.sockets import Listener
     from pkernfs.fs.filesystem import FileSystem
     from pkernfs.fuse.operations import Operations
@@ -39,7 +42,7 @@ _MIB = 1 << 20
 _ZERO_BATCH_BYTES = 64 * _MIB  # one thread call: what an unmount may wait for
 _DRAIN_SECONDS = 0.05
 _ZERO_DELAY_SECONDS = 0.05  # more will be freed in a moment
-_LOOK_SECONDS = 0.5  # before a look at who maps what was freed: more will be
+_LOOK_SECONDS = 1.0  # between two looks at who maps what is held
 
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -71,7 +74,11 @@ class Session:
         self._loops = 0
         self._ended = trio.Event()
         self._dirty = trio.Event()
-        self._freed = trio.Event()
+        self._held = IsolatedBlocks([])
+        self._look_seconds = 0.0  # what the last one took
+        self._refusals = RateLimit(log)
+        if region.place is not None:
+            fs.blocks.freed = []
         self._ready = trio.Event()
         self.idle = RecurringEvent()
         self._zeroing = trio.Lock()
@@ -82,7 +89,6 @@ class Session:
         async with trio.open_nursery() as background, trio.open_nursery() as nursery:
             self._nursery = nursery
             background.start_soon(self._zero_ahead)
-            background.start_soon(self._warn_of_mappings)
             background.start_soon(self._handle_signals)
             background.start_soon(self._announce, ready)
             background.start_soon(self._serve_control_socket)
@@ -174,6 +180,7 @@ class Session:
 
     async def zero(self, need: ZeroingNeeded) -> None:
         """Zero what an operation needs, in a thread; inside :meth:`turn`."""
+        await self._look_at_freed()
         await self._zero_isolated(self._fs.isolate_for_zeroing(need.blocks))
 
     async def with_zeroing(self, operation: Callable[[], _Result]) -> _Result:
@@ -216,9 +223,7 @@ class Session:
     # ------------------------------------------------------------------ zeroing
 
     def freed(self) -> None:
-        """Look soon for memory that has to be zeroed, and who maps it: some may be free now."""
-        if not self._freed.is_set():
-            self._freed.set()
+        """Look soon for memory that has to be zeroed: some may have become free."""
         if not self._dirty.is_set():
             self._dirty.set()
 
@@ -227,6 +232,7 @@ class Session:
         while not self._fs.read_only or self._fs.frozen:
             try:
                 async with self._zeroing:
+                    await self._look_at_freed()
                     isolated = self._fs.next_dirty(_ZERO_BATCH_BYTES)
                     if isolated is not None:
                         await self._zero_isolated(isolated)
@@ -235,27 +241,46 @@ class Session:
                 self._fs.fail(f"zeroing: {e}")
                 return
             self._dirty = trio.Event()
-            await self._dirty.wait()
-            await trio.sleep(_ZERO_DELAY_SECONDS)
+            with trio.move_on_after(_LOOK_SECONDS if self._held.runs else math.inf):
+                await self._dirty.wait()
+            # To look at every process takes its time: no more than a twentieth of all.
+            await trio.sleep(max(_ZERO_DELAY_SECONDS, 20 * self._look_seconds))
 
-    async def _warn_of_mappings(self) -> None:
-        """Tell who still maps the region's memory of what was removed: others get it now.
+    async def _look_at_freed(self) -> None:
+        """Hold what others still map of the memory that was freed; inside :attr:`_zeroing`.
 
-        A region is one file to the kernel, so nobody can be kept from what he maps of it, and a
-        look at every process is too slow for the request itself.
+        A region is one file to the kernel: nobody can be kept from mapping what another file gets
+        next. So what is still mapped for writing is neither zeroed nor given to anybody.
         """
-        place = self._region.place
-        if place is None:
+        blocks = self._fs.blocks
+        freed, before = blocks.take_freed(), {run.first for run in self._held.runs}
+        if not freed.runs and not before:
             return
-        self._fs.watch_freed()
-        said = RateLimit(log)
-        while True:
-            await self._freed.wait()
-            await trio.sleep(_LOOK_SECONDS)
-            self._freed = trio.Event()
-            if freed := self._fs.take_freed():
-                for line in await trio.to_thread.run_sync(_mapped, place, freed):
-                    said.warning(line)
+        blocks.let_go(self._held)
+        freed.runs += self._held.runs
+        self._held = IsolatedBlocks([])
+        began = time.monotonic()
+        try:
+            users = await trio.to_thread.run_sync(_writers, self._region.place, self._region.size)
+        except BaseException:
+            blocks.putback(freed)
+            raise
+        self._look_seconds = time.monotonic() - began
+        said: dict[str, int] = {}
+        for run in freed.runs:
+            user = _user_of(users, run)
+            if user is None:
+                blocks.putback(IsolatedBlocks([run]))
+                continue
+            self._held.runs.append(run)
+            if run.first not in before:
+                said[user] = said.get(user, 0) + run.blocks * BLOCK
+        blocks.hold(self._held)
+        for user, size in said.items():
+            self._refusals.warning(
+                f"{user} maps {size >> 20} MiB of the region whose file was removed or cut: "
+                "nobody gets that memory before it is unmapped"
+            )
 
     async def _zero_isolated(self, isolated: IsolatedBlocks) -> None:
         try:
@@ -287,20 +312,23 @@ class Session:
             pyfuse3.terminate()
 
 
-def _mapped(place: Place, freed: list[RegionRun]) -> list[str]:
-    """Who maps what has been freed: a line for each process."""
-    found: dict[str, int] = {}
-    for mapping in mappings_of(place.path):
-        for offset, length in freed:
-            start = place.offset + offset
-            shared = min(mapping.end, start + length) - max(mapping.start, start)
-            if shared > 0:
-                found[mapping.process] = found.get(mapping.process, 0) + shared
+def _writers(place: Place | None, size: int) -> list[Mapping]:
+    """Who may store into a part of the region; offsets are the region's.
+
+    Who maps all of it says nothing about a part.
+    """
+    if place is None:
+        return []
     return [
-        f"{process} maps {size >> 20} MiB of removed files in the region: other files get that "
-        "memory now, and what it stores there damages them: end it"
-        for process, size in found.items()
+        mapping._replace(start=mapping.start - place.offset, end=mapping.end - place.offset)
+        for mapping in mappings_of(place.path)
+        if mapping.writable and mapping.end - mapping.start < size
     ]
+
+
+def _user_of(users: list[Mapping], run: BlockRun) -> str | None:
+    start, end = run.first * BLOCK, sum(run) * BLOCK
+    return next((m.process for m in users if m.start < end and start < m.end), None)
 
 
 def _load_handlers() -> None:

@@ -24,6 +24,7 @@ class Mapping(NamedTuple):
     command: str
     start: int
     end: int
+    writable: bool = True
 
     @property
     def process(self) -> str:
@@ -55,10 +56,10 @@ def mappings_of(
         command = host.find(f"proc/{pid}/comm") or "?"
         for line in text.splitlines():
             if wanted in line:
-                addresses, _permissions, offset, *_ = line.split(None, 3)
+                addresses, permissions, offset, *_ = line.split(None, 3)
                 low, high = (int(address, 16) for address in addresses.split("-"))
                 start = int(offset, 16)
-                yield Mapping(pid, command, start, start + high - low)
+                yield Mapping(pid, command, start, start + high - low, permissions[1] == "w")
 
 
 def maps_device(device: int) -> str:
