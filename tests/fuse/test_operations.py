@@ -157,6 +157,16 @@ def test_statfs(ops: Operations, fs: FileSystem) -> None:
     assert answer.f_bavail == fs.statfs().available < answer.f_bfree == fs.statfs().free
     assert answer.f_bfree < answer.f_blocks
     assert answer.f_namemax == 255
+    assert isinstance(ops.waiting, Waiting)
+    assert ops.waiting.asked == []
+    info, entry = do(ops.create(ROOT, b"f", stat.S_IFREG | 0o644, os.O_RDWR, AS_ROOT))
+    do(ops.unlink(ROOT, b"f", AS_ROOT))
+    do(ops.statfs(AS_ROOT))
+    assert ops.waiting.asked == ["settle"], "it may be gone already"
+    do(ops.release(info.fh))
+    do(ops.forget([(entry.st_ino, 1)]))
+    do(ops.statfs(AS_ROOT))
+    assert ops.waiting.asked == ["settle"]
 
 
 # ---------------------------------------------------------------------- errors

@@ -39,6 +39,9 @@ class Waiting:
     async def drain(self) -> None:
         self.asked.append("drain")
 
+    async def settle(self) -> None:
+        self.asked.append("settle")
+
     async def zero(self, need: ZeroingNeeded) -> None:
         self.asked.append(f"zero {need.blocks}")
         isolated = self.fs.isolate_for_zeroing(need.blocks)

@@ -85,6 +85,7 @@ class FileSystem:
         self.inode = state.inodes.get
         self.stat = state.inodes.stat
         self.numbers = life.numbers
+        self.has_orphans = life.has_orphans
         self.remember = life.remember
         self.forget = life.forget
         self.open = life.open

@@ -88,6 +88,10 @@ class InodeLife:
             self._unnamed.discard(ino)
             self._orphans.discard(ino)
 
+    def has_orphans(self) -> bool:
+        """Tell if something waits for its last user to go; what is removed does so for a moment."""
+        return bool(self._orphans)
+
     # ------------------------------------------------------------------ who uses them
 
     def remember(self, ino: Ino, n: int = 1) -> None:

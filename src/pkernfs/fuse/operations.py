@@ -161,8 +161,14 @@ class Operations(Handlers, pyfuse3.Operations):
                 self._invalidated.discard(ino)
         self.freed()
 
+    async def statfs(self, ctx: Any) -> pyfuse3.StatvfsData:
+        """What was just removed is free: a FORGET follows, and may not have been read yet."""
+        if self.waiting is not None and self.fs.has_orphans():
+            await self.waiting.settle()
+        return await self._statfs()
+
     @handler
-    def statfs(self, ctx: Any) -> pyfuse3.StatvfsData:
+    def _statfs(self) -> pyfuse3.StatvfsData:
         now = self.fs.statfs()
         answer = pyfuse3.StatvfsData()
         answer.f_bsize = answer.f_frsize = now.block_size

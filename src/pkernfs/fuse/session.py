@@ -178,6 +178,11 @@ class Session:
         with trio.move_on_after(_DRAIN_SECONDS):
             await self.idle.wait()
 
+    async def settle(self) -> None:
+        """As :meth:`drain`, for a handler: another loop reads meanwhile."""
+        self._start_loop()
+        await self.drain()
+
     async def zero(self, need: ZeroingNeeded) -> None:
         """Zero what an operation needs, in a thread; inside :meth:`turn`."""
         await self._look_at_freed()

@@ -38,6 +38,9 @@ class Waiting(Protocol):
     async def drain(self) -> None:
         """Wait until the requests that are there already have been handled."""
 
+    async def settle(self) -> None:
+        """As :meth:`drain`, outside :meth:`turn`: others are served meanwhile."""
+
     async def zero(self, need: ZeroingNeeded) -> None:
         """Zero what an operation needs, in a thread; inside :meth:`turn`."""
 
