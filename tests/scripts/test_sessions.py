@@ -33,7 +33,7 @@ def for_qemu(block: Block) -> bool:
     return "qemu" in block.words
 
 
-def prints_what_it_says(typed: list[Block], directory: Path, programs: Path | None = None) -> None:
+def prints_what_it_says(typed: list[Block], directory: Path, *programs: Path) -> None:
     """Every command prints what the document has it print, times and addresses aside."""
     # What has changed since the last set-up would be told in the session.
     line = [str(ROOT / "scripts/setup"), "--no-links"]
@@ -42,7 +42,7 @@ def prints_what_it_says(typed: list[Block], directory: Path, programs: Path | No
     scratch.mkdir()
     commands = [command for block in typed for command in block.commands()]
     lines = [command.typed for command in commands]
-    compare(commands, type_at_host(lines, ROOT, scratch, programs=programs))
+    compare(commands, type_at_host(lines, ROOT, scratch, programs))
 
 
 @pytest.mark.fuse
@@ -65,10 +65,7 @@ def test_without_qemu(document: Path, tmp_path: Path) -> None:
 )
 def test_with_qemu(document: Path, tmp_path: Path, new_qemu: Path) -> None:
     """All that is for the host."""
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    (programs / "qemu-system-x86_64").symlink_to(new_qemu)
-    prints_what_it_says(typed_at(document, "host"), tmp_path, programs)
+    prints_what_it_says(typed_at(document, "host"), tmp_path, new_qemu)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

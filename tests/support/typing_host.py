@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 _END = "\x01end\x01"
@@ -38,21 +39,21 @@ _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def type_at_host(
-    lines: list[str], directory: Path, scratch: Path, *, programs: Path | None = None
+    lines: list[str], directory: Path, scratch: Path, programs: Sequence[Path] = ()
 ) -> list[str]:
     """Type ``lines`` one after the other; return what each has printed, errors included.
 
     :param directory: where the shell is, a checkout
     :param scratch: an empty directory, for the machine's private parts
-    :param programs: a directory of programs that come before all others
+    :param programs: programs that come before all others of their names
     """
     script = [_PRIVATE]
+    script += [f"ln -sf {program} /usr/local/bin" for program in programs]
     for line in lines:
         script.append(f"{line}\nprintf '%s' '{_END}'")
     file = scratch / "typed"  # what bash reads, and nobody else sees
     file.write_text("\n".join(script))
-    path = f"{programs}:{_PATH}" if programs else _PATH
-    environment = {"PATH": path, "HOME": "/root", "LANG": "C.UTF-8", "PYTHON": PYTHON}
+    environment = {"PATH": _PATH, "HOME": "/root", "LANG": "C.UTF-8", "PYTHON": PYTHON}
     run = os.environ.get("PKERNFS_TEST_RUN")  # by which scripts/test knows what a run has left
     done = subprocess.run(
         [*"unshare -m -p -f --kill-child --mount-proc bash".split(), str(file)],
