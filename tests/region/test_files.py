@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 import stat
 import subprocess
@@ -300,11 +301,18 @@ def test_huge_pages_do_not_tell_holes(path: str, monkeypatch: pytest.MonkeyPatch
 def test_where_the_kernel_does_not_look_there_is_no_address(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kernel without userfaultfd for huge pages: this file has none, and is refused by it."""
+    """As without userfaultfd for huge pages: here no descriptor is left for it."""
     with open(path, "rb") as file:
         magic = int(lib.pk_fs_magic(file.fileno()))
+        free = file.fileno()
     monkeypatch.setattr(files, "_HUGETLBFS", magic)
     with Region.open(path, write=True) as region:
         assert region.asks_for_addresses
         region.copy_in(RegionOff(0), b"touched")
-        assert list(region.existing_runs(RegionOff(5), 10)) == [(5, 10, None)]
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, before[1]))
+        try:
+            found = list(region.existing_runs(RegionOff(5), 10))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        assert found == [(5, 10, None)]
