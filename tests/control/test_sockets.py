@@ -11,8 +11,9 @@ import pytest
 
 from pkernfs.control import client
 from pkernfs.control.protocol import Ping
-from pkernfs.control.sockets import Listener
+from pkernfs.control.sockets import Listener, Server, servers
 from pkernfs.errors import InvalidError
+from pkernfs.host.sysroot import Host
 from support.control import short_directory, socket_of, which, with_own_run
 from support.mounting import Mounted
 
@@ -76,3 +77,25 @@ def test_sockets_of_the_living_stay(tmp_path: Path) -> None:
         assert Path(second.path).exists()
         second.close()
         assert sorted(path.name for path in tmp_path.iterdir()) == ["1:1.sock", "1:3.sock"]
+
+
+def test_who_listens(tmp_path: Path) -> None:
+    root, user = tmp_path / "run/pkernfs", tmp_path / "run/user/1000/pkernfs"
+    root.mkdir(parents=True)
+    user.mkdir(parents=True)
+    host = Host(str(tmp_path))
+    assert list(servers(host)) == []
+    listener = Listener(os.makedev(0, 77), str(root))
+    full, dead = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
+    with full, dead, socket.socket(socket.AF_UNIX) as waiting:
+        dead.bind(str(root / "0:78.sock"))
+        (root / "0:79.sock").touch()
+        (root / "physical.lock").touch()
+        full.bind(str(user / "0:80.sock"))
+        full.listen(0)
+        waiting.connect(str(user / "0:80.sock"))
+        assert list(servers(host)) == [
+            Server(listener.path, os.makedev(0, 77), os.getpid()),
+            Server(str(user / "0:80.sock"), os.makedev(0, 80), 0),
+        ]
+    listener.close()

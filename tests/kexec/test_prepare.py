@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from pkernfs.control.mounts import Mount
+from pkernfs.control.mounts import FSTYPE, Mount, read_mounts
+from pkernfs.control.sockets import Server, servers
 from pkernfs.errors import InvalidError, NotFoundError, PkernfsError, RegionError
-from pkernfs.host.sysroot import Host
+from pkernfs.host.sysroot import HOST, Host
 from pkernfs.kexec import prepare as module
 from pkernfs.kexec import systemd
 from pkernfs.kexec.needs import Needs
-from pkernfs.kexec.prepare import Request, prepare, refuse_problems
+from pkernfs.kexec.prepare import Request, prepare, refuse_problems, served_elsewhere
+from support.control import with_own_run
 from support.made_up_host import Machine, bzimage, make_machine
+from support.mounting import Mounted, own_mount_namespace, run_as
 
 LINE = "root=/dev/vda memmap=512M%1G pkernfs=a:256M!1G pkernfs=b:256M!1280M"
 EDU = "0000:00:05.0"
@@ -32,6 +35,7 @@ class Asked:
         self.needs = {"/mnt/a": NOTHING, "/mnt/b": NOTHING}
         self.points: list[str] = []
         self.by_systemd: list[str] = []
+        self.servers: list[Server] = []
 
     def daemon(self, point: str) -> Answer:
         self.points.append(point)
@@ -54,7 +58,10 @@ class Answer:
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     asked = Asked()
-    monkeypatch.setattr(module, "read_mounts", lambda: asked.mounts)
+    monkeypatch.setattr(
+        module, "read_mounts", lambda *path: read_mounts(*path) if path else asked.mounts
+    )
+    monkeypatch.setattr(module, "servers", lambda host: asked.servers)
     monkeypatch.setattr(module, "Daemon", asked.daemon)
     monkeypatch.setattr(systemd, "hands_over", asked.hands_over)
     return asked
@@ -165,3 +172,66 @@ def test_force_goes_on_with_a_region_that_is_lost(asked: Asked, machine: Machine
     assert any("nokaslr does not count" in text for text in plan.obstacles)
     with pytest.raises(RegionError, match="too long"):
         prepare(Request(append="x" * 2048, force=True), machine)
+
+
+def test_a_file_system_that_is_mounted_in_another_namespace_only(
+    asked: Asked, machine: Machine
+) -> None:
+    """It cannot be handed over from here, but the next kernel keeps clear of its region."""
+    here = Server("/run/pkernfs/0:1.sock", 1, 7)
+    there = Server("/run/pkernfs/0:9.sock", 9, 4711)
+    asked.servers = [here]
+    assert prepare(Request(), machine).plan.obstacles == []
+    asked.servers = [here, there]
+    machine.write("proc/4711/comm", "pkernfs\n")
+    machine.write(
+        "proc/4711/mountinfo",
+        "30 1 0:1 / /mnt/a rw - fuse.pkernfs 256M!1G rw\n"
+        "31 1 0:9 / /mnt/my\\040vm rw - fuse.pkernfs 256M!1536M rw,user_id=0\n",
+    )
+    machine.write("proc/cmdline", f"{LINE} memmap=256M%1536M\n")
+    prepared = prepare(Request(force=True), machine)
+    assert prepared.plan.obstacles == [
+        "256M!1536M: mounted on /mnt/my vm in the mount namespace of process 4711 (pkernfs), and "
+        "not here: it is not handed over: nsenter -t 4711 -m umount '/mnt/my vm'"
+    ]
+    assert prepared.mount_points == ["/mnt/a", "/mnt/b"]
+    with pytest.raises(PkernfsError, match=r"256M!1536M: mounted on .*--force goes on"):
+        refuse_problems(prepare(Request(), machine).plan)
+    line = LINE.replace("512M%1G", "512M$1G")
+    machine.write("proc/cmdline", f"{line} memmap=256M$1536M\n")
+    assert prepare(Request(), machine).plan.added == []
+    machine.write("proc/cmdline", f"{line} memmap=1792M%1536M\n")  # KASLR: a limit
+    assert prepare(Request(), machine).plan.added == ["nokaslr"]
+
+
+@pytest.mark.parametrize(
+    ("pid", "who"), [(0, "a daemon that is not seen from here"), (4711, r"process 4711 \(\?\)")]
+)
+def test_a_daemon_whose_mount_is_not_seen(
+    asked: Asked, machine: Machine, pid: int, who: str
+) -> None:
+    asked.servers = [Server("/run/pkernfs/0:9.sock", 9, pid)]
+    with pytest.raises(PkernfsError, match=rf"/run/pkernfs/0:9.sock: {who} serves a file system"):
+        refuse_problems(prepare(Request(), machine).plan)
+
+
+@pytest.mark.fuse
+def test_a_daemon_of_another_namespace_is_seen() -> None:
+    def messages() -> list[str]:
+        mounts = [m for m in read_mounts() if m.fstype == FSTYPE]
+        return [one.message for one in served_elsewhere(list(servers()), mounts, HOST)]
+
+    def work() -> None:
+        with Mounted(16 << 20) as m:
+            assert messages() == []
+
+            def look() -> None:
+                own_mount_namespace()
+                (message,) = messages()
+                assert message.startswith(f"{m.region}: mounted on {m.path} in the mount namespace")
+                assert message.endswith(f"-m umount {m.path}")
+
+            run_as(0, look)
+
+    with_own_run(work)

@@ -9,15 +9,33 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import socket
 import stat
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from pkernfs.host.sysroot import HOST, Host
 
 _BACKLOG = 64
 _HALF_MADE_SECONDS = 60.0  # a socket that was never given its name is its maker's no longer
 _CREDENTIALS = struct.Struct("3i")
+_NAME = re.compile(r"(\d+):(\d+)\.sock", re.ASCII)
+
+
+class Server(NamedTuple):
+    """A daemon that listens.
+
+    :ivar path: of its socket
+    :ivar device: the ``st_dev`` of its mount
+    :ivar pid: 0: its process is not seen from here (another PID namespace)
+    """
+
+    path: str
+    device: int
+    pid: int
 
 
 def runtime_directory(uid: int) -> str:
@@ -41,6 +59,38 @@ def peer_user(getsockopt: Callable[[int, int, int], bytes]) -> int:
     told = getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     _pid, uid, _gid = _CREDENTIALS.unpack(told)
     return int(uid)
+
+
+def servers(host: Host = HOST) -> Iterator[Server]:
+    """Yield the daemons of all users that listen now, whatever mount namespace they are in.
+
+    Those of others are seen by root only.
+    """
+    users = [f"run/user/{uid}/pkernfs" for uid in host.list("run/user")]
+    for directory in ("run/pkernfs", *users):
+        for name in host.list(directory):
+            match = _NAME.fullmatch(name)
+            if match is None:
+                continue
+            path = host.path(f"{directory}/{name}")
+            pid = _listening_process(path)
+            if pid is not None:
+                yield Server(path, os.makedev(int(match[1]), int(match[2])), pid)
+
+
+def _listening_process(path: str) -> int | None:
+    """Return the process that listens; 0: one that is not known; None: there is none."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except BlockingIOError:  # a full queue is somebody
+            return 0
+        except OSError:
+            return None
+        told = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        pid, _uid, _gid = _CREDENTIALS.unpack(told)
+        return int(pid)
 
 
 class Listener:

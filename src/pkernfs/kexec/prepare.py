@@ -5,9 +5,13 @@ Daemons are asked and files of the host are read; nothing is changed.
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pkernfs.control.mounts import FSTYPE, Mount, read_mounts
+from pkernfs.control.sockets import Server, servers
 from pkernfs.errors import InvalidError, PkernfsError
 from pkernfs.host.sysroot import HOST, Host
 from pkernfs.kexec import loaded, systemd
@@ -15,6 +19,7 @@ from pkernfs.kexec.daemon import Daemon
 from pkernfs.kexec.needs import MountNeeds, Needs
 from pkernfs.kexec.next_kernel import find_kernel
 from pkernfs.kexec.plan import Plan, make_plan
+from pkernfs.kexec.users import Process
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,9 @@ def prepare(request: Request, host: Host = HOST) -> Prepared:
     :raises PkernfsError: a daemon cannot be asked.
     """
     find_kernel(request.kernel, request.initrd, host)
+    serving = list(servers(host))  # before the mounts: one that is made meanwhile is among these
     mounts = [m for m in read_mounts() if m.fstype == FSTYPE]
+    elsewhere = list(served_elsewhere(serving, mounts, host))
     mount_needs = MountNeeds(mounts, {} if request.orderly else ask(mounts))
     needs = mount_needs.whole()
     for mount in mounts:
@@ -68,8 +75,9 @@ def prepare(request: Request, host: Host = HOST) -> Prepared:
     points = [m.mount_point for m in mounts]
     if not needs.devices:
         points = [p for p in points if not systemd.hands_over(p, host)]
+    sources = [m.source for m in mounts] + [e.source for e in elsewhere if e.source is not None]
     plan = make_plan(
-        [span for m in mounts for span in loaded.physical_spans(m.source, host)],
+        [s for source in sources for s in loaded.physical_spans(source, host)],
         points,
         kernel=request.kernel,
         initrd=request.initrd,
@@ -79,10 +87,56 @@ def prepare(request: Request, host: Host = HOST) -> Prepared:
         host=host,
     )
     plan.obstacles[:0] = [
-        loaded.ends_message(m.source) for m in mounts if loaded.ends_with_kernel(m.source, host)
+        *(loaded.ends_message(m.source) for m in mounts if loaded.ends_with_kernel(m.source, host)),
+        *(one.message for one in elsewhere),
     ]
     with_devices = [point for point, n in mount_needs.needs.items() if n.devices]
     return Prepared(plan, points, with_devices, request.force)
+
+
+class Elsewhere(NamedTuple):
+    """A file system that is mounted in other mount namespaces only; ``source`` if it is seen."""
+
+    source: str | None
+    message: str
+
+
+def served_elsewhere(serving: list[Server], mounts: list[Mount], host: Host) -> Iterator[Elsewhere]:
+    """Yield the file systems that daemons serve and that are in none of these mounts.
+
+    They cannot be handed over from here: a handover opens the mount.
+    """
+    here = {m.device for m in mounts}
+    for server in serving:
+        if server.device in here:
+            continue
+        if not server.pid:
+            who = "a daemon that is not seen from here"
+        else:
+            who = str(Process(server.pid, host.find(f"proc/{server.pid}/comm") or "?"))
+        mount = _mount_of(server, host)
+        if mount is None:
+            yield Elsewhere(
+                None,
+                f"{server.path}: {who} serves a file system that is not mounted here, and is not "
+                "handed over: umount it where it is mounted",
+            )
+        else:
+            yield Elsewhere(
+                mount.source,
+                f"{mount.source}: mounted on {mount.mount_point} in the mount namespace of {who}, "
+                f"and not here: it is not handed over: nsenter -t {server.pid} -m umount "
+                f"{shlex.quote(mount.mount_point)}",
+            )
+
+
+def _mount_of(server: Server, host: Host) -> Mount | None:
+    """Return the mount as the daemon itself sees it; None: it sees none."""
+    try:
+        found = read_mounts(host.path(f"proc/{server.pid}/mountinfo"))
+    except OSError:
+        return None
+    return next((m for m in found if m.device == server.device and m.fstype == FSTYPE), None)
 
 
 def ask(mounts: list[Mount]) -> dict[str, Needs]:
