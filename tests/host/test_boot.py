@@ -63,25 +63,27 @@ def test_what_started_this_kernel(text: str | None, loader: Loader, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("at", "efi", "loader", "found"),
+    ("at", "line", "found"),
     [
-        (None, False, "113", False),
-        (0x21C, False, "113", True),
-        (0xC7, False, "113", True),  # of more than 4 GiB
-        (0x218, False, "113", False),  # its address says nothing
-        (None, True, "113", None),  # the stub may have loaded it
-        (None, True, "208", False),  # kexec has no stub
-        (0x21C, True, "113", True),
+        (None, "quiet", False),
+        (0x21C, "quiet", True),
+        (0xC7, "quiet", True),  # of more than 4 GiB
+        (0x218, "quiet", False),  # its address says nothing
+        (None, "initrdmem=0x7f000000,16M", True),  # get_ramdisk_image()
+        (None, "initrd=2G,16M", True),
+        (None, r"initrd=\x.img", False),  # of the EFI stub, which notes what it has loaded
+        (0x21C, r"initrd=\x.img", True),
     ],
 )
+@pytest.mark.parametrize("efi", [False, True])
 def test_if_it_had_an_initrd(
-    tmp_path: Path, at: int | None, efi: bool, loader: str, found: bool | None
+    tmp_path: Path, at: int | None, line: str, found: bool, efi: bool
 ) -> None:
     machine = Machine(str(tmp_path))
     assert had_initrd(machine) is None
     machine.write("sys/kernel/boot_params/data", b"short")
-    machine.write("proc/sys/kernel/bootloader_type", loader)
     assert had_initrd(machine) is None
+    machine.write("proc/cmdline", f"{line}\n")
     data = bytearray(4096)
     if at is not None:
         data[at] = 1

@@ -201,7 +201,9 @@ def test_what_keeps_it_apart_is_not_passed_on(
 
 def test_a_kernel_without_the_initrd_that_this_one_has(memory: Memory) -> None:
     memory.load(RUNNING, before=5)
-    loaded.check(SPEC, None, memory.host)  # nobody knows if this one has one
+    (memory.root / "sys/kernel/boot_params/data").unlink()
+    with pytest.raises(KexecError, match="and it cannot be seen whether this one was started with"):
+        loaded.check(SPEC, None, memory.host)
     for had, has, refused in ((0, 0, False), (5, 0, True), (5, 7, False)):
         data = bytearray(4096)
         data[0x21C] = had

@@ -27,6 +27,7 @@ class Memory:
         for name, text in (
             ("proc/cmdline", running),
             ("sys/kernel/kexec_loaded", "1"),
+            ("sys/kernel/boot_params/data", "\0" * 4096),  # no initrd
             ("proc/kallsyms", f"{TEXT:016x} T _text\n{SYMBOL:016x} B kexec_image\n"),
         ):
             self.write(name, text)

@@ -14,6 +14,7 @@ from pkernfs.host.sysroot import Host
 BOOT_PARAMS_BYTES = 4096
 _RECORD_BYTES = 8192  # of /dev/kmsg at most (Documentation/ABI/testing/dev-kmsg)
 _MAX_RECORDS = 100_000
+_PLACE = re.compile(r"[0-9]\w*,", re.ASCII)
 _KEXEC = 0xD  # upper half of the type of loader
 #: Linux, drivers/iommu/intel/iommu.c, init_dmars(): whether the tables were adopted.
 _SAID = (
@@ -58,17 +59,19 @@ def by_efi(host: Host) -> bool:
 def had_initrd(host: Host) -> bool | None:
     """Tell whether this kernel was started with an initrd; None: that cannot be seen.
 
-    An EFI stub may have loaded one that the boot parameters know nothing of
-    (LINUX_EFI_INITRD_MEDIA_GUID, drivers/firmware/efi/libstub/efi-stub-helper.c).
+    Boot loaders and the EFI stub (drivers/firmware/efi/libstub/x86-stub.c) note it in struct
+    boot_params. Who says ``initrdmem=START,SIZE`` need not (arch/x86/kernel/setup.c,
+    get_ramdisk_image(); init/do_mounts_initrd.c); ``initrd=`` is the same, unless it is a name.
     """
+    line = host.command_line()
+    told = [*cmdline.values(line, "initrdmem"), *cmdline.values(line, "initrd")]
+    if any(_PLACE.match(value) for value in told):
+        return True
     try:
         with open(host.path("sys/kernel/boot_params/data"), "rb") as file:
-            has_one = boot_params_have_initrd(file.read(BOOT_PARAMS_BYTES))
+            return boot_params_have_initrd(file.read(BOOT_PARAMS_BYTES))
     except OSError:
         return None
-    if not has_one and by_efi(host) and loader(host) is not Loader.KEXEC:
-        return None
-    return has_one
 
 
 def boot_params_have_initrd(data: bytes) -> bool | None:

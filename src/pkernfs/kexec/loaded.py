@@ -92,11 +92,20 @@ def check(
     for one in needed.kept:
         if one.by is not reserved.By.FIRMWARE:
             _check_kaslr(spec, told.command_line, one)
-    if needs_initrd and told.has_initrd is False and boot.had_initrd(host):
-        raise KexecError(
-            f"{spec}: the kernel loaded for kexec has no initrd, and this one was started with "
-            "one: load it again with --initrd=INITRD"
-        )
+    if needs_initrd and told.has_initrd is False:
+        _check_initrd(spec, host)
+
+
+def _check_initrd(spec: str, host: Host) -> None:
+    """Refuse a loaded kernel without an initrd, unless this one was started without one too."""
+    had_one = boot.had_initrd(host)
+    if had_one is False:
+        return
+    start = "this one was" if had_one else "it cannot be seen whether this one was"
+    raise KexecError(
+        f"{spec}: the kernel loaded for kexec has no initrd, and {start} started with one: load it "
+        "again with --initrd=INITRD, or hand over with --force"
+    )
 
 
 def _why_not_firmware(told: Told) -> str:

@@ -21,7 +21,7 @@ from pkernfs.kexec.next_kernel import config_of, find_kernel, lacks
 from pkernfs.region.physical import memmap_parameter
 
 #: Words that a boot loader, or the kernel for a crash kernel, adds for the one that it starts.
-_ADDED_BY_LOADERS = ("BOOT_IMAGE=", "initrd=", "elfcorehdr=")
+_ADDED_BY_LOADERS = ("BOOT_IMAGE=", "initrd=", "initrdmem=", "elfcorehdr=")
 _KEPT = ("memmap", "pkernfs")
 _FREE = (Kind.REMOVED, Kind.RESERVED, Kind.SOFT, Kind.PMEM)
 _MAX_COMMAND_LINE = 2047  # COMMAND_LINE_SIZE of x86, without its end
