@@ -96,10 +96,13 @@ def test_every_pkernfs_is_handed_over(asked: Asked, machine: Machine) -> None:
 
 def test_systemd_hands_over_what_it_has_a_unit_for(asked: Asked, machine: Machine) -> None:
     asked.by_systemd = ["/mnt/b"]
-    assert prepare(Request(), machine).mount_points == ["/mnt/a"]
+    prepared = prepare(Request(), machine)
+    assert prepared.mount_points == ["/mnt/a"]
+    assert prepared.by_systemd == [asked.mounts[2]]
     asked.needs["/mnt/a"] = Needs([EDU], [], False, ["dmar0"])
     prepared = prepare(Request(), machine)  # systemd has no part in a panic
     assert prepared.mount_points == ["/mnt/a", "/mnt/b"]
+    assert prepared.by_systemd == []
 
 
 def test_devices_that_must_go_on(asked: Asked, machine: Machine) -> None:

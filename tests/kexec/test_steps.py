@@ -6,14 +6,18 @@ import os
 import shutil
 import signal
 import subprocess
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pkernfs.control.mounts import Mount
 from pkernfs.errors import BusyError, NotFoundError, PkernfsError
-from pkernfs.kexec import steps
+from pkernfs.host.sysroot import Host
+from pkernfs.kexec import loaded, steps, systemd
+from pkernfs.kexec.loaded import KexecError
 from pkernfs.kexec.observer import Observer
 from pkernfs.kexec.plan import Plan
 from pkernfs.kexec.prepare import Prepared
@@ -133,6 +137,31 @@ def test_an_orderly_start(world: World) -> None:
     steps.hand_over_and_start(orderly(), world)
     assert world.steps == ["hand over /mnt/a None", "hand over /mnt/b None", "systemctl kexec"]
     assert world.said == []
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_what_a_unit_will_refuse_is_refused_before_anything_stops(
+    world: World, monkeypatch: pytest.MonkeyPatch, forced: bool
+) -> None:
+    def refuse(spec: str, *, host: Host) -> None:
+        world.step("check", spec)
+        raise KexecError(f"{spec}: the kernel loaded for kexec has no initrd")
+
+    monkeypatch.setattr(loaded, "check", refuse)
+    monkeypatch.setattr(systemd, "is_forced", lambda point, host: forced)
+    monkeypatch.setattr(systemd, "options_file", lambda point: "/etc/pkernfs/mnt-c")
+    mount = Mount(3, "/mnt/c", "fuse.pkernfs", "1G!1G")
+    prepared = replace(orderly(), by_systemd=[mount])
+    if forced:
+        steps.hand_over_and_start(prepared, world)
+        assert world.steps[0] == "check 1G!1G"
+        assert world.steps[-1] == "systemctl kexec"
+        return
+    with pytest.raises(
+        KexecError, match=r"no initrd; .*unless /etc/pkernfs/mnt-c has HANDOVER=--f"
+    ):
+        steps.hand_over_and_start(prepared, world)
+    assert world.steps == ["check 1G!1G", "kexec -u"]
 
 
 def test_a_start_that_fails_is_undone(world: World) -> None:

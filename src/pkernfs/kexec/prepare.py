@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pkernfs.control.mounts import FSTYPE, Mount, read_mounts
@@ -44,12 +44,14 @@ class Prepared:
     :ivar mount_points: of the file systems to hand over, in their order
     :ivar with_devices: of those with devices that must go on
     :ivar force: hand over regions that may be lost
+    :ivar by_systemd: the file systems that units hand over
     """
 
     plan: Plan
     mount_points: list[str]
     with_devices: list[str]
     force: bool = False
+    by_systemd: list[Mount] = field(default_factory=list)
 
 
 def prepare(request: Request, host: Host = HOST) -> Prepared:
@@ -72,9 +74,10 @@ def prepare(request: Request, host: Host = HOST) -> Prepared:
                 f"kexec: {mount.source}: gone with this kernel, but devices depend on its tables: "
                 "a region is needed that is SIZE!START or device-dax (--orderly stops the devices)"
             )
-    points = [m.mount_point for m in mounts]
-    if not needs.devices:
-        points = [p for p in points if not systemd.hands_over(p, host)]
+    by_systemd = []
+    if not needs.devices:  # systemd has no part in a panic
+        by_systemd = [m for m in mounts if systemd.hands_over(m.mount_point, host)]
+    points = [m.mount_point for m in mounts if m not in by_systemd]
     sources = [m.source for m in mounts] + [e.source for e in elsewhere if e.source is not None]
     plan = make_plan(
         [s for source in sources for s in loaded.physical_spans(source, host)],
@@ -91,7 +94,7 @@ def prepare(request: Request, host: Host = HOST) -> Prepared:
         *(one.message for one in elsewhere),
     ]
     with_devices = [point for point, n in mount_needs.needs.items() if n.devices]
-    return Prepared(plan, points, with_devices, request.force)
+    return Prepared(plan, points, with_devices, request.force, by_systemd)
 
 
 class Elsewhere(NamedTuple):

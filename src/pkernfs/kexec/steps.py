@@ -15,8 +15,10 @@ from contextlib import contextmanager
 
 from pkernfs.errors import NotFoundError, PkernfsError
 from pkernfs.host.sysroot import HOST, Host
+from pkernfs.kexec import loaded, systemd
 from pkernfs.kexec.daemon import Daemon
 from pkernfs.kexec.handover import hand_over_mount
+from pkernfs.kexec.loaded import KexecError
 from pkernfs.kexec.observer import SILENT, Observer
 from pkernfs.kexec.plan import Plan
 from pkernfs.kexec.prepare import Prepared
@@ -34,7 +36,11 @@ def load(plan: Plan, host: Host = HOST) -> bool:
 
 
 def hand_over_and_start(
-    prepared: Prepared, observer: Observer = SILENT, *, replaced: bool = False
+    prepared: Prepared,
+    observer: Observer = SILENT,
+    *,
+    replaced: bool = False,
+    host: Host = HOST,
 ) -> None:
     """Hand over every file system, and start the kernel that is loaded.
 
@@ -47,12 +53,29 @@ def hand_over_and_start(
     """
     plan = prepared.plan
     with ended_by_exception(), _undone_if_it_fails(plan, observer, replaced=replaced) as handed:
+        _check_for_units(prepared, host)
         for point in prepared.mount_points:
             _hand_over(point, prepared, observer, handed)
         if plan.crash:
             _start_by_panic(prepared.with_devices, observer)
         else:
             _run(plan.start)
+
+
+def _check_for_units(prepared: Prepared, host: Host) -> None:
+    """Refuse the loaded kernel if systemd's units would: they do after all else was stopped.
+
+    :raises KexecError: one would, whatever this command was told (``--initrd none``, ``--force``).
+    """
+    for mount in prepared.by_systemd:
+        try:
+            loaded.check(mount.source, host=host)
+        except KexecError as e:
+            if not systemd.is_forced(mount.mount_point, host):
+                file = systemd.options_file(mount.mount_point)
+                raise KexecError(
+                    f"{e}; systemd's unit would refuse that, unless {file} has HANDOVER=--force"
+                ) from None
 
 
 def _hand_over(point: str, prepared: Prepared, observer: Observer, handed: list[str]) -> None:

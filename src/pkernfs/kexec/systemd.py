@@ -86,11 +86,26 @@ def hands_over(mount_point: str, host: Host = HOST) -> bool:
     """Tell whether a unit hands this file system over at ``systemctl kexec``."""
     if not host.has_systemd():
         return False
-    escaped = subprocess.run(
+    unit = f"pkernfs-handover@{_escaped(mount_point)}.service"
+    return subprocess.run(["systemctl", "is-active", "-q", unit], check=False).returncode == 0
+
+
+def options_file(mount_point: str) -> str:
+    """Return the path of the file with the options of a mount's units."""
+    return f"/etc/pkernfs/{_escaped(mount_point)}"
+
+
+def is_forced(mount_point: str, host: Host = HOST) -> bool:
+    """Tell whether the unit that hands this file system over is told to use ``--force``."""
+    text = host.find(options_file(mount_point).lstrip("/")) or ""
+    given = [line.partition("=")[2] for line in text.splitlines() if line.startswith("HANDOVER=")]
+    return "--force" in (given[-1].strip("\"'").split() if given else [])
+
+
+def _escaped(mount_point: str) -> str:
+    return subprocess.run(
         ["systemd-escape", "-p", mount_point], capture_output=True, text=True, check=False
     ).stdout.strip()
-    unit = f"pkernfs-handover@{escaped}.service"
-    return subprocess.run(["systemctl", "is-active", "-q", unit], check=False).returncode == 0
 
 
 def _replace(path: Path, text: str) -> None:
