@@ -216,13 +216,8 @@ def _misspelt(line: str) -> Iterator[Result]:
 
 
 def _efi_stub(host: Host) -> Iterator[Result]:
-    """The stub places a kernel that EFI starts; some ignore memmap= (Linux 15aa8fb852f9).
-
-    The fix is of May 2024, and stable kernels of 6.1 and 6.6 to 6.9 have it since June; a
-    distribution's release does not tell.
-    """
-    version = _version(host.find("proc/sys/kernel/osrelease") or "")
-    if boot.by_efi(host) and (version == (6, 1) or (6, 6) <= version < (6, 10)):
+    """The stub places a kernel that EFI starts; some ignore memmap=."""
+    if boot.by_efi(host) and boot.efi_stub_ignores_memmap(host):
         yield Result(
             "region", "KASLR", WARNING,
             "the EFI stub of kernels before June 2024 ignores memmap=, and may put this kernel "

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pkernfs.host.boot import Loader, adoptions, by_panic, had_initrd
+from pkernfs.host.boot import Loader, adoptions, by_panic, efi_stub_ignores_memmap, had_initrd
 from pkernfs.host.boot import loader as loader_of
 from support.made_up_host import Machine, make_machine
 
@@ -60,6 +60,35 @@ def test_what_started_this_kernel(text: str | None, loader: Loader, tmp_path: Pa
     if text is not None:
         machine.write("proc/sys/kernel/bootloader_type", text)
     assert loader_of(machine) is loader
+
+
+@pytest.mark.parametrize(
+    ("release", "version", "ignores"),
+    [
+        ("?", "", None),
+        ("5.10.0-30-amd64", "#1 SMP Debian 5.10.218-1", False),
+        ("6.1.90", "#1 SMP", True),
+        ("6.1.95", "#1 SMP", False),
+        ("6.1.0-42-amd64", "#1 SMP PREEMPT_DYNAMIC Debian 6.1.159-1 (2025-12-30)", False),
+        ("6.1.0-20-amd64", "#1 SMP PREEMPT_DYNAMIC Debian 6.1.85-1 (2024-04-11)", True),
+        ("6.1.0-42-amd64", "", True),
+        ("6.2.0", "", False),
+        ("6.6.32", "", True),
+        ("6.6.119", "", False),
+        ("6.8.0-52-generic", "#53-Ubuntu SMP Sat Jan 11 00:06:25 UTC 2025", True),
+        ("6.9.12", "", False),
+        ("6.10.0", "", False),
+        ("6.12.57+deb13-amd64", "", False),
+        ("7.3.4", "", False),
+    ],
+)
+def test_if_the_efi_stub_ignores_memmap(
+    tmp_path: Path, release: str, version: str, ignores: bool | None
+) -> None:
+    machine = Machine(str(tmp_path))
+    machine.write("proc/sys/kernel/osrelease", f"{release}\n")
+    machine.write("proc/sys/kernel/version", f"{version}\n")
+    assert efi_stub_ignores_memmap(machine) is ignores
 
 
 @pytest.mark.parametrize(

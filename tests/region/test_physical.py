@@ -60,26 +60,31 @@ def test_a_kernel_that_was_put_into_the_region(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("loader", "efi", "more", "remedy"),
+    ("loader", "efi", "more", "release", "remedy"),
     [
-        ("208", True, "", "load kernels with kexec -s, and choose a START below other memory"),
-        ("113", True, "", "boot with nokaslr (the EFI stub of some kernels ignores memmap=: fixed "
-                          "in 6.10)"),
-        ("113", False, "", "boot with nokaslr"),
-        ("113", True, " nokaslr", "choose another START"),
-        ("?", True, "", "boot with nokaslr (the EFI stub of some kernels ignores memmap=: fixed in "
-                        "6.10), or load kernels with kexec -s, and choose a START below other "
-                        "memory"),
+        ("208", True, "", "6.8.0", "load kernels with kexec -s, and choose a START below other "
+                                   "memory"),
+        ("113", True, "", "6.8.0", "boot with nokaslr (the EFI stub of some kernels ignores "
+                                   "memmap=: fixed in 6.10)"),
+        ("33", True, "", "6.12.5", "boot with nokaslr, or choose another START, if the EFI stub "
+                                   "has put it there: with memmap= it takes the lowest memory that "
+                                   "is large enough"),
+        ("113", False, "", "6.12.5", "boot with nokaslr"),
+        ("113", True, " nokaslr", "6.12.5", "choose another START"),
+        ("?", True, "", "?", "boot with nokaslr (the EFI stub of some kernels ignores memmap=: "
+                        "fixed in 6.10), or load kernels with kexec -s, and choose a START below "
+                        "other memory"),
     ],
 )  # fmt: skip
 def test_a_kernel_was_put_there_by_kexec_or_at_boot(
-    loader: str, efi: bool, more: str, remedy: str, tmp_path: Path
+    loader: str, efi: bool, more: str, release: str, remedy: str, tmp_path: Path
 ) -> None:
     """Documentation/arch/x86/boot.rst: loader 0xd is kexec. Nothing was there before a boot."""
     inside = "5c200000-5f42ffff : System RAM\n  5c200000-5d36f05f : Kernel code\n"
     line = f"memmap=512M%1G{more}"
     machine = make_machine(tmp_path, iomem=IOMEM + inside, command_line=line)
     machine.write("proc/sys/kernel/bootloader_type", f"{loader}\n")
+    machine.write("proc/sys/kernel/osrelease", f"{release}\n")
     if efi:
         machine.write("sys/firmware/efi/fw_platform_size", "64\n")
     with pytest.raises(RegionError) as caught:

@@ -14,6 +14,8 @@ from pkernfs.host.sysroot import Host
 BOOT_PARAMS_BYTES = 4096
 _RECORD_BYTES = 8192  # of /dev/kmsg at most (Documentation/ABI/testing/dev-kmsg)
 _MAX_RECORDS = 100_000
+#: By series, a patch level that has it for certain.
+_STUB_HEEDS_MEMMAP = {(6, 1): 95, (6, 6): 35, (6, 9): 6}
 _PLACE = re.compile(r"[0-9]\w*,", re.ASCII)
 _KEXEC = 0xD  # upper half of the type of loader
 #: Linux, drivers/iommu/intel/iommu.c, init_dmars(): whether the tables were adopted.
@@ -54,6 +56,28 @@ def loader(host: Host) -> Loader:
 def by_efi(host: Host) -> bool:
     """Tell whether the firmware is EFI: its stub places the kernel, unless kexec started it."""
     return os.path.isdir(host.path("sys/firmware/efi"))
+
+
+def efi_stub_ignores_memmap(host: Host) -> bool | None:
+    """Tell whether the EFI stub of this kernel's release may; None: the release is not known.
+
+    Since a1b87d54f4e4 (6.6, and 6.1 by a later one of its series) the stub chooses a place at
+    random, whatever the command line says. Since 15aa8fb852f9 (6.10, and the series of
+    :data:`_STUB_HEEDS_MEMMAP` in June 2024) it takes the lowest one if there is a memmap=.
+    A distribution's own release may tell its series only; then it may.
+    """
+    release = host.find("proc/sys/kernel/osrelease") or ""
+    series = re.match(r"(\d+)\.(\d+)", release)
+    if series is None:
+        return None
+    version = (int(series[1]), int(series[2]))
+    if version != (6, 1) and not (6, 6) <= version < (6, 10):
+        return False
+    # Debian: 6.1.0-42-amd64, and 6.1.159-1 in the version.
+    text = f"{release} {host.find('proc/sys/kernel/version') or ''}"
+    levels = re.findall(rf"\b{series[1]}\.{series[2]}\.(\d+)", text)
+    least = _STUB_HEEDS_MEMMAP.get(version)
+    return least is None or max(map(int, levels), default=0) < least
 
 
 def had_initrd(host: Host) -> bool | None:

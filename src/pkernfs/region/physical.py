@@ -136,10 +136,15 @@ def _remedy_for_kernel(host: Host) -> str:
     """Return how to keep the kernel out of a region, by what has put it there."""
     by_kexec = "load kernels with kexec -s, and choose a START below other memory"
     by_random = "boot with nokaslr"
-    if boot.by_efi(host):  # Linux 15aa8fb852f9, "x86/efistub: Omit physical KASLR ..."
-        by_random += " (the EFI stub of some kernels ignores memmap=: fixed in 6.10)"
     if "nokaslr" in cmdline.words(host.command_line()):
         by_random = "choose another START"
+    elif boot.by_efi(host) and boot.efi_stub_ignores_memmap(host) is False:
+        by_random += (
+            ", or choose another START, if the EFI stub has put it there: with memmap= it takes "
+            "the lowest memory that is large enough"
+        )
+    elif boot.by_efi(host):
+        by_random += " (the EFI stub of some kernels ignores memmap=: fixed in 6.10)"
     started = boot.loader(host)
     if started is boot.Loader.KEXEC:
         return by_kexec
