@@ -130,7 +130,7 @@ def test_the_command_says_what_is_missing(tmp_path: Path) -> None:
     words = ("kexec", "--dry-run", "--kernel", str(kernel), "--append", "quiet")
     done = run_pkernfs(*words)
     assert (done.returncode, done.stdout) == (1, "")
-    assert "started with an initrd, and none is found for" in done.stderr
+    assert "started with an initrd, and none is given for" in done.stderr
     done = run_pkernfs(*words, "--initrd", "none", "--force")  # others' mounts may be on tmpfs
     assert done.returncode == 0
     assert "initrd" not in done.stderr

@@ -58,6 +58,7 @@ def find_kernel(kernel: str | None, initrd: str | None, host: Host) -> KernelFil
     """
     running = host.find("proc/sys/kernel/osrelease") or ""
     release: str | None = running
+    is_given = kernel is not None
     if kernel is None:
         found = _find_image(running, host)
         if found is None:
@@ -72,7 +73,7 @@ def find_kernel(kernel: str | None, initrd: str | None, host: Host) -> KernelFil
         _check_file(kernel, host)
         release = kernel_image.release_of(host, kernel)
     if initrd is None:
-        return KernelFiles(kernel, None, release, _doubt(kernel, host))
+        return KernelFiles(kernel, None, release, _doubt(kernel, is_given, host))
     if initrd in ("", NO_INITRD):
         return KernelFiles(kernel, None, release, "")
     initrd = os.path.abspath(initrd)
@@ -85,7 +86,7 @@ def _check_file(path: str, host: Host) -> None:
         raise NotFoundError(f"{path}: no such file")
 
 
-def _doubt(kernel: str, host: Host) -> str:
+def _doubt(kernel: str, is_given: bool, host: Host) -> str:
     had_one = boot.had_initrd(host)
     if had_one is False:
         return ""
@@ -94,8 +95,9 @@ def _doubt(kernel: str, host: Host) -> str:
         if had_one
         else "it cannot be seen whether this kernel was started with an initrd"
     )
+    found = "is given" if is_given else "is found"
     return (
-        f"{start}, and none is found for {kernel}: name one with --initrd, or say "
+        f"{start}, and none {found} for {kernel}: name one with --initrd, or say "
         f"--initrd {NO_INITRD}"
     )
 
@@ -134,8 +136,9 @@ def _find_initrd(image: str, release: str, host: Host) -> str | None:
     if name == "linux":
         names += [f"{directory}/initrd", f"{directory}/initrd.img"]
     names += [f"{directory}/initrd", f"{directory}/initramfs.img"] if "modules" in directory else []
-    for value in cmdline.values(host.command_line(), "initrd"):  # of a boot loader, or the stub
-        path = value.replace("\\", "/").lstrip("/")
+    given = cmdline.values(host.command_line(), "initrd")  # of a boot loader, or the stub
+    if len(given) == 1:  # of several, one may be for the processor only: all or none
+        path = given[0].replace("\\", "/").lstrip("/")
         names += [f"{root}/{path}" for root in _LOADER_ROOTS] + [path]
     found = next((one for one in names if _is_file(one, host)), None)
     return None if found is None else f"/{found}"
