@@ -199,6 +199,23 @@ def test_what_keeps_it_apart_is_not_passed_on(
     loaded.check(SPEC, f"{word} nokaslr", memory.host)
 
 
+def test_a_command_line_at_which_a_kernel_stops(memory: Memory) -> None:
+    line = f"{RUNNING} memmap=1M%8G-2+2"
+    with pytest.raises(
+        KexecError, match=r"would stop at boot: memmap=1M%8G-2\+2: it changes a type"
+    ):
+        loaded.check(SPEC, line, memory.host)
+
+
+def test_a_number_that_not_all_kernels_take_for_this_region(memory: Memory) -> None:
+    """Which release is loaded is not known: 7.3 takes it for the largest number, others for 1G."""
+    line = RUNNING.replace("512M%1G", "512M$1G") + " nokaslr"
+    loaded.check(SPEC, line, memory.host)
+    line += f" memmap=1M%{(1 << 64) + (1 << 30)}-2+1"
+    with pytest.raises(KexecError, match="it would take the region for ordinary memory"):
+        loaded.check(SPEC, line, memory.host)
+
+
 def test_a_kernel_without_the_initrd_that_this_one_has(memory: Memory) -> None:
     memory.load(RUNNING, before=5)
     (memory.root / "sys/kernel/boot_params/data").unlink()

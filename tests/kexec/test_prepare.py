@@ -114,6 +114,22 @@ def test_devices_that_must_go_on(asked: Asked, machine: Machine) -> None:
     assert prepared.plan.append.startswith("quiet ")
 
 
+@pytest.mark.parametrize("append", [None, "quiet"])
+def test_a_region_that_is_not_mounted_is_kept_as_well(
+    asked: Asked, machine: Machine, append: str | None
+) -> None:
+    asked.mounts = []
+    machine.write("proc/cmdline", f"{LINE} pkernfs=/dev/dax9.0 pkernfs=c:64M!64M\n")
+    assert "nokaslr" not in prepare(Request(append=append), machine).plan.added
+    late = LINE.replace("memmap=512M%1G", "memmap=512M$1G").replace(
+        "root", "memmap=1K$5G,1K$6G,1K$7G,1K$8G root"
+    )
+    machine.write("proc/cmdline", f"{late}\n")
+    prepared = prepare(Request(append=append), machine)
+    assert "nokaslr" in prepared.plan.added
+    assert prepared.mount_points == []
+
+
 def test_an_orderly_one_asks_nobody(asked: Asked, machine: Machine) -> None:
     asked.needs["/mnt/b"] = Needs([EDU], [], False, ["dmar0"])
     prepared = prepare(Request(orderly=True), machine)

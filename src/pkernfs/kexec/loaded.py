@@ -74,7 +74,8 @@ def check(
     else:
         told = Told(given, has_initrd=None, firmware=None)
     firmware = told.firmware or reserved.firmware_map(host)
-    lost = reserved.lost_by(told.command_line, needed.kept, firmware)
+    _check_boot(spec, told.command_line)
+    lost = reserved.lost_by(told.command_line, needed.kept, firmware, memmap.KNOWN)
     missing = [one.word for one in lost]
     missing += [word for word, is_there in needed.asked if not is_there(told.command_line)]
     if "" in missing:
@@ -94,6 +95,14 @@ def check(
             _check_kaslr(spec, told.command_line, one)
     if needs_initrd and told.has_initrd is False:
         _check_initrd(spec, host)
+
+
+def _check_boot(spec: str, given: str) -> None:
+    """Refuse a command line at which a kernel stops; which release is loaded is not known."""
+    for rules in memmap.KNOWN:
+        why = memmap.stops_boot(given, rules)
+        if why is not None:
+            raise KexecError(f"{spec}: the kernel loaded for kexec would stop at boot: {why}")
 
 
 def _check_initrd(spec: str, host: Host) -> None:
@@ -156,9 +165,9 @@ class _Names(NamedTuple):
             found = cmdline.named_regions(command_line)
         except RegionError:
             return False
-        spans = _spans_of(self.named.spec, self.host)
+        spans = spans_of(self.named.spec, self.host)
         return any(
-            one.name == self.named.name and _spans_of(one.spec, self.host) == spans for one in found
+            one.name == self.named.name and spans_of(one.spec, self.host) == spans for one in found
         )
 
 
@@ -190,14 +199,14 @@ def _needed(spans: list[Span], host: Host) -> _Needed:
             # What is in modprobe.d here need not be in the next kernel's initrd.
             asked.append((barrier.text if barrier.is_word else kmem.WORD, _SparesDax()))
     for one in cmdline.named_regions(host.command_line()):
-        named = _spans_of(one.spec, host)
+        named = spans_of(one.spec, host)
         if any(overlap(a, b) for a in named for b in spans):
             name = "" if one.name is None else f"{one.name}:"
             asked.append((f"pkernfs={name}{one.spec}", _Names(one, host)))
     return _Needed(kept, asked)
 
 
-def _spans_of(spec: str, host: Host) -> list[Span]:
+def spans_of(spec: str, host: Host) -> list[Span]:
     """Return the physical memory of a spec on a command line; none if it has none here."""
     try:
         return physical_spans(spec, host)

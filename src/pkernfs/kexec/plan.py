@@ -76,7 +76,7 @@ def make_plan(
 ) -> Plan:
     """Plan a kexec that keeps physical memory.
 
-    :param spans: the physical memory of the regions that are mounted.
+    :param spans: the physical memory of the regions, mounted or not; those mounted come first.
     :param mount_points: of all file systems that are to be handed over.
     :param append: the next kernel's command line; None: the running one's.
     :param needs: of the devices that must go on; None, or no devices: an orderly kexec.

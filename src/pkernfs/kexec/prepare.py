@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 from pkernfs.control.mounts import FSTYPE, Mount, read_mounts
 from pkernfs.control.sockets import Server, servers
-from pkernfs.errors import InvalidError, PkernfsError
+from pkernfs.errors import InvalidError, PkernfsError, RegionError
+from pkernfs.host import cmdline, reserved
+from pkernfs.host.iomem import Span
 from pkernfs.host.sysroot import HOST, Host
 from pkernfs.kexec import loaded, systemd
 from pkernfs.kexec.daemon import Daemon
@@ -79,8 +81,10 @@ def prepare(request: Request, host: Host = HOST) -> Prepared:
         by_systemd = [m for m in mounts if systemd.hands_over(m.mount_point, host)]
     points = [m.mount_point for m in mounts if m not in by_systemd]
     sources = [m.source for m in mounts] + [e.source for e in elsewhere if e.source is not None]
+    spans = [s for source in sources for s in loaded.physical_spans(source, host)]
+    spans += [s for s in _spans_of_named(host) if s not in spans]
     plan = make_plan(
-        [s for source in sources for s in loaded.physical_spans(source, host)],
+        spans,
         points,
         kernel=request.kernel,
         initrd=request.initrd,
@@ -95,6 +99,16 @@ def prepare(request: Request, host: Host = HOST) -> Prepared:
     ]
     with_devices = [point for point, n in mount_needs.needs.items() if n.devices]
     return Prepared(plan, points, with_devices, request.force, by_systemd)
+
+
+def _spans_of_named(host: Host) -> list[Span]:
+    """Return what is kept apart of the regions that pkernfs= names; they need not be mounted."""
+    try:
+        named = cmdline.named_regions(host.command_line())
+    except RegionError:
+        return []  # `none` is no region of this kernel
+    spans = [s for one in named for s in loaded.spans_of(one.spec, host)]
+    return [Span(k.start, k.end - k.start) for k in reserved.find_kept(spans, host)]
 
 
 class Elsewhere(NamedTuple):
