@@ -72,6 +72,8 @@ def test_named_regions() -> None:
 
 def test_what_is_given_to_a_parameter() -> None:
     assert values('a=1 ab=2 a="3 4" a -- a=5', "a") == ["1", "3 4"]
+    assert values("intel-iommu=on x-y=-z", "intel_iommu") == ["on"]
+    assert values("intel-iommu=on x-y=-z", "x_y") == ["-z"]
     assert quoted_words('a="3 4"  -- b') == ['a="3 4"', "--", "b"]
 
 
@@ -82,8 +84,11 @@ def test_more_parameters_are_the_kernels() -> None:
 
 
 def test_what_keeps_dax_devices_from_the_kernel() -> None:
-    line = "modprobe.blacklist=a,kmem module_blacklist=b dax-hmem.region_idle=1 kmem"
+    line = "modprobe.blacklist=a,kmem module_blacklist=b dax.region_idle=1 kmem"
     assert spares_dax(line) == ["modprobe.blacklist=a,kmem"]
+    # parameq() of the kernel, underscores() of kmod for a module's name.
+    assert spares_dax("dax-hmem.region_idle=1") == ["dax-hmem.region_idle=1"]
+    assert spares_dax("module-blacklist=kmem") == ["module-blacklist=kmem"]
     assert spares_dax("dax_hmem.region_idle=n dax_hmem.region_idle") == ["dax_hmem.region_idle"]
     assert spares_dax("dax_hmem.region_idle=0") == []
     assert spares_dax("quiet") == []
@@ -92,13 +97,16 @@ def test_what_keeps_dax_devices_from_the_kernel() -> None:
 def test_of_several_parameters_the_last_one_counts() -> None:
     """But modprobe takes all that it is told not to load."""
     assert spares_dax("dax_hmem.region_idle dax_hmem.region_idle=n") == []
+    assert spares_dax("dax_hmem.region_idle dax-hmem.region-idle=n") == []
     assert spares_dax("module_blacklist=kmem module_blacklist=floppy") == []
+    assert spares_dax("module_blacklist=kmem module-blacklist=floppy") == []
     both = "modprobe.blacklist=kmem modprobe.blacklist=floppy"
     assert spares_dax(both) == ["modprobe.blacklist=kmem"]
 
 
 def test_what_leaves_no_dax_device() -> None:
-    for word in ("device_hmem.disable", "device_hmem.disable=1", "modprobe.blacklist=x,dax-hmem",
+    for word in ("device_hmem.disable", "device-hmem.disable=y", "device_hmem.disable=1",
+                 "modprobe.blacklist=x,dax-hmem",
                  "module_blacklist=device_dax"):  # fmt: skip
         assert hides_dax(f"quiet {word} ro") == word
     for line in (

@@ -63,7 +63,13 @@ def with_words(command_line: str, more: Iterable[str]) -> str:
 
 def values(command_line: str, name: str) -> list[str]:
     """Return the value of the parameter ``name``, each time that it is there."""
-    return [w[len(name) + 1 :] for w in words(command_line) if w.startswith(f"{name}=")]
+    split = (word.partition("=") for word in words(command_line))
+    return [value for found, equals, value in split if equals and _plain(found) == name]
+
+
+def _plain(name: str) -> str:
+    """Return the name of a parameter with ``_`` for each ``-``, as parameq() compares names."""
+    return name.replace("-", "_")
 
 
 def spares_dax(command_line: str) -> list[str]:
@@ -73,7 +79,8 @@ def spares_dax(command_line: str) -> list[str]:
     """
     found = []
     for word in _in_force(command_line):
-        name, _, value = word.partition("=")
+        written, _, value = word.partition("=")
+        name = _plain(written)
         if (name in _BLACKLISTS and "kmem" in _listed(value)) or (
             name == "dax_hmem.region_idle" and value[:1] in _TRUE
         ):
@@ -84,11 +91,11 @@ def spares_dax(command_line: str) -> list[str]:
 def _in_force(command_line: str) -> list[str]:
     """Return the parameters, of each name the last one; all of modprobe's own."""
     found = words(command_line)
-    last = {word.partition("=")[0]: number for number, word in enumerate(found)}
+    last = {_plain(word.partition("=")[0]): number for number, word in enumerate(found)}
     return [
         word
         for number, word in enumerate(found)
-        if (name := word.partition("=")[0]) == _BLACKLISTS[0] or last[name] == number
+        if (name := _plain(word.partition("=")[0])) == _BLACKLISTS[0] or last[name] == number
     ]
 
 
@@ -102,7 +109,8 @@ def hides_dax(command_line: str) -> str | None:
     ``device_hmem.disable`` (drivers/dax/hmem/device.c), or no driver for it.
     """
     for word in _in_force(command_line):
-        name, _, value = word.partition("=")
+        written, _, value = word.partition("=")
+        name = _plain(written)
         if name == "device_hmem.disable" and value[:1] in _TRUE:
             return word
         if name in _BLACKLISTS and {"dax_hmem", "device_dax"} & set(_listed(value)):

@@ -52,7 +52,7 @@ def is_kept_away_by(command_line: str, config: Config | None) -> bool:
     """Tell whether a kernel of that configuration has no use for kmem by its command line."""
     words = cmdline.spares_dax(command_line)
     if config is not None and config.get("DEV_DAX_KMEM") == "y":
-        return any(word.startswith("dax_hmem.") for word in words)
+        return any(word.startswith(("dax_hmem.", "dax-hmem.")) for word in words)
     return bool(words) or (config is not None and "DEV_DAX_KMEM" not in config)
 
 
