@@ -48,6 +48,21 @@ def test_what_processes_map(machine: Machine, tmp_path: Path) -> None:
     assert list(mappings_of(str(tmp_path / "absent"), machine)) == []
 
 
+@pytest.mark.parametrize("end", ["\r", "\x1c", "\u2028", ""])
+def test_a_name_that_looks_like_a_line(machine: Machine, tmp_path: Path, end: str) -> None:
+    """The kernel escapes nothing but line feeds there."""
+    file = tmp_path / "region"
+    file.touch()
+    status = file.stat()
+    entry = f"00000000 {maps_device(status.st_dev)} {status.st_ino} "
+    name = f"/tmp/x{end}7f0000000000-7f0000200000 rw-s {entry}/y"
+    line = f"7f0000400000-7f0000500000 rw-s 00000000 ff:ff 77             {name}\n"
+    machine.write("proc/9/maps", line)
+    assert list(mappings_of(str(file), machine)) == []
+    machine.write("proc/9/maps", f"{line}7f0000600000-7f0000700000 rw-s {entry}  {file}\n")
+    assert list(mappings_of(str(file), machine)) == [Mapping(9, "?", 0, MIB)]
+
+
 def test_what_this_process_maps(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(3 * MIB))

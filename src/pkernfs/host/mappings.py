@@ -45,18 +45,19 @@ def mappings_of(
         status = os.stat(path)
     except OSError:
         return
-    wanted = f" {maps_device(status.st_dev)} {status.st_ino} "
+    wanted = [maps_device(status.st_dev), str(status.st_ino)]
     if pids is None:
         names = sorted(int(name) for name in host.list("proc") if name.isdigit())
         pids = [pid for pid in names if pid != os.getpid()]
     for pid in pids:
         text = host.find(f"proc/{pid}/maps") or ""
-        if wanted not in text:  # most map nothing of it
+        if " ".join(wanted) not in text:  # most map nothing of it
             continue
         command = host.find(f"proc/{pid}/comm") or "?"
-        for line in text.splitlines():
-            if wanted in line:
-                addresses, permissions, offset, *_ = line.split(None, 3)
+        for line in text.split("\n"):  # any other character may be in a file's name
+            fields = line.split(" ", 5)
+            if fields[3:5] == wanted:
+                addresses, permissions, offset = fields[:3]
                 low, high = (int(address, 16) for address in addresses.split("-"))
                 start = int(offset, 16)
                 yield Mapping(pid, command, start, start + high - low, permissions[1] == "w")

@@ -21,11 +21,12 @@ class Host:
         return os.path.join(self.root, name)
 
     def read(self, name: str) -> str:
-        """Return the text of a file, without white space at its end.
+        """Return the text of a file, without white space at its end; carriage returns stay.
 
         :raises OSError: it cannot be read.
         """
-        with open(self.path(name), encoding="utf-8", errors="surrogateescape") as file:
+        path = self.path(name)
+        with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
             return file.read().rstrip()
 
     def find(self, name: str) -> str | None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from pkernfs.control.mounts import Mount
-from pkernfs.host.mappings import maps_device
+from pkernfs.host.mappings import mappings_of, maps_device
 from pkernfs.host.sysroot import HOST, Host
 from pkernfs.quantities import Ino
 
@@ -41,22 +41,8 @@ def mappers_of(path: str, host: Host = HOST) -> Iterator[Process]:
 
     None are found for an address: /dev/mem tells nothing about ranges here.
     """
-    try:
-        status = os.stat(path)
-    except OSError:
-        return
-    number = maps_device(status.st_dev)
-    for pid in _processes(host):
-        if pid != os.getpid() and _maps_for_writing(host, pid, number, status.st_ino):
-            yield _process(host, pid)
-
-
-def _maps_for_writing(host: Host, pid: int, number: str, ino: int) -> bool:
-    for line in _lines(host, f"proc/{pid}/maps"):
-        fields = line.split(None, 5)
-        if fields[3] == number and int(fields[4]) == ino and fields[1][1] == "w":
-            return True
-    return False
+    found = (m for m in mappings_of(path, host) if m.writable)
+    yield from dict.fromkeys(Process(m.pid, m.command) for m in found)
 
 
 def _mount_ids(host: Host, pid: int, mount: Mount, known: dict[str, set[str]]) -> set[str]:
