@@ -241,18 +241,16 @@ def _not_avoided(line: str, spans: list[Span], rules: tuple[Rules, ...]) -> str 
 def check_command_line(
     line: str,
     spans: list[Span],
-    room: int = 0,
     rules: tuple[Rules, ...] = memmap.KNOWN,
     firmware: Sequence[Entry] | None = None,
 ) -> None:
     """Refuse a command line with which a kernel would not leave the regions alone, or not boot.
 
-    :param room: bytes that are going to be added.
     :param rules: that the kernel may follow.
     :param firmware: the memory map that it is given; None: RAM where the regions are.
     :raises RegionError: it would take a part of one for its own memory; with the parameter.
     """
-    _check_length(line, room)
+    _check_length(line)
     for one in rules:
         why = memmap.stops_boot(line, one)
         if why is not None:
@@ -261,7 +259,8 @@ def check_command_line(
             _check_reserved(line, span, one, firmware)
 
 
-def _check_length(line: str, room: int) -> None:
+def _check_length(line: str, room: int = 0) -> None:
+    """:param room: bytes that are going to be added."""
     if len(line.encode("utf-8", "surrogateescape")) > _MAX_COMMAND_LINE - room:
         raise RegionError(
             f"command line: too long: got {len(line)} bytes, "
