@@ -148,7 +148,7 @@ def test_what_a_unit_will_refuse_is_refused_before_anything_stops(
         raise KexecError(f"{spec}: the kernel loaded for kexec has no initrd")
 
     monkeypatch.setattr(loaded, "check", refuse)
-    monkeypatch.setattr(systemd, "is_forced", lambda point, host: forced)
+    monkeypatch.setattr(systemd, "is_told_of_kernel", lambda point, host: forced)
     monkeypatch.setattr(systemd, "options_file", lambda point: "/etc/pkernfs/mnt-c")
     mount = Mount(3, "/mnt/c", "fuse.pkernfs", "1G!1G")
     prepared = replace(orderly(), by_systemd=[mount])

@@ -84,14 +84,15 @@ def test_which_mounts_it_hands_over(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert systemd.hands_over("/mnt/a", machine)
     assert not systemd.hands_over("/mnt/b", machine)
     assert systemd.options_file("/mnt/a") == "/etc/pkernfs/mnt-a"
-    for text, forced in (
+    for text, is_told in (
         ("REGION=none", False),
         ("HANDOVER=--digest", False),
         ("HANDOVER=--digest --force\nREGION=none", True),
         ('HANDOVER="--force"', True),
+        ("HANDOVER=--cmdline=memmap=1G%1G", True),
         ("#HANDOVER=--force", False),
         ("HANDOVER=--force\nHANDOVER=", False),
     ):
         machine.write("etc/pkernfs/mnt-a", text + "\n")
-        assert systemd.is_forced("/mnt/a", machine) is forced, text
-        assert not systemd.is_forced("/mnt/b", machine)
+        assert systemd.is_told_of_kernel("/mnt/a", machine) is is_told, text
+        assert not systemd.is_told_of_kernel("/mnt/b", machine)

@@ -71,7 +71,7 @@ def _check_for_units(prepared: Prepared, host: Host) -> None:
         try:
             loaded.check(mount.source, host=host)
         except KexecError as e:
-            if not systemd.is_forced(mount.mount_point, host):
+            if not systemd.is_told_of_kernel(mount.mount_point, host):
                 file = systemd.options_file(mount.mount_point)
                 raise KexecError(
                     f"{e}; systemd's unit would refuse that, unless {file} has HANDOVER=--force"

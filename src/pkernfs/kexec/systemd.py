@@ -95,11 +95,15 @@ def options_file(mount_point: str) -> str:
     return f"/etc/pkernfs/{_escaped(mount_point)}"
 
 
-def is_forced(mount_point: str, host: Host = HOST) -> bool:
-    """Tell whether the unit that hands this file system over is told to use ``--force``."""
+def is_told_of_kernel(mount_point: str, host: Host = HOST) -> bool:
+    """Tell whether options of the unit that hands this file system over are about the next kernel.
+
+    These are ``--force`` and ``--cmdline``: with them it does not refuse what others would.
+    """
     text = host.find(options_file(mount_point).lstrip("/")) or ""
     given = [line.partition("=")[2] for line in text.splitlines() if line.startswith("HANDOVER=")]
-    return "--force" in (given[-1].strip("\"'").split() if given else [])
+    options = given[-1].strip("\"'").split() if given else []
+    return any(one.partition("=")[0] in ("--force", "--cmdline") for one in options)
 
 
 def _escaped(mount_point: str) -> str:
