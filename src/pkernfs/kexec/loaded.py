@@ -84,11 +84,21 @@ def check(
             f"{spec}: the firmware keeps {one.start:#x}-{one.end - 1:#x} apart, and the kernel "
             f"loaded for kexec would not: {_why_not_firmware(told)}"
         )
+    told_of = {word.text for word in memmap.e820_words(told.command_line)}
+    undone = next((one.word for one in lost if one.word in told_of), None)
+    if undone is not None:
+        raise KexecError(
+            f"{spec}: the kernel loaded for kexec is told {undone}, but another word undoes that, "
+            "or the memory map that kexec gives it: it would take the region for ordinary memory: "
+            "load it again with kexec -s, and without such a word"
+        )
     if missing:
+        what = "it would take the region for ordinary memory"
+        if all(word.startswith("pkernfs=") for word in missing):
+            what = "`none` would not be this region there"
         raise KexecError(
             f"{spec}: the kernel loaded for kexec is not told {' '.join(dict.fromkeys(missing))}: "
-            "it would take the region for ordinary memory: load it again with that on its command "
-            f"line{_why_another_word(lost)}"
+            f"{what}: load it again with that on its command line{_why_another_word(lost)}"
         )
     for one in needed.kept:
         if one.by is not reserved.By.FIRMWARE:

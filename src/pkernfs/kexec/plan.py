@@ -274,7 +274,7 @@ def _check_reserved(line: str, span: Span, rules: Rules, firmware: Sequence[Entr
         if piece.kind is Kind.RAM or changed:
             raise RegionError(
                 f"{span}: the next kernel would take {piece.start:#x}-{piece.end - 1:#x} for "
-                f"ordinary memory: its command line needs {memmap_parameter(span)}"
+                f"{piece.kind.value}: its command line needs {memmap_parameter(span)}"
             )
 
 
