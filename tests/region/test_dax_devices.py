@@ -167,6 +167,7 @@ def test_who_uses_a_device(tmp_path: Path) -> None:
     machine.write("proc/1234/maps", "7f00-7f01 rw-s 00000000 00:05 300 /dev/dax0.0\n")
     machine.write("proc/77/comm", "sh\n")
     machine.write("proc/77/maps", "7f00-7f01 rw-s 00000000 00:05 300 /dev/dax0.01\n")
+    machine.write("proc/78/maps", "7f00-7f01 rw-s 00000000 00:05 301 /tmp/a /dev/dax0.0\n")
     fds = Path(machine.path("proc/88/fd"))
     fds.mkdir(parents=True)
     (fds / "3").symlink_to("/dev/dax0.0")

@@ -126,9 +126,8 @@ def users(path: str, host: Host) -> list[str]:
         if not pid.isdigit() or pid == str(os.getpid()):
             continue
         maps = host.find(f"proc/{pid}/maps") or ""
-        if any(line.endswith(f" {path}") for line in maps.splitlines()) or _has_open(
-            pid, path, host
-        ):
+        mapped = (line.split(None, 5)[5:] for line in maps.split("\n"))
+        if [path] in mapped or _has_open(pid, path, host):
             found.append(f"{host.find(f'proc/{pid}/comm') or '?'} ({pid})")
     return found
 
