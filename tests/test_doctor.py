@@ -278,6 +278,15 @@ def test_what_keeps_a_region_from_the_next_kernel(
     assert "512M!1G, next kernel" not in results(machine)
 
 
+def test_a_mounted_region_without_a_name_counts_as_well(machine: Machine) -> None:
+    machine.write("proc/cmdline", "modprobe.blacklist=kmem")
+    machine.write("sys/firmware/memmap/1/type", "Soft Reserved")
+    assert "512M!1G, next kernel" not in results(machine)
+    mounts = "512M!1G /mnt/a fuse.pkernfs rw 0 0\n/dev/shm/r /mnt/b fuse.pkernfs rw 0 0\n"
+    machine.write("proc/self/mounts", mounts)
+    assert results(machine)["512M!1G, next kernel"].status == OK
+
+
 @pytest.mark.parametrize(
     ("word", "modprobe", "option", "detail", "remedy"),
     [

@@ -18,6 +18,7 @@ from pkernfs.errors import NotFoundError, PermissionDeniedError, PkernfsError, R
 from pkernfs.host import boot, cmdline, kernel_image, kmem, memmap, qemu, reserved
 from pkernfs.host.dmar import Dmar, read_table
 from pkernfs.host.memmap import Kaslr, Kind, Reservation
+from pkernfs.host.mount_table import FSTYPE, own_mounts
 from pkernfs.host.reserved import By, Kept
 from pkernfs.host.sysroot import HOST, Host
 from pkernfs.iommu.config import Config as IommuConfig
@@ -274,19 +275,20 @@ def _kaslr(line: str, reserved: list[Reservation]) -> Iterator[Result]:
 
 
 def _check_next_kernel(host: Host, config: Config) -> Iterator[Result]:
-    """Tell of each region that has a name what keeps it from this kernel, if not from the next."""
+    """Tell of each region that has a name or is mounted what keeps it from this kernel."""
     try:
-        named = cmdline.named_regions(host.command_line())
+        specs = [region.spec for region in cmdline.named_regions(host.command_line())]
     except RegionError:
-        return  # said already
-    for region in named:
+        specs = []  # said already
+    specs += [mount.source for mount in own_mounts(host) if mount.fstype == FSTYPE]
+    for spec in dict.fromkeys(specs):
         try:
-            kept = reserved.find_kept(loaded.physical_spans(region.spec, host), host)
+            kept = reserved.find_kept(loaded.physical_spans(spec, host), host)
         except (PkernfsError, OSError):
             continue  # said already, or no region of this machine yet
-        yield from _kept_from_the_next_kernel(region.spec, kept)
+        yield from _kept_from_the_next_kernel(spec, kept)
         if any(one.kind is Kind.SOFT for one in kept):
-            yield from _kmem(region.spec, host, config)
+            yield from _kmem(spec, host, config)
 
 
 def _kept_from_the_next_kernel(spec: str, kept: list[Kept]) -> Iterator[Result]:
