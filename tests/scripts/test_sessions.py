@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from pkernfs import cli
 from support.sessions import (
     DOCUMENTS,
     ROOT,
@@ -26,6 +28,8 @@ from support.typing_host import PYTHON, type_at_host
 
 #: Lines of indented blocks that are for a shell: they belong into a block of ``console``.
 _UNTYPED = re.compile(r"^ {4}(# |(sudo )?(pkernfs|(mkfs|fsck)\.pkernfs|mount|umount|kexec) )", re.M)
+
+_OURS = re.compile(r"(?<![\w/.])((?:mkfs\.|fsck\.)?pkernfs) ([^|;)#\n]+)")
 
 
 def for_qemu(block: Block) -> bool:
@@ -77,6 +81,19 @@ def test_what_is_for_a_shell_is_typed_somewhere(document: Path) -> None:
             name, _, value = word.partition("=")
             assert name in ("qemu", "lab", "shown"), (str(block), word)
             assert value in ("", "host", "units") or (ROOT / value).is_file(), (str(block), word)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_what_is_shown_only_is_taken_by_the_commands(document: Path) -> None:
+    """No test types it, so a word or an option that is no more would stay unseen."""
+    for block in blocks(document):
+        if block.place:
+            continue
+        typed = "\n".join(command.typed for command in block.commands())
+        for match in _OURS.finditer(typed):
+            program, words = str(match[1]), str(match[2])
+            name, *arguments = [*program.split(".")[:-1], *shlex.split(words)]
+            cli.build_parser(name, name).parse_args(arguments)
 
 
 def test_tests_of_the_lab_have_the_names_that_documents_have() -> None:
