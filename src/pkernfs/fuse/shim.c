@@ -327,11 +327,13 @@ static uint64_t now_ns(void)
 
 static struct sx_time sx_time(int64_t ns)
 {
-	int64_t rest = ns % 1000000000;
+	int64_t seconds = ns / 1000000000, rest = ns % 1000000000;
 
-	if (rest < 0)
+	if (rest < 0) {
 		rest += 1000000000;
-	return (struct sx_time){ .seconds = (ns - rest) / 1000000000, .ns = (uint32_t)rest };
+		seconds--;
+	}
+	return (struct sx_time){ .seconds = seconds, .ns = (uint32_t)rest };
 }
 
 /* libfuse has STATX from 3.18 on only; attributes are the same as those of GETATTR. */
