@@ -257,6 +257,36 @@ def test_in_use(region: Path, command: Command, tmp_path: Path) -> None:
     assert command("fsck.pkernfs", region).status == 0  # a lock ends with its holder
 
 
+@pytest.mark.parametrize(
+    ("line", "status", "says"),
+    [
+        *[
+            (f"pkernfs {words}", 1, "not a region: it is a directory and not on a pkernfs mount")
+            for words in (
+                "info DIR", "info --json DIR", "iommu show DIR", "iommu check DIR",
+                "iommu export DIR", "iommu translate DIR 0000:00:05.0 0",
+            )
+        ],
+        *[
+            (f"pkernfs {words}", 1, "not on a pkernfs mount")
+            for words in (
+                "extents DIR", "qemu-args DIR", "handover DIR", "iommu activate DIR",
+                "iommu deactivate DIR", "iommu detach DIR 0000:00:05.0", "iommu create DIR",
+            )
+        ],
+        ("pkernfs DIR DIR", 32, "not a region: it is a directory"),
+        ("mkfs.pkernfs -s 32M DIR", 1, "not a region: it is a directory"),
+        ("fsck.pkernfs DIR", 8, "not a region: it is a directory"),
+    ],
+)  # fmt: skip
+def test_a_directory_where_nothing_is_mounted(
+    line: str, status: int, says: str, command: Command, tmp_path: Path
+) -> None:
+    """By every command: after an umount, or with the mount not made yet."""
+    program, *words = line.replace("DIR", str(tmp_path)).split()
+    refused(command(program, *words), status, program, f"{tmp_path}: ", says)
+
+
 def test_not_writable(region: Path, command: Command, tmp_path: Path) -> None:
     region.chmod(0o444)
     for directory in (tmp_path, *tmp_path.parents):
