@@ -63,6 +63,26 @@ def test_a_name_that_looks_like_a_line(machine: Machine, tmp_path: Path, end: st
     assert list(mappings_of(str(file), machine)) == [Mapping(9, "?", 0, MIB)]
 
 
+def test_a_file_system_whose_subvolumes_have_numbers_of_their_own(
+    machine: Machine, tmp_path: Path
+) -> None:
+    """btrfs: maps has the device of the mount, which stat(2) does not tell."""
+    file = tmp_path / "a b" / "region"
+    file.parent.mkdir()
+    file.touch()
+    ino, device = file.stat().st_ino, maps_device(file.stat().st_dev)
+    for pid, shown in ((12, "00:63"), (13, device), (14, "00:61")):
+        line = f"7f0000000000-7f0000200000 rw-s 00000000 {shown} {ino} {file}"
+        machine.write(f"proc/{pid}/maps", line)
+    root = "20 1 0:98 / / rw - btrfs /dev/vda rw\n"
+    near = f"21 20 0:99 / {tmp_path}/a\\040b rw - btrfs /dev/vdb rw\n"
+    other = f"22 20 0:97 / {tmp_path}/a rw - btrfs /dev/vdc rw\n"
+    machine.write("proc/self/mountinfo", root + near + other)
+    assert [m.pid for m in mappings_of(str(file), machine)] == [12, 13]
+    machine.write("proc/self/mountinfo", root + other)
+    assert [m.pid for m in mappings_of(str(file), machine)] == [13]
+
+
 def test_what_this_process_maps(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(3 * MIB))

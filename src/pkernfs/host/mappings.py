@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from pkernfs.host.mount_table import table_lines, unescape
 from pkernfs.host.sysroot import HOST, Host
 
 
@@ -45,22 +46,42 @@ def mappings_of(
         status = os.stat(path)
     except OSError:
         return
-    wanted = [maps_device(status.st_dev), str(status.st_ino)]
+    devices, ino = _shown_devices(path, status.st_dev, host), str(status.st_ino)
+    words = [f" {device} {ino} " for device in devices]
     if pids is None:
         names = sorted(int(name) for name in host.list("proc") if name.isdigit())
         pids = [pid for pid in names if pid != os.getpid()]
     for pid in pids:
         text = host.find(f"proc/{pid}/maps") or ""
-        if " ".join(wanted) not in text:  # most map nothing of it
+        if not any(word in text for word in words):  # most map nothing of it
             continue
         command = host.find(f"proc/{pid}/comm") or "?"
-        for line in text.split("\n"):  # any other character may be in a file's name
-            fields = line.split(" ", 5)
-            if fields[3:5] == wanted:
-                addresses, permissions, offset = fields[:3]
-                low, high = (int(address, 16) for address in addresses.split("-"))
-                start = int(offset, 16)
-                yield Mapping(pid, command, start, start + high - low, permissions[1] == "w")
+        # Only a line feed ends a line; names, which other users choose, may have all else in them.
+        for line in text.split("\n"):
+            fields = line.split(None, 5)
+            if fields[4:5] == [ino] and fields[3] in devices:
+                low, high = (int(address, 16) for address in fields[0].split("-"))
+                start = int(fields[2], 16)
+                yield Mapping(pid, command, start, start + high - low, fields[1][1] == "w")
+
+
+def _shown_devices(path: str, device: int, host: Host) -> set[str]:
+    """Return the devices that maps may have for what is on ``device`` to stat(2).
+
+    Linux has that of the mount there (fs/proc/task_mmu.c, show_map_vma), though subvolumes of btrfs
+    have others (fs/btrfs/inode.c, btrfs_getattr). Kernels of openSUSE have those.
+    """
+    try:
+        mounts = table_lines(host.path("proc/self/mountinfo"))
+    except OSError:
+        mounts = []
+    real, nearest, there = os.path.realpath(path), "", device
+    for fields in (line.split(" ", 5) for line in mounts):
+        where = unescape(fields[4])
+        if len(where) >= len(nearest) and os.path.commonpath((real, where)) == where:
+            major, _, minor = fields[2].partition(":")
+            nearest, there = where, os.makedev(int(major), int(minor))
+    return {maps_device(device), maps_device(there)}
 
 
 def maps_device(device: int) -> str:
