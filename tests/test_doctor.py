@@ -326,6 +326,31 @@ def test_what_is_not_known_is_not_there(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize(
+    ("script", "status", "detail"),
+    [
+        (None, MISSING, "qemu-system-x86_64 not found"),
+        ("echo error while loading >&2; exit 127", doctor.UNKNOWN, "does not tell its version"),
+        ("echo QEMU emulator version 7.2.1", MISSING, "7.2.1 cannot map a region at an offset"),
+        ("echo QEMU emulator version 8.1.0", WARNING, "8.1.0 has no cpr-reboot"),
+        ("echo QEMU emulator version 10.0.2", OK, "10.0.2"),
+    ],
+)
+def test_qemu(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    script: str | None, status: str, detail: str,
+) -> None:  # fmt: skip
+    """One that cannot run is not one that is not there."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if script is not None:
+        program = tmp_path / "qemu-system-x86_64"
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+    (found,) = doctor._check_qemu(machine, None)
+    assert found.status == status
+    assert detail in found.detail
+
+
+@pytest.mark.parametrize(
     ("line", "lockdown", "remedy"),
     [
         ("quiet", "[none] integrity", "iomem=relaxed"),

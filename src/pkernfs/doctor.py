@@ -335,12 +335,17 @@ def _check_dax(host: Host, config: Config) -> Iterator[Result]:
 
 def _check_qemu(host: Host, config: Config) -> Iterator[Result]:
     path = shutil.which("qemu-system-x86_64")
-    version = qemu.parse_version(qemu.version_line(path)) if path is not None else None
-    if version is None:
+    if path is None:
         yield Result(
             "guest", "QEMU", MISSING, "qemu-system-x86_64 not found",
             "apt install qemu-system-x86",
         )  # fmt: skip
+        return
+    said = qemu.version_line(path)
+    version = qemu.parse_version(said)
+    if version is None:
+        detail = f"{path} does not tell its version: got {said!r}"
+        yield Result("guest", "QEMU", UNKNOWN, detail, f"see {path} --version")
     elif _version(version) < qemu.OLDEST:
         yield Result(
             "guest", "QEMU", MISSING, f"{version} cannot map a region at an offset",
