@@ -30,6 +30,7 @@ def test_what_processes_map(machine: Machine, tmp_path: Path) -> None:
         f"7f0000300000-7f0000400000 rw-s 00000000 {device} {status.st_ino + 1}    /another file",
         f"7f0000400000-7f0000500000 rw-s 00000000 ff:ff {status.st_ino}           /another device",
         "7f0000500000-7f0000600000 rw-p 00000000 00:00 0                          [heap]",
+        f"7f0000600000-7f0000700000 rw-p 00200000 {device} {status.st_ino}        {file}",
     )
     machine.write("proc/12/maps", "\n".join(lines) + "\n")
     machine.write("proc/12/comm", "qemu-system-x86\n")
@@ -42,6 +43,7 @@ def test_what_processes_map(machine: Machine, tmp_path: Path) -> None:
         Mapping(9, "?", 6 * MIB, 8 * MIB),
         Mapping(12, "qemu-system-x86", 6 * MIB, 8 * MIB),
         Mapping(12, "qemu-system-x86", MIB, 2 * MIB, writable=False),
+        Mapping(12, "qemu-system-x86", 2 * MIB, 3 * MIB, writable=False),  # a private copy
     ]
     assert found[1].process == "process 12 (qemu-system-x86)"
     assert list(mappings_of(str(file), machine, pids=[7, 9, 1000])) == found[:1]

@@ -18,7 +18,7 @@ from pkernfs.host.sysroot import HOST, Host
 class Mapping(NamedTuple):
     """Bytes ``start`` to ``end`` (offsets in the file or device) that a process maps.
 
-    ``command`` is its name in /proc/PID/comm.
+    ``command`` is its name in /proc/PID/comm. ``writable``: what it stores there the others see.
     """
 
     pid: int
@@ -62,7 +62,8 @@ def mappings_of(
             if fields[4:5] == [ino] and fields[3] in devices:
                 low, high = (int(address, 16) for address in fields[0].split("-"))
                 start = int(fields[2], 16)
-                yield Mapping(pid, command, start, start + high - low, fields[1][1] == "w")
+                writable = fields[1][1] == "w" and fields[1][3] == "s"
+                yield Mapping(pid, command, start, start + high - low, writable)
 
 
 def _shown_devices(path: str, device: int, host: Host) -> set[str]:
