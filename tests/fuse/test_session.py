@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,11 +18,12 @@ from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import CorruptionError, NoSpaceError, ZeroingNeeded
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
+from pkernfs.fs.super import Super
 from pkernfs.fuse import session as session_module
 from pkernfs.fuse.session import Session
 from pkernfs.host.mappings import Mapping
 from pkernfs.layout import ROOT_INO
-from pkernfs.quantities import BlockNo, BlockRun, Ino
+from pkernfs.quantities import BlockNo, BlockRun, Ino, RegionOff
 from pkernfs.region.region import Region
 
 import pyfuse3  # isort: skip  # after the shim
@@ -158,14 +160,176 @@ def test_who_maps_the_whole_region_or_only_reads_holds_nothing(
         monkeypatch.setattr(session_module, "mappings_of", lambda path: found)
         users = session_module._writers(place, region.size)
         assert [user.pid for user in users] == [9]
-        for first, blocks, user in ((0, 3, None), (3, 1, "process 9 (writer)"), (4, 2, None)):
-            assert session_module._user_of(users, BlockRun(BlockNo(first), blocks)) == user
+        assert list(session_module._parts([BlockRun(BlockNo(0), 6)], users)) == [
+            ((0, 3), None),
+            ((3, 1), "process 9 (writer)"),
+            ((4, 2), None),
+        ]
         assert session_module._writers(None, 1) == []
 
 
-def large_file(fs: FileSystem) -> Ino:
+@pytest.fixture
+def mapped(monkeypatch: pytest.MonkeyPatch) -> list[Mapping]:
+    """What others map of a region from now on, as the kernel has it."""
+    found: list[Mapping] = []
+    monkeypatch.setattr(session_module, "mappings_of", lambda path: list(found))
+    return found
+
+
+@pytest.fixture
+def file_rig(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mapped: list[Mapping]
+) -> Iterator[Rig]:
+    """A rig whose region others may map; who maps what is looked at when it matters only."""
+    monkeypatch.setattr(session_module, "_LOOK_SECONDS", 1000)
+    path = str(tmp_path / "region")
+    Region.create(path, 16 * MIB)
+    with Region.open(path, write=True) as region:
+        make_filesystem(region)
+        yield Rig(region, monkeypatch)
+
+
+def fill(fs: FileSystem, ino: Ino, blocks: int) -> Callable[[], None]:
+    return lambda: fs.fallocate(ino, 0, 0, blocks * 2 * MIB)
+
+
+def all_free(fs: FileSystem) -> int:
+    return fs.statfs().free * 4096 // (2 * MIB)
+
+
+def test_only_what_is_mapped_is_held(file_rig: Rig, mapped: list[Mapping]) -> None:
+    fs = file_rig.fs
+    [place] = fs.extents(large_file(fs))
+    at = place.region_offset
+    mapped.append(Mapping(9, "vmm", at + 2 * MIB, at + 3 * MIB))
+
+    async def work(session: Session) -> None:
+        fs.unlink(ROOT_INO, b"f")
+        free = all_free(fs)
+        async with session.hold_zeroing():
+            assert all_free(fs) == free - 1
+        ino = fs.create(ROOT_INO, b"g", 0o100600, 0, 0).ino
+        await session.with_zeroing(fill(fs, ino, free - 1))
+        assert file_rig.region.read(RegionOff(at + 2 * MIB), 4) == b"xxxx"
+        assert file_rig.region.read(RegionOff(at), 4) == bytes(4)
+
+    file_rig.run(work)
+
+
+def test_who_needs_what_was_held_looks_again(file_rig: Rig, mapped: list[Mapping]) -> None:
+    """A guest's memory is removed, its VMM ends, and the next guest starts at once."""
+    fs = file_rig.fs
+    [place] = fs.extents(large_file(fs))
+    mapped.append(Mapping(9, "vmm", place.region_offset, place.region_offset + 4 * MIB))
+
+    async def work(session: Session) -> None:
+        fs.unlink(ROOT_INO, b"f")
+        free = all_free(fs)
+        ino = fs.create(ROOT_INO, b"g", 0o100600, 0, 0).ino
+        with pytest.raises(NoSpaceError):
+            await session.with_zeroing(fill(fs, ino, free))
+        mapped.clear()
+        await session.with_zeroing(fill(fs, ino, free))
+
+    file_rig.run(work)
+
+
+def test_what_is_freed_during_a_look_is_looked_at_and_zeroed(
+    file_rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fs = file_rig.fs
+    [held] = fs.extents(large_file(fs))
+    [place] = fs.extents(large_file(fs, b"g"))
+    looking, go_on = threading.Event(), threading.Event()
+
+    def look(path: str) -> list[Mapping]:
+        looking.set()
+        assert go_on.wait(20)
+        return [Mapping(9, "vmm", held.region_offset, held.region_offset + 4 * MIB)]
+
+    monkeypatch.setattr(session_module, "mappings_of", look)
+
+    async def work(session: Session) -> None:
+        fs.unlink(ROOT_INO, b"f")
+        session.freed()
+        with trio.fail_after(20):
+            while not looking.is_set():
+                await trio.sleep(0.002)
+            fs.unlink(ROOT_INO, b"g")
+            session.freed()
+            go_on.set()
+            while not file_rig.region.is_zero(place.region_offset, 4 * MIB):
+                await trio.sleep(0.002)
+
+    file_rig.run(work)
+
+
+def test_what_nobody_has_looked_at_is_not_given_away(
+    file_rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fs = file_rig.fs
+    large_file(fs)
+
+    def fails(path: str) -> list[Mapping]:
+        raise MemoryError
+
+    async def work(session: Session) -> None:
+        async with session.hold_zeroing():
+            monkeypatch.setattr(session_module, "mappings_of", fails)
+            fs.unlink(ROOT_INO, b"f")
+            with pytest.raises(MemoryError):
+                await session.zero(ZeroingNeeded([]))
+            assert fs.next_dirty(1 << 30) is None
+            monkeypatch.setattr(session_module, "mappings_of", lambda path: [])
+            await session.zero(ZeroingNeeded([]))
+            assert is_dirty(fs)
+
+    file_rig.run(work)
+
+
+@pytest.mark.parametrize("same_boot", [True, False])
+def test_what_an_earlier_daemon_held_is_looked_at(
+    file_rig: Rig, mapped: list[Mapping], monkeypatch: pytest.MonkeyPatch, same_boot: bool
+) -> None:
+    """It may have been killed; the program that maps what was removed goes on. Not over a boot."""
+    region = file_rig.region
+    [place] = file_rig.fs.extents(large_file(file_rig.fs))
+    file_rig.fs.unlink(ROOT_INO, b"f")
+    mapped.append(Mapping(9, "vmm", place.region_offset, place.region_offset + 4 * MIB))
+    if not same_boot:
+        monkeypatch.setattr(Super, "boot_id", staticmethod(lambda: bytes(range(16))))
+    rig = Rig(region, monkeypatch)
+    free = all_free(rig.fs)
+
+    async def work(session: Session) -> None:
+        async with session.hold_zeroing():
+            assert all_free(rig.fs) == free - (2 if same_boot else 0)
+
+    rig.run(work)
+    assert not same_boot or region.read(place.region_offset, 4) == b"xxxx"
+
+
+def test_a_handover_of_a_full_file_system_after_a_removal(file_rig: Rig) -> None:
+    """Its list needs memory that was freed just before."""
+    fs = file_rig.fs
+    ino = fs.create(ROOT_INO, b"all", 0o100600, 0, 0).ino
+    fs.run(fill(fs, ino, all_free(fs)))
+
+    async def work(session: Session) -> None:
+        fs.unlink(ROOT_INO, b"all")
+        fs.freeze()
+        with pytest.raises(NoSpaceError, match="cannot be had yet"):
+            fs.make_manifest(4 * MIB)
+        async with session.hold_zeroing():
+            fs.make_manifest(4 * MIB)
+        fs.thaw()
+
+    file_rig.run(work)
+
+
+def large_file(fs: FileSystem, name: bytes = b"f") -> Ino:
     """A file of 4 MiB; made before the session runs, which zeroes beside it."""
-    ino = fs.create(ROOT_INO, b"f", 0o100600, 0, 0).ino
+    ino = fs.create(ROOT_INO, name, 0o100600, 0, 0).ino
     fs.run(lambda: fs.write(ino, 0, b"x" * (4 * MIB)))
     return ino
 

@@ -77,7 +77,7 @@ def test_a_bug_is_logged_and_an_io_error(
     ("error", "asked"),
     [
         (ZeroingNeeded([(5, 20)]), ["turn", "zero [(5, 20)]"]),
-        (NoSpaceError("no free block"), ["turn", "drain"]),
+        (NoSpaceError("no free block"), ["turn", "drain", "zero []"]),
     ],
 )
 def test_handlers_wait_for_memory(

@@ -87,9 +87,8 @@ class BlockAllocator:
         for r in ranges:
             self._load(r)
         self.free_blocks = self._state.count(_FREE)
-        #: The runs that have become free, isolated until someone has looked at them, if it is a
-        #: list: see :meth:`take_freed`.
-        self.freed: list[BlockRun] | None = None
+        # What has become free, isolated until someone has looked at it; None: nobody looks.
+        self._freed_runs: list[BlockRun] | None = None
 
     def _load(self, r: MapRange) -> None:
         for i in range(-(-r.blocks // MAP_BLOCKS)):
@@ -190,12 +189,34 @@ class BlockAllocator:
 
     # ------------------------------------------------------------------ what others still use
 
+    def watch_freed(self, *, dirty: bool) -> None:
+        """Isolate what becomes free from here on, until someone has looked: :meth:`take_freed`.
+
+        :param dirty: likewise what is free already and not known to be zero.
+        """
+        self._freed_runs = []
+        if dirty:
+            free = (
+                BlockRun(BlockNo(r.start()), len(r[0])) for r in _FREE_RUNS.finditer(self._state)
+            )
+            self._freed_runs = self._dirty(free)
+            for first, count in self._freed_runs:
+                self._state[first : first + count] = bytes([_ISOLATED]) * count
+
     def take_freed(self) -> IsolatedBlocks:
-        """What has become free since the last call; the caller puts it back, or holds it."""
-        taken = IsolatedBlocks(self.freed or [])
-        if self.freed is not None:
-            self.freed = []
+        """What has become free since the last call.
+
+        The caller puts it back, holds it, or leaves it to the next call: :meth:`leave_freed`.
+        """
+        taken = IsolatedBlocks(self._freed_runs or [])
+        if self._freed_runs is not None:
+            self._freed_runs = []
         return taken
+
+    def leave_freed(self, isolated: IsolatedBlocks) -> None:
+        """Have the next :meth:`take_freed` return them again: nobody has looked."""
+        assert self._freed_runs is not None
+        self._freed_runs += isolated.runs
 
     def hold(self, isolated: IsolatedBlocks) -> None:
         """Keep isolated blocks from being allocated or zeroed until :meth:`let_go`."""
@@ -204,10 +225,10 @@ class BlockAllocator:
             self.free_blocks -= count
 
     def let_go(self, held: IsolatedBlocks) -> None:
-        """Isolate blocks that were held."""
-        for first, count in held.runs:
-            self._state[first : first + count] = bytes([_ISOLATED]) * count
+        """Let held blocks be allocated, as they are."""
+        for _, count in held.runs:
             self.free_blocks += count
+        self.putback(held)
 
     # ------------------------------------------------------------------ allocating
 
@@ -324,11 +345,11 @@ class BlockAllocator:
 
     def _freed(self, first: BlockNo, count: int) -> None:
         self.free_blocks += count
-        if self.freed is None:
+        if self._freed_runs is None:
             self._state[first : first + count] = bytes(count)
         else:
             self._state[first : first + count] = bytes([_ISOLATED]) * count
-            self.freed.append(BlockRun(first, count))
+            self._freed_runs.append(BlockRun(first, count))
 
     def _restore(self, first: BlockNo, state: bytes, zero: bytes | None) -> None:
         self._state[first : first + len(state)] = state
@@ -387,7 +408,8 @@ class BlockAllocator:
         self._store.change_now(PageNo(r.map_page + index), MAGIC_BLOCK_MAP, change)
         self._zero[block] = 0
 
-    def _zero_now(self, runs: list[BlockRun]) -> None:
+    def _dirty(self, runs: Iterable[BlockRun]) -> list[BlockRun]:
+        """What of some runs is not known to be zero."""
         dirty: list[BlockRun] = []
         for first, count in runs:
             end = first + count
@@ -398,6 +420,10 @@ class BlockAllocator:
                     stop = end
                 dirty.append(BlockRun(BlockNo(at), stop - at))
                 at = self._zero.find(0, stop, end)
+        return dirty
+
+    def _zero_now(self, runs: list[BlockRun]) -> None:
+        dirty = self._dirty(runs)
         if sum(count for _, count in dirty) > INLINE_ZERO_BLOCKS:
             raise ZeroingNeeded(dirty)
         for first, count in dirty:

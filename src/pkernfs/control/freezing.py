@@ -90,7 +90,8 @@ class HandoverLease:
         """Make room for a manifest."""
         self._check_lease()
         self._manifest_bytes = request.size
-        ino, pages = self._fs.make_manifest(request.size)
+        async with self._session.hold_zeroing():  # so that all that is free can be had
+            ino, pages = self._fs.make_manifest(request.size)
         return protocol.ManifestFile(ino, tuple(sorted(pages)))
 
     async def write_manifest(self, request: protocol.WriteManifest) -> Nothing:

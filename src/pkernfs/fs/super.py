@@ -336,12 +336,17 @@ class Super:
         self.blocks.putback(isolated)
 
     def run(self, operation: Callable[[], T]) -> T:
-        """Carry out an operation for a caller without an event loop: zeroes what it needs."""
+        """Carry out an operation for a caller without an event loop: zeroes what it needs.
+
+        :raises NoSpaceError: it needs what somebody else has isolated, who cannot go on meanwhile.
+        """
         while True:
             try:
                 return operation()
             except ZeroingNeeded as e:
                 isolated = self.isolate_for_zeroing(e.blocks)
+                if not isolated.runs:
+                    raise NoSpaceError("no space: what was freed cannot be had yet") from None
                 for offset, length in isolated.pieces():
                     self.region.zero(offset, length)
                 self.finish_zeroing(isolated)

@@ -9,23 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import logging
 import math
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
 from pkernfs.alloc.blocks import IsolatedBlocks
-from pkernfs.errors import PkernfsError, ZeroingNeeded
+from pkernfs.errors import NoSpaceError, PkernfsError, ZeroingNeeded
 from pkernfs.fuse import mounting, shim  # noqa: F401 - the shim is found first by the linker
 from pkernfs.fuse.event_loop import RecurringEvent
 from pkernfs.host.mappings import Mapping, mappings_of
-from pkernfs.layout import BLOCK
-from pkernfs.quantities import BlockRun, Ino, RegionRun
+from pkernfs.layout import ARRIVAL_REMOUNT, BLOCK
+from pkernfs.quantities import BlockNo, BlockRun, Ino, RegionRun
 from pkernfs.ratelimit import RateLimit
 
 import pyfuse3  # isort: skip
@@ -77,8 +78,9 @@ class Session:
         self._held = IsolatedBlocks([])
         self._look_seconds = 0.0  # what the last one took
         self._refusals = RateLimit(log)
-        if region.place is not None:
-            fs.blocks.freed = []
+        if region.place is not None:  # a daemon before this one may have held what is dirty
+            before = fs.mount_report
+            fs.blocks.watch_freed(dirty=before is not None and before.kind == ARRIVAL_REMOUNT)
         self._ready = trio.Event()
         self.idle = RecurringEvent()
         self._zeroing = trio.Lock()
@@ -169,8 +171,12 @@ class Session:
 
     @contextlib.asynccontextmanager
     async def hold_zeroing(self) -> AsyncIterator[None]:
-        """Keep everybody else from zeroing memory, and so no request waits for it."""
+        """Keep everybody else from zeroing memory, and so no request waits for it.
+
+        What was freed has been looked at.
+        """
         async with self._zeroing:
+            await self._look_at_freed()
             yield
 
     async def drain(self) -> None:
@@ -186,15 +192,18 @@ class Session:
     async def zero(self, need: ZeroingNeeded) -> None:
         """Zero what an operation needs, in a thread; inside :meth:`turn`."""
         await self._look_at_freed()
-        await self._zero_isolated(self._fs.isolate_for_zeroing(need.blocks))
+        isolated = self._fs.isolate_for_zeroing(need.blocks)
+        if isolated.runs:
+            await self._zero_isolated(isolated)
 
     async def with_zeroing(self, operation: Callable[[], _Result]) -> _Result:
         """Run an operation that may need zeroed memory; for a task beside the session loop."""
         try:
             return operation()
-        except ZeroingNeeded:
+        except (ZeroingNeeded, NoSpaceError):
             pass
         async with self._zeroing:  # nobody else zeroes, so what is free can be allocated
+            await self._look_at_freed()
             while True:
                 try:
                     return operation()
@@ -235,6 +244,7 @@ class Session:
     async def _zero_ahead(self) -> None:
         """Zero freed blocks before anyone asks for them, a batch at a time."""
         while not self._fs.read_only or self._fs.frozen:
+            self._dirty = trio.Event()
             try:
                 async with self._zeroing:
                     await self._look_at_freed()
@@ -245,7 +255,6 @@ class Session:
             except PkernfsError as e:
                 self._fs.fail(f"zeroing: {e}")
                 return
-            self._dirty = trio.Event()
             with trio.move_on_after(_LOOK_SECONDS if self._held.runs else math.inf):
                 await self._dirty.wait()
             # To look at every process takes its time: no more than a twentieth of all.
@@ -258,29 +267,30 @@ class Session:
         next. So what is still mapped for writing is neither zeroed nor given to anybody.
         """
         blocks = self._fs.blocks
-        freed, before = blocks.take_freed(), {run.first for run in self._held.runs}
-        if not freed.runs and not before:
+        freed = blocks.take_freed()
+        if not freed.runs and not self._held.runs:
             return
-        blocks.let_go(self._held)
-        freed.runs += self._held.runs
-        self._held = IsolatedBlocks([])
         began = time.monotonic()
         try:
             users = await trio.to_thread.run_sync(_writers, self._region.place, self._region.size)
         except BaseException:
-            blocks.putback(freed)
+            blocks.leave_freed(freed)
             raise
         self._look_seconds = time.monotonic() - began
+        held, self._held = self._held, IsolatedBlocks([])
+        for run, user in _parts(held.runs, users):
+            if user is None:
+                blocks.let_go(IsolatedBlocks([run]))
+            else:
+                self._held.runs.append(run)
         said: dict[str, int] = {}
-        for run in freed.runs:
-            user = _user_of(users, run)
+        for run, user in _parts(freed.runs, users):
             if user is None:
                 blocks.putback(IsolatedBlocks([run]))
                 continue
+            blocks.hold(IsolatedBlocks([run]))
             self._held.runs.append(run)
-            if run.first not in before:
-                said[user] = said.get(user, 0) + run.blocks * BLOCK
-        blocks.hold(self._held)
+            said[user] = said.get(user, 0) + run.blocks * BLOCK
         for user, size in said.items():
             self._refusals.warning(
                 f"{user} maps {size >> 20} MiB of the region whose file was removed or cut: "
@@ -331,9 +341,16 @@ def _writers(place: Place | None, size: int) -> list[Mapping]:
     ]
 
 
-def _user_of(users: list[Mapping], run: BlockRun) -> str | None:
-    start, end = run.first * BLOCK, sum(run) * BLOCK
-    return next((m.process for m in users if m.start < end and start < m.end), None)
+def _parts(runs: list[BlockRun], users: list[Mapping]) -> Iterator[tuple[BlockRun, str | None]]:
+    """Yield the runs, cut where mappings begin or end, each with a process that maps some of it."""
+    for first, count in runs:
+        end = first + count
+        cuts = {first, end}
+        for m in users:
+            cuts.update(at for at in (m.start // BLOCK, -(-m.end // BLOCK)) if first < at < end)
+        for low, high in itertools.pairwise(sorted(cuts)):
+            user = next((m for m in users if m.start < high * BLOCK and low * BLOCK < m.end), None)
+            yield BlockRun(BlockNo(low), high - low), None if user is None else user.process
 
 
 def _load_handlers() -> None:

@@ -96,15 +96,17 @@ class Handlers:
         assert self.waiting is not None
         try:
             async with self.waiting.turn():
-                if not isinstance(reason, ZeroingNeeded):
+                if isinstance(reason, ZeroingNeeded):
+                    need = reason
+                else:
                     await self.waiting.drain()
+                    need = ZeroingNeeded([])  # what was held may be nobody's by now
                 while True:
-                    if isinstance(reason, ZeroingNeeded):
-                        await self.waiting.zero(reason)
+                    await self.waiting.zero(need)
                     try:
                         return again()
                     except ZeroingNeeded as more:
-                        reason = more
+                        need = more
         except FUSEError:
             raise
         except Exception as e:
