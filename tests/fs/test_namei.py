@@ -71,6 +71,10 @@ def test_names_that_cannot_be(fs: FileSystem) -> None:
                 make_it(name)
     assert names(fs, ROOT) == {b"f", b"iommu"}
     assert fs.lookup(ROOT, b".").ino == ROOT
+    ino = make(fs, b"a file")
+    assert fs.find(ino, b".") == ino, "the kernel asks so for what a file handle is of"
+    with pytest.raises(NotFoundError):
+        fs.find(Ino(ino + 1), b".")
     assert fs.lookup(ROOT, b"..").ino == ROOT
     directory = fs.mkdir(ROOT, b"d", 0o755, 0, 0).ino
     assert fs.lookup(directory, b"..").ino == ROOT

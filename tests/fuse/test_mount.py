@@ -459,6 +459,60 @@ def test_a_removed_file_is_opened_again_by_its_descriptor(mounted: Mounted) -> N
     wait_until(lambda: inodes_used(mounted) == 2, "the file to go")
 
 
+class FileHandle(ctypes.Structure):
+    """``struct file_handle`` with room for what FUSE puts into it."""
+
+    _fields_ = (("size", ctypes.c_uint), ("kind", ctypes.c_int), ("data", ctypes.c_ubyte * 128))
+
+
+def handle_of(path: Path) -> FileHandle:
+    """What an NFS server gives a client for a file: name_to_handle_at(2)."""
+    handle, mount_id = FileHandle(size=128), ctypes.c_int()
+    where = -100, os.fsencode(path), ctypes.byref(handle), ctypes.byref(mount_id), 0
+    if libc.name_to_handle_at(*where):
+        raise OSError(ctypes.get_errno(), "name_to_handle_at")
+    return handle
+
+
+def open_handle(directory: Path, handle: FileHandle) -> int:
+    """A descriptor by open_by_handle_at(2); the kernel has forgotten what it knew of the file."""
+    Path("/proc/sys/vm/drop_caches").write_text("2")
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        found: int = libc.open_by_handle_at(fd, ctypes.byref(handle), os.O_RDONLY)
+        if found < 0:
+            raise OSError(ctypes.get_errno(), "open_by_handle_at")
+        return found
+    finally:
+        os.close(fd)
+
+
+def test_a_file_handle_leads_to_its_file_and_to_no_later_one(mounted: Mounted) -> None:
+    """As an NFS server asks, which keeps nothing open."""
+    path, directory = mounted.path / "f", mounted.path / "d"
+    path.write_bytes(b"content")
+    directory.mkdir()
+    handles = [handle_of(path), handle_of(directory)]
+    for handle in handles:
+        os.close(open_handle(mounted.path, handle))
+    fd = open_handle(mounted.path, handles[0])
+    assert os.pread(fd, 100, 0) == b"content"
+    os.close(fd)
+    number = path.stat().st_ino
+    path.unlink()
+    directory.rmdir()
+    for handle in handles:
+        with fails_with(errno.ESTALE):
+            open_handle(mounted.path, handle)
+    for i in range(50):
+        (mounted.path / f"later{i}").touch()
+    assert number in {p.stat().st_ino for p in mounted.path.iterdir()}, "the number is used again"
+    with fails_with(errno.ESTALE):
+        open_handle(mounted.path, handles[0])
+    assert list((mounted.path / "iommu").iterdir()) == [], "and it has not failed"
+    (mounted.path / "again").touch()
+
+
 def test_the_extents_of_a_file_on_huge_pages_cost_no_memory() -> None:
     with huge_pages(64 * MIB) as directory, Mounted(directory=str(directory)) as mount:
         path = mount.path / "f"

@@ -81,12 +81,14 @@ class Namei:
     def find(self, parent: Ino, name: bytes) -> Ino:
         """The inode number that a name in a directory means; 0 if there is no such name.
 
+        ``.`` means the inode itself, of any type: so the kernel finds what a file handle is of.
+
         :raises NotDirError: ``parent`` is not a directory.
         """
         self._inodes.trim()
-        directory = self._directory(parent)
         if name == b".":
-            return parent
+            return self._inodes.get(parent).ino
+        directory = self._directory(parent)
         if name == b"..":
             return directory.parent
         return self._names.find(directory, name)
