@@ -190,25 +190,30 @@ class Session:
         await self.drain()
 
     async def zero(self, need: ZeroingNeeded) -> None:
-        """Zero what an operation needs, in a thread; inside :meth:`turn`."""
-        await self._look_at_freed()
-        isolated = self._fs.isolate_for_zeroing(need.blocks)
-        if isolated.runs:
-            await self._zero_isolated(isolated)
+        """Zero what an operation needs, in a thread; inside :meth:`turn`.
+
+        If it needs more than is free, see whether what was freed, or held, can be had.
+        """
+        if need.blocks:
+            await self._zero_isolated(self._fs.isolate_for_zeroing(need.blocks))
+        else:
+            await self._look_at_freed()
 
     async def with_zeroing(self, operation: Callable[[], _Result]) -> _Result:
         """Run an operation that may need zeroed memory; for a task beside the session loop."""
         try:
             return operation()
-        except (ZeroingNeeded, NoSpaceError):
-            pass
+        except ZeroingNeeded as e:
+            need = e
+        except NoSpaceError:
+            need = ZeroingNeeded([])
         async with self._zeroing:  # nobody else zeroes, so what is free can be allocated
-            await self._look_at_freed()
             while True:
+                await self.zero(need)
                 try:
                     return operation()
-                except ZeroingNeeded as need:
-                    await self.zero(need)
+                except ZeroingNeeded as more:
+                    need = more
 
     async def invalidate(self, ino: Ino, *, data: bool = False) -> None:
         """Have the kernel ask for an inode's attributes, and ``data``, again.
