@@ -16,7 +16,6 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, NamedTuple, NoReturn, Protocol, cast
 
@@ -106,9 +105,16 @@ class Parser(argparse.ArgumentParser):
         super()._check_value(action, value)
 
 
+def _similar(word: str, known: Iterable[str]) -> list[str]:
+    """The known word that ``word`` may be meant for, if there is one."""
+    from difflib import get_close_matches  # 1 ms, for those only who misspell
+
+    return get_close_matches(word.lower(), known, n=1)
+
+
 def no_command(word: str, known: Iterable[str]) -> str:
     """Return what to say of a word that is none of the commands."""
-    meant = get_close_matches(word.lower(), known, n=1)
+    meant = _similar(word, known)
     return f"{word} is not a command" + "".join(f" (did you mean {name}?)" for name in meant)
 
 
@@ -161,11 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     # A word is a command that is misspelt, or a region: never one that is there, and a region where
     # options of a mount follow, as mount(8) always gives them.
-    if (
-        "-o" not in args
-        and not os.path.lexists(args[0])
-        and get_close_matches(args[0].lower(), COMMANDS)
-    ):
+    if "-o" not in args and not os.path.lexists(args[0]) and _similar(args[0], COMMANDS):
         _complain("pkernfs", f"{no_command(args[0], COMMANDS)} (try pkernfs --help)")
         return 1
     if len(args) == 1 and args[0].startswith("-"):

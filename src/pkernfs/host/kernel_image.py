@@ -7,7 +7,6 @@ where distributions put it (/boot, /lib/modules), or beside the image.
 from __future__ import annotations
 
 import fnmatch
-import gzip
 import os
 import re
 from collections.abc import Iterator
@@ -39,6 +38,8 @@ def release_of(host: Host, image: str) -> str | None:
 
 def running_config(host: Host) -> Config | None:
     """Return the running kernel's configuration; None: it is nowhere to be found."""
+    import gzip  # a handover looks at images, and at no compressed configuration
+
     try:
         with gzip.open(host.path("proc/config.gz"), "rt") as file:
             return _parse(file.read())
