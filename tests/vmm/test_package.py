@@ -13,6 +13,7 @@ NEEDS = {
     "pkernfs.errors",
     "pkernfs.host",
     "pkernfs.host.mappings",
+    "pkernfs.host.mount_table",
     "pkernfs.host.pci_config",
     "pkernfs.host.sysroot",
     "pkernfs.quantities",
