@@ -507,6 +507,7 @@ def test_the_tree_is_that_of_the_inode(file: File) -> None:
 # ------------------------------------------------------------------------------ of file systems
 
 
+@pytest.mark.slow("400 writes of up to 100 KB each are stored")
 @pytest.mark.parametrize("step", [PAGE, 3 * PAGE + 5, 100_000, BLOCK, 5 * MIB])
 def test_a_growing_file_stays_one_extent(fs: FileSystem, step: int) -> None:
     ino = make(fs)
