@@ -15,7 +15,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Any, NamedTuple, NoReturn, Protocol, cast
 
@@ -338,14 +338,10 @@ def _complain(who: str, message: str) -> None:
 
 
 def _print(text: str) -> int:
-    try:
-        print(text, flush=True)
-    except OSError as error:
-        if not isinstance(error, BrokenPipeError):
-            _complain("pkernfs", f"standard output: {os_reason(error)}")
-        _discard_output()
-        return 1
-    return 0
+    with _output_that_tells():
+        with suppress(OSError):  # why is said in the end
+            print(text)
+        return 0 if _is_printed("pkernfs") else 1
 
 
 def _discard_output() -> None:
