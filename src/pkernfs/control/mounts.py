@@ -77,8 +77,8 @@ def region_of(target: str) -> str:
 
     :raises InvalidError: ``target`` is a directory in no pkernfs.
     """
-    here = mount_at(target)
-    if here is not None and here.fstype == FSTYPE:
+    here = _pkernfs_at(target)
+    if here is not None:
         return here.source  # even if its daemon is dead and cannot be asked
     if not os.path.isdir(target):
         return canonical_spec(target)
@@ -93,9 +93,14 @@ def refuse_mount_point(path: str) -> None:
 
     :raises BusyError: a pkernfs is mounted on it.
     """
-    here = mount_at(path)
-    if here is not None and here.fstype == FSTYPE:
+    here = _pkernfs_at(path)
+    if here is not None:
         raise BusyError(f"{path}: {here.source} is mounted on it: umount it, and name that")
+
+
+def _pkernfs_at(path: str) -> Mount | None:
+    here = mount_at(path)
+    return here if here is not None and here.fstype == FSTYPE else None
 
 
 def _parse_line(line: str) -> Mount:

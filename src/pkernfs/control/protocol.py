@@ -16,10 +16,10 @@ from pkernfs.control.codec import Between
 from pkernfs.control.message import Message
 from pkernfs.control.wire import Call, Request, Stream
 
-_UNSIGNED = Between(0, 2**64 - 1)
-Unsigned = Annotated[int, _UNSIGNED]
-Ino = Annotated[quantities.Ino, _UNSIGNED]
-PageNo = Annotated[quantities.PageNo, _UNSIGNED]
+UNSIGNED = Between(0, 2**64 - 1)
+Unsigned = Annotated[int, UNSIGNED]
+Ino = Annotated[quantities.Ino, UNSIGNED]
+PageNo = Annotated[quantities.PageNo, UNSIGNED]
 
 
 class Nothing(Message):

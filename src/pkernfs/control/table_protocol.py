@@ -7,13 +7,12 @@ from typing import Annotated, Any, Literal
 from pkernfs import quantities
 from pkernfs.control.codec import Between
 from pkernfs.control.message import Message
-from pkernfs.control.protocol import Ino, Nothing, Unsigned
+from pkernfs.control.protocol import UNSIGNED, Ino, Nothing, Unsigned
 from pkernfs.control.wire import Call, Request, Stream
 from pkernfs.dma.output import Question, Record, Status, Text
 
-_UNSIGNED = Between(0, 2**64 - 1)
-PhysAddr = Annotated[quantities.PhysAddr, _UNSIGNED]
-Iova = Annotated[quantities.Iova, _UNSIGNED]
+PhysAddr = Annotated[quantities.PhysAddr, UNSIGNED]
+Iova = Annotated[quantities.Iova, UNSIGNED]
 SourceId = Annotated[quantities.SourceId, Between(0, 0xFFFF)]
 DomainNumber = Annotated[int, Between(0, 0xFFFF)]  #: N of dom-N
 Access = Annotated[int, Between(0, 3)]  #: READ, WRITE or both
