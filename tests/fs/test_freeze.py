@@ -246,30 +246,27 @@ def test_a_second_handover_while_verifying(handed: Handed) -> None:
 # ---------------------------------------------------------------------- kinds of mounts, history
 
 
-def test_another_physical_address_is_told() -> None:
+def changes_after_a_move(before: PhysAddr | None, after: PhysAddr) -> dict[str, str]:
+    """What is told of a region that was at another address, or at none, when it was handed over."""
     with MemoryFile(16 * MIB) as memory:
-        with memory.open(phys_base=PhysAddr(1 << 30)) as region:
+        with memory.open(phys_base=before) as region:
+            assert region.phys_base == before
             make_filesystem(region)
             fs = mount_filesystem(region)
             hand_over(fs)
             fs.unmount()
-        with memory.open(phys_base=PhysAddr(2 << 30)) as region:
+        with memory.open(phys_base=after) as region:
             fs = mount_filesystem(region)
-            text = "physical address: 0x80000000, 0x40000000 at the handover"
-            assert changes_of(fs) == {"": text}
+            changes = changes_of(fs)
             fs.unmount()
+            return changes
+
+
+def test_another_physical_address_is_told() -> None:
+    text = "physical address: 0x80000000, 0x40000000 at the handover"
+    assert changes_after_a_move(PhysAddr(1 << 30), PhysAddr(2 << 30)) == {"": text}
 
 
 def test_an_address_that_nobody_knew_at_the_handover_has_not_changed() -> None:
     """A user other than root is told no addresses of huge pages; root mounts it again."""
-    with MemoryFile(16 * MIB) as memory:
-        with memory.open() as region:
-            assert region.phys_base is None
-            make_filesystem(region)
-            fs = mount_filesystem(region)
-            hand_over(fs)
-            fs.unmount()
-        with memory.open(phys_base=PhysAddr(2 << 30)) as region:
-            fs = mount_filesystem(region)
-            assert not changes_of(fs)
-            fs.unmount()
+    assert not changes_after_a_move(None, PhysAddr(2 << 30))
