@@ -27,6 +27,7 @@ LAYERS = (
     ("vtd",),
     ("host",),
     ("region",),
+    ("pool",),
     ("journal",),
     ("alloc",),
     ("iommu",),

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from struct import Struct
 from typing import NamedTuple, cast
 
-from pkernfs.quantities import BlockNo, Ino, PageNo, PhysAddr, RegionOff
+from pkernfs.quantities import BlockNo, Ino, PageNo, PhysAddr, RegionOff, SegmentNo
 
 try:  # as random.py does: hashlib loads OpenSSL, for which every command would wait 3 ms
     from _blake2 import blake2b
@@ -30,7 +30,9 @@ MIN_REGION_BYTES = 4 * BLOCK
 
 FEATURES_COMPAT = 0
 FEATURES_RO_COMPAT = 0
-FEATURES_INCOMPAT = 0
+#: Files may have segments, memory of their own outside the region (section 12).
+FEATURE_SEGMENTS = 1
+FEATURES_INCOMPAT = FEATURE_SEGMENTS
 
 MAX_FILE_BYTES = (1 << 63) - 1
 MAX_NAME_BYTES = 255
@@ -98,6 +100,13 @@ PIECE = Struct("<QQ")
 PIECES_OFFSET = 256
 MAX_PIECES = 16
 NO_NODE = (1 << 32) - 1
+
+# The pool that segments come from: kind, bytes that each segment's length is a multiple of
+POOL = Struct("<II")
+POOL_OFFSET = 3712
+POOL_NONE = 0
+POOL_DIRECTORY = 1
+POOL_DAX = 2
 
 
 class SuperblockFields(NamedTuple):
@@ -169,6 +178,9 @@ ARRIVAL_REMOUNT = 3
 STATE_INODE_ROOT_OFFSET = 112
 STATE_INODE_PAGES_OFFSET = 120
 STATE_FREE_INODE_PAGE_OFFSET = 128
+# The table of segments: root of its tree, the largest number that a segment has had.
+STATE_SEGMENTS = Struct("<QQ")
+STATE_SEGMENTS_OFFSET = 232
 
 HANDOVER = Struct("<QQ16sQQQQQ")
 HANDOVER_OFFSET = 160
@@ -267,6 +279,7 @@ INODE_INLINE_BYTES = 128
 INODE_FLAG_BODY = 1
 INODE_FLAG_PENDING = 2
 INODE_FLAG_TABLE = 4
+INODE_FLAG_SEGMENT = 8
 INODE_INLINE_SHIFT = 8
 MAX_INLINE_EXTENTS = 5
 PENDING_TO_END = MAX_FILE_BYTES
@@ -321,6 +334,7 @@ TREE_SLOTS_OFFSET = 64
 TREE_EXTENTS = 1
 TREE_NAMES = 2
 TREE_XATTRS = 3
+TREE_SEGMENTS = 4
 MAX_TREE_LEVELS = 16
 INNER_SLOT = Struct("<QQ")
 ITEM_SLOT = Struct("<QHHI")
@@ -341,6 +355,31 @@ OVERFLOW = Struct("<QH")
 OVERFLOW_OFFSET = 40
 OVERFLOW_DATA_OFFSET = 64
 OVERFLOW_DATA_BYTES = PAGE - OVERFLOW_DATA_OFFSET
+
+# ------------------------------------------------------------------------------ segments
+
+# ino, kind, state, pieces, node, length, valid, handle, align, name; then the pieces
+SEGMENT = Struct("<QBBHIQQQI4x24s")
+SEGMENT_NEW = 1
+SEGMENT_IN_USE = 2
+SEGMENT_DEAD = 3
+MAX_SEGMENT_PIECES = 64
+
+
+class SegmentFields(NamedTuple):
+    """Row of the table of segments but for its pieces (section 12)."""
+
+    ino: Ino
+    kind: int
+    state: int
+    pieces: int
+    node: int
+    length: int
+    valid: int
+    handle: int
+    align: int
+    name: bytes
+
 
 # ------------------------------------------------------------------------------ journal
 

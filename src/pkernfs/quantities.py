@@ -22,6 +22,8 @@ RegionOff = NewType("RegionOff", int)
 PhysAddr = NewType("PhysAddr", int)
 #: Address that a device uses, in bytes (VT-d: DMA address; iommufd: iova).
 Iova = NewType("Iova", int)
+#: Number of a segment: its key in the table of segments, from 1 on (docs/format.md, section 12).
+SegmentNo = NewType("SegmentNo", int)
 #: Bus, device and function of a PCI device in 16 bits (VT-d specification, section 3.4.1).
 SourceId = NewType("SourceId", int)
 

@@ -1,0 +1,1 @@
+"""Pools: what segments are made of, beside the base range (docs/format.md, section 12)."""

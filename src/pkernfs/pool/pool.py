@@ -1,0 +1,140 @@
+"""Segments, and the interface of the pools that they come from.
+
+The file system decides which file has which segment, and records it before the memory is used. A
+pool makes the memory, opens it, and takes it apart; it remembers nothing that can be asked.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from pkernfs.host.iomem import Span
+from pkernfs.layout import SEGMENT_NEW
+from pkernfs.quantities import Ino, SegmentNo
+from pkernfs.region.region import Region
+
+
+class Segment(NamedTuple):
+    """A row of the table of segments (docs/format.md, section 12); ``length`` in bytes."""
+
+    number: SegmentNo
+    ino: Ino
+    kind: int
+    length: int
+    state: int = SEGMENT_NEW
+    node: int | None = None
+    valid: int = 0
+    handle: int = 0
+    align: int = 0
+    name: str = ""
+    pieces: tuple[Span, ...] = ()
+
+
+class Owner(NamedTuple):
+    """Who may open a segment: user, group, permission bits of the mode."""
+
+    uid: int
+    gid: int
+    mode: int
+
+
+class Space(NamedTuple):
+    """The memory of a pool, in bytes: all of it, what no segment has, the longest piece of that."""
+
+    total: int
+    free: int
+    largest: int
+
+
+class Holder(NamedTuple):
+    """Who has a segment open or mapped: a process (``pid``), or something else (0)."""
+
+    pid: int
+    name: str
+    how: str
+
+    def __str__(self) -> str:
+        who = f"process {self.pid} ({self.name})" if self.pid else self.name
+        return f"{who} {self.how} it"
+
+
+class Pool(Protocol):
+    """Where the segments of one file system come from.
+
+    All but :meth:`space`, :meth:`open` and :meth:`native_path` may take long, and are called in a
+    worker thread; never two of them at once.
+    """
+
+    #: A ``POOL_`` constant of :mod:`pkernfs.layout`.
+    kind: int
+    #: The length of each segment is a multiple of this, in bytes.
+    granule: int
+    #: The name of the pool, for messages.
+    name: str
+
+    def space(self) -> Space:
+        """Look how much memory there is."""
+
+    def plan(self, wanted: Segment, others: list[Segment]) -> Segment:
+        """Choose the memory of a new segment, or of one that grows to ``wanted.length``.
+
+        :param wanted: pieces that it has already stay the first.
+        :param others: every other row of the table: their memory is not to be had.
+        :raises NoSpaceError: full, or too fragmented: the message says the largest piece.
+        """
+
+    def create(self, segment: Segment) -> Segment:
+        """Make what the row says: all zero, for root only. Returns it as it is now.
+
+        :raises NoSpaceError: there is no memory.
+        :raises RegionError: the kernel refuses.
+        """
+
+    def restore(self, segment: Segment) -> Segment:
+        """At a mount: make a segment in use again if it is not there, and check it if it is.
+
+        It is as long as the row says then; what a cut has left over is cut.
+
+        :raises RegionError: it is lost, or not what it was: why. Nothing was changed.
+        """
+
+    def resize(self, segment: Segment, length: int) -> Segment:
+        """Make a segment longer (by what :meth:`plan` has chosen) or shorter.
+
+        :raises BusyError: somebody has it open or mapped; the message says who.
+        :raises NoSpaceError: there is no memory.
+        """
+
+    def punch(self, segment: Segment, start: int, end: int) -> None:
+        """Zero bytes start..end-1, whole pages of which the memory goes back where it can.
+
+        :raises BusyError: as for :meth:`resize`.
+        """
+
+    def destroy(self, segment: Segment) -> None:
+        """Give the memory back. It is no error if there is nothing.
+
+        :raises BusyError: somebody has it and would lose it: it is to be tried again later.
+        :raises RegionError: what is there is not ours.
+        """
+
+    def strays(self, known: list[Segment]) -> list[str]:
+        """Remove what this file system has made and no row knows; name what may not be ours."""
+
+    def set_owner(self, segment: Segment, owner: Owner) -> None:
+        """Let ``owner`` open the segment, and nobody else but root."""
+
+    def open(self, segment: Segment, *, write: bool) -> Region:
+        """Map a segment.
+
+        :raises RegionError: it is not there, or not what it was.
+        """
+
+    def native_path(self, segment: Segment) -> str:
+        """The path by which other programs open the segment."""
+
+    def holders(self, segment: Segment) -> list[Holder]:
+        """Ask the kernel who has it open or mapped, but for this process."""
+
+    def close(self) -> None:
+        """Let go of the pool; the segments stay."""
