@@ -242,7 +242,23 @@ class UsageError(PkernfsError):
     errno = _errno.EINVAL
 
 
-class ZeroingNeeded(Exception):  # not an error: control flow
+class Needed(Exception):  # not an error: control flow
+    """The operation needs something that takes long; it is to be called again after that."""
+
+
+class WorkNeeded(Needed):
+    """The operation needs ``work()`` to be done first, which may take long; any thread may do it.
+
+    What the operation has changed until now stands for itself. ``work`` raises nothing: the
+    operation finds what came of it.
+    """
+
+    def __init__(self, work: collections.abc.Callable[[], None]) -> None:
+        super().__init__()
+        self.work = work
+
+
+class ZeroingNeeded(Needed):
     """The operation needs more zeroed memory than may be zeroed at once; nothing was changed.
 
     ``blocks`` are ``(first, count)`` runs of free 2 MiB blocks; plain pairs, for errors know no

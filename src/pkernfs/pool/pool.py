@@ -61,8 +61,8 @@ class Holder(NamedTuple):
 class Pool(Protocol):
     """Where the segments of one file system come from.
 
-    All but :meth:`space`, :meth:`open` and :meth:`native_path` may take long, and are called in a
-    worker thread; never two of them at once.
+    Those marked *quick* take less than a millisecond. The others are called in a worker thread, and
+    never two of them at once. The caller has no mapping of a segment that it has a pool change.
     """
 
     #: A ``POOL_`` constant of :mod:`pkernfs.layout`.
@@ -73,7 +73,7 @@ class Pool(Protocol):
     name: str
 
     def space(self) -> Space:
-        """Look how much memory there is."""
+        """Quick. Look how much memory there is."""
 
     def plan(self, wanted: Segment, others: list[Segment]) -> Segment:
         """Choose the memory of a new segment, or of one that grows to ``wanted.length``.
@@ -93,15 +93,21 @@ class Pool(Protocol):
     def restore(self, segment: Segment) -> Segment:
         """At a mount: make a segment in use again if it is not there, and check it if it is.
 
-        It is as long as the row says then; what a cut has left over is cut.
+        It is as long as the row says then, and all of it is valid: what a cut has left over is cut,
+        what was being added is added. What it has beyond ``valid`` is zeroed, and returned as valid.
 
         :raises RegionError: it is lost, or not what it was: why. Nothing was changed.
         """
 
-    def resize(self, segment: Segment, length: int) -> Segment:
-        """Make a segment longer (by what :meth:`plan` has chosen) or shorter.
+    def check_unused(self, segment: Segment) -> None:
+        """:raises BusyError: somebody has it open or mapped; the message says who."""
 
-        :raises BusyError: somebody has it open or mapped; the message says who.
+    def resize(self, segment: Segment) -> Segment:
+        """Make a segment as long as its row says, longer or shorter than it is.
+
+        What it gains is zero, and returned as valid. It keeps its owner and mode.
+
+        :raises BusyError: somebody has it open or mapped, and would lose it.
         :raises NoSpaceError: there is no memory.
         """
 
@@ -122,16 +128,16 @@ class Pool(Protocol):
         """Remove what this file system has made and no row knows; name what may not be ours."""
 
     def set_owner(self, segment: Segment, owner: Owner) -> None:
-        """Let ``owner`` open the segment, and nobody else but root."""
+        """Quick. Let ``owner`` open the segment, and nobody else but root."""
 
     def open(self, segment: Segment, *, write: bool) -> Region:
-        """Map a segment.
+        """Quick. Map a segment.
 
         :raises RegionError: it is not there, or not what it was.
         """
 
     def native_path(self, segment: Segment) -> str:
-        """The path by which other programs open the segment."""
+        """Quick. The path by which other programs open the segment."""
 
     def holders(self, segment: Segment) -> list[Holder]:
         """Ask the kernel who has it open or mapped, but for this process."""
