@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from struct import Struct
 from typing import NamedTuple, cast
 
-from pkernfs.quantities import BlockNo, Ino, PageNo, PhysAddr, RegionOff, SegmentNo
+from pkernfs.quantities import BlockNo, Ino, PageNo, PhysAddr, RegionOff
 
 try:  # as random.py does: hashlib loads OpenSSL, for which every command would wait 3 ms
     from _blake2 import blake2b
@@ -107,6 +107,16 @@ POOL_OFFSET = 3712
 POOL_NONE = 0
 POOL_DIRECTORY = 1
 POOL_DAX = 2
+
+
+class PoolFields(NamedTuple):
+    """The pool that segments come from (sections 3 and 12); ``granule`` in bytes."""
+
+    kind: int
+    granule: int
+
+
+NO_POOL = PoolFields(POOL_NONE, 0)
 
 
 class SuperblockFields(NamedTuple):

@@ -15,6 +15,7 @@ from pkernfs.errors import (
     NoSpaceError,
     NoTablePagesError,
     NotFoundError,
+    NotSupportedError,
     PermissionDeniedError,
     PkernfsError,
 )
@@ -25,7 +26,7 @@ from pkernfs.iommu.config import forget_bar, record_bar
 from pkernfs.iommu.page_pool import Mapping
 from pkernfs.iommu.page_table import PageTable
 from pkernfs.iommu.root_tables import RootTables
-from pkernfs.layout import INODE_FLAG_TABLE, PAGE
+from pkernfs.layout import INODE_FLAG_SEGMENT, INODE_FLAG_TABLE, PAGE
 from pkernfs.quantities import Ino, Iova, PhysAddr
 from pkernfs.vtd.entries import INTERRUPT_FIRST, INTERRUPT_LAST, in_interrupt_range
 
@@ -90,6 +91,10 @@ class Domains:
             raise InvalidError("not a regular file")
         if inode.flags & INODE_FLAG_TABLE:
             raise PermissionDeniedError("a table file cannot be mapped")
+        if inode.flags & INODE_FLAG_SEGMENT:
+            raise NotSupportedError(
+                "a file with a segment cannot be mapped yet: pkernfs segment FILE off"
+            )
         if not inode.nlink:
             raise NotFoundError("the file was removed")
         if length is None:

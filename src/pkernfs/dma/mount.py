@@ -17,6 +17,8 @@ from pkernfs.quantities import Ino
 
 if TYPE_CHECKING:
     from pkernfs.dma.table_files import TableFiles
+    from pkernfs.fs.superblock import Superblock
+    from pkernfs.pool.pool import Pool
     from pkernfs.region.region import Region
 
 
@@ -60,14 +62,35 @@ class TablePins:
 
 
 def mount_filesystem(
-    region: Region, *, read_only: bool = False, clock: Callable[[], int] = time.time_ns
+    region: Region,
+    *,
+    read_only: bool = False,
+    segments: bool = True,
+    open_pool: Callable[[Superblock], Pool | None] | None = None,
+    clock: Callable[[], int] = time.time_ns,
 ) -> FileSystem:
-    """Open the file system in a region, with the pins of its tables.
+    """Open the file system in a region, with the pins of its tables and the pool of its segments.
 
+    :param segments: files get segments by themselves.
+    :param open_pool: opens another pool than that in the region's directory, or beside its device.
     :param clock: the time now, ns since 1970.
     :raises FormatError, CorruptionError: see :meth:`FileSystem.mount`.
+    :raises RegionError: the pool cannot be opened.
     """
-    return FileSystem.mount(region, pins=TablePins, read_only=read_only, clock=clock)
+
+    def open_own_pool(sb: Superblock) -> Pool | None:
+        from pkernfs.pool.opening import open_pool
+
+        return open_pool(sb.pool.kind, sb.pool.granule, region.place)
+
+    return FileSystem.mount(
+        region,
+        pins=TablePins,
+        open_pool=open_pool or open_own_pool,
+        segments=segments,
+        read_only=read_only,
+        clock=clock,
+    )
 
 
 def tables_of(fs: FileSystem) -> TableFiles:

@@ -20,11 +20,13 @@ from pkernfs.errors import (
 from pkernfs.fs.extents import LAST_PAGE, ExtentMap, FilePages
 from pkernfs.fs.inodes import Inode, clear_set_id
 from pkernfs.fs.pins import PinGuard
+from pkernfs.fs.segments import Segments
 from pkernfs.fs.super import Access, Super
 from pkernfs.journal import TransactionTooLarge
 from pkernfs.layout import (
     BLOCK,
     INODE_FLAG_PENDING,
+    INODE_FLAG_SEGMENT,
     INODE_FLAG_TABLE,
     MAX_FILE_BYTES,
     PAGE,
@@ -33,6 +35,7 @@ from pkernfs.layout import (
     page_offset,
 )
 from pkernfs.quantities import FileSpan, Ino, RegionOff
+from pkernfs.region.region import Region
 
 FALLOC_KEEP_SIZE = 1
 FALLOC_PUNCH_HOLE = 2
@@ -47,8 +50,11 @@ _ZERO_STEP_BYTES = 4 << 20
 class Files:
     """The bytes of the regular files of one file system."""
 
-    def __init__(self, state: Super, extents: ExtentMap, pins: PinGuard) -> None:
+    def __init__(
+        self, state: Super, extents: ExtentMap, segments: Segments, pins: PinGuard
+    ) -> None:
         self._super = state
+        self._segments = segments
         self._region = state.region
         self._store = state.store
         self._blocks = state.blocks
@@ -71,16 +77,19 @@ class Files:
             return b""
         if self._super.access is _WRITABLE:
             self._update_atime(inode)
-        found = self._map.at(inode, offset // PAGE)
         pending = inode.flags & INODE_FLAG_PENDING
+        if inode.flags & INODE_FLAG_SEGMENT and not pending:
+            return self._segments.read(inode, offset, length)
+        found = self._map.at(inode, offset // PAGE)
         if found is not None and not pending:
             file_page, page, count = found
             if (file_page + count) * PAGE >= offset + length:
                 at = RegionOff((page - file_page) * PAGE + offset)
                 return self._region.view(at, length)
         data = bytearray(length)
+        memory = self._memory(inode)
         for low, count, at in self._pieces(inode, offset, offset + length):
-            self._region.copy_out(at, memoryview(data)[low - offset : low - offset + count])
+            memory.copy_out(at, memoryview(data)[low - offset : low - offset + count])
         if pending:  # a read-only mount cannot finish it
             low = max(inode.pending_start - offset, 0)
             high = min(inode.pending_end - offset, length)
@@ -121,19 +130,22 @@ class Files:
             raise TooBigError(f"offset {offset}: beyond the largest file")
         first, last = offset // PAGE, -(-end // PAGE)
         size = max(end, inode.size)
-        if self._map.holes(inode, first, last):
+        if inode.flags & INODE_FLAG_SEGMENT:
+            self._segments.grow(inode, end)
+        elif self._map.holes(inode, first, last):
             self._promote(inode, size)
             if size > BLOCK // 2 or last - first > PAGES_PER_BLOCK // 2:
                 self._fill(inode, first, last, size)
         marked = self._mark_tail(inode, max(inode.size, offset), end)
+        memory = self._memory(inode)
         try:
             with self._store:
                 self._inodes.touch(inode)
                 # New pages are not reachable before the commit: so the data is there with them.
-                if self._map.fill(inode, first, last, size):
+                if memory is self._region and self._map.fill(inode, first, last, size):
                     self._super.leave_reserve()
                 for low, count, at in self._pieces(inode, offset, end):
-                    self._region.copy_in(at, memoryview(data)[low - offset : low - offset + count])
+                    memory.copy_in(at, memoryview(data)[low - offset : low - offset + count])
                 inode.size = size
                 inode.mtime = inode.ctime = self._super.clock()
                 if not privileged:
@@ -153,7 +165,11 @@ class Files:
         Without that, what a write that was cut has stored there would come to light when the
         file grows. False if there is no such memory, or if the data stays before the end.
         """
-        if start >= end or self._map.is_hole(inode, start // PAGE, -(-end // PAGE)):
+        if start >= end:
+            return False
+        if not inode.flags & INODE_FLAG_SEGMENT and self._map.is_hole(
+            inode, start // PAGE, -(-end // PAGE)
+        ):
             return False
         with self._store:
             self._inodes.touch(inode)
@@ -173,7 +189,7 @@ class Files:
             raise InvalidError("negative size")
         if size > MAX_FILE_BYTES - BLOCK:
             raise TooBigError(f"size {size}: expected at most {MAX_FILE_BYTES - BLOCK}")
-        capacity = self._super.statfs().blocks * PAGE
+        capacity = self._segments.statfs().blocks * PAGE
         if size - inode.size > capacity:  # however much is freed
             raise TooBigError(f"size {size}: the file system holds {capacity} bytes")
         if inode.flags & INODE_FLAG_TABLE and (size < inode.size or size % BLOCK):
@@ -185,9 +201,17 @@ class Files:
         Each of them leaves the file as it was: what is allocated beyond the old size reads as
         zeros, and is not seen until the size follows.
         """
-        self._promote(inode, size)
-        first = inode.size // PAGE
-        self._fill(inode, first, -(-size // PAGE), size)
+        self._allocate(inode, inode.size, size, size)
+
+    def _allocate(self, inode: Inode, start: int, end: int, size: int) -> None:
+        """Give bytes start..end-1 their memory; a file that gets enough of it gets a segment."""
+        if self._segments.is_wanted(inode, end):
+            self._segments.give(inode, end)
+        elif inode.flags & INODE_FLAG_SEGMENT:
+            self._segments.grow(inode, end)
+        else:
+            self._promote(inode, size)
+            self._fill(inode, start // PAGE, -(-end // PAGE), size)
 
     def _fill(self, inode: Inode, start: int, end: int, size: int) -> None:
         """Allocate file pages start..end-1 in as few transactions as they fit; or nothing."""
@@ -259,6 +283,11 @@ class Files:
         inode.size = size
         if size > old or not inode.data_pages:
             return
+        if inode.flags & INODE_FLAG_SEGMENT:
+            self._segments.cut(inode, size)
+            if size and size < old:
+                self._set_pending(inode, size, PENDING_TO_END)
+            return
         self._blocks.drop_preallocation(inode.ino)
         kept = self._map.allocation_end(inode, size)
         left = self._map.remove(inode, kept // PAGE, LAST_PAGE + 1)
@@ -277,6 +306,16 @@ class Files:
 
     def finish_pending(self, inode: Inode) -> None:
         """Free the whole units of the pending range, zero the rest of it, clear it."""
+        if inode.flags & INODE_FLAG_SEGMENT:
+            self._segments.finish_pending(inode)
+        else:
+            self._free_pending(inode)
+        with self._store:
+            self._inodes.touch(inode)
+            self._clear_pending(inode)
+            self._inodes.save(inode)
+
+    def _free_pending(self, inode: Inode) -> None:
         start, end = inode.pending_start, inode.pending_end
         first, last = -(-start // PAGE), min(end // PAGE, LAST_PAGE + 1)
         while last > first:
@@ -285,15 +324,12 @@ class Files:
                 last = self._map.remove(inode, first, last)
                 self._inodes.save(inode)
         self._zero_mapped(inode, start, end)
-        with self._store:
-            self._inodes.touch(inode)
-            self._clear_pending(inode)
-            self._inodes.save(inode)
 
     def _zero_mapped(self, inode: Inode, start: int, end: int) -> None:
         """Zero the bytes start..end-1 of a file where it has memory."""
+        memory = self._memory(inode)
         for _offset, length, at in self._pieces(inode, start, end):
-            self._region.zero(at, length)
+            memory.zero(at, length)
 
     # ------------------------------------------------------------------ fallocate
 
@@ -322,8 +358,7 @@ class Files:
         elif mode & ~FALLOC_KEEP_SIZE in (0, FALLOC_ZERO_RANGE):
             end = offset + length
             size = max(inode.size, end)
-            self._promote(inode, size)
-            self._fill(inode, offset // PAGE, -(-end // PAGE), size)
+            self._allocate(inode, offset, end, size)
             if mode & FALLOC_ZERO_RANGE:
                 yield from self._zero_steps(ino, offset, end)
             self._finish_fallocate(ino, mode, end)
@@ -358,6 +393,11 @@ class Files:
         elif end >= inode.size:
             end = -(-max(end, inode.size) // BLOCK) * BLOCK
         self._pins.check_unpinned(inode, start // PAGE, -(-end // PAGE))
+        if inode.flags & INODE_FLAG_PENDING:  # this is the second call
+            self.finish_pending(inode)
+            return
+        if inode.flags & INODE_FLAG_SEGMENT:
+            self._segments.check_unused(inode)
         with self._store:
             self._inodes.touch(inode)
             self._set_pending(inode, start, end)
@@ -379,6 +419,8 @@ class Files:
             raise InvalidError(f"whence {whence}: not supported")
         if offset < 0 or offset >= inode.size:
             raise NoSuchAddressError("beyond the end")
+        if inode.flags & INODE_FLAG_SEGMENT:  # memory of its own counts as data
+            return offset if whence == os.SEEK_DATA else inode.size
         end = -(-inode.size // PAGE)
         at = offset
         for file_page, _page, count in self._map.within(inode, offset // PAGE, end):
@@ -393,18 +435,34 @@ class Files:
             raise NoSuchAddressError("no more data")
         return at if whence == os.SEEK_HOLE else file_page * PAGE
 
+    def memory(self, ino: Ino) -> Region:
+        """What the offsets of a file's memory are in: its segment, or the region.
+
+        :raises RegionError: the segment is lost.
+        """
+        return self._memory(self._inodes.get(ino))
+
+    def _memory(self, inode: Inode) -> Region:
+        if inode.flags & INODE_FLAG_SEGMENT:
+            return self._segments.memory(inode)
+        return self._region
+
     def pieces(self, ino: Ino, offset: int, length: int) -> Iterator[FileSpan]:
-        """The memory of a range of a file, in file order."""
+        """The memory of a range of a file, in file order; offsets are in :meth:`memory`."""
         return map(FileSpan._make, self._pieces(self._inodes.get(ino), offset, offset + length))
 
     def extents(self, ino: Ino) -> list[FileSpan]:
         """List the memory of a file, in file order; only what lies before its end.
+
+        Offsets are in :meth:`memory`.
 
         :raises InvalidError: not a regular file.
         """
         inode = self._inodes.get(ino)
         if not inode.is_reg:
             raise InvalidError(f"inode {ino}: not a regular file")
+        if inode.flags & INODE_FLAG_SEGMENT:
+            return [FileSpan(0, -(-inode.size // PAGE) * PAGE, RegionOff(0))] if inode.size else []
         return [
             FileSpan(file_page * PAGE, count * PAGE, page_offset(page))
             for file_page, page, count in self._map.within(inode, 0, -(-inode.size // PAGE))
@@ -413,6 +471,11 @@ class Files:
     def _pieces(self, inode: Inode, start: int, end: int) -> Iterator[tuple[int, int, RegionOff]]:
         """The memory of bytes start..end-1; bare, in the order of :class:`FileSpan`."""
         if end <= start:
+            return
+        if inode.flags & INODE_FLAG_SEGMENT:
+            end = min(end, inode.data_pages * PAGE)
+            if start < end:
+                yield start, end - start, RegionOff(start)
             return
         for file_page, page, count in self._map.within(inode, start // PAGE, -(-end // PAGE)):
             low = max(start, file_page * PAGE)

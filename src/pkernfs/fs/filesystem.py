@@ -21,13 +21,19 @@ from pkernfs.fs.freeze import Freezer
 from pkernfs.fs.inode import InodeLife
 from pkernfs.fs.namei import Namei
 from pkernfs.fs.pins import PinGuard, Pins
+from pkernfs.fs.segments import Segments
 from pkernfs.fs.super import Super
 from pkernfs.fs.xattrs import Overflow
 from pkernfs.layout import IOMMU_INO, ROOT_INO, STATE_CLEAN, STATE_FLAG_ERROR
+from pkernfs.pool.pool import Pool
 from pkernfs.quantities import Ino
 from pkernfs.region.region import Region
 
 log = logging.getLogger(__name__)
+
+
+def _no_pool(_sb: superblock.Superblock) -> Pool | None:
+    return None
 
 
 class FileSystem:
@@ -36,7 +42,9 @@ class FileSystem:
     The operations are those of the parts, bound here: a call costs no frame more than the part's.
     """
 
-    def __init__(self, state: Super, pins: Callable[[FileSystem], Pins]) -> None:
+    def __init__(
+        self, state: Super, pins: Callable[[FileSystem], Pins], pool: Pool | None, *, wanted: bool
+    ) -> None:
         self.super = state
         self.region = state.region
         self.superblock = state.superblock
@@ -44,14 +52,15 @@ class FileSystem:
         extents = ExtentMap(state.store, state.blocks, state.pages)
         overflow = Overflow(state.store, state.pages)
         guard = PinGuard(state.inodes, extents)
-        files = self._files = Files(state, extents, guard)
-        life = self._life = InodeLife(state, extents, overflow, files, guard)
+        segments = self.segments = Segments(state, extents, pool, wanted=wanted)
+        files = self._files = Files(state, extents, segments, guard)
+        life = self._life = InodeLife(state, extents, overflow, files, segments, guard)
         namei = self._namei = Namei(state, overflow, life, guard)
         freezer = self._freezer = Freezer(state, files, life)
 
         self.fail = state.fail
         self.sync = state.sync
-        self.statfs = state.statfs
+        self.statfs = segments.statfs
         self.isolate_for_zeroing = state.isolate_for_zeroing
         self.next_dirty = state.next_dirty
         self.blocks = state.blocks
@@ -80,6 +89,7 @@ class FileSystem:
         self.seek = files.seek
         self.pieces = files.pieces
         self.extents = files.extents
+        self.memory = files.memory
         self.holder = guard.holder
 
         self.inode = state.inodes.get
@@ -141,12 +151,16 @@ class FileSystem:
         region: Region,
         *,
         pins: Callable[[FileSystem], Pins],
+        open_pool: Callable[[superblock.Superblock], Pool | None] = _no_pool,
+        segments: bool = True,
         read_only: bool = False,
         clock: Callable[[], int] = time.time_ns,
     ) -> FileSystem:
         """Open the file system in a region; recovers what an interrupted writer left.
 
         :param pins: makes the pins of the file system, before anything in it is freed.
+        :param open_pool: opens what segments come from, if the superblock says that there is it.
+        :param segments: files get segments by themselves.
         :param clock: the time now, ns since 1970.
         :raises FormatError: no pkernfs, or one that this version must not touch.
         :raises CorruptionError: too damaged to be mounted.
@@ -156,7 +170,8 @@ class FileSystem:
         if not may_write and region.writable and not read_only:
             log.warning("unknown ro_compat features %#x: read-only", sb.fields.feature_ro_compat)
         may_write = may_write and not read_only and region.writable
-        fs = cls(Super(region, sb, clock, may_write), pins)
+        pool = open_pool(sb) if sb.pool.kind else None
+        fs = cls(Super(region, sb, clock, may_write), pins, pool, wanted=segments)
         fs._start()
         return fs
 
@@ -176,6 +191,7 @@ class FileSystem:
             raise CorruptionError("root inode: not a directory")
         mount_report = self._freezer.compare_handover(state)
         if self.read_only:
+            self.segments.restore()
             return
         history = self._freezer.history_entry(state)
         self.super.mark_mounted(state, mount_report.kind, mount_report.mounted_at, history)
@@ -185,10 +201,18 @@ class FileSystem:
         except PkernfsError as e:
             self.fail(f"iommu: what is mapped for DMA cannot be told: {e}")
             return
-        for ino in unfinished:
-            self._life.finish(inodes.get(ino))
+        self.segments.restore()
+        self._finish(unfinished)
         if mount_report.verifier is not None:
             inodes.watch = mount_report.verifier.changed_meanwhile
+
+    def _finish(self, inos: list[Ino]) -> None:
+        """Complete what was interrupted, and destroy the segments that nobody has."""
+        for ino in inos:
+            self.run(lambda ino=ino: self._life.finish(self.super.inodes.get(ino)))  # type: ignore[misc]
+        work = self.segments.reaping()
+        if work is not None:
+            self.segments.reaped(work())
 
     def unmount(self) -> None:
         """Reclaim what was unlinked but open, and mark the region clean.
@@ -198,11 +222,12 @@ class FileSystem:
         if self.frozen:
             self.region.sync()
         if self.read_only:
+            self.segments.close()
             return
         inodes = self.super.inodes
         self._life.forget_all()
-        for ino in inodes.count_used():
-            self._life.finish(inodes.get(ino))
+        self._finish(inodes.count_used())
+        self.segments.close()
         if inodes.damaged:
             self.fail(inodes.damaged[0])
             return

@@ -16,9 +16,16 @@ from pkernfs.fs.extents import LAST_PAGE, ExtentMap
 from pkernfs.fs.file import Files
 from pkernfs.fs.inodes import Inode, clear_set_id
 from pkernfs.fs.pins import PinGuard
+from pkernfs.fs.segments import Segments
 from pkernfs.fs.super import Super
 from pkernfs.fs.xattrs import Overflow, Xattrs
-from pkernfs.layout import INODE_FLAG_BODY, INODE_FLAG_PENDING, INODE_FLAG_TABLE, PAGE
+from pkernfs.layout import (
+    INODE_FLAG_BODY,
+    INODE_FLAG_PENDING,
+    INODE_FLAG_SEGMENT,
+    INODE_FLAG_TABLE,
+    PAGE,
+)
 from pkernfs.quantities import Ino
 
 log = logging.getLogger(__name__)
@@ -36,9 +43,11 @@ class InodeLife:
         extents: ExtentMap,
         overflow: Overflow,
         files: Files,
+        segments: Segments,
         pins: PinGuard,
     ) -> None:
         self._super = state
+        self._segments = segments
         self._store = state.store
         self._blocks = state.blocks
         self._inodes = state.inodes
@@ -197,6 +206,8 @@ class InodeLife:
         return True
 
     def _free(self, inode: Inode) -> None:
+        if inode.flags & INODE_FLAG_SEGMENT:
+            self._segments.drop(inode)
         self._xattrs.destroy(inode)
         if stat.S_ISLNK(inode.mode) and inode.flags & INODE_FLAG_BODY:
             self._overflow.free(inode.ino, inode.body, inode.size)
@@ -249,6 +260,8 @@ class InodeLife:
                 self._files.grow(inode, size)
             elif size < inode.size:
                 self._pins.check_unpinned(inode, size // PAGE)
+                if inode.flags & INODE_FLAG_SEGMENT:
+                    self._segments.check_unused(inode)
         with self._store:
             self._inodes.touch(inode)
             now = self._super.clock()
@@ -267,6 +280,8 @@ class InodeLife:
             if mtime is not None:
                 inode.mtime = mtime
             self._inodes.save(inode)
+        if inode.flags & INODE_FLAG_SEGMENT and (mode, uid, gid) != (None, None, None):
+            self._segments.set_owner(inode)
         if inode.flags & INODE_FLAG_PENDING:
             self._files.finish_pending(inode)
         if size is not None and inode.flags & INODE_FLAG_TABLE:

@@ -23,6 +23,7 @@ from pkernfs.layout import (
     INODE_BYTES,
     INODE_FLAG_BODY,
     INODE_FLAG_PENDING,
+    INODE_FLAG_SEGMENT,
     INODE_FLAG_TABLE,
     INODE_INLINE_BYTES,
     INODE_INLINE_OFFSET,
@@ -63,6 +64,7 @@ _TYPES = {
     stat.S_IFCHR,
     stat.S_IFBLK,
 }
+_FLAGS = INODE_FLAG_BODY | INODE_FLAG_PENDING | INODE_FLAG_TABLE | INODE_FLAG_SEGMENT
 _MAX_CACHED = 8192
 _MAX_CACHED_ATTRIBUTES = 131072  # some 250 bytes each, if they are pyfuse3's
 _MAX_NEW_PAGES = 64
@@ -137,7 +139,7 @@ class Inode:
             raise CorruptionError(f"inode {self.ino}: bad device number: got {major}:{minor}")
         self.rdev = os.makedev(major, minor) if major or minor else 0
         count = flags >> INODE_INLINE_SHIFT & 0xFF
-        self.flags = flags & (INODE_FLAG_BODY | INODE_FLAG_PENDING | INODE_FLAG_TABLE)
+        self.flags = flags & _FLAGS
         self.extents = []
         self.target = b""
         kind = self.mode & 0o170000
@@ -145,7 +147,10 @@ class Inode:
             raise CorruptionError(
                 f"inode {self.ino}: bad mode or size: got {self.mode:#o}, {self.size}"
             )
-        if flags & INODE_FLAG_BODY:
+        if flags & INODE_FLAG_SEGMENT:
+            if not self.body or count or flags & INODE_FLAG_BODY or kind != stat.S_IFREG:
+                raise CorruptionError(f"inode {self.ino}: bad segment: got {self.body}")
+        elif flags & INODE_FLAG_BODY:
             if not self.body or count:
                 raise CorruptionError(
                     f"inode {self.ino}: bad body: got {self.body}, {count} inline"

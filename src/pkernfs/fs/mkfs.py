@@ -22,6 +22,7 @@ from pkernfs.layout import (
     BLOCK_MAP_OFFSET,
     CLASS_META,
     EXTENT,
+    FEATURE_SEGMENTS,
     FIRST_MAP_PAGE,
     HEADER,
     INODE_BYTES,
@@ -47,6 +48,7 @@ from pkernfs.layout import (
     NO_INO,
     NO_NODE,
     NO_PHYSICAL,
+    NO_POOL,
     PAGE,
     PAGE_MAP_CLASS_OFFSET,
     PAGE_MAP_USED_OFFSET,
@@ -65,6 +67,7 @@ from pkernfs.layout import (
     TREE_SLOTS_OFFSET,
     VERSION_MAJOR,
     VERSION_MINOR,
+    PoolFields,
     RangeFields,
     StateFields,
     SuperblockFields,
@@ -161,6 +164,7 @@ def make_filesystem(
     *,
     label: str = "",
     uuid: bytes | None = None,
+    pool: PoolFields = NO_POOL,
     clock: Callable[[], int] = time.time_ns,
 ) -> None:
     """Format a region; what it held is lost. The caller has probed it.
@@ -186,7 +190,7 @@ def make_filesystem(
     region.zero(page_offset(JOURNAL_PAGE), PAGE)
     maker.write_metadata()
     maker.write_block_maps(known_zero)
-    maker.write_superblocks(label)
+    maker.write_superblocks(label, pool)
 
 
 class _Maker:
@@ -290,7 +294,7 @@ class _Maker:
 
             self.page(PageNo(self.map_page + index), MAGIC_BLOCK_MAP, fill)
 
-    def write_superblocks(self, label: str) -> None:
+    def write_superblocks(self, label: str, pool: PoolFields) -> None:
         base = self.region.phys_base
         ranges = [
             RangeFields(
@@ -311,7 +315,7 @@ class _Maker:
             range_count=len(ranges),
             feature_compat=0,
             feature_ro_compat=0,
-            feature_incompat=0,
+            feature_incompat=FEATURE_SEGMENTS if pool.kind else 0,
             region_bytes=self.blocks * BLOCK,
             created=self.now,
             journal_page=JOURNAL_PAGE,
@@ -320,5 +324,5 @@ class _Maker:
             label=label.encode(),
         )
         for page in (BACKUP_PAGE, SUPERBLOCK_PAGE):
-            image = superblock.encode(self.uuid, fields, ranges, page, self.placement)
+            image = superblock.encode(self.uuid, fields, ranges, page, self.placement, pool)
             self.region.copy_in(page_offset(page), image)

@@ -12,7 +12,6 @@ from pkernfs.journal import PageStore
 from pkernfs.layout import (
     BLOCK,
     MAGIC_STATE,
-    MAX_SEGMENT_PIECES,
     NO_INO,
     NO_NODE,
     PIECE,

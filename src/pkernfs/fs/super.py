@@ -20,6 +20,7 @@ from pkernfs.errors import (
     NoSpaceError,
     PkernfsError,
     ReadOnlyError,
+    WorkNeeded,
     ZeroingNeeded,
 )
 from pkernfs.fs import state_page
@@ -343,6 +344,8 @@ class Super:
         while True:
             try:
                 return operation()
+            except WorkNeeded as e:
+                e.work()
             except ZeroingNeeded as e:
                 isolated = self.isolate_for_zeroing(e.blocks)
                 if not isolated.runs:

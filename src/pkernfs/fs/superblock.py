@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pkernfs.errors import BeyondRepairError, CorruptionError, FormatError
@@ -11,6 +11,7 @@ from pkernfs.fs import state_page
 from pkernfs.layout import (
     BACKUP_PAGE,
     BLOCK,
+    FEATURE_SEGMENTS,
     FEATURES_INCOMPAT,
     FEATURES_RO_COMPAT,
     HEADER,
@@ -22,8 +23,13 @@ from pkernfs.layout import (
     MIN_REGION_BYTES,
     NO_NODE,
     NO_PHYSICAL,
+    NO_POOL,
     PAGE,
     PLACEMENT_OFFSET,
+    POOL,
+    POOL_DAX,
+    POOL_DIRECTORY,
+    POOL_OFFSET,
     RANGE,
     RANGES_OFFSET,
     SIGNATURE,
@@ -34,6 +40,7 @@ from pkernfs.layout import (
     SUPERBLOCK_OFFSET,
     SUPERBLOCK_PAGE,
     VERSION_MAJOR,
+    PoolFields,
     RangeFields,
     StateFields,
     SuperblockFields,
@@ -55,6 +62,7 @@ class Superblock:
     uuid: bytes
     fields: SuperblockFields
     ranges: tuple[RangeFields, ...]
+    pool: PoolFields = NO_POOL
     from_backup: bool = False
 
     @property
@@ -74,6 +82,7 @@ def encode(
     ranges: list[RangeFields],
     page: PageNo,
     placement: bytes = b"",
+    pool: PoolFields = NO_POOL,
 ) -> bytes:
     """The image of a superblock for page ``page``, checksum included.
 
@@ -85,6 +94,7 @@ def encode(
     image[PLACEMENT_OFFSET : PLACEMENT_OFFSET + len(placement)] = placement
     for i, r in enumerate(ranges):
         RANGE.pack_into(image, RANGES_OFFSET + i * RANGE.size, *r)
+    POOL.pack_into(image, POOL_OFFSET, *pool)
     image[4:8] = page_checksum(image).to_bytes(4, "little")
     return bytes(image)
 
@@ -124,7 +134,7 @@ def parse(page: bytes, number: PageNo) -> Superblock:
         raise FormatError(
             f"{where}: page or block size: got {fields.page_size}, {fields.block_size}"
         )
-    return Superblock(uuid, fields, _parse_ranges(page, fields, where))
+    return Superblock(uuid, fields, _parse_ranges(page, fields, where), _parse_pool(page, fields))
 
 
 def _parse_ranges(page: bytes, fields: SuperblockFields, where: str) -> tuple[RangeFields, ...]:
@@ -149,6 +159,17 @@ def _parse_ranges(page: bytes, fields: SuperblockFields, where: str) -> tuple[Ra
     if fields.journal_page != JOURNAL_PAGE or fields.journal_pages != JOURNAL_PAGES:
         raise CorruptionError(f"{where}: bad journal: got {fields.journal_page}")
     return ranges
+
+
+def _parse_pool(page: bytes, fields: SuperblockFields) -> PoolFields:
+    """The record of the pool; of a file system without segments nothing is read."""
+    if not fields.feature_incompat & FEATURE_SEGMENTS:
+        return NO_POOL
+    pool = PoolFields(*POOL.unpack_from(page, POOL_OFFSET))
+    granule = pool.granule
+    if pool.kind not in (POOL_DIRECTORY, POOL_DAX) or granule < BLOCK or granule & (granule - 1):
+        raise CorruptionError(f"superblock: bad pool: got kind {pool.kind}, granule {granule:#x}")
+    return pool
 
 
 def load(region: Region) -> Superblock:
@@ -188,7 +209,7 @@ def _load_backup(region: Region, first_error: CorruptionError | FormatError) -> 
     log.warning(
         "%s; the backup at %#x is used: run fsck.pkernfs -y", first_error, BACKUP_PAGE * PAGE
     )
-    return Superblock(found.uuid, found.fields, found.ranges, from_backup=True)
+    return replace(found, from_backup=True)
 
 
 def check_features(sb: Superblock) -> bool:

@@ -49,8 +49,14 @@ def page(fs: FileSystem, ino: Ino, name: bytes, with_addresses: bool) -> Callabl
     if suffix and not (suffix[:1] == b"." and suffix[1:].isdigit() and len(suffix) < 20):
         raise NoDataError("no such virtual attribute")
     start = int(suffix[1:] or 0)
-    pieces = _pieces(fs.region, fs.extents(ino), with_addresses)
-    return lambda: b"".join(map(_pack, itertools.islice(pieces, start, start + _EXTENTS_PER_PAGE)))
+    extents = fs.extents(ino)
+
+    def make() -> bytes:
+        with fs.segments.own_mapping(ino) as memory:
+            pieces = _pieces(memory, extents, with_addresses)
+            return b"".join(map(_pack, itertools.islice(pieces, start, start + _EXTENTS_PER_PAGE)))
+
+    return make
 
 
 def _pack(extent: Extent) -> bytes:

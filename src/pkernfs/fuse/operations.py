@@ -24,7 +24,7 @@ from pkernfs.errors import (
     PkernfsError,
     ReadOnlyError,
 )
-from pkernfs.fuse import extents_xattr, shim
+from pkernfs.fuse import extents_xattr, segment_xattr, shim
 from pkernfs.fuse.data import CAPABILITY, DataRequests
 from pkernfs.fuse.waiting import Handlers, errno_of, handler, invalidate_attributes
 from pkernfs.quantities import Ino
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 _FOREVER_SECONDS = 365 * 86400.0
 _NAMESPACES = (b"user.", b"trusted.", b"security.")
 _EXTENTS = extents_xattr.NAME.encode()
+_SEGMENT = segment_xattr.NAME.encode()
 
 #: Bit of a file handle that was opened for writing. The rest of it is the inode number.
 WRITER = 1 << 62
@@ -352,6 +353,8 @@ class Operations(Handlers, pyfuse3.Operations):
     async def getxattr(self, ino: Any, name: bytes, ctx: Any) -> bytes:
         if name.startswith(_EXTENTS):
             return await self._extents(ino, name, ctx.uid == 0)
+        if name == _SEGMENT:
+            return self._segment(ino)
         return await self._stored_xattr(ino, name)
 
     @handler
@@ -363,9 +366,16 @@ class Operations(Handlers, pyfuse3.Operations):
         """The addresses of huge pages are the kernel's to tell, one by one: in a thread."""
         try:
             make = extents_xattr.page(self.fs, ino, name, with_addresses)
-            if with_addresses and self.waiting is not None and self.fs.region.asks_for_addresses:
+            slow = self.fs.region.asks_for_addresses or self.fs.segments.find(ino) is not None
+            if with_addresses and self.waiting is not None and slow:
                 return await self.waiting.aside(make)
             return make()
+        except Exception as e:
+            raise FUSEError(errno_of(self.fs, e)) from None
+
+    def _segment(self, ino: Ino) -> bytes:
+        try:
+            return segment_xattr.value(self.fs, ino)
         except Exception as e:
             raise FUSEError(errno_of(self.fs, e)) from None
 

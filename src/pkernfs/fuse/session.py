@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import trio
 
 from pkernfs.alloc.blocks import IsolatedBlocks
-from pkernfs.errors import NoSpaceError, PkernfsError, ZeroingNeeded
+from pkernfs.errors import Needed, NoSpaceError, PkernfsError, WorkNeeded, ZeroingNeeded
 from pkernfs.fuse import mounting, shim  # noqa: F401 - the shim is found first by the linker
 from pkernfs.fuse.event_loop import RecurringEvent
 from pkernfs.host.mappings import Mapping, mappings_of
@@ -84,6 +84,7 @@ class Session:
         self._ready = trio.Event()
         self.idle = RecurringEvent()
         self._zeroing = trio.Lock()
+        self._pooling = trio.Lock()
         self.listener: Listener | None = None
 
     async def run(self, ready: Callable[[], Any]) -> None:
@@ -91,6 +92,8 @@ class Session:
         async with trio.open_nursery() as background, trio.open_nursery() as nursery:
             self._nursery = nursery
             background.start_soon(self._zero_ahead)
+            if self._fs.segments.pool is not None:
+                background.start_soon(self._destroy_dead_segments)
             background.start_soon(self._handle_signals)
             background.start_soon(self._announce, ready)
             background.start_soon(self._serve_control_socket)
@@ -170,6 +173,17 @@ class Session:
             yield
 
     @contextlib.asynccontextmanager
+    async def pool_turn(self) -> AsyncIterator[None]:
+        """Serve others meanwhile, but let nobody else change the pool of segments."""
+        self._start_loop()
+        async with self._pooling:
+            yield
+
+    async def work(self, need: WorkNeeded) -> None:
+        """Do the work that an operation needs, in a thread; inside :meth:`pool_turn`."""
+        await trio.to_thread.run_sync(need.work)
+
+    @contextlib.asynccontextmanager
     async def hold_zeroing(self) -> AsyncIterator[None]:
         """Keep everybody else from zeroing memory, and so no request waits for it.
 
@@ -201,12 +215,33 @@ class Session:
 
     async def with_zeroing(self, operation: Callable[[], _Result]) -> _Result:
         """Run an operation that may need zeroed memory; for a task beside the session loop."""
-        try:
-            return operation()
-        except ZeroingNeeded as e:
-            need = e
-        except NoSpaceError:
-            need = ZeroingNeeded([])
+        while True:
+            try:
+                return operation()
+            except WorkNeeded as e:
+                reason: Needed = e
+            except ZeroingNeeded as e:
+                reason = e
+            except NoSpaceError:
+                reason = ZeroingNeeded([])
+            try:
+                if isinstance(reason, WorkNeeded):
+                    return await self._with_work(reason, operation)
+                return await self._with_zeroing(reason, operation)
+            except Needed:  # of the other kind: no two turns are held at once
+                continue
+
+    async def _with_work(self, need: WorkNeeded, operation: Callable[[], _Result]) -> _Result:
+        async with self._pooling:  # so that what is planned is what is made
+            while True:
+                await self.work(need)
+                try:
+                    return operation()
+                except WorkNeeded as more:
+                    need = more
+
+    async def _with_zeroing(self, need: Needed, operation: Callable[[], _Result]) -> _Result:
+        assert isinstance(need, ZeroingNeeded)
         async with self._zeroing:  # nobody else zeroes, so what is free can be allocated
             while True:
                 await self.zero(need)
@@ -264,6 +299,23 @@ class Session:
                 await self._dirty.wait()
             # To look at every process takes its time: no more than a twentieth of all.
             await trio.sleep(max(_ZERO_DELAY_SECONDS, 20 * self._look_seconds))
+
+    async def _destroy_dead_segments(self) -> None:
+        """Give back the memory of segments that no file has, once nobody else has it either."""
+        segments = self._fs.segments
+        while True:
+            changed = trio.Event()
+            segments.died = changed.set
+            async with self._pooling:
+                work = segments.reaping()
+                if work is not None:
+                    try:
+                        segments.reaped(await trio.to_thread.run_sync(work))
+                    except PkernfsError as e:
+                        self._fs.fail(f"segments: {e}")
+                        return
+            with trio.move_on_after(_LOOK_SECONDS if segments.reaping() is not None else math.inf):
+                await changed.wait()
 
     async def _look_at_freed(self) -> None:
         """Hold what others still map of the memory that was freed; inside :attr:`_zeroing`.

@@ -14,7 +14,14 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from pkernfs.errors import CorruptionError, NoSpaceError, PkernfsError, ZeroingNeeded
+from pkernfs.errors import (
+    CorruptionError,
+    Needed,
+    NoSpaceError,
+    PkernfsError,
+    WorkNeeded,
+    ZeroingNeeded,
+)
 from pkernfs.fuse import shim  # before pyfuse3: it must be found first by the linker
 from pkernfs.quantities import Ino
 
@@ -34,6 +41,12 @@ class Waiting(Protocol):
 
     def turn(self) -> contextlib.AbstractAsyncContextManager[object]:
         """Serve others meanwhile, but let nobody else zero: what is free can be allocated."""
+
+    def pool_turn(self) -> contextlib.AbstractAsyncContextManager[object]:
+        """Serve others meanwhile, but let nobody else change the pool of segments."""
+
+    async def work(self, need: WorkNeeded) -> None:
+        """Do the work that an operation needs, in a thread; inside :meth:`pool_turn`."""
 
     async def drain(self) -> None:
         """Wait until the requests that are there already have been handled."""
@@ -86,31 +99,51 @@ class Handlers:
         So it is if there is no space: blocks that are being zeroed cannot be allocated. Those of a
         file that was unlinked just before come with a FORGET that has not been read yet.
         """
-        return self.waiting is not None and isinstance(error, (ZeroingNeeded, NoSpaceError))
+        return self.waiting is not None and isinstance(error, (Needed, NoSpaceError))
 
     async def after_zeroing(self, reason: BaseException, again: Callable[[], _Result]) -> _Result:
-        """Zero what ``reason`` asks for and call ``again``, until it is content.
+        """Do what ``reason`` asks for and call ``again``, until it is content.
 
         :raises FUSEError: what ``again`` failed with.
         """
-        assert self.waiting is not None
         try:
-            async with self.waiting.turn():
-                if isinstance(reason, ZeroingNeeded):
-                    need = reason
-                else:
-                    await self.waiting.drain()
-                    need = ZeroingNeeded([])  # what was held may be nobody's by now
-                while True:
-                    await self.waiting.zero(need)
-                    try:
-                        return again()
-                    except ZeroingNeeded as more:
-                        need = more
+            while True:
+                wait = self._after_work if isinstance(reason, WorkNeeded) else self._after_zeroing
+                try:
+                    return await wait(reason, again)
+                except Needed as other:  # of the other kind: no two turns are held at once
+                    reason = other
         except FUSEError:
             raise
         except Exception as e:
             raise FUSEError(errno_of(self.fs, e)) from None
+
+    async def _after_work(self, reason: BaseException, again: Callable[[], _Result]) -> _Result:
+        assert self.waiting is not None
+        assert isinstance(reason, WorkNeeded)
+        need = reason
+        async with self.waiting.pool_turn():  # so that what is planned is what is made
+            while True:
+                await self.waiting.work(need)
+                try:
+                    return again()
+                except WorkNeeded as more:
+                    need = more
+
+    async def _after_zeroing(self, reason: BaseException, again: Callable[[], _Result]) -> _Result:
+        assert self.waiting is not None
+        async with self.waiting.turn():
+            if isinstance(reason, ZeroingNeeded):
+                need = reason
+            else:
+                await self.waiting.drain()
+                need = ZeroingNeeded([])  # what was held may be nobody's by now
+            while True:
+                await self.waiting.zero(need)
+                try:
+                    return again()
+                except ZeroingNeeded as more:
+                    need = more
 
 
 def handler(

@@ -93,8 +93,8 @@ class Pool(Protocol):
     def restore(self, segment: Segment) -> Segment:
         """At a mount: make a segment in use again if it is not there, and check it if it is.
 
-        It is as long as the row says then, and all of it is valid: what a cut has left over is cut,
-        what was being added is added. What it has beyond ``valid`` is zeroed, and returned as valid.
+        It is as long as the row says then: what a cut has left over is cut, what was being added is
+        added. What it has beyond ``valid`` is zeroed, and returned as valid.
 
         :raises RegionError: it is lost, or not what it was: why. Nothing was changed.
         """
