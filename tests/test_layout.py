@@ -103,6 +103,20 @@ LIST: list[Row] = [
     (40, 8, "chunks"),
     (48, 16, "uuid"),
 ]
+POOL: list[Row] = [(3712, 4, "pool"), (3716, 4, "granule")]
+STATE_SEGMENTS: list[Row] = [(232, 8, "segment_root"), (240, 8, "last_segment")]
+SEGMENT: list[Row] = [
+    (0, 8, "ino"),
+    (8, 1, "kind"),
+    (9, 1, "state"),
+    (10, 2, "pieces"),
+    (12, 4, "node"),
+    (16, 8, "length"),
+    (24, 8, "valid"),
+    (32, 8, "handle"),
+    (40, 4, "align"),
+    (48, 24, "name"),
+]
 BLOCK_MAP: list[Row] = [(40, 8, "first_block"), (48, 8, "blocks")]
 INODE_PAGE: list[Row] = [
     (40, 8, "index"),
@@ -175,6 +189,9 @@ TABLES = {
     "PIECE": (layout.PIECE, 0, PIECE),
     "RANGE": (layout.RANGE, 0, RANGE),
     "STATE": (layout.STATE, layout.STATE_OFFSET, STATE),
+    "POOL": (layout.POOL, layout.POOL_OFFSET, POOL),
+    "STATE_SEGMENTS": (layout.STATE_SEGMENTS, layout.STATE_SEGMENTS_OFFSET, STATE_SEGMENTS),
+    "SEGMENT": (layout.SEGMENT, 0, SEGMENT),
     "BLOCK_MAP": (layout.BLOCK_MAP, layout.BLOCK_MAP_OFFSET, BLOCK_MAP),
     "INODE_PAGE": (layout.INODE_PAGE, layout.INODE_PAGE_OFFSET, INODE_PAGE),
     "INODE": (layout.INODE, 0, INODE),
@@ -246,6 +263,8 @@ def test_the_document_says_the_same(name: str) -> None:
         (layout.HandoverFields, HANDOVER),
         (layout.HistoryFields, HISTORY),
         (layout.ListFields, LIST),
+        (layout.SegmentFields, SEGMENT),
+        (layout.PoolFields, POOL),
     ],
 )
 def test_names_of_fields(fields: type, rows: list[Row]) -> None:
@@ -265,7 +284,7 @@ def test_classes_name_the_section_that_has_their_fields() -> None:
             named += 1
             for name in fields._fields:  # type: ignore[attr-defined]
                 assert f"| {name} |" in section(int(match[1])), (fields, name)
-    assert named == 7
+    assert named == 9
 
 
 def test_sections_that_are_named_anywhere_are_there() -> None:
@@ -318,6 +337,10 @@ def test_sizes() -> None:
     assert layout.STATE_OFFSET + layout.STATE.size == layout.HANDOVER_OFFSET
     assert layout.HANDOVER_OFFSET + layout.HANDOVER.size <= layout.HISTORY_OFFSET == 256
     assert layout.HISTORY.size <= layout.HISTORY_BYTES == 80
+    assert layout.RANGES_OFFSET + layout.MAX_RANGES * layout.RANGE.size == layout.POOL_OFFSET
+    assert layout.HANDOVER_OFFSET + layout.HANDOVER.size == layout.STATE_SEGMENTS_OFFSET
+    assert layout.STATE_SEGMENTS_OFFSET + layout.STATE_SEGMENTS.size <= layout.HISTORY_OFFSET
+    assert layout.SEGMENT.size == 72
     assert layout.HISTORY_OFFSET + layout.HISTORY_ENTRIES * layout.HISTORY_BYTES <= layout.PAGE
     assert (layout.LIST.size, layout.LIST_SLOTS.size, layout.LIST_PAGE.size) == (64, 64, 24)
 
@@ -329,7 +352,7 @@ def test_constants() -> None:
     assert (layout.FEATURES_COMPAT, layout.FEATURES_RO_COMPAT, layout.FEATURES_INCOMPAT) == (
         0,
         0,
-        0,
+        1,
     )
     assert layout.MIN_REGION_BYTES == 8 << 20
     assert (layout.SUPERBLOCK_PAGE, layout.STATE_PAGE, layout.FIRST_MAP_PAGE) == (0, 1, 2)

@@ -110,9 +110,9 @@ POOL_DAX = 2
 
 
 class PoolFields(NamedTuple):
-    """The pool that segments come from (sections 3 and 12); ``granule`` in bytes."""
+    """The kind of the pool that segments come from (section 3), and their unit in bytes."""
 
-    kind: int
+    pool: int
     granule: int
 
 
@@ -377,7 +377,7 @@ MAX_SEGMENT_PIECES = 64
 
 
 class SegmentFields(NamedTuple):
-    """Row of the table of segments but for its pieces (section 12)."""
+    """Row of the table of segments (section 12) but for its pieces."""
 
     ino: Ino
     kind: int

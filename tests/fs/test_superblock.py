@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pkernfs import layout
 from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import CorruptionError, FormatError, PkernfsError
 from pkernfs.fs import superblock
@@ -19,6 +20,7 @@ from pkernfs.fs.superblock import Superblock, check_features, describe, is_trace
 from pkernfs.layout import (
     BACKUP_PAGE,
     BLOCK,
+    FEATURE_SEGMENTS,
     HEADER,
     MAGIC_STATE,
     NO_NODE,
@@ -67,10 +69,16 @@ RANGE = RangeFields(
 
 
 def encoded(
-    number: int = 0, ranges: tuple[RangeFields, ...] = (RANGE,), uuid: bytes = UUID, **fields: Any
+    number: int = 0,
+    ranges: tuple[RangeFields, ...] = (RANGE,),
+    uuid: bytes = UUID,
+    pool: layout.PoolFields = layout.NO_POOL,
+    **fields: Any,
 ) -> bytes:
     """The image of a superblock with some other fields; its checksum is good."""
-    return superblock.encode(uuid, FIELDS._replace(**fields), list(ranges), PageNo(number))
+    return superblock.encode(
+        uuid, FIELDS._replace(**fields), list(ranges), PageNo(number), pool=pool
+    )
 
 
 def sealed(page: bytes, at: int, data: bytes) -> bytes:
@@ -120,7 +128,7 @@ words = st.integers(0, (1 << 64) - 1)
     minor=st.integers(0, 0xFFFF),
     compat=words,
     ro_compat=words,
-    incompat=words,
+    incompat=words.map(lambda word: word & ~FEATURE_SEGMENTS),  # with it, there is a pool
     created=words,
     blocks=st.integers(4, 1 << 40),
     physical=words,
@@ -361,11 +369,33 @@ def with_features(compat: int = 0, ro_compat: int = 0, incompat: int = 0) -> Sup
 def test_features_that_nobody_knows() -> None:
     assert check_features(with_features())
     assert check_features(with_features(compat=(1 << 64) - 1))
-    for bit in (0, 31, 63):
+    for bit in (1, 31, 63):
         assert not check_features(with_features(ro_compat=1 << bit))
         message = f"superblock: unknown incompat features: got {1 << bit:#x}"
         with pytest.raises(FormatError, match=message):
             check_features(with_features(incompat=1 << bit, ro_compat=1))
+
+
+@pytest.mark.parametrize("kind", [layout.POOL_DIRECTORY, layout.POOL_DAX])
+@pytest.mark.parametrize("granule", [BLOCK, 1 << 30])
+def test_the_pool_is_parsed(kind: int, granule: int) -> None:
+    pool = layout.PoolFields(kind, granule)
+    page = encoded(SUPERBLOCK_PAGE, pool=pool, feature_incompat=FEATURE_SEGMENTS)
+    found = parse(page, SUPERBLOCK_PAGE)
+    assert found.pool == pool
+    assert check_features(found)
+    # Without the feature nothing is read there.
+    assert parse(encoded(SUPERBLOCK_PAGE, pool=pool), SUPERBLOCK_PAGE).pool == layout.NO_POOL
+
+
+@pytest.mark.parametrize(
+    "pool", [(0, BLOCK), (3, BLOCK), (1, 0), (1, BLOCK // 2), (2, BLOCK + 4096), (1, 3 * BLOCK)]
+)
+def test_a_bad_pool_is_damage(pool: tuple[int, int]) -> None:
+    fields = layout.PoolFields(*pool)
+    page = encoded(SUPERBLOCK_PAGE, pool=fields, feature_incompat=FEATURE_SEGMENTS)
+    with pytest.raises(CorruptionError, match="bad pool"):
+        parse(page, SUPERBLOCK_PAGE)
 
 
 # ------------------------------------------------------------------------------ described

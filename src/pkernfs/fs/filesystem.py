@@ -170,7 +170,7 @@ class FileSystem:
         if not may_write and region.writable and not read_only:
             log.warning("unknown ro_compat features %#x: read-only", sb.fields.feature_ro_compat)
         may_write = may_write and not read_only and region.writable
-        pool = open_pool(sb) if sb.pool.kind else None
+        pool = open_pool(sb) if sb.pool.pool else None
         fs = cls(Super(region, sb, clock, may_write), pins, pool, wanted=segments)
         fs._start()
         return fs

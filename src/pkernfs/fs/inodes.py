@@ -147,8 +147,10 @@ class Inode:
             raise CorruptionError(
                 f"inode {self.ino}: bad mode or size: got {self.mode:#o}, {self.size}"
             )
-        if flags & INODE_FLAG_SEGMENT:
-            if not self.body or count or flags & INODE_FLAG_BODY or kind != stat.S_IFREG:
+        if kind != stat.S_IFREG:
+            self.flags &= ~INODE_FLAG_SEGMENT
+        if self.flags & INODE_FLAG_SEGMENT:
+            if not self.body or count or flags & INODE_FLAG_BODY:
                 raise CorruptionError(f"inode {self.ino}: bad segment: got {self.body}")
         elif flags & INODE_FLAG_BODY:
             if not self.body or count:

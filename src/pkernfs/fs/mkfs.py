@@ -315,7 +315,7 @@ class _Maker:
             range_count=len(ranges),
             feature_compat=0,
             feature_ro_compat=0,
-            feature_incompat=FEATURE_SEGMENTS if pool.kind else 0,
+            feature_incompat=FEATURE_SEGMENTS if pool.pool else 0,
             region_bytes=self.blocks * BLOCK,
             created=self.now,
             journal_page=JOURNAL_PAGE,

@@ -167,8 +167,8 @@ def _parse_pool(page: bytes, fields: SuperblockFields) -> PoolFields:
         return NO_POOL
     pool = PoolFields(*POOL.unpack_from(page, POOL_OFFSET))
     granule = pool.granule
-    if pool.kind not in (POOL_DIRECTORY, POOL_DAX) or granule < BLOCK or granule & (granule - 1):
-        raise CorruptionError(f"superblock: bad pool: got kind {pool.kind}, granule {granule:#x}")
+    if pool.pool not in (POOL_DIRECTORY, POOL_DAX) or granule < BLOCK or granule & (granule - 1):
+        raise CorruptionError(f"superblock: bad pool: got kind {pool.pool}, granule {granule:#x}")
     return pool
 
 
