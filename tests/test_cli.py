@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import errno
 import os
 import subprocess
 import sys
@@ -98,6 +99,32 @@ def test_version_and_help(command: Command) -> None:
             usage = f"usage: pkernfs {name} {more}"
             assert command("pkernfs", name, more, "--help").out.startswith(usage)
         assert name in command("pkernfs", "--help").out
+
+
+@pytest.mark.parametrize("columns", [None, "", "0", "-1", "x", "40", "200"])
+@pytest.mark.parametrize("size", [None, 0, 132])
+def test_help_is_as_wide_as_argparse_makes_it(
+    columns: str | None, size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def terminal_size(fd: int) -> os.terminal_size:
+        if size is None:
+            raise OSError(errno.ENOTTY, "not a terminal")
+        return os.terminal_size((size, 24))
+
+    monkeypatch.setattr(os, "get_terminal_size", terminal_size)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", columns)
+    expected = argparse.HelpFormatter("x")._width
+    assert cli.Parser()._get_formatter()._width == expected
+    monkeypatch.setattr(sys, "__stdout__", None)
+    assert cli.Parser()._get_formatter()._width == argparse.HelpFormatter("x")._width
+
+
+def test_a_command_does_not_wait_for_shutil() -> None:
+    program = "import sys; from pkernfs import cli; cli.build_parser('handover', 'pkernfs')"
+    program += "; sys.exit('shutil' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
 @pytest.mark.parametrize(
