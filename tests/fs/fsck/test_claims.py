@@ -67,6 +67,15 @@ def test_blocks_are_claimed_as_one(claims: Claims) -> None:
     assert claims.claim_block(BLOCK_5)
 
 
+def test_what_is_in_use(claims: Claims) -> None:
+    assert claims.in_use() == bytes([STATIC, STATIC])
+    assert claims.claim_run(BLOCK_4, 2)
+    assert claims.claim_meta(page(BLOCK_3, 5))
+    assert claims.in_use() == bytes([STATIC, STATIC, CARVED, WHOLE, WHOLE])
+    claims.release_blocks(BLOCK_5, 1)
+    assert sorted(claims.in_use()) == [STATIC, STATIC, WHOLE, CARVED]
+
+
 def test_pages_are_taken_back_over_the_end_of_a_block(claims: Claims) -> None:
     claims.claim_pages(BLOCK_3, PAGES_PER_BLOCK - 2, 2)
     claims.claim_pages(BLOCK_4, 1, 2)

@@ -21,10 +21,13 @@ from pkernfs.fs.fsck.structures import (
     check_items,
     device_number_fits,
     flag_faults,
+    has_tree,
     inline_extents,
+    link_count,
     name_fault,
     pack_bits,
     parse_attribute,
+    parse_inode,
     parse_node,
     parse_overflow,
 )
@@ -103,6 +106,27 @@ def test_device_numbers() -> None:
     assert device_number_fits(device)
     assert not device_number_fits(device._replace(rdev_minor=1 << 20))
     assert not device_number_fits(INODE._replace(rdev_major=1))
+
+
+@given(st.lists(st.integers(0, 2**32 - 1), min_size=20, max_size=20), st.integers(1, 15))
+def test_a_part_of_an_inode_is_what_the_whole_has(numbers: list[int], slot: int) -> None:
+    page = bytearray(PAGE)
+    layout.INODE.pack_into(page, slot * layout.INODE_BYTES, *(n >> 1 for n in numbers))
+    inode = parse_inode(page, slot)
+    assert link_count(page, slot) == inode.nlink
+    assert has_tree(page, slot) == bool(inode.xattr_root or inode.flags & INODE_FLAG_BODY)
+
+
+def test_who_has_a_tree() -> None:
+    for inode, expected in (
+        (INODE, False),
+        (INODE._replace(xattr_root=PageNo(7)), True),
+        (INODE._replace(flags=INODE_FLAG_BODY, body=PageNo(7)), True),
+        (INODE._replace(flags=layout.INODE_FLAG_PENDING, nlink=1), False),
+    ):
+        page = bytearray(PAGE)
+        layout.INODE.pack_into(page, layout.INODE_BYTES, *inode)
+        assert has_tree(page, 1) is expected
 
 
 def test_more_inline_extents_than_fit() -> None:

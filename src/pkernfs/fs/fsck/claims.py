@@ -80,6 +80,10 @@ class Claims:
             return True
         return kind == CARVED
 
+    def in_use(self) -> bytes:
+        """Return the kinds of all blocks that are not free."""
+        return b"".join(self.kind[first : first + count] for first, count in flag_runs(self.kind))
+
     def release_pages(self, first: PageNo, count: int = 1) -> None:
         """Take pages of carved blocks back."""
         page: int = first

@@ -12,7 +12,7 @@ from pkernfs.fs.fsck.context import Context, NewName
 from pkernfs.fs.fsck.names import entries_of, fix_of, uncount_name
 from pkernfs.fs.fsck.problems import Code
 from pkernfs.fs.fsck.scavenge import make_inode
-from pkernfs.fs.fsck.structures import T_DIR, T_LNK, T_REG, parse_inode
+from pkernfs.fs.fsck.structures import T_DIR, T_LNK, T_REG, link_count, parse_inode
 from pkernfs.fs.fsck.table import new_inode_page
 from pkernfs.fs.fsck.trees import Allocator
 from pkernfs.layout import (
@@ -240,13 +240,13 @@ class Connector:
                 ino = inos[slot]
                 if not kind or ino in orphans:
                     continue
-                f = parse_inode(page, slot)
+                nlink = link_count(page, slot)
                 links = inodes.names[row + slot]
                 if kind == T_DIR:
                     links = 2 + inodes.subdirs[row + slot]
-                    self._directory(ino, row + slot, f)
-                if f.nlink != links:
-                    self._set(ino, Code.INODE_LINKS, "nlink", f.nlink, links)
+                    self._directory(ino, row + slot, parse_inode(page, slot))
+                if nlink != links:
+                    self._set(ino, Code.INODE_LINKS, "nlink", nlink, links)
 
     def _directory(self, ino: Ino, row: int, f: layout.InodeFields) -> None:
         parent = self._inodes.parent[row]

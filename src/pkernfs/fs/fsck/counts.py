@@ -111,15 +111,15 @@ def _write_state(ctx: Context, free: int, used: int) -> None:
 
 def summarize(ctx: Context) -> dict[str, int]:
     """Count what there is after the repair, for the report."""
-    kind = ctx.claims.kind
+    used = ctx.claims.in_use()
     types = ctx.inodes.type
     return {
         "inodes": len(types) - types.count(0),
         "directories": types.count(T_DIR),
         "blocks": ctx.blocks,
-        "blocks_free": kind.count(0),
-        "blocks_used": ctx.blocks - kind.count(0),
-        "blocks_data": kind.count(WHOLE),
-        "blocks_carved": kind.count(CARVED),
+        "blocks_free": ctx.blocks - len(used),
+        "blocks_used": len(used),
+        "blocks_data": used.count(WHOLE),
+        "blocks_carved": used.count(CARVED),
         "pages_used": sum(m.bit_count() for m in ctx.claims.pages.values()),
     }

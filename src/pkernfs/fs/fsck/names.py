@@ -22,6 +22,7 @@ from pkernfs.fs.fsck.structures import (
     ItemSlot,
     check_items,
     extent_slots,
+    has_tree,
     item_slots,
     name_fault,
     parse_attribute,
@@ -53,7 +54,7 @@ def check_trees(ctx: Context) -> None:
         inos = inos_of(index)
         for slot in range(1, SLOTS_PER_INODE_PAGE):
             kind = ctx.inodes.type[row + slot]
-            if not kind:
+            if not kind or not has_tree(page, slot):
                 continue
             fields = parse_inode(page, slot)
             ino = inos[slot]

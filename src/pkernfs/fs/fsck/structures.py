@@ -7,7 +7,9 @@ here carries the reason alone (``bad magic: got .., expected ..``): the caller k
 from __future__ import annotations
 
 import stat
-from typing import NamedTuple
+from collections.abc import Callable
+from struct import Struct, calcsize
+from typing import Any, NamedTuple
 
 from pkernfs import layout
 from pkernfs.alloc import bitmap
@@ -52,6 +54,17 @@ _FILE_TYPES = frozenset(
 # Found once: every inode is parsed several times.
 _unpack_inode = INODE.unpack_from
 _as_inode = layout.InodeFields._make
+
+
+def _unpack_only(*names: str) -> Callable[[Buffer, int], tuple[Any, ...]]:
+    """Unpack some fields of an inode, in the order of the format: 0.1 us, not 0.6."""
+    codes = zip(layout.InodeFields._fields, INODE.format.removeprefix("<"), strict=True)
+    parts = (code if name in names else f"{calcsize(f'<{code}')}x" for name, code in codes)
+    return Struct("<" + "".join(parts)).unpack_from
+
+
+_unpack_nlink = _unpack_only("nlink")
+_unpack_trees = _unpack_only("flags", "xattr_root")
 
 _XATTR_PREFIXES = (b"user.", b"trusted.", b"security.")
 
@@ -287,6 +300,18 @@ def parse_inode_page(page: Buffer) -> InodePage:
 def parse_inode(page: Buffer, slot: int) -> layout.InodeFields:
     """The fields of the inode in a slot, unchecked."""
     return _as_inode(_unpack_inode(page, slot * INODE_BYTES))
+
+
+def link_count(page: Buffer, slot: int) -> int:
+    """The field ``nlink`` of the inode in a slot, unchecked."""
+    (nlink,) = _unpack_nlink(page, slot * INODE_BYTES)
+    return int(nlink)
+
+
+def has_tree(page: Buffer, slot: int) -> bool:
+    """Tell whether the inode in a slot says that it has attributes, or a body outside."""
+    flags, xattr_root = _unpack_trees(page, slot * INODE_BYTES)
+    return bool(xattr_root or flags & layout.INODE_FLAG_BODY)
 
 
 def check_inode(f: layout.InodeFields, ino: Ino) -> None:
