@@ -30,6 +30,8 @@ class MountLine(NamedTuple):
 
 def unescape(field: str) -> str:
     """Return a field of a table of mounts as it was before the kernel escaped it."""
+    if "\\" not in field:  # so it is with nearly all, and every request reads a table
+        return field
     # What is escaped is ASCII, whatever the encoding of the rest.
     return _ESCAPE.sub(lambda m: chr(int(m[1], 8)), field)
 
