@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,21 @@ def test_each_spec_has_its_kind(machine: Machine, tmp_path: Path) -> None:
         backing = open_backing(spec, write=True, phys_base=None, lock=True, host=machine)
         assert (type(backing), backing.name) == (kind, name)
         backing.close()
+
+
+_IMPORTS = """
+import sys
+from pkernfs.region.region import Region
+with Region.open(sys.argv[1], write=False) as region:
+    print([name for name in sys.argv[2:] if f"pkernfs.{name}" in sys.modules])
+"""
+
+
+def test_a_file_waits_for_no_other_kind(tmp_path: Path) -> None:
+    files.create(str(tmp_path / "file"), 8 * M)
+    others = ["region.devmem", "region.dax_backing", "region.physical", "host.memmap"]
+    words = [sys.executable, "-c", _IMPORTS, str(tmp_path / "file"), *others]
+    assert subprocess.check_output(words, text=True) == "[]\n"
 
 
 @pytest.mark.parametrize("spec", ["512M!1G", "dev/dax0.0"])

@@ -16,7 +16,7 @@ import stat
 from typing import NamedTuple
 
 from pkernfs.errors import RegionError
-from pkernfs.host import cmdline, memmap, reserved
+from pkernfs.host import cmdline
 from pkernfs.host.iomem import Span
 from pkernfs.host.sysroot import Host
 from pkernfs.layout import BLOCK
@@ -131,6 +131,8 @@ def _number(host: Host, name: str) -> int | None:
 
 
 def _why_none(host: Host) -> str:
+    from pkernfs.host import memmap, reserved  # 3 ms, for those only who have no such device
+
     names = device_names(host)
     if names:
         return f"no such device: there is {', '.join(f'/dev/{name}' for name in names)}"

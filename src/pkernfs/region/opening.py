@@ -1,4 +1,8 @@
-"""Opening the backing that a region spec names, of whatever kind."""
+"""Opening the backing that a region spec names, of whatever kind.
+
+The kinds with physical addresses are imported by those only who open one: with what they ask of the
+kernel they take as long to import (3 ms) as it takes to check a small region.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,6 @@ from pkernfs.host.sysroot import HOST, Host
 from pkernfs.quantities import PhysAddr
 from pkernfs.region import dax
 from pkernfs.region.backing import Backing
-from pkernfs.region.dax_backing import DaxBacking
-from pkernfs.region.devmem import DevMemBacking
 from pkernfs.region.files import FileBacking
 from pkernfs.region.spec import is_file_spec, looks_physical, resolve
 
@@ -34,5 +36,17 @@ def open_backing(
     if phys_base is not None:
         raise UsageError(f"{spec}: phys_base= is for files: this region has its own address")
     if name is None:
-        return DevMemBacking(spec, write=write, lock=lock, host=host)
+        return _open_devmem(spec, write=write, lock=lock, host=host)
+    return _open_dax(path, name, write=write, lock=lock, host=host)
+
+
+def _open_devmem(spec: str, *, write: bool, lock: bool, host: Host) -> Backing:
+    from pkernfs.region.devmem import DevMemBacking
+
+    return DevMemBacking(spec, write=write, lock=lock, host=host)
+
+
+def _open_dax(path: str, name: str, *, write: bool, lock: bool, host: Host) -> Backing:
+    from pkernfs.region.dax_backing import DaxBacking
+
     return DaxBacking(path, name, write=write, lock=lock, host=host)
