@@ -316,3 +316,12 @@ def test_where_the_kernel_does_not_look_there_is_no_address(
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, before)
         assert found == [(5, 10, None)]
+
+
+def test_a_file_system_is_written_back(tmp_path: Path) -> None:
+    fd = os.open(tmp_path, os.O_RDONLY)
+    files.sync_file_system(fd)
+    os.close(fd)
+    with pytest.raises(OSError, match="Bad file descriptor") as caught:
+        files.sync_file_system(fd)
+    assert caught.value.errno == errno.EBADF

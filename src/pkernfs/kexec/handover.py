@@ -6,7 +6,6 @@ digests in between are made here, in the process that hands over.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import time
 from array import array
@@ -24,6 +23,7 @@ from pkernfs.kexec.observer import SILENT, Observer
 from pkernfs.layout import HANDOVER_FLAG_DIGESTS, NO_INO, STATE_PAGE
 from pkernfs.quantities import Ino, PageNo
 from pkernfs.region.digest import Part, crc64, digest_all
+from pkernfs.region.files import sync_file_system
 from pkernfs.region.region import Region
 
 
@@ -99,12 +99,11 @@ def write_back(mount_point: str) -> None:
 
     :raises PkernfsError: some of it could not be written.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
     fd = os.open(mount_point, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        if libc.syncfs(fd):
-            reason = os.strerror(ctypes.get_errno())
-            raise PkernfsError(f"{mount_point}: cannot write back: {reason}")
+        sync_file_system(fd)
+    except OSError as e:
+        raise PkernfsError(f"{mount_point}: cannot write back: {e.strerror}") from None
     finally:
         os.close(fd)
 

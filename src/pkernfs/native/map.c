@@ -207,3 +207,9 @@ uint64_t pk_fs_magic(int fd)
 
 	return fstatfs(fd, &s) ? 0 : (uint64_t)s.f_type;
 }
+
+/* Write back all of the file system that fd is on; 0 or an errno.  Python has no such function. */
+int pk_syncfs(int fd)
+{
+	return syncfs(fd) ? errno : 0;
+}

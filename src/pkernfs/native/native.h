@@ -150,6 +150,7 @@ void pk_bus_error(void);
 int pk_reserve(int fd, uint64_t offset, uint64_t n);
 int pk_msync(uint8_t *map, uint64_t size);
 uint64_t pk_fs_magic(int fd);
+int pk_syncfs(int fd);
 
 struct pk_existing { uint64_t offset, length, physical; };	/* bytes; physical: NO_ADDRESS: none */
 

@@ -160,6 +160,16 @@ class FileBacking(Backing):
             yield RegionRange(at, RegionOff(offset + length))
 
 
+def sync_file_system(fd: int) -> None:
+    """Have the kernel write back what is not yet on the file system of an open file.
+
+    :raises OSError: some of it could not be written.
+    """
+    error = int(lib.pk_syncfs(fd))
+    if error:
+        raise OSError(error, os.strerror(error))
+
+
 def create(path: str, size: int) -> None:
     """Make a file region of ``size`` bytes, all zero and sparse.
 
