@@ -22,7 +22,8 @@ from pkernfs.host.mount_table import FSTYPE, own_mounts
 from pkernfs.host.reserved import By, Kept
 from pkernfs.host.sysroot import HOST, Host
 from pkernfs.iommu.config import Config as IommuConfig
-from pkernfs.kexec import loaded, systemd
+from pkernfs.kexec import systemd
+from pkernfs.kexec.spans import physical_spans
 from pkernfs.options import format_size
 from pkernfs.quantities import Iova, PhysAddr
 from pkernfs.region import dax, physical
@@ -283,7 +284,7 @@ def _check_next_kernel(host: Host, config: Config) -> Iterator[Result]:
     specs += [mount.source for mount in own_mounts(host) if mount.fstype == FSTYPE]
     for spec in dict.fromkeys(specs):
         try:
-            kept = reserved.find_kept(loaded.physical_spans(spec, host), host)
+            kept = reserved.find_kept(physical_spans(spec, host), host)
         except (PkernfsError, OSError):
             continue  # said already, or no region of this machine yet
         yield from _kept_from_the_next_kernel(spec, kept)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -210,6 +212,30 @@ def test_a_mount_is_written_back_and_checked_first(monkeypatch: pytest.MonkeyPat
     ]  # fmt: skip
     assert done.number == 3
     assert done.seconds >= 0  # of all of it
+
+
+_LOADS = """
+import sys
+from pkernfs.kexec import handover
+from pkernfs.kexec.daemon import Daemon
+from pkernfs.control.mounts import Mount
+heavy = {f"pkernfs.{name}" for name in sys.argv[2:]}
+print(sorted(heavy & sys.modules.keys()))
+Daemon.mount = Mount(0, "/mnt/a", "fuse.pkernfs", sys.argv[1])
+handover.load_for("/mnt/a")
+print(sorted(heavy - sys.modules.keys()))
+"""
+
+
+@pytest.mark.parametrize("spec", ["/dev/shm", "512M!1G"])
+def test_only_memory_that_can_be_kept_has_its_modules_imported(spec: str) -> None:
+    """All of them, before anything is frozen; a file in the kernel's memory waits for none."""
+    heavy = sorted(("host.boot", "host.memmap", "kexec.loaded", "region.dax_backing",
+                    "region.devmem"))  # fmt: skip
+    words = [sys.executable, "-c", _LOADS, spec, *heavy]
+    before, missing = subprocess.check_output(words, text=True).splitlines()
+    assert before == "[]"
+    assert missing == str([f"pkernfs.{name}" for name in heavy] if spec == "/dev/shm" else [])
 
 
 def test_writing_back(tmp_path: object) -> None:

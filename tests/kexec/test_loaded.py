@@ -10,7 +10,7 @@ import pytest
 
 from pkernfs.host.iomem import Span
 from pkernfs.kexec import loaded
-from pkernfs.kexec.loaded import KexecError
+from pkernfs.kexec.spans import KexecError
 from pkernfs.quantities import PhysAddr
 from support.kernel_memory import (
     IMAGE,

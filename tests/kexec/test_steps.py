@@ -17,11 +17,11 @@ from pkernfs.control.mounts import Mount
 from pkernfs.errors import BusyError, NotFoundError, PkernfsError
 from pkernfs.host.sysroot import Host
 from pkernfs.kexec import loaded, steps, systemd
-from pkernfs.kexec.loaded import KexecError
 from pkernfs.kexec.observer import Observer
 from pkernfs.kexec.plan import Plan
 from pkernfs.kexec.prepare import Prepared
 from pkernfs.kexec.signals import EndedBySignal
+from pkernfs.kexec.spans import KexecError
 from support.made_up_host import Machine
 
 POINTS = ["/mnt/a", "/mnt/b"]

@@ -45,8 +45,9 @@ def run(args: argparse.Namespace) -> int:
     if args.abort:
         _abort(args.mnt, as_json=args.json)
         return 0
-    from pkernfs.kexec.handover import hand_over_mount
+    from pkernfs.kexec.handover import hand_over_mount, load_for
 
+    load_for(args.mnt)
     done = hand_over_mount(
         args.mnt,
         digests=args.digest,

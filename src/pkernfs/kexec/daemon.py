@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from pkernfs.control import client, protocol
 from pkernfs.control.mounts import Mount
 from pkernfs.errors import BusyError
-from pkernfs.kexec import users
 from pkernfs.kexec.mounted import Frozen, ManifestFile
-from pkernfs.kexec.needs import Needs
 from pkernfs.quantities import Ino
 from pkernfs.region.region import Region
+
+if TYPE_CHECKING:
+    from pkernfs.kexec.needs import Needs
 
 _PIECE_BYTES = 512 << 10  # of the manifest, in one request
 _SHOWN = 8
@@ -66,6 +68,8 @@ class Daemon:
 
     def other_mappers(self) -> Iterator[str]:
         """Yield the processes beside the daemon that map the region itself for writing."""
+        from pkernfs.kexec import users
+
         served_by = None
         for user in users.mappers_of(self.mount.source):
             if served_by is None:
@@ -99,6 +103,8 @@ class Daemon:
         client.call(self._path, protocol.Abort())
 
     def _busy(self, inos: set[Ino]) -> BusyError:
+        from pkernfs.kexec import users  # what is in the way is looked for only if something is
+
         who = list(users.users_of(self.mount, inos))
         if not who:
             where = ", ".join(f"inode {ino}" for ino in sorted(inos)[:_SHOWN])
@@ -110,6 +116,8 @@ class Daemon:
 
     def needs(self) -> Needs:
         """Ask for the needs of the devices that depend on the mount's tables."""
+        from pkernfs.kexec.needs import Needs
+
         told = client.call(self._path, protocol.FindKexecNeeds())
         return Needs(list(told.devices), list(told.cleared), told.scalable, list(told.units))
 

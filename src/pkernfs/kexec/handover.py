@@ -15,11 +15,10 @@ from typing import NamedTuple
 from pkernfs.errors import CorruptionError, NoSpaceError, PkernfsError, RegionError
 from pkernfs.fs.fsck import Survey, survey
 from pkernfs.fs.manifest import FileDigests, build_manifest, chunks_of, room_for_manifest
-from pkernfs.kexec import loaded
 from pkernfs.kexec.daemon import Daemon
-from pkernfs.kexec.loaded import KexecError
 from pkernfs.kexec.mounted import Frozen, MountedFileSystem
 from pkernfs.kexec.observer import SILENT, Observer
+from pkernfs.kexec.spans import KexecError, ends_with_kernel, refuse_if_it_ends
 from pkernfs.layout import HANDOVER_FLAG_DIGESTS, NO_INO, STATE_PAGE
 from pkernfs.quantities import Ino, PageNo
 from pkernfs.region.digest import Part, crc64, digest_all
@@ -62,6 +61,27 @@ class _Manifest(NamedTuple):
     data: bytes
 
 
+def load_for(path: str) -> None:
+    """Have ready what the handover of a mount needs.
+
+    A command calls it first: later, it would take time while the file system is frozen.
+
+    :raises InvalidError: the path is on no mount.
+    """
+    if not ends_with_kernel(Daemon(path).mount.source):
+        _import_for_kept_memory()
+
+
+def _import_for_kept_memory() -> None:
+    """Import what checks and opens memory that a kexec can keep.
+
+    That takes 6 ms, for which a file need not wait. Opening would import it as well, but with the
+    file system frozen.
+    """
+    from pkernfs.kexec import loaded  # noqa: F401
+    from pkernfs.region import dax_backing, devmem  # noqa: F401
+
+
 def hand_over_mount(
     path: str,
     *,
@@ -84,7 +104,7 @@ def hand_over_mount(
     start = time.monotonic()
     daemon = Daemon(path)
     try:
-        loaded.check(daemon.mount.source, command_line, needs_initrd=needs_initrd)
+        _check_next_kernel(daemon.mount.source, command_line, needs_initrd)
     except KexecError as e:
         if not force:
             raise
@@ -92,6 +112,18 @@ def hand_over_mount(
     write_back(daemon.mount.mount_point)
     done = hand_over(daemon, digests=digests, observer=observer)
     return done._replace(seconds=time.monotonic() - start)
+
+
+def _check_next_kernel(source: str, command_line: str | None, needs_initrd: bool) -> None:
+    """Refuse a region that the next kernel would lose.
+
+    :raises KexecError: it would.
+    """
+    refuse_if_it_ends(source)
+    _import_for_kept_memory()
+    from pkernfs.kexec import loaded
+
+    loaded.check(source, command_line, needs_initrd=needs_initrd)
 
 
 def write_back(mount_point: str) -> None:

@@ -8,21 +8,19 @@ is changed.
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from pkernfs.errors import PkernfsError, RegionError
+from pkernfs.errors import RegionError
 from pkernfs.host import boot, cmdline, kmem, memmap, reserved
 from pkernfs.host.iomem import Span, overlap
 from pkernfs.host.kcore import Kcore, KcoreError
 from pkernfs.host.memmap import Entry, Kaslr, Kind
 from pkernfs.host.reserved import Kept
 from pkernfs.host.sysroot import HOST, Host
+from pkernfs.kexec.spans import KexecError, physical_spans, refuse_if_it_ends, spans_of
 from pkernfs.quantities import PhysAddr
-from pkernfs.region import dax, files
-from pkernfs.region.spec import looks_physical, parse_span
 
 _PAGE = 4096
 # kimage_entry_t, include/linux/kexec.h: a page's address, and in its low bits what it is.
@@ -34,18 +32,6 @@ _COMMAND_LINE_AT, _COMMAND_LINE_HIGH_AT = 0x228, 0xC8
 # e820_entries, e820_table: zero-page.rst.
 _MAP_ENTRIES_AT, _MAP_AT, _MAX_MAP_ENTRIES = 0x1E8, 0x2D0, 128
 _MAX_COMMAND_LINE = 64 << 10
-
-
-class KexecError(PkernfsError):
-    """The next kernel would take the region, or it cannot be seen that it would not."""
-
-
-def physical_spans(spec: str, host: Host = HOST) -> list[Span]:
-    """Return the physical memory that a region spec names; none for a file."""
-    if looks_physical(spec):
-        return [parse_span(spec)]
-    name = dax.device_name(os.path.realpath(spec), host)
-    return [] if name is None else list(dax.read_device(name, host).pieces)
 
 
 def check(
@@ -63,8 +49,7 @@ def check(
     :param needs_initrd: the loaded kernel must have an initrd if this one had one.
     :raises KexecError: it is not, no kernel is loaded, or its command line cannot be read.
     """
-    if ends_with_kernel(spec, host):
-        raise KexecError(ends_message(spec))
+    refuse_if_it_ends(spec, host)
     spans = physical_spans(spec, host)
     needed = _needed(spans, host)
     if not needed.any():
@@ -142,18 +127,6 @@ def _why_another_word(lost: list[Kept]) -> str:
     return ""
 
 
-def ends_with_kernel(spec: str, host: Host = HOST) -> bool:
-    """Tell whether a region is memory of the running kernel itself: a file on tmpfs, hugetlbfs."""
-    if looks_physical(spec) or dax.device_name(os.path.realpath(spec), host) is not None:
-        return False
-    return files.is_in_memory(spec)
-
-
-def ends_message(spec: str) -> str:
-    """Say it of such a region."""
-    return f"{spec}: it ends with this kernel; nothing here survives a kexec"
-
-
 def _check_kaslr(spec: str, given: str, kept: Kept) -> None:
     """Refuse a command line by which KASLR may put the next kernel into a range."""
     verdict = memmap.kaslr(given, kept.start, kept.end)
@@ -214,14 +187,6 @@ def _needed(spans: list[Span], host: Host) -> _Needed:
             name = "" if one.name is None else f"{one.name}:"
             asked.append((f"pkernfs={name}{one.spec}", _Names(one, host)))
     return _Needed(kept, asked)
-
-
-def spans_of(spec: str, host: Host) -> list[Span]:
-    """Return the physical memory of a spec on a command line; none if it has none here."""
-    try:
-        return physical_spans(spec, host)
-    except RegionError:
-        return []
 
 
 class Told(NamedTuple):

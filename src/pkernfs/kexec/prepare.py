@@ -16,11 +16,12 @@ from pkernfs.errors import InvalidError, PkernfsError, RegionError
 from pkernfs.host import cmdline, reserved
 from pkernfs.host.iomem import Span
 from pkernfs.host.sysroot import HOST, Host
-from pkernfs.kexec import loaded, systemd
+from pkernfs.kexec import systemd
 from pkernfs.kexec.daemon import Daemon
 from pkernfs.kexec.needs import MountNeeds, Needs
 from pkernfs.kexec.next_kernel import find_kernel
 from pkernfs.kexec.plan import Plan, make_plan
+from pkernfs.kexec.spans import ends_message, ends_with_kernel, physical_spans, spans_of
 from pkernfs.kexec.users import Process
 
 
@@ -71,7 +72,7 @@ def prepare(request: Request, host: Host = HOST) -> Prepared:
     mount_needs = MountNeeds(mounts, {} if request.orderly else ask(mounts))
     needs = mount_needs.whole()
     for mount in mounts:
-        if mount_needs.has_devices(mount) and not loaded.physical_spans(mount.source, host):
+        if mount_needs.has_devices(mount) and not physical_spans(mount.source, host):
             raise InvalidError(
                 f"kexec: {mount.source}: gone with this kernel, but devices depend on its tables: "
                 "a region is needed that is SIZE!START or device-dax (--orderly stops the devices)"
@@ -81,7 +82,7 @@ def prepare(request: Request, host: Host = HOST) -> Prepared:
         by_systemd = [m for m in mounts if systemd.hands_over(m.mount_point, host)]
     points = [m.mount_point for m in mounts if m not in by_systemd]
     sources = [m.source for m in mounts] + [e.source for e in elsewhere if e.source is not None]
-    spans = [s for source in sources for s in loaded.physical_spans(source, host)]
+    spans = [s for source in sources for s in physical_spans(source, host)]
     spans += [s for s in _spans_of_named(host) if s not in spans]
     plan = make_plan(
         spans,
@@ -94,7 +95,7 @@ def prepare(request: Request, host: Host = HOST) -> Prepared:
         host=host,
     )
     plan.obstacles[:0] = [
-        *(loaded.ends_message(m.source) for m in mounts if loaded.ends_with_kernel(m.source, host)),
+        *(ends_message(m.source) for m in mounts if ends_with_kernel(m.source, host)),
         *(one.message for one in elsewhere),
     ]
     with_devices = [point for point, n in mount_needs.needs.items() if n.devices]
@@ -107,7 +108,7 @@ def _spans_of_named(host: Host) -> list[Span]:
         named = cmdline.named_regions(host.command_line())
     except RegionError:
         return []  # `none` is no region of this kernel
-    spans = [s for one in named for s in loaded.spans_of(one.spec, host)]
+    spans = [s for one in named for s in spans_of(one.spec, host)]
     return [Span(k.start, k.end - k.start) for k in reserved.find_kept(spans, host)]
 
 

@@ -18,11 +18,11 @@ from pkernfs.host.sysroot import HOST, Host
 from pkernfs.kexec import loaded, systemd
 from pkernfs.kexec.daemon import Daemon
 from pkernfs.kexec.handover import hand_over_mount
-from pkernfs.kexec.loaded import KexecError
 from pkernfs.kexec.observer import SILENT, Observer
 from pkernfs.kexec.plan import Plan
 from pkernfs.kexec.prepare import Prepared
 from pkernfs.kexec.signals import ended_by_exception, held
+from pkernfs.kexec.spans import KexecError
 
 
 def load(plan: Plan, host: Host = HOST) -> bool:

@@ -1,0 +1,57 @@
+"""The physical memory of regions, which a kexec can keep, and the error of a region that it loses.
+
+A file in the kernel's own memory (tmpfs, hugetlbfs) ends with this kernel, whatever the next one is
+told. Whoever asks only that must not wait for what reads the next kernel's command line and the
+memory of this one (:mod:`pkernfs.kexec.loaded`).
+"""
+
+from __future__ import annotations
+
+import os
+
+from pkernfs.errors import PkernfsError, RegionError
+from pkernfs.host.iomem import Span
+from pkernfs.host.sysroot import HOST, Host
+from pkernfs.region import dax, files
+from pkernfs.region.spec import looks_physical, parse_span
+
+
+class KexecError(PkernfsError):
+    """The next kernel would take the region, or it cannot be seen that it would not."""
+
+
+def physical_spans(spec: str, host: Host = HOST) -> list[Span]:
+    """Return the physical memory that a region spec names; none for a file."""
+    if looks_physical(spec):
+        return [parse_span(spec)]
+    name = dax.device_name(os.path.realpath(spec), host)
+    return [] if name is None else list(dax.read_device(name, host).pieces)
+
+
+def spans_of(spec: str, host: Host) -> list[Span]:
+    """Return the physical memory of a spec on a command line; none if it has none here."""
+    try:
+        return physical_spans(spec, host)
+    except RegionError:
+        return []
+
+
+def ends_with_kernel(spec: str, host: Host = HOST) -> bool:
+    """Tell whether a region is memory of the running kernel itself: a file on tmpfs, hugetlbfs."""
+    if looks_physical(spec) or dax.device_name(os.path.realpath(spec), host) is not None:
+        return False
+    return files.is_in_memory(spec)
+
+
+def ends_message(spec: str) -> str:
+    """Say it of such a region."""
+    return f"{spec}: it ends with this kernel; nothing here survives a kexec"
+
+
+def refuse_if_it_ends(spec: str, host: Host = HOST) -> None:
+    """Refuse a region that ends with the running kernel.
+
+    :raises KexecError: it does.
+    """
+    if ends_with_kernel(spec, host):
+        raise KexecError(ends_message(spec))
