@@ -7,11 +7,12 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pkernfs.control import client
-from pkernfs.control.protocol import Ping, Pong
+from pkernfs.control import client, codec
+from pkernfs.control.protocol import Freeze, Frozen, OpenForWriting, Ping, Pong
 from pkernfs.errors import InvalidError, PermissionDeniedError
 from support.control import socket_of, which, with_own_run
 from support.mounting import Mounted, child, is_mounted, run_as
@@ -37,6 +38,26 @@ def test_any_path_of_the_mount_will_do(mounted: Mounted) -> None:
     found = socket_of(mounted.path)
     assert found.stat().st_mode & 0o777 == 0o600
     assert found.parent.stat().st_mode & 0o777 == 0o755
+
+
+@fuse
+def test_a_mount_that_is_known_is_not_looked_for(
+    mounted: Mounted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mount = client.find_mount(str(mounted.path))
+    monkeypatch.setattr(client, "find_mount", lambda path: pytest.fail("again"))
+    assert client.call(str(mounted.path), Ping(), mount)
+    lease = client.stream(str(mounted.path), Freeze(), mount)
+    assert isinstance(next(lease), Frozen)
+    lease.close()
+
+
+def test_what_is_prepared_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared: list[type[Any]] = []
+    monkeypatch.setattr(codec, "prepare", prepared.append)
+    client.prepare(Ping, Freeze)
+    assert prepared == [Ping, Pong, Freeze, *Freeze.answers]
+    assert set(Freeze.answers) == {OpenForWriting, Frozen}
 
 
 @fuse

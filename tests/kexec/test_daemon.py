@@ -31,15 +31,19 @@ class Socket:
         monkeypatch.setattr(client, "stream", self.stream)
         monkeypatch.setattr(client, "find_mount", lambda path: MOUNT)
 
-    def call(self, path: str, request: Call[Any]) -> Any:
+    def call(self, path: str, request: Call[Any], mount: Mount | None = None) -> Any:
         assert path == "/mnt/a/x"
+        assert mount in (None, MOUNT)
         self.asked.append(request)
         answer = self.answers.get(type(request))
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    def stream(self, path: str, request: Stream[Any]) -> Generator[Any, None, None]:
+    def stream(
+        self, path: str, request: Stream[Any], mount: Mount | None = None
+    ) -> Generator[Any, None, None]:
+        assert mount in (None, MOUNT)
         assert (path, request) == ("/mnt/a/x", protocol.Freeze())
         self.lease = "held"
         try:
@@ -123,6 +127,16 @@ def test_the_record(socket: Socket, daemon: Daemon) -> None:
     assert daemon.commit(Ino(9), 1234, 1) == 4
     daemon.abort()
     assert socket.asked == [protocol.Commit(ino=Ino(9), digest=1234, flags=1), protocol.Abort()]
+
+
+def test_a_handover_waits_for_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that are sent while the file system is frozen are known before."""
+    prepared: list[type[Request[Any]]] = []
+    monkeypatch.setattr(client, "prepare", lambda *kinds: prepared.extend(kinds))
+    Daemon.prepare_handover()
+    assert prepared == [
+        protocol.Freeze, protocol.MakeManifest, protocol.WriteManifest, protocol.Commit,
+    ]  # fmt: skip
 
 
 def test_the_kexec(socket: Socket, daemon: Daemon) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Generator, Iterator
 from typing import IO, Any, TypeVar
 
 from pkernfs import errors
-from pkernfs.control import wire
+from pkernfs.control import codec, wire
 from pkernfs.control.mounts import DEAD, Mount, mount_at, mount_of
 from pkernfs.control.sockets import peer_user, runtime_directory, socket_name
 from pkernfs.control.wire import Call, Done, Item, Request, Stream, VersionError
@@ -30,30 +30,39 @@ class NoDaemonError(PkernfsError):
     errno = errno.ENOTCONN
 
 
-def call(path: str, request: Call[A]) -> A:
+def prepare(*kinds: type[Request[Any]]) -> None:
+    """Have requests and their answers ready: the first of a kind takes ten times as long."""
+    for kind in kinds:
+        for message in (kind, *kind.answers):
+            codec.prepare(message)
+
+
+def call(path: str, request: Call[A], mount: Mount | None = None) -> A:
     """Have the daemon of the mount that ``path`` is in do what is asked; return its reply.
 
+    :param mount: that mount, if it is known: to find it takes as long as a short request.
     :raises PkernfsError: what the daemon failed with, or why it cannot be asked.
     """
-    *_, last = _answers(path, request)
+    *_, last = _answers(path, request, mount)
     assert isinstance(last, Done)
     reply: A = last.reply
     return reply
 
 
-def stream(path: str, request: Stream[A]) -> Generator[A, None, None]:
+def stream(path: str, request: Stream[A], mount: Mount | None = None) -> Generator[A, None, None]:
     """Ask for a stream, and yield its items as they come. Ending early cancels it.
 
+    :param mount: as for :func:`call`.
     :raises PkernfsError: as :func:`call`, also between items.
     """
-    for answer in _answers(path, request):
+    for answer in _answers(path, request, mount):
         if isinstance(answer, Item):
             yield answer.value
 
 
-def _answers(path: str, request: Request[Any]) -> Iterator[Item | Done]:
+def _answers(path: str, request: Request[Any], mount: Mount | None) -> Iterator[Item | Done]:
     """Yield each line of the answer; the last one is :class:`Done`."""
-    with _connect(path) as connection:
+    with _connect(path) if mount is None else _connect_to(path, mount) as connection:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have said why
             connection.sendall(wire.request_line(request))
         with connection.makefile("rb") as lines:
@@ -105,7 +114,10 @@ def _connect(path: str) -> socket.socket:
 
     :raises PkernfsError: there is none, it does not listen, or it is somebody else's.
     """
-    mount = find_mount(path)
+    return _connect_to(path, find_mount(path))
+
+
+def _connect_to(path: str, mount: Mount) -> socket.socket:
     owner = mount.owner or 0
     address = os.path.join(runtime_directory(owner), socket_name(mount.device))
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

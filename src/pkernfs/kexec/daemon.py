@@ -45,13 +45,20 @@ class Daemon:
 
     # ------------------------------------------------------------------ the handover
 
+    @staticmethod
+    def prepare_handover() -> None:
+        """Have ready what is needed between :meth:`frozen` and :meth:`commit`."""
+        client.prepare(
+            protocol.Freeze, protocol.MakeManifest, protocol.WriteManifest, protocol.Commit
+        )
+
     @contextmanager
     def frozen(self) -> Iterator[Frozen]:
         """Freeze, as long as this process lives; thaw if the context ends before :meth:`commit`.
 
         :raises BusyError: files are open for writing, or it was handed over already.
         """
-        lease = client.stream(self._path, protocol.Freeze())
+        lease = client.stream(self._path, protocol.Freeze(), self.mount)
         try:
             told = next(lease)
             if isinstance(told, protocol.OpenForWriting):
@@ -82,18 +89,18 @@ class Daemon:
 
         :raises NoSpaceError: there is none; nothing was changed.
         """
-        made = client.call(self._path, protocol.MakeManifest(size))
+        made = client.call(self._path, protocol.MakeManifest(size), self.mount)
         return ManifestFile(made.ino, set(made.pages))
 
     def write_manifest(self, ino: Ino, data: bytes) -> None:
         """Fill the manifest."""
         for at in range(0, len(data), _PIECE_BYTES):
             piece = data[at : at + _PIECE_BYTES]
-            client.call(self._path, protocol.WriteManifest(ino, at, piece))
+            client.call(self._path, protocol.WriteManifest(ino, at, piece), self.mount)
 
     def commit(self, ino: Ino, digest: int, flags: int) -> int:
         """Record the handover; return its number."""
-        return client.call(self._path, protocol.Commit(ino, digest, flags)).number
+        return client.call(self._path, protocol.Commit(ino, digest, flags), self.mount).number
 
     def abort(self) -> None:
         """Undo a handover.

@@ -68,6 +68,7 @@ def load_for(path: str) -> None:
 
     :raises InvalidError: the path is on no mount.
     """
+    Daemon.prepare_handover()
     if not ends_with_kernel(Daemon(path).mount.source):
         _import_for_kept_memory()
 
