@@ -22,6 +22,7 @@ from pkernfs.fs.fsck.structures import (
     device_number_fits,
     flag_faults,
     has_tree,
+    has_segment,
     inline_extents,
     link_count,
     name_fault,
@@ -99,6 +100,16 @@ def test_flags_that_a_type_must_not_have() -> None:
     inline = 3 << layout.INODE_INLINE_SHIFT
     assert flag_faults(INODE._replace(flags=inline | layout.INODE_FLAG_TABLE)) == 0
     assert flag_faults(INODE._replace(flags=inline | INODE_FLAG_BODY)) == inline
+
+
+def test_a_file_with_a_segment_has_nothing_in_the_region() -> None:
+    flag = layout.INODE_FLAG_SEGMENT
+    assert has_segment(INODE._replace(flags=flag))
+    assert not has_segment(INODE)
+    assert flag_faults(INODE._replace(flags=flag | layout.INODE_FLAG_PENDING)) == 0
+    for other in (INODE_FLAG_BODY, layout.INODE_FLAG_TABLE, 1 << layout.INODE_INLINE_SHIFT):
+        assert flag_faults(INODE._replace(flags=flag | other)) == flag
+    assert flag_faults(INODE._replace(mode=stat.S_IFDIR, flags=flag)) == flag
 
 
 def test_device_numbers() -> None:

@@ -14,6 +14,9 @@ from pkernfs.layout import (
     HEADER,
     JOURNAL_PAGE,
     PAGE,
+    POOL_DAX,
+    POOL_DIRECTORY,
+    POOL_NONE,
     RECORD,
     RUN,
     STATE_FLAG_ERROR,
@@ -28,6 +31,7 @@ from pkernfs.region.region import Region
 from support.damage import REGION_BYTES, Damage
 from support.fsck_cases import Case, Cases
 from support.repairs import Pristine, repair_and_check, tree_of
+from support.segments import set_pool
 
 case = Cases()
 
@@ -132,7 +136,7 @@ def test_nothing_is_lost(damage: Damage, pristine: Pristine, function: Case) -> 
     [
         (72, 2, "unsupported version"),
         (96, 1 << 7, "unknown feature_ro_compat"),
-        (104, 1, "unknown feature_incompat"),
+        (104, 2, "unknown feature_incompat"),
     ],
 )
 def test_what_it_does_not_know_is_not_touched(
@@ -142,6 +146,36 @@ def test_what_it_does_not_know_is_not_touched(
         with damage.edit(number) as page:
             page[offset] = value
     assert_refused(damage.region, words)
+
+
+@pytest.mark.parametrize(
+    ("kind", "granule", "feature", "words"),
+    [
+        (3, BLOCK, True, r"bad pool: got 3, expected 0\.\.2"),
+        (POOL_DAX, BLOCK, False, "bad pool: got 2, but the feature bit 0"),
+        (POOL_NONE, 0, True, "bad pool: got 0, but the feature bit 1"),
+        (POOL_NONE, BLOCK, False, "bad granule without a pool"),
+        (POOL_DAX, BLOCK // 2, True, "bad granule: got 0x100000"),
+        (POOL_DIRECTORY, 3 * BLOCK, True, "bad granule: got 0x600000"),
+        (POOL_DIRECTORY, 0, True, "bad granule: got 0x0"),
+    ],
+)
+def test_a_pool_that_cannot_be(
+    damage: Damage, kind: int, granule: int, feature: bool, words: str
+) -> None:
+    """With both copies so, there is no file system; the other copy puts one right."""
+    good = damage.page(BACKUP_PAGE)
+    set_pool(damage, kind, granule, feature=feature)
+    assert_refused(damage.region, words)
+    damage.region.copy_in(page_offset(BACKUP_PAGE), good)
+    repair_and_check(damage.region, Code.SUPERBLOCK_DAMAGED)
+
+
+@pytest.mark.parametrize("kind", [POOL_DIRECTORY, POOL_DAX])
+@pytest.mark.parametrize("granule", [BLOCK, 1 << 30])
+def test_a_pool(damage: Damage, kind: int, granule: int) -> None:
+    set_pool(damage, kind, granule)
+    assert check(damage.region, repair=False).clean
 
 
 def test_both_superblocks_damaged(damage: Damage) -> None:

@@ -32,7 +32,7 @@ from pkernfs.layout import (
     Extent,
     uuid_text,
 )
-from pkernfs.quantities import BlockNo, Ino, PageNo
+from pkernfs.quantities import BlockNo, Ino, PageNo, PhysRange
 from pkernfs.region.checksum import page_checksum
 
 Buffer = bytes | bytearray | memoryview
@@ -65,6 +65,10 @@ def _unpack_only(*names: str) -> Callable[[Buffer, int], tuple[Any, ...]]:
 
 _unpack_nlink = _unpack_only("nlink")
 _unpack_trees = _unpack_only("flags", "xattr_root")
+# Flags of a file whose data is in the region: it has no segment.
+_WITHOUT_SEGMENT = (
+    layout.INODE_FLAG_BODY | layout.INODE_FLAG_TABLE | 0xFF << layout.INODE_INLINE_SHIFT
+)
 
 _XATTR_PREFIXES = (b"user.", b"trusted.", b"security.")
 
@@ -119,12 +123,24 @@ class MapPage(NamedTuple):
     blocks: int
 
 
+class Pool(NamedTuple):
+    """The pool that segments come from (section 12).
+
+    ``granule`` in bytes. ``base`` are the physical ranges of the region itself, if they are known.
+    """
+
+    kind: int
+    granule: int
+    base: tuple[PhysRange, ...] = ()
+
+
 class Superblock(NamedTuple):
     """Superblock (section 3); ``ranges`` as in the table."""
 
     uuid: bytes
     fields: layout.SuperblockFields
     ranges: tuple[layout.RangeFields, ...]
+    pool: Pool
 
     @property
     def blocks(self) -> int:
@@ -170,7 +186,8 @@ def parse_superblock(page: Buffer, number: PageNo) -> Superblock:
         for i in range(fields.range_count)
     )
     _check_ranges(ranges, fields.region_bytes // BLOCK)
-    return Superblock(bytes(HEADER.unpack_from(page)[4]), fields, ranges)
+    pool = _parse_pool(page, bool(fields.feature_incompat & layout.FEATURE_SEGMENTS))
+    return Superblock(bytes(HEADER.unpack_from(page)[4]), fields, ranges, pool)
 
 
 def _refuse_unknown(fields: layout.SuperblockFields) -> None:
@@ -200,6 +217,29 @@ def _check_ranges(ranges: tuple[layout.RangeFields, ...], blocks: int) -> None:
         if not in_block_0 and not (in_own and first >= 2 * PAGES_PER_BLOCK):
             raise CorruptionError(f"bad map_page of range {i}: got {first:#x}")
     _expect("blocks of the ranges", end, blocks)
+
+
+def _parse_pool(page: Buffer, may_have_segments: bool) -> Pool:
+    kind, granule = layout.POOL.unpack_from(page, layout.POOL_OFFSET)
+    if kind not in (layout.POOL_NONE, layout.POOL_DIRECTORY, layout.POOL_DAX):
+        raise CorruptionError(f"bad pool: got {kind}, expected 0..2")
+    if bool(kind) != may_have_segments:
+        raise CorruptionError(f"bad pool: got {kind}, but the feature bit {may_have_segments:d}")
+    if not kind:
+        _expect("granule without a pool", granule, 0)
+    elif granule < BLOCK or granule & (granule - 1):
+        raise CorruptionError(f"bad granule: got {granule:#x}, expected a power of two >= 2 MiB")
+    return Pool(kind, granule, _parse_placement(page) if kind == layout.POOL_DAX else ())
+
+
+def _parse_placement(page: Buffer) -> tuple[PhysRange, ...]:
+    """Where the region was; nothing if that is not recorded. A mount for writing corrects it."""
+    kind, count, _, _ = layout.PLACEMENT.unpack_from(page, layout.PLACEMENT_OFFSET)
+    if kind != layout.PLACEMENT_DAX:
+        return ()
+    end = layout.PIECES_OFFSET + min(count, layout.MAX_PIECES) * layout.PIECE.size
+    pieces = layout.PIECE.iter_unpack(page[layout.PIECES_OFFSET : end])
+    return tuple(PhysRange.of(start, length) for start, length in pieces)
 
 
 def _expect(what: str, got: object, expected: object) -> None:
@@ -341,7 +381,14 @@ def flag_faults(f: layout.InodeFields) -> int:
         allowed |= layout.INODE_FLAG_PENDING | layout.INODE_FLAG_TABLE
         if not f.flags & layout.INODE_FLAG_BODY:
             allowed |= 0xFF << layout.INODE_INLINE_SHIFT
+        if not f.flags & _WITHOUT_SEGMENT:
+            allowed |= layout.INODE_FLAG_SEGMENT
     return f.flags & ~allowed
+
+
+def has_segment(f: layout.InodeFields) -> bool:
+    """Tell if the inode's data is a segment (section 12), and not in the region."""
+    return bool(f.flags & layout.INODE_FLAG_SEGMENT)
 
 
 def device_number_fits(f: layout.InodeFields) -> bool:
@@ -406,7 +453,7 @@ class InnerSlot(NamedTuple):
 
 
 class ItemSlot(NamedTuple):
-    """Slot of a leaf of kind 2 or 3: a key, and where in the page its item is, in bytes."""
+    """Slot of a leaf of kind 2, 3 or 4: a key, and where in the page its item is, in bytes."""
 
     key: int
     offset: int
@@ -434,7 +481,7 @@ def extent_slots(page: Buffer, node: Node) -> list[Extent]:
 
 
 def item_slots(page: Buffer, node: Node) -> list[ItemSlot]:
-    """The slots of a leaf of kind 2 or 3."""
+    """The slots of a leaf of kind 2, 3 or 4."""
     end = TREE_SLOTS_OFFSET + node.slots * layout.ITEM_SLOT.size
     return list(map(ItemSlot._make, layout.ITEM_SLOT.iter_unpack(page[TREE_SLOTS_OFFSET:end])))
 
