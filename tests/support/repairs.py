@@ -52,6 +52,12 @@ def assert_mounts(region: Region) -> dict[bytes, object]:
 
 def repair_and_check(region: Region, *codes: Code) -> tuple[Report, dict[bytes, object]]:
     """Check, repair, check, mount; the report of the repair and the tree as it then is."""
+    report = repaired(region, *codes)
+    return report, assert_mounts(region)
+
+
+def repaired(region: Region, *codes: Code) -> Report:
+    """Check, which finds these codes, repair, and check again, which finds nothing."""
     before = region.read(RegionOff(0), region.size)
     found = check(region, repair=False, verify_zero=True)
     assert region.read(RegionOff(0), region.size) == before, "a check stored into the region"
@@ -63,7 +69,7 @@ def repair_and_check(region: Region, *codes: Code) -> tuple[Report, dict[bytes, 
     again = check(region, repair=False, verify_zero=True)
     assert not again.problems, [str(p) for p in again.problems]
     assert not again.notes, [str(p) for p in again.notes]
-    return report, assert_mounts(region)
+    return report
 
 
 def tree_of(pristine: Pristine) -> dict[bytes, object]:

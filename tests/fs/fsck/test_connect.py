@@ -1,4 +1,4 @@
-"""Pass 9: links, parents, orphans, the root, lost+found."""
+"""Pass 10: links, parents, orphans, the root, lost+found."""
 
 from __future__ import annotations
 

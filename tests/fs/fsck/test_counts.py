@@ -1,4 +1,4 @@
-"""Pass 8: the counts of the state page, and the list of inode pages with free slots."""
+"""Pass 9: the counts of the state page, and the list of inode pages with free slots."""
 
 from __future__ import annotations
 

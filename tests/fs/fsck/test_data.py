@@ -1,4 +1,4 @@
-"""Pass 4: extents, pending ranges, and bytes behind the end of files."""
+"""Pass 5: extents, pending ranges, and bytes behind the end of files."""
 
 from __future__ import annotations
 

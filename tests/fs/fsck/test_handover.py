@@ -1,4 +1,4 @@
-"""Pass 5: the handover record and its list."""
+"""Pass 6: the handover record and its list."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pass 7: what is marked as in use, carved or zero, and is not; and the other way round."""
+"""Pass 8: what is marked as in use, carved or zero, and is not; and the other way round."""
 
 from __future__ import annotations
 

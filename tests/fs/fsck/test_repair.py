@@ -1,4 +1,4 @@
-"""Pass 10: data that lies where it cannot stay gets a copy, or becomes a hole."""
+"""Pass 11: data that lies where it cannot stay gets a copy, or becomes a hole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pass 6: a file's data survives the loss of what led to it."""
+"""Pass 7: a file's data survives the loss of what led to it."""
 
 from __future__ import annotations
 

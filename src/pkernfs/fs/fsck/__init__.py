@@ -6,8 +6,8 @@ pages (:mod:`~pkernfs.fs.fsck.image`). A repair stores it at the end, through th
 fsck may be stopped at any instant and be run again.
 
 The passes are modules, numbered in the order in which :func:`_run` comes to them: superblocks,
-table, names, data, handover, scavenge, maps, counts, connect, repair, tables. The others are what
-they work with: structures (one page each), trees, claims, context, image, problems.
+table, names, segments, data, handover, scavenge, maps, counts, connect, repair, tables. The others
+are what they work with: structures (one page each), rows, trees, claims, context, image, problems.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pkernfs.fs.fsck import (
     maps,
     names,
     scavenge,
+    segments,
     superblocks,
     table,
     tables,
@@ -139,6 +140,7 @@ def _run(ctx: Context) -> None:
     table.load_table(ctx)
     table.check_inodes(ctx)
     names.check_trees(ctx)
+    segments.load_rows(ctx)
     data.check_data(ctx)
     handover.check_record(ctx)
     scavenge.find_leaves(ctx)
@@ -147,10 +149,13 @@ def _run(ctx: Context) -> None:
     counts.compare(ctx)
     space = Allocator(ctx)
     scavenge.fill_gaps(ctx, space)
+    segments.match(ctx)
     scavenge.put_back(ctx)
+    segments.make_files(ctx, space)
     connect.Connector(ctx, space).run()
     if not ctx.only_look or ctx.report.problems:
         repairs.rebuild(ctx, space)
+        segments.write(ctx, space)
         counts.write(ctx)
         maps.write(ctx)
     tables.check_tables(ctx)

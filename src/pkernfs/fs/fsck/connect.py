@@ -1,4 +1,4 @@
-"""Pass 9: every inode has a name, every directory hangs from the root once, links are counted.
+"""Pass 10: every inode has a name, every directory hangs from the root once, links are counted.
 
 Also here: the root and ``/iommu``, which must be there, orphans, and ``/lost+found``, which is made
 when something has to go there.
@@ -11,9 +11,8 @@ from pkernfs.fs.fsck import superblocks
 from pkernfs.fs.fsck.context import Context, NewName
 from pkernfs.fs.fsck.names import entries_of, fix_of, uncount_name
 from pkernfs.fs.fsck.problems import Code
-from pkernfs.fs.fsck.scavenge import make_inode
+from pkernfs.fs.fsck.scavenge import free_ino, make_inode
 from pkernfs.fs.fsck.structures import T_DIR, T_LNK, T_REG, link_count, parse_inode
-from pkernfs.fs.fsck.table import new_inode_page
 from pkernfs.fs.fsck.trees import Allocator
 from pkernfs.layout import (
     INODE_FLAG_BODY,
@@ -202,7 +201,7 @@ class Connector:
                 # It is on no path: it hangs from the root.
                 self._status[row] = _REACHED
                 return target
-        self._lost_found = self._free_ino()
+        self._lost_found = free_ino(ctx, self._space)
         make_inode(ctx, self._lost_found, 0o040700)
         self._status.extend(bytes(len(inodes.type) - len(self._status)))
         self._status[inodes.row(self._lost_found)] = _REACHED
@@ -211,20 +210,6 @@ class Connector:
             name += b"+"
         self._name(ROOT_INO, name, self._lost_found)
         return self._lost_found
-
-    def _free_ino(self) -> Ino:
-        inodes, ctx = self._inodes, self._ctx
-        for index in sorted(inodes.page_of):
-            row = inodes.row_of[index]
-            for slot, ino in enumerate(inos_of(index)):
-                if slot and not inodes.type[row + slot] and ino != IOMMU_INO:
-                    return ino
-        index = len(inodes.page_of)
-        number = self._space.page()
-        new_inode_page(ctx, index, number, fresh=True)
-        inodes.add_page(index, number)
-        ctx.rebuild_table = True
-        return inos_of(index)[1]
 
     # ------------------------------------------------------------------ counting
 

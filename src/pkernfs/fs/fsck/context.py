@@ -13,6 +13,7 @@ from pkernfs.fs.fsck import claims as owners
 from pkernfs.fs.fsck.claims import Claims
 from pkernfs.fs.fsck.image import Buffer, Image
 from pkernfs.fs.fsck.problems import Code, Report
+from pkernfs.fs.fsck.rows import Row
 from pkernfs.fs.fsck.structures import Superblock, parse_inode, parse_page_map
 from pkernfs.layout import (
     INODE_BYTES,
@@ -29,7 +30,7 @@ from pkernfs.layout import (
     inos_of,
     page_offset,
 )
-from pkernfs.quantities import BlockNo, BlockRun, Ino, PageNo, PageRun, RegionOff
+from pkernfs.quantities import BlockNo, BlockRun, Ino, PageNo, PageRun, RegionOff, SegmentNo
 
 Progress = Callable[[str, float], None]
 KEY_END = 1 << 64
@@ -86,6 +87,23 @@ class TreeParts:
     leaves: list[PageNo] = field(default_factory=list)
     lost: list[KeyRange] = field(default_factory=list)
     faulty: bool = False
+
+
+@dataclass
+class SegmentTable:
+    """The table of segments: where its tree is, and its rows as they are after the repair.
+
+    ``files`` say that they have a segment. ``homeless`` segments are in use, but no file has them.
+    ``is_new``: the tree and the fields of the state page are to be stored anew.
+    """
+
+    root: PageNo = NO_PAGE
+    last: int = 0
+    rows: dict[SegmentNo, Row] = field(default_factory=dict)
+    files: list[Ino] = field(default_factory=list)
+    parts: TreeParts = field(default_factory=TreeParts)
+    homeless: list[SegmentNo] = field(default_factory=list)
+    is_new: bool = False
 
 
 class NewName(NamedTuple):
@@ -210,6 +228,7 @@ class Context:
         self.salvaged: set[Ino] = set()
         self.inodes_on_media = 0
 
+        self.segments = SegmentTable()
         # Trees with a fault; the others are walked anew when needed.
         self.trees: dict[TreeId, TreeParts] = {}
         # Of all files with a tree: the three numbers of each extent.

@@ -1,4 +1,4 @@
-"""Pass 8: the counts in the state page, and the list of inode pages with a free slot.
+"""Pass 9: the counts in the state page, and the list of inode pages with a free slot.
 
 They are compared as the region has them; after all repairs, :func:`write` stores them as
 everything then is.
@@ -16,6 +16,7 @@ from pkernfs.fs.fsck.problems import Code
 from pkernfs.fs.fsck.structures import T_DIR, parse_inode_page
 from pkernfs.layout import (
     FULL_INODE_PAGE,
+    INODE_FLAG_PENDING,
     NO_INO,
     NO_PAGE,
     PAGE,
@@ -77,19 +78,29 @@ def write(ctx: Context) -> None:
     chain = [index for index in order if masks[index] != FULL_INODE_PAGE]
     following = {index: after + 1 for index, after in pairwise(chain)}
     listed = set(chain)
+    pending = _pending_masks(ctx)
     for index, used in masks.items():
         number = inodes.page_of[index]
         old = parse_inode_page(ctx.image.raw(number))
-        of_list = ctx.list_ino and ctx.list_ino // SLOTS_PER_INODE_PAGE == index
         new = old._replace(
             next_free=following.get(index, 0),
             used=used,
-            pending=1 << ctx.list_ino % SLOTS_PER_INODE_PAGE if of_list else 0,
+            pending=pending.get(index, 0),
             listed=int(index in listed),
         )
         if new != old:
             layout.INODE_PAGE.pack_into(ctx.image.edit(number), layout.INODE_PAGE_OFFSET, *new)
     _write_state(ctx, chain[0] + 1 if chain else 0, sum(m.bit_count() for m in masks.values()))
+
+
+def _pending_masks(ctx: Context) -> dict[int, int]:
+    """By index of the page: a handover's list, and what a mount has to complete in segments."""
+    inos = {ino for ino in ctx.segments.files if ctx.fields(ino).flags & INODE_FLAG_PENDING}
+    masks: dict[int, int] = {}
+    for ino in inos | ({ctx.list_ino} - {NO_INO}):
+        index, slot = divmod(ino, SLOTS_PER_INODE_PAGE)
+        masks[index] = masks.get(index, 0) | 1 << slot
+    return masks
 
 
 def _write_state(ctx: Context, free: int, used: int) -> None:
@@ -107,6 +118,10 @@ def _write_state(ctx: Context, free: int, used: int) -> None:
     )
     if new != ctx.state:
         layout.STATE.pack_into(ctx.image.edit(STATE_PAGE), layout.STATE_OFFSET, *new)
+    table = ctx.segments
+    if table.is_new:
+        page = ctx.image.edit(STATE_PAGE)
+        layout.STATE_SEGMENTS.pack_into(page, layout.STATE_SEGMENTS_OFFSET, table.root, table.last)
 
 
 def summarize(ctx: Context) -> dict[str, int]:
@@ -121,5 +136,6 @@ def summarize(ctx: Context) -> dict[str, int]:
         "blocks_used": len(used),
         "blocks_data": used.count(WHOLE),
         "blocks_carved": used.count(CARVED),
+        "segments": len(ctx.segments.rows),
         "pages_used": sum(m.bit_count() for m in ctx.claims.pages.values()),
     }

@@ -1,4 +1,4 @@
-"""Pass 4: where the data of files is.
+"""Pass 5: where the data of files is.
 
 Every extent is claimed, block by block or page by page: after all metadata, files of damaged inode
 pages last. Who comes second gets a copy later on (a :class:`Relocation`). Kept for later: the
@@ -18,7 +18,13 @@ from pkernfs.fs.fsck.claims import CARVED, FREE, WHOLE
 from pkernfs.fs.fsck.context import Context, Relocation, at
 from pkernfs.fs.fsck.image import Buffer
 from pkernfs.fs.fsck.problems import Code
-from pkernfs.fs.fsck.structures import MAX_FILE_PAGES, T_REG, inline_extents, parse_inode
+from pkernfs.fs.fsck.structures import (
+    MAX_FILE_PAGES,
+    T_REG,
+    has_segment,
+    inline_extents,
+    parse_inode,
+)
 from pkernfs.layout import (
     BLOCK,
     INODE_FLAG_BODY,
@@ -63,6 +69,8 @@ def bound_sizes(ctx: Context) -> None:
         if ctx.inodes.type_of(ino) != T_REG:
             continue
         fields = ctx.fields(ino)
+        if has_segment(fields):
+            continue
         extents = ctx.extents.get(ino)
         if extents is None:
             extents = sorted(extents_of(ctx, ino, ctx.inode_page(ino), fields))
@@ -92,7 +100,12 @@ def triples(flat: array[int]) -> list[Extent]:
 
 
 def check_file(ctx: Context, ino: Ino, page: Buffer, fields: InodeFields) -> None:
-    """Claim the extents of one file, and find out which it keeps."""
+    """Claim the extents of one file, and find out which it keeps.
+
+    Data in a segment is not in the region: a mount completes what is pending there.
+    """
+    if has_segment(fields):
+        return
     stored = extents_of(ctx, ino, page, fields)
     if not stored and not fields.data_pages and not fields.flags & INODE_FLAG_PENDING:
         return

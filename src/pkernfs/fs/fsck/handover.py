@@ -1,4 +1,4 @@
-"""Pass 5: the handover record in the state page, and its list (docs/format.md, 4 and 11)."""
+"""Pass 6: the handover record in the state page, and its list (docs/format.md, 4 and 11)."""
 
 from __future__ import annotations
 

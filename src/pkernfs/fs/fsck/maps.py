@@ -1,4 +1,4 @@
-"""Pass 7: compare what the maps mark as in use with what is; after all repairs, mark it right.
+"""Pass 8: compare what the maps mark as in use with what is; after all repairs, mark it right.
 
 The comparison is made before anything is allocated or freed for a repair, so that only what the
 region itself has wrong is reported.

@@ -96,6 +96,19 @@ class Code(Enum):
         note=True,
     )
 
+    # segments
+    SEGMENTS_STRAY = Rule("segments without a pool: root {root:#x}, last {last}", "cleared")
+    SEGMENT_ROW = Rule("bad row: {reason}", "row dropped")
+    SEGMENT_FIELD = Rule("bad {field} in its row: got {got}, expected {expected}", "set")
+    SEGMENT_PIECES = Rule("bad pieces: {reason}", "cut before them, to {length:#x} bytes")
+    SEGMENT_LAST = Rule("bad last_segment: got {got}, expected {expected} or more", "set")
+    SEGMENT_UNOWNED = Rule(
+        "in use, but no file has it: got inode {ino}", "made a file, root's, mode 0600"
+    )
+    SEGMENT_LOST = Rule("its segment {number} is lost", "reads as zeros: its data is lost")
+    SEGMENT_SHARED = Rule("has segment {number}, as inode {other} has", "reads as zeros")
+    SEGMENT_SIZE = Rule("larger than its segment: got {got:#x}, expected {expected:#x}", "cut")
+
     # names
     NAME_BAD = Rule("bad name {name}: {reason}", "dropped")
     NAME_KEY = Rule("name {name} has a wrong key: got {got:#x}, expected {expected:#x}", "moved")

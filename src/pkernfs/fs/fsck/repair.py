@@ -1,4 +1,4 @@
-"""Pass 10: putting right what the passes before have noted down.
+"""Pass 11: putting right what the passes before have noted down.
 
 Orphans are freed, data that lies where it cannot stay is copied, and trees with a fault are built
 anew: in the overlay, as all changes are.
@@ -10,10 +10,12 @@ from pkernfs import layout
 from pkernfs.fs.fsck.context import Context, NewName, Relocation, TreeId, TreeParts
 from pkernfs.fs.fsck.data import joined, release_extent, show, triples
 from pkernfs.fs.fsck.names import attributes_of, entries_of
+from pkernfs.fs.fsck.segments import let_go
 from pkernfs.fs.fsck.structures import (
     T_LNK,
     T_REG,
     file_type,
+    has_segment,
     inline_extents,
     parse_attribute,
     parse_overflow,
@@ -82,6 +84,8 @@ def _free(ctx: Context, ino: Ino) -> None:
     f = ctx.fields(ino)
     body = f.body if f.flags & INODE_FLAG_BODY else NO_PAGE
     kind = file_type(f.mode)
+    if has_segment(f):
+        let_go(ctx, f)
     if kind == T_REG:
         for extent in _current_extents(ctx, ino):
             release_extent(ctx, extent)

@@ -1,4 +1,4 @@
-"""Pass 6: find the leaves that damaged nodes and lost inodes led to.
+"""Pass 7: find the leaves that damaged nodes and lost inodes led to.
 
 Leaves of trees say whose they are. Where a node above them or the inode itself was lost, they are
 searched for in all carved blocks, and claimed if a page map marks them as in use. After the maps
@@ -12,7 +12,7 @@ import time
 
 from pkernfs import layout
 from pkernfs.errors import CorruptionError
-from pkernfs.fs.fsck.context import EVERY_KEY, Context, KeyRange, Slot, TreeId, TreeParts, at
+from pkernfs.fs.fsck.context import EVERY_KEY, Context, KeyRange, Slot, TreeId, TreeParts
 from pkernfs.fs.fsck.data import check_tail, claim_found
 from pkernfs.fs.fsck.names import (
     Group,
@@ -32,12 +32,13 @@ from pkernfs.fs.fsck.structures import (
     parse_node,
 )
 from pkernfs.fs.fsck.table import new_inode_page
-from pkernfs.fs.fsck.trees import Allocator, Leaf, parts_of
+from pkernfs.fs.fsck.trees import Allocator, Leaf, node_at, parts_of
 from pkernfs.layout import (
     HEADER,
     INODE,
     INODE_BYTES,
     INODE_FLAG_BODY,
+    IOMMU_INO,
     MAGIC_TREE,
     NO_INO,
     NO_PAGE,
@@ -49,6 +50,7 @@ from pkernfs.layout import (
     TREE_XATTRS,
     Extent,
     InodeFields,
+    inos_of,
 )
 from pkernfs.quantities import Ino, PageNo, PageRun
 
@@ -115,7 +117,8 @@ def _take_extents(ctx: Context, owner: Ino, numbers: list[PageNo]) -> None:
 
 
 def _report_leaf(ctx: Context, owner: Ino, number: PageNo, count: int) -> None:
-    ctx.report.add(Code.TREE_LEAF_FOUND, f"tree node at {at(number)} of inode {owner}", count=count)
+    tree = TreeId(owner, ctx.image.raw(number)[TREE_OFFSET])
+    ctx.report.add(Code.TREE_LEAF_FOUND, node_at(number, tree), count=count)
 
 
 # ------------------------------------------------------------------------------ putting back
@@ -204,6 +207,25 @@ def make_inode(ctx: Context, ino: Ino, mode: int, *, size: int = 0) -> None:
     INODE.pack_into(page, slot * INODE_BYTES, *fields)
     ctx.inodes.type[ctx.inodes.row_of[ino >> 4] + slot] = mode >> 12
     ctx.made.add(ino)
+
+
+def free_ino(ctx: Context, space: Allocator) -> Ino:
+    """A free number for a new inode, but for those of the root and of /iommu.
+
+    :raises NoRoomError: the table has no free slot, and there is no page for more.
+    """
+    inodes = ctx.inodes
+    for index in sorted(inodes.page_of):
+        row = inodes.row_of[index]
+        for slot, ino in enumerate(inos_of(index)):
+            if slot and not inodes.type[row + slot] and ino not in (ROOT_INO, IOMMU_INO):
+                return ino
+    index = len(inodes.page_of)
+    number = space.page()
+    new_inode_page(ctx, index, number, fresh=True)
+    inodes.add_page(index, number)
+    ctx.rebuild_table = True
+    return inos_of(index)[1]
 
 
 def _tree_parts(ctx: Context, ino: Ino, kind: int, root: PageNo) -> TreeParts:

@@ -225,13 +225,15 @@ def _check_fields(ctx: Context, ino: Ino, f: InodeFields) -> None:
     good: dict[str, int] = {}
     kind = file_type(f.mode)
     flags = f.flags & ~flag_faults(f)
+    if not ctx.sb.pool.kind:
+        flags &= ~layout.INODE_FLAG_SEGMENT
     if flags & layout.INODE_FLAG_BODY and not f.body:
         flags &= ~layout.INODE_FLAG_BODY
     if f.mode >> 16:
         good["mode"] = f.mode & 0xFFFF
     if flags != f.flags:
         good["flags"] = flags
-    if f.body and not flags & layout.INODE_FLAG_BODY:
+    if f.body and not flags & (layout.INODE_FLAG_BODY | layout.INODE_FLAG_SEGMENT):
         good["body"] = 0
     if kind != T_DIR and f.parent:
         good["parent"] = 0
@@ -254,6 +256,8 @@ def _check_fields(ctx: Context, ino: Ino, f: InodeFields) -> None:
         ctx.set_fields(
             ino, flags=flags & ~layout.INODE_FLAG_PENDING, pending_start=0, pending_end=0
         )
+    if flags & layout.INODE_FLAG_SEGMENT:
+        ctx.segments.files.append(ino)
 
 
 # ------------------------------------------------------------------------------ damaged pages
@@ -315,7 +319,8 @@ def _looks_intact(ctx: Context, page: Buffer, slot: int, ino: Ino) -> bool:
         _check_target(ctx, f, ino)
     except CorruptionError:
         return False
-    no_body = bool(f.flags & layout.INODE_FLAG_BODY) != bool(f.body)
+    has_body = f.flags & (layout.INODE_FLAG_BODY | layout.INODE_FLAG_SEGMENT)
+    no_body = bool(has_body) != bool(f.body)
     return not (flag_faults(f) or f.mode >> 16 or no_body or not f.nlink)
 
 

@@ -1,4 +1,4 @@
-"""Pass 11: the IOMMU's tables in /iommu, checked by the code that `pkernfs iommu check` uses.
+"""Pass 12: the IOMMU's tables in /iommu, checked by the code that `pkernfs iommu check` uses.
 
 Nothing of them is repaired: what a table should say cannot be guessed, and a device may be using
 it.

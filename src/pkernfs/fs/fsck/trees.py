@@ -25,6 +25,7 @@ from pkernfs.layout import (
     TREE,
     TREE_EXTENTS,
     TREE_OFFSET,
+    TREE_SEGMENTS,
     TREE_SLOTS_OFFSET,
     Extent,
     block_of,
@@ -54,7 +55,7 @@ def walk(ctx: Context, root: PageNo, owner: Ino, kind: int, parts: TreeParts) ->
         try:
             buffer, node = _node(ctx, page, owner, kind, level)
         except CorruptionError as e:
-            _fault(ctx, Code.TREE_NODE, page, owner, parts, str(e))
+            _fault(ctx, Code.TREE_NODE, page, TreeId(owner, kind), parts, str(e))
             parts.lost.append(KeyRange(low, end))
             continue
         parts.nodes.append(page)
@@ -65,7 +66,8 @@ def walk(ctx: Context, root: PageNo, owner: Ino, kind: int, parts: TreeParts) ->
         slots = inner_slots(buffer, node)
         keys = [key for key, _ in slots]
         if not all(map(lt, keys, keys[1:])) or keys[-1] >= end or (level >= 0 and keys[0] < low):
-            _fault(ctx, Code.TREE_SHAPE, page, owner, parts, "keys out of order")
+            tree = TreeId(owner, kind)
+            _fault(ctx, Code.TREE_SHAPE, page, tree, parts, "keys out of order")
             # The bounds are worth nothing: each child may hold any key.
             todo += [(child, node.level - 1, low, end) for _, child in reversed(slots)]
             continue
@@ -87,21 +89,27 @@ def _node(ctx: Context, page: PageNo, owner: Ino, kind: int, level: int) -> tupl
 
 
 def _fault(
-    ctx: Context, code: Code, page: PageNo, owner: Ino, parts: TreeParts, reason: str
+    ctx: Context, code: Code, page: PageNo, tree: TreeId, parts: TreeParts, reason: str
 ) -> None:
     parts.faulty = True
-    of = f"of inode {owner}" if owner else "of the inode table"
-    ctx.report.add(code, f"tree node at {at(page)} {of}", reason=reason)
+    ctx.report.add(code, node_at(page, tree), reason=reason)
+
+
+def node_at(page: PageNo, tree: TreeId) -> str:
+    """A node of a tree, as messages show it."""
+    table = "table of segments" if tree.kind == TREE_SEGMENTS else "inode table"
+    of = f"inode {tree.owner}" if tree.owner else f"the {table}"
+    return f"tree node at {at(page)} of {of}"
 
 
 def shape_fault(ctx: Context, leaf: Leaf, owner: Ino, parts: TreeParts, reason: str) -> None:
     """Report a leaf whose slots are not as they must be; the tree will be built anew."""
-    _fault(ctx, Code.TREE_SHAPE, leaf.page, owner, parts, reason)
+    _fault(ctx, Code.TREE_SHAPE, leaf.page, TreeId(owner, leaf.node.kind), parts, reason)
 
 
 def items_fault(ctx: Context, leaf: Leaf, owner: Ino, parts: TreeParts, reason: str) -> None:
     """Report a leaf whose items are not as they must be; the tree will be built anew."""
-    _fault(ctx, Code.TREE_ITEMS, leaf.page, owner, parts, reason)
+    _fault(ctx, Code.TREE_ITEMS, leaf.page, TreeId(owner, leaf.node.kind), parts, reason)
 
 
 def key_fault(keys: Sequence[int], low: int, end: int) -> str:
@@ -275,7 +283,7 @@ def build_extents(
 def build_items(
     ctx: Context, space: Allocator, owner: Ino, kind: int, items: dict[int, bytes], old: TreeParts
 ) -> PageNo:
-    """A new tree of kind 2 or 3 from ``{key: item}``; returns its root, no page for no items.
+    """A new tree of kind 2, 3 or 4 from ``{key: item}``; returns its root, no page for no items.
 
     Without space for it, it takes the place of the ``old`` one.
 
