@@ -122,7 +122,7 @@ def set_pool(d: Damage, kind: int, granule: int, *, feature: bool = True) -> Non
 
 def give(d: Damage, ino: Ino, number: int, row: Row, size: int) -> None:
     """Let a file have a segment."""
-    pages = row.fields.length // PAGE
+    pages = row.fields.valid // PAGE
     d.set_inode(ino, flags=INODE_FLAG_SEGMENT, body=number, data_pages=pages, size=size)
 
 

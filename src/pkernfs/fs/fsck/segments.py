@@ -272,7 +272,7 @@ def _confirm(ctx: Context, row: Row, ino: Ino) -> None:
     if f.size > row.fields.valid:
         ctx.report.add(Code.SEGMENT_SIZE, ctx.file(ino), got=f.size, expected=row.fields.valid)
         ctx.set_fields(ino, size=row.fields.valid)
-    pages = row.fields.length // PAGE
+    pages = row.fields.valid // PAGE
     if f.data_pages != pages:
         ctx.report.add(Code.INODE_DATA_PAGES, ctx.file(ino), got=f.data_pages, expected=pages)
         ctx.set_fields(ino, data_pages=pages)
@@ -308,7 +308,7 @@ def _give(ctx: Context, row: Row, ino: Ino) -> None:
         ino,
         flags=INODE_FLAG_SEGMENT,
         body=PageNo(row.number),
-        data_pages=row.fields.length // PAGE,
+        data_pages=row.fields.valid // PAGE,
     )
     ctx.segments.files.append(ino)
 
