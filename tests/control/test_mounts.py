@@ -88,6 +88,8 @@ def test_a_region_or_where_it_is_mounted(tmp_path: Path, monkeypatch: pytest.Mon
     assert region_of(str(tmp_path / "region")) == str(tmp_path / "region")
     with pytest.raises(InvalidError, match="it is a directory and not on a pkernfs mount"):
         region_of(str(tmp_path))
+    (tmp_path / "base").touch()
+    assert region_of(str(tmp_path)) == str(tmp_path / "base"), "the region in a directory"
     monkeypatch.setattr(mounts, "mount_of", lambda path: mount)
     assert region_of(str(tmp_path)) == "512M!1G", "anywhere in it"
     monkeypatch.setattr(mounts, "mount_of", lambda path: pytest.fail("its daemon may be dead"))

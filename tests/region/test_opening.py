@@ -35,10 +35,14 @@ def machine(tmp_path: Path) -> Machine:
 def test_each_spec_has_its_kind(machine: Machine, tmp_path: Path) -> None:
     files.create(str(tmp_path / "file"), 8 * M)
     (tmp_path / "link").symlink_to("dev/dax0.0")
+    (tmp_path / "pool").mkdir()
+    files.create(str(tmp_path / "pool/base"), 8 * M)
     for spec, kind, name in (
         ("none", DevMemBacking, "512M!1G"),
         ("0x200000!0x40000000", DevMemBacking, "2M!1G"),
         (str(tmp_path / "file"), FileBacking, str(tmp_path / "file")),
+        (str(tmp_path / "pool"), FileBacking, str(tmp_path / "pool/base")),
+        (f"{tmp_path}/pool/", FileBacking, str(tmp_path / "pool/base")),
         (machine.path("dev/dax0.0"), DaxBacking, machine.path("dev/dax0.0")),
         (str(tmp_path / "link"), DaxBacking, machine.path("dev/dax0.0")),
     ):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,15 @@ import pytest
 from pkernfs.errors import RegionError
 from pkernfs.host.iomem import Span
 from pkernfs.quantities import PhysAddr
-from pkernfs.region.spec import did_you_mean, is_file_spec, parse_span, resolve, resolve_none
+from pkernfs.region.spec import (
+    did_you_mean,
+    dir_of,
+    file_of,
+    is_file_spec,
+    parse_span,
+    resolve,
+    resolve_none,
+)
 from support.made_up_host import make_machine
 
 G = 1 << 30
@@ -86,6 +96,30 @@ def test_what_a_spec_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for spec in ("1G!1G,1G!4G", "/dev/dax0.0,/dev/dax1.0", "/dev/shm/no,1G!1G"):
         with pytest.raises(RegionError, match="several ranges"):
             resolve(spec, machine)
+
+
+def test_a_directory_names_the_region_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pool").mkdir()
+    (tmp_path / "link").symlink_to("pool")
+    for spec in ("pool", "pool/", "./pool", "link", "link/"):
+        assert is_file_spec(spec)
+        assert dir_of(spec) == str(tmp_path / "pool")
+        with pytest.raises(RegionError, match="a directory without a file named base") as caught:
+            file_of(spec)
+        assert caught.value.errno == errno.EISDIR
+    (tmp_path / "pool/base").touch()
+    for spec in ("pool", "pool/", "link"):
+        assert resolve(spec) == str(tmp_path / "pool/base")
+        assert os.path.samefile(file_of(spec), tmp_path / "pool/base")
+    assert dir_of("new/") == str(tmp_path / "new"), "which is to be made"
+    with pytest.raises(RegionError, match="new/: not a region: no such directory"):
+        resolve("new/")
+    for spec in ("pool/base", "region", "none", "1G!4G", "/dev/dax0.0"):
+        assert dir_of(spec) is None
+    assert file_of("region") == "region"
 
 
 # ------------------------------------------------------------------------------ none

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from pkernfs.errors import BusyError, InvalidError
 from pkernfs.host.mount_table import FSTYPE as FSTYPE
 from pkernfs.host.mount_table import table_lines, unescape
-from pkernfs.region.spec import resolve
+from pkernfs.region.spec import BASE, resolve
 
 #: What a mount without a daemon answers; the second one if the daemon is just going.
 DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
@@ -75,7 +75,9 @@ def canonical_spec(spec: str) -> str:
 def region_of(target: str) -> str:
     """Return the region that ``target`` is, or that is mounted there.
 
-    :raises InvalidError: ``target`` is a directory in no pkernfs.
+    In a mount, a directory means the mount, whatever is in it.
+
+    :raises InvalidError: ``target`` is a directory in no pkernfs, and without a region in it.
     """
     here = _pkernfs_at(target)
     if here is not None:
@@ -83,9 +85,11 @@ def region_of(target: str) -> str:
     if not os.path.isdir(target):
         return canonical_spec(target)
     mount = mount_of(target)
-    if mount is None:
+    if mount is not None:
+        return mount.source
+    if not os.path.lexists(os.path.join(target, BASE)):
         raise InvalidError(f"{target}: not a region: it is a directory and not on a pkernfs mount")
-    return mount.source
+    return canonical_spec(target)
 
 
 def refuse_mount_point(path: str) -> None:

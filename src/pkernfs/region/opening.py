@@ -14,7 +14,7 @@ from pkernfs.quantities import PhysAddr
 from pkernfs.region import dax
 from pkernfs.region.backing import Backing
 from pkernfs.region.files import FileBacking
-from pkernfs.region.spec import is_file_spec, looks_physical, resolve
+from pkernfs.region.spec import file_of, is_file_spec, looks_physical, resolve
 
 
 def open_backing(
@@ -26,8 +26,7 @@ def open_backing(
     :raises LockedError: it is in use, or a part of it is.
     :raises UsageError: ``phys_base`` for memory that has an address of its own.
     """
-    if not is_file_spec(spec):
-        spec = resolve(spec, host)
+    spec = file_of(spec) if is_file_spec(spec) else resolve(spec, host)
     path = os.path.realpath(spec)
     is_physical = looks_physical(spec)
     name = None if is_physical else dax.device_name(path, host)

@@ -1,12 +1,13 @@
 """Region specs: the text by which a command names a region; nothing is opened here.
 
 A region spec, the first argument of every command, is ``SIZE!START`` (through /dev/mem),
-``/dev/daxX.Y``, a file, or ``none`` (``none:NAME``) for what ``pkernfs=`` on the kernel command
-line names.
+``/dev/daxX.Y``, a file, a directory (the file ``base`` in it, beside its segments), or ``none``
+(``none:NAME``) for what ``pkernfs=`` on the kernel command line names.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 
@@ -18,6 +19,8 @@ from pkernfs.host.sysroot import HOST, Host
 from pkernfs.layout import BLOCK
 from pkernfs.quantities import PhysAddr
 
+#: The file in a directory of segments that is the region (docs/format.md, section 12).
+BASE = "base"
 _ADDRESS_BITS = 52  # as many as a page-table entry has
 _NONE = re.compile(r"none(:.*)?", re.DOTALL)
 _PHYSICAL = re.compile(r"(\d\w*)!(\d\w*)", re.ASCII)
@@ -31,16 +34,18 @@ _DEVICE = re.compile(r"/dev/(dax|mem)\S*", re.ASCII)
 def resolve(spec: str, host: Host = HOST) -> str:
     """Return a spec that means the same in another directory, in the one way to write it.
 
-    ``none`` becomes what ``pkernfs=`` names; file names become absolute.
+    ``none`` becomes what ``pkernfs=`` names; file names become absolute; a directory becomes the
+    file in it.
 
-    :raises RegionError: no such region on the kernel command line, or no such kind of region.
+    :raises RegionError: no such region on the kernel command line, or no such kind of region; a
+        directory without a region.
     """
     if _NONE.fullmatch(spec):
         spec = resolve_none(spec, host.command_line())
     _refuse_several(spec)
     if looks_physical(spec):
         return str(parse_span(spec))
-    return os.path.realpath(spec)
+    return os.path.realpath(file_of(spec))
 
 
 def is_file_spec(spec: str) -> bool:
@@ -48,6 +53,28 @@ def is_file_spec(spec: str) -> bool:
     if _NONE.fullmatch(spec) or looks_physical(spec) or _is_several(spec):
         return False
     return not _DEVICE.fullmatch(os.path.realpath(spec))
+
+
+def dir_of(spec: str) -> str | None:
+    """Return the directory, there or not, that a file spec names; None: it names no directory."""
+    names_one = spec.endswith("/") or os.path.isdir(spec)
+    return os.path.realpath(spec) if names_one and is_file_spec(spec) else None
+
+
+def file_of(spec: str) -> str:
+    """Return the file that a file spec names: in a directory it is ``base``; else the spec itself.
+
+    :raises RegionError: there is no such directory, or no such file in it.
+    """
+    if not spec.endswith("/") and not os.path.isdir(spec):
+        return spec
+    path = os.path.join(spec, BASE)
+    if not os.path.isdir(spec):
+        raise RegionError(f"{spec}: not a region: no such directory", errno.ENOENT)
+    if not os.path.lexists(path):
+        why = f"it is a directory without a file named {BASE}"
+        raise RegionError(f"{spec}: not a region: {why}", errno.EISDIR)
+    return path
 
 
 def _refuse_several(spec: str) -> None:
