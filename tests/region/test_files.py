@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +23,7 @@ from pkernfs.host.mount_table import MountLine
 from pkernfs.layout import BLOCK, PAGE, ROOT_INO
 from pkernfs.quantities import RegionOff
 from pkernfs.region import files, locks
-from pkernfs.region.files import FileBacking
+from pkernfs.region.files import FileBacking, OpenFileBacking
 from pkernfs.region.region import Region
 from support.checking import MemoryFile
 
@@ -325,3 +326,32 @@ def test_a_file_system_is_written_back(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="Bad file descriptor") as caught:
         files.sync_file_system(fd)
     assert caught.value.errno == errno.EBADF
+
+
+def test_a_file_that_is_open_already(path: str) -> None:
+    """Its first bytes are a region; the descriptor goes with it, but not if that fails."""
+    fd = os.open(path, os.O_RDWR)
+    with pytest.raises(RegionError, match="a name: region too small: got 8388608 bytes"):
+        OpenFileBacking(fd, "a name", size=PAGE - 1)
+    backing = OpenFileBacking(fd, "a name", size=BLOCK + 5)
+    with Region(backing, writable=True) as region:
+        assert (region.name, region.size) == ("a name", BLOCK)
+        region.copy_in(RegionOff(0), b"stored")
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+    assert Path(path).read_bytes()[:6] == b"stored"
+
+
+def test_memory_of_the_kernel_and_pages_that_go_back_to_it(tmp_path: Path) -> None:
+    with open("/proc/version", "rb") as proc:
+        assert files.memory_file(proc.fileno()) is None
+        with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
+            files.punch(proc.fileno(), 0, PAGE)
+    with tempfile.TemporaryFile(dir="/dev/shm") as file:
+        assert files.memory_file(file.fileno()) == (False, PAGE)
+        file.write(b"x" * 3 * PAGE)
+        file.flush()
+        files.punch(file.fileno(), PAGE - 1, 2 * PAGE + 1)
+        file.seek(0)
+        assert file.read() == b"x" * (PAGE - 1) + bytes(PAGE + 2) + b"x" * (PAGE - 1)
+        assert os.fstat(file.fileno()).st_blocks * 512 == 2 * PAGE

@@ -200,6 +200,14 @@ int pk_reserve(int fd, uint64_t offset, uint64_t n)
 	return fallocate(fd, FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)n) ? errno : 0;
 }
 
+/* Zero n bytes of a file; the memory of whole pages among them goes back.  0 or an errno. */
+int pk_punch(int fd, uint64_t offset, uint64_t n)
+{
+	return fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)n)
+		       ? errno
+		       : 0;
+}
+
 /* f_type of the file system that fd is on; 0 if it cannot be told. */
 uint64_t pk_fs_magic(int fd)
 {

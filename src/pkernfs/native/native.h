@@ -148,6 +148,7 @@ void pk_unmap(uint8_t *map, uint64_t size);
 void pk_exit_on_bus_error(const char *line, int status);
 void pk_bus_error(void);
 int pk_reserve(int fd, uint64_t offset, uint64_t n);
+int pk_punch(int fd, uint64_t offset, uint64_t n);
 int pk_msync(uint8_t *map, uint64_t size);
 uint64_t pk_fs_magic(int fd);
 int pk_syncfs(int fd);

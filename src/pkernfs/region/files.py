@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from pkernfs.errors import NoSpaceError, RegionError
 from pkernfs.host.mount_table import own_mounts
@@ -62,33 +63,55 @@ def _device_of(path: str) -> int | None:
         return None
 
 
-class FileBacking(Backing):
-    """A file, locked exclusively if ``write``.
+class MemoryFile(NamedTuple):
+    """What a file, or a directory, is on: the kernel's own memory, in pages of so many bytes."""
 
-    :raises RegionError: missing, a directory, not permitted, too small to map.
-    :raises LockedError: another process has it open.
+    is_huge: bool
+    page_bytes: int
+
+
+def memory_file(fd: int) -> MemoryFile | None:
+    """Tell the memory of an open file on hugetlbfs or tmpfs; None: it is on something else."""
+    magic = int(lib.pk_fs_magic(fd))
+    if magic == _HUGETLBFS:
+        return MemoryFile(is_huge=True, page_bytes=os.fstat(fd).st_blksize)
+    return MemoryFile(is_huge=False, page_bytes=PAGE) if magic == _TMPFS else None
+
+
+def punch(fd: int, start: int, end: int) -> None:
+    """Zero bytes ``start`` to ``end`` of an open file; whole pages of them go back to the kernel.
+
+    :raises OSError: the kernel refuses.
+    """
+    error = lib.pk_punch(fd, start, end - start)
+    if error:
+        raise OSError(error, os.strerror(error))
+
+
+class OpenFileBacking(Backing):
+    """A file that is open already: its first ``size`` bytes, or all of it. It is closed at the end.
+
+    Nothing is closed if this fails.
+
+    :raises RegionError: too small to map.
     """
 
-    def __init__(self, path: str, *, write: bool, phys_base: PhysAddr | None, lock: bool) -> None:
-        fd = _open(path, write)
-        try:
-            held = lock_file(fd, path, exclusive=write) if lock else None
-            info = os.fstat(fd)
-            magic = int(lib.pk_fs_magic(fd))
-            page_bytes = info.st_blksize if magic == _HUGETLBFS else PAGE
-            size = info.st_size - info.st_size % page_bytes
-            if size < PAGE:
-                raise RegionError(f"{path}: region too small: got {info.st_size} bytes")
-            super().__init__(path, size, given_pieces(path, size, phys_base))
-        except BaseException:
-            os.close(fd)
-            raise
+    def __init__(
+        self, fd: int, name: str, *, size: int | None = None, phys_base: PhysAddr | None = None
+    ) -> None:
+        info = os.fstat(fd)
+        magic = int(lib.pk_fs_magic(fd))
+        page_bytes = info.st_blksize if magic == _HUGETLBFS else PAGE
+        size = info.st_size if size is None else min(size, info.st_size)
+        if size < page_bytes:
+            raise RegionError(f"{name}: region too small: got {info.st_size} bytes")
+        size -= size % page_bytes
+        super().__init__(name, size, given_pieces(name, size, phys_base))
         self.fd = fd
         self.page_bytes = page_bytes
         self.in_pagemap = self._is_huge = magic == _HUGETLBFS
         self.real_addresses = self._is_huge and phys_base is None
         self.needs_sync = magic not in _RAM_FILE_SYSTEMS
-        self._lock = held if write else None
         self._fds = [fd]
 
     @property
@@ -168,6 +191,24 @@ def sync_file_system(fd: int) -> None:
     error = int(lib.pk_syncfs(fd))
     if error:
         raise OSError(error, os.strerror(error))
+
+
+class FileBacking(OpenFileBacking):
+    """A file by its path, locked exclusively if ``write``.
+
+    :raises RegionError: missing, a directory, not permitted, too small to map.
+    :raises LockedError: another process has it open.
+    """
+
+    def __init__(self, path: str, *, write: bool, phys_base: PhysAddr | None, lock: bool) -> None:
+        fd = _open(path, write)
+        try:
+            held = lock_file(fd, path, exclusive=write) if lock else None
+            super().__init__(fd, path, phys_base=phys_base)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._lock = held if write else None
 
 
 def create(path: str, size: int) -> None:
