@@ -6,6 +6,7 @@ What a kernel makes of it is in test_mount.py.
 from __future__ import annotations
 
 import errno
+import os
 from typing import Any
 
 import pytest
@@ -77,6 +78,7 @@ def test_what_is_prepared(server: Server) -> None:
     assert lib.pk_wanted & shim._HANDLE_KILLPRIV_V2
     shim.prepare(server, fsname=b"x", direct=False, killpriv=False)
     assert not lib.pk_wanted & (shim._DIRECT_IO_ALLOW_MMAP | shim._HANDLE_KILLPRIV_V2)
+    assert not lib.pk_wanted & shim._PASSTHROUGH, "overlayfs could be stacked only once"
     assert lib.pk_unwanted == shim._AUTO_INVAL_DATA
 
 
@@ -86,6 +88,7 @@ def test_without_a_session_nothing_is_attached(server: Server) -> None:
     assert not shim.attached()
     assert not shim.may_map_direct()
     assert not shim.capabilities().attached
+    assert shim.device() == -1
 
 
 def test_a_break_is_told_once(server: Server) -> None:
@@ -93,3 +96,39 @@ def test_a_break_is_told_once(server: Server) -> None:
     lib.pk_idle = 1
     assert shim.found_no_request()
     assert not shim.found_no_request()
+
+
+@pytest.mark.parametrize(
+    ("trouble", "reason"),
+    [
+        ("", None),
+        ("pool", "no pool on tmpfs"),
+        ("libfuse", "libfuse 3.13"),
+        ("kernel", "CONFIG_FUSE_PASSTHROUGH"),
+        ("root", "CAP_SYS_ADMIN"),
+    ],
+)
+def test_why_nothing_is_passed_through(
+    server: Server, trouble: str, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shim.prepare(server, fsname=b"x", direct=True, passthrough=trouble != "pool")
+    monkeypatch.setattr(shim, "_attached", trouble != "libfuse")
+    lib.pk_negotiated.offered = 0 if trouble == "kernel" else shim._PASSTHROUGH
+    monkeypatch.setattr(shim, "_effective_capabilities", lambda: int(trouble != "root") << 21)
+    found = shim.why_no_passthrough()
+    if reason is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert reason in found
+
+
+def test_the_capabilities_of_this_process(server: Server) -> None:
+    assert bool(shim._effective_capabilities() & shim._CAP_SYS_ADMIN) == (os.geteuid() == 0)
+
+
+def test_the_handle_that_is_being_opened(server: Server) -> None:
+    shim.pass_through(5 | 1 << 62, 9)
+    assert (lib.pk_backed_fh, lib.pk_backing_id) == (5 | 1 << 62, 9)
+    shim.prepare(server, fsname=b"x", direct=True)
+    assert (lib.pk_backed_fh, lib.pk_backing_id) == (0, 0)

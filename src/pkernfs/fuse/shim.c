@@ -9,6 +9,8 @@
  *   - serve two requests that not every libfuse knows: TMPFILE (7.37, Linux 6.2) has the form of
  *     CREATE, and is handed on as one, with a note; STATX (7.39, Linux 6.6), which has the birth
  *     time, is answered here,
+ *   - pass shared mappings of a file through to another file (FUSE_PASSTHROUGH, 7.40, Linux 6.9):
+ *     libfuse has it from 3.17 on, pyfuse3 not at all,
  *   - read without blocking, and for a moment without sleeping.
  * One thread serves requests, so the notes on the current request are plain statics.
  */
@@ -36,7 +38,7 @@
 #include <unistd.h>
 
 /* ------------------------------------------------------------------ the kernel's protocol */
-/* The few parts of linux/fuse.h (7.39) that are used here, so that old headers will do. */
+/* The few parts of linux/fuse.h (7.40) that are used here, so that old headers will do. */
 
 enum { OP_SETATTR = 4, OP_OPEN = 14, OP_WRITE = 16, OP_INIT = 26, OP_CREATE = 35,
        OP_FALLOCATE = 43, OP_COPY_FILE_RANGE = 47, OP_TMPFILE = 51, OP_STATX = 52 };
@@ -48,10 +50,14 @@ enum { OP_SETATTR = 4, OP_OPEN = 14, OP_WRITE = 16, OP_INIT = 26, OP_CREATE = 35
 #define INIT_HANDLE_KILLPRIV_V2 (UINT64_C(1) << 28)
 #define INIT_EXT (UINT64_C(1) << 30)
 #define INIT_DIRECT_IO_ALLOW_MMAP (UINT64_C(1) << 36)
+#define INIT_PASSTHROUGH (UINT64_C(1) << 37)
 
 #define SETATTR_KILL_SUIDGID (1u << 11) /* fuse_setattr_in.valid */
 #define WRITE_KILL_SUIDGID (1u << 2)    /* fuse_write_in.write_flags */
 #define OPEN_KILL_SUIDGID (1u << 0)     /* fuse_open_in.open_flags, fuse_create_in.open_flags */
+
+#define FOPEN_DIRECT_IO (1u << 0) /* fuse_open_out.open_flags */
+#define FOPEN_PASSTHROUGH (1u << 7)
 
 struct in_header {
 	uint32_t len, opcode;
@@ -72,6 +78,11 @@ struct out_header {
 	uint32_t len;
 	int32_t error;
 	uint64_t unique;
+};
+struct open_out {
+	uint64_t fh;
+	uint32_t open_flags;
+	int32_t backing_id;
 };
 struct sx_time {
 	int64_t seconds;
@@ -107,11 +118,14 @@ int pk_idle;                        /* the last read found none: time to sleep *
 int pk_tables;                      /* operation tables filled: 0 means pyfuse3 went round us */
 int pk_take_writes;                 /* pk_on_write serves WRITE instead of pyfuse3 */
 char *pk_mount_arg;                 /* a further argument for fuse_session_new, of any bytes */
+uint64_t pk_backed_fh;              /* the handle that is being opened ... */
+int32_t pk_backing_id;              /* ... is passed through to this backing file, unless 0 */
 
 char pk_message[256];               /* libfuse's last words before pk_attach */
 
 static struct fuse_session *session;
 static uint64_t init_unique;
+static int32_t reply_backing_id; /* of the reply to OPEN or CREATE that libfuse is writing, or 0 */
 
 /* ------------------------------------------------------------------ added operations */
 
@@ -194,6 +208,10 @@ void pk_reply_later(void *req, int64_t result, int counted)
 
 /* ------------------------------------------------------------------ session creation */
 
+static int (*next_reply_open)(fuse_req_t, const struct fuse_file_info *);
+static int (*next_reply_create)(fuse_req_t, const struct fuse_entry_param *,
+				const struct fuse_file_info *);
+
 static void *real(const char *name)
 {
 	static const char *const libraries[] = { "libfuse3.so.4", "libfuse3.so.3", "libfuse3.so" };
@@ -223,6 +241,8 @@ static void fill(struct fuse_lowlevel_ops *to, const struct fuse_lowlevel_ops *f
 		to->write = op_write;
 		to->write_buf = NULL;
 	}
+	next_reply_open = real("fuse_reply_open");
+	next_reply_create = real("fuse_reply_create");
 	if (pk_mount_arg)
 		fuse_opt_add_arg(args, pk_mount_arg);
 	pk_tables++;
@@ -258,6 +278,56 @@ struct fuse_session *fuse_session_new_versioned(struct fuse_args *args,
 	return session = next(args, &ops, sizeof ops, version, userdata);
 }
 #endif
+
+/* ------------------------------------------------------------------ replies to OPEN and CREATE */
+
+static int32_t backing_of(const struct fuse_file_info *fi)
+{
+	return fi->fh == pk_backed_fh ? pk_backing_id : 0;
+}
+
+/* pyfuse3's calls come here, as that of fuse_session_new did; libfuse writes before it returns. */
+int fuse_reply_open(fuse_req_t req, const struct fuse_file_info *fi)
+{
+	int result;
+
+	reply_backing_id = backing_of(fi);
+	result = next_reply_open(req, fi);
+	reply_backing_id = 0;
+	return result;
+}
+
+int fuse_reply_create(fuse_req_t req, const struct fuse_entry_param *entry,
+		      const struct fuse_file_info *fi)
+{
+	int result;
+
+	reply_backing_id = backing_of(fi);
+	result = next_reply_create(req, entry, fi);
+	reply_backing_id = 0;
+	return result;
+}
+
+/*
+ * Puts the backing file into a reply, which ends with struct fuse_open_out.  With these two flags
+ * the kernel maps the backing file, and goes on sending reads and writes (fs/fuse/file.c).
+ */
+static void pass_through(const struct iovec *body)
+{
+	struct open_out open;
+	char *at = (char *)body->iov_base + body->iov_len - sizeof open;
+
+	memcpy(&open, at, sizeof open);
+	open.open_flags = FOPEN_DIRECT_IO | FOPEN_PASSTHROUGH;
+	open.backing_id = reply_backing_id;
+	memcpy(at, &open, sizeof open);
+}
+
+/* The mounted session's descriptor of /dev/fuse; -1: there is none. */
+int pk_device(void)
+{
+	return session ? fuse_session_fd(session) : -1;
+}
 
 /* ------------------------------------------------------------------ between libfuse and the kernel */
 
@@ -418,6 +488,8 @@ static ssize_t io_writev(int fd, struct iovec *iov, int count, void *userdata)
 				flags &= UINT32_MAX;
 			init.flags = (uint32_t)flags;
 			init.flags2 = (uint32_t)(flags >> 32);
+			if (flags & INIT_PASSTHROUGH)
+				init.max_stack_depth = 1; /* files on file systems that are not stacked */
 			init.max_background = 64;
 			init.congestion_threshold = 48;
 			iov[1].iov_base = &init;
@@ -427,6 +499,8 @@ static ssize_t io_writev(int fd, struct iovec *iov, int count, void *userdata)
 		}
 		pk_negotiated.done = 1;
 	}
+	if (reply_backing_id && count == 2 && iov[1].iov_len >= sizeof(struct open_out))
+		pass_through(&iov[1]);
 	n = writev(fd, iov, count);
 	if (n < 0 && errno == ENOENT && out->unique)
 		return out->len; /* whoever asked was interrupted, or is unmounting: no error of ours */
@@ -464,6 +538,8 @@ void pk_reset(void)
 {
 	session = NULL;
 	init_unique = 0;
+	pk_backed_fh = 0;
+	pk_backing_id = reply_backing_id = 0;
 	pk_message[0] = 0;
 	fuse_set_log_func(keep_message); /* said by whoever asked for the mount, in one line */
 	pk_idle = pk_tables = 0;

@@ -46,6 +46,9 @@ _EXPLICIT_INVAL_DATA = 1 << 25
 _PARALLEL_DIROPS = 1 << 18
 _HANDLE_KILLPRIV_V2 = 1 << 28
 _DIRECT_IO_ALLOW_MMAP = 1 << 36
+_PASSTHROUGH = 1 << 37
+
+_CAP_SYS_ADMIN = 1 << 21
 
 
 class ExtraOperations(Protocol):
@@ -107,12 +110,14 @@ class Capabilities:
 
     ``added_operations``: fallocate, lseek and copy_file_range are served. ``killpriv``: the daemon
     clears set-id bits and is told when. ``direct_mmap``: MAP_SHARED works on direct_io files.
+    ``passthrough``: mappings of a file can be those of another one.
     """
 
     added_operations: bool
     attached: bool
     killpriv: bool
     direct_mmap: bool
+    passthrough: bool
     explicit_invalidation: bool
     max_write: int
     protocol: ProtocolVersion
@@ -128,13 +133,15 @@ def prepare(
     *,
     fsname: bytes,
     direct: bool,
+    passthrough: bool = False,
     killpriv: bool = True,
     spin_us: float = 0,
 ) -> None:
     """Set up what the next session is to be; call it before ``pyfuse3.init``.
 
     ``fsname`` is the mount's source as it shall show in mount tables, any bytes. ``direct`` asks
-    for shared mappings of direct_io files. ``spin_us`` is how long (microseconds) a read of the
+    for shared mappings of direct_io files. ``passthrough`` asks for :func:`pass_through`; overlayfs
+    can then be stacked on the mount only once. ``spin_us`` is how long (microseconds) a read of the
     device looks for the next request before the event loop is entered.
     """
     global _server, _attached
@@ -153,6 +160,8 @@ def prepare(
         wanted |= _HANDLE_KILLPRIV_V2
     if direct:
         wanted |= _DIRECT_IO_ALLOW_MMAP
+    if passthrough:
+        wanted |= _PASSTHROUGH
     lib.pk_wanted = wanted
     lib.pk_unwanted = _AUTO_INVAL_DATA
 
@@ -191,6 +200,7 @@ def capabilities() -> Capabilities:
         attached=_attached,
         killpriv=bool(granted & _HANDLE_KILLPRIV_V2),
         direct_mmap=bool(granted & _DIRECT_IO_ALLOW_MMAP),
+        passthrough=bool(granted & _PASSTHROUGH),
         explicit_invalidation=bool(granted & _EXPLICIT_INVAL_DATA),
         max_write=lib.pk_negotiated.max_write,
         protocol=ProtocolVersion(lib.pk_negotiated.major, lib.pk_negotiated.minor),
@@ -200,6 +210,39 @@ def capabilities() -> Capabilities:
 def may_map_direct() -> bool:
     """Tell in ``init()`` whether shared mappings of direct_io files are being negotiated."""
     return _attached and bool(lib.pk_wanted & lib.pk_negotiated.offered & _DIRECT_IO_ALLOW_MMAP)
+
+
+def why_no_passthrough() -> str | None:
+    """Tell why this session passes nothing through; None: it can, as ``init()`` may already ask."""
+    if not lib.pk_wanted & _PASSTHROUGH:
+        return "the region has no pool on tmpfs"
+    if not _attached:
+        return "libfuse 3.13 or newer is needed"
+    if not lib.pk_negotiated.offered & _PASSTHROUGH:
+        release = os.uname().release
+        return f"kernel {release} does not offer it: 6.9 or newer has it (CONFIG_FUSE_PASSTHROUGH)"
+    if not _effective_capabilities() & _CAP_SYS_ADMIN:
+        return "the daemon lacks CAP_SYS_ADMIN"
+    return None
+
+
+def _effective_capabilities() -> int:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1], 16) for line in status if line.startswith("CapEff:"))
+
+
+def device() -> int:
+    """Return the descriptor of /dev/fuse that the mounted session has."""
+    return int(lib.pk_device())
+
+
+def pass_through(fh: int, backing_id: int) -> None:
+    """Have the reply that opens ``fh`` pass its mappings through to a backing file; 0: to none.
+
+    Reads and writes keep coming to the daemon. Call it for each handle that is opened.
+    """
+    lib.pk_backed_fh = fh
+    lib.pk_backing_id = backing_id
 
 
 def attached() -> bool:

@@ -38,11 +38,14 @@ ffibuilder.cdef(
     extern struct pk_request pk_request;
     extern struct pk_negotiated pk_negotiated;
     extern uint64_t pk_wanted, pk_unwanted, pk_spin_ns;
+    extern uint64_t pk_backed_fh;
+    extern int32_t pk_backing_id;
     extern int pk_idle, pk_tables, pk_take_writes;
     extern char *pk_mount_arg;
     extern char pk_message[256];
 
     int pk_attach(void);
+    int pk_device(void);
     void pk_reset(void);
     void pk_reply_later(void *req, int64_t result, int counted);
 
