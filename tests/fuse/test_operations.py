@@ -11,8 +11,8 @@ import pytest
 
 from pkernfs.errors import NotFoundError
 from pkernfs.fs.filesystem import FileSystem
-from pkernfs.fuse import extents_xattr
-from pkernfs.fuse.operations import Operations
+from pkernfs.fuse import extents_xattr, shim
+from pkernfs.fuse.operations import WRITER, Operations
 from pkernfs.quantities import Ino
 from support.fuse_handlers import (
     AS_ROOT,
@@ -212,3 +212,70 @@ def test_namespaces(ops: Operations) -> None:
     assert fails(ops.getxattr(4711, EXTENTS_XATTR, AS_ROOT)) == errno.ENOENT
     do(ops.removexattr(ino, b"user.a", AS_ROOT))
     assert fails(ops.getxattr(ino, b"user.a", AS_ROOT)) == errno.ENODATA
+
+
+# ---------------------------------------------------------------------- memory of their own
+
+
+class Backing:
+    """Stands for :class:`pkernfs.fuse.passthrough.Passthrough`: one backing file for all."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Ino]] = []
+
+    def opened(self, ino: Ino) -> int:
+        self.calls.append(("opened", ino))
+        return 9
+
+    def released(self, ino: Ino) -> None:
+        self.calls.append(("released", ino))
+
+
+def test_handles_are_opened_with_their_backing_file(
+    ops: Operations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed: list[tuple[int, int]] = []
+    monkeypatch.setattr(shim, "pass_through", lambda *words: passed.append(words))
+    backing: Any = Backing()
+    ops.passthrough = backing
+    _, entry = do(ops.create(ROOT, b"f", stat.S_IFREG | 0o644, os.O_RDWR, AS_ROOT))
+    ino = Ino(entry.st_ino)
+    reader = do(ops.open(ino, os.O_RDONLY, AS_ROOT)).fh
+    assert passed == [(ino | WRITER, 9), (ino, 9)]
+    do(ops.release(ino | WRITER))
+    do(ops.release(reader))
+    assert backing.calls == [("opened", ino)] * 2 + [("released", ino)] * 2
+
+
+def test_a_handle_that_is_refused_is_not_counted(ops: Operations) -> None:
+    backing: Any = Backing()
+    ops.passthrough = backing
+    ino = make(ops)
+    backing.calls.clear()
+    ops.fs.fail("for the test")
+    assert fails(ops.open(ino, os.O_RDWR, AS_ROOT)) == errno.EROFS
+    assert backing.calls == []
+
+
+def test_mappings_are_passed_through_where_there_are_segments(
+    fs: FileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shim, "why_no_passthrough", lambda: None)
+    without, with_native = make_operations(fs), make_operations(fs)
+    with_native.native = lambda ino: None
+    without.init()
+    with_native.init()
+    assert without.passthrough is None
+    assert with_native.passthrough is not None
+
+
+def test_a_mount_says_why_segments_are_not_mapped_directly(
+    ops: Operations, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(shim, "why_no_passthrough", lambda: "the kernel is old")
+    ops.native = lambda ino: None
+    ops.init()
+    assert ops.passthrough is None
+    [record] = caplog.records
+    assert record.getMessage().endswith("through the page cache, not directly: the kernel is old")
+    caplog.clear()

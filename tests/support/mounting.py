@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Self
 
 from pkernfs.fs import mkfs
 from pkernfs.host.mount_table import FSTYPE, mounts_of, own_mounts
@@ -78,6 +79,7 @@ class Mounted:
         self.region = self.directory / "region"
         self.path = self.directory / "mnt"
         self.options = options
+        self.program = ["-c", _PROGRAM]  # what Python runs as the daemon
         self.daemon: subprocess.Popen[str] | None = None
         self.directory.chmod(0o755)
         self.path.mkdir()
@@ -85,7 +87,7 @@ class Mounted:
         with Region.open(str(self.region), write=True) as region:
             mkfs.make_filesystem(region)
 
-    def __enter__(self) -> Mounted:
+    def __enter__(self) -> Self:
         try:
             self.start()
         except BaseException:
@@ -115,7 +117,7 @@ class Mounted:
         :raises AssertionError: the daemon ended instead.
         """
         self._close_pipe()
-        command = [sys.executable, "-c", _PROGRAM, "mount", "-f"]
+        command = [sys.executable, *self.program, "mount", "-f"]
         if self.options:
             command += ["-o", self.options]
         daemon = self.daemon = subprocess.Popen(

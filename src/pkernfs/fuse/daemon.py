@@ -134,6 +134,7 @@ def serve(
         server.data,
         fsname=os.fsencode(region.name),
         direct=cache != "page",
+        passthrough=server.native is not None,
         spin_us=options.get("spin", _SPIN_MICROSECONDS),
     )
     try:

@@ -11,6 +11,7 @@ through it.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import stat
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from pkernfs.errors import (
 )
 from pkernfs.fuse import extents_xattr, segment_xattr, shim
 from pkernfs.fuse.data import CAPABILITY, DataRequests
+from pkernfs.fuse.passthrough import Native, Passthrough
 from pkernfs.fuse.waiting import Handlers, errno_of, handler, invalidate_attributes
 from pkernfs.quantities import Ino
 
@@ -34,6 +36,8 @@ from pyfuse3 import EntryAttributes, FUSEError
 
 if TYPE_CHECKING:
     from pkernfs.fs.filesystem import FileSystem
+
+log = logging.getLogger(__name__)
 
 _FOREVER_SECONDS = 365 * 86400.0
 _NAMESPACES = (b"user.", b"trusted.", b"security.")
@@ -53,7 +57,13 @@ class Operations(Handlers, pyfuse3.Operations):
     files are opened: ``direct`` I/O, through the ``page`` cache, or ``auto``: direct if the kernel
     has shared mappings of such files. ``timeout`` is how long (seconds) the kernel may keep names
     and attributes.
+
+    :attr:`native`, set before FUSE_INIT, has the kernel map files that have memory of their own
+    directly; :attr:`passthrough` is None where it does not.
     """
+
+    native: Native | None = None
+    passthrough: Passthrough | None = None
 
     supports_dot_lookup = True
     enable_writeback_cache = False
@@ -80,7 +90,16 @@ class Operations(Handlers, pyfuse3.Operations):
         """Called by pyfuse3 while FUSE_INIT is being answered: the kernel's offer is known."""
         if self._cache == "auto":
             self._opened.direct_io = shim.may_map_direct()
+        if self.native is not None:
+            self._pass_through(self.native)
         self.initialized = True
+
+    def _pass_through(self, native: Native) -> None:
+        reason = shim.why_no_passthrough()
+        if reason is None:
+            self.passthrough = Passthrough(native, shim.device())
+        else:
+            log.warning("segments are mapped through the page cache, not directly: %s", reason)
 
     # ------------------------------------------------------------------ attributes
 
@@ -279,15 +298,19 @@ class Operations(Handlers, pyfuse3.Operations):
 
     def _open(self, ino: Ino, flags: int) -> None:
         """Count a handle and put it into the answer."""
+        fh = self._opened.fh = self._count_handle(ino, flags)
+        if self.passthrough is not None:
+            shim.pass_through(fh, self.passthrough.opened(ino))
+
+    def _count_handle(self, ino: Ino, flags: int) -> int:
         if not flags & os.O_ACCMODE:
             self.fs.open(ino)
-            self._opened.fh = ino
-            return
+            return ino
         if self.fs.read_only:  # what a mapping wrote could not be stored: refuse it in time
             raise ReadOnlyError("read-only file system")
         self.fs.open(ino)
         self.writers[ino] = self.writers.get(ino, 0) + 1
-        self._opened.fh = ino | WRITER
+        return ino | WRITER
 
     def _truncate(self, ino: Ino) -> Any:
         """Truncate for O_TRUNC; the kernel invalidates its own size, but not the mode."""
@@ -322,6 +345,8 @@ class Operations(Handlers, pyfuse3.Operations):
                 self.writers[ino] = left
             else:
                 self.writers.pop(ino, None)
+        if self.passthrough is not None:
+            self.passthrough.released(ino)
         self._without_capability.discard(ino)
         self.fs.release(ino)
         self.freed()

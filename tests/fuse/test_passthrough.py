@@ -1,0 +1,376 @@
+"""Mappings of files that have memory of their own: the kernel's rules, then real mounts."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import struct
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pkernfs.errors import RegionError
+from pkernfs.fuse.passthrough import NO_BACKING, Passthrough
+from pkernfs.quantities import Ino
+from support import native_files
+from support.huge_pages import huge_pages
+from support.mounting import MIB, Mapper, Mounted, is_mounted, libc, wait_until
+
+FILE = Ino(7)
+DEVICE = 33
+BACKING_OPEN, BACKING_CLOSE = 0x4010E501, 0x4004E502  # linux/fuse.h
+CACHESTAT = 451  # of every architecture, from Linux 6.5 on
+SIZE = 4 * MIB
+
+
+# ---------------------------------------------------------------------- one mode for each open file
+
+
+class Kernel:
+    """What Passthrough asks the kernel for, and which files have memory of their own."""
+
+    def __init__(self) -> None:
+        self.native: dict[Ino, int] = {}
+        self.refusal: int | None = None
+        self.registered: dict[int, int] = {}  # id: descriptor
+        self._last = 0
+
+    def ioctl(self, device: int, request: int, argument: bytes | bytearray) -> Any:
+        assert device == DEVICE
+        if request == BACKING_CLOSE:
+            (backing_id,) = struct.unpack("=I", argument)
+            if self.refusal is not None:
+                raise OSError(self.refusal, os.strerror(self.refusal))
+            del self.registered[backing_id]
+            return bytes(argument)
+        assert request == BACKING_OPEN
+        fd, flags, padding = struct.unpack("=iIQ", argument)
+        assert (flags, padding) == (0, 0)
+        if self.refusal is not None:
+            raise OSError(self.refusal, os.strerror(self.refusal))
+        self._last += 1
+        self.registered[self._last] = fd
+        return self._last if isinstance(argument, bytearray) else bytes(argument)  # as fcntl does
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    kernel = Kernel()
+    monkeypatch.setattr(fcntl, "ioctl", kernel.ioctl)
+    return kernel
+
+
+@pytest.fixture
+def files(kernel: Kernel) -> Passthrough:
+    return Passthrough(kernel.native.get, DEVICE)
+
+
+def test_a_file_is_registered_once_while_it_is_open(kernel: Kernel, files: Passthrough) -> None:
+    kernel.native = {FILE: 40, Ino(8): 41}
+    files = Passthrough(kernel.native.get, DEVICE)
+    first = files.opened(FILE)
+    assert files.opened(FILE) == first != files.opened(Ino(8))
+    assert sorted(kernel.registered.values()) == [40, 41]
+    files.released(FILE)
+    assert len(kernel.registered) == 2
+    files.released(FILE)
+    assert list(kernel.registered.values()) == [41]
+    assert files.opened(FILE) not in (first, NO_BACKING), "a new registration"
+
+
+def test_what_has_no_memory_of_its_own(kernel: Kernel, files: Passthrough) -> None:
+    assert files.opened(FILE) == NO_BACKING
+    files.released(FILE)
+    files.released(FILE)  # once too often, which no kernel does
+    assert not kernel.registered
+
+
+def test_an_open_file_keeps_its_mode(kernel: Kernel, files: Passthrough) -> None:
+    """Both ways: it gets memory of its own, or another one, while somebody has it open."""
+    assert files.opened(FILE) == NO_BACKING
+    kernel.native[FILE] = 40
+    assert files.opened(FILE) == NO_BACKING
+    files.released(FILE)
+    assert files.opened(FILE) == NO_BACKING, "the second handle is there still"
+    files.released(FILE)
+    files.released(FILE)
+    backing = files.opened(FILE)
+    assert backing != NO_BACKING
+    del kernel.native[FILE]
+    assert files.opened(FILE) == backing
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (errno.ELOOP, "a file on hugetlbfs or overlayfs"),
+        (errno.EPERM, "CAP_SYS_ADMIN"),
+        (errno.EMFILE, "Too many open files"),
+    ],
+)
+def test_what_the_kernel_refuses(
+    kernel: Kernel, files: Passthrough, code: int, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is mapped through the page cache, and the log says why."""
+    kernel.native[FILE] = 40
+    kernel.refusal = code
+    assert files.opened(FILE) == NO_BACKING
+    (record,) = caplog.records
+    assert record.getMessage().startswith("inode 7: mapped through the page cache, not directly: ")
+    assert reason in record.getMessage()
+    caplog.clear()
+
+
+def test_memory_that_is_lost(kernel: Kernel, caplog: pytest.LogCaptureFixture) -> None:
+    def native(ino: Ino) -> int | None:
+        raise RegionError("segment-3: it was removed")
+
+    files = Passthrough(native, DEVICE)
+    assert files.opened(FILE) == NO_BACKING
+    files.released(FILE)
+    [record] = caplog.records
+    assert record.getMessage().endswith("not directly: segment-3: it was removed")
+    caplog.clear()
+
+
+def test_the_end_of_a_mount(kernel: Kernel, files: Passthrough) -> None:
+    kernel.native[FILE] = 40
+    first = files.opened(FILE)
+    kernel.refusal = errno.ENOTCONN
+    files.released(FILE)
+    kernel.refusal = None
+    assert files.opened(FILE) not in (first, NO_BACKING), "it is closed, all the same"
+
+
+# ---------------------------------------------------------------------- real mounts
+
+
+class MountedNative(Mounted):
+    """A mount in which :meth:`give_memory` gives a file memory of its own."""
+
+    def __init__(self, options: str = "") -> None:
+        super().__init__(options=options)
+        self.own = self.directory / "own"
+        self.own.mkdir()
+        self.program = [native_files.__file__, str(self.own)]
+
+    def make(self, name: str = "f", size: int = SIZE) -> Path:
+        """A file of zeros in the mount, which nobody has open, as far as the daemon knows."""
+        path = self.path / name
+        os.mknod(path)
+        os.truncate(path, size)
+        return path
+
+    def give_memory(self, path: Path, size: int = SIZE, at: Path | None = None) -> Path:
+        """Give a file ``size`` bytes of its own, in a file ``at`` that is returned."""
+        own = at or self.memory_of(path)
+        own.touch()
+        os.truncate(own, size)
+        if at is not None:
+            self.memory_of(path).symlink_to(at)
+        return own
+
+    def memory_of(self, path: Path) -> Path:
+        return self.own / str(path.stat().st_ino)
+
+
+@pytest.fixture
+def mounted() -> Iterator[MountedNative]:
+    with MountedNative() as mount:
+        yield mount
+
+
+class _CacheStat(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint64) for name in ("cache", "dirty", "back", "evicted", "recent")]
+
+
+def cached_pages(fd: int) -> int:
+    """How many pages of a file the page cache has; pages of tmpfs are in it."""
+    span = (ctypes.c_uint64 * 2)(0, 0)  # to the end
+    found = _CacheStat()
+    if libc.syscall(CACHESTAT, fd, span, ctypes.byref(found), 0):
+        raise OSError(ctypes.get_errno(), "cachestat")
+    return int(found.cache)
+
+
+@contextlib.contextmanager
+def mapped(path: Path, flags: int = os.O_RDWR, length: int = SIZE) -> Iterator[mmap.mmap]:
+    """A shared mapping of a file, which is closed before."""
+    fd = os.open(path, flags)
+    try:
+        writes = mmap.PROT_WRITE if flags & os.O_ACCMODE == os.O_RDWR else 0
+        memory = mmap.mmap(fd, length, prot=mmap.PROT_READ | writes)
+    finally:
+        os.close(fd)
+    with memory:
+        yield memory
+
+
+@pytest.mark.fuse
+@pytest.mark.parametrize("cache", ["direct", "page"])
+def test_one_memory(cache: str) -> None:
+    """Stores, reads and writes meet at once in the file's own memory, and nowhere else."""
+    with MountedNative(f"cache={cache}") as mount:
+        path = mount.make()
+        own = mount.give_memory(path)
+        with mapped(path) as memory, open(path, "r+b", buffering=0) as f, open(own, "r+b", 0) as o:
+            memory[5000:5005] = b"store"
+            assert os.pread(f.fileno(), 5, 5000) == b"store"
+            assert os.pread(o.fileno(), 5, 5000) == b"store"
+            os.pwrite(f.fileno(), b"write", 5000)
+            assert memory[5000:5005] == b"write"
+            os.pwrite(o.fileno(), b"other", 5000)
+            assert memory[5000:5005] == b"other"
+            assert f.read(5005)[5000:] == b"other"
+            memory[:] = b"x" * SIZE
+            memory.flush()
+            os.fsync(f.fileno())
+            assert cached_pages(f.fileno()) == 0
+            assert cached_pages(o.fileno()) == SIZE // mmap.PAGESIZE
+
+
+@pytest.mark.fuse
+def test_without_memory_of_its_own_the_page_cache_has_a_copy(mounted: MountedNative) -> None:
+    path = mounted.make()
+    with mapped(path) as memory, open(path, "rb", buffering=0) as f:
+        memory[:] = b"x" * SIZE
+        assert cached_pages(f.fileno()) == SIZE // mmap.PAGESIZE
+
+
+@pytest.mark.fuse
+def test_every_way_to_open(mounted: MountedNative) -> None:
+    path = mounted.make()
+    mounted.give_memory(path)
+    with mapped(path) as memory, contextlib.ExitStack() as open_files:
+        memory[:3] = b"one"
+        for flags in (os.O_RDONLY, os.O_RDWR, os.O_RDWR | os.O_APPEND, os.O_RDWR | os.O_DIRECT):
+            with mapped(path, flags) as again:
+                assert again[:3] == b"one"
+            fd = os.open(path, flags)
+            open_files.callback(os.close, fd)
+            with mapped(Path(f"/proc/self/fd/{fd}")) as again:
+                again[10:13] = b"two"
+            assert memory[10:13] == b"two"
+            private = mmap.mmap(fd, SIZE, mmap.MAP_PRIVATE)
+            private[:3] = b"own"
+            private.close()
+            assert memory[:3] == b"one"
+        writer = os.open(path, os.O_WRONLY)
+        open_files.callback(os.close, writer)
+        os.pwrite(writer, b"six", 0)
+        assert memory[:3] == b"six"
+        with Mapper(path, SIZE) as other:
+            other.store(0, b"two")
+            assert memory[:3] == b"two"
+        with pytest.raises(PermissionError), open(path, "rb") as f:
+            mmap.mmap(f.fileno(), SIZE)
+
+
+@pytest.mark.fuse
+def test_a_file_that_has_its_memory_from_birth(mounted: MountedNative) -> None:
+    """CREATE, and O_TMPFILE, are answered as OPEN is."""
+    (mounted.own / "born").touch()
+    for path, flags in ((mounted.path / "f", os.O_CREAT | os.O_EXCL), (mounted.path, os.O_TMPFILE)):
+        fd = os.open(path, flags | os.O_RDWR, 0o600)
+        os.truncate(fd, native_files.BORN_BYTES)
+        with mmap.mmap(fd, SIZE) as memory:
+            memory[:5] = b"store"
+            own = mounted.own / str(os.fstat(fd).st_ino)
+            assert own.read_bytes()[:5] == os.pread(fd, 5, 0) == b"store"
+            assert cached_pages(fd) == 0
+        os.close(fd)
+
+
+@pytest.mark.fuse
+def test_sizes_are_those_of_the_daemon(mounted: MountedNative) -> None:
+    """The mapping alone reaches to the end of the memory."""
+    path = mounted.make(size=5000)
+    mounted.give_memory(path)
+    with open(path, "r+b", buffering=0) as f:
+        assert os.fstat(f.fileno()).st_size == 5000
+        assert os.lseek(f.fileno(), 0, os.SEEK_END) == 5000
+        assert len(os.pread(f.fileno(), SIZE, 0)) == 5000
+        with mmap.mmap(f.fileno(), 5000) as memory:
+            os.ftruncate(f.fileno(), SIZE)
+            memory[0] = 1
+            assert os.pread(f.fileno(), 1, 0) == b"\1"
+        assert len(os.pread(f.fileno(), 2 * SIZE, 0)) == SIZE
+
+
+@pytest.mark.fuse
+def test_it_gets_memory_of_its_own_while_it_is_open(mounted: MountedNative) -> None:
+    """What is open goes on as it was, mapped or not; the next open after the last close changes."""
+    path = mounted.make()
+    with open(path, "r+b", buffering=0) as f, mmap.mmap(f.fileno(), SIZE) as copy:
+        copy[:4] = b"copy"
+        own = mounted.give_memory(path)
+        with mapped(path) as memory:
+            assert memory[:4] == b"copy"
+            assert cached_pages(f.fileno())
+    own.write_bytes(b"own".ljust(SIZE, b"\0"))
+
+    def is_own() -> bool:  # the kernel tells of the last close when it likes
+        with mapped(path) as memory:
+            return memory[:3] == b"own"
+
+    wait_until(is_own, "the memory of its own")
+    with open(path, "rb", buffering=0) as f:
+        assert cached_pages(f.fileno()) == 0
+
+
+@pytest.mark.fuse
+def test_a_mapping_outlives_descriptor_and_name(mounted: MountedNative) -> None:
+    path = mounted.make()
+    own = mounted.give_memory(path)
+    with mapped(path) as memory:
+        with mapped(path) as again:  # with every descriptor closed, it is registered anew
+            again[:5] = b"store"
+        path.unlink()
+        own.unlink()
+        assert memory[:5] == b"store"
+        busy = subprocess.run(["umount", str(mounted.path)], capture_output=True, text=True)
+        assert "busy" in busy.stderr, "the mapping keeps the mount"
+        assert is_mounted(mounted.path)
+    mounted.unmount()
+
+
+@pytest.mark.fuse
+def test_a_mapping_outlives_the_daemon(mounted: MountedNative) -> None:
+    """SIGKILL: the kernel has the memory. The next daemon's clients map the same."""
+    path = mounted.make()
+    own = mounted.give_memory(path)
+    with Mapper(path, SIZE) as client, mapped(path) as memory:
+        memory[:6] = b"before"
+        mounted.kill()
+        client.store(MIB, b"after, in a page that nobody had touched")
+        assert memory[MIB : MIB + 5] == b"after"
+        memory[:] = bytes(SIZE)
+        client.store(0, b"store")
+        client.tell("msync")
+        assert own.read_bytes()[:6] == b"store\0"
+        mounted.start()
+        with mapped(path) as again:
+            again[:5] = b"again"
+            assert client.load(0, 5) == b"again"
+            with open(path, "rb", buffering=0) as f:
+                assert f.read(5) == b"again"
+
+
+@pytest.mark.fuse
+def test_memory_that_the_kernel_does_not_pass_through_to(mounted: MountedNative) -> None:
+    """Huge pages: the file is mapped as any other, through the page cache."""
+    with huge_pages(SIZE) as huge:
+        path = mounted.make()
+        mounted.give_memory(path, at=huge / "memory")
+        with mapped(path) as memory, open(path, "rb", buffering=0) as f:
+            assert memory[:5] == bytes(5)
+            assert cached_pages(f.fileno())
+        mounted.unmount()
+        assert "not directly: the kernel does not pass" in mounted.words()
