@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pkernfs.errors import ZeroingNeeded
+from pkernfs.errors import WorkNeeded, ZeroingNeeded
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fuse.operations import Operations
 from pkernfs.quantities import Ino
@@ -48,6 +48,15 @@ class Waiting:
         for offset, length in isolated.pieces():
             self.fs.region.zero(offset, length)
         self.fs.finish_zeroing(isolated)
+
+    @asynccontextmanager
+    async def pool_turn(self) -> AsyncIterator[None]:
+        self.asked.append("pool_turn")
+        yield
+
+    async def work(self, need: WorkNeeded) -> None:
+        self.asked.append("work")
+        need.work()
 
     async def sync(self) -> None:
         self.asked.append("sync")

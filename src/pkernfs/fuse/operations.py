@@ -21,14 +21,14 @@ from pkernfs.errors import (
     CorruptionError,
     ExistsError,
     NotFoundError,
-    NotSupportedError,
     PkernfsError,
     ReadOnlyError,
 )
-from pkernfs.fuse import extents_xattr, segment_xattr, shim
-from pkernfs.fuse.data import CAPABILITY, DataRequests
+from pkernfs.fuse import shim
+from pkernfs.fuse.data import DataRequests
 from pkernfs.fuse.passthrough import Native, Passthrough
-from pkernfs.fuse.waiting import Handlers, errno_of, handler, invalidate_attributes
+from pkernfs.fuse.waiting import errno_of, handler, invalidate_attributes
+from pkernfs.fuse.xattr_handlers import XattrHandlers
 from pkernfs.quantities import Ino
 
 import pyfuse3  # isort: skip  # after the shim, which must be found first by the linker
@@ -40,9 +40,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _FOREVER_SECONDS = 365 * 86400.0
-_NAMESPACES = (b"user.", b"trusted.", b"security.")
-_EXTENTS = extents_xattr.NAME.encode()
-_SEGMENT = segment_xattr.NAME.encode()
 
 #: Bit of a file handle that was opened for writing. The rest of it is the inode number.
 WRITER = 1 << 62
@@ -50,7 +47,7 @@ WRITER = 1 << 62
 _INO: Any = WRITER - 1
 
 
-class Operations(Handlers, pyfuse3.Operations):
+class Operations(XattrHandlers, pyfuse3.Operations):
     """The handlers of one mount; :attr:`data` has those that the shim adds.
 
     File handles are inode numbers, with a bit more for those that may write. ``cache`` says how
@@ -372,59 +369,3 @@ class Operations(Handlers, pyfuse3.Operations):
         if not self.fs.region.needs_sync:
             raise FUSEError(errno.ENOSYS)
         await self.fsync(fh, datasync)
-
-    # ------------------------------------------------------------------ extended attributes
-
-    async def getxattr(self, ino: Any, name: bytes, ctx: Any) -> bytes:
-        if name.startswith(_EXTENTS):
-            return await self._extents(ino, name, ctx.uid == 0)
-        if name == _SEGMENT:
-            return self._segment(ino)
-        return await self._stored_xattr(ino, name)
-
-    @handler
-    def _stored_xattr(self, ino: Ino, name: bytes) -> bytes:
-        _check_namespace(name)
-        return self.fs.getxattr(ino, name)
-
-    async def _extents(self, ino: Ino, name: bytes, with_addresses: bool) -> bytes:
-        """The addresses of huge pages are the kernel's to tell, one by one: in a thread."""
-        try:
-            make = extents_xattr.page(self.fs, ino, name, with_addresses)
-            slow = self.fs.region.asks_for_addresses or self.fs.segments.find(ino) is not None
-            if with_addresses and self.waiting is not None and slow:
-                return await self.waiting.aside(make)
-            return make()
-        except Exception as e:
-            raise FUSEError(errno_of(self.fs, e)) from None
-
-    def _segment(self, ino: Ino) -> bytes:
-        try:
-            return segment_xattr.value(self.fs, ino)
-        except Exception as e:
-            raise FUSEError(errno_of(self.fs, e)) from None
-
-    @handler
-    def setxattr(self, ino: Ino, name: bytes, value: bytes, ctx: Any) -> None:
-        """XATTR_CREATE and XATTR_REPLACE: pyfuse3 has looked already, and nothing runs between."""
-        _check_namespace(name)
-        if name == CAPABILITY:
-            self._without_capability.discard(ino)
-        self.fs.setxattr(ino, name, value, 0)
-
-    @handler
-    def removexattr(self, ino: Ino, name: bytes, ctx: Any) -> None:
-        _check_namespace(name)
-        self.fs.removexattr(ino, name)
-
-    @handler
-    def listxattr(self, ino: Ino, ctx: Any) -> list[bytes]:
-        names = self.fs.listxattr(ino)
-        if ctx.uid:
-            names = [name for name in names if not name.startswith(b"trusted.")]
-        return names
-
-
-def _check_namespace(name: bytes) -> None:
-    if not name.startswith(_NAMESPACES):
-        raise NotSupportedError("extended attributes: no such namespace")

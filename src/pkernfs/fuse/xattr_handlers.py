@@ -1,0 +1,78 @@
+"""The handlers of extended attributes: stored ones, and those that tell what a file is made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pkernfs.errors import NotSupportedError
+from pkernfs.fuse import extents_xattr, segment_xattr, shim  # noqa: F401 - the shim comes first
+from pkernfs.fuse.data import CAPABILITY
+from pkernfs.fuse.waiting import Handlers, errno_of, handler
+from pkernfs.quantities import Ino
+
+from pyfuse3 import FUSEError  # isort: skip
+
+_NAMESPACES = (b"user.", b"trusted.", b"security.")
+_EXTENTS = extents_xattr.NAME.encode()
+_SEGMENT = segment_xattr.NAME.encode()
+
+
+class XattrHandlers(Handlers):
+    """The handlers of extended attributes of one mount."""
+
+    #: The inodes that are known to have no ``security.capability``.
+    _without_capability: set[Ino]
+
+    async def getxattr(self, ino: Any, name: bytes, ctx: Any) -> bytes:
+        if name.startswith(_EXTENTS):
+            return await self._extents(ino, name, ctx.uid == 0)
+        if name == _SEGMENT:
+            return self._segment(ino)
+        return await self._stored_xattr(ino, name)
+
+    @handler
+    def _stored_xattr(self, ino: Ino, name: bytes) -> bytes:
+        _check_namespace(name)
+        return self.fs.getxattr(ino, name)
+
+    async def _extents(self, ino: Ino, name: bytes, with_addresses: bool) -> bytes:
+        """The addresses of huge pages are the kernel's to tell, one by one: in a thread."""
+        try:
+            make = extents_xattr.page(self.fs, ino, name, with_addresses)
+            slow = self.fs.region.asks_for_addresses or self.fs.segments.find(ino) is not None
+            if with_addresses and self.waiting is not None and slow:
+                return await self.waiting.aside(make)
+            return make()
+        except Exception as e:
+            raise FUSEError(errno_of(self.fs, e)) from None
+
+    def _segment(self, ino: Ino) -> bytes:
+        try:
+            return segment_xattr.value(self.fs, ino)
+        except Exception as e:
+            raise FUSEError(errno_of(self.fs, e)) from None
+
+    @handler
+    def setxattr(self, ino: Ino, name: bytes, value: bytes, ctx: Any) -> None:
+        """XATTR_CREATE and XATTR_REPLACE: pyfuse3 has looked already, and nothing runs between."""
+        _check_namespace(name)
+        if name == CAPABILITY:
+            self._without_capability.discard(ino)
+        self.fs.setxattr(ino, name, value, 0)
+
+    @handler
+    def removexattr(self, ino: Ino, name: bytes, ctx: Any) -> None:
+        _check_namespace(name)
+        self.fs.removexattr(ino, name)
+
+    @handler
+    def listxattr(self, ino: Ino, ctx: Any) -> list[bytes]:
+        names = self.fs.listxattr(ino)
+        if ctx.uid:
+            names = [name for name in names if not name.startswith(b"trusted.")]
+        return names
+
+
+def _check_namespace(name: bytes) -> None:
+    if not name.startswith(_NAMESPACES):
+        raise NotSupportedError("extended attributes: no such namespace")
