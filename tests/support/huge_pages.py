@@ -12,12 +12,17 @@ import pytest
 
 from hugepages import HugePages
 
-_FREE = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
+_POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 
 
 def free_pages() -> int:
     """Huge pages of 2 MiB that nobody has; those that are reserved are among them."""
-    return int(_FREE.read_text())
+    return int((_POOL / "free_hugepages").read_text())
+
+
+def reserved_pages() -> int:
+    """Huge pages of 2 MiB that are promised, and not touched yet."""
+    return int((_POOL / "resv_hugepages").read_text())
 
 
 @contextmanager

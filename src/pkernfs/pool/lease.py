@@ -1,0 +1,99 @@
+"""Whether a file is nobody else's, asked of the kernel and kept so for a moment.
+
+The kernel gives a lease to write (fcntl(2), F_SETLEASE) only while no other open file description
+has the file: none that a process has open or mapped, none on its way in a message, none inside the
+kernel. Whoever opens the file during the lease waits. Since Linux 7.0 each file system decides
+whether it has leases: tmpfs does, hugetlbfs does not. There, /proc is searched; what opens the
+file after that is not seen.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import fcntl
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from pkernfs.errors import BusyError
+from pkernfs.host.holders import Target, is_mapped_by, look
+from pkernfs.host.sysroot import HOST
+from pkernfs.pool.pool import Holder
+
+_MAPS = "maps"
+_OPENED = "has opened"
+
+
+class _Answer(enum.Enum):
+    LEASED = enum.auto()
+    HELD = enum.auto()
+    UNKNOWN = enum.auto()  # there are no leases here
+
+
+@contextmanager
+def nobody_else(fd: int, name: str) -> Iterator[None]:
+    """Have the file ``fd`` to oneself while the context lasts.
+
+    ``fd`` is open for writing, and was opened for this. A mapping of this process is as bad as that
+    of another one, unless it was made by ``fd``.
+
+    :raises BusyError: somebody has it open or mapped; the message says who.
+    """
+    holders = [] if _ask(fd) is _Answer.LEASED else _find(fd, name)
+    if holders:
+        more = f", and {len(holders) - 1} more" if len(holders) > 1 else ""
+        raise BusyError(f"{name}: busy: {holders[0]}{more}")
+    try:
+        yield
+    finally:
+        _give_back(fd)
+
+
+def holders_of(fd: int, name: str) -> list[Holder]:
+    """Return who has the file ``fd`` open or mapped, but for this process.
+
+    With a descriptor that is open for writing, those are found that /proc does not show. One of
+    O_PATH will do otherwise.
+    """
+    found = _find(fd, name)
+    _give_back(fd)
+    return [holder for holder in found if holder.pid != os.getpid()]
+
+
+def _ask(fd: int) -> _Answer:
+    try:
+        # Whoever opens the file has the kernel send a signal. SIGIO would end this process.
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    except OSError as e:
+        return _Answer.HELD if e.errno == errno.EAGAIN else _Answer.UNKNOWN
+    return _Answer.LEASED
+
+
+def _give_back(fd: int) -> None:
+    with suppress(OSError):
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+
+
+def _find(fd: int, name: str) -> list[Holder]:
+    """Return who keeps the lease from us, or who might have the file where there are no leases.
+
+    If it is nobody, the lease has been taken. A child of this process between fork() and exec() has
+    all its descriptors; after the search it has them no more.
+    """
+    target = Target.of(os.fstat(fd), name)
+    seen = look([target])
+    if seen.found:
+        return [Holder(p.pid, p.command, _MAPS if p.maps else _OPENED) for p in seen.found]
+    answer = _ask(fd)
+    if answer is _Answer.LEASED:
+        return []
+    if is_mapped_by(os.getpid(), target):
+        return [Holder(os.getpid(), HOST.find("proc/self/comm") or "?", _MAPS)]
+    if answer is _Answer.HELD:  # a descriptor on its way in a message, or FUSE
+        return [Holder(0, "somebody whom /proc does not show", _OPENED)]
+    if seen.hidden:
+        return [Holder(0, f"one of the processes that let nobody look ({seen.hidden})", "may have")]
+    return []
