@@ -1,4 +1,4 @@
-"""The handlers of extended attributes: namespaces, who sees what, and what a segment's file tells."""
+"""The handlers of extended attributes: namespaces, who sees what, and what a file tells."""
 
 from __future__ import annotations
 

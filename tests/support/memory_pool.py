@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pkernfs.errors import BusyError, NoSpaceError, RegionError
 from pkernfs.fs.superblock import Superblock
 from pkernfs.layout import BLOCK, POOL_DIRECTORY, PoolFields
-from pkernfs.pool.pool import Holder, Owner, Segment, Space
+from pkernfs.pool.pool import Holder, Owner, Passed, Segment, Space, nothing_is_passed
 from pkernfs.quantities import RegionOff, SegmentNo
 from pkernfs.region.backing import Backing
 from pkernfs.region.region import Region
@@ -35,9 +35,11 @@ class MemoryPool:
     kind = POOL_DIRECTORY
     granule = BLOCK
     name = "memory"
+    passes = False
 
     def __init__(self, total: int = 64 * BLOCK) -> None:
         self.total = total
+        self.passed: Passed = nothing_is_passed
         self.memories: dict[SegmentNo, int] = {}
         self.owners: dict[SegmentNo, Owner] = {}
         self.busy: set[SegmentNo] = set()

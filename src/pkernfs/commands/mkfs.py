@@ -10,12 +10,16 @@ import argparse
 import errno
 import os
 import stat
+from typing import TYPE_CHECKING
 
 from pkernfs.control.mounts import refuse_mount_point
 from pkernfs.errors import ExistsError, RegionError, UsageError
 from pkernfs.layout import MIN_REGION_BYTES, PAGE
 from pkernfs.options import format_size, parse_size
-from pkernfs.region.spec import did_you_mean, is_file_spec
+from pkernfs.region.spec import BASE, did_you_mean, dir_of, is_file_spec
+
+if TYPE_CHECKING:
+    from pkernfs.layout import PoolFields
 
 _MAX_LABEL_BYTES = 64
 
@@ -47,8 +51,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "region",
         metavar="REGION",
-        help="the region to format: SIZE!START, /dev/daxX.Y, none, or a file on hugetlbfs, tmpfs "
-        "or a disk; see pkernfs(8).",
+        help="the region to format: SIZE!START, /dev/daxX.Y, none, a file on hugetlbfs, tmpfs or a "
+        "disk, or a directory on hugetlbfs or tmpfs; see pkernfs(8). In a directory, -s is the "
+        "size of the base range, and files of 2 MiB or more get memory of their own beside it.",
     )
 
 
@@ -61,14 +66,50 @@ def run(args: argparse.Namespace) -> int:
         if size is not None:
             raise UsageError(f"-s: {args.region} has a size of its own; -s is for files")
         return _report(args.region, _format(args.region, label, args.force), label)
-    before = _file_size(args.region)
-    _resize(args.region, before, size, args.force)
+    directory = dir_of(args.region)
+    if directory is not None:
+        return _run_in_directory(directory, args.region, label, size, args.force)
+    return _report(args.region, _format_file(args.region, label, size, args.force), label)
+
+
+def _run_in_directory(
+    directory: str, region: str, label: str, size: int | None, force: bool
+) -> int:
+    """Format the base range in a directory, which is the pool of segments from then on.
+
+    Segments of an earlier file system go if forced, after the base range that knew them.
+    """
+    from pkernfs.layout import POOL_DIRECTORY, PoolFields
+    from pkernfs.pool.directory import DirectoryPool
+
+    pool = DirectoryPool.at(directory)
     try:
-        made = _format(args.region, label, args.force)
+        segments = pool.segment_names()
+        if segments and not force:
+            raise ExistsError(
+                f"{region}: not formatted: it holds {segments[0]} of a pkernfs"
+                f"{f' and {len(segments) - 1} more' if segments[1:] else ''}; -f removes them"
+            )
+        fields = PoolFields(POOL_DIRECTORY, pool.granule)
+        made = _format_file(os.path.join(directory, BASE), label, size, force, fields)
+        for name in segments:
+            pool.remove(name)
+    finally:
+        pool.close()
+    return _report(region, made, label)
+
+
+def _format_file(
+    path: str, label: str, size: int | None, force: bool, pool: PoolFields | None = None
+) -> int:
+    """Make or extend the file of a region, and format it; return its size in bytes."""
+    before = _file_size(path)
+    _resize(path, before, size, force)
+    try:
+        return _format(path, label, force, pool)
     except BaseException:
-        _restore(args.region, before)
+        _restore(path, before)
         raise
-    return _report(args.region, made, label)
 
 
 def _report(region: str, made: int, label: str) -> int:
@@ -76,15 +117,16 @@ def _report(region: str, made: int, label: str) -> int:
     return 0
 
 
-def _format(path: str, label: str, force: bool) -> int:
+def _format(path: str, label: str, force: bool, pool: PoolFields | None = None) -> int:
     """Format a region that may be formatted; return its size in bytes."""
     from pkernfs.fs.mkfs import Content, make_filesystem, probe
+    from pkernfs.layout import NO_POOL
     from pkernfs.region.region import Region
 
     with Region.open(path, write=True) as region:
         if not force and (found := probe(region)).content is not Content.EMPTY:
             raise ExistsError(f"{path}: not formatted: it holds {found.what}; -f overwrites that")
-        make_filesystem(region, label=label)
+        make_filesystem(region, label=label, pool=pool or NO_POOL)
         return region.size
 
 

@@ -141,6 +141,14 @@ class Segments:
             self._mapped.popitem(last=False)[1].close()
         return region
 
+    def descriptor(self, ino: Ino) -> int | None:
+        """The descriptor of a file's segment, until the next operation; None: it has none.
+
+        :raises RegionError: it is lost.
+        """
+        inode = self._inodes.get(ino)
+        return self.memory(inode).descriptor if inode.flags & INODE_FLAG_SEGMENT else None
+
     @contextmanager
     def own_mapping(self, ino: Ino) -> Iterator[Region]:
         """The memory of a file for another thread: a mapping of its own, or the region.
@@ -165,13 +173,19 @@ class Segments:
             raise NotSupportedError("the file system was opened without its pool of segments")
         return self.pool
 
-    def read(self, inode: Inode, offset: int, length: int) -> bytes | memoryview:
-        """``length`` bytes, all before the end of the file; reading gives no memory to holes."""
+    def read(self, inode: Inode, offset: int, length: int) -> bytes:
+        """``length`` bytes, all before the end of the file; reading gives no memory to holes.
+
+        A copy: the owner of a segment may cut it at any moment, and a view of it is a fault then.
+
+        :raises RegionError: the segment is lost, or was cut.
+        """
         region = self.memory(inode)
         at = RegionOff(offset)
-        if next(region.data_ranges(at, RegionOff(offset + length)), None) is None:
-            return bytes(length)
-        return region.view(at, length)
+        data = bytearray(length)
+        if next(region.data_ranges(at, RegionOff(offset + length)), None) is not None:
+            region.copy_out(at, data)
+        return bytes(data)
 
     # ------------------------------------------------------------------ work aside
 

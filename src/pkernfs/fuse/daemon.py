@@ -20,6 +20,8 @@ from pkernfs.fuse.mounting import Options
 
 if TYPE_CHECKING:
     from pkernfs.fs.filesystem import FileSystem
+    from pkernfs.fuse.operations import Operations
+    from pkernfs.pool.pool import Segment
     from pkernfs.region.region import Region
 
 log = logging.getLogger(__name__)
@@ -130,6 +132,8 @@ def serve(
     module: Any = pyfuse3
     cache = options.get("cache", "auto")
     server = operations.Operations(fs, cache=cache)
+    if fs.segments.pool is not None and fs.segments.pool.passes:
+        server.native = fs.segments.descriptor
     shim.prepare(
         server.data,
         fsname=os.fsencode(region.name),
@@ -147,6 +151,8 @@ def serve(
         shim.attach()
         mount = own_mount(os.path.abspath(mountpoint), region.name)
         session = Session(fs, region, mountpoint, server, mount.device if mount else None)
+        if mount is not None:
+            _tell_pool(fs, server, mount.device)
         listener = session.listener = _listen(mountpoint, mount)
         server.waiting = session
         server.freed = session.freed
@@ -161,6 +167,18 @@ def serve(
         module.trio = trio
         pyfuse3.close(unmount=False)
         mounting.detach_what_is_left(mountpoint, region.name)
+
+
+def _tell_pool(fs: FileSystem, server: Operations, device: int) -> None:
+    """Have the pool know by which files of the mount mappings are passed through."""
+    from pkernfs.host.holders import Target
+
+    def passed(segment: Segment) -> Target | None:
+        passes = server.passthrough is not None and server.passthrough.passes(segment.ino)
+        return Target(device, segment.ino) if passes else None
+
+    if fs.segments.pool is not None:
+        fs.segments.pool.passed = passed
 
 
 def _listen(mountpoint: str, mount: Mount | None) -> Listener | None:

@@ -41,10 +41,12 @@ log = logging.getLogger(__name__)
 
 _FOREVER_SECONDS = 365 * 86400.0
 
-#: Bit of a file handle that was opened for writing. The rest of it is the inode number.
+#: Bit of a file handle that was opened for writing.
 WRITER = 1 << 62
+#: Bit of one that counts for passthrough. The rest of it is the inode number.
+COUNTED = 1 << 61
 #: Any, not int: so ``fh & _INO`` is an Ino without a call, which every read would pay for.
-_INO: Any = WRITER - 1
+_INO: Any = COUNTED - 1
 
 
 class Operations(XattrHandlers, pyfuse3.Operations):
@@ -296,7 +298,12 @@ class Operations(XattrHandlers, pyfuse3.Operations):
     def _open(self, ino: Ino, flags: int) -> None:
         """Count a handle and put it into the answer."""
         fh = self._opened.fh = self._count_handle(ino, flags)
-        if self.passthrough is not None:
+        if self.passthrough is None:
+            return
+        # Nobody maps a file by a handle that only writes: truncate(1) leaves the choice to others.
+        only_writes = flags & os.O_ACCMODE == os.O_WRONLY and self._opened.direct_io
+        if not only_writes or self.passthrough.passes(ino):
+            fh = self._opened.fh = fh | COUNTED
             shim.pass_through(fh, self.passthrough.opened(ino))
 
     def _count_handle(self, ino: Ino, flags: int) -> int:
@@ -342,7 +349,7 @@ class Operations(XattrHandlers, pyfuse3.Operations):
                 self.writers[ino] = left
             else:
                 self.writers.pop(ino, None)
-        if self.passthrough is not None:
+        if self.passthrough is not None and fh & COUNTED:
             self.passthrough.released(ino)
         self._without_capability.discard(ino)
         self.fs.release(ino)

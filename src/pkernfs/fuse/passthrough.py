@@ -69,6 +69,11 @@ class Passthrough:
         self._open: dict[Ino, _Open] = {}
         self._refusals = RateLimit(log)
 
+    def passes(self, ino: Ino) -> bool:
+        """Tell if the kernel has the backing file of an inode open."""
+        now = self._open.get(ino)
+        return now is not None and now.backing_id != NO_BACKING
+
     def opened(self, ino: Ino) -> int:
         """Count a handle of a file; return the backing file to open it with, or NO_BACKING.
 

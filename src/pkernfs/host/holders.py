@@ -22,14 +22,14 @@ _DELETED = " (deleted)"
 
 
 class Target(NamedTuple):
-    """What is looked for: a file by device and inode number, or a character device (``rdev``).
+    """What is looked for: a file by device and inode ``number``, or a character device (``rdev``).
 
     A character device is also found by other nodes of its number if they have the same ``name``,
     the last part of the path: a container has a /dev of its own.
     """
 
     device: int
-    ino: int
+    number: int
     name: str = ""
     rdev: int = 0
 
@@ -61,7 +61,7 @@ class _Wanted:
 
     def __init__(self, targets: Iterable[Target], pids: Iterable[int], host: Host) -> None:
         self.targets = list(dict.fromkeys(targets))
-        self.by_inode = {(maps_device(t.device), t.ino): t for t in self.targets}
+        self.by_inode = {(maps_device(t.device), t.number): t for t in self.targets}
         self.nodes = {t.name: t for t in self.targets if t.rdev}
         words = [f" {device} " for device, _ in self.by_inode] + [f"/{name}" for name in self.nodes]
         #: What the maps of a process have somewhere if it maps any of them.

@@ -13,6 +13,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 from pkernfs.errors import BusyError, NoSpaceError, NotSupportedError, RegionError
 from pkernfs.host.sysroot import HOST
@@ -20,7 +21,7 @@ from pkernfs.layout import BLOCK, POOL_DIRECTORY
 from pkernfs.options import format_size
 from pkernfs.pool import segment_file
 from pkernfs.pool.lease import holders_of, nobody_else
-from pkernfs.pool.pool import Holder, Owner, Segment, Space
+from pkernfs.pool.pool import Holder, Owner, Passed, Segment, Space, nothing_is_passed
 from pkernfs.pool.segment_file import SegmentFile
 from pkernfs.region.files import MemoryFile, OpenFileBacking, memory_file
 from pkernfs.region.region import Region
@@ -47,6 +48,7 @@ class DirectoryPool:
     def __init__(self, directory: int, name: str, granule: int, memory: MemoryFile) -> None:
         self.name = name
         self.granule = granule
+        self.passed: Passed = nothing_is_passed
         self._directory = directory
         self._memory = memory
 
@@ -78,6 +80,11 @@ class DirectoryPool:
     def close(self) -> None:
         """Let go of the directory; the segments stay."""
         os.close(self._directory)
+
+    @property
+    def passes(self) -> bool:
+        """Files on tmpfs are regular ones below no other file system."""
+        return not self._memory.is_huge
 
     # ------------------------------------------------------------------ memory
 
@@ -239,7 +246,7 @@ class DirectoryPool:
     def _cut(self, file: SegmentFile, segment: Segment) -> None:
         """:raises BusyError: there is something to cut, and somebody has it."""
         if file.size > segment.length:
-            with nobody_else(file.fd, file.name):
+            with self._nobody_else(file, segment):
                 file.resize(segment.length)
 
     def punch(self, segment: Segment, start: int, end: int) -> None:
@@ -248,7 +255,7 @@ class DirectoryPool:
         :raises BusyError: somebody has it.
         :raises RegionError: it is lost, or not what it was.
         """
-        with self._file(segment) as file, nobody_else(file.fd, file.name):
+        with self._file(segment) as file, self._nobody_else(file, segment):
             file.zero(start, end)
 
     def destroy(self, segment: Segment) -> None:
@@ -287,12 +294,24 @@ class DirectoryPool:
                 told.append(f"{self.name}/{name}: no file has this segment, and it takes {size}")
         return told
 
+    def segment_names(self) -> list[str]:
+        """Return the names of all files that are named as segments, by their numbers."""
+        names = [name for name, _ in self._files() if name != BASE]
+        return sorted(names, key=_number)
+
+    def remove(self, name: str) -> None:
+        """Remove one of :meth:`segment_names`: its file system is formatted anew."""
+        os.unlink(name, dir_fd=self._directory)
+
     # ------------------------------------------------------------------ who has it
 
     def check_unused(self, segment: Segment) -> None:
         """:raises BusyError: somebody has it open or mapped; the message says who."""
-        with self._file(segment) as file, nobody_else(file.fd, file.name):
+        with self._file(segment) as file, self._nobody_else(file, segment):
             pass
+
+    def _nobody_else(self, file: SegmentFile, segment: Segment) -> AbstractContextManager[None]:
+        return nobody_else(file.fd, file.name, self.passed(segment))
 
     def holders(self, segment: Segment) -> list[Holder]:
         """Return who has it open or mapped, but for this process.
@@ -303,11 +322,11 @@ class DirectoryPool:
         name = _name(segment)
         try:
             with self._file(segment) as file:
-                return holders_of(file.fd, name)
+                return holders_of(file.fd, name, self.passed(segment))
         except BusyError:  # it cannot be opened: for somebody has a lease on it, or executes it
             fd = self._look_at(segment)
         try:
-            return holders_of(fd, name)
+            return holders_of(fd, name, self.passed(segment))
         finally:
             os.close(fd)
 
@@ -333,7 +352,9 @@ class DirectoryPool:
         path = f"{self.name}/{_name(segment)}"
         try:
             _check_file(segment._replace(valid=segment.length), file.handle, file.size)
-            return Region(OpenFileBacking(fd, path, size=segment.length), writable=write)
+            backing = OpenFileBacking(fd, path, size=segment.length)
+            backing.may_vanish = True
+            return Region(backing, writable=write)
         except BaseException:
             os.close(fd)
             raise

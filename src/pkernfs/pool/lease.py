@@ -33,15 +33,17 @@ class _Answer(enum.Enum):
 
 
 @contextmanager
-def nobody_else(fd: int, name: str) -> Iterator[None]:
+def nobody_else(fd: int, name: str, passed: Target | None = None) -> Iterator[None]:
     """Have the file ``fd`` to oneself while the context lasts.
 
     ``fd`` is open for writing, and was opened for this. A mapping of this process is as bad as that
     of another one, unless it was made by ``fd``.
 
+    :param passed: the file of a mount whose mappings the kernel passes through to this file. Then
+        the kernel has the file open and gives no lease; /proc is searched, for that file too.
     :raises BusyError: somebody has it open or mapped; the message says who.
     """
-    holders = [] if _ask(fd) is _Answer.LEASED else _find(fd, name)
+    holders = [] if _ask(fd) is _Answer.LEASED else _find(fd, name, passed)
     if holders:
         more = f", and {len(holders) - 1} more" if len(holders) > 1 else ""
         raise BusyError(f"{name}: busy: {holders[0]}{more}")
@@ -51,13 +53,13 @@ def nobody_else(fd: int, name: str) -> Iterator[None]:
         _give_back(fd)
 
 
-def holders_of(fd: int, name: str) -> list[Holder]:
+def holders_of(fd: int, name: str, passed: Target | None = None) -> list[Holder]:
     """Return who has the file ``fd`` open or mapped, but for this process.
 
     With a descriptor that is open for writing, those are found that /proc does not show. One of
     O_PATH will do otherwise.
     """
-    found = _find(fd, name)
+    found = _find(fd, name, passed)
     _give_back(fd)
     return [holder for holder in found if holder.pid != os.getpid()]
 
@@ -77,21 +79,24 @@ def _give_back(fd: int) -> None:
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
 
 
-def _find(fd: int, name: str) -> list[Holder]:
+def _find(fd: int, name: str, passed: Target | None) -> list[Holder]:
     """Return who keeps the lease from us, or who might have the file where there are no leases.
 
     If it is nobody, the lease has been taken. A child of this process between fork() and exec() has
     all its descriptors; after the search it has them no more.
     """
     target = Target.of(os.fstat(fd), name)
-    seen = look([target])
-    if seen.found:
-        return [Holder(p.pid, p.command, _MAPS if p.maps else _OPENED) for p in seen.found]
+    seen = look([target] if passed is None else [target, passed])
+    found = [p for p in seen.found if p.maps or p.target == target]
+    if found:
+        return [Holder(p.pid, p.command, _MAPS if p.maps else _OPENED) for p in found]
     answer = _ask(fd)
     if answer is _Answer.LEASED:
         return []
     if is_mapped_by(os.getpid(), target):
         return [Holder(os.getpid(), HOST.find("proc/self/comm") or "?", _MAPS)]
+    if passed is not None:
+        return []  # it is the kernel who has it
     if answer is _Answer.HELD:  # a descriptor on its way in a message, or FUSE
         return [Holder(0, "somebody whom /proc does not show", _OPENED)]
     if seen.hidden:

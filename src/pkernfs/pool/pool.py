@@ -6,8 +6,10 @@ pool makes the memory, opens it, and takes it apart; it remembers nothing that c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
+from pkernfs.host.holders import Target
 from pkernfs.host.iomem import Span
 from pkernfs.layout import SEGMENT_NEW
 from pkernfs.quantities import Ino, SegmentNo
@@ -58,6 +60,15 @@ class Holder(NamedTuple):
         return f"{who} {self.how} it"
 
 
+#: The file of a mount by which the kernel passes mappings through to a segment; None: none now.
+Passed = Callable[[Segment], Target | None]
+
+
+def nothing_is_passed(_segment: Segment) -> Target | None:
+    """No mount passes mappings through to a segment."""
+    return None
+
+
 class Pool(Protocol):
     """Where the segments of one file system come from.
 
@@ -71,6 +82,13 @@ class Pool(Protocol):
     granule: int
     #: The name of the pool, for messages.
     name: str
+    #: The kernel itself has a segment open while it passes mappings through: that holds nobody up,
+    #: but such a mapping does.
+    passed: Passed
+
+    @property
+    def passes(self) -> bool:
+        """The kernel can pass the mappings of a mount through to the segments."""
 
     def space(self) -> Space:
         """Quick. Look how much memory there is."""

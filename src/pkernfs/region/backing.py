@@ -38,6 +38,8 @@ class Backing:
     has_pages = True
     #: Whether the bytes are cached for a disk, so that a sync has something to do.
     needs_sync = False
+    #: Whether somebody else may cut the file: what is not there is an error then, and no fault.
+    may_vanish = False
     #: The dax device that it is.
     dax: Device | None = None
     #: NUMA node, if all of it is in one that is known.

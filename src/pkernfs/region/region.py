@@ -180,6 +180,11 @@ class Region:
         return Place(path, self._backing.map_offset)
 
     @property
+    def descriptor(self) -> int | None:
+        """The open file or device, until :meth:`close`; None for anonymous memory."""
+        return self._backing.fd
+
+    @property
     def node(self) -> int | None:
         """The NUMA node that all of the region is in, if that is known."""
         return self._backing.node
@@ -332,6 +337,7 @@ class Region:
         """Store ``data`` at ``offset``.
 
         :raises NoSpaceError: the file system below a sparse region is full; part may be stored.
+        :raises RegionError: the file of a segment was cut.
         """
         length = len(data)
         self._check_store(offset, length)
@@ -339,19 +345,20 @@ class Region:
         if lib.pk_copy(self._base, offset, source, length):
             self._make_room(offset, length)
             if lib.pk_copy(self._base, offset, source, length):
-                lib.pk_bus_error()
+                self._is_gone()
 
     def copy_out(self, offset: RegionOff, into: bytearray | memoryview) -> None:
         """Fill ``into`` from ``offset`` on.
 
         :raises NoSpaceError: as for a store: on tmpfs a hole of the file needs memory to be read.
+        :raises RegionError: the file of a segment was cut.
         """
         self.view(offset, len(into))
         to = ffi.from_buffer("uint8_t[]", into, require_writable=True)
         if lib.pk_copy_out(self._base, offset, to, len(into)):
             self._make_room(offset, len(into))
             if lib.pk_copy_out(self._base, offset, to, len(into)):
-                lib.pk_bus_error()
+                self._is_gone()
 
     def zero(self, offset: RegionOff, length: int) -> None:
         """Zero ``length`` bytes at ``offset``; other threads run meanwhile.
@@ -364,7 +371,7 @@ class Region:
             return
         for start, end in self.data_ranges(offset, RegionOff(offset + length)):
             if lib.pk_zero(self._base, start, end - start):
-                lib.pk_bus_error()
+                self._is_gone()
 
     def reserve(self, offset: RegionOff, length: int) -> None:
         """Give memory to holes of a region's file, for what must be stored without fail later.
@@ -381,6 +388,15 @@ class Region:
         """
         first = offset - offset % PAGE
         self._backing.reserve(RegionOff(first), -(-(offset + length) // PAGE) * PAGE - first)
+
+    def _is_gone(self) -> None:
+        """After a bus error that no memory mends: the end, or the caller's if others may cut it.
+
+        :raises RegionError: they have.
+        """
+        if self._backing.may_vanish:
+            raise RegionError(f"{self.name}: cut behind pkernfs's back", errno.EIO)
+        lib.pk_bus_error()
 
     def store_u64(self, offset: RegionOff, value: int) -> None:
         """Store 8 aligned bytes at once, after all stores before it and before all after it."""
