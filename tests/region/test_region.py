@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from pkernfs.native._native import ffi, lib
@@ -15,6 +17,7 @@ from pkernfs.errors import RegionError
 from pkernfs.layout import BLOCK, PAGE
 from pkernfs.quantities import PageNo, PhysAddr, RegionOff
 from pkernfs.region import region as region_module
+from pkernfs.region.files import OpenFileBacking
 from pkernfs.region.region import Region
 from support.huge_pages import free_pages, huge_pages
 
@@ -184,3 +187,53 @@ def test_a_mapping_that_would_not_be_where_there_is_room(size: int, align: int) 
     error = ffi.new("int *")
     assert lib.pk_map(-1, 0, size, align, 1, error) == ffi.NULL
     assert error[0] == errno.EINVAL
+
+
+def test_the_addresses_of_a_segment_come_back(tmp_path: Path) -> None:
+    """A guest's memory is mapped a thousand times in the life of a daemon."""
+
+    def reserved() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[0]) * 4096
+
+    path = tmp_path / "segment"
+    path.write_bytes(b"")
+    os.truncate(path, 1 << 30)
+    before = reserved()
+    for _ in range(4):
+        backing = OpenFileBacking(os.open(path, os.O_RDWR), str(path))
+        backing.may_vanish = True
+        Region(backing, writable=True).close()
+    assert reserved() - before < 1 << 30
+
+
+CUT = """
+import os, sys
+from pkernfs.errors import RegionError
+from pkernfs.region.bus_error import exit_on_bus_error
+from pkernfs.region.files import OpenFileBacking
+from pkernfs.region.region import Region
+exit_on_bus_error("a fault", 9)
+path = sys.argv[1]
+backing = OpenFileBacking(os.open(path, os.O_RDWR), "segment")
+backing.may_vanish = True
+with Region(backing, writable=True) as region:
+    os.truncate(path, 4096)
+    for access in (
+        lambda: region.copy_out(4096, bytearray(4096)),
+        lambda: region.copy_in(4096, b"new"),
+        lambda: region.zero(4096, 4096),
+    ):
+        try:
+            access()
+        except RegionError as e:
+            print(e)
+"""
+
+
+def test_a_segment_that_was_cut_is_an_error_and_no_fault(tmp_path: Path) -> None:
+    """Zeros are there without memory; in a process that a bus error would end."""
+    path = tmp_path / "segment"
+    path.write_bytes(b"x" * 3 * PAGE)
+    done = subprocess.run([sys.executable, "-c", CUT, path], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == 2 * "segment: cut behind pkernfs's back\n"

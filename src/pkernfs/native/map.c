@@ -95,6 +95,12 @@ uint8_t *pk_map(int fd, uint64_t offset, uint64_t size, uint64_t align, int writ
 	return map;
 }
 
+/* End a mapping of which no view is held: its addresses are free. */
+void pk_release(uint8_t *map, uint64_t size)
+{
+	munmap(map, size);
+}
+
 /*
  * End a mapping, but keep its addresses: a view that is still held faults instead of reaching
  * what is mapped there next.
@@ -163,7 +169,7 @@ int64_t pk_existing_runs(int fd, uint64_t start, uint64_t end, uint64_t page, st
 
 	/* Only what could be written to may be watched, though nothing is written here. */
 	snprintf(name, sizeof(name), "/proc/self/fd/%d", fd);
-	file = open(name, O_RDWR | O_CLOEXEC);
+	file = open(name, O_RDWR | O_CLOEXEC | O_NONBLOCK);	/* it waits for nobody's lease */
 	if (file < 0)
 		return -errno;
 	map = mmap(NULL, size, PROT_READ, MAP_SHARED | MAP_NORESERVE, file, (off_t)start);

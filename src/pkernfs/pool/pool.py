@@ -74,6 +74,8 @@ class Pool(Protocol):
 
     Those marked *quick* take less than a millisecond. The others are called in a worker thread, and
     never two of them at once. The caller has no mapping of a segment that it has a pool change.
+    Each that takes a segment raises :class:`~pkernfs.errors.RegionError` if that is lost, and
+    :class:`~pkernfs.errors.BusyError` if somebody keeps others from opening it.
     """
 
     #: A ``POOL_`` constant of :mod:`pkernfs.layout`.

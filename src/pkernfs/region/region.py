@@ -123,7 +123,9 @@ class Region:
     def close(self) -> None:
         """Unmap, and let the lock go. A second call does nothing."""
         if self._base is not None:
-            lib.pk_unmap(self._base, self.size)
+            # Of segments, which come and go, nobody keeps a view; so their addresses come back.
+            end = lib.pk_release if self._backing.may_vanish else lib.pk_unmap
+            end(self._base, self.size)
             self._base = None
             self._view = memoryview(b"")
             self._backing.close()
