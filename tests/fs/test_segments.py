@@ -14,7 +14,14 @@ from pkernfs.errors import BusyError, NoSpaceError, RegionError
 from pkernfs.fs import mkfs
 from pkernfs.fs.file import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE
 from pkernfs.fs.filesystem import FileSystem
-from pkernfs.layout import INODE_FLAG_SEGMENT, PAGE, ROOT_INO, SEGMENT_IN_USE
+from pkernfs.layout import (
+    INODE_FLAG_SEGMENT,
+    INODE_FLAG_SEGMENT_OFF,
+    INODE_FLAG_SEGMENT_ON,
+    PAGE,
+    ROOT_INO,
+    SEGMENT_IN_USE,
+)
 from pkernfs.pool.pool import Owner
 from pkernfs.quantities import Ino, SegmentNo
 from pkernfs.region.region import Region
@@ -126,6 +133,41 @@ def test_a_small_file_is_copied(fs: FileSystem) -> None:
 def test_none_where_they_are_not_wanted(region: Region, pool: MemoryPool) -> None:
     fs = mount(region, pool, segments=False)
     assert fs.segments.find(make(fs, 4 * MIB)) is None
+
+
+def choose(fs: FileSystem, flag: int) -> Ino:
+    """An empty file that says itself whether it is to have a segment."""
+    inode = fs.inode(fs.create(ROOT_INO, b"f", REG, 0, 0).ino)
+    with fs.store:
+        fs.super.inodes.touch(inode)
+        inode.flags |= flag
+        fs.super.inodes.save(inode)
+    return inode.ino
+
+
+@pytest.mark.parametrize("segments", [True, False])
+def test_a_file_that_wants_one_gets_it_with_any_size(
+    region: Region, pool: MemoryPool, segments: bool
+) -> None:
+    fs = mount(region, pool, segments=segments)
+    ino = choose(fs, INODE_FLAG_SEGMENT_ON)
+    write(fs, ino, 0, b"written")
+    assert fs.segments.find(ino) is None
+    fs.unmount()
+    fs = mount(region, pool, segments=segments)
+    resize(fs, ino, 8)
+    assert fs.segments.find(ino) is not None
+    assert bytes(fs.read(ino, 0, 9)) == b"written\0"
+    resize(fs, ino, 0)
+    assert fs.segments.find(ino) is None
+    resize(fs, ino, 1)
+    assert fs.segments.find(ino) is not None
+
+
+def test_a_file_that_wants_none_gets_none(fs: FileSystem) -> None:
+    ino = choose(fs, INODE_FLAG_SEGMENT_OFF)
+    resize(fs, ino, 4 * MIB)
+    assert fs.segments.find(ino) is None
 
 
 def test_a_full_pool_changes_nothing(fs: FileSystem, pool: MemoryPool) -> None:

@@ -24,6 +24,8 @@ from pkernfs.layout import (
     INODE_FLAG_BODY,
     INODE_FLAG_PENDING,
     INODE_FLAG_SEGMENT,
+    INODE_FLAG_SEGMENT_OFF,
+    INODE_FLAG_SEGMENT_ON,
     INODE_FLAG_TABLE,
     INODE_INLINE_BYTES,
     INODE_INLINE_OFFSET,
@@ -64,7 +66,8 @@ _TYPES = {
     stat.S_IFCHR,
     stat.S_IFBLK,
 }
-_FLAGS = INODE_FLAG_BODY | INODE_FLAG_PENDING | INODE_FLAG_TABLE | INODE_FLAG_SEGMENT
+_SEGMENT_FLAGS = INODE_FLAG_SEGMENT | INODE_FLAG_SEGMENT_ON | INODE_FLAG_SEGMENT_OFF
+_FLAGS = INODE_FLAG_BODY | INODE_FLAG_PENDING | INODE_FLAG_TABLE | _SEGMENT_FLAGS
 _MAX_CACHED = 8192
 _MAX_CACHED_ATTRIBUTES = 131072  # some 250 bytes each, if they are pyfuse3's
 _MAX_NEW_PAGES = 64
@@ -148,7 +151,7 @@ class Inode:
                 f"inode {self.ino}: bad mode or size: got {self.mode:#o}, {self.size}"
             )
         if kind != stat.S_IFREG:
-            self.flags &= ~INODE_FLAG_SEGMENT
+            self.flags &= ~_SEGMENT_FLAGS
         if self.flags & INODE_FLAG_SEGMENT:
             if not self.body or count or flags & INODE_FLAG_BODY:
                 raise CorruptionError(f"inode {self.ino}: bad segment: got {self.body}")

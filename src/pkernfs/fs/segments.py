@@ -31,6 +31,8 @@ from pkernfs.journal import TransactionTooLarge
 from pkernfs.layout import (
     BLOCK,
     INODE_FLAG_SEGMENT,
+    INODE_FLAG_SEGMENT_OFF,
+    INODE_FLAG_SEGMENT_ON,
     INODE_FLAG_TABLE,
     NO_PAGE,
     PAGE,
@@ -52,6 +54,7 @@ log = logging.getLogger(__name__)
 #: A file gets a segment when truncate or fallocate first gives it that much, in bytes.
 LEAST_BYTES = BLOCK
 _MOST_MAPPED = 64
+_NEVER = INODE_FLAG_SEGMENT | INODE_FLAG_SEGMENT_OFF | INODE_FLAG_TABLE
 
 
 class _Outcome(NamedTuple):
@@ -111,12 +114,16 @@ class Segments:
         return self.of(inode) if inode.flags & INODE_FLAG_SEGMENT else None
 
     def is_wanted(self, inode: Inode, size: int) -> bool:
-        """Tell if a file that is given ``size`` bytes gets a segment."""
+        """Tell if a file that is given ``size`` bytes gets a segment.
+
+        What the file itself says counts more than what the mount says.
+        """
+        flags = inode.flags
+        chosen = flags & INODE_FLAG_SEGMENT_ON or (self.wanted and size >= LEAST_BYTES)
         return (
-            self.wanted
+            bool(chosen)
             and self.pool is not None
-            and size >= LEAST_BYTES
-            and not inode.flags & (INODE_FLAG_SEGMENT | INODE_FLAG_TABLE)
+            and not flags & _NEVER
             and inode.nlink > 0
             and inode.data_pages * PAGE < LEAST_BYTES
         )
