@@ -273,6 +273,18 @@ class ExtentMap:
             self._cut(inode, extent)
         self._insert(inode, Extent(0, first_page(block), PAGES_PER_BLOCK))
 
+    def move(self, source: Inode, target: Inode) -> None:
+        """Let ``target``, which has no extents, have those of ``source``."""
+        extents = list(self.after(source, 0))
+        if source.flags & INODE_FLAG_BODY:
+            self._tree(source).destroy()
+            source.flags &= ~INODE_FLAG_BODY
+            source.body = NO_PAGE
+        source.extents = []
+        for extent in extents:
+            self._add(target, extent)
+        target.data_pages, source.data_pages = source.data_pages, 0
+
     # ------------------------------------------------------------------ freeing
 
     def remove(self, inode: Inode, start: int, end: int) -> int:

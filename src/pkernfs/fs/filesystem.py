@@ -15,6 +15,7 @@ from typing import Any
 
 from pkernfs.errors import CorruptionError, PkernfsError
 from pkernfs.fs import comparison, superblock
+from pkernfs.fs.conversion import Conversions
 from pkernfs.fs.extents import ExtentMap
 from pkernfs.fs.file import Files
 from pkernfs.fs.freeze import Freezer
@@ -56,6 +57,7 @@ class FileSystem:
         files = self._files = Files(state, extents, segments, guard)
         life = self._life = InodeLife(state, extents, overflow, files, segments, guard)
         namei = self._namei = Namei(state, overflow, life, guard)
+        self.conversions = Conversions(state, extents, files, life, segments, guard)
         freezer = self._freezer = Freezer(state, files, life)
 
         self.fail = state.fail

@@ -225,6 +225,16 @@ class InodeLife:
         elif inode.flags & INODE_FLAG_PENDING:
             self._files.finish_pending(inode)
 
+    def free_unnamed(self, inode: Inode) -> None:
+        """Inside a transaction: free an inode that has neither a name nor data."""
+        self._blocks.drop_preallocation(inode.ino)
+        self._free(inode)
+
+    def discard(self, ino: Ino) -> None:
+        """Free a file that never had a name, and its data; later if nothing may be changed now."""
+        self._orphans.add(ino)
+        self._reclaim(ino)
+
     # ------------------------------------------------------------------ attributes
 
     def setattr(

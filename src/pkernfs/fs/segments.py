@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -57,6 +57,13 @@ _MOST_MAPPED = 64
 _NEVER = INODE_FLAG_SEGMENT | INODE_FLAG_SEGMENT_OFF | INODE_FLAG_TABLE
 
 
+class _Step(NamedTuple):
+    """A step of what is done for a file."""
+
+    ino: Ino
+    name: str
+
+
 class _Outcome(NamedTuple):
     """The result of work that was done aside: a value, or why there is none."""
 
@@ -90,9 +97,11 @@ class Segments:
         #: Why a segment cannot be used, by number.
         self.lost: dict[SegmentNo, str] = {}
         self._mapped: OrderedDict[SegmentNo, Region] = OrderedDict()
-        self._outcomes: dict[Hashable, _Outcome] = {}
+        self._outcomes: dict[_Step, _Outcome] = {}
         self._new: dict[Ino, Segment] = {}  # recorded, and not yet a file's
         self._refusals = RateLimit(log)
+        #: Files that get none by themselves now, as :mod:`pkernfs.fs.conversion` sees to them.
+        self.converting: set[Ino] = set()
         #: Called when there is something for :meth:`reaping`.
         self.died: Callable[[], object] = lambda: None
 
@@ -125,6 +134,7 @@ class Segments:
             and self.pool is not None
             and not flags & _NEVER
             and inode.nlink > 0
+            and inode.ino not in self.converting
             and inode.data_pages * PAGE < LEAST_BYTES
         )
 
@@ -169,6 +179,13 @@ class Segments:
         with self._pool().open(row, write=False) as memory:
             yield memory
 
+    def open(self, row: Segment, *, write: bool) -> Region:
+        """Map a segment for another thread, or one that no file has.
+
+        :raises RegionError: it is not there, or not what it was.
+        """
+        return self._pool().open(row, write=write)
+
     def _unmap(self, number: SegmentNo) -> None:
         """Let the daemon hold a segment no longer."""
         region = self._mapped.pop(number, None)
@@ -196,13 +213,13 @@ class Segments:
 
     # ------------------------------------------------------------------ work aside
 
-    def _aside(self, ino: Ino, step: str, work: Callable[[], Any]) -> Any:
+    def aside(self, ino: Ino, step: str, work: Callable[[], Any]) -> Any:
         """Have ``work`` done aside; what it returned, once the operation is called again.
 
         :raises WorkNeeded: it is not done yet.
         :raises PkernfsError: what ``work`` failed with.
         """
-        key = (ino, step)
+        key = _Step(ino, step)
         outcome = self._outcomes.pop(key, None)
         if outcome is None:
             raise WorkNeeded(partial(self._work, key, work))
@@ -210,7 +227,7 @@ class Segments:
             raise outcome.error
         return outcome.value
 
-    def _work(self, key: Hashable, work: Callable[[], Any]) -> None:
+    def _work(self, key: _Step, work: Callable[[], Any]) -> None:
         try:
             self._outcomes[key] = _Outcome(work(), None)
         except PkernfsError as e:
@@ -224,6 +241,22 @@ class Segments:
         :raises NoSpaceError: the pool has no room; the file stays as it was.
         :raises BusyError: the file has been changed meanwhile.
         """
+        made = self.make(inode, size)
+        try:
+            self._hand_over(inode, made)
+        except TransactionTooLarge:
+            self.kill(made)
+            raise NoSpaceError(f"inode {inode.ino}: in too many pieces to get a segment") from None
+        except PkernfsError:
+            self.kill(made)
+            raise
+        self.set_owner(inode)
+
+    def make(self, inode: Inode, size: int) -> Segment:
+        """Make a segment of ``size`` bytes or more, which no file has yet.
+
+        :raises NoSpaceError: the pool has no room; nothing was changed.
+        """
         pool, ino = self._pool(), inode.ino
         row = self._new.get(ino)
         if row is None:
@@ -236,28 +269,21 @@ class Segments:
                 self._super.leave_reserve()
             self._new[ino] = row
         try:
-            made = self._aside(ino, "create", partial(pool.create, row))
+            made: Segment = self.aside(ino, "create", partial(pool.create, row))
         except PkernfsError:
             self._new.pop(ino)
-            self._kill(row)
+            self.kill(row)
             raise
         self._new.pop(ino)
-        try:
-            self._hand_over(inode, made)
-        except TransactionTooLarge:
-            self._kill(made)
-            raise NoSpaceError(f"inode {ino}: in too many pieces to get a segment") from None
-        except PkernfsError:
-            self._kill(made)
-            raise
-        pool.set_owner(made, _owner_of(inode))
+        return made
 
     def _hand_over(self, inode: Inode, made: Segment) -> None:
         """Copy what the file has, and let it have the segment instead."""
         if inode.data_pages:
             with self._pool().open(made, write=True) as target:
                 self._copy(inode, target)
-        self.become(inode, made)
+        with self._store:
+            self.become(inode, made)
 
     def _copy(self, inode: Inode, target: Region) -> None:
         region = self._super.region
@@ -266,25 +292,34 @@ class Segments:
             target.copy_in(RegionOff(file_page * PAGE), data)
 
     def become(self, inode: Inode, made: Segment) -> None:
-        """Let a file have a segment that holds its bytes; the blocks it had are free.
+        """Inside a transaction: let a file have a segment that holds its bytes, and no blocks.
 
         :raises TransactionTooLarge: those are too many for one transaction.
         """
-        with self._store:
-            self._inodes.touch(inode)
-            if self._extents.remove(inode, 0, LAST_PAGE + 1):
-                raise TransactionTooLarge("more extents than one transaction frees")
-            inode.flags |= INODE_FLAG_SEGMENT
-            inode.body = PageNo(made.number)
-            inode.data_pages = made.length // PAGE
-            self._inodes.save(inode)
-            self.table.replace(made._replace(state=SEGMENT_IN_USE))
+        self._inodes.touch(inode)
+        if self._extents.remove(inode, 0, LAST_PAGE + 1):
+            raise TransactionTooLarge("more extents than one transaction frees")
+        inode.flags |= INODE_FLAG_SEGMENT
+        inode.body = PageNo(made.number)
+        inode.data_pages = made.length // PAGE
+        self._inodes.save(inode)
+        self.table.replace(made._replace(state=SEGMENT_IN_USE))
 
-    def _kill(self, row: Segment) -> None:
-        """A segment that no file gets: nobody needs it any more."""
+    def kill(self, row: Segment) -> None:
+        """A segment that no file gets: nobody needs it any more. A mount sees to what is left."""
+        if self._super.read_only:
+            return
         with self._store:
             self.table.replace(row._replace(state=SEGMENT_DEAD))
         self.died()
+
+    def give_up(self, ino: Ino) -> None:
+        """Undo what was begun for a file, and what nobody goes on with."""
+        for key in [key for key in self._outcomes if key.ino == ino]:
+            del self._outcomes[key]
+        row = self._new.pop(ino, None)
+        if row is not None:
+            self.kill(row)
 
     def _plan(self, inode: Inode, wanted: Segment) -> Segment:
         """Have the pool choose memory; what dead segments have comes back first if there is none.
@@ -308,7 +343,7 @@ class Segments:
                 except NoSpaceError as still:
                     return None, still, reaped
 
-        planned, error, reaped = self._aside(inode.ino, f"plan {wanted.length}", plan)
+        planned, error, reaped = self.aside(inode.ino, f"plan {wanted.length}", plan)
         self.reaped(reaped)
         if planned is None:
             assert error is not None
@@ -343,7 +378,7 @@ class Segments:
     def _finish_growth(self, inode: Inode, row: Segment, before: Segment | None = None) -> None:
         pool = self._pool()
         try:
-            grown = self._aside(inode.ino, "grow", partial(pool.resize, row))
+            grown = self.aside(inode.ino, "grow", partial(pool.resize, row))
         except PkernfsError:
             with self._store:
                 self.table.replace(_cut(row, row.valid))
@@ -358,7 +393,7 @@ class Segments:
         """:raises BusyError: somebody has the segment of a file open or mapped: who."""
         row = self.of(inode)
         self._unmap(row.number)
-        self._aside(inode.ino, "unused", partial(self._pool().check_unused, row))
+        self.aside(inode.ino, "unused", partial(self._pool().check_unused, row))
 
     def cut(self, inode: Inode, size: int) -> None:
         """Inside a transaction: the file has ``size`` bytes now. With none, it has no segment."""
@@ -385,7 +420,7 @@ class Segments:
             if start < end:
                 _zero(pool, row, start, end)
 
-        self._aside(inode.ino, "finish", work)
+        self.aside(inode.ino, "finish", work)
 
     # ------------------------------------------------------------------ the end of one
 
@@ -427,6 +462,10 @@ class Segments:
         if row.number not in self.lost and self.pool is not None:
             self.pool.set_owner(row, _owner_of(inode))
 
+    def lock_out(self, inode: Inode) -> None:
+        """Let nobody but root open the segment of a file, until :meth:`set_owner`."""
+        self._pool().set_owner(self.of(inode), Owner(0, 0, 0o600))
+
     # ------------------------------------------------------------------ at a mount
 
     def restore(self) -> None:
@@ -452,7 +491,7 @@ class Segments:
     def _end_unowned(self) -> None:
         for row in list(self.table.rows.values()):
             if row.state != SEGMENT_IN_USE and row.state != SEGMENT_DEAD:
-                self._kill(row)
+                self.kill(row)
         work = self.reaping()
         if work is not None:
             self.reaped(work())
