@@ -64,6 +64,7 @@ ASYNCHRONOUS = {
     "control.handlers",
     "control.freezing",
     "control.server",
+    "control.segment_requests",
     "control.session",
     "control.table_requests",
     "control.verification",

@@ -21,6 +21,7 @@ APART = ("lab", "scripts", "support")
 #: Modules without a test file of their own, as they only declare: the file in which what they
 #: declare is used, and how.
 TESTED_ELSEWHERE = {
+    "control.segment_protocol": "control/test_protocol.py: all go over the wire and come back",
     "control.session": "control/test_table_requests.py: a protocol; its handlers have one made up",
     "dma.output": "control/test_protocol.py: questions and items go over the wire and come back",
     "kexec.mounted": "kexec/test_local.py: a protocol, by what has it",

@@ -7,7 +7,7 @@ from typing import Any, NewType, get_args, get_origin, get_type_hints
 
 import pytest
 
-from pkernfs.control import protocol, table_protocol
+from pkernfs.control import protocol, segment_protocol, table_protocol
 from pkernfs.control.wire import (
     Done,
     Item,
@@ -20,7 +20,8 @@ from pkernfs.control.wire import (
     request_line,
 )
 
-REQUESTS = protocol.REQUESTS + table_protocol.REQUESTS
+MODULES = (protocol, segment_protocol, table_protocol)
+REQUESTS = tuple(request for module in MODULES for request in module.REQUESTS)
 BY_OP = {request.op: request for request in REQUESTS}
 #: A value of each kind of field.
 VALUES: dict[Any, Any] = {int: 3, bool: True, str: "ü\n", bytes: b"\0\xff", dict: {"a": [1, None]}}
@@ -51,7 +52,8 @@ def made(kind: Any) -> Any:
 def test_every_request_is_registered_once() -> None:
     found = {
         one
-        for one in (*vars(protocol).values(), *vars(table_protocol).values())
+        for module in MODULES
+        for one in vars(module).values()
         if isinstance(one, type) and issubclass(one, Request) and hasattr(one, "op")
     }
     assert found == set(REQUESTS)

@@ -19,6 +19,7 @@ from pkernfs.control.server import Handlers
 from pkernfs.control.session import Session
 from pkernfs.dma.mount import tables_of
 from pkernfs.errors import BusyError, InvalidError
+from pkernfs.quantities import Ino
 from pkernfs.vtd.entries import bdf_text
 
 if TYPE_CHECKING:
@@ -54,12 +55,12 @@ class HandoverLease:
         fs, session = self._fs, self._session
         self._refuse_a_second()
         with trio.move_on_after(_CLOSING_SECONDS):
-            while session.writers():
+            while self._writers():
                 await session.drain()
                 await trio.sleep(0.001)
         async with session.hold_zeroing():
             self._refuse_a_second()
-            if writers := session.writers():
+            if writers := self._writers():
                 yield OpenForWriting(tuple(writers))
                 return
             fs.freeze()
@@ -72,6 +73,10 @@ class HandoverLease:
                 self._committed = None
                 fs.thaw()
                 session.freed()
+
+    def _writers(self) -> list[Ino]:
+        """The files that are open for writing, or are being given other memory."""
+        return [*self._session.writers(), *self._fs.conversions.under_way]
 
     def _refuse_a_second(self) -> None:
         if self._fs.frozen:

@@ -101,6 +101,7 @@ class FileSystem:
         self.remember = life.remember
         self.forget = life.forget
         self.open = life.open
+        self.is_open = life.is_open
         self.release = life.release
         self.setattr = life.setattr
         self.getxattr = life.getxattr

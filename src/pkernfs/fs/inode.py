@@ -127,6 +127,10 @@ class InodeLife:
         self._opens[ino] = self._opens.get(ino, 0) + 1
         return inode
 
+    def is_open(self, ino: Ino) -> bool:
+        """Tell if there are open handles of an inode."""
+        return ino in self._opens
+
     def release(self, ino: Ino) -> None:
         """An open handle less."""
         left = self._opens.get(ino, 0) - 1
