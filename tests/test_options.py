@@ -111,6 +111,8 @@ def test_an_option_of_the_vfs_keeps_its_value() -> None:
         ),
         ("phys_base=here", "bad phys_base: got 'here'"),
         ("cache=none", "bad cache: got 'none', expected auto, direct, page"),
+        ("segments=maybe", "bad segments: got 'maybe', expected yes, no"),
+        ("segments", r"bad mount option: got segments, expected segments=yes\|no"),
         ("spin=1000001", "bad spin: got 1000001, expected up to 1000000"),
     ],
 )

@@ -100,12 +100,18 @@ MOUNT_OPTIONS = (
         "pkernfs choose (auto, the default). See docs/coherence.md.",
     ),
     MountOption(
+        "segments",
+        "yes|no",
+        "on a region with a pool: give a file a segment when truncate or fallocate first gives it "
+        "2 MiB or more (yes, the default), or only if `pkernfs segment FILE on` has said so (no).",
+    ),
+    MountOption(
         "spin",
         "MICROSECONDS",
         "poll so long for the next request before sleeping; 100 if not given.",
     ),
 )
-_CACHE_MODES = ("auto", "direct", "page")
+_CHOICES = {"cache": ("auto", "direct", "page"), "segments": ("yes", "no")}
 _MAX_SPIN_MICROSECONDS = 1_000_000
 
 #: Options that the kernel's VFS handles; they are passed on unchanged.
@@ -166,8 +172,8 @@ def _opposite(name: str) -> str:
 def _parse_value(name: str, value: str) -> int | str:
     if name == "phys_base":
         return _parse_phys_base(value)
-    if name == "cache" and value not in _CACHE_MODES:
-        raise UsageError(f"bad cache: got {value!r}, expected {', '.join(_CACHE_MODES)}")
+    if name in _CHOICES and value not in _CHOICES[name]:
+        raise UsageError(f"bad {name}: got {value!r}, expected {', '.join(_CHOICES[name])}")
     if name == "spin":
         spin = parse_size(value, "spin")
         if spin > _MAX_SPIN_MICROSECONDS:

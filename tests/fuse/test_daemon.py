@@ -79,6 +79,14 @@ def test_a_region_is_made_served_and_left_clean(service: Service, region: Path) 
     assert seen[1], "what is there is not made again"
 
 
+@pytest.mark.parametrize("value", ["yes", "no", None])
+def test_the_option_segments_decides(service: Service, region: Path, value: str | None) -> None:
+    wanted: list[bool] = []
+    service.work = lambda fs: wanted.append(fs.segments.wanted)
+    service.run(region, mkfs=True, **({} if value is None else {"segments": value}))
+    assert wanted == [value != "no"]
+
+
 def test_a_service_that_fails_leaves_it_clean(service: Service, region: Path) -> None:
     def work(fs: FileSystem) -> None:
         raise RegionError("/mnt/a: cannot mount: says the test")

@@ -18,7 +18,7 @@ from pkernfs.options import parse_mount_options
         ("", set()),
         ("ro,noatime", {"ro", "noatime"}),
         ("relatime,strictatime,diratime", set()),
-        ("allow_other,cache=page,spin=5,phys_base=4096,mkfs,verify", {"allow_other"}),
+        ("allow_other,cache=page,spin=5,segments=no,phys_base=4096,mkfs,verify", {"allow_other"}),
         ("context=system_u:object_r:x_t", {"context=system_u:object_r:x_t"}),
     ],
 )

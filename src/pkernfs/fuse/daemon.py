@@ -77,7 +77,8 @@ def _open_filesystem(region: Region, options: Options) -> FileSystem:
             mkfs.make_filesystem(region)
         elif found.content is not mkfs.Content.PKERNFS:
             raise FormatError(f"{region.name}: not formatted: it holds {found.what}")
-    fs = mount_filesystem(region, read_only="ro" in options)
+    segments = options.get("segments") != "no"
+    fs = mount_filesystem(region, segments=segments, read_only="ro" in options)
     placement.record(fs.super)
     _resume_units(fs)
     return fs
