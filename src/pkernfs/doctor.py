@@ -15,7 +15,7 @@ from importlib import metadata
 from typing import NamedTuple
 
 from pkernfs.errors import NotFoundError, PermissionDeniedError, PkernfsError, RegionError
-from pkernfs.host import boot, cmdline, kernel_image, kmem, memmap, qemu, reserved
+from pkernfs.host import boot, cmdline, kernel_image, kmem, memmap, plain_paths, qemu, reserved
 from pkernfs.host.dmar import Dmar, read_table
 from pkernfs.host.memmap import Kaslr, Kind, Reservation
 from pkernfs.host.mount_table import FSTYPE, own_mounts
@@ -349,13 +349,21 @@ def _check_qemu(host: Host, config: Config) -> Iterator[Result]:
         yield Result("guest", "QEMU", UNKNOWN, detail, f"see {path} --version")
     elif _version(version) < qemu.OLDEST:
         yield Result(
-            "guest", "QEMU", MISSING, f"{version} cannot map a region at an offset",
+            "guest", "QEMU", WARNING, f"{version} maps segments, but no file at an offset",
             "8.1 or newer; 8.2 for live update (Debian 12: from backports)",
         )  # fmt: skip
     elif _version(version) < qemu.OLDEST_CPR:
         yield Result("guest", "QEMU", WARNING, f"{version} has no cpr-reboot", "8.2 or newer")
     else:
         yield Result("guest", "QEMU", OK, version)
+
+
+def _check_plain_paths(host: Host, config: Config) -> Iterator[Result]:
+    """One way is enough: what is not offered is no lack."""
+    for way in (find(host, config) for find in plain_paths.ALL):
+        status = {True: OK, False: WARNING, None: UNKNOWN}[way.offered]
+        remedy = way.remedy or ("" if way.offered else _CONFIG_REMEDY)
+        yield Result("segments", way.name, status, way.why, remedy)
 
 
 # ---------------------------------------------------------------------- kexec
@@ -511,6 +519,7 @@ _CHECKS: tuple[Callable[[Host, Config], Iterator[Result]], ...] = (
     _check_next_kernel,
     _check_dax,
     _check_qemu,
+    _check_plain_paths,
     _check_kexec,
     _check_crash_kernel,
     _check_iommu,

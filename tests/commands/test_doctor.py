@@ -35,8 +35,8 @@ def test_the_status_is_that_of_mounting(
     found = json.loads(capsys.readouterr().out)
     assert found["checks"] == [r._asdict() for r in results]
     assert found["able"] == {
-        "mount": mount == OK, "region": True, "guest": True, "kexec": True, "dma": False,
-        "units": False,
+        "mount": mount == OK, "region": True, "guest": True, "segments": True, "kexec": True,
+        "dma": False, "units": False,
     }  # fmt: skip
 
 

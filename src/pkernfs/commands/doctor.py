@@ -11,6 +11,7 @@ _AREAS = {
     "mount": "mount a file system",
     "region": "keep a region in reserved memory",
     "guest": "run guests in it, and save them",
+    "segments": "give each guest memory of its own, by a plain path",
     "kexec": "replace the kernel",
     "dma": "leave devices running meanwhile",
     "units": "do it with systemd",
