@@ -36,6 +36,7 @@ from pkernfs.layout import (
 from pkernfs.pool.pool import Owner
 from pkernfs.quantities import Ino
 from pkernfs.region.region import Region
+from support.checking import assert_clean
 from support.memory_pool import POOL, MemoryPool
 
 MIB = 1 << 20
@@ -56,8 +57,9 @@ def region() -> Iterator[Region]:
 
 
 @pytest.fixture
-def fs(region: Region, pool: MemoryPool) -> FileSystem:
-    return mount(region, pool)
+def fs(region: Region, pool: MemoryPool) -> Iterator[FileSystem]:
+    yield mount(region, pool)
+    assert_clean(region)
 
 
 def mount(region: Region, pool: MemoryPool) -> FileSystem:

@@ -18,6 +18,8 @@ from pkernfs.layout import (
     INODE_FLAG_BODY,
     INODE_FLAG_PENDING,
     INODE_FLAG_SEGMENT,
+    INODE_FLAG_SEGMENT_OFF,
+    INODE_FLAG_SEGMENT_ON,
     INODE_FLAG_TABLE,
     INODE_INLINE_SHIFT,
     NO_PAGE,
@@ -68,6 +70,7 @@ from support.segments import (
 )
 
 case = Cases()
+CHOICES = INODE_FLAG_SEGMENT_ON | INODE_FLAG_SEGMENT_OFF
 
 
 def made(kind: int, others: int = 0) -> Pristine:
@@ -341,6 +344,28 @@ def segment_flag_of_a_directory(d: Damage) -> None:
 @case(Code.INODE_FIELD)
 def segment_of_a_table(d: Damage) -> None:
     d.set_inode(d.inos["none"], flags=INODE_FLAG_TABLE | INODE_FLAG_SEGMENT)
+
+
+@case(Code.INODE_FIELD, lossless=True)
+def both_choices(d: Damage) -> None:
+    d.set_inode(d.inos["guest"], flags=INODE_FLAG_SEGMENT | CHOICES)
+
+
+@case(Code.INODE_FIELD, lossless=True)
+def choice_of_a_directory(d: Damage) -> None:
+    d.set_inode(ROOT_INO, flags=INODE_FLAG_BODY | INODE_FLAG_SEGMENT_ON)
+
+
+@case(Code.INODE_FIELD)
+def choice_of_a_table(d: Damage) -> None:
+    d.set_inode(d.inos["none"], flags=INODE_FLAG_TABLE | INODE_FLAG_SEGMENT_OFF)
+
+
+@pytest.mark.parametrize("flag", [INODE_FLAG_SEGMENT_ON, INODE_FLAG_SEGMENT_OFF])
+@pytest.mark.parametrize("name", ["guest", "flat", "none"])
+def test_a_file_may_choose_whatever_it_has(d: Damage, name: str, flag: int) -> None:
+    d.set_inode(d.inos[name], flags=d.inode(d.inos[name]).flags | flag)
+    assert check(d.region, repair=False).clean
 
 
 @case(Code.INODE_DATA_PAGES, lossless=True)

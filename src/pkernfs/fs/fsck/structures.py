@@ -66,6 +66,7 @@ def _unpack_only(*names: str) -> Callable[[Buffer, int], tuple[Any, ...]]:
 _unpack_nlink = _unpack_only("nlink")
 _unpack_trees = _unpack_only("flags", "xattr_root")
 # Flags of a file whose data is in the region: it has no segment.
+_SEGMENT_CHOICE = layout.INODE_FLAG_SEGMENT_ON | layout.INODE_FLAG_SEGMENT_OFF
 _WITHOUT_SEGMENT = (
     layout.INODE_FLAG_BODY | layout.INODE_FLAG_TABLE | 0xFF << layout.INODE_INLINE_SHIFT
 )
@@ -383,6 +384,9 @@ def flag_faults(f: layout.InodeFields) -> int:
             allowed |= 0xFF << layout.INODE_INLINE_SHIFT
         if not f.flags & _WITHOUT_SEGMENT:
             allowed |= layout.INODE_FLAG_SEGMENT
+        choice = f.flags & _SEGMENT_CHOICE
+        if choice != _SEGMENT_CHOICE and not f.flags & layout.INODE_FLAG_TABLE:
+            allowed |= choice
     return f.flags & ~allowed
 
 
