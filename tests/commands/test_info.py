@@ -13,6 +13,9 @@ from pkernfs.control import client
 from pkernfs.control.protocol import ChangedFile, Verification
 from pkernfs.control.wire import VersionError
 from pkernfs.errors import PermissionDeniedError
+from pkernfs.fs.mkfs import make_filesystem
+from pkernfs.layout import BLOCK, POOL_DIRECTORY, PoolFields
+from pkernfs.region.region import Region
 from support.command_lines import FOREIGN, SIZE, Command, no_superblock, refused, unchanged
 
 FACTS: dict[str, Any] = {
@@ -130,3 +133,37 @@ def test_info_refuses(command: Command, tmp_path: Path) -> None:
         path.write_bytes(bytes(SIZE))
         fill(path)
         refused(command("pkernfs", "info", path), 1, "pkernfs", str(path))
+
+
+# ------------------------------------------------------------------------------- segments
+
+
+def test_a_pool_is_told(tmp_path: Path, command: Command) -> None:
+    path = tmp_path / "base"
+    Region.create(str(path), SIZE)
+    with Region.open(str(path), write=True) as region:
+        make_filesystem(region, pool=PoolFields(POOL_DIRECTORY, BLOCK))
+    with unchanged(path):
+        found = json.loads(command("pkernfs", "info", "--json", path).out)["pool"]
+        lines = command("pkernfs", "info", path).out.splitlines()
+    ways = found.pop("plain_paths")
+    assert found == {"kind": "directory", "granule": BLOCK, "segments": 0, "segment_bytes": 0}
+    assert [way["name"] for way in ways] == ["FUSE passthrough", "pkernfs exec", "pkernfs path"]
+    assert "pool: directory, in units of 2 MiB" in lines
+    assert "segments: 0, 0 bytes" in lines
+    assert "plain path, pkernfs path: yes: a file" in lines
+
+
+def test_no_pool_is_told(region: Path, command: Command) -> None:
+    assert json.loads(command("pkernfs", "info", "--json", region).out)["pool"] is None
+    assert "pool: -" in command("pkernfs", "info", region).out.splitlines()
+
+
+def test_a_table_that_cannot_be_read(capsys: pytest.CaptureFixture[str]) -> None:
+    pool = {"kind": "dax", "granule": BLOCK, "segments": None, "segment_bytes": None,
+            "plain_paths": [{"name": "a way", "offered": None, "why": "who knows"}]}  # fmt: skip
+    info._print_pool(pool)
+    assert capsys.readouterr().out.splitlines() == [
+        "pool: dax, in units of 2 MiB",
+        "plain path, a way: not known: who knows",
+    ]

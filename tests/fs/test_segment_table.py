@@ -13,12 +13,21 @@ from pkernfs.alloc.pages import PageAllocator
 from pkernfs.errors import CorruptionError
 from pkernfs.fs import superblock
 from pkernfs.fs.mkfs import make_filesystem
-from pkernfs.fs.segment_table import SegmentTable, encode, parse
+from pkernfs.fs.segment_table import SegmentTable, Totals, encode, parse, totals
 from pkernfs.host.iomem import Span
 from pkernfs.journal import PageStore
-from pkernfs.layout import BLOCK, MAGIC_STATE, PAGES_PER_BLOCK, SEGMENT, SEGMENT_DEAD, STATE_PAGE
+from pkernfs.layout import (
+    BLOCK,
+    MAGIC_STATE,
+    PAGE,
+    PAGES_PER_BLOCK,
+    SEGMENT,
+    SEGMENT_DEAD,
+    SEGMENT_IN_USE,
+    STATE_PAGE,
+)
 from pkernfs.pool.pool import Segment
-from pkernfs.quantities import Ino, PhysAddr, SegmentNo
+from pkernfs.quantities import Ino, PhysAddr, RegionOff, SegmentNo
 from pkernfs.region.region import Region
 from support.memory_pool import POOL
 
@@ -39,6 +48,23 @@ def opened(region: Region) -> tuple[PageStore, SegmentTable]:
     (only,) = sb.ranges
     blocks = BlockAllocator(store, [MapRange(only.first_block, only.blocks, only.map_page, None)])
     return store, SegmentTable(store, PageAllocator(store, blocks))
+
+
+def test_totals_are_of_what_files_have(region: Region) -> None:
+    assert totals(region) == Totals(0, 0)
+    store, table = opened(region)
+    with store:
+        for number, state in ((1, SEGMENT_IN_USE), (2, SEGMENT_DEAD), (3, SEGMENT_IN_USE)):
+            table.add(row(number, state=state))
+    assert totals(region) == Totals(2, 4 * BLOCK)
+
+
+def test_a_damaged_table_has_no_totals(region: Region) -> None:
+    store, table = opened(region)
+    with store:
+        table.add(row(1))
+    region.zero(RegionOff(table._root * PAGE + 64), 64)
+    assert totals(region) is None
 
 
 def row(number: int, **fields: object) -> Segment:

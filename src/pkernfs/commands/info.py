@@ -10,13 +10,16 @@ import json
 import sys
 import time
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pkernfs.control.mounts import mounts_of_region, region_of
 from pkernfs.errors import PkernfsError, one_line
 from pkernfs.host import boot
 from pkernfs.host.sysroot import HOST
 from pkernfs.options import format_size
+
+if TYPE_CHECKING:
+    from pkernfs.region.region import Region
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -42,12 +45,38 @@ def describe(spec: str) -> dict[str, Any]:
 
     with Region.open(spec, write=False, lock=False) as region:
         facts: dict[str, Any] = {"region": spec, **superblock.describe(region)}
+        facts["pool"] = _pool(region)
     facts["mount_points"] = mounts_of_region(spec)
     facts["kexec"] = _kexec(facts)
     facts["verification"] = None
     if facts.get("history") and facts["mount_points"]:
         facts["verification"] = _verification(facts["mount_points"][0])
     return facts
+
+
+def _pool(region: Region) -> dict[str, Any] | None:
+    """Tell what segments come from, how many there are, and the plain paths to them; None: none."""
+    from pkernfs.fs import superblock
+    from pkernfs.layout import PAGE, POOL_DAX
+
+    pool = superblock.load(region).pool
+    if not pool.pool:
+        return None
+    from pkernfs.fs.segment_table import totals
+    from pkernfs.host import kernel_image, plain_paths
+
+    is_dax = pool.pool == POOL_DAX
+    ways = plain_paths.of_pool(
+        HOST, kernel_image.running_config(HOST), dax=is_dax, huge=region.page_bytes > PAGE
+    )
+    found = totals(region)
+    return {
+        "kind": "dax" if is_dax else "directory",
+        "granule": pool.granule,
+        "segments": None if found is None else found.segments,
+        "segment_bytes": None if found is None else found.bytes,
+        "plain_paths": [{"name": w.name, "offered": w.offered, "why": w.why} for w in ways],
+    }
 
 
 def _verification(mount_point: str) -> dict[str, Any] | None:
@@ -94,6 +123,8 @@ def _print_facts(facts: dict[str, Any]) -> None:
             _print_verification(value)
         elif name == "kexec":
             _print_kexec(value)
+        elif name == "pool":
+            _print_pool(value)
         elif name.endswith("_bytes"):
             print(f"{label.removesuffix(' bytes')}: {value} bytes ({format_size(value)})")
         elif name.endswith("_ns"):
@@ -140,6 +171,20 @@ def _print_kexec(found: dict[str, Any]) -> None:
     for unit in found["units"]:
         what = "adopted" if unit["adopted"] else "not adopted"
         print(f"tables in force in {unit['unit']}: {what} ({one_line(unit['log'])})")
+
+
+_OFFERED = {True: "yes", False: "no", None: "not known"}
+
+
+def _print_pool(pool: dict[str, Any] | None) -> None:
+    if pool is None:
+        print("pool: -")
+        return
+    print(f"pool: {pool['kind']}, in units of {format_size(pool['granule'])}")
+    if pool["segments"] is not None:
+        print(f"segments: {pool['segments']}, {format_size(pool['segment_bytes'])}")
+    for way in pool["plain_paths"]:
+        print(f"plain path, {way['name']}: {_OFFERED[way['offered']]}: {way['why']}")
 
 
 def _print_verification(found: dict[str, Any] | None) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple, cast
 
 from pkernfs.alloc.pages import PageAllocator
 from pkernfs.errors import CorruptionError
+from pkernfs.fs import superblock
 from pkernfs.fs.btree import Tree
 from pkernfs.host.iomem import Span
 from pkernfs.journal import PageStore
@@ -14,9 +16,11 @@ from pkernfs.layout import (
     MAGIC_STATE,
     NO_INO,
     NO_NODE,
+    PAGES_PER_BLOCK,
     PIECE,
     SEGMENT,
     SEGMENT_DEAD,
+    SEGMENT_IN_USE,
     SEGMENT_NEW,
     STATE_PAGE,
     STATE_SEGMENTS,
@@ -26,6 +30,9 @@ from pkernfs.layout import (
 )
 from pkernfs.pool.pool import Segment
 from pkernfs.quantities import PageNo, SegmentNo
+from pkernfs.region.region import Region
+
+_LOOKS = 3
 
 
 def encode(row: Segment) -> bytes:
@@ -156,3 +163,32 @@ class SegmentTable:
         self._root, self._last = root, last
         page = self._store.edit(STATE_PAGE, MAGIC_STATE)
         STATE_SEGMENTS.pack_into(page, STATE_SEGMENTS_OFFSET, root, last)
+
+
+class Totals(NamedTuple):
+    """The segments that files have: how many, and how many bytes they are long."""
+
+    segments: int
+    bytes: int
+
+
+def totals(region: Region) -> Totals | None:
+    """Count what a region records, which may be mounted; None: it cannot be told just now."""
+    for _ in range(_LOOKS):  # a daemon may change the table meanwhile
+        try:
+            table = SegmentTable(_store_of(region), cast("PageAllocator", None))
+        except CorruptionError:
+            continue
+        if not table.damaged:
+            used = [row.length for row in table.rows.values() if row.state == SEGMENT_IN_USE]
+            return Totals(len(used), sum(used))
+    return None
+
+
+def _store_of(region: Region) -> PageStore:
+    """The pages of a region, for reading only."""
+    sb = superblock.load(region)
+    journal, pages = sb.fields.journal_page, sb.total_blocks * PAGES_PER_BLOCK
+    store = PageStore(region, sb.uuid, journal, sb.fields.journal_pages, pages)
+    store.recover(write=False)
+    return store
