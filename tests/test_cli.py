@@ -302,7 +302,6 @@ def test_in_use(region: Path, command: Command, tmp_path: Path) -> None:
             )
         ],
         ("pkernfs DIR DIR", 32, "not a region: it is a directory"),
-        ("mkfs.pkernfs -s 32M DIR", 1, "not a region: it is a directory"),
         ("fsck.pkernfs DIR", 8, "not a region: it is a directory"),
     ],
 )  # fmt: skip

@@ -71,6 +71,7 @@ ASYNCHRONOUS = {
     "fuse.operations",
     "fuse.data",
     "fuse.waiting",
+    "fuse.xattr_handlers",
     "fuse.session",
     "fuse.event_loop",
     "fuse.daemon",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -198,3 +199,48 @@ def test_a_file_in_use_is_not_extended(region: Path, command: Command) -> None:
         for force in ([], ["-f"]):
             outcome = command("mkfs.pkernfs", *force, "-s", 2 * SIZE, region)
             refused(outcome, 1, "mkfs.pkernfs", "in use" if force else "-f extends")
+
+
+# ------------------------------------------------------------------------------ a directory
+
+
+@pytest.fixture
+def pool() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="pkernfs-test.", dir="/dev/shm") as directory:
+        yield Path(directory)
+
+
+def test_a_directory_gets_a_base_range_and_a_pool(pool: Path, command: Command) -> None:
+    outcome = command("mkfs.pkernfs", "-L", "here", "-s", SIZE, pool)
+    assert (outcome.status, outcome.err) == (0, "")
+    assert os.listdir(pool) == ["base"]
+    assert (pool / "base").stat().st_size == SIZE
+    facts = json.loads(command("pkernfs", "info", "--json", pool).out)
+    assert facts["label"] == "here"
+    assert facts["features"]["incompat"] == layout.FEATURE_SEGMENTS
+    assert command("fsck.pkernfs", f"{pool}/").status == 0
+    with unchanged(pool / "base"):
+        refused(command("mkfs.pkernfs", "-s", SIZE, pool), 1, "mkfs.pkernfs", "label 'here'")
+
+
+def test_a_directory_that_is_no_pool(pool: Path, command: Command) -> None:
+    outcome = command("mkfs.pkernfs", "-s", SIZE, "/proc")
+    refused(outcome, 1, "mkfs.pkernfs", "/proc: ", "neither hugetlbfs nor tmpfs")
+    refused(command("mkfs.pkernfs", pool), 1, "mkfs.pkernfs", "-s SIZE makes one")
+    pool.chmod(0o777)
+    outcome = command("mkfs.pkernfs", "-s", SIZE, pool)
+    refused(outcome, 1, "mkfs.pkernfs", str(pool), "others can write to it")
+    assert not os.listdir(pool)
+
+
+def test_segments_without_their_base_range_are_not_removed_unasked(
+    pool: Path, command: Command
+) -> None:
+    for number in (10, 9):
+        (pool / f"segment-{number}").write_bytes(b"a guest")
+    (pool / "other").write_bytes(b"a file")
+    outcome = command("mkfs.pkernfs", "-s", SIZE, pool)
+    refused(outcome, 1, "mkfs.pkernfs", "it holds segment-9 of a pkernfs and 1 more; -f removes")
+    assert len(os.listdir(pool)) == 3
+    assert command("mkfs.pkernfs", "-f", "-s", SIZE, pool).status == 0
+    assert sorted(os.listdir(pool)) == ["base", "other"]

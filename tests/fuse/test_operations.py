@@ -12,7 +12,7 @@ import pytest
 from pkernfs.errors import NotFoundError
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fuse import extents_xattr, shim
-from pkernfs.fuse.operations import WRITER, Operations
+from pkernfs.fuse.operations import COUNTED, WRITER, Operations
 from pkernfs.quantities import Ino
 from support.fuse_handlers import (
     AS_ROOT,
@@ -241,10 +241,27 @@ def test_handles_are_opened_with_their_backing_file(
     _, entry = do(ops.create(ROOT, b"f", stat.S_IFREG | 0o644, os.O_RDWR, AS_ROOT))
     ino = Ino(entry.st_ino)
     reader = do(ops.open(ino, os.O_RDONLY, AS_ROOT)).fh
-    assert passed == [(ino | WRITER, 9), (ino, 9)]
-    do(ops.release(ino | WRITER))
+    assert passed == [(ino | WRITER | COUNTED, 9), (ino | COUNTED, 9)]
+    do(ops.release(ino | WRITER | COUNTED))
     do(ops.release(reader))
     assert backing.calls == [("opened", ino)] * 2 + [("released", ino)] * 2
+
+
+@pytest.mark.parametrize("passes", [False, True])
+def test_a_handle_that_only_writes_decides_nothing(
+    ops: Operations, monkeypatch: pytest.MonkeyPatch, passes: bool
+) -> None:
+    """truncate(1) has one: if the kernel had the segment open for it, nothing could be cut."""
+    monkeypatch.setattr(shim, "pass_through", lambda *words: None)
+    backing: Any = Backing()
+    backing.passes = lambda ino: passes
+    ops.passthrough = backing
+    ops._opened.direct_io = True
+    ino = make(ops)
+    backing.calls.clear()
+    fh = do(ops.open(ino, os.O_WRONLY, AS_ROOT)).fh
+    do(ops.release(fh))
+    assert backing.calls == ([("opened", ino), ("released", ino)] if passes else [])
 
 
 def test_a_handle_that_is_refused_is_not_counted(ops: Operations) -> None:

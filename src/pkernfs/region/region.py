@@ -347,7 +347,7 @@ class Region:
         if lib.pk_copy(self._base, offset, source, length):
             self._make_room(offset, length)
             if lib.pk_copy(self._base, offset, source, length):
-                self._is_gone()
+                _is_gone(self._backing)
 
     def copy_out(self, offset: RegionOff, into: bytearray | memoryview) -> None:
         """Fill ``into`` from ``offset`` on.
@@ -360,7 +360,7 @@ class Region:
         if lib.pk_copy_out(self._base, offset, to, len(into)):
             self._make_room(offset, len(into))
             if lib.pk_copy_out(self._base, offset, to, len(into)):
-                self._is_gone()
+                _is_gone(self._backing)
 
     def zero(self, offset: RegionOff, length: int) -> None:
         """Zero ``length`` bytes at ``offset``; other threads run meanwhile.
@@ -373,7 +373,7 @@ class Region:
             return
         for start, end in self.data_ranges(offset, RegionOff(offset + length)):
             if lib.pk_zero(self._base, start, end - start):
-                self._is_gone()
+                _is_gone(self._backing)
 
     def reserve(self, offset: RegionOff, length: int) -> None:
         """Give memory to holes of a region's file, for what must be stored without fail later.
@@ -390,15 +390,6 @@ class Region:
         """
         first = offset - offset % PAGE
         self._backing.reserve(RegionOff(first), -(-(offset + length) // PAGE) * PAGE - first)
-
-    def _is_gone(self) -> None:
-        """After a bus error that no memory mends: the end, or the caller's if others may cut it.
-
-        :raises RegionError: they have.
-        """
-        if self._backing.may_vanish:
-            raise RegionError(f"{self.name}: cut behind pkernfs's back", errno.EIO)
-        lib.pk_bus_error()
 
     def store_u64(self, offset: RegionOff, value: int) -> None:
         """Store 8 aligned bytes at once, after all stores before it and before all after it."""
@@ -442,6 +433,16 @@ class Region:
         """Tell contenders whether requests are being served, or the region is about to be free."""
         if self._base is not None:
             self._backing.serving(on)
+
+
+def _is_gone(backing: Backing) -> None:
+    """After a bus error that no memory mends: the end, or the caller's if others may cut the file.
+
+    :raises RegionError: they have.
+    """
+    if backing.may_vanish:
+        raise RegionError(f"{backing.name}: cut behind pkernfs's back", errno.EIO)
+    lib.pk_bus_error()
 
 
 def _cut(run: PhysicalRun, start: int, end: int) -> PhysicalRun:
