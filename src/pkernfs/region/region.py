@@ -56,6 +56,8 @@ class Region:
         self.size = backing.size
         self.writable = writable
         self.page_bytes = backing.page_bytes
+        #: The open file or device, until :meth:`close`; None for anonymous memory.
+        self.descriptor = backing.fd
         self._backing = backing
         error = ffi.new("int *")
         self._base = lib.pk_map(
@@ -180,11 +182,6 @@ class Region:
             return None
         path = os.readlink(f"/proc/self/fd/{self._backing.fd}")
         return Place(path, self._backing.map_offset)
-
-    @property
-    def descriptor(self) -> int | None:
-        """The open file or device, until :meth:`close`; None for anonymous memory."""
-        return self._backing.fd
 
     @property
     def node(self) -> int | None:
