@@ -16,6 +16,7 @@ from pkernfs.commands import extents
 from pkernfs.commands.extents import describe, read_extents
 from pkernfs.control.mounts import FSTYPE, Mount
 from pkernfs.errors import NotSupportedError
+from pkernfs.fuse import segment_xattr
 from pkernfs.fuse.extents_xattr import NAME, Extent
 from pkernfs.quantities import PhysAddr, RegionOff
 from support.command_lines import Command, refused
@@ -66,13 +67,15 @@ def test_a_file_without_extents(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 
 def test_json_has_names(attribute: list[str]) -> None:
-    found: Any = describe("file", list(read_extents("file")))
+    found: Any = describe("file", list(read_extents("file")), None)
     assert found["file"] == "file"
     first, second, _ = found["extents"]
     assert first == {
         "offset": 0, "length": 0x200000, "region_offset": 0x400000, "physical": 0x40400000,
+        "segment": None,
     }  # fmt: skip
     assert second["physical"] is None
+    assert [e["segment"] for e in describe("file", FOUND, 7)["extents"]] == [7, 7, 7]  # type: ignore[attr-defined]
 
 
 def test_what_is_printed(
@@ -80,6 +83,7 @@ def test_what_is_printed(
 ) -> None:
     mount = Mount(7, "/mnt/a", FSTYPE, "/dev/shm/region", 0)
     monkeypatch.setattr(extents, "mount_of", lambda path: mount)
+    monkeypatch.setattr(segment_xattr, "read", lambda file: None)
     assert extents.run(argparse.Namespace(file="file", json=False)) == 0
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.split() == ["offset", "length", "region", "offset", "physical"]
@@ -87,6 +91,10 @@ def test_what_is_printed(
     assert [line.split()[3] for line in lines] == ["0x40400000", "-", "0x0"]
     assert extents.run(argparse.Namespace(file="file", json=True)) == 0
     assert json.loads(capsys.readouterr().out)["file"] == "file"
+    segment = segment_xattr.SegmentInfo(7, "dax", "/dev/dax0.7", 2 << 20, 2 << 20)
+    monkeypatch.setattr(segment_xattr, "read", lambda file: segment)
+    assert extents.run(argparse.Namespace(file="file", json=False)) == 0
+    assert capsys.readouterr().out.split("\n")[0].split()[2:] == ["in", "segment", "7", "physical"]
 
 
 def test_extents_refuses(command: Command, tmp_path: Path) -> None:

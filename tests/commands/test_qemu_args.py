@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -21,8 +22,10 @@ from guestlab import counter
 from pkernfs import cli
 from pkernfs.commands import qemu_args
 from pkernfs.errors import PkernfsError
+from pkernfs.fuse import segment_xattr
 from pkernfs.fuse.extents_xattr import Extent
 from pkernfs.quantities import PhysAddr, RegionOff
+from support.mounted_pool import MountedPool
 from support.mounting import MIB, Mounted, run_pkernfs, wait_until
 
 BLOCK = 2 * MIB
@@ -101,6 +104,16 @@ def test_too_old(version: str, qemu: Callable[[str], str]) -> None:
         qemu_args.check_qemu(path)
 
 
+@pytest.mark.parametrize("version", ["5.0.0", "7.2.22", "8.0.5"])
+def test_a_whole_file_needs_no_offset(version: str, qemu: Callable[[str], str]) -> None:
+    path = qemu(f"QEMU emulator version {version}")
+    assert qemu_args.check_qemu(path, offset=False) == (path, version)
+    with pytest.raises(PkernfsError, match=r"got QEMU 4\.2\.1, expected 5\.0 or later"):
+        qemu_args.check_qemu(qemu("QEMU emulator version 4.2.1"), offset=False)
+    with pytest.raises(PkernfsError, match="cpr-reboot"):
+        qemu_args.check_qemu(qemu(f"QEMU emulator version {version}"), live_update=True)
+
+
 @pytest.mark.parametrize("version", ["8.1.5", "7.2.22"])
 def test_too_old_for_a_live_update(version: str, qemu: Callable[[str], str]) -> None:
     """The version that is named is the one that is needed, not that of offset=."""
@@ -177,6 +190,53 @@ def test_options(mounted: Mounted, qemu: Callable[[str], str]) -> None:
         "-machine",
         "memory-backend=ram.0",
     ]
+
+
+@pytest.fixture
+def pooled() -> Iterator[MountedPool]:
+    """A mount with a pool; fsck finds it clean in the end."""
+    with MountedPool() as mounted:
+        yield mounted
+
+
+@pytest.mark.fuse
+def test_options_of_a_segment(pooled: MountedPool, qemu: Callable[[str], str]) -> None:
+    ram = pooled.file("guest-ram", 4 * BLOCK)
+    old = qemu("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)")
+    facts = json.loads(run_pkernfs("qemu-args", "--qemu", old, "--json", str(ram)).stdout)
+    path = str(pooled.pool / "segment-1")
+    assert facts["object"] == {
+        "qom-type": "memory-backend-file",
+        "id": "pkernfs",
+        "size": 4 * BLOCK,
+        "mem-path": path,
+        "align": BLOCK,
+        "share": True,
+    }
+    assert (facts["segment"], facts["region_offset"]) == (1, None)
+    line = run_pkernfs("qemu-args", "--qemu", old, str(ram)).stdout
+    assert shlex.split(line)[1] == (
+        f"memory-backend-file,id=pkernfs,size={4 * BLOCK},mem-path={path},align={BLOCK},share=on"
+    )
+    assert "cpr-reboot" in refused("--live-update", "--qemu", old, str(ram))
+    os.rename(path, f"{path}-aside")
+    assert "its segment is lost, or elsewhere" in refused("--qemu", old, str(ram))
+    os.rename(f"{path}-aside", path)
+
+
+@pytest.mark.fuse
+def test_sizes_of_large_segments(pooled: MountedPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A segment of pages of 1 GiB can be mapped in whole ones only."""
+    ram = pooled.file("guest ram", 3 * BLOCK)
+    found = segment_xattr.read(str(ram))
+    assert found is not None
+    large = found._replace(granule=4 * BLOCK)
+    monkeypatch.setattr(segment_xattr, "read", lambda file: large)
+    with pytest.raises(PkernfsError, match="no multiple of 8 MiB: got 6291456 bytes") as refusal:
+        qemu_args.describe(str(ram), "ram")
+    said = str(refusal.value)
+    shell(said[said.index("truncate") :])
+    assert qemu_args.describe(str(ram), "ram")["object"]["size"] == 4 * BLOCK
 
 
 @pytest.mark.fuse
@@ -344,3 +404,22 @@ def test_guest_memory_is_the_region(new_qemu: Path, mounted: Mounted, tmp_path: 
     numbers = [int.from_bytes(ring[4 * n : 4 * n + 4], "little") for n in range(1, last)]
     assert numbers == list(range(1, last))
     assert mounted.region.read_bytes()[place : place + len(memory)] == memory
+
+
+@pytest.mark.fuse
+@pytest.mark.vm
+def test_guest_memory_is_the_segment(pooled: MountedPool, tmp_path: Path) -> None:
+    """By the QEMU that this host has, whatever its version: none needs an offset."""
+    found = shutil.which("qemu-system-x86_64")
+    assert found is not None
+    ram = pooled.file("ram", 4 * BLOCK)
+    memory = Path(qemu_args.describe(str(ram), "ram")["object"]["mem-path"])
+    with counting(Path(found), ram, tmp_path / "disk"):
+        wait_until(lambda: count_at(memory, 0) > 100, "the guest counts")
+        seen = [count_at(memory, 0), count_at(ram, 0), count_at(memory, 0)]
+        assert seen == sorted(seen)
+        (holder,) = json.loads(run_pkernfs("holders", "--json", str(ram)).stdout)["files"][0][
+            "holders"
+        ]
+        assert (holder["how"], holder["through"]) == ("maps it", "segment")
+    assert ram.read_bytes() == memory.read_bytes()

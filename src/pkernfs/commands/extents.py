@@ -1,4 +1,7 @@
-"""``pkernfs extents``: print where a file's bytes are in the region, as the mount tells it."""
+"""``pkernfs extents``: print where a file's bytes are, as the mount tells it.
+
+They are in the region, or in the file's segment.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from collections.abc import Iterator
 
 from pkernfs.control.mounts import mount_of
 from pkernfs.errors import NotSupportedError
+from pkernfs.fuse import segment_xattr
 from pkernfs.fuse.extents_xattr import NAME, Extent, parse
 
 
@@ -25,17 +29,22 @@ def run(args: argparse.Namespace) -> int:
         raise NotSupportedError(f"{args.file}: no extents: it is not on a pkernfs mount")
     if os.path.isdir(args.file):
         raise NotSupportedError(f"{args.file}: no extents: it is a directory")
+    info = segment_xattr.read(args.file)
+    segment = None if info is None else info.number
     extents = list(read_extents(args.file))
     if args.json:
-        print(json.dumps(describe(args.file, extents), indent=2))
+        print(json.dumps(describe(args.file, extents, segment), indent=2))
     else:
-        _print_table(extents)
+        _print_table(extents, segment)
     return 0
 
 
-def describe(file: str, extents: list[Extent]) -> dict[str, object]:
-    """Build the JSON of ``pkernfs extents``; ``physical`` is None where there is no address."""
-    return {"file": file, "extents": [extent._asdict() for extent in extents]}
+def describe(file: str, extents: list[Extent], segment: int | None) -> dict[str, object]:
+    """Build the JSON of ``pkernfs extents``; ``physical`` is None where there is no address.
+
+    :param segment: the number of the file's segment, in which ``region_offset`` is then.
+    """
+    return {"file": file, "extents": [{**e._asdict(), "segment": segment} for e in extents]}
 
 
 def read_extents(file: str) -> Iterator[Extent]:
@@ -58,8 +67,9 @@ def _read_page(file: str, name: str) -> bytes:
         raise NotSupportedError(f"{file}: cannot read its extents: {e.strerror}") from e
 
 
-def _print_table(extents: list[Extent]) -> None:
-    print(f"{'offset':>16} {'length':>16} {'region offset':>16} {'physical':>16}")
+def _print_table(extents: list[Extent], segment: int | None) -> None:
+    where = "region offset" if segment is None else f"in segment {segment}"
+    print(f"{'offset':>16} {'length':>16} {where:>16} {'physical':>16}")
     for offset, length, region_offset, physical in extents:
         address = "-" if physical is None else f"{physical:#x}"
         print(f"{offset:#16x} {length:#16x} {region_offset:#16x} {address:>16}")

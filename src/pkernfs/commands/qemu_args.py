@@ -1,8 +1,9 @@
 """``pkernfs qemu-args``: print the options with which QEMU maps a file in the region itself.
 
 Through the mount, guest memory would be in the kernel's page cache: a second copy, which devices
-and the next kernel do not see. ``memory-backend-file`` with ``offset=`` (QEMU 8.1 and later) maps
-the region at the file's place, so the file must be one piece there.
+and the next kernel do not see. ``memory-backend-file`` maps a file's segment as a whole. Of a file
+without one it maps the region at the file's place: with ``offset=`` (QEMU 8.1 and later), and the
+file must be one piece there.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 from typing import Any, NamedTuple
 
 from pkernfs.commands.extents import read_extents
+from pkernfs.commands.path import check_there
 from pkernfs.control.mounts import Mount, mount_of
 from pkernfs.errors import (
     InvalidError,
@@ -26,7 +28,9 @@ from pkernfs.errors import (
     ReadOnlyError,
     UsageError,
 )
+from pkernfs.fuse import segment_xattr
 from pkernfs.fuse.extents_xattr import Extent
+from pkernfs.fuse.segment_xattr import SegmentInfo
 from pkernfs.host import qemu
 from pkernfs.options import format_size
 from pkernfs.quantities import FileSpan, RegionOff
@@ -84,7 +88,9 @@ def run(args: argparse.Namespace) -> int:
     if not _ID.fullmatch(args.id):
         raise UsageError(f"bad id: got {args.id!r}, expected a letter, then letters, digits, ._-")
     facts = describe(args.file, args.id)
-    facts["qemu"], facts["qemu_version"] = check_qemu(args.qemu, live_update=args.live_update)
+    facts["qemu"], facts["qemu_version"] = check_qemu(
+        args.qemu, offset=facts["segment"] is None, live_update=args.live_update
+    )
     text = json.dumps(facts, indent=2) if args.json else shlex.join(facts["args"])
     sys.stdout.flush()
     sys.stdout.buffer.write(os.fsencode(text) + b"\n")  # a path may be no text
@@ -97,21 +103,27 @@ def describe(file: str, object_id: str) -> dict[str, Any]:
     :raises PkernfsError: the file cannot be mapped as guest memory; with the remedy.
     """
     mount, size = _check_file(file)
-    place = mem_path_of(mount.source)
-    region_offset = _one_piece(file, size, place)
-    memory = {
-        "qom-type": "memory-backend-file",
-        "id": object_id,
-        "size": size,
-        "mem-path": place.path,
-        "offset": place.start + region_offset,
-        "align": place.align,
-        "share": True,
-    }
+    memory = {"qom-type": "memory-backend-file", "id": object_id, "size": size}
+    region_offset = None
+    segment = segment_xattr.read(file)
+    if segment is not None:
+        check_there(file, segment)
+        _check_units(file, size, segment)
+        memory |= {"mem-path": segment.path, "align": segment.granule, "share": True}
+    else:
+        place = mem_path_of(mount.source)
+        region_offset = _one_piece(file, size, place)
+        memory |= {
+            "mem-path": place.path,
+            "offset": place.start + region_offset,
+            "align": place.align,
+            "share": True,
+        }
     return {
         "file": file,
         "region": mount.source,
         "region_offset": region_offset,
+        "segment": None if segment is None else segment.number,
         "object": memory,
         "args": ["-object", _option(memory), "-machine", f"memory-backend={object_id}"],
     }
@@ -160,6 +172,16 @@ def _check_file(file: str) -> tuple[Mount, int]:
     finally:
         os.close(fd)
     return mount, info.st_size
+
+
+def _check_units(file: str, size: int, segment: SegmentInfo) -> None:
+    """:raises InvalidError: QEMU could not map the segment as guest memory, and the remedy."""
+    if size % segment.granule:
+        whole = -(-size // segment.granule) * segment.granule
+        raise InvalidError(
+            f"{file}: its size is no multiple of {format_size(segment.granule)}: got {size} bytes: "
+            f"truncate -s {whole} {_word(file)}"
+        )
 
 
 def _one_piece(file: str, size: int, place: MemPath) -> RegionOff:
@@ -259,8 +281,10 @@ def _dax_align(device: int) -> int:
 # ------------------------------------------------------------------------------- QEMU
 
 
-def check_qemu(command: str, *, live_update: bool = False) -> Qemu:
+def check_qemu(command: str, *, offset: bool = True, live_update: bool = False) -> Qemu:
     """Return path and version of a QEMU that is new enough, for a live update if that is wanted.
+
+    :param offset: it is to map a file at an offset.
 
     :raises NotFoundError: there is no such program.
     :raises NotSupportedError: it is too old, or no QEMU.
@@ -275,7 +299,9 @@ def check_qemu(command: str, *, live_update: bool = False) -> Qemu:
     if version is None:
         raise NotSupportedError(f"{path}: does not tell a version of QEMU: got {said!r}")
     major, minor, *_ = map(int, version.split("."))
-    needed, what = qemu.OLDEST, "offset= of memory-backend-file"
+    needed, what = qemu.OLDEST_PLAIN, "memory-backend= of -machine"
+    if offset:
+        needed, what = qemu.OLDEST, "offset= of memory-backend-file"
     if live_update:
         needed, what = qemu.OLDEST_CPR, "cpr-reboot"
     if (major, minor) < needed:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import subprocess
 
-#: The first with memory-backend-file,offset=, and the first with cpr-reboot.
+#: The first with memory-backend= of -machine, with memory-backend-file,offset=, with cpr-reboot.
+OLDEST_PLAIN = (5, 0)
 OLDEST = (8, 1)
 OLDEST_CPR = (8, 2)
 _VERSION = re.compile(r"QEMU.*version (\d+\.\d+(?:\.\d+)*)")
