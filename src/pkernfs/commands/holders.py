@@ -101,7 +101,8 @@ def find(target: str) -> Answer:
             file.holders += _of_region(mount, file.path, daemon)
     not_seen = [_NEVER_SEEN]
     if hidden:
-        not_seen.append(f"what {hidden} processes hold that let nobody look: ask as root")
+        more = "; root sees more" if os.geteuid() else ""
+        not_seen.append(f"processes that do not let us look: {hidden}{more}")
     try:
         _add_domains(target, mount, files)
     except PkernfsError as e:
