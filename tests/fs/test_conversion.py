@@ -6,6 +6,7 @@ import contextlib
 import os
 import stat
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import pytest
 
@@ -34,9 +35,12 @@ from pkernfs.layout import (
     ROOT_INO,
 )
 from pkernfs.pool.pool import Owner
-from pkernfs.quantities import Ino
+from pkernfs.quantities import Ino, RegionOff, SegmentNo
+from pkernfs.region import trace
 from pkernfs.region.region import Region
+from pkernfs.region.trace import Store
 from support.checking import assert_clean
+from support.crash import Replay, cut, is_metadata
 from support.memory_pool import POOL, MemoryPool
 
 MIB = 1 << 20
@@ -231,7 +235,8 @@ def test_a_held_segment_is_not_taken(fs: FileSystem, pool: MemoryPool) -> None:
 def test_nobody_but_root_opens_it_meanwhile(fs: FileSystem, pool: MemoryPool) -> None:
     ino = make(fs, DATA, 5 * MIB)
     steps = works(fs, lambda: fs.conversions.off(ino))
-    next(steps)
+    for _ in range(2):
+        next(steps)
     row = fs.segments.find(ino)
     assert row is not None
     assert pool.owners[row.number] == Owner(0, 0, 0o600)
@@ -243,8 +248,8 @@ def change_owner(fs: FileSystem, ino: Ino) -> None:
     fs.setattr(ino, uid=9)
 
 
-def write(fs: FileSystem, ino: Ino) -> None:
-    fs.run(lambda: fs.write(ino, 0, b"new"))
+def write(fs: FileSystem, ino: Ino, data: bytes = b"new", offset: int = 0) -> None:
+    fs.run(lambda: fs.write(ino, offset, data))
 
 
 def remove(fs: FileSystem, ino: Ino) -> None:
@@ -364,3 +369,84 @@ def test_a_failure_meanwhile_is_left_to_the_next_mount(
     again = mount(region, pool)
     assert not pool.memories
     assert bytes(again.read(ino, 0, len(DATA))) == DATA
+
+
+# ---------------------------------------------------------------------- every crash point
+
+
+class Phase(NamedTuple):
+    """Stores into the region while the pool had these memories."""
+
+    stores: list[Store]
+    memories: dict[SegmentNo, int]
+
+
+def phases(pool: MemoryPool, operation: Callable[[], None]) -> list[Phase]:
+    """The stores of an operation, in the order of its steps: a change of the pool ends a phase."""
+    found: list[Phase] = []
+    memories = {number: os.dup(fd) for number, fd in pool.memories.items()}
+
+    def changed() -> None:
+        nonlocal memories
+        found.append(Phase(trace.trace_stop(), memories))
+        memories = {number: os.dup(fd) for number, fd in pool.memories.items()}
+        trace.trace_start()
+
+    pool.changed = changed
+    trace.trace_start()
+    try:
+        operation()
+        changed()
+    finally:
+        trace.trace_stop()
+        pool.changed = lambda: None
+    return found
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize("pieces", [1, 9])
+@pytest.mark.parametrize("way", [on, off])
+def test_every_crash_point_is_before_or_after(
+    way: Callable[[FileSystem, Ino], None], pieces: int, pool: MemoryPool
+) -> None:
+    data = (DATA[: 70_000 // pieces] + bytes(2 * PAGE)) * pieces
+    with Region.anonymous(16 * MIB) as region:
+        mkfs.make_filesystem(region, pool=POOL)
+        fs = mount(region, pool)
+        ino = make(fs, b"", 2 * MIB if way is off else 0)
+        for start in range(0, len(data), len(data) // pieces):
+            write(fs, ino, data[start : start + 70_000 // pieces], start)
+        fs.run(lambda: fs.setattr(ino, size=len(data)))
+        numbers = sorted(fs.numbers())
+        before = region.read(RegionOff(0), region.size)
+        done = phases(pool, lambda: way(fs, ino))
+        after = region.read(RegionOff(0), region.size)
+    seen: list[bool] = []
+
+    def look(region: Region, memories: dict[SegmentNo, int]) -> None:
+        with MemoryPool() as found:
+            found.memories = {number: os.dup(fd) for number, fd in memories.items()}
+            fs = mount(region, found)
+            assert bytes(fs.read(ino, 0, 2 * MIB)) == data
+            assert sorted(fs.numbers()) == numbers
+            row = fs.segments.find(ino)
+            assert set(found.memories) == set(fs.segments.table.rows)
+            assert set(found.memories) == (set() if row is None else {row.number})
+            seen.append((row is not None) is (way is on))
+            if row is not None:
+                assert found.owners[row.number] == Owner(3, 4, 0o640)
+            fs.unmount()
+            assert_clean(region)
+
+    replay = Replay(before)
+    for phase in done:
+        for store in phase.stores:
+            for piece in cut(store, whole=not is_metadata(store, before, after)):
+                if replay.store(piece):
+                    replay.look(lambda region, phase=phase: look(region, phase.memories))  # type: ignore[misc]
+        for fd in phase.memories.values():
+            os.close(fd)
+    replay.close()
+    assert seen == sorted(seen)
+    assert seen[-1]
+    assert len(seen) > 50

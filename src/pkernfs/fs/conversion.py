@@ -199,15 +199,16 @@ class Conversions:
         row, size = self._segments.of(inode), inode.size
         if reason := self._segments.lost.get(row.number):
             raise RegionError(f"inode {job.ino}: {reason}")
-        self._segments.lock_out(inode)
-        job.locked_out = True
-        yield from _until(lambda: self._segments.check_unused(self._inode(job)))
+        yield from self._unused(job)
         blocks = job.blocks = self._new_inode()
         yield from _until(lambda: self._files.grow(self._inodes.get(blocks), size))
         self._set_size(blocks, size)
         spans = self._files.extents(blocks)
+        job.locked_out = True
+        self._segments.lock_out(self._inode(job))
+        yield from self._unused(job)
         yield from self._copied(job, lambda: self._copy_from(row, spans))
-        yield from _until(lambda: self._segments.check_unused(self._inode(job)))
+        yield from self._unused(job)  # root opens it all the same
         inode = self._inode(job)
         self._pins.check_unpinned(inode)
         try:
@@ -216,6 +217,9 @@ class Conversions:
             raise NoSpaceError(f"inode {job.ino}: its blocks are in too many pieces") from None
         job.blocks = None
         job.locked_out = False
+
+    def _unused(self, job: _Job) -> Generator[Needed, None, None]:
+        yield from _until(lambda: self._segments.check_unused(self._inode(job)))
 
     def _copied(self, job: _Job, copy: Callable[[], None]) -> Generator[Needed, None, None]:
         yield from _until(lambda: self._segments.aside(job.ino, "copy", copy))
