@@ -37,6 +37,7 @@ LAYERS = (
     ("control",),
     ("kexec",),
     ("fuse",),
+    ("plain",),
     ("vmm",),
     ("doctor",),
     ("commands",),
@@ -54,6 +55,9 @@ EXTENSIONS = {
         "region.region",
         "region.trace",
         "journal",
+        "plain.caller",
+        "plain.lookup",
+        "plain.seccomp",
         "units.mmio",
         "iommu.page_pool",
     },
@@ -78,6 +82,7 @@ ASYNCHRONOUS = {
 }
 #: Who may print and choose exit statuses beside the commands, and why.
 MAY_PRINT: dict[str, str] = {
+    "plain.launch": "the children of its forks have no caller to end them",
     "fuse.background": "the child of the fork has no caller to end it, and what the first process "
     "has not yet written would be written twice",
 }

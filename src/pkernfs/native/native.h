@@ -161,6 +161,41 @@ struct pk_existing { uint64_t offset, length, physical; };	/* bytes; physical: N
 int64_t pk_existing_runs(int fd, uint64_t start, uint64_t end, uint64_t page, struct pk_existing *out,
 			 uint64_t max);
 
+/* ---------------------------------------------------------------- notify.c */
+
+/* A system call that a filter has stopped: struct seccomp_notif.  pid: of the thread, as we see it. */
+struct pk_notified {
+	uint64_t id;
+	uint32_t pid, flags;
+	int32_t number;
+	uint32_t arch;
+	uint64_t instruction, args[6];
+};
+
+/* Whose permissions count; capabilities: those that the caller has. */
+struct pk_caller {
+	uint32_t uid, gid;
+	const uint32_t *groups;
+	uint32_t n_groups;
+	uint64_t capabilities;
+};
+
+struct pk_place { uint64_t mount, device, ino; };
+
+int pk_no_new_privs(void);
+void pk_let_trace(int pid);
+int pk_seccomp_listen(const uint64_t *program, uint16_t n, int *waits);
+void pk_notify_in_turn(int listener);
+int pk_notify_receive(int listener, struct pk_notified *call);
+int pk_notify_is_valid(int listener, uint64_t id);
+int pk_notify_go_on(int listener, uint64_t id);
+int pk_notify_give(int listener, uint64_t id, int fd, uint32_t flags, int at_once);
+int64_t pk_read_process(int pid, uint64_t address, uint8_t *out, uint32_t n);
+int pk_open(const struct pk_caller *who, int directory, const char *path, uint64_t flags,
+	    uint64_t resolve);
+int pk_may_access(const struct pk_caller *who, int fd, int mode);
+int pk_place_of(const char *path, struct pk_place *place);
+
 /* end of cdef */
 
 /* Of store.c: all stores into a region go through these, or are told to trace_stored(). */
