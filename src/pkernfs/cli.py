@@ -47,6 +47,7 @@ COMMANDS = {
     "path": Command("print the path by which any program opens a file's own memory"),
     "segment": Command("give a file memory of its own, or put its bytes into the region"),
     "holders": Command("print who maps, holds, or does DMA into the memory of files"),
+    "exec": Command("run a program that gets the segments of files by their paths", 125, 125),
     "kexec": Command("load the next kernel, hand over every file system, start the kernel"),
     "handover": Command("freeze, check and record a file system before a kexec"),
     "install-units": Command("install units for systemd"),
