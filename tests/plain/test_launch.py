@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from support.mounting import MIB
+from support.pooled import Pooled
 from support.supervised import NATIVE, PLAIN, Files, make_files
 
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -288,6 +290,77 @@ def test_they_leave_the_callers_directory_and_session(files: Files) -> None:
             assert not [name for name in open_files if name.startswith(("pipe:", "/tmp"))]
         assert Path(f"/proc/{reader.process.pid}/task").exists()
     gone(files)
+
+
+# ------------------------------------------------------------------------------- real mounts
+
+_PKERNFS = [sys.executable, "-c", "import sys; from pkernfs.cli import main; sys.exit(main())"]
+#: Prints, for each line that it gets, what it has opened by the name that is its argument.
+_LOOK = """\
+import os, sys
+for _ in sys.stdin:
+    try:
+        fd = os.open(sys.argv[1], os.O_RDWR)
+        print(os.readlink(f"/proc/self/fd/{fd}"), flush=True)
+        os.close(fd)
+    except OSError as error:
+        print(error.strerror, flush=True)
+"""
+
+
+@pytest.mark.fuse
+def test_a_real_segment_is_the_programs_memory(compiled: Path) -> None:
+    with Pooled() as mounted:
+        file = mounted.path / "ram"
+        file.touch()
+        os.truncate(file, 4 * MIB)
+        with open(file, "r+b") as written:
+            written.write(NATIVE)
+        done = subprocess.run(
+            [*_PKERNFS, "exec", "--", compiled / "opener", file],
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert f"passed on: {WHAT}" in done.stdout
+        with open(file, "rb") as seen:
+            seen.seek(4096)
+            assert seen.read(20) == b"stored by a mapping\0"
+        (mounted.path / "small").write_bytes(NATIVE)
+        command = [*_PKERNFS, "exec", "cat", str(mounted.path / "small")]
+        assert subprocess.check_output(command, timeout=30) == NATIVE, "a file without a segment"
+
+
+@pytest.mark.fuse
+def test_the_daemon_may_come_and_go() -> None:
+    with Pooled() as mounted:
+        file = mounted.path / "ram"
+        file.touch()
+        os.truncate(file, 4 * MIB)
+        native = mounted.pool / "segment-1"
+        command = [*_PKERNFS, "exec", sys.executable, "-c", _LOOK, str(file)]
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as process:
+
+            def seen() -> str:
+                assert process.stdin
+                assert process.stdout
+                process.stdin.write("\n")
+                process.stdin.flush()
+                return process.stdout.readline().strip()
+
+            assert seen() == str(native)
+            assert mounted.daemon
+            mounted.daemon.kill()
+            mounted.daemon.wait()
+            assert seen() == "Transport endpoint is not connected"
+            mounted.kill()
+            assert seen() == "No such file or directory"
+            mounted.start()
+            assert seen() == str(native)
+            process.communicate(timeout=20)
 
 
 @pytest.mark.crash
