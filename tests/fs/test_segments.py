@@ -10,7 +10,7 @@ from typing import TypeVar
 import pytest
 
 from pkernfs.dma.mount import mount_filesystem
-from pkernfs.errors import BusyError, NoSpaceError, RegionError
+from pkernfs.errors import BusyError, NoSpaceError, RegionError, TooBigError
 from pkernfs.fs import mkfs
 from pkernfs.fs.file import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE
 from pkernfs.fs.filesystem import FileSystem
@@ -283,6 +283,24 @@ def test_space_adds_up(fs: FileSystem, pool: MemoryPool) -> None:
     fs.unlink(ROOT_INO, b"f")
     assert before.free - fs.statfs().free < 8
     del ino
+
+
+def test_nothing_but_statfs_asks_for_the_space(
+    fs: FileSystem, pool: MemoryPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may take milliseconds: a caller who knows it already says it."""
+    space = pool.space()
+    before = fs.statfs()
+    monkeypatch.setattr(pool, "space", lambda: pytest.fail("asked"))
+    ino = make(fs, 6 * MIB)
+    capacity = fs.super.statfs().blocks * PAGE + pool.total
+    with pytest.raises(TooBigError, match=f"the file system holds {capacity} bytes"):
+        resize(fs, ino, 6 * MIB + capacity + 1)
+    with pytest.raises(NoSpaceError):
+        resize(fs, ino, pool.total + 2 * MIB)
+    now = fs.statfs(space._replace(free=space.free - 6 * MIB))
+    assert now.blocks == before.blocks
+    assert 0 <= before.free - now.free - 6 * MIB // PAGE < 8
 
 
 def test_all_of_it_is_data(fs: FileSystem) -> None:

@@ -9,11 +9,16 @@ from typing import Any
 
 import pytest
 
-from pkernfs.errors import NotFoundError
+from pkernfs.dma.mount import mount_filesystem
+from pkernfs.errors import NotFoundError, RegionError
+from pkernfs.fs import mkfs
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fuse import extents_xattr, shim
 from pkernfs.fuse.operations import COUNTED, WRITER, Operations
+from pkernfs.layout import PAGE
+from pkernfs.pool.pool import Space
 from pkernfs.quantities import Ino
+from pkernfs.region.region import Region
 from support.fuse_handlers import (
     AS_ROOT,
     AS_USER,
@@ -25,6 +30,7 @@ from support.fuse_handlers import (
     make_operations,
     set_fields,
 )
+from support.memory_pool import POOL, MemoryPool
 
 import pyfuse3  # isort: skip  # after the shim
 
@@ -167,6 +173,23 @@ def test_statfs(ops: Operations, fs: FileSystem) -> None:
     do(ops.forget([(entry.st_ino, 1)]))
     do(ops.statfs(AS_ROOT))
     assert ops.waiting.asked == ["settle"]
+
+
+def test_statfs_looks_at_the_pool_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other requests are served while it counts what thousands of segments take."""
+    with Region.anonymous(8 << 20) as region, MemoryPool() as pool:
+        mkfs.make_filesystem(region, pool=POOL)
+        ops = make_operations(mount_filesystem(region, open_pool=pool.opener()))
+        assert isinstance(ops.waiting, Waiting)
+        answer = do(ops.statfs(AS_ROOT))
+        assert answer.f_bfree == ops.fs.statfs().free > pool.total // PAGE
+        assert ops.waiting.asked == ["aside"]
+
+        def fail() -> Space:
+            raise RegionError("the pool is gone", errno.ENOENT)
+
+        monkeypatch.setattr(pool, "space", fail)
+        assert fails(ops.statfs(AS_ROOT)) == errno.ENOENT
 
 
 # ---------------------------------------------------------------------- errors

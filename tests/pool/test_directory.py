@@ -11,6 +11,7 @@ import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,20 @@ def tmpfs(on_tmpfs: Path) -> Iterator[DirectoryPool]:
     made = DirectoryPool.at(str(on_tmpfs))
     yield made
     made.close()
+
+
+@pytest.fixture
+def small() -> Iterator[DirectoryPool]:
+    """A pool on a tmpfs of its own, of 16 MiB."""
+    with tempfile.TemporaryDirectory() as where:
+        options = ["mount", "-t", "tmpfs", "-o", "size=16M,mode=0711", "none", where]
+        subprocess.run(options, check=True)
+        pool = DirectoryPool.at(where)
+        try:
+            yield pool
+        finally:
+            pool.close()
+            subprocess.run(["umount", where], check=True)
 
 
 @pytest.fixture
@@ -494,7 +509,45 @@ def test_what_is_promised_is_not_free(pool: DirectoryPool) -> None:
     assert before.free - pool.space().free in range(2 * BLOCK, 4 * BLOCK)
     assert pool.space().free % pool.granule == 0
     pool.destroy(row)
-    assert pool.space().free <= pool.space().total
+    assert pool.space().free <= pool.space().total == pool.capacity()
+
+
+def test_what_an_owner_does_counts_at_once(small: DirectoryPool) -> None:
+    """Nothing that was seen before is believed: `df` and the next plan are exact."""
+    free = small.space().free
+    row = small.create(ROW)
+    assert small.space().free == free - ROW.length
+    put(small, row)
+    assert small.space().free == free - ROW.length
+    with path_of(small).open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+        mapped.madvise(mmap.MADV_REMOVE, 0, BLOCK)
+    assert small.space().free == free - ROW.length
+    os.truncate(path_of(small), 3 * BLOCK)
+    assert small.space().free == free - 3 * BLOCK
+    Path(small.name, "other").write_bytes(bytes(BLOCK))
+    assert small.space().free == free - 4 * BLOCK
+    with pytest.raises(NoSpaceError, match="segment-4: no memory: needs 14 MiB, 8 MiB are free"):
+        small.plan(Segment(SegmentNo(4), Ino(9), POOL_DIRECTORY, 7 * BLOCK), [])
+
+
+def test_a_look_at_files_that_go_meanwhile(
+    tmpfs: DirectoryPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread destroys segments."""
+    row = tmpfs.create(ROW)
+    tmpfs.create(ROW._replace(number=SegmentNo(4)))
+    scan = os.scandir
+
+    @contextmanager
+    def destroy_one(path: str) -> Iterator[Iterator[os.DirEntry[str]]]:
+        with scan(path) as entries:
+            found = list(entries)
+        tmpfs.destroy(row)
+        yield iter(found)
+
+    monkeypatch.setattr(os, "scandir", destroy_one)
+    assert tmpfs.segment_names() == ["segment-4"]
+    assert tmpfs.space().free
 
 
 def test_a_plan_is_refused_for_lack_of_memory(tmpfs: DirectoryPool) -> None:

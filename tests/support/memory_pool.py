@@ -59,6 +59,9 @@ class MemoryPool:
 
     # ------------------------------------------------------------------ the protocol
 
+    def capacity(self) -> int:
+        return self.total
+
     def space(self) -> Space:
         free = self.total - sum(map(self.length, self.memories))
         return Space(self.total, free, free)

@@ -189,7 +189,7 @@ class Files:
             raise InvalidError("negative size")
         if size > MAX_FILE_BYTES - BLOCK:
             raise TooBigError(f"size {size}: expected at most {MAX_FILE_BYTES - BLOCK}")
-        capacity = self._segments.statfs().blocks * PAGE
+        capacity = self._segments.capacity()
         if size - inode.size > capacity:  # however much is freed
             raise TooBigError(f"size {size}: the file system holds {capacity} bytes")
         if inode.flags & INODE_FLAG_TABLE and (size < inode.size or size % BLOCK):

@@ -40,7 +40,7 @@ from pkernfs.layout import (
     SEGMENT_IN_USE,
     page_offset,
 )
-from pkernfs.pool.pool import Owner, Pool, Segment
+from pkernfs.pool.pool import Owner, Pool, Segment, Space
 from pkernfs.quantities import Ino, PageNo, RegionOff, SegmentNo
 from pkernfs.ratelimit import RateLimit
 
@@ -522,15 +522,24 @@ class Segments:
 
     # ------------------------------------------------------------------ space
 
-    def statfs(self) -> StatFs:
-        """The space of the region and of the pool, in 4 KiB units."""
+    def capacity(self) -> int:
+        """How many bytes of files region and pool can hold, however much is freed."""
+        base = self._super.statfs().blocks * PAGE
+        return base if self.pool is None else base + self.pool.capacity()
+
+    def statfs(self, space: Space | None = None) -> StatFs:
+        """The space of the region and of the pool, in 4 KiB units.
+
+        :param space: of the pool, as it was a moment ago. None: the pool is asked, which may take
+            milliseconds.
+        """
         base = self._super.statfs()
         if self.pool is None:
             return base
         rows = self.table.rows.values()
         held = sum(row.length for row in rows if row.state != SEGMENT_DEAD) // PAGE
         dead = sum(row.length for row in rows if row.state == SEGMENT_DEAD) // PAGE
-        free = self.pool.space().free // PAGE + dead
+        free = (space or self.pool.space()).free // PAGE + dead
         return replace(
             base,
             blocks=base.blocks + held + free,

@@ -36,6 +36,7 @@ from pyfuse3 import EntryAttributes, FUSEError
 
 if TYPE_CHECKING:
     from pkernfs.fs.filesystem import FileSystem
+    from pkernfs.pool.pool import Space
 
 log = logging.getLogger(__name__)
 
@@ -184,11 +185,24 @@ class Operations(XattrHandlers, pyfuse3.Operations):
         """What was just removed is free: a FORGET follows, and may not have been read yet."""
         if self.waiting is not None and self.fs.has_orphans():
             await self.waiting.settle()
-        return await self._statfs()
+        return await self._statfs(await self._pool_space())
+
+    async def _pool_space(self) -> Space | None:
+        """Ask the pool in a thread: that takes long if it has many segments. None: there is none.
+
+        :raises FUSEError: it cannot tell.
+        """
+        pool = self.fs.segments.pool
+        if pool is None or self.waiting is None:
+            return None
+        try:
+            return await self.waiting.aside(pool.space)
+        except Exception as e:
+            raise FUSEError(errno_of(self.fs, e)) from None
 
     @handler
-    def _statfs(self) -> pyfuse3.StatvfsData:
-        now = self.fs.statfs()
+    def _statfs(self, space: Space | None) -> pyfuse3.StatvfsData:
+        now = self.fs.statfs(space)
         answer = pyfuse3.StatvfsData()
         answer.f_bsize = answer.f_frsize = now.block_size
         answer.f_blocks = now.blocks

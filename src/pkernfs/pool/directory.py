@@ -88,17 +88,29 @@ class DirectoryPool:
 
     # ------------------------------------------------------------------ memory
 
+    def capacity(self) -> int:
+        """Quick. Return how many bytes all segments together can have."""
+        total, _ = self._huge_pages() if self._memory.is_huge else self._tmpfs_pages()
+        return total
+
     def space(self) -> Space:
-        """Quick. Look how much memory there is.
+        """Look how much memory there is.
 
         What is promised to segments is not free, whether they have touched it or not.
         """
-        total, free = self._huge_space() if self._memory.is_huge else self._tmpfs_space()
+        if self._memory.is_huge:
+            total, free = self._huge_pages()
+        else:
+            total, free = self._tmpfs_pages()
+            free = max(0, free - self._untouched())
         free -= free % self.granule
         return Space(total, free, free)
 
-    def _huge_space(self) -> tuple[int, int]:
-        """Pages are reserved for segments, which both the kernel and the mount count."""
+    def _huge_pages(self) -> tuple[int, int]:
+        """All pages and the free ones, in bytes.
+
+        Pages are reserved for segments, which both the kernel and the mount count.
+        """
         size = self._memory.page_bytes
         place = f"sys/kernel/mm/hugepages/hugepages-{size >> 10}kB"
         total, free, reserved = (
@@ -111,14 +123,20 @@ class DirectoryPool:
         left = mount.f_bavail * mount.f_frsize
         return min(total, mount.f_blocks * mount.f_frsize), max(0, min(free - reserved, left))
 
-    def _tmpfs_space(self) -> tuple[int, int]:
+    def _tmpfs_pages(self) -> tuple[int, int]:
+        """All pages and the free ones, in bytes: who was promised them, the mount does not know."""
         mount = os.fstatvfs(self._directory)
         if mount.f_blocks:
-            total, free = mount.f_blocks * mount.f_frsize, mount.f_bavail * mount.f_frsize
-        else:  # mounted with size=0: as much as the machine has
-            total, free = _memory_of_machine()
-        untouched = (i.st_size - i.st_blocks * _SECTOR for _, i in self._files())
-        return total, max(0, free - sum(max(0, part) for part in untouched))
+            return mount.f_blocks * mount.f_frsize, mount.f_bavail * mount.f_frsize
+        return _memory_of_machine()  # mounted with size=0: as much as the machine has
+
+    def _untouched(self) -> int:
+        """Bytes that were promised and take no memory yet.
+
+        Each file is asked every time, for its owner may touch, punch or lengthen it at any moment.
+        """
+        parts = (info.st_size - info.st_blocks * _SECTOR for _, info in self._files())
+        return sum(max(0, part) for part in parts)
 
     def plan(self, wanted: Segment, others: list[Segment]) -> Segment:
         """Return ``wanted``: where its memory is, the kernel chooses.
@@ -375,7 +393,10 @@ class DirectoryPool:
         with os.scandir(self._path) as entries:
             for entry in entries:
                 if entry.name == BASE or _NAME.fullmatch(entry.name):
-                    info = entry.stat(follow_symlinks=False)
+                    try:
+                        info = entry.stat(follow_symlinks=False)
+                    except FileNotFoundError:  # another thread has just destroyed it
+                        continue
                     if stat.S_ISREG(info.st_mode):
                         yield entry.name, info
 

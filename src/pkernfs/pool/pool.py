@@ -92,8 +92,11 @@ class Pool(Protocol):
     def passes(self) -> bool:
         """The kernel can pass the mappings of a mount through to the segments."""
 
+    def capacity(self) -> int:
+        """Quick. Return how many bytes all segments together can have, if nothing else is there."""
+
     def space(self) -> Space:
-        """Quick. Look how much memory there is."""
+        """Look how much memory there is. Any thread may do that, beside all others."""
 
     def plan(self, wanted: Segment, others: list[Segment]) -> Segment:
         """Choose the memory of a new segment, or of one that grows to ``wanted.length``.
