@@ -16,6 +16,7 @@ import pytest
 from pkernfs.commands import holders
 from pkernfs.commands.holders import Answer, HeldFile, Holder
 from pkernfs.fuse import segment_xattr
+from pkernfs.quantities import Ino
 from support.command_lines import Command, refused
 from support.mounted_pool import MountedPool
 from support.mounting import MIB, run_pkernfs
@@ -167,9 +168,9 @@ def test_what_has_no_memory(mounted: MountedPool, command: Command) -> None:
 def test_names_are_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
     holder = Holder("process", 7, "a\nb", "maps it", "segment")
     files = [
-        HeldFile("/m/x\ny", 3, 1, "/p/segment-1", [holder]),
-        HeldFile(None, 9, 2, "/p/segment-2"),
-        HeldFile("/m/z", 4),
+        HeldFile("/m/x\ny", Ino(3), 1, "/p/segment-1", [holder]),
+        HeldFile(None, Ino(9), 2, "/p/segment-2"),
+        HeldFile("/m/z", Ino(4)),
     ]
     holders._print(Answer(files, ["this", "that"]))
     assert capsys.readouterr().out.splitlines() == [

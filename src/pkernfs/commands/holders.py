@@ -24,6 +24,7 @@ from pkernfs.dma.output import Record
 from pkernfs.errors import InvalidError, NotFoundError, PkernfsError, one_line
 from pkernfs.host.holders import Target, look
 from pkernfs.host.mappings import mappings_of
+from pkernfs.quantities import Ino
 
 #: What no look at /proc finds.
 _NEVER_SEEN = "descriptors on their way between processes, processes outside this PID namespace"
@@ -47,7 +48,7 @@ class HeldFile:
     """A file, or a segment that no file has any more (``path`` is None), and who holds it."""
 
     path: str | None
-    ino: int
+    ino: Ino
     segment: int | None = None
     native_path: str | None = None
     holders: list[Holder] = field(default_factory=list)
@@ -120,7 +121,7 @@ def _files_of(target: str, mount: Mount, rows: list[SegmentRow]) -> list[HeldFil
     for row in rows:
         if row.ino == found.st_ino and row.state == "in use":
             return [HeldFile(path, row.ino, row.number, row.native_path or None)]
-    return [HeldFile(path, found.st_ino)]
+    return [HeldFile(path, Ino(found.st_ino))]
 
 
 def _file(mount: Mount, row: SegmentRow) -> HeldFile:
