@@ -111,6 +111,16 @@ def test_files_that_are_open_are_named(fs: FileSystem, lease: Lease) -> None:
     assert "drain" in lease.session.asked, "what was just closed may still be told"
 
 
+def test_a_file_that_is_being_converted_counts_as_one(
+    fs: FileSystem, lease: Lease, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(fs.conversions), "under_way", [Ino(9)])
+    clock = MockClock(autojump_threshold=0)
+    found = trio.run(items_of, lease.handlers, Freeze(), clock=clock)
+    assert found == [OpenForWriting((Ino(9),))]
+    assert not fs.frozen
+
+
 def test_without_a_handover_there_is_no_outcome(lease: Lease) -> None:
     found = trio.run(reply_of, lease.handlers, HandoverStatus())
     assert found == Verification("none", "", 0, 0, 0, ())
