@@ -21,6 +21,14 @@ def test_the_log_goes_on_later(caplog: pytest.LogCaptureFixture) -> None:
     assert said[BURST + 1 :] == ["second"]
 
 
+def test_what_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    limit = RateLimit(logging.getLogger("pkernfs.test"))
+    for text in ("lost", "lost", "cut", "lost"):
+        limit.once(text)
+    limit.warning("lost")
+    assert [r.getMessage() for r in caplog.records] == ["lost", "cut", "lost"]
+
+
 def test_it_is_said_once_that_there_are_more(caplog: pytest.LogCaptureFixture) -> None:
     now = 100.0
     limit = RateLimit(logging.getLogger("pkernfs.test"), lambda: now)

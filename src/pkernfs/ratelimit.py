@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 
 BURST = 20
 SECONDS = 10.0
+_REMEMBERED = 64
 
 
 class RateLimit:
@@ -18,6 +20,13 @@ class RateLimit:
         self._clock = clock
         self._began = -SECONDS
         self._count = 0
+        self._said: deque[str] = deque(maxlen=_REMEMBERED)
+
+    def once(self, text: str) -> None:
+        """As :meth:`warning`, but nothing if it is among the last that came this way."""
+        if text not in self._said:
+            self._said.append(text)
+            self.warning(text)
 
     def warning(self, text: str) -> None:
         """A warning, unless there were :data:`BURST` in these :data:`SECONDS`."""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pkernfs.dma.mount import mount_filesystem
-from pkernfs.errors import CorruptionError, NoSpaceError, ZeroingNeeded
+from pkernfs.errors import CorruptionError, NoSpaceError, RegionError, ZeroingNeeded
 from pkernfs.fs import mkfs
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fuse import shim
@@ -36,6 +36,22 @@ MIB = 1 << 20
 @pytest.fixture
 def ops(fs: FileSystem) -> Operations:
     return make_operations(fs)
+
+
+def test_a_segment_that_is_lost_is_said_once(
+    ops: Operations, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """Why it is lost is the operator's business: the caller gets EIO."""
+
+    def lost(*_: object) -> None:
+        raise RegionError("segment-1: lost: there is no file of that name", errno.ENOENT)
+
+    monkeypatch.setattr(ops.fs, "read", lost)
+    for _ in range(3):
+        assert fails(ops.read(1, 0, 1)) == errno.EIO
+    assert caplog.text.count("segment-1: lost") == 1
+    assert not ops.fs.read_only
+    caplog.clear()
 
 
 def test_corruption_ends_writing(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:

@@ -22,7 +22,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pkernfs.errors import PkernfsError
+from pkernfs.errors import PkernfsError, RegionError
 from pkernfs.quantities import Ino
 from pkernfs.ratelimit import RateLimit
 
@@ -104,8 +104,10 @@ class Passthrough:
                 return NO_BACKING
             # Only for a buffer that can change does Python return what ioctl(2) does.
             return int(fcntl.ioctl(self._device, _BACKING_OPEN, bytearray(_MAP.pack(fd, 0, 0))))
+        except RegionError:  # it is lost: the log says so when somebody touches the mapping
+            return NO_BACKING
         except (OSError, PkernfsError) as e:
-            self._refusals.warning(
+            self._refusals.once(
                 f"inode {ino}: mapped through the page cache, not directly: {_reason(e)}"
             )
             return NO_BACKING

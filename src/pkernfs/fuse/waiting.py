@@ -19,11 +19,13 @@ from pkernfs.errors import (
     Needed,
     NoSpaceError,
     PkernfsError,
+    RegionError,
     WorkNeeded,
     ZeroingNeeded,
 )
 from pkernfs.fuse import shim  # before pyfuse3: it must be found first by the linker
 from pkernfs.quantities import Ino
+from pkernfs.ratelimit import RateLimit
 
 import pyfuse3  # isort: skip
 from pyfuse3 import FUSEError
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from pkernfs.fs.filesystem import FileSystem
 
 log = logging.getLogger(__name__)
+_losses = RateLimit(log)
 
 _Result = TypeVar("_Result")
 
@@ -71,10 +74,16 @@ class Waiting(Protocol):
 
 
 def errno_of(fs: FileSystem, error: BaseException) -> int:
-    """Return the errno of a failed operation; corruption ends writing, a bug leaves a traceback."""
+    """Return the errno of a failed operation.
+
+    Corruption ends writing, a bug leaves a traceback, a segment that is lost one line.
+    """
     if isinstance(error, CorruptionError):
         fs.fail(str(error))  # logs it, once
         return error.errno
+    if isinstance(error, RegionError):  # its errno says why, which is none of the caller's business
+        _losses.once(str(error))
+        return errno.EIO
     if isinstance(error, PkernfsError):
         return error.errno
     log.error("unexpected error", exc_info=error)
