@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -151,7 +152,9 @@ def test_a_left_over_is_made_again(pool: DirectoryPool) -> None:
     assert get(pool, made) == bytes(ROW.length)
 
 
-def test_what_is_not_ours_stays(tmpfs: DirectoryPool, on_tmpfs: Path) -> None:
+def test_what_is_not_ours_stays(
+    tmpfs: DirectoryPool, on_tmpfs: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = on_tmpfs / NAME
 
     def put_directory() -> None:
@@ -171,9 +174,10 @@ def test_what_is_not_ours_stays(tmpfs: DirectoryPool, on_tmpfs: Path) -> None:
             RegionError, match="segment-3: something that is not ours has that name"
         ):
             tmpfs.create(ROW)
-        with pytest.raises(RegionError, match="not removed: another file has its name"):
-            tmpfs.destroy(ROW)
+        tmpfs.destroy(ROW)
         assert path.exists()
+        assert "not removed: another file has its name" in caplog.text
+        caplog.clear()
 
 
 def test_pages_are_reserved(hugetlbfs: DirectoryPool) -> None:
@@ -365,15 +369,17 @@ def test_what_is_lost(tmpfs: DirectoryPool, change: object, says: str) -> None:
     row = tmpfs.create(ROW)
     change(path_of(tmpfs))
     before = path_of(tmpfs).stat() if path_of(tmpfs).exists() else None
-    for use in (
+    uses: list[Callable[[], object]] = [
         lambda: tmpfs.restore(row),
         lambda: tmpfs.resize(row._replace(length=3 * BLOCK)),
         lambda: tmpfs.punch(row, 0, PAGE),
         lambda: tmpfs.check_unused(row),
         lambda: tmpfs.open(row, write=False),
         lambda: tmpfs.holders(row),
-        lambda: tmpfs.set_owner(row, Owner(7, 7, 0o640)),
-    ):
+    ]
+    if change is not cut:  # else it is still the file of the segment, and its owner counts
+        uses.append(lambda: tmpfs.set_owner(row, Owner(7, 7, 0o640)))
+    for use in uses:
         with pytest.raises(RegionError, match=f"^{says}$"):
             use()
     assert before is None or path_of(tmpfs).stat() == before
@@ -419,16 +425,46 @@ def test_a_segment_is_destroyed(pool: DirectoryPool) -> None:
         pool.restore(row)
 
 
-def test_only_what_was_made_is_destroyed(tmpfs: DirectoryPool) -> None:
+def test_only_what_was_made_is_destroyed(
+    tmpfs: DirectoryPool, caplog: pytest.LogCaptureFixture
+) -> None:
     row = tmpfs.create(ROW)
     tmpfs.set_owner(row, Owner(7, 7, 0o640))
-    with pytest.raises(RegionError, match="segment-3: not removed: another file has its name"):
-        tmpfs.destroy(row._replace(handle=row.handle + 1))
-    with pytest.raises(RegionError, match="segment-3: not removed"):
-        tmpfs.destroy(row._replace(handle=0))  # not as it was made: somebody has got it
+    tmpfs.destroy(row._replace(handle=row.handle + 1))
+    tmpfs.destroy(row._replace(handle=0))  # not as it was made: somebody has got it
+    said = f"segment-3: not removed: another file has its name in {tmpfs.name}"
+    assert [r.getMessage() for r in caplog.records] == [said, said]
+    caplog.clear()
+    assert os.listdir(tmpfs.name) == ["segment-3"]
     tmpfs.destroy(row)
     tmpfs.destroy(tmpfs.create(ROW)._replace(handle=0))
     assert os.listdir(tmpfs.name) == []
+
+
+def test_what_the_kernel_does_not_remove(
+    tmpfs: DirectoryPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = tmpfs.create(ROW)
+
+    def refuse(path: str, *, dir_fd: int) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refuse)
+        with pytest.raises(RegionError, match=r"segment-3: cannot be removed from .*: Read-only"):
+            tmpfs.destroy(row)
+        with pytest.raises(RegionError, match=r"segment-3: cannot be removed from .*: Read-only"):
+            tmpfs.remove("segment-3")
+    tmpfs.destroy(row)
+
+
+def test_the_owner_changes_of_a_segment_that_was_cut(tmpfs: DirectoryPool) -> None:
+    row = tmpfs.create(ROW)
+    path = tmpfs.native_path(row)
+    os.truncate(path, 0)
+    tmpfs.set_owner(row, Owner(7, 8, 0o640))
+    info = os.stat(path)
+    assert (info.st_uid, info.st_gid, info.st_mode & 0o777) == (7, 8, 0o640)
 
 
 def test_strays(pool: DirectoryPool) -> None:

@@ -173,7 +173,7 @@ class DirectoryPool:
             try:
                 self._lengthen(file, segment.length)
             except BaseException:
-                os.unlink(name, dir_fd=self._directory)
+                self._unlink(name)
                 raise
             return segment._replace(valid=segment.length, handle=file.handle)
 
@@ -187,7 +187,17 @@ class DirectoryPool:
             return
         if not _is_as_made(there):
             raise RegionError(f"{name}: something that is not ours has that name in {self.name}")
-        os.unlink(name, dir_fd=self._directory)
+        self._unlink(name)
+
+    def _unlink(self, name: str) -> None:
+        """:raises RegionError: the kernel refuses: read-only, or the file is immutable."""
+        try:
+            os.unlink(name, dir_fd=self._directory)
+        except FileNotFoundError:
+            pass
+        except OSError as e:
+            why = f"cannot be removed from {self.name}: {e.strerror}"
+            raise RegionError(f"{name}: {why}", e.errno or 0) from e
 
     def restore(self, segment: Segment) -> Segment:
         """Check the file of a segment in use, and complete what was interrupted.
@@ -279,7 +289,9 @@ class DirectoryPool:
     def destroy(self, segment: Segment) -> None:
         """Remove the file. Whoever has it keeps it; the kernel has the memory back after that.
 
-        :raises RegionError: another file has its name, and stays.
+        If another file has its name, that stays, and it is logged: the segment's own has gone.
+
+        :raises RegionError: the kernel refuses.
         """
         name = _name(segment)
         there = segment_file.find(self._directory, name)
@@ -287,8 +299,9 @@ class DirectoryPool:
             return
         ours = there.st_ino == segment.handle if segment.handle else _is_as_made(there)
         if not ours or not stat.S_ISREG(there.st_mode):
-            raise RegionError(f"{name}: not removed: another file has its name in {self.name}")
-        os.unlink(name, dir_fd=self._directory)
+            log.warning("%s: not removed: another file has its name in %s", name, self.name)
+            return
+        self._unlink(name)
 
     def strays(self, known: list[Segment]) -> list[str]:
         """Remove files that no row knows and nobody can miss; name the others.
@@ -306,7 +319,7 @@ class DirectoryPool:
                 continue
             was_given = _number(name) < max(numbers, default=0)
             if was_given and _is_as_made(info) and not info.st_blocks:
-                os.unlink(name, dir_fd=self._directory)
+                self._unlink(name)
             else:
                 size = format_size(info.st_blocks * _SECTOR)
                 told.append(f"{self.name}/{name}: no file has this segment, and it takes {size}")
@@ -318,8 +331,11 @@ class DirectoryPool:
         return sorted(names, key=_number)
 
     def remove(self, name: str) -> None:
-        """Remove one of :meth:`segment_names`: its file system is formatted anew."""
-        os.unlink(name, dir_fd=self._directory)
+        """Remove one of :meth:`segment_names`: its file system is formatted anew.
+
+        :raises RegionError: the kernel refuses.
+        """
+        self._unlink(name)
 
     # ------------------------------------------------------------------ who has it
 
@@ -415,16 +431,15 @@ class DirectoryPool:
         return file
 
     def _look_at(self, segment: Segment) -> int:
-        """Return a descriptor of O_PATH, which breaks no lease.
+        """Return a descriptor of O_PATH, which breaks no lease, also if its owner has cut it.
 
-        :raises RegionError: the file is lost, or not what it was.
+        :raises RegionError: the file is lost, or another one.
         """
         name = _name(segment)
         segment_file.check(self._directory, name)
         fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory)
         try:
-            info = os.fstat(fd)
-            _check_file(segment, info.st_ino, info.st_size)
+            _check_handle(segment, os.fstat(fd).st_ino)
         except BaseException:
             os.close(fd)
             raise
@@ -458,15 +473,20 @@ def _checked(directory: int, path: str) -> MemoryFile:
 
 def _check_file(segment: Segment, handle: int, size: int) -> None:
     """:raises RegionError: the file is another one than that which was made, or was cut."""
-    if segment.handle and segment.handle != handle:
-        raise RegionError(
-            f"{_name(segment)}: lost: another file has its name: got inode {handle}, "
-            f"expected {segment.handle}"
-        )
+    _check_handle(segment, handle)
     least = min(segment.valid, segment.length)
     if size < least:
         raise RegionError(
             f"{_name(segment)}: lost: it was cut: got {size} bytes, expected {least} or more"
+        )
+
+
+def _check_handle(segment: Segment, handle: int) -> None:
+    """:raises RegionError: the file is another one than that which was made."""
+    if segment.handle and segment.handle != handle:
+        raise RegionError(
+            f"{_name(segment)}: lost: another file has its name: got inode {handle}, "
+            f"expected {segment.handle}"
         )
 
 
