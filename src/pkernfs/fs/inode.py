@@ -26,6 +26,7 @@ from pkernfs.layout import (
     INODE_FLAG_TABLE,
     PAGE,
 )
+from pkernfs.pool.pool import Owner
 from pkernfs.quantities import Ino
 
 log = logging.getLogger(__name__)
@@ -263,6 +264,7 @@ class InodeLife:
         :raises IsDirError, InvalidError, TooBigError, PermissionDeniedError: a bad size.
         :raises TimeRangeError: a time that the format has not.
         :raises NoSpaceError: nothing was changed.
+        :raises RegionError: the segment is lost, or cannot be given to the new owner.
         """
         self._super.check_writable()
         inode = self._inodes.get(ino)
@@ -276,6 +278,8 @@ class InodeLife:
                 self._pins.check_unpinned(inode, size // PAGE)
                 if inode.flags & INODE_FLAG_SEGMENT:
                     self._segments.check_unused(inode)
+        if inode.flags & INODE_FLAG_SEGMENT and (mode, uid, gid) != (None, None, None):
+            self._set_segment_owner(inode, mode, uid, gid)
         with self._store:
             self._inodes.touch(inode)
             now = self._super.clock()
@@ -294,13 +298,27 @@ class InodeLife:
             if mtime is not None:
                 inode.mtime = mtime
             self._inodes.save(inode)
-        if inode.flags & INODE_FLAG_SEGMENT and (mode, uid, gid) != (None, None, None):
-            self._segments.set_owner(inode)
         if inode.flags & INODE_FLAG_PENDING:
             self._files.finish_pending(inode)
         if size is not None and inode.flags & INODE_FLAG_TABLE:
             self._pins.pins.changed()
         return inode
+
+    def _set_segment_owner(
+        self, inode: Inode, mode: int | None, uid: int | None, gid: int | None
+    ) -> None:
+        """Before the transaction: if it is refused, the file stays as it was.
+
+        If the daemon stops in between, the mount gives the segment the owner of the file again.
+        """
+        self._segments.set_owner(
+            inode,
+            Owner(
+                inode.uid if uid is None else uid,
+                inode.gid if gid is None else gid,
+                (inode.mode if mode is None else mode) & 0o777,
+            ),
+        )
 
     def _set_mode(self, inode: Inode, mode: int, may_set_gid: bool) -> None:
         mode &= _PERMISSIONS

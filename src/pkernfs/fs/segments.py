@@ -151,7 +151,7 @@ class Segments:
             self._mapped.move_to_end(row.number)
             return region
         if reason := self.lost.get(row.number):
-            raise RegionError(f"inode {inode.ino}: {reason}")
+            raise RegionError(reason)
         region = self._pool().open(row, write=self._super.region.writable)
         self._mapped[row.number] = region
         if len(self._mapped) > _MOST_MAPPED:
@@ -209,6 +209,8 @@ class Segments:
         data = bytearray(length)
         if next(region.data_ranges(at, RegionOff(offset + length)), None) is not None:
             region.copy_out(at, data)
+        else:
+            region.check_there(RegionOff(offset + length))
         return bytes(data)
 
     # ------------------------------------------------------------------ work aside
@@ -362,7 +364,7 @@ class Segments:
         """
         row, pool = self.of(inode), self._pool()
         if reason := self.lost.get(row.number):
-            raise RegionError(f"inode {inode.ino}: {reason}")
+            raise RegionError(reason)
         if row.valid < row.length:  # it grows already: this is the second call
             self._finish_growth(inode, row)
         if size <= row.length:
@@ -390,10 +392,17 @@ class Segments:
             self._inodes.save(inode)
 
     def check_unused(self, inode: Inode) -> None:
-        """:raises BusyError: somebody has the segment of a file open or mapped: who."""
+        """Log who has the segment of a file open or mapped.
+
+        :raises BusyError: somebody has.
+        """
         row = self.of(inode)
         self._unmap(row.number)
-        self.aside(inode.ino, "unused", partial(self._pool().check_unused, row))
+        try:
+            self.aside(inode.ino, "unused", partial(self._pool().check_unused, row))
+        except BusyError as e:
+            self._refusals.warning(f"inode {inode.ino}: {e}")
+            raise
 
     def cut(self, inode: Inode, size: int) -> None:
         """Inside a transaction: the file has ``size`` bytes now. With none, it has no segment."""
@@ -453,14 +462,19 @@ class Segments:
                 with self._store:
                     self.table.remove(number)
                 self.lost.pop(number, None)
+        for reason in done.reasons.values():
+            self._refusals.once(reason)
 
     # ------------------------------------------------------------------ owners
 
-    def set_owner(self, inode: Inode) -> None:
-        """Let the owner of a file open its segment, as the file's mode says."""
+    def set_owner(self, inode: Inode, owner: Owner | None = None) -> None:
+        """Let ``owner`` open the segment of a file; None: as the file's own attributes say.
+
+        :raises RegionError: the kernel refuses, or the segment is lost: nothing was changed.
+        """
         row = self.of(inode)
-        if row.number not in self.lost and self.pool is not None:
-            self.pool.set_owner(row, _owner_of(inode))
+        if self.pool is not None:
+            self.pool.set_owner(row, owner or _owner_of(inode))
 
     def lock_out(self, inode: Inode) -> None:
         """Let nobody but root open the segment of a file, until :meth:`set_owner`."""

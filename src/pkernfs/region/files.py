@@ -145,14 +145,15 @@ class OpenFileBacking(Backing):
         while end < last:
             try:
                 start = RegionOff(os.lseek(self.fd, end, os.SEEK_DATA))
+                stop = RegionOff(os.lseek(self.fd, start, os.SEEK_HOLE))
             except OSError as e:
-                if e.errno == errno.ENXIO:
+                if e.errno == errno.ENXIO:  # no more, or cut in between
                     return
                 yield RegionRange(end, last)
                 return
             if start >= last:
                 return
-            end = min(RegionOff(os.lseek(self.fd, start, os.SEEK_HOLE)), last)
+            end = min(stop, last)
             yield RegionRange(start, end)
 
     def reserve(self, offset: RegionOff, length: int) -> None:

@@ -380,6 +380,12 @@ class Region:
         self._check_store(offset, length)
         self._backing.reserve(offset, length)
 
+    def check_there(self, end: RegionOff) -> None:
+        """:raises RegionError: the file of a segment was cut before offset ``end``."""
+        backing = self._backing
+        if backing.may_vanish and backing.fd is not None and os.fstat(backing.fd).st_size < end:
+            self._is_gone()
+
     def _make_room(self, offset: RegionOff, length: int) -> None:
         """After a bus error: give the range memory, or say why there is none.
 
