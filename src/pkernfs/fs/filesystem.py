@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from pkernfs.errors import CorruptionError, PkernfsError
+from pkernfs.errors import BusyError, CorruptionError, PkernfsError, RegionError
 from pkernfs.fs import comparison, superblock
 from pkernfs.fs.conversion import Conversions
 from pkernfs.fs.extents import ExtentMap
@@ -205,17 +205,26 @@ class FileSystem:
             self.fail(f"iommu: what is mapped for DMA cannot be told: {e}")
             return
         self.segments.restore()
-        self._finish(unfinished)
+        self._finish(unfinished)  # what cannot be completed is told, and tried at the next mount
         if mount_report.verifier is not None:
             inodes.watch = mount_report.verifier.changed_meanwhile
 
-    def _finish(self, inos: list[Ino]) -> None:
-        """Complete what was interrupted, and destroy the segments that nobody has."""
+    def _finish(self, inos: list[Ino]) -> bool:
+        """Complete what was interrupted, and destroy the segments that nobody has.
+
+        False: a segment is lost or busy, so that something remains to be completed.
+        """
+        whole = True
         for ino in inos:
-            self.run(lambda ino=ino: self._life.finish(self.super.inodes.get(ino)))  # type: ignore[misc]
+            try:
+                self.run(lambda ino=ino: self._life.finish(self.super.inodes.get(ino)))  # type: ignore[misc]
+            except (RegionError, BusyError) as e:
+                log.error("%s: inode %d: left as it is: %s", self.region.name, ino, e)
+                whole = False
         work = self.segments.reaping()
         if work is not None:
             self.segments.reaped(work())
+        return whole
 
     def unmount(self) -> None:
         """Reclaim what was unlinked but open, and mark the region clean.
@@ -229,9 +238,10 @@ class FileSystem:
             return
         inodes = self.super.inodes
         self._life.forget_all()
-        self._finish(inodes.count_used())
+        whole = self._finish(inodes.count_used())
         self.segments.close()
         if inodes.damaged:
             self.fail(inodes.damaged[0])
             return
-        self.super.mark_clean()
+        if whole:
+            self.super.mark_clean()
