@@ -16,12 +16,11 @@ from typing import Any
 
 import pytest
 
-from pkernfs.errors import RegionError
+from pkernfs.errors import BusyError, RegionError
 from pkernfs.fuse.passthrough import NO_BACKING, Passthrough
 from pkernfs.quantities import Ino
-from support import native_files
-from support.huge_pages import huge_pages
-from support.mounting import MIB, Mapper, Mounted, is_mounted, libc, wait_until
+from support.mounted_pool import GRANULE, MountedPool, huge_pool, native_of
+from support.mounting import MIB, Mapper, is_mounted, libc, wait_until
 
 FILE = Ino(7)
 DEVICE = 33
@@ -129,14 +128,27 @@ def test_what_the_kernel_refuses(
 
 
 def test_memory_that_is_lost(kernel: Kernel, caplog: pytest.LogCaptureFixture) -> None:
+    """Who touches it gets an error, and that is logged there."""
+
     def native(ino: Ino) -> int | None:
         raise RegionError("segment-3: it was removed")
 
     files = Passthrough(native, DEVICE)
     assert files.opened(FILE) == NO_BACKING
     files.released(FILE)
+    assert not caplog.records
+
+
+def test_memory_that_is_busy(kernel: Kernel, caplog: pytest.LogCaptureFixture) -> None:
+    def native(ino: Ino) -> int | None:
+        raise BusyError("segment-3: somebody has a lease on it")
+
+    files = Passthrough(native, DEVICE)
+    assert files.opened(FILE) == NO_BACKING
+    files.released(FILE)
+    assert files.opened(FILE) == NO_BACKING
     [record] = caplog.records
-    assert record.getMessage().endswith("not directly: segment-3: it was removed")
+    assert record.getMessage().endswith("not directly: segment-3: somebody has a lease on it")
     caplog.clear()
 
 
@@ -152,38 +164,9 @@ def test_the_end_of_a_mount(kernel: Kernel, files: Passthrough) -> None:
 # ---------------------------------------------------------------------- real mounts
 
 
-class MountedNative(Mounted):
-    """A mount in which :meth:`give_memory` gives a file memory of its own."""
-
-    def __init__(self, options: str = "") -> None:
-        super().__init__(options=options)
-        self.own = self.directory / "own"
-        self.own.mkdir()
-        self.program = [native_files.__file__, str(self.own)]
-
-    def make(self, name: str = "f", size: int = SIZE) -> Path:
-        """A file of zeros in the mount, which nobody has open, as far as the daemon knows."""
-        path = self.path / name
-        os.mknod(path)
-        os.truncate(path, size)
-        return path
-
-    def give_memory(self, path: Path, size: int = SIZE, at: Path | None = None) -> Path:
-        """Give a file ``size`` bytes of its own, in a file ``at`` that is returned."""
-        own = at or self.memory_of(path)
-        own.touch()
-        os.truncate(own, size)
-        if at is not None:
-            self.memory_of(path).symlink_to(at)
-        return own
-
-    def memory_of(self, path: Path) -> Path:
-        return self.own / str(path.stat().st_ino)
-
-
 @pytest.fixture
-def mounted() -> Iterator[MountedNative]:
-    with MountedNative() as mount:
+def mounted() -> Iterator[MountedPool]:
+    with MountedPool() as mount:
         yield mount
 
 
@@ -216,10 +199,10 @@ def mapped(path: Path, flags: int = os.O_RDWR, length: int = SIZE) -> Iterator[m
 @pytest.mark.fuse
 @pytest.mark.parametrize("cache", ["direct", "page"])
 def test_one_memory(cache: str) -> None:
-    """Stores, reads and writes meet at once in the file's own memory, and nowhere else."""
-    with MountedNative(f"cache={cache}") as mount:
-        path = mount.make()
-        own = mount.give_memory(path)
+    """Stores, reads and writes meet at once in the segment, and nowhere else."""
+    with MountedPool(options=f"cache={cache}") as mount:
+        path = mount.file(size=SIZE)
+        own = native_of(path)
         with mapped(path) as memory, open(path, "r+b", buffering=0) as f, open(own, "r+b", 0) as o:
             memory[5000:5005] = b"store"
             assert os.pread(f.fileno(), 5, 5000) == b"store"
@@ -237,17 +220,17 @@ def test_one_memory(cache: str) -> None:
 
 
 @pytest.mark.fuse
-def test_without_memory_of_its_own_the_page_cache_has_a_copy(mounted: MountedNative) -> None:
-    path = mounted.make()
-    with mapped(path) as memory, open(path, "rb", buffering=0) as f:
-        memory[:] = b"x" * SIZE
-        assert cached_pages(f.fileno()) == SIZE // mmap.PAGESIZE
+def test_without_memory_of_its_own_the_page_cache_has_a_copy() -> None:
+    with MountedPool(options="segments=no") as mount:
+        path = mount.file(size=SIZE)
+        with mapped(path) as memory, open(path, "rb", buffering=0) as f:
+            memory[:] = b"x" * SIZE
+            assert cached_pages(f.fileno()) == SIZE // mmap.PAGESIZE
 
 
 @pytest.mark.fuse
-def test_every_way_to_open(mounted: MountedNative) -> None:
-    path = mounted.make()
-    mounted.give_memory(path)
+def test_every_way_to_open(mounted: MountedPool) -> None:
+    path = mounted.file(size=SIZE)
     with mapped(path) as memory, contextlib.ExitStack() as open_files:
         memory[:3] = b"one"
         for flags in (os.O_RDONLY, os.O_RDWR, os.O_RDWR | os.O_APPEND, os.O_RDWR | os.O_DIRECT):
@@ -274,25 +257,10 @@ def test_every_way_to_open(mounted: MountedNative) -> None:
 
 
 @pytest.mark.fuse
-def test_a_file_that_has_its_memory_from_birth(mounted: MountedNative) -> None:
-    """CREATE, and O_TMPFILE, are answered as OPEN is."""
-    (mounted.own / "born").touch()
-    for path, flags in ((mounted.path / "f", os.O_CREAT | os.O_EXCL), (mounted.path, os.O_TMPFILE)):
-        fd = os.open(path, flags | os.O_RDWR, 0o600)
-        os.truncate(fd, native_files.BORN_BYTES)
-        with mmap.mmap(fd, SIZE) as memory:
-            memory[:5] = b"store"
-            own = mounted.own / str(os.fstat(fd).st_ino)
-            assert own.read_bytes()[:5] == os.pread(fd, 5, 0) == b"store"
-            assert cached_pages(fd) == 0
-        os.close(fd)
-
-
-@pytest.mark.fuse
-def test_sizes_are_those_of_the_daemon(mounted: MountedNative) -> None:
+def test_sizes_are_those_of_the_daemon(mounted: MountedPool) -> None:
     """The mapping alone reaches to the end of the memory."""
-    path = mounted.make(size=5000)
-    mounted.give_memory(path)
+    path = mounted.file(size=GRANULE)
+    os.truncate(path, 5000)
     with open(path, "r+b", buffering=0) as f:
         assert os.fstat(f.fileno()).st_size == 5000
         assert os.lseek(f.fileno(), 0, os.SEEK_END) == 5000
@@ -305,20 +273,28 @@ def test_sizes_are_those_of_the_daemon(mounted: MountedNative) -> None:
 
 
 @pytest.mark.fuse
-def test_it_gets_memory_of_its_own_while_it_is_open(mounted: MountedNative) -> None:
-    """What is open goes on as it was, mapped or not; the next open after the last close changes."""
-    path = mounted.make()
-    with open(path, "r+b", buffering=0) as f, mmap.mmap(f.fileno(), SIZE) as copy:
+def test_it_gets_memory_of_its_own_while_it_is_open(mounted: MountedPool) -> None:
+    """What is open goes on as it was, mapped or not; the next open after the last close changes.
+
+    So it is for whoever creates a file and sizes and maps it by the same descriptor.
+    """
+    path = mounted.path / "f"
+    fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+    os.truncate(fd, SIZE)
+    own = native_of(path)
+    with open(fd, "r+b", buffering=0) as f, mmap.mmap(f.fileno(), SIZE) as copy:
         copy[:4] = b"copy"
-        own = mounted.give_memory(path)
         with mapped(path) as memory:
             assert memory[:4] == b"copy"
             assert cached_pages(f.fileno())
-    own.write_bytes(b"own".ljust(SIZE, b"\0"))
+        assert os.pread(f.fileno(), 4, 0) == b"copy", "it is written back for the reader"
+        assert own.read_bytes()[:4] == b"copy"
+        copy[:4] = b"last"
 
     def is_own() -> bool:  # the kernel tells of the last close when it likes
-        with mapped(path) as memory:
-            return memory[:3] == b"own"
+        with mapped(path) as memory, own.open("r+b", buffering=0) as o:
+            o.write(b"own!")
+            return memory[:4] == b"own!"
 
     wait_until(is_own, "the memory of its own")
     with open(path, "rb", buffering=0) as f:
@@ -326,26 +302,27 @@ def test_it_gets_memory_of_its_own_while_it_is_open(mounted: MountedNative) -> N
 
 
 @pytest.mark.fuse
-def test_a_mapping_outlives_descriptor_and_name(mounted: MountedNative) -> None:
-    path = mounted.make()
-    own = mounted.give_memory(path)
+def test_a_mapping_outlives_descriptor_and_name(mounted: MountedPool) -> None:
+    path = mounted.file(size=SIZE)
+    own = native_of(path)
     with mapped(path) as memory:
         with mapped(path) as again:  # with every descriptor closed, it is registered anew
             again[:5] = b"store"
         path.unlink()
-        own.unlink()
         assert memory[:5] == b"store"
+        assert own.exists()
         busy = subprocess.run(["umount", str(mounted.path)], capture_output=True, text=True)
         assert "busy" in busy.stderr, "the mapping keeps the mount"
         assert is_mounted(mounted.path)
+    mounted.wait_until_gone(own)
     mounted.unmount()
 
 
 @pytest.mark.fuse
-def test_a_mapping_outlives_the_daemon(mounted: MountedNative) -> None:
+def test_a_mapping_outlives_the_daemon(mounted: MountedPool) -> None:
     """SIGKILL: the kernel has the memory. The next daemon's clients map the same."""
-    path = mounted.make()
-    own = mounted.give_memory(path)
+    path = mounted.file(size=SIZE)
+    own = native_of(path)
     with Mapper(path, SIZE) as client, mapped(path) as memory:
         memory[:6] = b"before"
         mounted.kill()
@@ -364,13 +341,11 @@ def test_a_mapping_outlives_the_daemon(mounted: MountedNative) -> None:
 
 
 @pytest.mark.fuse
-def test_memory_that_the_kernel_does_not_pass_through_to(mounted: MountedNative) -> None:
+def test_memory_that_the_kernel_does_not_pass_through_to() -> None:
     """Huge pages: the file is mapped as any other, through the page cache."""
-    with huge_pages(SIZE) as huge:
-        path = mounted.make()
-        mounted.give_memory(path, at=huge / "memory")
+    with huge_pool(SIZE) as mount:
+        path = mount.file(size=SIZE)
         with mapped(path) as memory, open(path, "rb", buffering=0) as f:
             assert memory[:5] == bytes(5)
             assert cached_pages(f.fileno())
-        mounted.unmount()
-        assert "not directly: the kernel does not pass" in mounted.words()
+        assert not mount.ended(), "it is so with each file there"

@@ -15,16 +15,15 @@ import pytest
 from kexeclab.guest import Guest
 from kexeclab.kernels import SUITES
 from kexeclab.runner import Lab
-from support import native_files
 from support.lab.commands import PYTHON
 from support.lab.regions import MOUNT
+from support.mounted_pool import native_of
 from support.waiting import until
 
 pytestmark = pytest.mark.lab
 
 PLACE = Path("/dev/shm/pkernfs-lab")
-OWN = PLACE / "own"
-SIZE = native_files.BORN_BYTES
+SIZE = 4 << 20
 
 
 def kernel() -> tuple[int, int]:
@@ -36,15 +35,13 @@ def kernel() -> tuple[int, int]:
 
 @contextlib.contextmanager
 def daemon(guest: Guest) -> Iterator[Path]:
-    """A mount in which each file has memory of its own; its log, complete at the end."""
-    OWN.mkdir(parents=True)
-    (OWN / "born").touch()
+    """A mount in which files have segments on tmpfs; its log, complete at the end."""
+    PLACE.mkdir(mode=0o711)
     MOUNT.mkdir(exist_ok=True)
-    region, log = PLACE / "region", PLACE / "log"
-    with region.open("wb") as f:
-        f.truncate(64 << 20)
-    guest.run("mkfs.pkernfs", str(region))
-    program = [PYTHON, native_files.__file__, str(OWN), "mount", "-f", str(region), str(MOUNT)]
+    log = PLACE / "log"
+    guest.run("mkfs.pkernfs", "-s", "32M", f"{PLACE}/")
+    pkernfs = Path(PYTHON).with_name("pkernfs")
+    program = [str(pkernfs), "mount", "-f", f"{PLACE}/", str(MOUNT)]
     with log.open("wb") as words, subprocess.Popen(program, stderr=words) as running:
         until("mounted", lambda: os.path.ismount(MOUNT) or running.poll() is not None)
         try:
@@ -54,21 +51,21 @@ def daemon(guest: Guest) -> Iterator[Path]:
 
 
 def map_a_file(guest: Guest) -> None:
-    """CREATE and OPEN; reads and writes meet in the file's own memory."""
+    """Stores, reads and writes meet in the file's segment."""
+    path = MOUNT / "f"
     with daemon(guest) as log:
-        for flags in (os.O_CREAT | os.O_EXCL, 0):
-            fd = os.open(MOUNT / "f", flags | os.O_RDWR)
-            os.truncate(fd, SIZE)
-            with mmap.mmap(fd, SIZE) as memory:
-                memory[:5] = b"store"
-                there = (OWN / str(os.fstat(fd).st_ino)).read_bytes()[:5] == b"store"
-                assert there == (kernel() >= (6, 9)), "in its own memory at once"
-                memory.flush()
-                assert os.pread(fd, 5, 0) == b"store"
-                os.pwrite(fd, b"write", 0)
-                assert memory[:5] == b"write"
-            os.close(fd)
-            os.truncate(MOUNT / "f", 0)
+        os.mknod(path)
+        os.truncate(path, SIZE)
+        fd = os.open(path, os.O_RDWR)
+        with mmap.mmap(fd, SIZE) as memory:
+            memory[:5] = b"store"
+            there = native_of(path).read_bytes()[:5] == b"store"
+            assert there == (kernel() >= (6, 9)), "in its own memory at once"
+            memory.flush()
+            assert os.pread(fd, 5, 0) == b"store"
+            os.pwrite(fd, b"write", 0)
+            assert memory[:5] == b"write"
+        os.close(fd)
     said = log.read_text()
     if kernel() >= (6, 9):
         assert not said

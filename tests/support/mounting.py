@@ -83,9 +83,18 @@ class Mounted:
         self.daemon: subprocess.Popen[str] | None = None
         self.directory.chmod(0o755)
         self.path.mkdir()
+        self.make_region(size)
+
+    def make_region(self, size: int) -> None:
+        """Format a new region of ``size`` bytes."""
         Region.create(str(self.region), size)
         with Region.open(str(self.region), write=True) as region:
             mkfs.make_filesystem(region)
+
+    @property
+    def spec(self) -> str:
+        """The region as the daemon is told it."""
+        return str(self.region)
 
     def __enter__(self) -> Self:
         try:
@@ -121,7 +130,7 @@ class Mounted:
         if self.options:
             command += ["-o", self.options]
         daemon = self.daemon = subprocess.Popen(
-            [*command, str(self.region), str(self.path)],
+            [*command, self.spec, str(self.path)],
             stderr=subprocess.PIPE,
             text=True,
             pass_fds=given,
