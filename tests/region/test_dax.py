@@ -8,7 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from pkernfs.region.dax import DeviceNumber, device_name, device_names, device_number
+from pkernfs.errors import RegionError
+from pkernfs.region.dax import (
+    DeviceNumber,
+    bind,
+    device_name,
+    device_names,
+    device_number,
+    driver_of,
+    is_name,
+    read_device,
+)
+from support.made_up_dax import MadeUpDax
 from support.made_up_host import Machine, add_dax
 from support.made_up_regions import SOFT_RESERVED, G, M, dax_machine, refusal
 
@@ -25,7 +36,9 @@ def test_names_are_in_the_order_of_their_numbers(machine: Machine) -> None:
         add_dax(machine, name, (G, 8 * M))
     assert device_names(machine) == ["dax0.9", "dax0.10", "dax1.0"]
     assert device_number("dax12.3") == DeviceNumber(region=12, device=3)
+    assert is_name("dax12.3")
     for name in ("dax0", "dax0.1.2", "mem", ""):
+        assert not is_name(name)
         with pytest.raises(ValueError, match="not the name of a dax device"):
             device_number(name)
 
@@ -92,10 +105,34 @@ def test_another_device(machine: Machine) -> None:
 )
 def test_other_drivers(machine: Machine, driver: str | None, message: str) -> None:
     add_dax(machine, "dax0.0", (G, 8 * M), driver=driver)
-    machine.write("sys/bus/dax/drivers/device_dax/new_id", "")
+    machine.write("sys/bus/dax/drivers/device_dax/bind", "")
     assert refusal(machine) == f"/dev/dax0.0: {message}"
-    told = Path(machine.path("sys/bus/dax/drivers/device_dax/new_id")).read_text()
+    told = Path(machine.path("sys/bus/dax/drivers/device_dax/bind")).read_text()
     assert told == ("dax0.0" if driver is None else "")  # nothing is ever taken from a driver
+
+
+@pytest.mark.parametrize("takes_all", [True, False], ids=["6.1", "7.3"])
+def test_a_device_is_bound_and_the_driver_told_no_more(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, takes_all: bool
+) -> None:
+    """A name that the driver keeps is compared with that of each device, ever after."""
+    kernel = MadeUpDax(machine, takes_all=takes_all)
+    kernel.install(monkeypatch)
+    other = kernel.foreign()
+    bound = bind(read_device("dax0.0", machine), machine)
+    assert bound == read_device("dax0.0", machine)
+    assert bound.driver == driver_of("dax0.0", machine) == "device_dax"
+    assert driver_of(other, machine) is None
+    assert kernel.ids == set()
+    assert bind(bound, machine) == bound
+
+
+def test_a_kernel_that_does_not_bind(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = MadeUpDax(machine)
+    kernel.install(monkeypatch)
+    kernel.refuses = "bind"
+    with pytest.raises(RegionError, match=r"cannot write 'dax0.0' to /.*bind: Invalid argument"):
+        bind(read_device("dax0.0", machine), machine)
 
 
 def test_no_driver(machine: Machine) -> None:

@@ -55,15 +55,20 @@ class Device(NamedTuple):
 def device_name(path: str, host: Host) -> str | None:
     """Return the name of the dax device that ``path`` is, or would be; None for anything else."""
     name = os.path.basename(path)
-    if os.path.dirname(path) == host.path("dev") and _NAME.fullmatch(name):
+    if os.path.dirname(path) == host.path("dev") and is_name(name):
         return name
     with contextlib.suppress(OSError):
         info = os.stat(path)
         if stat.S_ISCHR(info.st_mode):
             number = f"{os.major(info.st_rdev)}:{os.minor(info.st_rdev)}"
             name = os.path.basename(os.readlink(host.path(f"sys/dev/char/{number}")))
-            return name if _NAME.fullmatch(name) else None
+            return name if is_name(name) else None
     return None
+
+
+def is_name(name: str) -> bool:
+    """Tell whether a name is one of a dax device."""
+    return _NAME.fullmatch(name) is not None
 
 
 def device_number(name: str) -> DeviceNumber:
@@ -79,7 +84,7 @@ def device_number(name: str) -> DeviceNumber:
 
 def device_names(host: Host) -> list[str]:
     """Return the devices that there are, bound or not, by their numbers."""
-    return sorted((n for n in host.list(DEVICES) if _NAME.fullmatch(n)), key=device_number)
+    return sorted(filter(is_name, host.list(DEVICES)), key=device_number)
 
 
 def read_device(name: str, host: Host) -> Device:
@@ -88,9 +93,10 @@ def read_device(name: str, host: Host) -> Device:
     :raises RegionError: there is none of that name, or its addresses are for root.
     """
     base = f"{DEVICES}/{name}"
-    if not os.path.isdir(host.path(base)):
-        raise RegionError(f"/dev/{name}: {_why_none(host)}", errno.ENOENT)
-    driver = host.path(f"{base}/driver")
+    try:
+        target = os.readlink(host.path(base))
+    except OSError:
+        raise RegionError(f"/dev/{name}: {_why_none(host)}", errno.ENOENT) from None
     node = _number(host, f"{base}/numa_node")
     size = _number(host, f"{base}/size") or 0
     return Device(
@@ -99,9 +105,17 @@ def read_device(name: str, host: Host) -> Device:
         _number(host, f"{base}/align") or BLOCK,
         tuple(_read_pieces(name, size, host)),
         node if node is not None and node >= 0 else None,
-        os.path.basename(os.readlink(driver)) if os.path.islink(driver) else None,
-        os.path.relpath(os.path.join(os.path.realpath(host.path(base)), ".."), host.root),
+        driver_of(name, host),
+        os.path.relpath(os.path.dirname(os.path.join(host.path(DEVICES), target)), host.root),
     )
+
+
+def driver_of(name: str, host: Host) -> str | None:
+    """Return the driver that has a device; None if none has."""
+    try:
+        return os.path.basename(os.readlink(host.path(f"{DEVICES}/{name}/driver")))
+    except OSError:
+        return None
 
 
 def _read_pieces(name: str, size: int, host: Host) -> list[Span]:
@@ -154,13 +168,13 @@ def _why_none(host: Host) -> str:
 # ---------------------------------------------------------------------------- drivers
 
 
-def bind(device: Device, host: Host) -> None:
-    """Have the driver device_dax take a device that no driver has.
+def bind(device: Device, host: Host) -> Device:
+    """Have the driver device_dax take a device that no driver has; return it as it is then.
 
     :raises RegionError: another driver has it, or this one does not take it.
     """
     if device.driver == os.path.basename(DRIVER):
-        return
+        return device
     where = f"/dev/{device.name}"
     if device.driver == _SYSTEM_RAM:
         raise RegionError(
@@ -174,10 +188,28 @@ def bind(device: Device, host: Host) -> None:
         raise RegionError(f"{where}: it has no memory: daxctl create-device, or write its mapping")
     if not os.path.isdir(host.path(DRIVER)):
         raise RegionError(f"{where}: no driver: modprobe device_dax", errno.ENODEV)
-    # Soft-reserved memory is meant for kmem: device_dax takes it only if told its name.
-    write_attribute(f"{DRIVER}/new_id", device.name, where, host)
-    if read_device(device.name, host).driver != os.path.basename(DRIVER):
+    _attach(device.name, where, host)
+    bound = device._replace(driver=driver_of(device.name, host))
+    if bound.driver != os.path.basename(DRIVER):
         raise RegionError(f"{where}: the driver device_dax does not take it: see the kernel's log")
+    return bound
+
+
+def _attach(name: str, where: str, host: Host) -> None:
+    """Bind a device to device_dax.
+
+    Soft-reserved memory is meant for kmem: device_dax takes it only if told its name. But then it
+    tries all devices, and it compares each with all names that it was told: so it forgets this one.
+    """
+    try:
+        write_attribute(f"{DRIVER}/bind", name, where, host)
+        return
+    except RegionError as e:
+        if e.errno != errno.ENODEV:
+            raise
+    write_attribute(f"{DRIVER}/new_id", name, where, host)
+    with contextlib.suppress(RegionError):
+        write_attribute(f"{DRIVER}/remove_id", name, where, host)
 
 
 def write_attribute(name: str, text: str, where: str, host: Host) -> None:

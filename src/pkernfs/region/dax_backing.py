@@ -19,8 +19,7 @@ class DaxBacking(PhysicalBacking):
     """
 
     def __init__(self, path: str, name: str, *, write: bool, lock: bool, host: Host) -> None:
-        bind(read_device(name, host), host)
-        device = read_device(name, host)
+        device = bind(read_device(name, host), host)
         _check(device, host)
         super().__init__(path, path, list(device.pieces), write=write, lock=lock, host=host)
         try:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 
 from pkernfs.errors import BusyError, RegionError
+from pkernfs.host.holders import Target, look
 from pkernfs.host.iomem import Span, overlap
 from pkernfs.host.sysroot import Host
 from pkernfs.region.dax import (
@@ -20,6 +21,7 @@ from pkernfs.region.dax import (
     bind,
     device_names,
     device_number,
+    is_name,
     read_device,
     write_attribute,
 )
@@ -30,8 +32,8 @@ _MOST_DEVICES = 64
 
 def region_devices(region: str, host: Host) -> list[Device]:
     """Return the devices of a dax region, which is given by its directory."""
-    devices = (read_device(name, host) for name in device_names(host))
-    return [device for device in devices if device.region == region]
+    names = (name for name in host.list(region) if is_name(name))
+    return [read_device(name, host) for name in sorted(names, key=device_number)]
 
 
 def regions(host: Host) -> list[str]:
@@ -83,7 +85,7 @@ def rebuild(name: str, align: int, pieces: tuple[Span, ...], region: str, host: 
     with contextlib.ExitStack() as held:
         for device in region_devices(region, host):
             if any(overlap(one, other) for one in device.pieces for other in pieces):
-                held.enter_context(_unused(device, host))
+                held.enter_context(unused(device, "in the way, and ", host))
                 release(device.name, host)
         made = _empty_device(name, region, host)
         base = f"{DEVICES}/{made}"
@@ -104,40 +106,30 @@ def _set_size(name: str, size: int, host: Host) -> None:
 
 
 @contextlib.contextmanager
-def _unused(device: Device, host: Host) -> Iterator[None]:
-    """Locked against other regions, and mapped or open nowhere.
+def unused(device: Device, why: str, host: Host) -> Iterator[None]:
+    """Have a device, while the block runs, locked against other regions; nobody has it open.
 
-    :raises BusyError: somebody uses it.
+    :param why: words for the message, before "in use"
+    :raises BusyError: somebody has it open or mapped.
+    :raises LockedError: it is a region that is mounted.
     """
     where = f"/dev/{device.name}"
     lock = lock_physical(where, list(device.pieces), host, exclusive=True)
     try:
-        if found := users(where, host):
-            raise BusyError(f"{where}: in the way, and in use by {', '.join(found)}")
+        if names := users(device.name, host):
+            raise BusyError(f"{where}: {why}in use by {', '.join(names)}")
         yield
     finally:
         os.close(lock.fd)
 
 
-def users(path: str, host: Host) -> list[str]:
-    """Return the other processes that have a file open or mapped, each as ``COMMAND (PID)``."""
-    found = []
-    for pid in host.list("proc"):
-        if not pid.isdigit() or pid == str(os.getpid()):
-            continue
-        maps = host.find(f"proc/{pid}/maps") or ""
-        mapped = (line.split(None, 5)[5:] for line in maps.split("\n"))
-        if [path] in mapped or _has_open(pid, path, host):
-            found.append(f"{host.find(f'proc/{pid}/comm') or '?'} ({pid})")
-    return found
-
-
-def _has_open(pid: str, path: str, host: Host) -> bool:
-    for fd in host.list(f"proc/{pid}/fd"):
-        with contextlib.suppress(OSError):
-            if os.readlink(host.path(f"proc/{pid}/fd/{fd}")) == path:
-                return True
-    return False
+def users(name: str, host: Host) -> list[str]:
+    """Return the other processes that have a device open or mapped, each as ``COMMAND (PID)``."""
+    try:
+        target = Target.of(os.stat(host.path(f"dev/{name}")), name)
+    except OSError:  # no node, no user
+        return []
+    return [f"{one.command} ({one.pid})" for one in look([target], host).found]
 
 
 def _empty_device(name: str, region: str, host: Host) -> str:

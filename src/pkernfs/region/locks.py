@@ -15,7 +15,7 @@ import os
 import stat
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from pkernfs.errors import LockedError, RegionError
@@ -66,6 +66,13 @@ class RegionLock:
                 if time.monotonic() > limit:
                     raise LockedError(f"{self._spec}: {self._in_use(kind, owned)}")
                 time.sleep(0.01)
+
+    def let_go(self) -> None:
+        """Unlock; the descriptor, which other locks may share, stays open."""
+        self.serving(False)
+        for owned in self._owned:
+            with contextlib.suppress(OSError):
+                self._set(fcntl.F_UNLCK, owned)
 
     def serving(self, on: bool) -> None:
         """Tell contenders whether requests are being served."""
@@ -198,6 +205,46 @@ def lock_physical(spec: str, spans: list[Span], host: Host, *, exclusive: bool) 
         os.close(fd)
         raise
     return lock
+
+
+class PhysicalLocks:
+    """Locks on ranges of physical memory that come and go: those of one mount's segments.
+
+    They have one descriptor, so ranges that were taken together can be let go apart.
+    """
+
+    def __init__(self, spec: str, host: Host, *, exclusive: bool) -> None:
+        self._spec = spec
+        self._exclusive = exclusive
+        self._fd = _open_physical_locks(spec, host)
+
+    def take(self, spans: Iterable[Span]) -> None:
+        """Lock ranges; those that are locked by this already stay so.
+
+        :raises LockedError: a region, or another mount, has a part of them.
+        """
+        lock = self._lock(spans)
+        try:
+            lock.take(self._exclusive)
+        except BaseException:
+            lock.let_go()
+            raise
+        if self._exclusive:
+            lock.serving(True)
+
+    def let_go(self, spans: Iterable[Span]) -> None:
+        """Unlock ranges."""
+        self._lock(spans).let_go()
+
+    def close(self) -> None:
+        """Unlock everything. A second call does nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _lock(self, spans: Iterable[Span]) -> RegionLock:
+        owned = [LockRange(span.start, span.size) for span in spans]
+        return RegionLock(self._fd, self._spec, owned, _PHYSICAL_SERVER_SHIFT)
 
 
 def _open_physical_locks(spec: str, host: Host) -> int:
