@@ -14,12 +14,23 @@ from pkernfs.fs import placement
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.fs.placement import Placement, encode, open_region, parse, read
 from pkernfs.host.iomem import Span
-from pkernfs.layout import BACKUP_PAGE, BLOCK, MAX_PIECES, PAGE, PLACEMENT_OFFSET, page_offset
+from pkernfs.layout import (
+    BACKUP_PAGE,
+    BLOCK,
+    MAX_PIECES,
+    PAGE,
+    PLACEMENT_OFFSET,
+    POOL_DAX,
+    PoolFields,
+    page_offset,
+)
 from pkernfs.quantities import PhysAddr, RegionOff
 from pkernfs.region.checksum import page_checksum
 from pkernfs.region.dax import read_device
 from pkernfs.region.dax_devices import regions
+from pkernfs.region.dax_making import keep_base
 from pkernfs.region.region import Region
+from support.made_up_dax import MadeUpDax
 from support.made_up_host import Machine, add_dax, make_machine
 
 M = 1 << 20
@@ -175,3 +186,42 @@ def test_what_lies_in_a_file_system_is_not_believed(machine: Machine) -> None:
         assert read(region, RegionOff(32 * M)) == inner
     device = read_device("dax0.0", machine)
     assert [p.name for p in placement._search(device, machine)] == ["dax0.0"]
+
+
+def test_a_base_range_is_put_back_without_the_memory_of_segments(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a kexec one device has all; what a guest has written into a segment is not asked."""
+    kernel = MadeUpDax(machine)
+    kernel.install(monkeypatch)
+    keep_base("dax0.0", 64 * M, machine)
+    path = machine.path("dev/dax0.0")
+    with Region.open(path, write=True, host=machine) as region:
+        make_filesystem(region, pool=PoolFields(POOL_DAX, BLOCK))
+        page = region.read(RegionOff(0), PAGE)
+    kernel.boot()
+    forged = Placement("dax0.0", 2 * M, (span(G + 128 * M, 8 * M),))
+    image = bytearray(page)
+    image[PLACEMENT_OFFSET : PLACEMENT_OFFSET + 288] = encode(forged)
+    image[4:8] = page_checksum(image).to_bytes(4, "little")
+    kernel.memory[G + 128 * M] = bytes(image) + bytes(BLOCK - PAGE)
+    assert placement._put_back(path, "dax0.0", machine) == path
+    with open_region(path, write=True, host=machine) as region:
+        assert region.size == 64 * M
+        recorded = read(region)
+        assert recorded is not None
+        assert recorded.exact
+    assert read_device("dax0.0", machine).pieces == (span(G, 64 * M),)
+
+
+def test_a_base_range_does_not_grow(machine: Machine) -> None:
+    """The memory behind it may be that of segments."""
+    path = add_dax(machine, "dax0.1", (G, 8 * M))
+    with Region.open(str(path), write=True, host=machine) as region:
+        make_filesystem(region, pool=PoolFields(POOL_DAX, BLOCK))
+    other = make_machine(Path(machine.path("other")))
+    longer = add_dax(other, "dax0.1", (G, 16 * M))
+    with longer.open("r+b") as file:
+        file.write(path.read_bytes())
+    with pytest.raises(RegionError, match=r"file system in it is that of /dev/dax0.1 at 8M!1G"):
+        placement._check(Region.open(str(longer), write=False, host=other))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from pkernfs.errors import CorruptionError, FormatError, PkernfsError, RegionError
@@ -27,6 +27,9 @@ from pkernfs.layout import (
     PLACEMENT,
     PLACEMENT_DAX,
     PLACEMENT_OFFSET,
+    POOL,
+    POOL_DAX,
+    POOL_OFFSET,
     RANGES_OFFSET,
     SUPERBLOCK_PAGE,
 )
@@ -46,17 +49,23 @@ _START = RegionOff(0)
 
 @dataclass(frozen=True)
 class Placement:
-    """A dax device: name, alignment in bytes, ranges in the order of its offsets."""
+    """A dax device: name, alignment in bytes, ranges in the order of its offsets.
+
+    ``exact``: the memory behind it is for segments, and never the device's.
+    """
 
     name: str
     align: int
     pieces: tuple[Span, ...]
+    exact: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         return f"/dev/{self.name} at {' and '.join(map(str, self.pieces))}"
 
     def covers(self, older: Placement) -> bool:
-        """True if this is the older one, or that with more memory at its end."""
+        """True if this is the older one, or that with more memory at its end, if it may have it."""
+        if older.exact:
+            return self.pieces == older.pieces
         last = len(older.pieces) - 1
         same = self.pieces[:last] == older.pieces[:last] and len(self.pieces) > last
         return (
@@ -114,7 +123,8 @@ def parse(page: bytes) -> Placement | None:
     good = all(p.size and not p.start % BLOCK and not p.size % BLOCK for p in pieces)
     if not good or align < PAGE or align & (align - 1) or max(p.end for p in pieces) >> 52:
         return None
-    return Placement(text, align, pieces)
+    kind, _granule = POOL.unpack_from(page, POOL_OFFSET)
+    return Placement(text, align, pieces, exact=kind == POOL_DAX)
 
 
 def read(region: Region, offset: RegionOff = _START) -> Placement | None:
@@ -183,9 +193,12 @@ def record(state: Super) -> None:
 
 def _put_back(path: str, name: str, host: Host) -> str:
     """Make the device that ``path`` names again if it was forgotten; its path."""
-    if name in dax.device_names(host) and _is_itself(path, name, host):
-        return path
-    found = [one for one in _find_all(host) if one.placement.name == name]
+    found: list[_Found] = []
+    if name in dax.device_names(host):
+        if _is_itself(path, name, host):
+            return path
+        found = _find_at_its_begin(path, name, host)
+    found = found or [one for one in _find_all(host) if one.placement.name == name]
     if not found:
         return path
     if len(found) > 1:
@@ -213,6 +226,23 @@ def _is_itself(path: str, name: str, host: Host) -> bool:
     return recorded.pieces == device.pieces or (
         recorded.name == name and of_device(device).covers(recorded)
     )
+
+
+def _find_at_its_begin(path: str, name: str, host: Host) -> list[_Found]:
+    """The record of a device that a kexec has given all memory of its dax region.
+
+    If it lies where it says, and is for this device, nobody else's counts: what a guest writes into
+    a segment may look like a record.
+    """
+    device = dax.read_device(name, host)
+    if not device.size or device.driver not in (None, os.path.basename(dax.DRIVER)):
+        return []
+    with Region.open(path, write=False, lock=False, host=host) as region:
+        recorded = read(region)
+    if recorded is None or not recorded.exact or recorded.name != name:
+        return []
+    is_here = recorded.pieces[0].start == device.pieces[0].start
+    return [_Found(recorded, device.region)] if is_here else []
 
 
 def _find_all(host: Host) -> list[_Found]:
