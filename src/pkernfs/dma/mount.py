@@ -81,7 +81,7 @@ def mount_filesystem(
     def open_own_pool(sb: Superblock) -> Pool | None:
         from pkernfs.pool.opening import open_pool
 
-        return open_pool(sb.pool.pool, sb.pool.granule, region.place)
+        return open_pool(sb.pool.pool, sb.pool.granule, region.place, write=region.writable)
 
     return FileSystem.mount(
         region,
