@@ -25,9 +25,8 @@ class Host:
 
         :raises OSError: it cannot be read.
         """
-        path = self.path(name)
-        with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-            return file.read().rstrip()
+        with open(self.path(name), "rb", buffering=0) as file:  # half the time of a text file
+            return file.readall().decode("utf-8", "surrogateescape").rstrip()
 
     def find(self, name: str) -> str | None:
         """Return the text of a file, or None where it cannot be read."""
