@@ -26,7 +26,7 @@ from pkernfs.iommu.check import Report, check
 from pkernfs.iommu.context_walk import Device
 from pkernfs.iommu.memory import Memory
 from pkernfs.iommu.translate import Translation, translate
-from pkernfs.layout import INODE_FLAG_TABLE, PAGE, ROOT_INO
+from pkernfs.layout import INODE_FLAG_SEGMENT, INODE_FLAG_TABLE, PAGE, ROOT_INO
 from pkernfs.quantities import Ino, Iova, PhysAddr, PhysRange, RegionOff, SourceId
 from pkernfs.vtd.entries import bdf_text
 
@@ -167,8 +167,8 @@ def _wanted_pieces(
         found = fs.stat(ino)
         if not stat.S_ISREG(found.mode) or not found.nlink or not found.data_pages:
             return []
-        if fs.inode(ino).flags & INODE_FLAG_TABLE:
-            return []
+        if fs.inode(ino).flags & (INODE_FLAG_TABLE | INODE_FLAG_SEGMENT):
+            return []  # a segment is not in the region
         return [
             Owner(e.region_offset, RegionOff(e.region_offset + e.length), ino, e.offset)
             for e in fs.extents(ino)
