@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import NamedTuple
 
 from pkernfs.errors import BusyError, NoSpaceError, RegionError
 from pkernfs.fs.superblock import Superblock
@@ -14,22 +15,47 @@ from pkernfs.region.backing import Backing
 from pkernfs.region.region import Region
 
 POOL = PoolFields(POOL_DIRECTORY, BLOCK)
+ROOT_ONLY = Owner(0, 0, 0o600)
+_OLD = b"\xdb"  # what memory holds that nobody has zeroed yet
+
+
+class Memory(NamedTuple):
+    """A segment's memory at some moment: its bytes, and who may open it."""
+
+    data: bytes
+    owner: Owner
 
 
 class QuietRegion(Region):
-    """A mapped segment whose stores are in no trace: that is the region's alone."""
+    """A mapped segment whose stores are in no trace: that is the region's alone.
+
+    ``stored`` is called in the middle of each store, and behind it.
+    """
+
+    stored: Callable[[], object]
 
     def copy_in(self, offset: RegionOff, data: bytes | bytearray | memoryview) -> None:
-        self.view(offset, len(data))[:] = data
+        self._store(offset, memoryview(data))
 
     def zero(self, offset: RegionOff, length: int) -> None:
-        self.view(offset, length)[:] = bytes(length)
+        self._store(offset, memoryview(bytes(length)))
+
+    def _store(self, offset: RegionOff, data: memoryview) -> None:
+        to, middle = self.view(offset, len(data)), len(data) // 2
+        to[:middle] = data[:middle]
+        self.stored()
+        to[middle:] = data[middle:]
+        self.stored()
 
 
 class MemoryPool:
     """``memories`` has a descriptor for each segment that there is; it outlives the mounts.
 
-    ``busy`` are those that somebody holds; ``log`` gets a word for each change.
+    ``busy`` are those that somebody holds; ``changed`` is called after each step of a change.
+
+    :param total: bytes.
+    :param dirty: new memory holds old bytes until it has been zeroed, as that of a dax device; else
+        it is zero from the start, as that of a file.
     """
 
     kind = POOL_DIRECTORY
@@ -37,12 +63,15 @@ class MemoryPool:
     name = "memory"
     passes = False
 
-    def __init__(self, total: int = 64 * BLOCK) -> None:
+    def __init__(self, total: int = 64 * BLOCK, *, dirty: bool = False) -> None:
         self.total = total
         self.passed: Passed = nothing_is_passed
+        self.dirty = dirty
         self.memories: dict[SegmentNo, int] = {}
         self.owners: dict[SegmentNo, Owner] = {}
         self.busy: set[SegmentNo] = set()
+        #: Bytes that somebody else has taken, of which nobody knows before they are needed.
+        self.taken = 0
         self.changed: Callable[[], object] = lambda: None
 
     def opener(self) -> Callable[[Superblock], MemoryPool]:
@@ -57,13 +86,29 @@ class MemoryPool:
         """All bytes of a segment."""
         return os.pread(self.memories[number], self.length(number), 0)
 
+    def state(self) -> dict[SegmentNo, Memory]:
+        """All there is, for :meth:`put`."""
+        return {n: Memory(self.bytes(n), self.owners[n]) for n in self.memories}
+
+    def put(self, state: dict[SegmentNo, Memory]) -> None:
+        """Let there be what there was at :meth:`state`."""
+        for number in self.memories.keys() - state.keys():
+            os.close(self.memories.pop(number))
+        self.owners.clear()
+        for number, memory in state.items():
+            if number not in self.memories:
+                self.memories[number] = os.memfd_create("segment")
+            os.ftruncate(self.memories[number], len(memory.data))
+            os.pwrite(self.memories[number], memory.data, 0)
+            self.owners[number] = memory.owner
+
     # ------------------------------------------------------------------ the protocol
 
     def capacity(self) -> int:
         return self.total
 
     def space(self) -> Space:
-        free = self.total - sum(map(self.length, self.memories))
+        free = max(self.total - sum(map(self.length, self.memories)), 0)
         return Space(self.total, free, free)
 
     def plan(self, wanted: Segment, others: list[Segment]) -> Segment:
@@ -73,13 +118,36 @@ class MemoryPool:
         return wanted
 
     def create(self, segment: Segment) -> Segment:
-        assert segment.number not in self.memories
-        fd = os.memfd_create("segment")
-        os.ftruncate(fd, segment.length)
-        self.memories[segment.number] = fd
-        self.owners[segment.number] = Owner(0, 0, 0o600)
+        assert segment.number not in self.memories, "made twice"
+        fd = self.memories[segment.number] = os.memfd_create("segment")
+        self.owners[segment.number] = ROOT_ONLY
         self.changed()
+        try:
+            self._check_room(segment.length)
+        except NoSpaceError:
+            self.destroy(segment)
+            raise
+        self._set_length(segment.number, segment.length, 0)
         return segment._replace(valid=segment.length, handle=os.fstat(fd).st_ino)
+
+    def _check_room(self, length: int) -> None:
+        if length > self.space().free - self.taken:
+            raise NoSpaceError(f"{self.name}: full")
+
+    def _set_length(self, number: SegmentNo, length: int, valid: int) -> None:
+        """Cut or add, and zero what is there from ``valid`` on."""
+        fd, old = self.memories[number], self.length(number)
+        if length != old:
+            os.ftruncate(fd, length)
+            if self.dirty and length > old:
+                os.pwrite(fd, _OLD * (length - old), old)
+            self.changed()
+        middle = (valid + length) // 2
+        for start, end in ((valid, middle), (middle, length)):
+            zeros = bytes(end - start)
+            if os.pread(fd, end - start, start) != zeros:
+                os.pwrite(fd, zeros, start)
+                self.changed()
 
     def restore(self, segment: Segment) -> Segment:
         if segment.number not in self.memories:
@@ -93,23 +161,27 @@ class MemoryPool:
             raise BusyError(f"segment {segment.number}: busy: a test holds it")
 
     def resize(self, segment: Segment) -> Segment:
-        if segment.length < self.length(segment.number):
+        old = self.length(segment.number)
+        if segment.length < old:
             self.check_unused(segment)
-        os.ftruncate(self.memories[segment.number], segment.length)
-        self.changed()
+        self._check_room(segment.length - old)
+        self._set_length(segment.number, segment.length, segment.valid)
         return segment._replace(valid=segment.length)
 
     def punch(self, segment: Segment, start: int, end: int) -> None:
         self.check_unused(segment)
-        os.pwrite(self.memories[segment.number], bytes(end - start), start)
-        self.changed()
+        middle = (start + end) // 2
+        for low, high in ((start, middle), (middle, end)):
+            os.pwrite(self.memories[segment.number], bytes(high - low), low)
+            self.changed()
 
     def destroy(self, segment: Segment) -> None:
         self.check_unused(segment)
         fd = self.memories.pop(segment.number, None)
         if fd is not None:
+            del self.owners[segment.number]
             os.close(fd)
-        self.changed()
+            self.changed()
 
     def strays(self, known: list[Segment]) -> list[str]:
         return [
@@ -119,8 +191,9 @@ class MemoryPool:
         ]
 
     def set_owner(self, segment: Segment, owner: Owner) -> None:
-        self.owners[segment.number] = owner
-        self.changed()
+        if self.owners[segment.number] != owner:
+            self.owners[segment.number] = owner
+            self.changed()
 
     def open(self, segment: Segment, *, write: bool) -> Region:
         if segment.number not in self.memories:
@@ -128,7 +201,9 @@ class MemoryPool:
         backing = Backing(f"segment {segment.number}", self.length(segment.number))
         backing.fd = os.dup(self.memories[segment.number])
         backing._fds = [backing.fd]
-        return QuietRegion(backing, writable=write)
+        region = QuietRegion(backing, writable=write)
+        region.stored = lambda: self.changed()
+        return region
 
     def native_path(self, segment: Segment) -> str:
         return f"/proc/self/fd/{self.memories[segment.number]}"
@@ -143,5 +218,4 @@ class MemoryPool:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for fd in self.memories.values():
-            os.close(fd)
+        self.put({})

@@ -116,8 +116,8 @@ class Pool(Protocol):
     def restore(self, segment: Segment) -> Segment:
         """At a mount: make a segment in use again if it is not there, and check it if it is.
 
-        It is as long as the row says then: what a cut has left over is cut, what was being added is
-        added. What it has beyond ``valid`` is zeroed, and returned as valid.
+        It is as long as the row says then: what a cut, or growth that was interrupted, has left
+        over is cut. All of it is valid.
 
         :raises RegionError: it is lost, or not what it was: why. Nothing was changed.
         """
@@ -128,7 +128,8 @@ class Pool(Protocol):
     def resize(self, segment: Segment) -> Segment:
         """Make a segment as long as its row says, longer or shorter than it is.
 
-        What it gains is zero, and returned as valid. It keeps its owner and mode.
+        All that it has from ``segment.valid`` on is zero then, and returned as valid: it may have
+        been longer before than the row said. It keeps its owner and mode.
 
         :raises BusyError: somebody has it open or mapped, and would lose it.
         :raises NoSpaceError: there is no memory.
