@@ -91,7 +91,24 @@ def reap(fs: FileSystem) -> None:
 
 
 def works(fs: FileSystem, operation: Callable[[], None]) -> Iterator[None]:
-    """Run an operation; stop after each piece of work."""
+    """Run an operation as a session does, in turns at the pool; stop after each piece of work."""
+    while True:
+        try:
+            operation()
+            return
+        except ZeroingNeeded as e:
+            zero(fs, e)
+        except WorkNeeded:
+            with fs.segments.turn() as call:
+                try:
+                    yield from turn(lambda: call(operation))
+                    return
+                except ZeroingNeeded as e:
+                    reason = e
+            zero(fs, reason)
+
+
+def turn(operation: Callable[[], None]) -> Iterator[None]:
     while True:
         try:
             operation()
@@ -99,11 +116,13 @@ def works(fs: FileSystem, operation: Callable[[], None]) -> Iterator[None]:
         except WorkNeeded as e:
             e.work()
             yield
-        except ZeroingNeeded as e:
-            isolated = fs.isolate_for_zeroing(e.blocks)
-            for offset, length in isolated.pieces():
-                fs.region.zero(offset, length)
-            fs.finish_zeroing(isolated)
+
+
+def zero(fs: FileSystem, need: ZeroingNeeded) -> None:
+    isolated = fs.isolate_for_zeroing(need.blocks)
+    for offset, length in isolated.pieces():
+        fs.region.zero(offset, length)
+    fs.finish_zeroing(isolated)
 
 
 DATA = os.urandom(5 * MIB + 123)
@@ -241,6 +260,7 @@ def test_nobody_but_root_opens_it_meanwhile(fs: FileSystem, pool: MemoryPool) ->
     assert row is not None
     assert pool.owners[row.number] == Owner(0, 0, 0o600)
     fs.conversions.give_up(ino)
+    steps.close()  # type: ignore[attr-defined]
     assert pool.owners[row.number] == Owner(3, 4, 0o640)
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from pkernfs.fuse._shim import ffi
 
-from pkernfs.errors import ZeroingNeeded
+from pkernfs.errors import WorkNeeded, ZeroingNeeded
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fuse import shim
 from pkernfs.fuse.operations import Operations
@@ -58,6 +60,32 @@ def test_added_operations_are_answered_later(
         do(task())  # type: ignore[arg-type]
     assert replies == [("w", 7, True), ("f", 0, False), ("g", 0, False)]
     assert bytes(do(ops.read(ino, 0, 7))) == b"written"
+
+
+def test_a_step_that_has_to_wait_begins_again(
+    ops: Operations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a range is zeroed, somebody else has a pool change the memory."""
+    replies: list[int] = []
+    monkeypatch.setattr(shim, "reply_later", lambda req, result, *, counted: replies.append(result))
+    ino = make(ops)
+    original, needs = ops.fs.read, [WorkNeeded(lambda: replies.append(99))]
+    steps = ops.fs.fallocate_steps
+
+    def interrupted(*args: Any) -> Iterator[None]:
+        for _ in steps(*args):
+            yield
+            if needs:
+                raise needs.pop()
+
+    monkeypatch.setattr(ops.fs, "fallocate_steps", interrupted)
+    assert ops.data.on_fallocate("f", ino, 16, 0, 12 * MIB) == shim.LATER
+    waiting = ops.waiting
+    assert isinstance(waiting, Waiting)
+    do(waiting.tasks.pop()())  # type: ignore[arg-type]
+    assert replies == [0]
+    assert waiting.asked.count("pool_turn") == 1
+    assert len(original(ino, 0, 12 * MIB)) == 12 * MIB
     assert "pause" in waiting.asked
 
 

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import stat
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from support.fuse_handlers import (
     run_once,
     set_fields,
 )
+from support.memory_pool import POOL, MemoryPool
 
 MIB = 1 << 20
 
@@ -105,6 +107,31 @@ def test_handlers_wait_for_memory(
     assert entry.st_size == 4 * MIB
     assert isinstance(ops.waiting, Waiting)
     assert ops.waiting.asked == asked
+
+
+@pytest.fixture
+def with_pool() -> Iterator[Operations]:
+    with MemoryPool() as pool, Region.anonymous(16 * MIB) as region:
+        mkfs.make_filesystem(region, pool=POOL)
+        yield make_operations(mount_filesystem(region, open_pool=pool.opener()))
+
+
+def test_handlers_get_their_turn_at_the_pool(with_pool: Operations) -> None:
+    """They ask again in it for what they need: the pool may have changed since they asked first."""
+    ops = with_pool
+    ino = make(ops)
+    entry = do(ops.setattr(ino, *set_fields(size=4 * MIB), None, AS_ROOT))
+    assert entry.st_size == 4 * MIB
+    assert ops.fs.segments.find(ino) is not None
+    assert isinstance(ops.waiting, Waiting)
+    assert ops.waiting.asked == ["pool_turn", "work", "work"]
+
+
+def test_a_full_pool_is_an_error(with_pool: Operations) -> None:
+    ops = with_pool
+    ino = make(ops)
+    assert fails(ops.setattr(ino, *set_fields(size=130 * MIB), None, AS_ROOT)) == errno.ENOSPC
+    assert not ops.fs.segments.table.rows
 
 
 def test_what_waits_keeps_the_note_on_its_request(

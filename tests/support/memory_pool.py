@@ -108,8 +108,11 @@ class MemoryPool:
         return self.total
 
     def space(self) -> Space:
-        free = max(self.total - sum(map(self.length, self.memories)), 0)
+        free = self._free()
         return Space(self.total, free, free)
+
+    def _free(self) -> int:
+        return max(self.total - sum(map(self.length, self.memories)), 0)
 
     def plan(self, wanted: Segment, others: list[Segment]) -> Segment:
         used = sum(row.length for row in others)
@@ -131,7 +134,7 @@ class MemoryPool:
         return segment._replace(valid=segment.length, handle=os.fstat(fd).st_ino)
 
     def _check_room(self, length: int) -> None:
-        if length > self.space().free - self.taken:
+        if length > self._free() - self.taken:
             raise NoSpaceError(f"{self.name}: full")
 
     def _set_length(self, number: SegmentNo, length: int, valid: int) -> None:
@@ -179,7 +182,7 @@ class MemoryPool:
         self.check_unused(segment)
         fd = self.memories.pop(segment.number, None)
         if fd is not None:
-            del self.owners[segment.number]
+            self.owners.pop(segment.number, None)
             os.close(fd)
             self.changed()
 
@@ -191,7 +194,7 @@ class MemoryPool:
         ]
 
     def set_owner(self, segment: Segment, owner: Owner) -> None:
-        if self.owners[segment.number] != owner:
+        if self.owners.get(segment.number) != owner:
             self.owners[segment.number] = owner
             self.changed()
 

@@ -219,7 +219,11 @@ class Conversions:
         job.locked_out = False
 
     def _unused(self, job: _Job) -> Generator[Needed, None, None]:
-        yield from _until(lambda: self._segments.check_unused(self._inode(job)))
+        def check() -> None:
+            inode = self._inode(job)
+            self._segments.check_unused(inode, inode.size)
+
+        yield from _until(check)
 
     def _copied(self, job: _Job, copy: Callable[[], None]) -> Generator[Needed, None, None]:
         yield from _until(lambda: self._segments.aside(job.ino, "copy", copy))

@@ -131,13 +131,14 @@ class Files:
         first, last = offset // PAGE, -(-end // PAGE)
         size = max(end, inode.size)
         if inode.flags & INODE_FLAG_SEGMENT:
+            self.finish_earlier(inode)
             self._segments.grow(inode, end)
         elif self._map.holes(inode, first, last):
             self._promote(inode, size)
             if size > BLOCK // 2 or last - first > PAGES_PER_BLOCK // 2:
                 self._fill(inode, first, last, size)
-        marked = self._mark_tail(inode, max(inode.size, offset), end)
         memory = self._memory(inode)
+        marked = self._mark_tail(inode, max(inode.size, offset), end)
         try:
             with self._store:
                 self._inodes.touch(inode)
@@ -155,7 +156,7 @@ class Files:
                 self._inodes.save(inode)
         except PkernfsError:
             if marked:
-                self.finish_pending(inode)
+                self._take_back(inode)
             raise
         return len(data)
 
@@ -176,6 +177,14 @@ class Files:
             self._set_pending(inode, start, end)
             self._inodes.save(inode)
         return True
+
+    def _take_back(self, inode: Inode) -> None:
+        """Zero what a write that failed has stored beyond the end; it needs no work of a pool."""
+        if not inode.flags & INODE_FLAG_SEGMENT:
+            self.finish_pending(inode)
+            return
+        self._zero_mapped(inode, inode.pending_start, inode.pending_end)
+        self._end_pending(inode)
 
     # ------------------------------------------------------------------ sizes
 
@@ -205,13 +214,17 @@ class Files:
 
     def _allocate(self, inode: Inode, start: int, end: int, size: int) -> None:
         """Give bytes start..end-1 their memory; a file that gets enough of it gets a segment."""
-        if self._segments.is_wanted(inode, end):
+        if self._segments.is_wanted(inode, end) and not self._is_pinned(inode):
             self._segments.give(inode, end)
         elif inode.flags & INODE_FLAG_SEGMENT:
             self._segments.grow(inode, end)
         else:
             self._promote(inode, size)
             self._fill(inode, start // PAGE, -(-end // PAGE), size)
+
+    def _is_pinned(self, inode: Inode) -> bool:
+        """Tell if a device would go on using a file's pages when they are free."""
+        return self._pins.holder_of(inode, 0, LAST_PAGE + 1) is not None
 
     def _fill(self, inode: Inode, start: int, end: int, size: int) -> None:
         """Allocate file pages start..end-1 in as few transactions as they fit; or nothing."""
@@ -257,8 +270,8 @@ class Files:
         """Move a file that outgrows 4 KiB pages into a block."""
         if not self._map.needs_promotion(inode, size):
             return
-        if self._pins.holder_of(inode, 0, PAGES_PER_BLOCK) is not None:
-            return  # a device would go on using the pages
+        if self._is_pinned(inode):
+            return
         try:
             with self._store:
                 block = self._blocks.choose(-(-size // BLOCK), inode.ino)
@@ -284,15 +297,22 @@ class Files:
         if size > old or not inode.data_pages:
             return
         if inode.flags & INODE_FLAG_SEGMENT:
-            self._segments.cut(inode, size)
-            if size and size < old:
-                self._set_pending(inode, size, PENDING_TO_END)
+            if size < old:
+                self._segments.cut(inode, size)
+                if size:
+                    self._set_pending(inode, size, PENDING_TO_END)
             return
         self._blocks.drop_preallocation(inode.ino)
         kept = self._map.allocation_end(inode, size)
         left = self._map.remove(inode, kept // PAGE, LAST_PAGE + 1)
         if left > kept // PAGE or min(kept, old) > size:
             self._set_pending(inode, size, PENDING_TO_END)
+
+    @staticmethod
+    def is_being_cut(inode: Inode, size: int) -> bool:
+        """Tell if a file has been cut to ``size`` bytes, but not yet what it held behind them."""
+        now = inode.size, inode.pending_start, inode.pending_end
+        return bool(inode.flags & INODE_FLAG_PENDING) and now == (size, size, PENDING_TO_END)
 
     def _set_pending(self, inode: Inode, start: int, end: int) -> None:
         inode.flags |= INODE_FLAG_PENDING
@@ -310,10 +330,18 @@ class Files:
             self._segments.finish_pending(inode)
         else:
             self._free_pending(inode)
+        self._end_pending(inode)
+
+    def _end_pending(self, inode: Inode) -> None:
         with self._store:
             self._inodes.touch(inode)
             self._clear_pending(inode)
             self._inodes.save(inode)
+
+    def finish_earlier(self, inode: Inode) -> None:
+        """Before a file with a segment changes: complete what another operation has under way."""
+        if inode.flags & INODE_FLAG_PENDING:
+            self.finish_pending(inode)
 
     def _free_pending(self, inode: Inode) -> None:
         start, end = inode.pending_start, inode.pending_end
@@ -356,6 +384,7 @@ class Files:
         if mode == FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE:
             self._punch(inode, offset, offset + length)
         elif mode & ~FALLOC_KEEP_SIZE in (0, FALLOC_ZERO_RANGE):
+            self.finish_earlier(inode)
             end = offset + length
             size = max(inode.size, end)
             self._allocate(inode, offset, end, size)
@@ -367,10 +396,12 @@ class Files:
 
     def _finish_fallocate(self, ino: Ino, mode: int, end: int) -> None:
         inode = self._inodes.get(ino)
+        grows = end > inode.size and not mode & FALLOC_KEEP_SIZE
+        if grows and inode.flags & INODE_FLAG_SEGMENT:  # it may have been cut meanwhile
+            self._segments.grow(inode, end)
         with self._store:
             self._inodes.touch(inode)
             inode.ctime = self._super.clock()
-            grows = end > inode.size and not mode & FALLOC_KEEP_SIZE
             if grows:
                 inode.size = end
             if grows or mode & FALLOC_ZERO_RANGE:
@@ -393,11 +424,12 @@ class Files:
         elif end >= inode.size:
             end = -(-max(end, inode.size) // BLOCK) * BLOCK
         self._pins.check_unpinned(inode, start // PAGE, -(-end // PAGE))
-        if inode.flags & INODE_FLAG_PENDING:  # this is the second call
-            self.finish_pending(inode)
-            return
         if inode.flags & INODE_FLAG_SEGMENT:
-            self._segments.check_unused(inode)
+            is_second_call = (inode.pending_start, inode.pending_end) == (start, end)
+            self.finish_earlier(inode)
+            if is_second_call:
+                return
+            self._segments.check_unused(inode, inode.size)
         with self._store:
             self._inodes.touch(inode)
             self._set_pending(inode, start, end)

@@ -68,7 +68,7 @@ class FileSystem:
         self.blocks = state.blocks
         self.finish_zeroing = state.finish_zeroing
         self.abandon_zeroing = state.abandon_zeroing
-        self.run = state.run
+        self.run = segments.run
 
         self.lookup = namei.lookup
         self.find = namei.find
@@ -204,7 +204,7 @@ class FileSystem:
         except PkernfsError as e:
             self.fail(f"iommu: what is mapped for DMA cannot be told: {e}")
             return
-        self.segments.restore()
+        unfinished += self.segments.restore()
         self._finish(unfinished)  # what cannot be completed is told, and tried at the next mount
         if mount_report.verifier is not None:
             inodes.watch = mount_report.verifier.changed_meanwhile
@@ -238,6 +238,7 @@ class FileSystem:
             return
         inodes = self.super.inodes
         self._life.forget_all()
+        self.segments.settle()
         whole = self._finish(inodes.count_used())
         self.segments.close()
         if inodes.damaged:

@@ -11,7 +11,7 @@ import logging
 import stat
 from collections.abc import Iterator
 
-from pkernfs.errors import CorruptionError, StaleError, TimeRangeError
+from pkernfs.errors import CorruptionError, RegionError, StaleError, TimeRangeError
 from pkernfs.fs.extents import LAST_PAGE, ExtentMap
 from pkernfs.fs.file import Files
 from pkernfs.fs.inodes import Inode, clear_set_id
@@ -155,6 +155,7 @@ class InodeLife:
 
     def reclaim_all(self) -> None:
         """Free what lost its last user while nothing could be freed."""
+        self._segments.settle()
         for ino in list(self._orphans):
             self._reclaim(ino)
 
@@ -227,8 +228,14 @@ class InodeLife:
             return
         if not inode.nlink:
             self.evict(inode)
-        elif inode.flags & INODE_FLAG_PENDING:
+        elif inode.flags & INODE_FLAG_PENDING and not self._segments.is_lost(inode):
+            self._finish_pending(inode)
+
+    def _finish_pending(self, inode: Inode) -> None:
+        try:
             self._files.finish_pending(inode)
+        except RegionError as e:  # its segment can go at any time; the file is all that suffers
+            log.error("inode %d: %s", inode.ino, e)
 
     def free_unnamed(self, inode: Inode) -> None:
         """Inside a transaction: free an inode that has neither a name nor data."""
@@ -271,13 +278,10 @@ class InodeLife:
         _check_time(atime)
         _check_time(mtime)
         if size is not None:
-            self._files.check_resize(inode, size)
-            if size > inode.size:
-                self._files.grow(inode, size)
-            elif size < inode.size:
-                self._pins.check_unpinned(inode, size // PAGE)
-                if inode.flags & INODE_FLAG_SEGMENT:
-                    self._segments.check_unused(inode)
+            was_cut = self._files.is_being_cut(inode, size)
+            self._prepare_size(inode, size)
+            if was_cut and (mode, uid, gid, atime, mtime) == (None,) * 5:
+                return inode  # this is a second call
         if inode.flags & INODE_FLAG_SEGMENT and (mode, uid, gid) != (None, None, None):
             self._set_segment_owner(inode, mode, uid, gid)
         with self._store:
@@ -319,6 +323,18 @@ class InodeLife:
                 (inode.mode if mode is None else mode) & 0o777,
             ),
         )
+
+    def _prepare_size(self, inode: Inode, size: int) -> None:
+        """Do what another size needs before the transaction with it."""
+        self._files.check_resize(inode, size)
+        if inode.flags & INODE_FLAG_SEGMENT:
+            self._files.finish_earlier(inode)
+        if size > inode.size:
+            self._files.grow(inode, size)
+        elif size < inode.size:
+            self._pins.check_unpinned(inode, size // PAGE)
+            if inode.flags & INODE_FLAG_SEGMENT:
+                self._segments.check_unused(inode, size)
 
     def _set_mode(self, inode: Inode, mode: int, may_set_gid: bool) -> None:
         mode &= _PERMISSIONS

@@ -1,19 +1,20 @@
 """Segments of files: who gets one, how it grows and goes, and its bytes (docs/format.md, 12).
 
 A pool makes the memory, which may take long: an operation that needs it raises
-:class:`~pkernfs.errors.WorkNeeded`, and is called again when that is done. Each transaction between
-leaves a state that a mount completes or undoes.
+:class:`~pkernfs.errors.WorkNeeded`, and gets a turn (:mod:`pkernfs.fs.pool_turns`). Each
+transaction on the way leaves a state that a mount completes or undoes.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from pkernfs.errors import (
     BusyError,
@@ -22,20 +23,22 @@ from pkernfs.errors import (
     NotSupportedError,
     PkernfsError,
     RegionError,
-    WorkNeeded,
 )
 from pkernfs.fs.extents import LAST_PAGE, ExtentMap
+from pkernfs.fs.pool_turns import PoolTurns
 from pkernfs.fs.segment_table import SegmentTable
 from pkernfs.host.iomem import Span
 from pkernfs.journal import TransactionTooLarge
 from pkernfs.layout import (
     BLOCK,
+    INODE_FLAG_PENDING,
     INODE_FLAG_SEGMENT,
     INODE_FLAG_SEGMENT_OFF,
     INODE_FLAG_SEGMENT_ON,
     INODE_FLAG_TABLE,
     NO_PAGE,
     PAGE,
+    PENDING_TO_END,
     SEGMENT_DEAD,
     SEGMENT_IN_USE,
     page_offset,
@@ -56,19 +59,7 @@ LEAST_BYTES = BLOCK
 _MOST_MAPPED = 64
 _NEVER = INODE_FLAG_SEGMENT | INODE_FLAG_SEGMENT_OFF | INODE_FLAG_TABLE
 
-
-class _Step(NamedTuple):
-    """A step of what is done for a file."""
-
-    ino: Ino
-    name: str
-
-
-class _Outcome(NamedTuple):
-    """The result of work that was done aside: a value, or why there is none."""
-
-    value: Any
-    error: PkernfsError | None
+T = TypeVar("T")
 
 
 class Reaped(NamedTuple):
@@ -97,7 +88,9 @@ class Segments:
         #: Why a segment cannot be used, by number.
         self.lost: dict[SegmentNo, str] = {}
         self._mapped: OrderedDict[SegmentNo, Region] = OrderedDict()
-        self._outcomes: dict[_Step, _Outcome] = {}
+        self._turns = PoolTurns(self.settle)
+        #: Gives an operation its turn at the pool.
+        self.turn = self._turns.turn
         self._new: dict[Ino, Segment] = {}  # recorded, and not yet a file's
         self._refusals = RateLimit(log)
         #: Files that get none by themselves now, as :mod:`pkernfs.fs.conversion` sees to them.
@@ -123,17 +116,19 @@ class Segments:
         return self.of(inode) if inode.flags & INODE_FLAG_SEGMENT else None
 
     def is_wanted(self, inode: Inode, size: int) -> bool:
-        """Tell if a file that is given ``size`` bytes gets a segment.
+        """Tell if a file that is given its first ``size`` bytes gets a segment: it holds them all.
 
-        What the file itself says counts more than what the mount says.
+        What reaches beyond them stays where it is. What the file itself says counts more than what
+        the mount says.
         """
         flags = inode.flags
         chosen = flags & INODE_FLAG_SEGMENT_ON or (self.wanted and size >= LEAST_BYTES)
         return (
             bool(chosen)
             and self.pool is not None
+            and size >= inode.size
             and not flags & _NEVER
-            and inode.nlink > 0
+            and (inode.nlink > 0 or inode.ino in self._new)
             and inode.ino not in self.converting
             and inode.data_pages * PAGE < LEAST_BYTES
         )
@@ -141,22 +136,29 @@ class Segments:
     # ------------------------------------------------------------------ the bytes
 
     def memory(self, inode: Inode) -> Region:
-        """The mapped segment of a file.
+        """The mapped segment of a file; good until the next operation.
 
         :raises RegionError: it is lost: why.
+        :raises WorkNeeded: the pool is changing it.
         """
         row = self.of(inode)
         region = self._mapped.get(row.number)
         if region is not None:
             self._mapped.move_to_end(row.number)
             return region
-        if reason := self.lost.get(row.number):
-            raise RegionError(reason)
+        self._check_there(row)
+        self._turns.check_unchanging(row.number)
         region = self._pool().open(row, write=self._super.region.writable)
         self._mapped[row.number] = region
         if len(self._mapped) > _MOST_MAPPED:
             self._mapped.popitem(last=False)[1].close()
         return region
+
+    def check_unchanging(self, ino: Ino) -> None:
+        """:raises WorkNeeded: the pool is changing the segment of a file: that has to end first."""
+        inode = self._inodes.get(ino)
+        if inode.flags & INODE_FLAG_SEGMENT:
+            self._turns.check_unchanging(SegmentNo(inode.body))
 
     def descriptor(self, ino: Ino) -> int | None:
         """The descriptor of a file's segment, until the next operation; None: it has none.
@@ -186,6 +188,15 @@ class Segments:
         """
         return self._pool().open(row, write=write)
 
+    def _check_there(self, row: Segment) -> None:
+        """:raises RegionError: a segment is lost: why."""
+        if reason := self.lost.get(row.number):
+            raise RegionError(reason, errno.EIO)
+
+    def is_lost(self, inode: Inode) -> bool:
+        """Tell if a file has a segment whose memory is not there."""
+        return bool(inode.flags & INODE_FLAG_SEGMENT) and SegmentNo(inode.body) in self.lost
+
     def _unmap(self, number: SegmentNo) -> None:
         """Let the daemon hold a segment no longer."""
         region = self._mapped.pop(number, None)
@@ -213,27 +224,48 @@ class Segments:
             region.check_there(RegionOff(offset + length))
         return bytes(data)
 
-    # ------------------------------------------------------------------ work aside
+    # ------------------------------------------------------------------ turns at the pool
+
+    def run(self, operation: Callable[[], T]) -> T:
+        """Carry out an operation for a caller without an event loop: does what it needs."""
+        return self._turns.run(partial(self._super.run, operation))
 
     def aside(self, ino: Ino, step: str, work: Callable[[], Any]) -> Any:
-        """Have ``work`` done aside; what it returned, once the operation is called again.
+        """Have ``work`` for a file done aside; what it returned, when called again after that.
 
         :raises WorkNeeded: it is not done yet.
         :raises PkernfsError: what ``work`` failed with.
         """
-        key = _Step(ino, step)
-        outcome = self._outcomes.pop(key, None)
-        if outcome is None:
-            raise WorkNeeded(partial(self._work, key, work))
-        if outcome.error is not None:
-            raise outcome.error
-        return outcome.value
+        return self._turns.result((step, ino), work)
 
-    def _work(self, key: _Step, work: Callable[[], Any]) -> None:
-        try:
-            self._outcomes[key] = _Outcome(work(), None)
-        except PkernfsError as e:
-            self._outcomes[key] = _Outcome(None, e)
+    def _result(self, row: Segment, step: str, work: Callable[[], Any]) -> Any:
+        """What ``work`` on a segment returned; nobody has it mapped here while it is done.
+
+        :raises WorkNeeded: it is not done yet.
+        """
+        key = (step, row)
+        if not self._turns.is_done(key):  # so it is given up for now, and with it what it maps
+            self._unmap(row.number)
+        return self._turns.result(key, work, row.number)
+
+    def settle(self, changed: Iterable[SegmentNo] = ()) -> None:
+        """End what an operation has left undone that was given up, as far as that is possible now.
+
+        What cannot be done the next turn does, or the next mount.
+
+        :param changed: the segments that the pool has changed: their files may have got another
+            owner meanwhile.
+        """
+        for row in map(self.table.rows.get, changed):
+            if row is not None and row.state == SEGMENT_IN_USE:
+                with _told(row.number):
+                    self.set_owner(self._inodes.get(row.ino))
+        if self._super.read_only:
+            return
+        for ino, row in list(self._new.items()):
+            del self._new[ino]
+            with _told(row.number):
+                self.kill(row)
 
     # ------------------------------------------------------------------ a new one
 
@@ -241,43 +273,47 @@ class Segments:
         """Give a file a segment of ``size`` bytes or more. What it has in the region is copied.
 
         :raises NoSpaceError: the pool has no room; the file stays as it was.
-        :raises BusyError: the file has been changed meanwhile.
         """
-        made = self.make(inode, size)
+        made = self._make(inode, size)
         try:
             self._hand_over(inode, made)
         except TransactionTooLarge:
-            self.kill(made)
             raise NoSpaceError(f"inode {inode.ino}: in too many pieces to get a segment") from None
-        except PkernfsError:
-            self.kill(made)
-            raise
+        del self._new[inode.ino]  # else the turn ends it
         self.set_owner(inode)
 
     def make(self, inode: Inode, size: int) -> Segment:
         """Make a segment of ``size`` bytes or more, which no file has yet.
 
+        It is the caller's, to :meth:`become` a file's or to :meth:`kill`.
+
         :raises NoSpaceError: the pool has no room; nothing was changed.
         """
-        pool, ino = self._pool(), inode.ino
-        row = self._new.get(ino)
-        if row is None:
-            length = -(-size // pool.granule) * pool.granule
-            wanted = Segment(self.table.new_number(), ino, pool.kind, length)
-            planned = self._plan(inode, wanted)
-            row = planned._replace(number=self.table.new_number())
-            with self._store:
-                self.table.add(row)
-                self._super.leave_reserve()
-            self._new[ino] = row
-        try:
-            made: Segment = self.aside(ino, "create", partial(pool.create, row))
-        except PkernfsError:
-            self._new.pop(ino)
-            self.kill(row)
-            raise
-        self._new.pop(ino)
+        made = self._make(inode, size)
+        del self._new[inode.ino]
         return made
+
+    def _make(self, inode: Inode, size: int) -> Segment:
+        row = self._new.get(inode.ino)
+        if row is not None and row.length < size:  # the file has grown meanwhile
+            self.kill(self._new.pop(inode.ino))
+            row = None
+        if row is None:
+            row = self._record_new(inode, size)
+        made: Segment = self._result(row, "create", partial(self._pool().create, row))
+        self._new[inode.ino] = made
+        return made
+
+    def _record_new(self, inode: Inode, size: int) -> Segment:
+        pool = self._pool()
+        length = -(-size // pool.granule) * pool.granule
+        planned = self._plan(Segment(self.table.new_number(), inode.ino, pool.kind, length))
+        row = planned._replace(number=self.table.new_number())
+        with self._store:
+            self.table.add(row)
+            self._super.leave_reserve()
+        self._new[inode.ino] = row
+        return row
 
     def _hand_over(self, inode: Inode, made: Segment) -> None:
         """Copy what the file has, and let it have the segment instead."""
@@ -317,18 +353,19 @@ class Segments:
 
     def give_up(self, ino: Ino) -> None:
         """Undo what was begun for a file, and what nobody goes on with."""
-        for key in [key for key in self._outcomes if key.ino == ino]:
-            del self._outcomes[key]
         row = self._new.pop(ino, None)
         if row is not None:
             self.kill(row)
 
-    def _plan(self, inode: Inode, wanted: Segment) -> Segment:
+    def _plan(self, wanted: Segment) -> Segment:
         """Have the pool choose memory; what dead segments have comes back first if there is none.
 
         :raises NoSpaceError: there is none.
+        :raises RegionError: it cannot be told what is free.
         """
         pool = self._pool()
+        if self.table.damaged:
+            raise RegionError(f"{self.table.damaged[0]}: run fsck.pkernfs", errno.EUCLEAN)
         others = [row for row in self.table.rows.values() if row.number != wanted.number]
         dead = self._dead()
 
@@ -345,7 +382,7 @@ class Segments:
                 except NoSpaceError as still:
                     return None, still, reaped
 
-        planned, error, reaped = self.aside(inode.ino, f"plan {wanted.length}", plan)
+        planned, error, reaped = self._turns.result(("plan", wanted), plan)
         self.reaped(reaped)
         if planned is None:
             assert error is not None
@@ -362,44 +399,51 @@ class Segments:
         :raises NoSpaceError: there is no memory; nothing was changed.
         :raises BusyError: somebody has it, and this kind of segment cannot grow meanwhile.
         """
-        row, pool = self.of(inode), self._pool()
-        if reason := self.lost.get(row.number):
-            raise RegionError(reason)
-        if row.valid < row.length:  # it grows already: this is the second call
-            self._finish_growth(inode, row)
-        if size <= row.length:
+        row = self.of(inode)
+        self._check_there(row)
+        if size <= row.valid:
             return
-        length = -(-size // pool.granule) * pool.granule
-        self._unmap(row.number)
-        planned = self._plan(inode, row._replace(length=length))
+        if row.valid < row.length:  # it grows already: this is a second call
+            row = self._finish_growth(inode, row)
+        if size <= row.valid:
+            return
+        granule = self._pool().granule
+        planned = self._plan(row._replace(length=-(-size // granule) * granule))
         with self._store:
             self.table.replace(planned._replace(valid=row.length))
             self._super.leave_reserve()
-        self._finish_growth(inode, self.of(inode), row)
+        self._finish_growth(inode, self.of(inode))
 
-    def _finish_growth(self, inode: Inode, row: Segment, before: Segment | None = None) -> None:
+    def _finish_growth(self, inode: Inode, row: Segment) -> Segment:
         pool = self._pool()
         try:
-            grown = self.aside(inode.ino, "grow", partial(pool.resize, row))
+            grown: Segment = self._result(row, "grow", partial(pool.resize, row))
         except PkernfsError:
             with self._store:
                 self.table.replace(_cut(row, row.valid))
             raise
+        self._save(inode, grown)
+        return grown
+
+    def _save(self, inode: Inode, row: Segment) -> None:
         with self._store:
             self._inodes.touch(inode)
-            self.table.replace(grown)
-            inode.data_pages = grown.length // PAGE
+            self.table.replace(row)
+            inode.data_pages = row.valid // PAGE
             self._inodes.save(inode)
 
-    def check_unused(self, inode: Inode) -> None:
-        """Log who has the segment of a file open or mapped.
+    def check_unused(self, inode: Inode, size: int) -> None:
+        """Before a file with a segment is cut to ``size`` bytes, or punched.
 
-        :raises BusyError: somebody has.
+        :raises BusyError: somebody has the segment open or mapped: who.
+        :raises RegionError: it is lost; such a file can only be cut to nothing.
         """
         row = self.of(inode)
-        self._unmap(row.number)
+        if row.number in self.lost and not size:
+            return
+        self._check_there(row)
         try:
-            self.aside(inode.ino, "unused", partial(self._pool().check_unused, row))
+            self._result(row, "unused", partial(self._pool().check_unused, row))
         except BusyError as e:
             self._refusals.warning(f"inode {inode.ino}: {e}")
             raise
@@ -411,25 +455,30 @@ class Segments:
             return
         row = self.of(inode)
         granule = self._pool().granule
-        length = min(-(-size // granule) * granule, row.length)
-        self.table.replace(_cut(row, length))
-        inode.data_pages = length // PAGE
+        row = _cut(row, min(-(-size // granule) * granule, row.valid))
+        self.table.replace(row)
+        inode.data_pages = row.valid // PAGE
 
     def finish_pending(self, inode: Inode) -> None:
-        """Give the memory behind a cut segment back, and zero the pending range."""
+        """Give the memory behind a cut segment back, and zero the pending range.
+
+        :raises RegionError: the segment is lost.
+        """
         row, pool = self.of(inode), self._pool()
-        start, end = inode.pending_start, min(inode.pending_end, row.length)
-        self._unmap(row.number)
+        self._check_there(row)
+        was_cut = inode.pending_end == PENDING_TO_END
+        start, end = inode.pending_start, min(inode.pending_end, row.valid)
 
         def work() -> None:
-            try:
-                pool.resize(row)
-            except BusyError as e:  # it was not, a moment ago; a mount cuts it
-                log.warning("%s", e)
+            if was_cut:
+                try:
+                    pool.resize(_cut(row, row.valid))
+                except BusyError as e:  # it was not, a moment ago; a mount cuts it
+                    log.warning("%s", e)
             if start < end:
                 _zero(pool, row, start, end)
 
-        self.aside(inode.ino, "finish", work)
+        self._result(row, f"finish {start} {end}", work)
 
     # ------------------------------------------------------------------ the end of one
 
@@ -456,8 +505,8 @@ class Segments:
         return partial(_destroy, self.pool, dead)
 
     def reaped(self, done: Reaped) -> None:
-        """Remove the rows of segments that are destroyed."""
-        for number in done.gone:
+        """Remove the rows of segments that are destroyed; a mount does, if nobody may now."""
+        for number in [] if self._super.read_only else done.gone:
             if number in self.table.rows:
                 with self._store:
                     self.table.remove(number)
@@ -470,11 +519,14 @@ class Segments:
     def set_owner(self, inode: Inode, owner: Owner | None = None) -> None:
         """Let ``owner`` open the segment of a file; None: as the file's own attributes say.
 
-        :raises RegionError: the kernel refuses, or the segment is lost: nothing was changed.
+        While the pool changes the segment, that is done when it has.
+
+        :raises RegionError: the kernel refuses, or the segment is not there: nothing was changed.
         """
         row = self.of(inode)
-        if self.pool is not None:
-            self.pool.set_owner(row, owner or _owner_of(inode))
+        usable = self.pool is not None and row.number not in self.lost
+        if usable and not self._turns.is_changing(row.number):
+            self._pool().set_owner(row, owner or _owner_of(inode))
 
     def lock_out(self, inode: Inode) -> None:
         """Let nobody but root open the segment of a file, until :meth:`set_owner`."""
@@ -482,25 +534,29 @@ class Segments:
 
     # ------------------------------------------------------------------ at a mount
 
-    def restore(self) -> None:
+    def restore(self) -> list[Ino]:
         """Bring table and pool together; what is lost is told, and nothing else fails.
 
         What no file has is destroyed; what a file has is there, as long as the table says, and its
-        owner's.
+        owner's. Growth that was interrupted is undone: that needs no memory.
+
+        Returns the files that still have a pending range.
         """
         for reason in self.table.damaged:
             log.error("%s: %s: run fsck.pkernfs", self._super.region.name, reason)
         if self.pool is None:
             for number in self.table.rows:
                 self.lost[number] = f"segment {number}: {self._super.region.name} has no pool here"
-            return
+            return []
         if self._super.read_only:
-            return
+            return []
         self._end_unowned()
-        for row in [r for r in self.table.rows.values() if r.state == SEGMENT_IN_USE]:
-            self._restore(self.pool, row)
-        for stray in self.pool.strays(list(self.table.rows.values())):
-            log.warning("%s: %s", self._super.region.name, stray)
+        rows = [row for row in self.table.rows.values() if row.state == SEGMENT_IN_USE]
+        unfinished = [row.ino for row in rows if self._restore(self.pool, row)]
+        if not self.table.damaged:  # else what seems to be a stray may be a file's
+            for stray in self.pool.strays(list(self.table.rows.values())):
+                log.warning("%s: %s", self._super.region.name, stray)
+        return unfinished
 
     def _end_unowned(self) -> None:
         for row in list(self.table.rows.values()):
@@ -510,22 +566,27 @@ class Segments:
         if work is not None:
             self.reaped(work())
 
-    def _restore(self, pool: Pool, row: Segment) -> None:
+    def _restore(self, pool: Pool, row: Segment) -> bool:
+        """Bring one segment in use back; True if its file has a pending range."""
         try:
             inode = self._inodes.get(row.ino)
             if not inode.flags & INODE_FLAG_SEGMENT or SegmentNo(inode.body) != row.number:
                 raise CorruptionError(f"segment {row.number}: inode {row.ino} does not have it")
-            now = pool.restore(row)
+            now = pool.restore(_cut(row, row.valid or row.length))  # growth is undone
             if now != row:
-                with self._store:
-                    self._inodes.touch(inode)
-                    self.table.replace(now)
-                    inode.data_pages = now.length // PAGE
-                    self._inodes.save(inode)
+                self._save(inode, now)
             pool.set_owner(now, _owner_of(inode))
         except PkernfsError as e:
             self.lost[row.number] = str(e)
             log.error("%s: inode %d: %s", self._super.region.name, row.ino, e)
+            return False
+        if inode.size > now.valid:  # what is there can be read, and the rest cannot
+            log.error(
+                "%s: inode %d: larger than its segment: got %d bytes, expected up to %d: "
+                "run fsck.pkernfs",
+                self._super.region.name, row.ino, inode.size, now.valid,
+            )  # fmt: skip
+        return bool(inode.flags & INODE_FLAG_PENDING)
 
     def close(self) -> None:
         """Unmap everything, and let go of the pool."""
@@ -560,6 +621,15 @@ class Segments:
             free=base.free + free,
             available=base.available + free,
         )
+
+
+@contextmanager
+def _told(number: SegmentNo) -> Iterator[None]:
+    """Log an error that has nobody to be raised to."""
+    try:
+        yield
+    except PkernfsError as e:
+        log.error("segment %d: %s", number, e)
 
 
 def _zero(pool: Pool, row: Segment, start: int, end: int) -> None:

@@ -20,7 +20,6 @@ from pkernfs.errors import (
     NoSpaceError,
     PkernfsError,
     ReadOnlyError,
-    WorkNeeded,
     ZeroingNeeded,
 )
 from pkernfs.fs import state_page
@@ -344,8 +343,6 @@ class Super:
         while True:
             try:
                 return operation()
-            except WorkNeeded as e:
-                e.work()
             except ZeroingNeeded as e:
                 isolated = self.isolate_for_zeroing(e.blocks)
                 if not isolated.runs:

@@ -12,6 +12,7 @@ import stat
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
+from pkernfs.errors import Needed
 from pkernfs.fuse import shim
 from pkernfs.fuse.shim import LATER
 from pkernfs.fuse.waiting import Handlers, errno_of, invalidate_attributes
@@ -155,17 +156,20 @@ class DataRequests:
                 return -errno_of(self._fs, e)
             reason = e
             return self._later(req, False, lambda: self._steps_after_zeroing(start, reason))
-        return self._later(req, False, lambda: self._remaining(steps))
+        return self._later(req, False, lambda: self._remaining(start, steps))
 
-    async def _remaining(self, steps: Iterator[None]) -> int:
-        """Take the steps one by one; 0 or a negative errno."""
+    async def _remaining(self, start: Callable[[], Iterator[None]], steps: Iterator[None]) -> int:
+        """Take the steps one by one; 0 or a negative errno. One that has to wait begins again."""
         assert self._handlers.waiting is not None
         try:
             for _ in steps:
                 await self._handlers.waiting.pause()
             return 0
+        except Needed as e:
+            reason = e
         except Exception as e:
             return -errno_of(self._fs, e)
+        return await self._steps_after_zeroing(start, reason)
 
     async def _steps_after_zeroing(
         self, start: Callable[[], Iterator[None]], reason: BaseException
@@ -175,7 +179,7 @@ class DataRequests:
             return None if next(steps, _END) is _END else steps
 
         steps = await self._handlers.after_zeroing(reason, first_step)
-        return 0 if steps is None else await self._remaining(steps)
+        return 0 if steps is None else await self._remaining(start, steps)
 
     def _clear_setid(self, ino: Ino) -> None:
         """Clear the bits as the kernel does: set-gid without group execution is no privilege."""

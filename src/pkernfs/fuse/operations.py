@@ -311,6 +311,8 @@ class Operations(XattrHandlers, pyfuse3.Operations):
 
     def _open(self, ino: Ino, flags: int) -> None:
         """Count a handle and put it into the answer."""
+        if self.passthrough is not None:  # which has to know the segment
+            self.fs.segments.check_unchanging(ino)
         fh = self._opened.fh = self._count_handle(ino, flags)
         if self.passthrough is None:
             return

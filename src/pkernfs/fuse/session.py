@@ -185,11 +185,11 @@ class Session:
 
     @contextlib.asynccontextmanager
     async def hold_zeroing(self) -> AsyncIterator[None]:
-        """Keep everybody else from zeroing memory, and so no request waits for it.
+        """Keep everybody else from zeroing memory and from changing the pool of segments.
 
-        What was freed has been looked at.
+        So no request waits for either. What was freed has been looked at.
         """
-        async with self._zeroing:
+        async with self._zeroing, self._pooling:
             await self._look_at_freed()
             yield
 
@@ -226,19 +226,21 @@ class Session:
                 reason = ZeroingNeeded([])
             try:
                 if isinstance(reason, WorkNeeded):
-                    return await self._with_work(reason, operation)
+                    return await self._with_work(operation)
                 return await self._with_zeroing(reason, operation)
             except Needed:  # of the other kind: no two turns are held at once
                 continue
 
-    async def _with_work(self, need: WorkNeeded, operation: Callable[[], _Result]) -> _Result:
+    async def _with_work(self, operation: Callable[[], _Result]) -> _Result:
         async with self._pooling:  # so that what is planned is what is made
-            while True:
-                await self.work(need)
-                try:
-                    return operation()
-                except WorkNeeded as more:
-                    need = more
+            with self._fs.segments.turn() as call:
+                while True:
+                    try:
+                        result: _Result = call(operation)
+                    except WorkNeeded as need:
+                        await self.work(need)
+                    else:
+                        return result
 
     async def _with_zeroing(self, need: Needed, operation: Callable[[], _Result]) -> _Result:
         assert isinstance(need, ZeroingNeeded)

@@ -129,15 +129,15 @@ class Handlers:
 
     async def _after_work(self, reason: BaseException, again: Callable[[], _Result]) -> _Result:
         assert self.waiting is not None
-        assert isinstance(reason, WorkNeeded)
-        need = reason
         async with self.waiting.pool_turn():  # so that what is planned is what is made
-            while True:
-                await self.waiting.work(need)
-                try:
-                    return again()
-                except WorkNeeded as more:
-                    need = more
+            with self.fs.segments.turn() as call:
+                while True:
+                    try:
+                        result: _Result = call(again)
+                    except WorkNeeded as need:
+                        await self.waiting.work(need)
+                    else:
+                        return result
 
     async def _after_zeroing(self, reason: BaseException, again: Callable[[], _Result]) -> _Result:
         assert self.waiting is not None

@@ -88,6 +88,10 @@ class DaxPool:
 
     # ------------------------------------------------------------------ free memory
 
+    def capacity(self) -> int:
+        """Quick. Return how many bytes the dax region has."""
+        return self._index.total
+
     def space(self) -> Space:
         """Return how much memory the dax region has, what no device or plan has, and in one piece.
 

@@ -384,7 +384,7 @@ class Region:
         """:raises RegionError: the file of a segment was cut before offset ``end``."""
         backing = self._backing
         if backing.may_vanish and backing.fd is not None and os.fstat(backing.fd).st_size < end:
-            self._is_gone()
+            _is_gone(self._backing)
 
     def _make_room(self, offset: RegionOff, length: int) -> None:
         """After a bus error: give the range memory, or say why there is none.
