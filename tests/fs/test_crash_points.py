@@ -35,7 +35,7 @@ from pkernfs.layout import (
     STATE_PAGE,
     SUPERBLOCK_PAGE,
 )
-from pkernfs.quantities import Ino, RegionOff
+from pkernfs.quantities import RegionOff
 from pkernfs.region.region import Region
 from support.crash import (
     JOURNAL,
@@ -58,69 +58,25 @@ from support.crash import (
     snapshot,
 )
 from support.handover import hand_over, verify
+from support.operations import (
+    REG,
+    allocate,
+    at,
+    each,
+    make,
+    move,
+    opened,
+    release_all,
+    resize,
+    text,
+    unlink,
+    without_space,
+    write,
+)
 
 pytestmark = pytest.mark.crash
 
-REG = stat.S_IFREG | 0o644
 SEED = int(os.environ.get("PKERNFS_SEED") or random.randrange(1 << 32))
-
-
-def text(length: int, key: int = 0) -> bytes:
-    """Bytes without a zero, different for each key and place."""
-    return random.Random(key).randbytes(length).replace(b"\0", b"\1").replace(b"\xdb", b"\1")
-
-
-# ---------------------------------------------------------------------- how to say it
-
-
-def at(fs: FileSystem, path: str) -> Ino:
-    """Inode number of a path such as ``d/b``."""
-    ino = ROOT_INO
-    for name in path.split("/"):
-        ino = fs.lookup(ino, name.encode()).ino
-    return ino
-
-
-def parent(fs: FileSystem, path: str) -> tuple[Ino, bytes]:
-    """Directory and name of a path."""
-    directory, _, name = path.rpartition("/")
-    return (at(fs, directory) if directory else ROOT_INO), name.encode()
-
-
-def make(fs: FileSystem, path: str, data: bytes = b"") -> Ino:
-    """A file with those bytes."""
-    ino = fs.create(*parent(fs, path), REG, 3, 4).ino
-    if data:
-        fs.run(lambda: fs.write(ino, 0, data))
-    return ino
-
-
-def write(path: str, offset: int, data: bytes) -> Operation:
-    return lambda fs: fs.run(lambda: fs.write(at(fs, path), offset, data))
-
-
-def resize(path: str, size: int) -> Operation:
-    return lambda fs: fs.run(lambda: fs.setattr(at(fs, path), size=size))
-
-
-def allocate(path: str, mode: int, offset: int, length: int) -> Operation:
-    return lambda fs: fs.run(lambda: fs.fallocate(at(fs, path), mode, offset, length))
-
-
-def move(old: str, new: str, flags: int = 0) -> Operation:
-    return lambda fs: fs.rename(*parent(fs, old), *parent(fs, new), flags)
-
-
-def unlink(path: str) -> Operation:
-    return lambda fs: fs.unlink(*parent(fs, path))
-
-
-def each(*operations: Operation) -> Operation:
-    def run(fs: FileSystem) -> None:
-        for operation in operations:
-            operation(fs)
-
-    return run
 
 
 def populate(fs: FileSystem) -> None:
@@ -200,20 +156,11 @@ def set_times(fs: FileSystem) -> None:
     fs.setattr(at(fs, "d/a"), atime=1_234_567_890, mtime=-5)
 
 
-def opened(path: str) -> Operation:
-    return lambda fs: fs.open(at(fs, path))
-
-
 def orphan(fs: FileSystem) -> None:
     ino = at(fs, "d/b")
     fs.open(ino)
     fs.unlink(at(fs, "d"), b"b")
     fs.unlink(at(fs, "d"), b"b2")
-
-
-def release_all(fs: FileSystem) -> None:
-    for ino in list(fs._life._opens):
-        fs.release(ino)
 
 
 def unnamed(fs: FileSystem) -> None:
@@ -284,14 +231,6 @@ def full(fs: FileSystem) -> None:
             while True:
                 fs.run(lambda new=size + step: fs.setattr(ino, size=new))  # type: ignore[misc]
                 size += step
-
-
-def without_space(operation: Operation) -> Operation:
-    def run(fs: FileSystem) -> None:
-        with pytest.raises(NoSpaceError):
-            operation(fs)
-
-    return run
 
 
 def _mount_again(fs: FileSystem) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from multiprocessing.connection import Connection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
@@ -161,7 +161,7 @@ def pieces(fs: FileSystem, ino: Ino) -> Iterator[tuple[int, memoryview | None]]:
             yield start - at, None
         if end > start:
             where = RegionOff(e.region_offset + start - e.offset)
-            yield end - start, fs.region.view(where, end - start)
+            yield end - start, fs.memory(ino).view(where, end - start)
             at = end
     if size > at:
         yield size - at, None
@@ -226,6 +226,7 @@ class Scenario:
     size: int = REGION_BYTES
     populate: Operation | None = None
     journal_stride: int = 1  # words of a large record between two cuts, before its commit
+    whole_stores: bool = False  # cut between stores, and not inside those of a few words
     subsets: int = 8  # random subsets of each epoch
     recoveries: int = 9  # points at which recovery is cut as well, at most
 
@@ -408,14 +409,29 @@ def is_fence(store: Store) -> bool:
 
 
 class Replay:
-    """A region at some point of a trace, and its image in memory to go back to."""
+    """A region at some point of a trace, and its image in memory to go back to.
+
+    What a subclass has beside the region is part of its images, and its changes are steps.
+    """
 
     def __init__(self, image: bytes, phys_base: PhysAddr | None = None) -> None:
         self.region = Region.anonymous(len(image), phys_base=phys_base)
         self.region.copy_in(RegionOff(0), image)
         self.image = bytearray(image)
 
-    def store(self, piece: Piece) -> bool:
+    def now(self) -> bytes:
+        """All there is: another one can be made of it."""
+        return self.region.read(RegionOff(0), self.region.size)
+
+    def mount(self, clock: Clock, *, read_only: bool = False) -> FileSystem:
+        """Open the file system as it is now."""
+        return mount_filesystem(self.region, clock=clock, read_only=read_only)
+
+    def record(self, operation: Callable[[], object]) -> list[Any]:
+        """The stores that ``operation`` makes, and what other steps there are."""
+        return recorded(operation)
+
+    def store(self, piece: Any) -> bool:
         """Apply one step; False if it changed nothing."""
         offset, data = piece
         end = offset + len(data)
@@ -425,7 +441,7 @@ class Replay:
         self.region.copy_in(offset, data)
         return True
 
-    def look(self, check: Callable[[Region], None]) -> list[Store]:
+    def look(self, check: Callable[[Region], object]) -> list[Store]:
         """Run ``check`` on the region and undo what it stores; returns its stores."""
         stores: list[Store] = []
         trace.trace_start()
@@ -433,9 +449,17 @@ class Replay:
             check(self.region)
         finally:
             stores = trace.trace_stop()
-            for s in stores:
-                self.region.copy_in(s.offset, self.image[s.offset : s.offset + s.length])
+            self.undo(stores)
         return stores
+
+    def steps_of(self, operation: Callable[[], object]) -> list[Any]:
+        """As :meth:`record`; and what it has done is undone."""
+        return self.look(lambda region: operation())
+
+    def undo(self, stores: list[Store]) -> None:
+        """Have the region as the image is."""
+        for s in stores:
+            self.region.copy_in(s.offset, self.image[s.offset : s.offset + s.length])
 
     def close(self) -> None:
         """Unmap."""
@@ -460,18 +484,19 @@ class Result:
 class Sweep:
     """All cuts of one scenario."""
 
+    replay: Callable[[bytes], Replay] = Replay
+
     def __init__(self, scenario: Scenario, base: bytes, seed: int = 1) -> None:
         self.scenario = scenario
         self.seed = seed
         self.clock = Clock()
-        with Region.anonymous(len(base)) as region:
-            region.copy_in(RegionOff(0), base)
-            fs = mount_filesystem(region, clock=self.clock)
+        with contextlib.closing(self.replay(base)) as replay:
+            fs = replay.mount(self.clock)
             if scenario.setup is not None:
                 scenario.setup(fs)
-            self.before = region.read(RegionOff(0), len(base))
-            self.stores = recorded(lambda: scenario.operation(fs))
-            self.after = region.read(RegionOff(0), len(base))
+            self.before = replay.now()
+            self.stores = replay.record(lambda: scenario.operation(fs))
+            self.after = replay.now()
             live = None if fs.read_only else snapshot(fs)
         self.oracle = self._oracle(live)
         self.pieces = list(self._pieces())
@@ -480,9 +505,8 @@ class Sweep:
         trees: list[Tree] = []
         contents: list[bytes] = []
         for image in (self.before, self.after):
-            with Region.anonymous(len(image)) as region:
-                region.copy_in(RegionOff(0), image)
-                fs = mount_filesystem(region, clock=Clock())
+            with contextlib.closing(self.replay(image)) as replay:
+                fs = replay.mount(Clock())
                 tree = snapshot(fs)
                 trees.append(tree)
                 torn = self.scenario.torn
@@ -492,10 +516,13 @@ class Sweep:
         before, after = trees
         return Oracle(before, after, self.scenario.relaxed, self.scenario.torn, *contents)
 
-    def _pieces(self) -> Iterator[tuple[Piece, bool]]:
+    def _pieces(self) -> Iterator[tuple[Any, bool]]:
         """Steps, each with whether it is the commit word."""
         for store in self.stores:
-            whole = not is_metadata(store, self.before, self.after)
+            if not isinstance(store, Store):
+                yield store, False
+                continue
+            whole = self.scenario.whole_stores or not is_metadata(store, self.before, self.after)
             stride = self.scenario.journal_stride if JOURNAL < store.offset < JOURNAL_END else 1
             for piece in cut(store, whole=whole, stride=stride):
                 yield piece, is_fence(store)
@@ -507,18 +534,19 @@ class Sweep:
         verdict: list[str] = []
 
         def look(region: Region) -> None:
-            fs = mount_filesystem(region, clock=Clock(1 << 61))
+            fs = replay.mount(Clock(1 << 61))
             verdict.append(self.oracle.judge(fs))
             check_handover(fs)
             if number % 8 == 0:
                 self._fsck(region)
             check_zero_blocks(region)
+            fs = self.check_more(fs, replay)
             check_works(fs, thorough=number % 32 == 0)
             fs.unmount()
             self._fsck(region)
 
         def look_read_only(region: Region) -> None:
-            fs = mount_filesystem(region, read_only=True, clock=Clock(1 << 61))
+            fs = replay.mount(Clock(1 << 61), read_only=True)
             seen = self.oracle.judge(fs)
             assert seen in (verdict[0], "same"), f"read-only {seen}, else {verdict[0]}"
 
@@ -537,12 +565,19 @@ class Sweep:
     def _fsck(self, region: Region) -> None:
         check_structure(region)
 
+    def check_more(self, fs: FileSystem, replay: Replay) -> FileSystem:
+        """Check what else there is; returns the file system, or another mount of it.
+
+        :raises AssertionError: something beside the region is not as it should be.
+        """
+        return fs
+
     # ------------------------------------------------------------------ every prefix
 
     def prefixes(self, start: int, end: int) -> Result:
         """Look at the points after steps start..end-1; recovery is cut at some of them too."""
         result = Result()
-        replay = Replay(self.before)
+        replay = self.replay(self.before)
         nested = self._nested()
         for number, (piece, _) in enumerate(self.pieces[:end]):
             changed = replay.store(piece)
@@ -552,7 +587,7 @@ class Sweep:
             if not changed:
                 result.figures["same image"] += 1
                 continue
-            where = f"after step {number} of {len(self.pieces)} ({piece[0]:#x}+{len(piece[1])})"
+            where = f"after step {number} of {len(self.pieces)} ({_told(piece)})"
             verdict = self.examine(replay, result, where, number)
             if verdict is not None:
                 result.verdicts.append(verdict)
@@ -576,9 +611,9 @@ class Sweep:
 
     def _cut_recovery(self, replay: Replay, result: Result, where: str, verdict: str) -> None:
         """Stop the mount itself after each of its steps: the verdict must stay the same."""
-        stores = replay.look(lambda region: _mount(region))
-        inner = Replay(bytes(replay.image))
-        steps = [p for s in stores for p in cut(s, whole=not is_metadata(s, self.after, b""))]
+        inner = self.replay(replay.now())
+        stores = replay.steps_of(lambda: replay.mount(Clock(1 << 61)))
+        steps = [step for s in stores for step in self._steps_of_recovery(s)]
         for number, piece in enumerate(steps):
             result.figures["recovery points"] += 1
             if not inner.store(piece):
@@ -592,13 +627,19 @@ class Sweep:
                 break
         inner.close()
 
+    def _steps_of_recovery(self, store: Any) -> Iterator[Any]:
+        if not isinstance(store, Store):
+            return iter([store])
+        whole = self.scenario.whole_stores or not is_metadata(store, self.after, b"")
+        return cut(store, whole=whole)
+
     # ------------------------------------------------------------------ any order between fences
 
     def subsets(self) -> Result:
         """Between two commit words the order is not fixed: try random subsets of the words."""
         result = Result()
         rng = random.Random(f"{self.seed} {self.scenario.name}")
-        replay = Replay(self.before)
+        replay = self.replay(self.before)
         for epoch in self._epochs():
             for _ in range(self.scenario.subsets if len(epoch) > 1 else 0):
                 share = rng.choice((0.1, 0.5, 0.9))
@@ -621,7 +662,7 @@ class Sweep:
     def _epochs(self) -> Iterator[list[Piece]]:
         epoch: list[Piece] = []
         for piece, fence in self.pieces:
-            if fence:
+            if fence or not isinstance(piece, Piece):
                 yield epoch
                 yield [piece]
                 epoch = []
@@ -653,8 +694,8 @@ class Sweep:
             result.failures.append(f"{self.scenario.name}: all is stored, but it has not happened")
 
 
-def _mount(region: Region) -> None:
-    mount_filesystem(region, clock=Clock(1 << 61))
+def _told(step: Any) -> str:
+    return f"{step.offset:#x}+{len(step.data)}" if isinstance(step, Piece) else str(step)
 
 
 def in_parallel(first: Callable[[], Result], second: Callable[[], Result]) -> Result:
