@@ -6,22 +6,27 @@ from functools import partial
 
 import pytest
 
+from pkernfs.dma.mount import mount_filesystem, tables_of
 from pkernfs.errors import (
     ExistsError,
     InvalidError,
     NoSpaceError,
     NoTablePagesError,
     NotFoundError,
+    NotSupportedError,
     PermissionDeniedError,
     PkernfsError,
 )
+from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.fs.names import ROOT_PGTABLES
 from pkernfs.host.bars import Bar
 from pkernfs.iommu.page_pool import Mapping
 from pkernfs.iommu.page_walk import Code
 from pkernfs.layout import IOMMU_INO, PAGE, ROOT_INO
 from pkernfs.quantities import Ino, Iova, PhysAddr, SourceId
+from pkernfs.region.region import Region
 from support.checking import assert_clean
+from support.memory_pool import POOL, MemoryPool
 from support.table_files import (
     BAR,
     GIB,
@@ -49,6 +54,23 @@ def test_a_table_file_is_not_mapped(mapped: Host) -> None:
             PermissionDeniedError,
             partial(mapped.tables.map_file, 0, Iova(0), ino, 0, None, RW),
         )
+
+
+def test_a_file_that_gets_a_segment_is_not_mapped() -> None:
+    """Its memory is not the region's: a device would reach the start of the region instead."""
+    with MemoryPool() as pool, Region.anonymous(32 * MIB, phys_base=PhysAddr(GIB)) as region:
+        make_filesystem(region, pool=POOL)
+        fs = mount_filesystem(region, open_pool=pool.opener())
+        tables = tables_of(fs)
+        dom = fs.create(IOMMU_INO, b"dom-0", 0o100600, 0, 0).ino
+        fs.run(lambda: fs.setattr(dom, size=2 * MIB))
+        ino = fs.create(ROOT_INO, b"guest", 0o100600, 0, 0).ino
+        fs.run(lambda: fs.write(ino, 4 * MIB - PAGE, bytes(PAGE)))
+        fs.fallocate(ino, PUNCH, 0, 4 * MIB)  # it is all hole now
+        for _ in range(2):
+            with pytest.raises(NotSupportedError):
+                fs.run(lambda: tables.map_file(0, Iova(0), ino, 0, None, RW))
+        assert not list(tables.domain(0).mappings(Iova(0), Iova(GIB)))
 
 
 # ---------------------------------------------------------------------- map

@@ -81,6 +81,7 @@ class Domains:
         if self._has_hole(ino, offset, length):
             self._check_overlap(table, iova, ino, offset, length, perm)
             self._fs.fallocate(ino, FALLOC_KEEP_SIZE, offset, length)
+            self._check_file_range(ino, offset, length)  # it may have got a segment just now
         pieces = [Span(at, count) for _low, at, count in self.file_pieces(ino, offset, length)]
         self._map_pieces(number, iova, pieces, perm)
         return length
