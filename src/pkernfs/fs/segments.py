@@ -300,9 +300,18 @@ class Segments:
             row = None
         if row is None:
             row = self._record_new(inode, size)
-        made: Segment = self._result(row, "create", partial(self._pool().create, row))
+        try:
+            made: Segment = self._result(row, "create", partial(self._pool().create, row))
+        except PkernfsError as e:
+            self._refused(e)
+            raise
         self._new[inode.ino] = made
         return made
+
+    def _refused(self, error: PkernfsError) -> None:
+        """Log why there is no memory: the caller learns no more than the errno."""
+        if not isinstance(error, RegionError):  # that is logged by who answers the caller
+            self._refusals.warning(str(error))
 
     def _record_new(self, inode: Inode, size: int) -> Segment:
         pool = self._pool()
@@ -418,7 +427,8 @@ class Segments:
         pool = self._pool()
         try:
             grown: Segment = self._result(row, "grow", partial(pool.resize, row))
-        except PkernfsError:
+        except PkernfsError as e:
+            self._refused(e)
             with self._store:
                 self.table.replace(_cut(row, row.valid))
             raise
