@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Host:
+class Host(NamedTuple):
     """A machine by its files; names are relative to ``root``: ``proc/iomem``."""
 
     root: str = "/"
