@@ -6,6 +6,7 @@ systems    the file systems that are compared: start, stop, count requests
 results    figures, ratios within one round, targets
 workloads  what is measured, interleaved over the systems
 region     what only pkernfs has: mkfs, mount time, memory, extents, zeroing
+plain_paths  what pkernfs exec costs
 report     JSON and Markdown
 floor      an empty pyfuse3 file system (a program of its own)
 """

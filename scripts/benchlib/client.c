@@ -16,6 +16,8 @@
  *     client truncate FILE SIZE
  *     client reuse  OLD NEW SIZE                            unlink OLD, then give NEW its space
  *     client memset FILE|- SIZE THREADS PASSES              - is anonymous memory in huge pages
+ *     client open   FILE COUNT                              open and close
+ *     client fstat  FILE COUNT                              of one descriptor
  *     client latency FILE                                   forced getattr until stdin closes
  */
 #define _GNU_SOURCE
@@ -380,6 +382,28 @@ static void latency_verb(const char *path)
            us[n - 1 - n / 100], us[n - 1]);
 }
 
+static void open_verb(const char *path, uint64_t count)
+{
+    double began = start_clock();
+    for (uint64_t i = 0; i < count; i++) {
+        int fd = open(path, O_RDONLY);
+        if (fd < 0 || close(fd))
+            fail("open", path);
+    }
+    report_ops(count, now() - began);
+}
+
+static void fstat_verb(const char *path, uint64_t count)
+{
+    struct stat st;
+    int fd = open(path, O_RDONLY);
+    double began = start_clock();
+    for (uint64_t i = 0; i < count; i++)
+        if (fstat(fd, &st))
+            fail("fstat", path);
+    report_ops(count, now() - began);
+}
+
 static uint64_t number(char **argv, int at)
 {
     return argv[at] ? strtoull(argv[at], NULL, 10) : 0;
@@ -392,7 +416,8 @@ int main(int argc, char **argv)
         int arguments;
     } verbs[] = {{"create", 3}, {"unlink", 3}, {"mkdir", 3},    {"rmdir", 3}, {"rename", 5},
                  {"stat", 6},   {"list", 2},   {"write", 4},    {"read", 4},  {"pread", 4},
-                 {"touch", 2},  {"reuse", 3},  {"truncate", 2}, {"memset", 4}, {"latency", 1}};
+                 {"touch", 2},  {"reuse", 3},  {"truncate", 2}, {"memset", 4}, {"open", 2},
+                 {"fstat", 2},  {"latency", 1}};
     int found = -1;
     for (unsigned i = 0; argc > 1 && i < sizeof verbs / sizeof *verbs; i++)
         if (!strcmp(argv[1], verbs[i].verb) && argc == verbs[i].arguments + 2)
@@ -424,6 +449,10 @@ int main(int argc, char **argv)
         reuse_verb(path, argv[3], number(argv, 4));
     else if (!strcmp(verb, "memset"))
         memset_verb(path, number(argv, 3), (int)number(argv, 4), (int)number(argv, 5));
+    else if (!strcmp(verb, "open"))
+        open_verb(path, number(argv, 3));
+    else if (!strcmp(verb, "fstat"))
+        fstat_verb(path, number(argv, 3));
     else
         latency_verb(path);
     return 0;

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import platform
 from pathlib import Path
 
 import pytest
@@ -145,7 +144,7 @@ def test_a_second_listener_is_refused() -> None:
 
 
 def test_another_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(os, "uname", lambda: os.uname_result(("Linux", "", "", "", "aarch64")))
     with pytest.raises(NotSupportedError, match="got aarch64"):
         listen(1)
 

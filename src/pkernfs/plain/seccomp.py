@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import os
-import platform
 import struct
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -97,8 +96,8 @@ def listen(supervisor: int) -> Listener:
     :raises BusyError: another supervisor listens to this process already.
     :raises NotSupportedError: this kernel or machine has no seccomp user notification.
     """
-    if platform.machine() != "x86_64":
-        raise NotSupportedError(f"exec: x86_64 only: got {platform.machine()}")
+    if (machine := os.uname().machine) != "x86_64":
+        raise NotSupportedError(f"exec: x86_64 only: got {machine}")
     if not _is_admin():
         lib.pk_no_new_privs()
     lib.pk_let_trace(supervisor)

@@ -15,7 +15,6 @@ import select
 import stat
 import syslog
 import threading
-import traceback
 from collections.abc import Callable
 from typing import Protocol
 
@@ -117,6 +116,8 @@ class Supervisor:
         except OSError:
             return False
         except Exception:  # a bug; its program must not wait for ever
+            import traceback  # takes long, and is for this alone
+
             syslog.syslog(syslog.LOG_ERR, f"pkernfs exec: {traceback.format_exc()}")
             return False
 
