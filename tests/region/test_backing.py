@@ -21,6 +21,7 @@ def test_anonymous_memory_is_known_by_nothing() -> None:
     assert not backing.untouched
     assert backing.known_zero() == []
     assert list(backing.data_ranges(RegionOff(PAGE), RegionOff(BLOCK))) == [(PAGE, BLOCK)]
+    assert backing.has_data(RegionOff(PAGE), RegionOff(BLOCK))
     assert backing.refused(errno.EPERM) == ""
     backing.verify_mapping(lambda: pytest.fail("nothing has to be read"))
     backing.serving(True)

@@ -91,6 +91,8 @@ def test_holes_are_known_to_be_zero(path: str) -> None:
         assert region.known_zero() == [(2, 1)]
         covered = sum(end - start for start, end in region.data_ranges())
         assert 3 * PAGE <= covered <= 3 * BLOCK
+        assert not region.has_data(RegionOff(2 * BLOCK), RegionOff(3 * BLOCK))
+        assert region.has_data(RegionOff(2 * BLOCK), RegionOff(4 * BLOCK))
     with Region.anonymous(BLOCK) as region:
         assert region.known_zero() == []
 
@@ -296,6 +298,7 @@ def test_huge_pages_do_not_tell_holes(path: str, monkeypatch: pytest.MonkeyPatch
     assert backing.real_addresses
     assert backing.known_zero() == [(0, backing.size // BLOCK)]
     assert list(backing.data_ranges(RegionOff(PAGE), RegionOff(BLOCK))) == [(PAGE, BLOCK)]
+    assert backing.has_data(RegionOff(PAGE), RegionOff(BLOCK))
     backing.close()
 
 

@@ -208,7 +208,7 @@ class Segments:
             raise NotSupportedError("the file system was opened without its pool of segments")
         return self.pool
 
-    def read(self, inode: Inode, offset: int, length: int) -> bytes:
+    def read(self, inode: Inode, offset: int, length: int) -> memoryview:
         """``length`` bytes, all before the end of the file; reading gives no memory to holes.
 
         A copy: the owner of a segment may cut it at any moment, and a view of it is a fault then.
@@ -218,11 +218,11 @@ class Segments:
         region = self.memory(inode)
         at = RegionOff(offset)
         data = bytearray(length)
-        if next(region.data_ranges(at, RegionOff(offset + length)), None) is not None:
+        if region.has_data(at, RegionOff(offset + length)):
             region.copy_out(at, data)
         else:
             region.check_there(RegionOff(offset + length))
-        return bytes(data)
+        return memoryview(data)
 
     # ------------------------------------------------------------------ turns at the pool
 

@@ -90,6 +90,10 @@ class Backing:
         """Yield what is no hole between two offsets in bytes."""
         yield RegionRange(first, last)
 
+    def has_data(self, first: RegionOff, last: RegionOff) -> bool:
+        """Tell if there is anything but a hole between two offsets in bytes."""
+        return True
+
     def reserve(self, offset: RegionOff, length: int) -> None:
         """Give memory to what has none, ``length`` bytes from ``offset`` on.
 

@@ -156,6 +156,18 @@ class OpenFileBacking(Backing):
             end = min(stop, last)
             yield RegionRange(start, end)
 
+    def has_data(self, first: RegionOff, last: RegionOff) -> bool:
+        """Tell if there is anything but a hole; so it is, if it cannot be told.
+
+        Where the data ends is not asked: tmpfs looks at each page up to there.
+        """
+        if self.fd is None or self._is_huge:
+            return True
+        try:
+            return os.lseek(self.fd, first, os.SEEK_DATA) < last
+        except OSError as e:
+            return e.errno != errno.ENXIO
+
     def reserve(self, offset: RegionOff, length: int) -> None:
         """Give memory to holes of the file.
 

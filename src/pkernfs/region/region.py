@@ -315,6 +315,10 @@ class Region:
         """
         return self._backing.data_ranges(first, RegionOff(self.size) if last is None else last)
 
+    def has_data(self, first: RegionOff, last: RegionOff) -> bool:
+        """Tell if there is anything but a hole of the file; True, if it cannot be told."""
+        return self._backing.has_data(first, last)
+
     # ------------------------------------------------------------------ reading and storing
 
     def view(self, offset: RegionOff, length: int) -> memoryview:
