@@ -175,10 +175,11 @@ def test_growth_continues_what_is_there(pool: Pool) -> None:
 def test_where_a_full_dax_region_begins(kernel: MadeUpDax, machine: Machine) -> None:
     """The kernel makes no device there that would tell."""
     kernel.foreign(span(G + BASE, 448 * M))
-    for write in (True, False):
-        pool = DaxPool(read_device("dax0.0", machine), write=write, host=machine)
-        assert pool.space() == (512 * M, 0, 0)
-        pool.close()
+    pool = DaxPool(read_device("dax0.0", machine), write=True, host=machine)
+    assert pool.space() == (512 * M, 0, 0)
+    with pytest.raises(NoSpaceError, match="no room for 2M: 0 free"):
+        pool.plan(wanted(2 * M), [])
+    assert pool.capacity() == 448 * M
     assert device_names(machine) == ["dax0.0", "dax0.1"]
 
 
@@ -540,3 +541,20 @@ def test_a_dax_region_that_cannot_be_divided(machine: Machine) -> None:
     add_dax(machine, "dax1.0", (G, 8 * M))
     with pytest.raises(RegionError, match=r"/dev/dax1.0: its dax region cannot be divided"):
         DaxPool(read_device("dax1.0", machine), write=True, host=machine)
+
+
+def test_memory_in_front_of_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base that was made by hand: where the dax region begins, the kernel tells."""
+    machine = make_machine(tmp_path)
+    kernel = MadeUpDax(machine)
+    kernel.install(monkeypatch)
+    for empty_is_there in (True, False):
+        kernel.boot()
+        dax_making.set_size("dax0.0", 0, "x", machine)
+        if not empty_is_there:
+            dax_making.add_piece("dax0.0", span(G + 500 * M, 2 * M), "x", machine)
+        base = kernel.foreign(span(G + 256 * M, BASE))
+        pool = DaxPool(read_device(base, machine), write=True, host=machine)
+        assert pool.plan(wanted(200 * M), []).pieces == (span(G, 200 * M),)
+        assert "dax0.2" not in device_names(machine)
+        pool.close()

@@ -89,8 +89,8 @@ class DaxPool:
     # ------------------------------------------------------------------ free memory
 
     def capacity(self) -> int:
-        """Quick. Return how many bytes the dax region has."""
-        return self._index.total
+        """Return the memory of the dax region without that of the base, in bytes."""
+        return self._index.total - self._base.size
 
     def space(self) -> Space:
         """Return how much memory the dax region has, what no device or plan has, and in one piece.
@@ -111,6 +111,7 @@ class DaxPool:
         :raises NoSpaceError: full, or too fragmented: the message says the largest piece.
         """
         self._index.refresh()
+        self._find_start()
         has = spans.merged(wanted.pieces)
         missing = wanted.length - spans.size_of(has)
         taken = [piece for row in others for piece in row.pieces]
@@ -146,18 +147,22 @@ class DaxPool:
         return spans.gaps(self._whole(), [*taken, *also_taken])
 
     def _whole(self) -> Span:
-        """The memory of the dax region: where it begins, only a device without memory tells."""
-        if self._start is None:
-            empty = next((d.name for d in self._index.all() if not d.size), None)
-            with contextlib.suppress(RegionError):  # no memory is left to be found
-                if empty is not None:
-                    self._start = dax_making.resource(empty, self._host)
-                elif self._write:
-                    self._start = dax_making.first_address(self._region, self.name, self._host)
+        """The memory of the dax region, as far as it is known where that begins."""
         start = self._start
         if start is None:
             start = min(piece.start for device in self._index.all() for piece in device.pieces)
         return Span(start, self._index.total)
+
+    def _find_start(self) -> None:
+        """Learn where the memory of the dax region begins: a device without memory tells."""
+        if self._start is not None:
+            return
+        empty = next((device.name for device in self._index.all() if not device.size), None)
+        if empty is not None:
+            self._start = dax_making.resource(empty, self._host)
+            return
+        with contextlib.suppress(RegionError):  # no memory is left to be found
+            self._start = dax_making.first_address(self._region, self.name, self._host)
 
     # ------------------------------------------------------------------ which device is whose
 

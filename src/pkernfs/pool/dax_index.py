@@ -7,6 +7,7 @@ at that one again first; what another program has changed meanwhile shows in the
 from __future__ import annotations
 
 import contextlib
+import threading
 
 from pkernfs.errors import RegionError
 from pkernfs.host.sysroot import Host
@@ -20,7 +21,7 @@ from pkernfs.region.dax_devices import region_devices
 class DaxIndex:
     """The devices of the dax region whose directory is ``region``.
 
-    Another thread may read it at any time.
+    Several threads may use it: they wait for one another.
     """
 
     def __init__(self, region: str, host: Host) -> None:
@@ -28,6 +29,7 @@ class DaxIndex:
         self._host = host
         #: The memory of the dax region, in bytes.
         self.total = int(host.read(f"{region}/dax_region/size"))
+        self._lock = threading.RLock()
         self._devices: dict[str, Device] | None = None
         self._by_start: dict[PhysAddr, str] = {}
 
@@ -37,12 +39,14 @@ class DaxIndex:
 
     def all(self) -> list[Device]:
         """Return every device."""
-        return list(self._known().values())
+        with self._lock:
+            return list(self._known().values())
 
     def at(self, start: PhysAddr) -> Device | None:
         """Return the device whose first byte has an address."""
-        devices = self._known()
-        found = devices.get(self._by_start.get(start, ""))
+        with self._lock:
+            devices = self._known()
+            found = devices.get(self._by_start.get(start, ""))
         return found if found and found.pieces and found.pieces[0].start == start else None
 
     def look(self, name: str) -> Device | None:
@@ -57,29 +61,34 @@ class DaxIndex:
 
     def put(self, device: Device) -> None:
         """Remember a device as it is now."""
-        self._known()[device.name] = device
-        if device.pieces:
-            self._by_start[device.pieces[0].start] = device.name
+        with self._lock:
+            self._known()[device.name] = device
+            if device.pieces:
+                self._by_start[device.pieces[0].start] = device.name
 
     def drop(self, name: str) -> None:
         """Remember that a device has gone."""
-        self._known().pop(name, None)
+        with self._lock:
+            self._known().pop(name, None)
 
     def forget(self) -> None:
         """Look at all devices again when they are next asked for."""
-        self._devices = None
+        with self._lock:
+            self._devices = None
 
     def refresh(self) -> None:
         """Forget all if another program has made, changed or deleted devices.
 
         Not seen: one that has moved as much memory as it had, which takes it two changes.
         """
+        known = self.all()
         names = set(filter(dax.is_name, self._host.list(self._region)))
-        used = sum(size_of(device.pieces) for device in self.all())
-        if names != set(self._known()) or used + self.available() != self.total:
+        used = sum(size_of(device.pieces) for device in known)
+        if names != {device.name for device in known} or used + self.available() != self.total:
             self.forget()
 
     def _known(self) -> dict[str, Device]:
+        """The devices by their names; the caller has the lock."""
         devices = self._devices
         if devices is None:
             found = region_devices(self._region, self._host)

@@ -39,7 +39,7 @@ def _open_beside_device(path: str, *, write: bool) -> Pool:
             f"{path or 'anonymous memory'}: its segments are not here: they are beside a region "
             "that is a dax device"
         )
-    return DaxPool(read_device(name, HOST), write=write)
+    return DaxPool(read_device(name, HOST), write=write, host=HOST)
 
 
 def _directory_of(place: Place | None) -> str:
