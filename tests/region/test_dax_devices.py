@@ -12,7 +12,7 @@ from pkernfs.host.iomem import Span
 from pkernfs.quantities import PhysAddr
 from pkernfs.region import locks
 from pkernfs.region.dax import device_names, read_device
-from pkernfs.region.dax_devices import free_memory, rebuild, region_devices, regions
+from pkernfs.region.dax_devices import free_memory, rebuild, region_devices, regions, users
 from support.made_up_dax import REGION, G, M, MadeUpDax
 from support.made_up_host import Machine, add_dax, make_machine
 
@@ -90,3 +90,11 @@ def test_memory_of_no_device(kernel: MadeUpDax, machine: Machine) -> None:
         assert found is not None
         assert (found.name, found.size) == ("dax0.0", 504 * M)
     assert read_device("dax0.0", machine).size == 0
+
+
+def test_who_uses_a_device(kernel: MadeUpDax, machine: Machine) -> None:
+    kernel.hold(1234, "dax0.0")
+    assert users("dax0.0", machine) == ["qemu (1234)"]
+    kernel.end(1234)
+    assert users("dax0.0", machine) == []
+    assert users("dax0.9", machine) == []  # no such device

@@ -9,8 +9,17 @@ from pathlib import Path
 import pytest
 
 from pkernfs.errors import RegionError
+from pkernfs.host.holders import Target
 from pkernfs.region import dax_node
-from pkernfs.region.dax_node import Access, closed, read_access, read_label, set_access, set_label
+from pkernfs.region.dax_node import (
+    Access,
+    closed,
+    read_access,
+    read_label,
+    set_access,
+    set_label,
+    target,
+)
 from support.made_up_host import Machine, add_dax, make_machine
 
 NAME = "dax0.1"
@@ -70,6 +79,13 @@ def test_another_file_in_its_place(tmp_path: Path) -> None:
     Path(machine.path(f"dev/{NAME}")).symlink_to("/dev/null")
     with pytest.raises(RegionError, match="not the node"):
         read_access(NAME, machine)
+
+
+def test_what_to_look_for(machine: Machine) -> None:
+    found = os.stat(machine.path(f"dev/{NAME}"))
+    assert target(NAME, machine) == Target(found.st_dev, found.st_ino, NAME)
+    with pytest.raises(RegionError, match=r"dev/dax0.9: No such file or directory"):
+        target("dax0.9", machine)
 
 
 def test_the_number_of_a_node() -> None:

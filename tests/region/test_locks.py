@@ -120,6 +120,41 @@ def test_a_contender_waits_a_moment_for_one_that_serves(
     process.stdout.close()
 
 
+@pytest.mark.usefixtures("impatient")
+def test_locks_that_come_and_go(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One descriptor has them all; a part of what it took may be let go."""
+    first, second = Span(G, 4 * M), Span(PhysAddr(G + 4 * M), 4 * M)
+
+    def is_free(span: Span) -> bool:
+        try:
+            held = locks.lock_physical("theirs", [span], host, exclusive=True)
+        except LockedError:
+            return False
+        os.close(held.fd)
+        return True
+
+    ours = locks.PhysicalLocks("ours", host, exclusive=True)
+    ours.take([first, second])
+    ours.take([first])  # again
+    assert not is_free(Span(G, 2 * M))
+    ours.let_go([first])
+    assert is_free(first)
+    assert not is_free(second)
+    ours.take([first])
+    ours.close()
+    ours.close()
+    assert is_free(first)
+    monkeypatch.setattr(locks, "_CLOSING_WAIT_SECONDS", 0.0)
+    readers = [locks.PhysicalLocks(who, host, exclusive=False) for who in "ab"]
+    for each in readers:
+        each.take([first])
+    with pytest.raises(LockedError, match="in use"):
+        locks.PhysicalLocks("writer", host, exclusive=True).take([second, first])
+    assert is_free(second)  # it got none of them
+    for each in readers:
+        each.close()
+
+
 def test_where_the_locks_are(host: Host) -> None:
     attempt(host, Span(G, G))
     directory = Path(host.path("run/pkernfs"))

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 from pkernfs.errors import BusyError, NoSpaceError, PkernfsError, RegionError
 from pkernfs.host.cmdline import format_number
-from pkernfs.host.holders import Target, look
+from pkernfs.host.holders import look
 from pkernfs.host.iomem import Span, overlap
 from pkernfs.host.sysroot import HOST, Host
 from pkernfs.layout import BLOCK, MAX_SEGMENT_PIECES, POOL_DAX
@@ -457,9 +457,9 @@ class DaxPool:
 
     def _holders(self, row: Segment, device: Device) -> list[Holder]:
         """Those of its node, and of the file of a mount by which it is reached."""
-        node = os.stat(dax_node.path_of(device.name, self._host))
         passed = self.passed(row)
-        targets = [Target.of(node, device.name), *([] if passed is None else [passed])]
+        node = dax_node.target(device.name, self._host)
+        targets = [node] if passed is None else [node, passed]
         seen = look(targets, self._host)
         if not seen.found and seen.hidden:
             return [Holder(0, f"one of the processes that let nobody look ({seen.hidden})", _MAY)]

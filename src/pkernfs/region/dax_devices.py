@@ -11,9 +11,10 @@ import os
 from collections.abc import Iterator
 
 from pkernfs.errors import BusyError, RegionError
-from pkernfs.host.holders import Target, look
+from pkernfs.host.holders import look
 from pkernfs.host.iomem import Span, overlap
 from pkernfs.host.sysroot import Host
+from pkernfs.region import dax_node
 from pkernfs.region.dax import (
     DEVICES,
     DRIVER,
@@ -126,8 +127,8 @@ def unused(device: Device, why: str, host: Host) -> Iterator[None]:
 def users(name: str, host: Host) -> list[str]:
     """Return the other processes that have a device open or mapped, each as ``COMMAND (PID)``."""
     try:
-        target = Target.of(os.stat(host.path(f"dev/{name}")), name)
-    except OSError:  # no node, no user
+        target = dax_node.target(name, host)
+    except RegionError:  # no node, no user
         return []
     return [f"{one.command} ({one.pid})" for one in look([target], host).found]
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from pkernfs.errors import RegionError
+from pkernfs.host.holders import Target
 from pkernfs.host.sysroot import Host
 from pkernfs.region.dax import DEVICES
 
@@ -51,6 +52,18 @@ def read_access(name: str, host: Host) -> Access:
     if not _is_of(found, host.find(f"{DEVICES}/{name}/dev")):
         raise RegionError(f"{path}: it is not the node of that device", errno.ENODEV)
     return Access(found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode))
+
+
+def target(name: str, host: Host) -> Target:
+    """Return what :func:`pkernfs.host.holders.look` looks for to find who has a device.
+
+    :raises RegionError: there is no node.
+    """
+    path = path_of(name, host)
+    try:
+        return Target.of(os.stat(path), name)
+    except OSError as e:
+        raise RegionError(f"{path}: {e.strerror}", e.errno or errno.EIO) from e
 
 
 def _is_of(found: os.stat_result, number: str | None) -> bool:
