@@ -386,7 +386,7 @@ class Turn:
 
     def kill(self) -> None:
         """The daemon ends here, and does nothing more."""
-        self._fs.segments._turns._end = lambda changed: None
+        self._fs.segments.turns._end = lambda changed: None
 
 
 def waits(operation: Callable[[], object]) -> bool:
@@ -606,7 +606,7 @@ def test_preallocated_memory_stays_with_the_same_size(fs: FileSystem, pool: Memo
 
 
 def test_more_segments_than_are_mapped(fs: FileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pkernfs.fs.segments._MOST_MAPPED", 2)
+    monkeypatch.setattr("pkernfs.fs.segment_memory._MOST_MAPPED", 2)
     inos = [make(fs, 2 * MIB, b"%d" % i) for i in range(4)]
     for _ in range(2):
         for i, ino in enumerate(inos):

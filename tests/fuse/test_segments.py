@@ -88,6 +88,11 @@ def punch(path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [cut, empty, punch])
+def hold(path: Path) -> None:
+    os.open(path, os.O_RDONLY)
+    signal_pause()
+
+
 def test_what_is_held_is_not_taken_away(
     mounted: MountedPool, change: Callable[[Path], None]
 ) -> None:
@@ -102,7 +107,7 @@ def test_what_is_held_is_not_taken_away(
         assert client.load(3 * MIB, 4) == b"mine"
     with Mapper(native, SIZE) as client, pytest.raises(OSError, match=os.strerror(errno.EBUSY)):
         change(path)
-    with child(lambda: (os.open(native, os.O_RDONLY), signal_pause())) as pid:
+    with child(lambda: hold(native)) as pid:
         wait_until(lambda: str(native) in links_of(pid), "the child has it open")
         with pytest.raises(OSError, match=os.strerror(errno.EBUSY)):
             change(path)

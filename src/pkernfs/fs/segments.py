@@ -1,4 +1,4 @@
-"""Segments of files: who gets one, how it grows and goes, and its bytes (docs/format.md, 12).
+"""Changes of the segments of files: who gets one, how it grows and goes (docs/format.md, 12).
 
 A pool makes the memory, which may take long: an operation that needs it raises
 :class:`~pkernfs.errors.WorkNeeded`, and gets a turn (:mod:`pkernfs.fs.pool_turns`). Each
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,13 +19,11 @@ from pkernfs.errors import (
     BusyError,
     CorruptionError,
     NoSpaceError,
-    NotSupportedError,
     PkernfsError,
     RegionError,
 )
 from pkernfs.fs.extents import LAST_PAGE, ExtentMap
-from pkernfs.fs.pool_turns import PoolTurns
-from pkernfs.fs.segment_table import SegmentTable
+from pkernfs.fs.segment_memory import SegmentMemory
 from pkernfs.host.iomem import Span
 from pkernfs.journal import TransactionTooLarge
 from pkernfs.layout import (
@@ -56,7 +53,6 @@ log = logging.getLogger(__name__)
 
 #: A file gets a segment when truncate or fallocate first gives it that much, in bytes.
 LEAST_BYTES = BLOCK
-_MOST_MAPPED = 64
 _NEVER = INODE_FLAG_SEGMENT | INODE_FLAG_SEGMENT_OFF | INODE_FLAG_TABLE
 
 T = TypeVar("T")
@@ -69,7 +65,7 @@ class Reaped(NamedTuple):
     reasons: dict[SegmentNo, str]
 
 
-class Segments:
+class Segments(SegmentMemory):
     """The segments of one file system; ``pool`` is None if it has none.
 
     :param wanted: files get segments by themselves.
@@ -78,19 +74,10 @@ class Segments:
     def __init__(
         self, state: Super, extents: ExtentMap, pool: Pool | None, *, wanted: bool = True
     ) -> None:
-        self._super = state
+        super().__init__(state, pool)
         self._extents = extents
         self._store = state.store
-        self._inodes = state.inodes
-        self.pool = pool
         self.wanted = wanted
-        self.table = SegmentTable(state.store, state.pages)
-        #: Why a segment cannot be used, by number.
-        self.lost: dict[SegmentNo, str] = {}
-        self._mapped: OrderedDict[SegmentNo, Region] = OrderedDict()
-        self._turns = PoolTurns(self.settle)
-        #: Gives an operation its turn at the pool.
-        self.turn = self._turns.turn
         self._new: dict[Ino, Segment] = {}  # recorded, and not yet a file's
         self._refusals = RateLimit(log)
         #: Files that get none by themselves now, as :mod:`pkernfs.fs.conversion` sees to them.
@@ -99,21 +86,6 @@ class Segments:
         self.died: Callable[[], object] = lambda: None
 
     # ------------------------------------------------------------------ which file has one
-
-    def of(self, inode: Inode) -> Segment:
-        """The segment of a file that has one.
-
-        :raises CorruptionError: the table does not know it.
-        """
-        row = self.table.rows.get(SegmentNo(inode.body))
-        if row is None or row.ino != inode.ino or row.state != SEGMENT_IN_USE:
-            raise CorruptionError(f"inode {inode.ino}: no such segment: got {inode.body}")
-        return row
-
-    def find(self, ino: Ino) -> Segment | None:
-        """The segment of a file; None if it has none."""
-        inode = self._inodes.get(ino)
-        return self.of(inode) if inode.flags & INODE_FLAG_SEGMENT else None
 
     def is_wanted(self, inode: Inode, size: int) -> bool:
         """Tell if a file that is given its first ``size`` bytes gets a segment: it holds them all.
@@ -133,102 +105,11 @@ class Segments:
             and inode.data_pages * PAGE < LEAST_BYTES
         )
 
-    # ------------------------------------------------------------------ the bytes
-
-    def memory(self, inode: Inode) -> Region:
-        """The mapped segment of a file; good until the next operation.
-
-        :raises RegionError: it is lost: why.
-        :raises WorkNeeded: the pool is changing it.
-        """
-        row = self.of(inode)
-        region = self._mapped.get(row.number)
-        if region is not None:
-            self._mapped.move_to_end(row.number)
-            return region
-        self._check_there(row)
-        self._turns.check_unchanging(row.number)
-        region = self._pool().open(row, write=self._super.region.writable)
-        self._mapped[row.number] = region
-        if len(self._mapped) > _MOST_MAPPED:
-            self._mapped.popitem(last=False)[1].close()
-        return region
-
-    def check_unchanging(self, ino: Ino) -> None:
-        """:raises WorkNeeded: the pool is changing the segment of a file: that has to end first."""
-        inode = self._inodes.get(ino)
-        if inode.flags & INODE_FLAG_SEGMENT:
-            self._turns.check_unchanging(SegmentNo(inode.body))
-
-    def descriptor(self, ino: Ino) -> int | None:
-        """The descriptor of a file's segment, until the next operation; None: it has none.
-
-        :raises RegionError: it is lost.
-        """
-        inode = self._inodes.get(ino)
-        return self.memory(inode).descriptor if inode.flags & INODE_FLAG_SEGMENT else None
-
-    @contextmanager
-    def own_mapping(self, ino: Ino) -> Iterator[Region]:
-        """The memory of a file for another thread: a mapping of its own, or the region.
-
-        :raises RegionError: the segment is lost.
-        """
-        row = self.find(ino)
-        if row is None:
-            yield self._super.region
-            return
-        with self._pool().open(row, write=False) as memory:
-            yield memory
-
-    def open(self, row: Segment, *, write: bool) -> Region:
-        """Map a segment for another thread, or one that no file has.
-
-        :raises RegionError: it is not there, or not what it was.
-        """
-        return self._pool().open(row, write=write)
-
-    def _check_there(self, row: Segment) -> None:
-        """:raises RegionError: a segment is lost: why."""
-        if reason := self.lost.get(row.number):
-            raise RegionError(reason, errno.EIO)
-
-    def is_lost(self, inode: Inode) -> bool:
-        """Tell if a file has a segment whose memory is not there."""
-        return bool(inode.flags & INODE_FLAG_SEGMENT) and SegmentNo(inode.body) in self.lost
-
-    def _unmap(self, number: SegmentNo) -> None:
-        """Let the daemon hold a segment no longer."""
-        region = self._mapped.pop(number, None)
-        if region is not None:
-            region.close()
-
-    def _pool(self) -> Pool:
-        if self.pool is None:
-            raise NotSupportedError("the file system was opened without its pool of segments")
-        return self.pool
-
-    def read(self, inode: Inode, offset: int, length: int) -> memoryview:
-        """``length`` bytes, all before the end of the file; reading gives no memory to holes.
-
-        A copy: the owner of a segment may cut it at any moment, and a view of it is a fault then.
-
-        :raises RegionError: the segment is lost, or was cut.
-        """
-        region = self.memory(inode)
-        at = RegionOff(offset)
-        data = bytearray(length)
-        if region.has_data(at, RegionOff(offset + length)):
-            region.copy_out(at, data)
-        else:
-            region.check_there(RegionOff(offset + length))
-        return memoryview(data)
-
     # ------------------------------------------------------------------ turns at the pool
 
     def run(self, operation: Callable[[], T]) -> T:
         """Carry out an operation for a caller without an event loop: does what it needs."""
-        return self._turns.run(partial(self._super.run, operation))
+        return self.turns.run(partial(self._super.run, operation))
 
     def aside(self, ino: Ino, step: str, work: Callable[[], Any]) -> Any:
         """Have ``work`` for a file done aside; what it returned, when called again after that.
@@ -236,7 +117,7 @@ class Segments:
         :raises WorkNeeded: it is not done yet.
         :raises PkernfsError: what ``work`` failed with.
         """
-        return self._turns.result((step, ino), work)
+        return self.turns.result((step, ino), work)
 
     def _result(self, row: Segment, step: str, work: Callable[[], Any]) -> Any:
         """What ``work`` on a segment returned; nobody has it mapped here while it is done.
@@ -244,9 +125,9 @@ class Segments:
         :raises WorkNeeded: it is not done yet.
         """
         key = (step, row)
-        if not self._turns.is_done(key):  # so it is given up for now, and with it what it maps
-            self._unmap(row.number)
-        return self._turns.result(key, work, row.number)
+        if not self.turns.is_done(key):  # so it is given up for now, and with it what it maps
+            self.unmap(row.number)
+        return self.turns.result(key, work, row.number)
 
     def settle(self, changed: Iterable[SegmentNo] = ()) -> None:
         """End what an operation has left undone that was given up, as far as that is possible now.
@@ -301,7 +182,7 @@ class Segments:
         if row is None:
             row = self._record_new(inode, size)
         try:
-            made: Segment = self._result(row, "create", partial(self._pool().create, row))
+            made: Segment = self._result(row, "create", partial(self.need_pool().create, row))
         except PkernfsError as e:
             self._refused(e)
             raise
@@ -314,7 +195,7 @@ class Segments:
             self._refusals.warning(str(error))
 
     def _record_new(self, inode: Inode, size: int) -> Segment:
-        pool = self._pool()
+        pool = self.need_pool()
         length = -(-size // pool.granule) * pool.granule
         planned = self._plan(Segment(self.table.new_number(), inode.ino, pool.kind, length))
         row = planned._replace(number=self.table.new_number())
@@ -327,7 +208,7 @@ class Segments:
     def _hand_over(self, inode: Inode, made: Segment) -> None:
         """Copy what the file has, and let it have the segment instead."""
         if inode.data_pages:
-            with self._pool().open(made, write=True) as target:
+            with self.need_pool().open(made, write=True) as target:
                 self._copy(inode, target)
         with self._store:
             self.become(inode, made)
@@ -372,7 +253,7 @@ class Segments:
         :raises NoSpaceError: there is none.
         :raises RegionError: it cannot be told what is free.
         """
-        pool = self._pool()
+        pool = self.need_pool()
         if self.table.damaged:
             raise RegionError(f"{self.table.damaged[0]}: run fsck.pkernfs", errno.EUCLEAN)
         others = [row for row in self.table.rows.values() if row.number != wanted.number]
@@ -391,7 +272,7 @@ class Segments:
                 except NoSpaceError as still:
                     return None, still, reaped
 
-        planned, error, reaped = self._turns.result(("plan", wanted), plan)
+        planned, error, reaped = self.turns.result(("plan", wanted), plan)
         self.reaped(reaped)
         if planned is None:
             assert error is not None
@@ -409,14 +290,14 @@ class Segments:
         :raises BusyError: somebody has it, and this kind of segment cannot grow meanwhile.
         """
         row = self.of(inode)
-        self._check_there(row)
+        self.check_there(row)
         if size <= row.valid:
             return
         if row.valid < row.length:  # it grows already: this is a second call
             row = self._finish_growth(inode, row)
         if size <= row.valid:
             return
-        granule = self._pool().granule
+        granule = self.need_pool().granule
         planned = self._plan(row._replace(length=-(-size // granule) * granule))
         with self._store:
             self.table.replace(planned._replace(valid=row.length))
@@ -424,7 +305,7 @@ class Segments:
         self._finish_growth(inode, self.of(inode))
 
     def _finish_growth(self, inode: Inode, row: Segment) -> Segment:
-        pool = self._pool()
+        pool = self.need_pool()
         try:
             grown: Segment = self._result(row, "grow", partial(pool.resize, row))
         except PkernfsError as e:
@@ -451,9 +332,9 @@ class Segments:
         row = self.of(inode)
         if row.number in self.lost and not size:
             return
-        self._check_there(row)
+        self.check_there(row)
         try:
-            self._result(row, "unused", partial(self._pool().check_unused, row))
+            self._result(row, "unused", partial(self.need_pool().check_unused, row))
         except BusyError as e:
             self._refusals.warning(f"inode {inode.ino}: {e}")
             raise
@@ -464,7 +345,7 @@ class Segments:
             self.drop(inode)
             return
         row = self.of(inode)
-        granule = self._pool().granule
+        granule = self.need_pool().granule
         row = _cut(row, min(-(-size // granule) * granule, row.valid))
         self.table.replace(row)
         inode.data_pages = row.valid // PAGE
@@ -474,8 +355,8 @@ class Segments:
 
         :raises RegionError: the segment is lost.
         """
-        row, pool = self.of(inode), self._pool()
-        self._check_there(row)
+        row, pool = self.of(inode), self.need_pool()
+        self.check_there(row)
         was_cut = inode.pending_end == PENDING_TO_END
         start, end = inode.pending_start, min(inode.pending_end, row.valid)
 
@@ -499,7 +380,7 @@ class Segments:
         inode.flags &= ~INODE_FLAG_SEGMENT
         inode.body = NO_PAGE
         inode.data_pages = 0
-        self._store.on_commit += [partial(self._unmap, row.number), lambda: self.died()]
+        self._store.on_commit += [partial(self.unmap, row.number), lambda: self.died()]
 
     def _dead(self) -> list[Segment]:
         return [row for row in self.table.rows.values() if row.state == SEGMENT_DEAD]
@@ -535,12 +416,12 @@ class Segments:
         """
         row = self.of(inode)
         usable = self.pool is not None and row.number not in self.lost
-        if usable and not self._turns.is_changing(row.number):
-            self._pool().set_owner(row, owner or _owner_of(inode))
+        if usable and not self.turns.is_changing(row.number):
+            self.need_pool().set_owner(row, owner or _owner_of(inode))
 
     def lock_out(self, inode: Inode) -> None:
         """Let nobody but root open the segment of a file, until :meth:`set_owner`."""
-        self._pool().set_owner(self.of(inode), Owner(0, 0, 0o600))
+        self.need_pool().set_owner(self.of(inode), Owner(0, 0, 0o600))
 
     # ------------------------------------------------------------------ at a mount
 
@@ -601,7 +482,7 @@ class Segments:
     def close(self) -> None:
         """Unmap everything, and let go of the pool."""
         for number in list(self._mapped):
-            self._unmap(number)
+            self.unmap(number)
         if self.pool is not None:
             self.pool.close()
 

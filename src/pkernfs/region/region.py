@@ -58,6 +58,10 @@ class Region:
         self.page_bytes = backing.page_bytes
         #: The open file or device, until :meth:`close`; None for anonymous memory.
         self.descriptor = backing.fd
+        #: The bytes are cached for a disk, so that fsync has something to do.
+        self.needs_sync = backing.needs_sync
+        #: Views may be handed to the kernel; else only copies (EFAULT).
+        self.has_pages = backing.has_pages
         self._backing = backing
         error = ffi.new("int *")
         self._base = lib.pk_map(
@@ -139,16 +143,6 @@ class Region:
         self.close()
 
     # ------------------------------------------------------------------ what kind of memory
-
-    @property
-    def needs_sync(self) -> bool:
-        """The bytes are cached for a disk, so that fsync has something to do."""
-        return self._backing.needs_sync
-
-    @property
-    def has_pages(self) -> bool:
-        """Views may be handed to the kernel; else only copies (EFAULT)."""
-        return self._backing.has_pages
 
     def sync(self) -> None:
         """Write the region back to its disk, if it has one.

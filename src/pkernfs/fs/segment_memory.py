@@ -1,0 +1,157 @@
+"""The segments that files have, and their bytes: mapped when they are asked for, and read."""
+
+from __future__ import annotations
+
+import errno
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from pkernfs.errors import CorruptionError, NotSupportedError, RegionError
+from pkernfs.fs.pool_turns import PoolTurns
+from pkernfs.fs.segment_table import SegmentTable
+from pkernfs.layout import INODE_FLAG_SEGMENT, SEGMENT_IN_USE
+from pkernfs.pool.pool import Pool, Segment
+from pkernfs.quantities import Ino, RegionOff, SegmentNo
+
+if TYPE_CHECKING:
+    from pkernfs.fs.inodes import Inode
+    from pkernfs.fs.super import Super
+    from pkernfs.region.region import Region
+
+_MOST_MAPPED = 64
+
+
+class SegmentMemory:
+    """The segments of files as they are; :class:`pkernfs.fs.segments.Segments` changes them.
+
+    ``pool`` is None for a file system that has none.
+    """
+
+    def __init__(self, state: Super, pool: Pool | None) -> None:
+        self._super = state
+        self._inodes = state.inodes
+        self.pool = pool
+        self.table = SegmentTable(state.store, state.pages)
+        #: Why a segment cannot be used, by number.
+        self.lost: dict[SegmentNo, str] = {}
+        self._mapped: OrderedDict[SegmentNo, Region] = OrderedDict()
+        self.turns = PoolTurns(self.settle)
+        #: Gives an operation its turn at the pool.
+        self.turn = self.turns.turn
+
+    def settle(self, changed: Iterable[SegmentNo] = ()) -> None:
+        """A turn begins or ends: see to what was left undone.
+
+        :param changed: the segments that the pool has changed.
+        """
+
+    # ------------------------------------------------------------------ which file has one
+
+    def of(self, inode: Inode) -> Segment:
+        """The segment of a file that has one.
+
+        :raises CorruptionError: the table does not know it.
+        """
+        row = self.table.rows.get(SegmentNo(inode.body))
+        if row is None or row.ino != inode.ino or row.state != SEGMENT_IN_USE:
+            raise CorruptionError(f"inode {inode.ino}: no such segment: got {inode.body}")
+        return row
+
+    def find(self, ino: Ino) -> Segment | None:
+        """The segment of a file; None if it has none."""
+        inode = self._inodes.get(ino)
+        return self.of(inode) if inode.flags & INODE_FLAG_SEGMENT else None
+
+    # ------------------------------------------------------------------ the bytes
+
+    def memory(self, inode: Inode) -> Region:
+        """The mapped segment of a file; good until the next operation.
+
+        :raises RegionError: it is lost: why.
+        :raises WorkNeeded: the pool is changing it.
+        """
+        row = self.of(inode)
+        region = self._mapped.get(row.number)
+        if region is not None:
+            self._mapped.move_to_end(row.number)
+            return region
+        self.check_there(row)
+        self.turns.check_unchanging(row.number)
+        region = self.need_pool().open(row, write=self._super.region.writable)
+        self._mapped[row.number] = region
+        if len(self._mapped) > _MOST_MAPPED:
+            self._mapped.popitem(last=False)[1].close()
+        return region
+
+    def check_unchanging(self, ino: Ino) -> None:
+        """:raises WorkNeeded: the pool is changing the segment of a file: that has to end first."""
+        inode = self._inodes.get(ino)
+        if inode.flags & INODE_FLAG_SEGMENT:
+            self.turns.check_unchanging(SegmentNo(inode.body))
+
+    def descriptor(self, ino: Ino) -> int | None:
+        """The descriptor of a file's segment, until the next operation; None: it has none.
+
+        :raises RegionError: it is lost.
+        """
+        inode = self._inodes.get(ino)
+        return self.memory(inode).descriptor if inode.flags & INODE_FLAG_SEGMENT else None
+
+    @contextmanager
+    def own_mapping(self, ino: Ino) -> Iterator[Region]:
+        """The memory of a file for another thread: a mapping of its own, or the region.
+
+        :raises RegionError: the segment is lost.
+        """
+        row = self.find(ino)
+        if row is None:
+            yield self._super.region
+            return
+        with self.need_pool().open(row, write=False) as memory:
+            yield memory
+
+    def open(self, row: Segment, *, write: bool) -> Region:
+        """Map a segment for another thread, or one that no file has.
+
+        :raises RegionError: it is not there, or not what it was.
+        """
+        return self.need_pool().open(row, write=write)
+
+    def check_there(self, row: Segment) -> None:
+        """:raises RegionError: a segment is lost: why."""
+        if reason := self.lost.get(row.number):
+            raise RegionError(reason, errno.EIO)
+
+    def is_lost(self, inode: Inode) -> bool:
+        """Tell if a file has a segment whose memory is not there."""
+        return bool(inode.flags & INODE_FLAG_SEGMENT) and SegmentNo(inode.body) in self.lost
+
+    def unmap(self, number: SegmentNo) -> None:
+        """Let the daemon hold a segment no longer."""
+        region = self._mapped.pop(number, None)
+        if region is not None:
+            region.close()
+
+    def need_pool(self) -> Pool:
+        """:raises NotSupportedError: the file system was opened without its pool."""
+        if self.pool is None:
+            raise NotSupportedError("the file system was opened without its pool of segments")
+        return self.pool
+
+    def read(self, inode: Inode, offset: int, length: int) -> memoryview:
+        """``length`` bytes, all before the end of the file; reading gives no memory to holes.
+
+        A copy: the owner of a segment may cut it at any moment, and a view of it is a fault then.
+
+        :raises RegionError: the segment is lost, or was cut.
+        """
+        region = self.memory(inode)
+        at = RegionOff(offset)
+        data = bytearray(length)
+        if region.has_data(at, RegionOff(offset + length)):
+            region.copy_out(at, data)
+        else:
+            region.check_there(RegionOff(offset + length))
+        return memoryview(data)
