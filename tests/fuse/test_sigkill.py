@@ -1,4 +1,4 @@
-"""SIGKILL at random moments: of a daemon under load, of mkfs, of fsck.
+"""SIGKILL at random moments: of a daemon under load, of who maps its files, of mkfs, of fsck.
 
 Clients log each operation before and after it; the checker applies the log to a model. Whatever
 was acknowledged must be there: operations on names and attributes and writes when they return,
@@ -20,9 +20,11 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,9 @@ from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import CorruptionError, FormatError
 from pkernfs.fs import fsck
 from pkernfs.fs.filesystem import FileSystem
+from pkernfs.host.sysroot import HOST
 from pkernfs.layout import FIRST_MAP_PAGE, PAGE, ROOT_INO, STATE_PAGE
+from pkernfs.plain.launch import NAME
 from pkernfs.quantities import RegionOff
 from pkernfs.region.region import Region
 from support.crash import (
@@ -46,7 +50,8 @@ from support.crash import (
     snapshot,
     walk,
 )
-from support.mounting import MIB, Mounted, libc
+from support.mounted_pool import MountedPool
+from support.mounting import MIB, Mounted, libc, wait_until
 
 SEED = int(os.environ.get("PKERNFS_SEED") or random.randrange(1 << 32))
 KILLS = int(os.environ.get("PKERNFS_KILLS") or 100)
@@ -479,8 +484,17 @@ class Checker:
 # ---------------------------------------------------------------------- the tests
 
 
-def kill_round(mounted: Mounted, checker: Checker, rng: random.Random, round_: int) -> None:
-    """Load, SIGKILL at a random moment, and the dead mount taken away."""
+def kill_round(
+    mounted: Mounted,
+    checker: Checker,
+    rng: random.Random,
+    round_: int,
+    others: Sequence[Callable[[], object]] = (),
+) -> None:
+    """Load, SIGKILL at a random moment, and the dead mount taken away.
+
+    ``others`` kill what else is to be killed; the order is a random one.
+    """
     context = multiprocessing.get_context("fork")
     clients = []
     for number, model in enumerate(checker.models):
@@ -500,7 +514,10 @@ def kill_round(mounted: Mounted, checker: Checker, rng: random.Random, round_: i
     for client in clients:
         client.start()
     time.sleep(rng.uniform(0.01, 0.4))  # the moment of the kill
-    mounted.kill()
+    kills = [mounted.kill, *others]
+    rng.shuffle(kills)
+    for kill in kills:
+        kill()
     for client in clients:
         client.join(20)
         if client.is_alive():
@@ -517,9 +534,14 @@ def check_region(mounted: Mounted, checker: Checker, *, clean: bool) -> None:
         checker.check(lambda number: by_core(fs, number))
         check_structure(region)
         check_zero_blocks(region)
+        rows = fs.segments.table.rows
         if clean:
             fs.unmount()
             check_structure(region)
+        else:
+            fs.segments.close()
+    if isinstance(mounted, MountedPool):
+        assert {f"segment-{n}" for n in rows} == {path.name for path in mounted.segments()}
 
 
 @pytest.mark.slow("daemons are killed for half a minute")
@@ -544,6 +566,141 @@ def test_daemon_killed_under_load(options: str, figures: Counter[str]) -> None:
             mounted.start()
             if not round_ % 2:
                 checker.check(lambda number: by_mount(mounted.path / f"c{number}"))
+        mounted.unmount()
+        check_region(mounted, checker, clean=True)
+
+
+# ---------------------------------------------------------------------- segments
+
+GUEST_BYTES = 4 * MIB
+#: Counts in the first bytes of a file that it maps by name, and logs each number after that.
+GUEST = """
+import mmap, os, sys, time
+path, log = sys.argv[1:]
+out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+def mapped():
+    fd = os.open(path, os.O_RDWR)
+    try:
+        return mmap.mmap(fd, os.fstat(fd).st_size)
+    finally:
+        os.close(fd)
+kept = mapped()
+n = int.from_bytes(kept[:8], "little")
+while True:
+    n += 1
+    kept[:8] = n.to_bytes(8, "little")
+    os.write(out, b"%d\\n" % n)
+    if n % 20 == 0:
+        try:
+            mapped().close()
+        except OSError:  # the daemon is gone, or the file
+            pass
+    time.sleep(0.0005)
+"""
+
+
+class Guest:
+    """A program below `pkernfs exec` that has the memory of a file, as a VMM does."""
+
+    def __init__(self, mounted: MountedPool, figures: Counter[str]) -> None:
+        self._mounted = mounted
+        self._figures = figures
+        self._log = mounted.directory / "guest-log"
+        self._name = f"PKERNFS_GUEST={mounted.directory.name}"
+        self._process: subprocess.Popen[bytes] | None = None
+        self.path = mounted.path / "guest"
+
+    def __enter__(self) -> Guest:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.kill()
+
+    def is_alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def run(self) -> None:
+        """Start it if it is not there, and the file too; wait until it counts."""
+        if self.is_alive():
+            return
+        if not self.path.exists():
+            self._mounted.file("guest", GUEST_BYTES)
+            assert self.path.read_bytes() == bytes(GUEST_BYTES), "memory of a removed file"
+        self._log.unlink(missing_ok=True)
+        command = [*self._mounted.program, "exec", "--", sys.executable, "-c", GUEST]
+        self._process = subprocess.Popen(
+            [sys.executable, *command, str(self.path), str(self._log)],
+            env=os.environ | dict([self._name.split("=")]),
+        )
+        wait_until(lambda: self._last() > 0 or not self.is_alive(), "the guest")
+        assert self.is_alive()
+
+    def _last(self) -> int:
+        """The last number that it has logged; 0: none."""
+        lines = self._log.read_bytes().split(b"\n") if self._log.exists() else []
+        return int(lines[-2]) if len(lines) > 1 else 0
+
+    def check(self) -> None:
+        """:raises AssertionError: the file has lost a store, or its memory can be taken away."""
+        if not self.path.exists():
+            return
+        least = self._last()
+        with open(self.path, "rb", buffering=0) as file:
+            found = int.from_bytes(file.read(8), "little")
+        assert least <= found <= self._last() + 1, "a store is lost"
+        if self.is_alive():
+            with pytest.raises(OSError, match=os.strerror(errno.EBUSY)):
+                os.truncate(self.path, MIB)
+
+    def kill(self) -> None:
+        """SIGKILL, if it is there."""
+        if self._process is not None:
+            self._figures["kills of who maps a segment"] += self.is_alive()
+            self._process.kill()
+            self._process.wait()
+
+    def kill_supervisors(self) -> None:
+        """SIGKILL to what answers its opens; another one is started for it."""
+        for pid in HOST.list("proc"):
+            comm, environment = (HOST.find(f"proc/{pid}/{name}") for name in ("comm", "environ"))
+            if pid.isdigit() and comm == NAME and self._name in (environment or "").split("\0"):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+                    self._figures["kills of a supervisor, or its keeper"] += 1
+
+
+@pytest.mark.slow("daemons are killed for half a minute")
+@pytest.mark.crash
+@pytest.mark.fuse
+def test_all_killed_under_load_with_segments(figures: Counter[str]) -> None:
+    """The daemon, who maps a segment, and the supervisor of its opens, in any order.
+
+    No memory goes that somebody maps, none is lost, none stays that nobody has.
+    """
+    rng = random.Random(SEED)
+    with MountedPool(64 * MIB) as mounted, Guest(mounted, figures) as guest:
+        for number in range(CLIENTS):
+            (mounted.path / f"c{number}").mkdir()
+            with open(mounted.path / f"c{number}" / MAPPED, "wb") as f:
+                f.write(bytes(MAPPED_BYTES))
+                os.fchmod(f.fileno(), 0o600)
+        checker = Checker(mounted.directory, figures, one_request=True)
+        for round_ in range(KILLS // 5):
+            guest.run()
+            others = [kill for kill in (guest.kill, guest.kill_supervisors) if rng.random() < 0.3]
+            if rng.random() < 0.2:  # it goes on in memory that nobody else can reach
+                guest.path.unlink()
+                others.append(guest.kill)
+            kill_round(mounted, checker, rng, round_, others)
+            figures["kills with segments"] += 1
+            checker.take_logs()
+            if round_ % 2:
+                check_region(mounted, checker, clean=round_ % 4 == 1)
+            mounted.start()
+            guest.check()
+            if not round_ % 2:
+                checker.check(lambda number: by_mount(mounted.path / f"c{number}"))
+        guest.kill()
         mounted.unmount()
         check_region(mounted, checker, clean=True)
 
