@@ -35,6 +35,7 @@ NAMED_OTHERWISE = {
     "dma/test_stateful.py": "a model of all operations on tables",
     "fs/test_crash_points.py": "stores of several modules, cut at each",
     "fs/test_segment_crash_points.py": "stores of several modules and of the pool, cut at each",
+    "fs/test_segment_stateful.py": "a model of files with segments, and of a small pool",
     "fs/test_stateful.py": "a model of the whole file system",
     "fuse/test_isolation.py": "real mounts: what one user can do to another",
     "fuse/test_mount.py": "real mounts: a file system as its users see it",

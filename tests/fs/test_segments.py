@@ -549,12 +549,13 @@ def test_what_is_frozen_while_the_pool_works(
 # ---------------------------------------------------------------------- what must not happen
 
 
-def test_memory_for_a_part_takes_nothing_from_the_rest(fs: FileSystem) -> None:
+def test_a_file_gets_none_that_is_too_short_for_it(fs: FileSystem) -> None:
     ino = fs.create(ROOT_INO, b"f", REG, 0, 0).ino
     write(fs, ino, 9 * MIB, b"far out")
+    fs.fallocate(ino, FALLOC_KEEP_SIZE | FALLOC_PUNCH_HOLE, 0, 10 * MIB)  # it has no memory now
     fs.run(lambda: fs.fallocate(ino, 0, 0, 2 * MIB))
     assert fs.segments.find(ino) is None
-    assert bytes(fs.read(ino, 9 * MIB, 9)) == b"far out"
+    assert bytes(fs.read(ino, 9 * MIB, 9)) == bytes(7)
 
 
 def test_what_a_device_reaches_stays(fs: FileSystem, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,7 +134,7 @@ class MemoryPool:
         return segment._replace(valid=segment.length, handle=os.fstat(fd).st_ino)
 
     def _check_room(self, length: int) -> None:
-        if length > self._free() - self.taken:
+        if length > max(self._free() - self.taken, 0):
             raise NoSpaceError(f"{self.name}: full")
 
     def _set_length(self, number: SegmentNo, length: int, valid: int) -> None:

@@ -168,12 +168,22 @@ def check_pool(fs: FileSystem, pool: MemoryPool) -> None:
             continue
         _check_file(fs, pool, row)
     assert files.keys() == {n for n, row in rows.items() if row.state == SEGMENT_IN_USE}
-    held = sum(i.data_pages for i in files.values())
-    dead = sum(row.length for row in rows.values() if row.state == SEGMENT_DEAD)
+    assert sum(i.data_pages * PAGE for i in files.values()) == _held(fs, SEGMENT_IN_USE)
+    check_space(fs, pool)
+
+
+def _held(fs: FileSystem, state: int) -> int:
+    """Bytes of the segments in a state."""
+    return sum(row.length for row in fs.segments.table.rows.values() if row.state == state)
+
+
+def check_space(fs: FileSystem, pool: MemoryPool) -> None:
+    """:raises AssertionError: what statfs tells, the rows and the pool do not add up."""
+    held, dead = _held(fs, SEGMENT_IN_USE), _held(fs, SEGMENT_DEAD)
     now, base = fs.statfs(), fs.super.statfs()
     assert now.blocks - base.blocks == pool.total // PAGE, "the pool's size"
-    assert now.free - base.free == pool.total // PAGE - held, "free memory"
-    assert pool.space().free == pool.total - held * PAGE - dead
+    assert now.free - base.free == (pool.total - held) // PAGE, "free memory"
+    assert pool.space().free == pool.total - held - dead, "what segments have"
 
 
 def _has_segment(fs: FileSystem, ino: Any) -> bool:
