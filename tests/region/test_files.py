@@ -358,3 +358,23 @@ def test_memory_of_the_kernel_and_pages_that_go_back_to_it(tmp_path: Path) -> No
         file.seek(0)
         assert file.read() == b"x" * (PAGE - 1) + bytes(PAGE + 2) + b"x" * (PAGE - 1)
         assert os.fstat(file.fileno()).st_blocks * 512 == 2 * PAGE
+
+
+def test_bytes_of_a_directory_that_have_no_memory() -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
+        where = Path(name)
+        directory = os.open(where, os.O_PATH)
+        assert files.untouched(directory) == 0
+        (where / "sparse").touch()
+        os.truncate(where / "sparse", 1 << 40)
+        assert files.untouched(directory) == 1 << 40
+        with (where / "sparse").open("r+b") as file:
+            file.write(b"x" * 3 * PAGE)
+        assert files.untouched(directory) == (1 << 40) - 3 * PAGE
+        (where / "full").write_bytes(b"x" * 5)  # it has more memory than bytes
+        (where / "directory").mkdir()
+        (where / "link").symlink_to("sparse")
+        assert files.untouched(directory) == (1 << 40) - 3 * PAGE
+        os.close(directory)
+    with open("/proc/version", "rb") as proc, pytest.raises(OSError, match="Not a directory"):
+        files.untouched(proc.fileno())

@@ -6,6 +6,7 @@
  */
 #include "native.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
@@ -13,6 +14,7 @@
 #include <stdio.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/vfs.h>
 #include <unistd.h>
@@ -220,6 +222,40 @@ uint64_t pk_fs_magic(int fd)
 	struct statfs s;
 
 	return fstatfs(fd, &s) ? 0 : (uint64_t)s.f_type;
+}
+
+/*
+ * Count the bytes of a directory's regular files that have no memory yet.  0 or an errno.
+ *
+ * In C, because a thread that counts thousands of files in Python has its lock again before
+ * another one that waits for it runs.  A file that goes meanwhile counts as gone.
+ */
+int pk_untouched(int directory, uint64_t *bytes)
+{
+	int fd = openat(directory, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	DIR *d = fd < 0 ? NULL : fdopendir(fd);
+	struct dirent *entry;
+	struct stat s;
+	int error;
+
+	if (!d) {
+		error = errno;
+		if (fd >= 0)
+			close(fd);
+		return error;
+	}
+	*bytes = 0;
+	while (errno = 0, (entry = readdir(d))) {
+		if (fstatat(fd, entry->d_name, &s, AT_SYMLINK_NOFOLLOW)) {
+			if (errno != ENOENT)
+				break;
+		} else if (S_ISREG(s.st_mode) && s.st_size / 512 > s.st_blocks) {
+			*bytes += (uint64_t)s.st_size - (uint64_t)s.st_blocks * 512;
+		}
+	}
+	error = errno;
+	closedir(d);
+	return error;
 }
 
 /* Write back all of the file system that fd is on; 0 or an errno.  Python has no such function. */

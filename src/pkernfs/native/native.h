@@ -153,6 +153,7 @@ int pk_punch(int fd, uint64_t offset, uint64_t n);
 int pk_msync(uint8_t *map, uint64_t size);
 uint64_t pk_fs_magic(int fd);
 int pk_syncfs(int fd);
+int pk_untouched(int directory, uint64_t *bytes);
 
 struct pk_existing { uint64_t offset, length, physical; };	/* bytes; physical: NO_ADDRESS: none */
 

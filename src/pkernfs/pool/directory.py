@@ -23,7 +23,7 @@ from pkernfs.pool import segment_file
 from pkernfs.pool.lease import holders_of, nobody_else
 from pkernfs.pool.pool import Holder, Owner, Passed, Segment, Space, nothing_is_passed
 from pkernfs.pool.segment_file import SegmentFile
-from pkernfs.region.files import MemoryFile, OpenFileBacking, memory_file
+from pkernfs.region.files import MemoryFile, OpenFileBacking, memory_file, untouched
 from pkernfs.region.region import Region
 from pkernfs.region.spec import BASE
 
@@ -96,13 +96,15 @@ class DirectoryPool:
     def space(self) -> Space:
         """Look how much memory there is.
 
-        What is promised to segments is not free, whether they have touched it or not.
+        What is promised to segments is not free, whether they have touched it or not: on tmpfs,
+        each is looked at.
         """
         if self._memory.is_huge:
             total, free = self._huge_pages()
         else:
             total, free = self._tmpfs_pages()
-            free = max(0, free - self._untouched())
+            # Each file is asked every time: owners touch, punch and lengthen theirs at any moment.
+            free = max(0, free - untouched(self._directory))
         free -= free % self.granule
         return Space(total, free, free)
 
@@ -124,19 +126,11 @@ class DirectoryPool:
         return min(total, mount.f_blocks * mount.f_frsize), max(0, min(free - reserved, left))
 
     def _tmpfs_pages(self) -> tuple[int, int]:
-        """All pages and the free ones, in bytes: who was promised them, the mount does not know."""
+        """All pages and the free ones, in bytes. Some of these are promised to segments."""
         mount = os.fstatvfs(self._directory)
         if mount.f_blocks:
             return mount.f_blocks * mount.f_frsize, mount.f_bavail * mount.f_frsize
         return _memory_of_machine()  # mounted with size=0: as much as the machine has
-
-    def _untouched(self) -> int:
-        """Bytes that were promised and take no memory yet.
-
-        Each file is asked every time, for its owner may touch, punch or lengthen it at any moment.
-        """
-        parts = (info.st_size - info.st_blocks * _SECTOR for _, info in self._files())
-        return sum(max(0, part) for part in parts)
 
     def plan(self, wanted: Segment, others: list[Segment]) -> Segment:
         """Return ``wanted``: where its memory is, the kernel chooses.

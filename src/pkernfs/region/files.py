@@ -12,7 +12,7 @@ from pkernfs.errors import NoSpaceError, RegionError
 from pkernfs.host.mount_table import own_mounts
 from pkernfs.host.sysroot import HOST
 from pkernfs.layout import BLOCK, PAGE
-from pkernfs.native._native import lib
+from pkernfs.native._native import ffi, lib
 from pkernfs.quantities import BlockNo, BlockRun, PhysAddr, RegionOff, RegionRange
 from pkernfs.region.backing import Backing, dangling_link, given_pieces, open_path
 from pkernfs.region.locks import lock_file
@@ -86,6 +86,21 @@ def punch(fd: int, start: int, end: int) -> None:
     error = lib.pk_punch(fd, start, end - start)
     if error:
         raise OSError(error, os.strerror(error))
+
+
+def untouched(directory: int) -> int:
+    """Count the bytes of a directory's regular files that have no memory yet.
+
+    Other threads run meanwhile. Files that come or go then may count or not.
+
+    :param directory: a descriptor; O_PATH will do
+    :raises OSError: the kernel refuses.
+    """
+    count = ffi.new("uint64_t *")
+    error = lib.pk_untouched(directory, count)
+    if error:
+        raise OSError(error, os.strerror(error))
+    return int(count[0])
 
 
 class OpenFileBacking(Backing):
