@@ -104,6 +104,18 @@ def test_who_comes_through_the_mount(mounted: MountedPool, command: Command) -> 
 
 
 @pytest.mark.fuse
+def test_who_came_through_a_mount_that_is_gone(command: Command) -> None:
+    with MountedPool() as mounted:
+        file = mounted.file("guest", 2 * MIB)
+        with holding(file, "map", MIB) as pid:
+            mounted.kill()
+            mounted.start()
+            holders = {h["pid"]: h for h in asked(command, file)[0]["holders"]}
+            assert holders[pid]["how"] == "maps it through a mount that is gone"
+            assert holders[pid]["through"] == "mount"
+
+
+@pytest.mark.fuse
 def test_all_segments_of_a_mount(mounted: MountedPool, command: Command) -> None:
     held, other = mounted.file("held", 2 * MIB), mounted.file("other", 2 * MIB)
     with holding(native(held), "map", MIB) as pid:

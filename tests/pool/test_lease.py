@@ -17,10 +17,12 @@ from pathlib import Path
 import pytest
 
 from pkernfs.errors import BusyError
-from pkernfs.host.holders import Look
+from pkernfs.host.holders import Look, Target
+from pkernfs.host.left_mappings import LeftMapping
 from pkernfs.layout import PAGE
 from pkernfs.pool import lease
 from pkernfs.pool.lease import holders_of, nobody_else
+from pkernfs.quantities import Ino
 
 _HOLD = """
 import mmap, os, sys
@@ -165,6 +167,26 @@ def test_a_look_without_opening(path: str) -> None:
     with holder(path, "map") as pid:
         assert [h.pid for h in holders_of(fd, "segment-3")] == [pid]
     os.close(fd)
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+def test_who_maps_it_through_a_mount_that_is_gone(
+    path: str, fd: int, monkeypatch: pytest.MonkeyPatch, is_open: bool
+) -> None:
+    """Also while the next mount has it open, for which the kernel gives no lease either."""
+    passed = Target(os.makedev(0, 99), 7) if is_open else None
+    left = [LeftMapping(Ino(7), 12, "qemu")]
+    monkeypatch.setattr(lease, "left_mappings", lambda inos: left if inos == [7] else [])
+    other = os.open(path, os.O_RDONLY)
+    monkeypatch.setattr(lease, "look", lambda targets: Look([], 0))
+    with pytest.raises(BusyError) as caught, nobody_else(fd, "segment-3", passed, Ino(7)):
+        pass
+    said = "process 12 (qemu) by a mount that is gone maps it"
+    assert str(caught.value) == f"segment-3: busy: {said}"
+    assert [h.pid for h in holders_of(fd, "segment-3", passed, Ino(7))] == [12]
+    left.clear()
+    assert len(holders_of(fd, "segment-3", passed, Ino(7))) == (0 if is_open else 1)
+    os.close(other)
 
 
 def test_a_child_that_has_not_yet_closed_its_copies(

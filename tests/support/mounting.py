@@ -253,6 +253,11 @@ class Mapper:
         theirs.close()
         self._pipe.recv()
 
+    @property
+    def pid(self) -> int:
+        """The number of the process."""
+        return self._process.pid or 0
+
     def _ask(self, *words: object) -> object:
         self._pipe.send(words)
         return self._pipe.recv()

@@ -23,6 +23,7 @@ from pkernfs.control.table_protocol import Read
 from pkernfs.dma.output import Record
 from pkernfs.errors import InvalidError, NotFoundError, PkernfsError, one_line
 from pkernfs.host.holders import Target, look
+from pkernfs.host.left_mappings import left_mappings
 from pkernfs.host.mappings import mappings_of
 from pkernfs.quantities import Ino
 
@@ -148,6 +149,11 @@ def _add_processes(mount: Mount, files: list[HeldFile], daemon: int) -> int:
         how = "maps it" if one.maps else "has it open"
         how += " through the mount" if through == "mount" else ""
         file.holders.append(Holder("process", one.pid, one.command, how, through))
+    with_segment = {Ino(file.ino): file for file in files if file.segment is not None}
+    for left in left_mappings(with_segment):
+        how = "maps it through a mount that is gone"
+        holder = Holder("process", left.pid, left.command, how, "mount")
+        with_segment[left.ino].holders.append(holder)
     return seen.hidden
 
 

@@ -339,7 +339,7 @@ class DirectoryPool:
             pass
 
     def _nobody_else(self, file: SegmentFile, segment: Segment) -> AbstractContextManager[None]:
-        return nobody_else(file.fd, file.name, self.passed(segment))
+        return nobody_else(file.fd, file.name, self.passed(segment), segment.ino)
 
     def holders(self, segment: Segment) -> list[Holder]:
         """Return who has it open or mapped, but for this process.
@@ -350,11 +350,11 @@ class DirectoryPool:
         name = _name(segment)
         try:
             with self._file(segment) as file:
-                return holders_of(file.fd, name, self.passed(segment))
+                return holders_of(file.fd, name, self.passed(segment), segment.ino)
         except BusyError:  # it cannot be opened: for somebody has a lease on it, or executes it
             fd = self._look_at(segment)
         try:
-            return holders_of(fd, name, self.passed(segment))
+            return holders_of(fd, name, self.passed(segment), segment.ino)
         finally:
             os.close(fd)
 

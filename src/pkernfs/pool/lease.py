@@ -19,10 +19,13 @@ from contextlib import contextmanager, suppress
 
 from pkernfs.errors import BusyError
 from pkernfs.host.holders import Target, is_mapped_by, look
+from pkernfs.host.left_mappings import left_mappings
 from pkernfs.host.sysroot import HOST
 from pkernfs.pool.pool import Holder
+from pkernfs.quantities import Ino
 
 _MAPS = "maps"
+_MAPS_LEFT = "by a mount that is gone maps"
 _OPENED = "has opened"
 
 
@@ -33,7 +36,9 @@ class _Answer(enum.Enum):
 
 
 @contextmanager
-def nobody_else(fd: int, name: str, passed: Target | None = None) -> Iterator[None]:
+def nobody_else(
+    fd: int, name: str, passed: Target | None = None, ino: Ino | None = None
+) -> Iterator[None]:
     """Have the file ``fd`` to oneself while the context lasts.
 
     ``fd`` is open for writing, and was opened for this. A mapping of this process is as bad as that
@@ -41,9 +46,10 @@ def nobody_else(fd: int, name: str, passed: Target | None = None) -> Iterator[No
 
     :param passed: the file of a mount whose mappings the kernel passes through to this file. Then
         the kernel has the file open and gives no lease; /proc is searched, for that file too.
+    :param ino: the number of that file, which earlier mounts have passed through as well.
     :raises BusyError: somebody has it open or mapped; the message says who.
     """
-    holders = [] if _ask(fd) is _Answer.LEASED else _find(fd, name, passed)
+    holders = [] if _ask(fd) is _Answer.LEASED else _find(fd, name, passed, ino)
     if holders:
         more = f", and {len(holders) - 1} more" if len(holders) > 1 else ""
         raise BusyError(f"{name}: busy: {holders[0]}{more}")
@@ -53,13 +59,15 @@ def nobody_else(fd: int, name: str, passed: Target | None = None) -> Iterator[No
         _give_back(fd)
 
 
-def holders_of(fd: int, name: str, passed: Target | None = None) -> list[Holder]:
+def holders_of(
+    fd: int, name: str, passed: Target | None = None, ino: Ino | None = None
+) -> list[Holder]:
     """Return who has the file ``fd`` open or mapped, but for this process.
 
     With a descriptor that is open for writing, those are found that /proc does not show. One of
     O_PATH will do otherwise.
     """
-    found = _find(fd, name, passed)
+    found = _find(fd, name, passed, ino)
     _give_back(fd)
     return [holder for holder in found if holder.pid != os.getpid()]
 
@@ -79,7 +87,7 @@ def _give_back(fd: int) -> None:
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
 
 
-def _find(fd: int, name: str, passed: Target | None) -> list[Holder]:
+def _find(fd: int, name: str, passed: Target | None, ino: Ino | None) -> list[Holder]:
     """Return who keeps the lease from us, or who might have the file where there are no leases.
 
     If it is nobody, the lease has been taken. A child of this process between fork() and exec() has
@@ -95,6 +103,8 @@ def _find(fd: int, name: str, passed: Target | None) -> list[Holder]:
         return []
     if is_mapped_by(os.getpid(), target):
         return [Holder(os.getpid(), HOST.find("proc/self/comm") or "?", _MAPS)]
+    if ino is not None and (left := left_mappings([ino])):
+        return [Holder(p.pid, p.command, _MAPS_LEFT) for p in left]
     if passed is not None:
         return []  # it is the kernel who has it
     if answer is _Answer.HELD:  # a descriptor on its way in a message, or FUSE

@@ -1,0 +1,71 @@
+"""Who maps a file of a FUSE mount that is gone, as /proc tells of all processes.
+
+A mapping outlives the daemon and the mount: its pages may be those of another file, to which the
+kernel passed it through. It keeps the dead mount's device number, which is in no table of mounts
+any more. The next mount of the same file system has another number, and the same inode numbers; so
+what is told here may also be a mapping of another file system that ended in the same way.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from pkernfs.host.mount_table import table_lines
+from pkernfs.host.sysroot import HOST, Host
+from pkernfs.quantities import Ino
+
+
+class LeftMapping(NamedTuple):
+    """A process that maps file ``ino`` of a mount that is gone; ``command`` is from its comm."""
+
+    ino: Ino
+    pid: int
+    command: str
+
+
+def left_mappings(inos: Iterable[Ino], host: Host = HOST) -> list[LeftMapping]:
+    """Return who maps files of these numbers, of mounts that are gone, in the order of processes.
+
+    As far as /proc shows them: the mappings of other users it shows to root only.
+    """
+    wanted = set(inos)
+    pids = sorted(int(name) for name in host.list("proc") if name.isdigit())
+    found = {pid: set(_candidates(pid, wanted, host)) for pid in pids if pid != os.getpid()}
+    found = {pid: files for pid, files in found.items() if files}
+    if not found:
+        return []
+    mounted = _mounted_devices(pids, host)  # after the maps: what is mounted meanwhile is no ghost
+    served = set(host.list("sys/class/bdi"))
+    left = []
+    for pid, files in found.items():
+        gone = {ino for device, ino in files if device not in mounted and device in served}
+        command = (host.find(f"proc/{pid}/comm") or "?") if gone else ""
+        left += [LeftMapping(ino, pid, command) for ino in sorted(gone)]
+    return left
+
+
+def _candidates(pid: int, wanted: set[Ino], host: Host) -> Iterator[tuple[str, Ino]]:
+    """Yield device, in the form of mountinfo, and number of each file of a wanted number."""
+    # Only a line feed ends a line; names, which other users choose, may have all else in them.
+    for line in (host.find(f"proc/{pid}/maps") or "").split("\n"):
+        fields = line.split(None, 5)
+        if len(fields) > 4 and fields[4].isdecimal() and (ino := Ino(int(fields[4]))) in wanted:
+            major, _, minor = fields[3].partition(":")
+            yield f"{int(major, 16)}:{int(minor, 16)}", ino
+
+
+def _mounted_devices(pids: Iterable[int], host: Host) -> set[str]:
+    """Return the devices of all mounts, in whatever namespace any process is."""
+    found: set[str] = set()
+    known = set()
+    for pid in pids:
+        try:
+            namespace = os.readlink(host.path(f"proc/{pid}/ns/mnt"))
+            lines = [] if namespace in known else table_lines(host.path(f"proc/{pid}/mountinfo"))
+        except OSError:
+            continue
+        known.add(namespace)
+        found.update(line.split(" ", 3)[2] for line in lines)
+    return found
