@@ -99,9 +99,10 @@ def new_qemu() -> Path:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Write what the lab's stages told: figures are for people, also when all is well."""
+    """Write what tests with machines told: figures are for people, also when all is well."""
     for report in terminalreporter.stats.get("passed", []):
-        if report.when == "call" and "lab" in report.keywords and report.capstdout:
+        has_machine = {"lab", "vm"} & set(report.keywords)
+        if report.when == "call" and has_machine and report.capstdout:
             terminalreporter.section(report.nodeid, sep="-")
             terminalreporter.write(report.capstdout)
 

@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,6 +24,7 @@ from pkernfs.errors import PkernfsError
 from pkernfs.fuse import segment_xattr
 from pkernfs.fuse.extents_xattr import Extent
 from pkernfs.quantities import PhysAddr, RegionOff
+from support.counting_guests import count_at, counting, ring_in
 from support.mounted_pool import MountedPool
 from support.mounting import MIB, Mounted, run_pkernfs, wait_until
 
@@ -356,30 +356,11 @@ def test_stores_of_mappings_are_flushed(mounted: Mounted, qemu: Callable[[str], 
 # ------------------------------------------------------------------------------- a real guest
 
 
-@contextmanager
-def counting(qemu: Path, ram: Path, disk: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A guest that counts in ``ram``."""
-    disk.write_bytes(counter.floppy())
+def options_for(qemu: Path, ram: Path) -> list[str]:
+    """The options of a machine whose memory is ``ram``."""
     line = run_pkernfs("qemu-args", "--qemu", str(qemu), str(ram))
     assert line.returncode == 0, line.stderr
-    command = [
-        str(qemu), "-nodefaults", "-display", "none", "-M", "pc", *shlex.split(line.stdout),
-        "-drive", f"if=floppy,format=raw,readonly=on,file={disk}", "-boot", "a",
-        "-serial", f"file:{disk}.serial",
-    ]  # fmt: skip
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
-def count_at(file: Path, offset: int) -> int:
-    """The guest's count, in a file that is or holds its memory."""
-    with file.open("rb") as raw:
-        raw.seek(offset + counter.COUNT_ADDRESS)
-        return int.from_bytes(raw.read(4), "little")
+    return ["-M", "pc", *shlex.split(line.stdout)]
 
 
 @pytest.mark.fuse
@@ -389,7 +370,7 @@ def test_guest_memory_is_the_region(new_qemu: Path, mounted: Mounted, tmp_path: 
     ram = sized(mounted.path / "ram", 4 * BLOCK)
     (extent,) = json.loads(run_pkernfs("extents", "--json", str(ram)).stdout)["extents"]
     place = extent["region_offset"]
-    with counting(new_qemu, ram, tmp_path / "disk"):
+    with counting(new_qemu, options_for(new_qemu, ram), tmp_path / "disk"):
         wait_until(lambda: count_at(mounted.region, place) > 100, "the guest counts")
         seen = [count_at(mounted.region, place), count_at(ram, 0), count_at(mounted.region, place)]
         assert seen == sorted(seen)
@@ -400,9 +381,7 @@ def test_guest_memory_is_the_region(new_qemu: Path, mounted: Mounted, tmp_path: 
     last = count_at(mounted.region, place)
     memory = ram.read_bytes()
     assert int.from_bytes(memory[counter.COUNT_ADDRESS :][:4], "little") == last
-    ring = memory[counter.RING_ADDRESS :][: 4 * counter.RING_WORDS]
-    numbers = [int.from_bytes(ring[4 * n : 4 * n + 4], "little") for n in range(1, last)]
-    assert numbers == list(range(1, last))
+    assert ring_in(memory)[1:last] == list(range(1, last))
     assert mounted.region.read_bytes()[place : place + len(memory)] == memory
 
 
@@ -414,7 +393,7 @@ def test_guest_memory_is_the_segment(pooled: MountedPool, tmp_path: Path) -> Non
     assert found is not None
     ram = pooled.file("ram", 4 * BLOCK)
     memory = Path(qemu_args.describe(str(ram), "ram")["object"]["mem-path"])
-    with counting(Path(found), ram, tmp_path / "disk"):
+    with counting(Path(found), options_for(Path(found), ram), tmp_path / "disk"):
         wait_until(lambda: count_at(memory, 0) > 100, "the guest counts")
         seen = [count_at(memory, 0), count_at(ram, 0), count_at(memory, 0)]
         assert seen == sorted(seen)

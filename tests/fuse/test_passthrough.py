@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import mmap
@@ -20,12 +19,12 @@ from pkernfs.errors import BusyError, RegionError
 from pkernfs.fuse.passthrough import NO_BACKING, Passthrough
 from pkernfs.quantities import Ino
 from support.mounted_pool import GRANULE, MountedPool, huge_pool, native_of
-from support.mounting import MIB, Mapper, is_mounted, libc, wait_until
+from support.mounting import MIB, Mapper, is_mounted, wait_until
+from support.page_cache import cached_pages
 
 FILE = Ino(7)
 DEVICE = 33
 BACKING_OPEN, BACKING_CLOSE = 0x4010E501, 0x4004E502  # linux/fuse.h
-CACHESTAT = 451  # of every architecture, from Linux 6.5 on
 SIZE = 4 * MIB
 
 
@@ -168,19 +167,6 @@ def test_the_end_of_a_mount(kernel: Kernel, files: Passthrough) -> None:
 def mounted() -> Iterator[MountedPool]:
     with MountedPool() as mount:
         yield mount
-
-
-class _CacheStat(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_uint64) for name in ("cache", "dirty", "back", "evicted", "recent")]
-
-
-def cached_pages(fd: int) -> int:
-    """How many pages of a file the page cache has; pages of tmpfs are in it."""
-    span = (ctypes.c_uint64 * 2)(0, 0)  # to the end
-    found = _CacheStat()
-    if libc.syscall(CACHESTAT, fd, span, ctypes.byref(found), 0):
-        raise OSError(ctypes.get_errno(), "cachestat")
-    return int(found.cache)
 
 
 @contextlib.contextmanager
