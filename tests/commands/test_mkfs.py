@@ -167,10 +167,16 @@ def test_what_is_printed(tmp_path: Path, command: Command) -> None:
     assert outcome == (0, f"{path}: 16 MiB, label here\n", "")
 
 
-@pytest.mark.parametrize("spec", ["512M!1G", "/dev/dax0.0", "none"])
-def test_a_size_is_for_files_only(spec: str, command: Command) -> None:
-    outcome = command("mkfs.pkernfs", "-s", SIZE, spec)
-    refused(outcome, 1, "mkfs.pkernfs", f"-s: {spec} has a size of its own")
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("512M!1G", "-s: 512M!1G has a size of its own"),
+        ("/dev/dax0.0", "/dev/dax0.0: no such device"),
+        ("none", "none: no pkernfs= on the kernel command line"),
+    ],
+)
+def test_a_size_for_what_has_one_or_is_not_there(spec: str, says: str, command: Command) -> None:
+    refused(command("mkfs.pkernfs", "-s", SIZE, spec), 1, "mkfs.pkernfs", says)
 
 
 @pytest.mark.parametrize("before", [None, 0, SIZE // 2])

@@ -16,10 +16,11 @@ from pkernfs.control.mounts import refuse_mount_point
 from pkernfs.errors import ExistsError, RegionError, UsageError
 from pkernfs.layout import MIN_REGION_BYTES, PAGE
 from pkernfs.options import format_size, parse_size
-from pkernfs.region.spec import BASE, did_you_mean, dir_of, is_file_spec
+from pkernfs.region.spec import BASE, did_you_mean, dir_of, is_file_spec, resolve
 
 if TYPE_CHECKING:
     from pkernfs.layout import PoolFields
+    from pkernfs.region.region import Region
 
 _MAX_LABEL_BYTES = 64
 
@@ -53,7 +54,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="REGION",
         help="the region to format: SIZE!START, /dev/daxX.Y, none, a file on hugetlbfs, tmpfs or a "
         "disk, or a directory on hugetlbfs or tmpfs; see pkernfs(8). In a directory, -s is the "
-        "size of the base range, and files of 2 MiB or more get memory of their own beside it.",
+        "size of the base range, and files of 2 MiB or more get memory of their own beside it; of "
+        "a dax device, too.",
     )
 
 
@@ -63,13 +65,44 @@ def run(args: argparse.Namespace) -> int:
     size = None if args.size is None else _checked_size(args.size)
     refuse_mount_point(args.region)
     if not is_file_spec(args.region):
-        if size is not None:
-            raise UsageError(f"-s: {args.region} has a size of its own; -s is for files")
-        return _report(args.region, _format(args.region, label, args.force), label)
+        return _report(args.region, _format_physical(args.region, label, size, args.force), label)
     directory = dir_of(args.region)
     if directory is not None:
         return _run_in_directory(directory, args.region, label, size, args.force)
     return _report(args.region, _format_file(args.region, label, size, args.force), label)
+
+
+def _format_physical(region: str, label: str, size: int | None, force: bool) -> int:
+    """Format a region in physical memory; of a dax device, ``size`` bytes are the base range."""
+    if size is None:
+        return _format(region, label, force)
+    from pkernfs.host.sysroot import HOST
+    from pkernfs.region.dax import device_name
+
+    name = device_name(resolve(region), HOST)
+    if name is None:
+        raise UsageError(
+            f"-s: {region} has a size of its own; -s is for files, directories and dax devices"
+        )
+    from pkernfs.layout import BLOCK, POOL_DAX, PoolFields
+    from pkernfs.region.dax_making import keep_base
+    from pkernfs.region.region import Region
+
+    if not force:
+        with Region.open(region, write=True) as opened:
+            _refuse_content(opened)
+    keep_base(name, size, HOST)
+    return _format(region, label, force, PoolFields(POOL_DAX, BLOCK))
+
+
+def _refuse_content(region: Region) -> None:
+    """:raises ExistsError: the region holds something, so that only -f formats it."""
+    from pkernfs.fs.mkfs import Content, probe
+
+    if (found := probe(region)).content is not Content.EMPTY:
+        raise ExistsError(
+            f"{region.name}: not formatted: it holds {found.what}; -f overwrites that"
+        )
 
 
 def _run_in_directory(
@@ -119,13 +152,13 @@ def _report(region: str, made: int, label: str) -> int:
 
 def _format(path: str, label: str, force: bool, pool: PoolFields | None = None) -> int:
     """Format a region that may be formatted; return its size in bytes."""
-    from pkernfs.fs.mkfs import Content, make_filesystem, probe
+    from pkernfs.fs.mkfs import make_filesystem
     from pkernfs.layout import NO_POOL
     from pkernfs.region.region import Region
 
     with Region.open(path, write=True) as region:
-        if not force and (found := probe(region)).content is not Content.EMPTY:
-            raise ExistsError(f"{path}: not formatted: it holds {found.what}; -f overwrites that")
+        if not force:
+            _refuse_content(region)
         make_filesystem(region, label=label, pool=pool or NO_POOL)
         return region.size
 
