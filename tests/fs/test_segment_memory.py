@@ -57,7 +57,7 @@ def test_a_file_without_one_has_the_region(fs: FileSystem) -> None:
     ino = make(fs, b"a", 5)
     assert fs.segments.find(ino) is None
     assert fs.segments.descriptor(ino) is None
-    with fs.segments.own_mapping(ino) as memory:
+    with fs.segments.own_mapping(fs.segments.find(ino)) as memory:
         assert memory is fs.region
     assert fs.memory(ino) is fs.region
 
@@ -66,7 +66,7 @@ def test_another_thread_has_a_mapping_of_its_own(fs: FileSystem) -> None:
     ino = make(fs, b"a")
     fs.run(lambda: fs.write(ino, 0, b"guest"))
     mine = fs.memory(ino)
-    with fs.segments.own_mapping(ino) as memory:
+    with fs.segments.own_mapping(fs.segments.find(ino)) as memory:
         assert memory is not mine
         assert bytes(memory.view(0, 5)) == b"guest"  # type: ignore[arg-type]
 

@@ -10,9 +10,10 @@ import pytest
 
 from pkernfs.dma.mount import mount_filesystem
 from pkernfs.fs.mkfs import make_filesystem
+from pkernfs.fuse.extents_xattr import parse
 from pkernfs.fuse.operations import Operations
 from pkernfs.region.region import Region
-from support.fuse_handlers import AS_ROOT, AS_USER, do, fails, make, make_operations
+from support.fuse_handlers import AS_ROOT, AS_USER, Waiting, do, fails, make, make_operations
 from support.memory_pool import POOL, MemoryPool
 
 
@@ -48,3 +49,17 @@ def test_a_file_tells_its_segment(ops: Operations) -> None:
     ops.fs.run(lambda: ops.fs.setattr(ino, size=3 << 20))
     told = json.loads(do(ops.getxattr(ino, name, AS_USER)))
     assert (told["number"], told["kind"], told["length"]) == (1, "directory", 4 << 20)
+
+
+def test_addresses_of_a_segment_are_looked_for_in_a_turn(ops: Operations) -> None:
+    """It is mapped for that; nobody cuts it meanwhile, and finds it busy."""
+    ino = make(ops)
+    ops.fs.run(lambda: ops.fs.setattr(ino, size=3 << 20))
+    waiting = ops.waiting
+    assert isinstance(waiting, Waiting)
+    waiting.asked.clear()
+    value = do(ops.getxattr(ino, b"system.pkernfs.extents", AS_ROOT))
+    assert waiting.asked == ["pool_turn", "work"]
+    assert [e.length for e in parse(value)] == [3 << 20]
+    assert do(ops.getxattr(ino, b"system.pkernfs.extents", AS_USER)) == value
+    assert waiting.asked == ["pool_turn", "work"]

@@ -100,12 +100,14 @@ class SegmentMemory:
         return self.memory(inode).descriptor if inode.flags & INODE_FLAG_SEGMENT else None
 
     @contextmanager
-    def own_mapping(self, ino: Ino) -> Iterator[Region]:
+    def own_mapping(self, row: Segment | None) -> Iterator[Region]:
         """The memory of a file for another thread: a mapping of its own, or the region.
 
+        A mapping is in the way of a pool: nobody else has a turn at it until it is closed.
+
+        :param row: the file's segment, if it has one.
         :raises RegionError: the segment is lost.
         """
-        row = self.find(ino)
         if row is None:
             yield self._super.region
             return

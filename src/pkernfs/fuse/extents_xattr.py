@@ -49,14 +49,20 @@ def page(fs: FileSystem, ino: Ino, name: bytes, with_addresses: bool) -> Callabl
     if suffix and not (suffix[:1] == b"." and suffix[1:].isdigit() and len(suffix) < 20):
         raise NoDataError("no such virtual attribute")
     start = int(suffix[1:] or 0)
-    extents = fs.extents(ino)
+    extents, row = fs.extents(ino), fs.segments.find(ino)
 
     def make() -> bytes:
-        with fs.segments.own_mapping(ino) as memory:
-            pieces = _pieces(memory, extents, with_addresses)
-            return b"".join(map(_pack, itertools.islice(pieces, start, start + _EXTENTS_PER_PAGE)))
+        if not with_addresses:
+            return _packed(_without_addresses(extents), start)
+        with fs.segments.own_mapping(row) as memory:
+            return _packed(_with_addresses(memory, extents), start)
 
     return make
+
+
+def _packed(extents: Iterable[Extent], start: int) -> bytes:
+    """One page of extents, from the extent number ``start`` on."""
+    return b"".join(map(_pack, itertools.islice(extents, start, start + _EXTENTS_PER_PAGE)))
 
 
 def _pack(extent: Extent) -> bytes:
@@ -73,14 +79,16 @@ def parse(value: bytes) -> Iterator[Extent]:
         yield Extent(offset, length, region_offset, None if physical == _NO_ADDRESS else physical)
 
 
-def _pieces(region: Region, extents: Iterable[FileSpan], with_addresses: bool) -> Iterator[Extent]:
-    """The extents, with addresses cut where those jump (huge pages lie anywhere).
+def _without_addresses(extents: Iterable[FileSpan]) -> Iterator[Extent]:
+    for e in extents:
+        yield Extent(e.offset, e.length, e.region_offset, None)
+
+
+def _with_addresses(region: Region, extents: Iterable[FileSpan]) -> Iterator[Extent]:
+    """The extents, cut where addresses jump (huge pages lie anywhere).
 
     To look at a file gives it no memory: what it has none of yet has no address.
     """
     for e in extents:
-        if not with_addresses:
-            yield Extent(e.offset, e.length, e.region_offset, None)
-            continue
         for at, length, address in region.existing_runs(e.region_offset, e.length):
             yield Extent(e.offset + at - e.region_offset, length, at, address)

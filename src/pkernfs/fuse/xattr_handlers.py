@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from pkernfs.errors import NotSupportedError
+from pkernfs.errors import NotSupportedError, WorkNeeded
 from pkernfs.fuse import extents_xattr, segment_xattr, shim  # noqa: F401 - the shim comes first
 from pkernfs.fuse.data import CAPABILITY
-from pkernfs.fuse.waiting import Handlers, errno_of, handler
+from pkernfs.fuse.waiting import Handlers, Waiting, errno_of, handler
 from pkernfs.quantities import Ino
 
 from pyfuse3 import FUSEError  # isort: skip
@@ -38,13 +38,23 @@ class XattrHandlers(Handlers):
     async def _extents(self, ino: Ino, name: bytes, with_addresses: bool) -> bytes:
         """The addresses of huge pages are the kernel's to tell, one by one: in a thread."""
         try:
+            waiting = self.waiting if with_addresses else None
+            if waiting is not None and self.fs.segments.find(ino) is not None:
+                return await self._segment_extents(waiting, ino, name)
             make = extents_xattr.page(self.fs, ino, name, with_addresses)
-            slow = self.fs.region.asks_for_addresses or self.fs.segments.find(ino) is not None
-            if with_addresses and self.waiting is not None and slow:
-                return await self.waiting.aside(make)
+            if waiting is not None and self.fs.region.asks_for_addresses:
+                return await waiting.aside(make)
             return make()
         except Exception as e:
             raise FUSEError(errno_of(self.fs, e)) from None
+
+    async def _segment_extents(self, waiting: Waiting, ino: Ino, name: bytes) -> bytes:
+        """In a turn at the pool, for the segment is mapped for it: a cut would find it busy."""
+        found: list[bytes] = []
+        async with waiting.pool_turn():
+            make = extents_xattr.page(self.fs, ino, name, with_addresses=True)
+            await waiting.work(WorkNeeded(lambda: found.append(make())))
+        return found[0]
 
     def _segment(self, ino: Ino) -> bytes:
         try:
