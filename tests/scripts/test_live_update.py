@@ -24,24 +24,32 @@ pytestmark = [pytest.mark.vm, pytest.mark.fuse]
 MIB = 1 << 20
 REGION_BYTES = 64 * MIB
 RAM_BYTES = 16 * MIB
+SEGMENT_BYTES = 2 * RAM_BYTES
 SCRIPT = Path(__file__).parents[2] / "scripts" / "live-update"
 REQUEST_TIMEOUT_SECONDS = 30
 
 
 @pytest.fixture(params=["tmpfs", "hugetlbfs"])
 def live(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LiveMount]:
-    """An empty file system on a region in memory; in the end fsck finds it clean."""
+    """An empty file system on a region in memory; in the end fsck finds it clean.
+
+    With a slash the region is a directory, with room for segments.
+    """
+    kind, slash, _ = request.param.partition("/")
     memory = tmp_path / "memory"
     memory.mkdir()
     live = LiveMount(memory / "region", tmp_path / "mnt")
     live.directory.mkdir()
-    pages = HugePages(REGION_BYTES if request.param == "hugetlbfs" else 0)
+    size = REGION_BYTES + (SEGMENT_BYTES if slash else 0)
+    pages = HugePages(size if kind == "hugetlbfs" else 0)
     reason = pages.borrow()
     if reason:
         pytest.skip(f"no huge pages: {reason}")
     try:
-        run("mount", "-t", request.param, "-o", f"size={REGION_BYTES}", "test", str(memory))
+        run("mount", "-t", kind, "-o", f"size={size}", "test", str(memory))
         try:
+            if slash:
+                live.region.mkdir(mode=0o711)
             with fresh(live, REGION_BYTES):
                 yield live
         finally:
@@ -117,11 +125,19 @@ def fill(directory: Path) -> list[Path]:
     return fillers
 
 
+def memory_of(live: LiveMount, ram: Path) -> bytes:
+    """The bytes of a guest's memory where they are, without the daemon."""
+    if live.region.is_dir():
+        return Path(run("pkernfs", "path", str(ram)).rstrip("\n")).read_bytes()
+    return read_region(live.region, extents(ram), RAM_BYTES)
+
+
 def word(memory: bytes, address: int) -> int:
     """Four bytes of the guest's memory as a number."""
     return int.from_bytes(memory[address : address + 4], "little")
 
 
+@pytest.mark.parametrize("live", ["tmpfs", "hugetlbfs", "hugetlbfs/"], indirect=True)
 def test_goes_on_after_unmount_and_mount(live: LiveMount, vm: Counting) -> None:
     """Twice: no number is lost or repeated, and the guest was never reset."""
     said = vm.start()
@@ -134,8 +150,7 @@ def test_goes_on_after_unmount_and_mount(live: LiveMount, vm: Counting) -> None:
         assert numbers == list(range(1, len(numbers) + 1))
         live.unmount()
         live.mount()
-        pieces = extents(vm.directory / "ram")
-        memory = read_region(live.region, pieces, RAM_BYTES)
+        memory = memory_of(live, vm.directory / "ram")
         assert memory == (vm.directory / "ram").read_bytes()
         count = word(memory, counter.COUNT_ADDRESS)
         assert count - len(numbers) in (0, 1)  # saved, perhaps, amid writing it
@@ -218,11 +233,12 @@ def test_refusals(live: LiveMount, vm: Counting, tmp_path: Path) -> None:
     vm("save")
 
 
+@pytest.mark.parametrize("live", ["tmpfs", "hugetlbfs", "tmpfs/"], indirect=True)
 @pytest.mark.parametrize("again", [False, True])
 def test_no_save_of_a_guest_whose_memory_was_removed(
     live: LiveMount, vm: Counting, again: bool
 ) -> None:
-    """The region is one file to the kernel, so the removal succeeds; the save must not."""
+    """The removal succeeds, for a segment stays as long as its QEMU; the save must not."""
     vm.start()
     vm.wait_for(10)
     ram = vm.directory / "ram"

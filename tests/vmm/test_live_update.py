@@ -30,6 +30,7 @@ class Host:
         self.no_start = ""
         self.ran: list[list[str]] = []
         self.mapped = [(2 << 20, 4 << 20)]
+        self.place = {"mem-path": "/region", "offset": 2 << 20, "size": 1 << 20}
         self.qemus: list[MadeUpQemu] = []
         self.migration = "completed"
 
@@ -41,9 +42,8 @@ class Host:
             )  # fmt: skip
             if self.refusal:
                 raise VmmError(self.refusal)
-            place = {"mem-path": "/region", "offset": 2 << 20, "size": 1 << 20}
             answer = {"qemu": "my-qemu", "args": ["-object", "memory"]}
-            return json.dumps({**answer, "object": place})
+            return json.dumps({**answer, "object": self.place})
         if self.no_start:
             raise VmmError(self.no_start)
         assert directory == self.machine.directory
@@ -183,6 +183,17 @@ def test_no_save_of_memory_that_is_another_file(host: Host, mapped: list[tuple[i
         host.machine.save()
     assert "stop" not in host.qemus[0].asked
     assert not host.machine.state.exists()
+
+
+def test_memory_that_is_a_segment_is_mapped_as_a_whole(host: Host) -> None:
+    host.place.pop("offset")
+    host.mapped = [(0, 1 << 20)]
+    host.machine.start(1 << 20, SETTINGS)
+    host.machine.save()
+    host.machine.restore()
+    host.mapped = []
+    with pytest.raises(LiveUpdateError, match="not the memory that QEMU runs in"):
+        host.machine.save()
 
 
 def test_a_restore_that_fails_keeps_the_state(host: Host) -> None:

@@ -1,8 +1,8 @@
 """Live update of a virtual machine: QEMU ends, its guest's memory stays, another QEMU goes on.
 
-The guest's memory is a file of the mount, and QEMU maps its place in the region. So only the device
-state is written: QEMU's migration mode cpr-reboot (8.2) with the capability x-ignore-shared.
-docs/operations.md, "Live update of a guest", has the rules that are kept here.
+The guest's memory is a file of the mount. QEMU maps the file's segment, or its place in the region.
+So only the device state is written: QEMU's migration mode cpr-reboot (8.2) with the capability
+x-ignore-shared. docs/operations.md, "Live update of a guest", has the rules that are kept here.
 """
 
 from __future__ import annotations
@@ -197,14 +197,15 @@ class Machine:
     def _check_memory(self, qemu: str) -> None:
         """Refuse to save a machine whose memory is not the file's: the file may have been removed.
 
-        Its device state would be saved without memory, and its blocks may be another file's.
+        Its device state would be saved without memory. Its segment ends with QEMU; its place in the
+        region may be another file's.
 
         :raises LiveUpdateError: there is no such file, or QEMU maps another place.
         """
         if not self.ram.exists():
             raise LiveUpdateError(f"{self.ram}: the memory's file was removed: nothing is saved")
         place = self._ask_place(qemu)["object"]
-        start = place["offset"]
+        start = place.get("offset", 0)  # a segment is mapped as a whole
         end = start + place["size"]
         pids = [int(self.pid.read_text())]
         for mapping in mappings_of(place["mem-path"], pids=pids):
@@ -215,13 +216,13 @@ class Machine:
         )
 
     def _ask_place(self, qemu: str) -> dict[str, Any]:
-        """The memory's place in the region; asked anew each time."""
+        """What QEMU is to map; asked anew each time."""
         words = ("pkernfs", "qemu-args", "--live-update", "--json", "--qemu", qemu, str(self.ram))
         answer: dict[str, Any] = json.loads(program.output(*words, seconds=TIMEOUT_SECONDS))
         return answer
 
     def _memory_options(self, qemu: str) -> list[str]:
-        """Options that map the memory's place in the region."""
+        """Options that map the memory itself."""
         answer = self._ask_place(qemu)
         options: list[str] = answer["args"]
         return options
