@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 
 from guestlab import counter
+from pagecache import cached_pages
 from support.counting_guests import count_at, counting, ring_in
 from support.huge_pages import free_pages
 from support.mounted_pool import MountedPool, huge_pool, tmpfs
 from support.mounting import MIB, run_pkernfs, wait_until
-from support.page_cache import cached_pages, needs_passthrough
+from support.passthrough import needs_passthrough
 
 pytestmark = [pytest.mark.vm, pytest.mark.fuse]
 

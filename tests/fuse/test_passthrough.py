@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
+from pagecache import cached_pages
 from pkernfs.errors import BusyError, RegionError
 from pkernfs.fuse.passthrough import NO_BACKING, Passthrough
 from pkernfs.quantities import Ino
 from support.mounted_pool import GRANULE, MountedPool, huge_pool, native_of
 from support.mounting import MIB, Mapper, is_mounted, wait_until
-from support.page_cache import cached_pages
 
 FILE = Ino(7)
 DEVICE = 33

@@ -66,10 +66,10 @@ class Recipe:
         if self.busy:
             append += " busy=1"
         path = file_option(self.ram)
-        backend = f"memory-backend-file,id=ram,mem-path={path},share=on,size={self.ram_bytes}"
+        backend = f"memory-backend-file,id=pc.ram,size={self.ram_bytes},mem-path={path},share=on"
         return [
             QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-            "-accel", accelerator, "-machine", "q35,memory-backend=ram", "-object", backend,
+            "-accel", accelerator, "-machine", "q35,memory-backend=pc.ram", "-object", backend,
             "-m", f"size={self.ram_bytes}B", "-kernel", str(self.kernel.image),
             "-initrd", str(self.initramfs), "-append", append, "-serial", "stdio",
         ]  # fmt: skip
