@@ -466,7 +466,6 @@ def test_what_is_held_stays(pool: Pool, kernel: MadeUpDax, machine: Machine) -> 
     for act in (
         lambda: pool.check_unused(row),
         lambda: pool.resize(shorter),
-        lambda: pool.restore(shorter),
         lambda: pool.resize(pool.plan(row._replace(length=16 * M), [])),
         lambda: pool.punch(row, 0, 2 * M),
     ):
@@ -487,6 +486,36 @@ def test_what_is_held_stays(pool: Pool, kernel: MadeUpDax, machine: Machine) -> 
         assert not memory.is_zero(RegionOff(4 * M), 2 * M)
     pool.destroy(row)
     pool.check_unused(row)
+
+
+def test_a_cut_that_somebody_prevents(
+    pool: DaxPool, kernel: MadeUpDax, machine: Machine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The device stays longer; when the segment grows again, it is by what it has already."""
+    row = make(pool, 8 * M)
+    other = make(pool, 2 * M, 2, (row,))
+    fill(pool, row, b"x")
+    shorter = row._replace(length=4 * M, valid=4 * M, pieces=(span(G + 64 * M, 4 * M),))
+    kernel.hold(77, row.name)
+    assert pool.restore(shorter) == shorter
+    assert "maps it: it stays longer than it should be" in caplog.text
+    caplog.clear()
+    assert bytes_of(pool, shorter) == {ord("x")}
+    pool.set_owner(shorter, Owner(1000, 100, 0o600))
+    planned = pool.plan(shorter._replace(length=6 * M), [other])
+    assert planned.pieces == (span(G + 64 * M, 6 * M),)
+    with pytest.raises(BusyError):
+        pool.resize(planned)
+    whole = pool.plan(shorter._replace(length=8 * M), [other])
+    now = pool.resize(whole)  # nothing is made for it
+    assert now.valid == 8 * M
+    assert bytes_of(pool, now) == {0, ord("x")}
+    kernel.end(77)
+    longer = pool.plan(shorter._replace(length=12 * M), [other])
+    assert longer.pieces == (span(G + 64 * M, 8 * M), span(G + 74 * M, 4 * M))
+    assert bytes_of(pool, pool.resize(longer)) == {0, ord("x")}
+    pool = next_kernel(kernel, pool)
+    assert pool.restore(shorter).length == 4 * M
 
 
 def test_who_comes_between(pool: Pool, kernel: MadeUpDax) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 from collections.abc import Iterable
 
@@ -31,18 +32,24 @@ from pkernfs.region.dax_node import Access
 from pkernfs.region.locks import PhysicalLocks
 from pkernfs.region.region import Region
 
+log = logging.getLogger(__name__)
+
 _DRIVER = os.path.basename(dax.DRIVER)
 _ZERO_STEP_BYTES = 1 << 30
 _MAPS, _OPEN, _MAY = "maps", "has opened", "may have"
 
 
 class _Memory(Backing):
-    """The device of a segment, as memory. The pool has its lock, for as long as it knows it."""
+    """The device of a segment, as memory. The pool has its lock, for as long as it knows it.
+
+    Of one that is longer than its row, only the row's part, as far as its pages allow.
+    """
 
     real_addresses = True
 
-    def __init__(self, device: Device, path: str, *, write: bool) -> None:
-        super().__init__(path, device.size, list(device.pieces))
+    def __init__(self, device: Device, length: int, path: str, *, write: bool) -> None:
+        size = min(device.size, -(-length // device.align) * device.align)
+        super().__init__(path, size, list(spans.head(device.pieces, size)))
         self.fd = open_path(path, write=write)
         self._fds.append(self.fd)
         self.page_bytes = device.align
@@ -112,7 +119,7 @@ class DaxPool:
         """
         self._index.refresh()
         self._find_start()
-        has = spans.merged(wanted.pieces)
+        has = self._has(wanted)
         missing = wanted.length - spans.size_of(has)
         taken = [piece for row in others for piece in row.pieces]
         free = self._gaps([*taken, *has])
@@ -123,6 +130,17 @@ class DaxPool:
         pieces = spans.merged((*has, *more))
         self._planned[wanted.number] = more
         return wanted._replace(pieces=pieces, node=self._base.node, align=self._align(pieces))
+
+    def _has(self, row: Segment) -> Pieces:
+        """What a segment has of its new length: with what a cut would have taken, was it not held.
+
+        It cannot go on elsewhere, for its device goes on there.
+        """
+        pieces = spans.merged(row.pieces)
+        device = self._find(row) if pieces else None
+        if device is None or device.size <= spans.size_of(pieces):
+            return pieces
+        return spans.head(device.pieces, row.length)
 
     def _no_space(self, missing: int, most: int, free: list[Span]) -> NoSpaceError:
         left = spans.size_of(free)
@@ -203,14 +221,14 @@ class DaxPool:
         return f"{self._base.pieces[0].start:#x} {number}"
 
     def _there(self, row: Segment, *, again: bool = True) -> Device:
-        """The device of a segment, whole and with its driver.
+        """The device of a segment, whole and with its driver; it is longer if a cut was prevented.
 
         :raises RegionError: it is not there, or not what it was.
         """
         device = self._find(row, again=again)
         if device is None:
             raise RegionError(f"{_where(row)}: its device is lost{self._instead(row.pieces)}")
-        if device.size != row.length or device.driver is None:
+        if device.size < row.length or device.driver is None:
             raise RegionError(f"{_where(row)}: /dev/{device.name} is not whole: mount again")
         return device
 
@@ -247,12 +265,21 @@ class DaxPool:
             return self._make(segment)
         self._locks.take(device.pieces)
         dax_node.set_label(device.name, self._label(segment.number), self._host)
-        if device.size != segment.length:
-            self._check_unused(segment, device)
+        if device.size > segment.length:
+            device = self._cut_unless_held(segment, device)
+        elif device.size < segment.length:
             device = self._remade(segment, device)
         elif device.driver is None:
             device = self._bound(segment, device.name, device.align)
         return self._filled(segment, device)
+
+    def _cut_unless_held(self, row: Segment, device: Device) -> Device:
+        """A device that is longer than its row, cut; who has it need not lose it for that."""
+        try:
+            return self._remade(row, device)
+        except BusyError as e:
+            log.warning("%s: it stays longer than it should be", e)
+            return device
 
     def _make(self, row: Segment) -> Segment:
         self._locks.take(row.pieces)
@@ -291,7 +318,7 @@ class DaxPool:
         """The row of a device that is whole; what of it is not valid gets zero."""
         row = row._replace(name=device.name, align=device.align, node=device.node)
         if row.valid < row.length:
-            with self._mapped(device, write=True) as memory:
+            with self._mapped(row, device, write=True) as memory:
                 _zero(memory, row.valid, row.length)
         return row._replace(valid=row.length)
 
@@ -324,7 +351,6 @@ class DaxPool:
                     f"{_where(segment)}: its device is lost{self._instead(segment.pieces)}"
                 )
             if device.size != segment.length:
-                self._check_unused(segment, device)
                 device = self._remade(segment, device)
             return self._filled(segment, device)
         finally:
@@ -336,8 +362,9 @@ class DaxPool:
         :raises BusyError: somebody has it open or mapped.
         :raises RegionError: somebody has taken the memory, or the kernel refuses.
         """
+        self._check_unused(row, device)
         with dax_node.closed(device.name, self._host):
-            self._check_unused(row, device)
+            self._check_unused(row, device)  # and who has come since
             dax_making.unbind(device.name, self._host)
             try:
                 self._change(row, device)
@@ -400,7 +427,7 @@ class DaxPool:
         """
         device = self._there(segment)
         self._check_unused(segment, device)
-        with self._mapped(device, write=True) as memory:
+        with self._mapped(segment, device, write=True) as memory:
             _zero(memory, start, end)
 
     def strays(self, known: list[Segment]) -> list[str]:
@@ -492,11 +519,12 @@ class DaxPool:
         """
         device = self._there(segment)
         self._locks.take(device.pieces)
-        return self._mapped(device, write=write)
+        return self._mapped(segment, device, write=write)
 
-    def _mapped(self, device: Device, *, write: bool) -> Region:
+    def _mapped(self, row: Segment, device: Device, *, write: bool) -> Region:
         dax_node.read_access(device.name, self._host)  # is it the node of this device?
-        backing = _Memory(device, dax_node.path_of(device.name, self._host), write=write)
+        path = dax_node.path_of(device.name, self._host)
+        backing = _Memory(device, row.length, path, write=write)
         try:
             return Region(backing, writable=write)
         except BaseException:
