@@ -82,6 +82,7 @@ def test_what_lies_behind_comes_first() -> None:
     assert choose(free, 2 * M, 64, PhysAddr(16 * M)) == (span(16 * M, 2 * M),)
     assert choose(free, 6 * M, 64, PhysAddr(16 * M)) == (span(16 * M, 4 * M), span(0, 2 * M))
     assert choose(free, 20 * M, 64, PhysAddr(16 * M)) == ()
+    assert choose(free, 0, 64, PhysAddr(16 * M)) == ()
     assert choose(free, 2 * M, 64, PhysAddr(12 * M)) == (span(16 * M, 2 * M),)
 
 

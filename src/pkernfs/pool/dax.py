@@ -13,17 +13,17 @@ import logging
 import os
 from collections.abc import Iterable
 
-from pkernfs.errors import BusyError, NoSpaceError, PkernfsError, RegionError
-from pkernfs.host.cmdline import format_number
+from pkernfs.errors import BusyError, PkernfsError, RegionError
 from pkernfs.host.holders import look
 from pkernfs.host.iomem import Span, overlap
 from pkernfs.host.sysroot import HOST, Host
-from pkernfs.layout import BLOCK, MAX_SEGMENT_PIECES, POOL_DAX
+from pkernfs.layout import BLOCK, POOL_DAX
 from pkernfs.pool import pieces as spans
 from pkernfs.pool.dax_index import DaxIndex
+from pkernfs.pool.dax_space import DaxSpace
 from pkernfs.pool.pieces import Pieces
 from pkernfs.pool.pool import Holder, Owner, Passed, Segment, Space, nothing_is_passed
-from pkernfs.quantities import PhysAddr, RegionOff, SegmentNo
+from pkernfs.quantities import RegionOff, SegmentNo
 from pkernfs.region import dax, dax_making, dax_node
 from pkernfs.region.backing import Backing, open_path
 from pkernfs.region.dax import Device
@@ -86,8 +86,7 @@ class DaxPool:
         self._index = DaxIndex(self._region, host)
         self._new_align = int(host.find(f"{self._region}/dax_region/align") or BLOCK)
         self._locks = PhysicalLocks(f"/dev/{base.name}", host, exclusive=write)
-        self._start: PhysAddr | None = None
-        self._planned: dict[SegmentNo, Pieces] = {}
+        self._space = DaxSpace(base, self._index, self.name, host)
 
     def close(self) -> None:
         """Let go of the pool; the segments stay."""
@@ -104,10 +103,7 @@ class DaxPool:
 
         Another program's changes of the largest piece show at the next :meth:`plan`.
         """
-        promised = [piece for more in list(self._planned.values()) for piece in more]
-        free = max(0, self._index.available() - spans.size_of(promised))
-        largest = max((gap.size for gap in self._gaps(promised)), default=0)
-        return Space(self._index.total, free, min(free, largest))
+        return self._space.look()
 
     def plan(self, wanted: Segment, others: list[Segment]) -> Segment:
         """Choose the memory of a new segment, or of one that grows to ``wanted.length``.
@@ -117,18 +113,10 @@ class DaxPool:
         :param others: every other row of the table: their memory is not to be had.
         :raises NoSpaceError: full, or too fragmented: the message says the largest piece.
         """
-        self._index.refresh()
-        self._find_start()
         has = self._has(wanted)
-        missing = wanted.length - spans.size_of(has)
-        taken = [piece for row in others for piece in row.pieces]
-        free = self._gaps([*taken, *has])
-        most = MAX_SEGMENT_PIECES - len(has)
-        more = spans.choose(free, missing, most, has[-1].end if has else None)
-        if missing > 0 and not more:
-            raise self._no_space(missing, most, free)
+        taken = (piece for row in others for piece in row.pieces)
+        more = self._space.choose(wanted.number, has, wanted.length, taken)
         pieces = spans.merged((*has, *more))
-        self._planned[wanted.number] = more
         return wanted._replace(pieces=pieces, node=self._base.node, align=self._align(pieces))
 
     def _has(self, row: Segment) -> Pieces:
@@ -142,16 +130,6 @@ class DaxPool:
             return pieces
         return spans.head(device.pieces, row.length)
 
-    def _no_space(self, missing: int, most: int, free: list[Span]) -> NoSpaceError:
-        left = spans.size_of(free)
-        where = "" if self._base.node is None else f" in NUMA node {self._base.node}"
-        why = f"{format_number(left)} free{where}"
-        if free:
-            why += f", the largest piece {format_number(max(gap.size for gap in free))}"
-        if left >= missing:
-            why += f", and it may have {most} pieces"
-        return NoSpaceError(f"{self.name}: no room for {format_number(missing)}: {why}")
-
     def _align(self, pieces: Pieces) -> int:
         """The page size of a device: that of the base if all pieces can have it.
 
@@ -159,28 +137,6 @@ class DaxPool:
         """
         align = self._base.align
         return align if align > BLOCK and spans.are_aligned(pieces, align) else BLOCK
-
-    def _gaps(self, also_taken: Iterable[Span]) -> list[Span]:
-        taken = [piece for device in self._index.all() for piece in device.pieces]
-        return spans.gaps(self._whole(), [*taken, *also_taken])
-
-    def _whole(self) -> Span:
-        """The memory of the dax region, as far as it is known where that begins."""
-        start = self._start
-        if start is None:
-            start = min(piece.start for device in self._index.all() for piece in device.pieces)
-        return Span(start, self._index.total)
-
-    def _find_start(self) -> None:
-        """Learn where the memory of the dax region begins: a device without memory tells."""
-        if self._start is not None:
-            return
-        empty = next((device.name for device in self._index.all() if not device.size), None)
-        if empty is not None:
-            self._start = dax_making.resource(empty, self._host)
-            return
-        with contextlib.suppress(RegionError):  # no memory is left to be found
-            self._start = dax_making.first_address(self._region, self.name, self._host)
 
     # ------------------------------------------------------------------ which device is whose
 
@@ -252,7 +208,7 @@ class DaxPool:
         try:
             return self._make(segment)
         finally:
-            self._planned.pop(segment.number, None)
+            self._space.settle(segment.number)
 
     def restore(self, segment: Segment) -> Segment:
         """Make a segment again if a kexec has forgotten it, or complete a change of it.
@@ -354,7 +310,7 @@ class DaxPool:
                 device = self._remade(segment, device)
             return self._filled(segment, device)
         finally:
-            self._planned.pop(segment.number, None)
+            self._space.settle(segment.number)
 
     def _remade(self, row: Segment, device: Device) -> Device:
         """The device of a row, with the row's memory; nobody can open it meanwhile.
@@ -408,7 +364,7 @@ class DaxPool:
         :raises BusyError: somebody has it open or mapped.
         :raises RegionError: what is there is not ours.
         """
-        self._planned.pop(segment.number, None)
+        self._space.settle(segment.number)
         device = self._find(segment)
         if device is None:
             if other := self._instead(segment.pieces):

@@ -84,6 +84,8 @@ def choose(free: list[Span], length: int, most: int, behind: PhysAddr | None = N
     :param behind: where it had best begin: the end of what it continues
     :return: none if so many pieces do not have so much
     """
+    if length <= 0:
+        return ()
     if behind is not None:
         next_one = next((gap for gap in free if gap.start == behind), None)
         if next_one is not None:
