@@ -8,6 +8,7 @@ import logging
 import mmap
 import os
 import stat
+import struct
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -464,6 +465,21 @@ def test_the_owner_changes_of_a_segment_that_was_cut(tmpfs: DirectoryPool) -> No
     tmpfs.set_owner(row, Owner(7, 8, 0o640))
     info = os.stat(path)
     assert (info.st_uid, info.st_gid, info.st_mode & 0o777) == (7, 8, 0o640)
+
+
+def test_an_access_control_list_goes(tmpfs: DirectoryPool) -> None:
+    """The owner may have set it; the next one is not to be surprised by it."""
+    name = "system.posix_acl_access"
+    entries = [(1, 6, -1), (2, 6, 7), (4, 0, -1), (16, 6, -1), (32, 0, -1)]
+    acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
+    row = tmpfs.create(ROW)
+    path = tmpfs.native_path(row)
+    for owner in (Owner(8, 8, 0o660), Owner(8, 8, 0o640), Owner(9, 8, 0o640)):
+        os.setxattr(path, name, acl)
+        tmpfs.set_owner(row, owner)
+        info = os.stat(path)
+        assert Owner(info.st_uid, info.st_gid, info.st_mode & 0o7777) == owner
+        assert os.listxattr(path) == []
 
 
 def test_strays(pool: DirectoryPool) -> None:

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 from pkernfs.dma.mount import mount_filesystem
 from pkernfs.fs import mkfs
@@ -16,7 +17,7 @@ from pkernfs.pool.directory import DirectoryPool
 from pkernfs.region.region import Region
 from pkernfs.region.spec import BASE
 from support.huge_pages import huge_pages
-from support.mounting import MIB, Mounted, wait_until
+from support.mounting import MIB, Mounted, is_mounted, wait_until
 
 #: The length of a segment is a multiple of this.
 GRANULE = 2 * MIB
@@ -25,18 +26,18 @@ GRANULE = 2 * MIB
 class MountedPool(Mounted):
     """A directory with a formatted region and its segments, and a daemon that serves it.
 
-    ``directory`` is where that directory is made: on tmpfs or hugetlbfs. ``damaged`` is for a test
-    that takes segments away: what is left need not be what the table says.
+    ``place`` is where that directory is made, on tmpfs or hugetlbfs; None: beside the mount point.
+    ``damaged`` is for a test that takes segments away: what is left need not be what the table
+    says.
     """
 
-    def __init__(
-        self, size: int = 32 * MIB, options: str = "", directory: str | Path = "/dev/shm"
-    ) -> None:
+    def __init__(self, size: int = 32 * MIB, options: str = "", place: Path | None = None) -> None:
         self.damaged = False
-        super().__init__(size, options, str(directory))
+        self._place = place
+        super().__init__(size, options)
 
     def make_region(self, size: int) -> None:
-        self.pool = self.directory / "pool"
+        self.pool = (self._place or self.directory) / "pool"
         self.pool.mkdir(mode=0o711)
         self.region = self.pool / BASE
         Region.create(str(self.region), size)
@@ -68,12 +69,31 @@ class MountedPool(Mounted):
         """Wait until the memory of a removed file is given back."""
         wait_until(lambda: not native.exists(), f"the end of {native.name}")
 
+    @contextmanager
+    def lent(self) -> Iterator[Self]:
+        """For one test of several: it is mounted, and there are no files."""
+        if not is_mounted(self.path):
+            self.start()
+        self.remove_files()
+        yield self
+        if is_mounted(self.path):
+            self.remove_files()
+
+    def remove_files(self) -> None:
+        """Remove all files, and wait until their memory is given back."""
+        for path in self.path.iterdir():
+            if path.name != "iommu":
+                path.unlink()
+        wait_until(lambda: not self.segments(), "no segments")
+
     def ended(self) -> str:
         """Unmount, and return what the daemon has said."""
         self.unmount()
         return self.words()
 
     def check(self) -> None:
+        if not self.region.exists():
+            return  # with the file system that it was on
         super().check()
         if self.damaged:
             return
@@ -120,6 +140,6 @@ def huge_pool(size: int, options: str = "", base: int = 8 * MIB) -> Iterator[Mou
     """A mounted directory on hugetlbfs with room for segments of ``size`` bytes together."""
     with (
         huge_pages(base + size) as huge,
-        MountedPool(base, options, directory=huge) as mount,
+        MountedPool(base, options, place=huge) as mount,
     ):
         yield mount

@@ -33,6 +33,7 @@ _NAME = re.compile(r"segment-([1-9]\d*)", re.ASCII)
 _SECTOR = 512
 _PERMISSIONS = 0o777
 _OTHERS_WRITE = 0o022
+_ACL = "system.posix_acl_access"
 _UNLIMITED = 1 << 62  # blocks: statfs of hugetlbfs may say -1
 
 
@@ -491,13 +492,26 @@ def _is_as_made(info: os.stat_result) -> bool:
 
 
 def _give_to(path: str, now: os.stat_result, owner: Owner) -> None:
-    """Set owner and mode, so that at no moment anybody has more than before or after."""
+    """Set owner and mode, so that at no moment anybody has more than before or after.
+
+    An access control list, which the last owner may have set to let himself in again, goes.
+    """
     mode = owner.mode & _PERMISSIONS
-    if (now.st_uid, now.st_gid) != (owner.uid, owner.gid):
+    has_acl = _has_acl(path)
+    if has_acl or (now.st_uid, now.st_gid) != (owner.uid, owner.gid):
         os.chmod(path, 0)
+        if has_acl:
+            os.removexattr(path, _ACL)
         os.chown(path, owner.uid, owner.gid)
     if stat.S_IMODE(os.stat(path).st_mode) != mode:
         os.chmod(path, mode)
+
+
+def _has_acl(path: str) -> bool:
+    try:
+        return _ACL in os.listxattr(path)
+    except OSError:  # hugetlbfs has none
+        return False
 
 
 def _memory_of_machine() -> tuple[int, int]:
