@@ -44,7 +44,7 @@ def qemu(request: pytest.FixtureRequest) -> Path:
 def pooled() -> Iterator[MountedPool]:
     """A mount with a pool on a tmpfs that nobody else uses; fsck finds it clean in the end."""
     needs_passthrough()
-    with tmpfs() as memory, MountedPool(directory=memory) as mounted:
+    with tmpfs() as memory, MountedPool(place=memory) as mounted:
         yield mounted
 
 

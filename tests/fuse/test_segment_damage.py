@@ -133,11 +133,11 @@ def test_segments_are_lost_between_two_mounts(mounted: MountedPool) -> None:
             partial(head, path),
             partial(write, path, b"x" * 10000),
             partial(os.truncate, path, 2 * SIZE),
-            partial(os.truncate, path, 0),
         ]
         for use in uses:
             with pytest.raises(OSError, match=IO_ERROR):
                 use()
+        os.truncate(path, 0)  # that needs no memory
         path.unlink()
         assert mounted.file(path.name, SIZE).read_bytes() == bytes(SIZE), "its place is taken"
     assert head(other) == b"other\0"
