@@ -13,6 +13,8 @@
  *     client read   FILE SIZE BLOCK FLAGS
  *     client pread  FILE SIZE BLOCK COUNT                   direct, at random offsets
  *     client touch  FILE SIZE                               MAP_SHARED: first, second touch, msync
+ *     client turns  FILE NATIVE NATIVE SIZE WORK PASSES     map each, work on each in turns; WORK is first
+ *                                                           (touch, after a punch), touch, random or copy
  *     client truncate FILE SIZE
  *     client reuse  OLD NEW SIZE                            unlink OLD, then give NEW its space
  *     client memset FILE|- SIZE THREADS PASSES              - is anonymous memory in huge pages
@@ -32,12 +34,18 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
 #define NAME_BYTES 16
 #define HUGE_PAGE (2ul << 20)
 #define LATENCIES (1 << 20)
+#define RANDOM_OPS (1 << 20)
+#define MOST_PASSES 64
+#ifndef SYS_cachestat
+#define SYS_cachestat 451 /* Linux 6.5; the numbers of new system calls are the same everywhere */
+#endif
 
 static void fail(const char *what, const char *which)
 {
@@ -268,6 +276,92 @@ static void touch_verb(const char *path, uint64_t size)
            second, msync_s, again);
 }
 
+/* Ask for 2 MiB alignment, or huge pages cannot be mapped as such. */
+static char *map_aligned(const char *path, int fd, uint64_t size)
+{
+    char *hint = mmap(NULL, size + HUGE_PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    hint = (char *)(((uintptr_t)hint + HUGE_PAGE - 1) & ~(HUGE_PAGE - 1));
+    char *p = mmap(hint, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0);
+    if (p == MAP_FAILED)
+        fail("mmap", path);
+    return p;
+}
+
+/* How many pages of a file the page cache has; -1: this kernel does not say. */
+static long cached_pages(int fd)
+{
+    struct {
+        uint64_t offset, length;
+    } all = {0, 0};
+    uint64_t found[5]; /* in the cache, dirty, under writeback, evicted, recently evicted */
+    return syscall(SYS_cachestat, fd, &all, found, 0) ? -1 : (long)found[0];
+}
+
+struct side {
+    int fd;
+    char *p;
+    double seconds[MOST_PASSES];
+};
+
+static void random_accesses(char *p, uint64_t size)
+{
+    volatile uint64_t *words = (volatile uint64_t *)p;
+    uint64_t mask = size / 8 - 1; /* of a power of two */
+    for (int i = 0; i < RANDOM_OPS; i++) {
+        uint64_t r = random_u64();
+        words[r & mask] = words[(r >> 32) & mask] + 1;
+    }
+}
+
+/*
+ * One pass over one mapping; what it does depends on the pass alone, not on the mapping. It sleeps
+ * for nothing, so CPU time is its time, but for the turns of other programs.
+ */
+static double work_once(const char *work, char *p, uint64_t size, int pass)
+{
+    uint64_t half = size / 2;
+    random_state = 88172645463325252ull + (uint64_t)pass;
+    start_clock();
+    if (!strcmp(work, "random"))
+        random_accesses(p, size);
+    else if (!strcmp(work, "copy"))
+        memcpy(pass % 2 ? p : p + half, pass % 2 ? p + half : p, half);
+    else
+        memset(p, pass, size);
+    return cpu_seconds();
+}
+
+static void turns_verb(char **paths, uint64_t size, const char *work, int passes)
+{
+    struct side sides[3];
+    int first = !strcmp(work, "first");
+    if (passes < 1 || passes > MOST_PASSES || size & (size - 1)) {
+        errno = EINVAL;
+        fail("turns", work);
+    }
+    for (int i = 0; i < 3; i++) {
+        sides[i].fd = open(paths[i], O_RDWR);
+        if (sides[i].fd < 0)
+            fail("open", paths[i]);
+        sides[i].p = map_aligned(paths[i], sides[i].fd, size);
+        if (!first)
+            memset(sides[i].p, 1, size);
+    }
+    for (int pass = 0; pass < passes; pass++) {
+        for (int turn = 0; turn < 3; turn++) {
+            struct side *s = &sides[(pass + (pass / 3 % 2 ? 3 - turn : turn)) % 3];
+            if (first && fallocate(sides[1].fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, (off_t)size))
+                fail("fallocate", paths[1]);
+            s->seconds[pass] = work_once(work, s->p, size, pass);
+        }
+    }
+    printf("{\"cached_pages\": %ld, \"seconds\": [", cached_pages(sides[0].fd));
+    for (int pass = 0; pass < passes; pass++)
+        printf("%s[%.9f, %.9f, %.9f]", pass ? ", " : "", sides[0].seconds[pass],
+               sides[1].seconds[pass], sides[2].seconds[pass]);
+    printf("]}\n");
+}
+
 static void truncate_verb(const char *path, uint64_t size)
 {
     int fd = open(path, O_RDWR | O_CREAT, 0644);
@@ -338,12 +432,7 @@ static void memset_verb(const char *path, uint64_t size, int threads, int passes
         int fd = open(path, O_RDWR | O_CREAT, 0600);
         if (fd < 0 || ftruncate(fd, (off_t)size))
             fail("open or ftruncate", path);
-        /* Ask for 2 MiB alignment, or huge pages cannot be mapped as such. */
-        char *hint = mmap(NULL, size + HUGE_PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        hint = (char *)(((uintptr_t)hint + HUGE_PAGE - 1) & ~(HUGE_PAGE - 1));
-        p = mmap(hint, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0);
-        if (p == MAP_FAILED)
-            fail("mmap", path);
+        p = map_aligned(path, fd, size);
         memset(p, 1, size);
     }
     printf("{\"passes\": [");
@@ -417,7 +506,8 @@ int main(int argc, char **argv)
     } verbs[] = {{"create", 3}, {"unlink", 3}, {"mkdir", 3},    {"rmdir", 3}, {"rename", 5},
                  {"stat", 6},   {"list", 2},   {"write", 4},    {"read", 4},  {"pread", 4},
                  {"touch", 2},  {"reuse", 3},  {"truncate", 2}, {"memset", 4}, {"open", 2},
-                 {"fstat", 2},  {"latency", 1}};
+                 {"fstat", 2},  {"latency", 1},
+                 {"turns", 6}};
     int found = -1;
     for (unsigned i = 0; argc > 1 && i < sizeof verbs / sizeof *verbs; i++)
         if (!strcmp(argv[1], verbs[i].verb) && argc == verbs[i].arguments + 2)
@@ -443,6 +533,8 @@ int main(int argc, char **argv)
         pread_verb(path, number(argv, 3), number(argv, 4), number(argv, 5));
     else if (!strcmp(verb, "touch"))
         touch_verb(path, number(argv, 3));
+    else if (!strcmp(verb, "turns"))
+        turns_verb(argv + 2, number(argv, 5), argv[6], (int)number(argv, 7));
     else if (!strcmp(verb, "truncate"))
         truncate_verb(path, number(argv, 3));
     else if (!strcmp(verb, "reuse"))

@@ -61,10 +61,12 @@ def _mkfs(bench: Bench, size: int) -> tuple[Path, float]:
 
 
 @contextlib.contextmanager
-def _mounted(bench: Bench, region: Path, *, pinned: bool = True) -> Iterator[Mounted]:
+def in_background(
+    bench: Bench, region: Path, *options: str, pinned: bool = True
+) -> Iterator[Mounted]:
     """``pkernfs mount`` until it answers; the clean unmount has ended on the way out."""
     root = bench.scratch.directory("mnt-region")
-    command: list[str | Path] = [BIN / "pkernfs", "mount", region, root]
+    command: list[str | Path] = [BIN / "pkernfs", "mount", region, root, *options]
     if pinned:
         command = [*bench.client.pinning.daemon_command(command)]
     began = time.perf_counter()
@@ -93,7 +95,7 @@ def region(bench: Bench) -> None:
         bench.say(f"region: mkfs round {turn + 1} of {bench.sizes.rounds}")
         path, seconds = _mkfs(bench, TIB)
         add(MKFS, "pkernfs", turn, seconds)
-        with _mounted(bench, path) as mounted:
+        with in_background(bench, path) as mounted:
             file = mounted.root / "guest-ram"
             found = bench.client.run("truncate", file, FRESH_FILE_BYTES)
             add(TRUNCATE, "pkernfs", turn, found["seconds"] * 1e3)
@@ -101,7 +103,7 @@ def region(bench: Bench) -> None:
             add(EXTENTS, "pkernfs", turn, len(listed["extents"]))
     path, _ = _mkfs(bench, TIB)
     bench.say(f"region: {bench.sizes.region_names} files")
-    with _mounted(bench, path) as mounted:
+    with in_background(bench, path) as mounted:
         (mounted.root / "files").mkdir()
         bench.client.run("create", mounted.root / "files", bench.sizes.region_names, 0)
     _mount_times(bench, path)
@@ -116,7 +118,7 @@ def _mount_times(bench: Bench, path: Path) -> None:
         began = time.perf_counter()
         run(imports)
         add(IMPORTS, "pkernfs", turn, time.perf_counter() - began)
-        with _mounted(bench, path) as mounted:
+        with in_background(bench, path) as mounted:
             add(MOUNT, "pkernfs", turn, mounted.seconds)
             add(OWN_AFTER_MOUNT, "pkernfs", turn, _own_mib(mounted.pid))
             if turn == 0:
@@ -133,7 +135,7 @@ def zeroing(bench: Bench) -> None:
     size = bench.sizes.zero_bytes
     path, _ = _mkfs(bench, size + 256 * MIB)
     plain = bench.scratch.regions / "plain"
-    with _mounted(bench, path, pinned=False) as mounted:
+    with in_background(bench, path, pinned=False) as mounted:
         probe, old, new = (mounted.root / name for name in ("probe", "old", "new"))
         probe.touch()
         bench.client.run("write", old, size, MIB, "nd", pinned=False)

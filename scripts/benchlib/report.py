@@ -62,15 +62,16 @@ def _tables(results: Results) -> Iterator[str]:
 
 
 def _kind(workload: Workload) -> str:
-    """Name the table of a workload: by unit, but for the second placement and the scale group."""
-    if workload.key.startswith(SPLIT):
-        return SPLIT
+    """Name the table of a workload: by the key's prefix, else by unit; the scale group has one."""
+    if ":" in workload.key:
+        return workload.key.split(":")[0]
     return "@" if "@" in workload.key else "plain" if workload.unit == "1/s" else "data"
 
 
 def _columns(results: Results, workloads: list[Workload]) -> list[str]:
-    present = {system for workload in workloads for system in results.systems(workload.key)}
-    return [cls.name for cls in SYSTEMS if cls.name in present]
+    present = {s: None for workload in workloads for s in results.systems(workload.key)}
+    known = [cls.name for cls in SYSTEMS if cls.name in present]
+    return known + [system for system in present if system not in known]
 
 
 def _side_by_side(results: Results, workloads: list[Workload]) -> str:

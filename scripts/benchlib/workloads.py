@@ -35,12 +35,14 @@ class Sizes:
     random_reads: int = 5000
     region_names: int = 100_000
     zero_bytes: int = 3072 * MIB
+    segments: int = 1000
 
     @classmethod
     def quick(cls) -> "Sizes":
         return cls(
             rounds=3, names=500, many=20_000, batch=200, data_bytes=64 * MIB,
             random_reads=1000, region_names=20_000, zero_bytes=512 * MIB,
+            segments=200,
         )  # fmt: skip
 
 
