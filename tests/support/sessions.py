@@ -5,6 +5,7 @@ after ``console`` say where a block can be typed; no reader of the rendered page
 
 - no word: on this host, in a shell whose directory is the checkout;
 - ``qemu``: the same, where there is a QEMU that pkernfs can use (8.2 or later);
+- ``passthrough``: the same, where the kernel passes mappings through to a segment;
 - ``lab``: in the machine that ``scripts/lab shell`` boots; ``lab=units``: with ``--units``;
 - ``shown=FILE``: nowhere; the test or script FILE does the like, or ``shown=host`` where it is for
   the machine at hand to say.
