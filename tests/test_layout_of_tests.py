@@ -43,6 +43,7 @@ NAMED_OTHERWISE = {
     "fuse/test_overlay.py": "real mounts as the upper layer of overlayfs",
     "fuse/test_process.py": "a daemon as a process: its descriptors, its mount namespace, its end",
     "fuse/test_segment_damage.py": "real mounts: segments changed behind the daemon's back",
+    "fuse/test_segment_meetings.py": "many requests at once, whatever modules they meet in",
     "fuse/test_segments.py": "real mounts: files with segments as programs meet them",
     "fuse/test_sigkill.py": "daemons killed at any moment",
     "fuse/test_stateful.py": "a model of a mounted file system",
