@@ -13,12 +13,17 @@ from collections.abc import Callable
 from typing import Any
 
 from pkernfs.dma.mount import mount_filesystem
-from pkernfs.fs import segments
 from pkernfs.fs.segment_table import SegmentTable
 from pkernfs.pool.directory import DirectoryPool
 from pkernfs.region.region import Region
 
-_PARTS = ("restore", "set_owner", "strays")
+#: Whose method is which part of a mount.
+_PARTS: list[tuple[type, str, str]] = [
+    (SegmentTable, "__init__", "table"),
+    (DirectoryPool, "restore", "restore"),
+    (DirectoryPool, "set_owner", "set_owner"),
+    (DirectoryPool, "strays", "strays"),
+]
 
 
 def _timed(function: Callable[..., Any], found: dict[str, float], key: str) -> Callable[..., Any]:
@@ -38,10 +43,8 @@ def _timed(function: Callable[..., Any], found: dict[str, float], key: str) -> C
 def main() -> int:
     directory = sys.argv[1]
     found: dict[str, float] = {}
-    for name in _PARTS:
-        setattr(DirectoryPool, name, _timed(getattr(DirectoryPool, name), found, name))
-    names: dict[str, Any] = vars(segments)
-    names["SegmentTable"] = _timed(SegmentTable, found, "table")
+    for owner, name, part in _PARTS:
+        setattr(owner, name, _timed(getattr(owner, name), found, part))
     with Region.open(directory, write=True) as region:
         for _ in range(int(sys.argv[2]) if len(sys.argv) > 2 else 5):
             found.clear()
