@@ -144,15 +144,20 @@ class Pool(Protocol):
     def destroy(self, segment: Segment) -> None:
         """Give the memory back. It is no error if there is nothing.
 
+        What has come into its place and is not ours stays, and is logged.
+
         :raises BusyError: somebody has it and would lose it: it is to be tried again later.
-        :raises RegionError: what is there is not ours.
+        :raises RegionError: the kernel refuses: likewise.
         """
 
     def strays(self, known: list[Segment]) -> list[str]:
         """Remove what this file system has made and no row knows; name what may not be ours."""
 
     def set_owner(self, segment: Segment, owner: Owner) -> None:
-        """Quick. Let ``owner`` open the segment, and nobody else but root."""
+        """Quick. Let ``owner`` open the segment, and nobody else but root.
+
+        Also if it was cut: it is still what its file had.
+        """
 
     def open(self, segment: Segment, *, write: bool) -> Region:
         """Quick. Map a segment.
