@@ -139,6 +139,12 @@ def test_too_few_huge_pages(huge: int) -> None:
         assert reserved_pages() == reserved
 
 
+def test_a_file_that_is_cut_before_its_pages_are_reserved(huge: int) -> None:
+    file = SegmentFile.create(huge, NAME)
+    with file, pytest.raises(RegionError, match="segment-3: cut meanwhile"):
+        file.reserve(HUGE)
+
+
 def test_a_length_that_no_file_has(place: int) -> None:
     with SegmentFile.create(place, NAME) as file, pytest.raises(RegionError, match="cannot be"):
         file.resize(-1)

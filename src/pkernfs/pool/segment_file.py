@@ -104,11 +104,14 @@ class SegmentFile:
         On tmpfs nothing is reserved: the memory is taken when it is touched.
 
         :raises NoSpaceError: there are too few.
+        :raises RegionError: the file has been cut meanwhile.
         """
         if not self._memory.is_huge:
             return
         try:
             mmap.mmap(self.fd, length).close()
+        except ValueError as e:  # Python compares the length with the file's, and says so this way
+            raise RegionError(f"{self.name}: cut meanwhile", errno.EIO) from e
         except OSError as e:
             raise _error(self.name, f"no huge pages for {format_size(length)}", e) from e
 
