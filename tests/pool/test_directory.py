@@ -23,7 +23,7 @@ from pkernfs.pool import directory as module
 from pkernfs.pool.directory import DirectoryPool
 from pkernfs.pool.pool import Owner, Pool, Segment
 from pkernfs.quantities import Ino, RegionOff, SegmentNo
-from pkernfs.region.files import MemoryFile
+from pkernfs.region.files import MemoryFile, OpenFileBacking
 from support.huge_pages import free_pages, huge_pages, reserved_pages
 
 G = 1 << 30
@@ -391,6 +391,21 @@ def test_a_mapping_is_as_long_as_the_row(tmpfs: DirectoryPool) -> None:
         tmpfs.open(row._replace(length=3 * BLOCK), write=False)
     with tmpfs.open(row._replace(length=BLOCK), write=False) as region:
         assert (region.size, region.name) == (BLOCK, f"{tmpfs.name}/segment-3")
+
+
+def test_a_file_that_is_cut_while_it_is_opened(
+    tmpfs: DirectoryPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = tmpfs.create(ROW)
+    path = tmpfs.native_path(row)
+
+    def cut_first(fd: int, name: str, *, size: int) -> OpenFileBacking:
+        os.truncate(path, BLOCK)
+        return OpenFileBacking(fd, name, size=size)
+
+    monkeypatch.setattr(module, "OpenFileBacking", cut_first)
+    with pytest.raises(RegionError, match="lost: it was cut: got 2097152 bytes"):
+        tmpfs.open(row, write=False)
 
 
 def test_an_owner_with_a_lease_holds_nobody_up(tmpfs: DirectoryPool) -> None:

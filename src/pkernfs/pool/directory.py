@@ -382,6 +382,8 @@ class DirectoryPool:
         try:
             _check_file(segment._replace(valid=segment.length), file.handle, file.size)
             backing = OpenFileBacking(fd, path, size=segment.length)
+            # Its owner may have cut it since.
+            _check_file(segment._replace(valid=segment.length), file.handle, backing.size)
             backing.may_vanish = True
             return Region(backing, writable=write)
         except BaseException:
