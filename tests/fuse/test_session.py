@@ -404,6 +404,7 @@ def test_one_zeroes_at_a_time_and_others_are_served(rig: Rig) -> None:
             session.start(second)
             await trio.testing.wait_all_tasks_blocked()
             order.append("first")
+        await trio.testing.wait_all_tasks_blocked()
 
     rig.run(work)
     assert order == ["first", "second"]

@@ -280,7 +280,7 @@ def restore_many(guest: Guest, pool: DaxPool, many: list[Segment]) -> None:
             guest.figure(f"each of {at}", seconds / at * 1000, "ms")
 
 
-@pytest.mark.parametrize("kernel", ["6.1", "6.12", "7"])
+@pytest.mark.parametrize("kernel", ["6.1", "7"])
 def test_dax_pool(lab: Lab, kernel: str) -> None:
     """Segments on device-dax: owners, holders, growth and cuts; a thousand after a kexec."""
     machine: Any = lab.machine(

@@ -76,7 +76,7 @@ def find_again(guest: Guest) -> None:
     guest.run("fsck.pkernfs", "-n", DEVICE)
 
 
-@pytest.mark.parametrize("kernel", ["6.12", "7"])
+@pytest.mark.parametrize("kernel", ["6.12"])
 def test_dax_segments(lab: Lab, kernel: str) -> None:
     """A file system with segments on device-dax, over a kexec in the midst of its use."""
     machine: Any = lab.machine(
