@@ -325,11 +325,12 @@ def test_a_new_owner(tenants: Tenants) -> None:
         refused(lambda: os.fchmod(kept, 0o666))
 
     with child(former, ALICE) as pid:
-        os.read(ready[0], 1)
+        os.close(ready[1])  # else nothing tells that the child has ended
+        assert os.read(ready[0], 1)
         os.chown(path, BOB, BOB)
         os.write(done[1], b"1")
         assert os.waitpid(pid, 0)[1] == 0
-    for end in (*ready, *done):
+    for end in (ready[0], *done):
         os.close(end)
     run_as(BOB, lambda: os.open(native, os.O_RDWR))
     assert get(path) == SECRET[::-1], "by the mapping from before"
