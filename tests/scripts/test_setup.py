@@ -276,7 +276,8 @@ def test_extents(place: Place) -> None:
     with place.region.open("rb") as region:
         content = bytearray(4 * MIB)
         for extent in answer["extents"]:
-            assert set(extent) == {"offset", "length", "region_offset", "physical"}
+            assert set(extent) == {"offset", "length", "region_offset", "physical", "segment"}
+            assert extent["segment"] is None
             assert extent["physical"] == 0x4000_0000 + extent["region_offset"]
             region.seek(extent["region_offset"])
             start = extent["offset"]

@@ -79,6 +79,7 @@ class Segments(SegmentMemory):
         self._store = state.store
         self.wanted = wanted
         self._new: dict[Ino, Segment] = {}  # recorded, and not yet a file's
+        self._owner_due: set[SegmentNo] = set()  # that the pool was changing
         self._refusals = RateLimit(log)
         #: Files that get none by themselves now, as :mod:`pkernfs.fs.conversion` sees to them.
         self.converting: set[Ino] = set()
@@ -137,7 +138,8 @@ class Segments(SegmentMemory):
         :param changed: the segments that the pool has changed: their files may have got another
             owner meanwhile.
         """
-        for row in map(self.table.rows.get, changed):
+        due, self._owner_due = self._owner_due, set()
+        for row in map(self.table.rows.get, due & set(changed)):
             if row is not None and row.state == SEGMENT_IN_USE:
                 with _told(row.number):
                     self.set_owner(self._inodes.get(row.ino))
@@ -415,9 +417,12 @@ class Segments(SegmentMemory):
         :raises RegionError: the kernel refuses, or the segment is not there: nothing was changed.
         """
         row = self.of(inode)
-        usable = self.pool is not None and row.number not in self.lost
-        if usable and not self.turns.is_changing(row.number):
-            self.need_pool().set_owner(row, owner or _owner_of(inode))
+        if self.pool is None or row.number in self.lost:
+            return
+        if self.turns.is_changing(row.number):
+            self._owner_due.add(row.number)
+        else:
+            self.pool.set_owner(row, owner or _owner_of(inode))
 
     def lock_out(self, inode: Inode) -> None:
         """Let nobody but root open the segment of a file, until :meth:`set_owner`."""
