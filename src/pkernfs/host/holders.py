@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from pkernfs.host.mappings import maps_device
-from pkernfs.host.mount_table import table_lines
+from pkernfs.host.mount_table import mounts_of_all
 from pkernfs.host.sysroot import HOST, Host
 
 _FDINFO = re.compile(rb"^(mnt_id|ino):\t(\d+)$", re.MULTILINE)
@@ -112,17 +112,10 @@ def _mounts_of(pids: Iterable[int], devices: set[int], host: Host) -> dict[int, 
     """
     words = {f"{os.major(device)}:{os.minor(device)}": maps_device(device) for device in devices}
     found: dict[int, str] = {}
-    known = set()
-    for pid in pids:
-        try:
-            namespace = os.readlink(host.path(f"proc/{pid}/ns/mnt"))
-            lines = [] if namespace in known else table_lines(host.path(f"proc/{pid}/mountinfo"))
-        except OSError:
-            continue
-        known.add(namespace)
-        for number, _, device, _ in (line.split(" ", 3) for line in lines):
-            if device in words:
-                found[int(number)] = words[device]
+    for line in mounts_of_all(pids, host):
+        number, _, device, _ = line.split(" ", 3)
+        if device in words:
+            found[int(number)] = words[device]
     return found
 
 

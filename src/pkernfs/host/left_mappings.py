@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from pkernfs.host.mount_table import table_lines
+from pkernfs.host.mount_table import mounts_of_all
 from pkernfs.host.sysroot import HOST, Host
 from pkernfs.quantities import Ino
 
@@ -36,7 +36,8 @@ def left_mappings(inos: Iterable[Ino], host: Host = HOST) -> list[LeftMapping]:
     found = {pid: files for pid, files in found.items() if files}
     if not found:
         return []
-    mounted = _mounted_devices(pids, host)  # after the maps: what is mounted meanwhile is no ghost
+    # After the maps: what is mounted meanwhile is no ghost.
+    mounted = {line.split(" ", 3)[2] for line in mounts_of_all(pids, host)}
     served = set(host.list("sys/class/bdi"))
     left = []
     for pid, files in found.items():
@@ -54,18 +55,3 @@ def _candidates(pid: int, wanted: set[Ino], host: Host) -> Iterator[tuple[str, I
         if len(fields) > 4 and fields[4].isdecimal() and (ino := Ino(int(fields[4]))) in wanted:
             major, _, minor = fields[3].partition(":")
             yield f"{int(major, 16)}:{int(minor, 16)}", ino
-
-
-def _mounted_devices(pids: Iterable[int], host: Host) -> set[str]:
-    """Return the devices of all mounts, in whatever namespace any process is."""
-    found: set[str] = set()
-    known = set()
-    for pid in pids:
-        try:
-            namespace = os.readlink(host.path(f"proc/{pid}/ns/mnt"))
-            lines = [] if namespace in known else table_lines(host.path(f"proc/{pid}/mountinfo"))
-        except OSError:
-            continue
-        known.add(namespace)
-        found.update(line.split(" ", 3)[2] for line in lines)
-    return found

@@ -7,8 +7,9 @@ line, does not end one.
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from pkernfs.host.sysroot import Host
@@ -60,3 +61,19 @@ def mounts_of(host: Host, process: str) -> Iterator[MountLine]:
         source, where, fstype, options = line.split(" ")[:4]
         words = tuple(unescape(word) for word in options.split(","))
         yield MountLine(unescape(source), unescape(where), fstype, words)
+
+
+def mounts_of_all(pids: Iterable[int], host: Host) -> Iterator[str]:
+    """Yield the lines of mountinfo of every mount namespace that a process is in, fields escaped.
+
+    What is not for this user, or has ended, is left out.
+    """
+    known = set()
+    for pid in pids:
+        try:
+            namespace = os.readlink(host.path(f"proc/{pid}/ns/mnt"))
+            lines = [] if namespace in known else table_lines(host.path(f"proc/{pid}/mountinfo"))
+        except OSError:
+            continue
+        known.add(namespace)
+        yield from lines
