@@ -85,11 +85,6 @@ def off(fs: FileSystem, ino: Ino) -> None:
     fs.run(lambda: fs.conversions.off(ino))
 
 
-def reap(fs: FileSystem) -> None:
-    if (work := fs.segments.reaping()) is not None:
-        fs.segments.reaped(work())
-
-
 def works(fs: FileSystem, operation: Callable[[], None]) -> Iterator[None]:
     """Run an operation as a session does, in turns at the pool; stop after each piece of work."""
     while True:
@@ -149,7 +144,7 @@ def test_off_copies_the_bytes_and_ends_the_segment(fs: FileSystem, pool: MemoryP
     numbers = sorted(fs.numbers())
     off(fs, ino)
     assert fs.segments.find(ino) is None
-    reap(fs)
+    fs.segments.reap()
     assert not pool.memories
     assert bytes(fs.read(ino, 0, 6 * MIB)) == DATA
     assert fs.stat(ino).data_pages == 6 * MIB // PAGE
@@ -297,7 +292,7 @@ def test_what_is_changed_meanwhile_is_refused(
     with pytest.raises(BusyError, match="changed meanwhile"):
         for _ in done:
             pass
-    reap(fs)
+    fs.segments.reap()
     assert len(pool.memories) == number
     assert not fs.conversions.under_way
     if change is write:
@@ -316,7 +311,7 @@ def test_who_gives_up_leaves_nothing(fs: FileSystem, pool: MemoryPool, steps: in
         for _ in range(steps):
             next(done)
         fs.conversions.give_up(ino)
-        reap(fs)
+        fs.segments.reap()
         assert (sorted(fs.numbers()), len(pool.memories)) == (numbers, held)
         assert free - fs.super.statfs().free < 8
         fs.run(lambda ino=ino, c=conversion: c(ino))  # type: ignore[misc]
@@ -331,7 +326,7 @@ def test_a_truncate_meanwhile_makes_no_second_segment(fs: FileSystem, pool: Memo
     assert fs.segments.find(ino) is None
     with pytest.raises(BusyError, match="meanwhile"):
         list(done)
-    reap(fs)
+    fs.segments.reap()
     assert not pool.memories
 
 

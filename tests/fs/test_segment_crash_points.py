@@ -75,9 +75,7 @@ def take_memory(fs: FileSystem) -> None:
 
 
 def destroy_dead(fs: FileSystem) -> None:
-    work = fs.segments.reaping()
-    if work is not None:
-        fs.segments.reaped(work())
+    fs.segments.reap()
 
 
 def scenario(

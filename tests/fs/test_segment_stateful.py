@@ -182,9 +182,7 @@ class SegmentMachine(RuleBasedStateMachine):
 
     @rule()
     def destroy_dead(self) -> None:
-        work = self.fs.segments.reaping()
-        if work is not None:
-            self.fs.segments.reaped(work())
+        self.fs.segments.reap()
 
     # ------------------------------------------------------------------ mounts
 

@@ -85,15 +85,6 @@ def number(fs: FileSystem, ino: Ino) -> SegmentNo:
     return row.number
 
 
-def reap(fs: FileSystem) -> dict[SegmentNo, str]:
-    work = fs.segments.reaping()
-    if work is None:
-        return {}
-    done = work()
-    fs.segments.reaped(done)
-    return done.reasons
-
-
 def test_truncate_to_2_mib_gives_a_segment(fs: FileSystem, pool: MemoryPool) -> None:
     ino = make(fs, 4 * MIB)
     row = fs.segments.find(ino)
@@ -232,7 +223,7 @@ def test_cut_to_nothing_it_has_none(fs: FileSystem, pool: MemoryPool) -> None:
     resize(fs, ino, 0)
     assert fs.segments.find(ino) is None
     assert not fs.stat(ino).data_pages
-    assert reap(fs) == {}
+    assert fs.segments.reap() == {}
     assert not pool.memories
     assert not fs.segments.table.rows
 
@@ -269,10 +260,10 @@ def test_removed_while_held_it_stays_until_the_last_holder_goes(
     held = number(fs, ino)
     pool.busy.add(held)
     fs.unlink(ROOT_INO, b"f")
-    assert "a test holds it" in reap(fs)[held]
+    assert "a test holds it" in fs.segments.reap()[held]
     assert held in pool.memories
     pool.busy.clear()
-    assert reap(fs) == {}
+    assert fs.segments.reap() == {}
     assert not pool.memories
     assert not fs.segments.table.rows
 
@@ -339,7 +330,7 @@ def test_a_lost_segment_is_one_files_loss(region: Region, pool: MemoryPool, fs: 
         again.read(ino, 0, 1)
     assert again.read(other, 0, 1) == b"\0"
     again.unlink(ROOT_INO, b"f")
-    reap(again)
+    again.segments.reap()
     assert not again.segments.lost
 
 
@@ -406,7 +397,7 @@ def test_creation_that_is_given_up_leaves_nothing(fs: FileSystem, pool: MemoryPo
     turn.need.work()
     assert len(pool.memories) == 1
     turn.give_up()
-    reap(fs)
+    fs.segments.reap()
     assert not pool.memories
     assert not fs.segments.table.rows
     resize(fs, ino, 6 * MIB)
@@ -422,7 +413,7 @@ def test_creation_for_a_file_that_goes(fs: FileSystem, pool: MemoryPool) -> None
     turn.end()
     assert pool.length(number(fs, ino)) == 4 * MIB
     fs.release(ino)
-    reap(fs)
+    fs.segments.reap()
     assert not pool.memories
 
 
@@ -433,7 +424,7 @@ def test_creation_for_a_file_that_grows(fs: FileSystem, pool: MemoryPool) -> Non
     turn.step()
     write(fs, ino, 3 * MIB, b"far out")
     turn.end()
-    reap(fs)
+    fs.segments.reap()
     assert bytes(fs.read(ino, 3 * MIB, 9)) == b"far out"
     assert len(pool.memories) == len(fs.segments.table.rows) == 0, "it has a hole, so it has none"
 
@@ -541,7 +532,7 @@ def test_what_is_frozen_while_the_pool_works(
     turn.give_up()
     assert region.read(RegionOff(0), region.size) == before
     fs.thaw()
-    reap(fs)
+    fs.segments.reap()
     assert not pool.memories
     assert not fs.segments.table.rows
 
@@ -660,7 +651,7 @@ def test_a_lost_segment_fails_as_a_disk_does(fs: FileSystem, pool: MemoryPool) -
     again.setattr(ino, mode=0o600)
     resize(again, ino, 0)
     assert again.segments.find(ino) is None
-    reap(again)
+    again.segments.reap()
     assert not again.segments.table.rows
 
 

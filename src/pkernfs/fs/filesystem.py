@@ -221,9 +221,7 @@ class FileSystem:
             except (RegionError, BusyError) as e:
                 log.error("%s: inode %d: left as it is: %s", self.region.name, ino, e)
                 whole = False
-        work = self.segments.reaping()
-        if work is not None:
-            self.segments.reaped(work())
+        self.segments.reap()
         return whole
 
     def unmount(self) -> None:

@@ -111,7 +111,7 @@ class SegmentMemory:
         if row is None:
             yield self._super.region
             return
-        with self.need_pool().open(row, write=False) as memory:
+        with self.open(row, write=False) as memory:
             yield memory
 
     def open(self, row: Segment, *, write: bool) -> Region:

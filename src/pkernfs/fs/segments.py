@@ -210,7 +210,7 @@ class Segments(SegmentMemory):
     def _hand_over(self, inode: Inode, made: Segment) -> None:
         """Copy what the file has, and let it have the segment instead."""
         if inode.data_pages:
-            with self.need_pool().open(made, write=True) as target:
+            with self.open(made, write=True) as target:
                 self._copy(inode, target)
         with self._store:
             self.become(inode, made)
@@ -397,6 +397,15 @@ class Segments(SegmentMemory):
             return None
         return partial(_destroy, self.pool, dead)
 
+    def reap(self) -> dict[SegmentNo, str]:
+        """Destroy the segments that nobody has, here and now; why some cannot be, by number."""
+        work = self.reaping()
+        if work is None:
+            return {}
+        done = work()
+        self.reaped(done)
+        return done.reasons
+
     def reaped(self, done: Reaped) -> None:
         """Remove the rows of segments that are destroyed; a mount does, if nobody may now."""
         for number in [] if self._super.read_only else done.gone:
@@ -458,9 +467,7 @@ class Segments(SegmentMemory):
         for row in list(self.table.rows.values()):
             if row.state != SEGMENT_IN_USE and row.state != SEGMENT_DEAD:
                 self.kill(row)
-        work = self.reaping()
-        if work is not None:
-            self.reaped(work())
+        self.reap()
 
     def _restore(self, pool: Pool, row: Segment) -> bool:
         """Bring one segment in use back; True if its file has a pending range."""
