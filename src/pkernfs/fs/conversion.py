@@ -26,6 +26,7 @@ from pkernfs.fs.file import Files
 from pkernfs.fs.inode import InodeLife
 from pkernfs.fs.inodes import Inode
 from pkernfs.fs.pins import PinGuard
+from pkernfs.fs.segment_memory import copy_bytes
 from pkernfs.fs.segments import Segments
 from pkernfs.fs.super import Super
 from pkernfs.journal import TransactionTooLarge
@@ -40,7 +41,6 @@ from pkernfs.layout import (
 )
 from pkernfs.pool.pool import Segment
 from pkernfs.quantities import FileSpan, Ino, RegionOff
-from pkernfs.region.region import Region
 
 T = TypeVar("T")
 #: The steps of a conversion: each yields what must be done before it goes on.
@@ -233,14 +233,14 @@ class Conversions:
         region = self._super.region
         with self._segments.open(made, write=True) as target:
             for offset, length, at in spans:
-                _copy(region, at, target, RegionOff(offset), length)
+                copy_bytes(region, at, target, RegionOff(offset), length)
 
     def _copy_from(self, row: Segment, spans: list[FileSpan]) -> None:
         """Copy a segment into blocks of the region; in a thread."""
         region = self._super.region
         with self._segments.open(row, write=False) as source:
             for offset, length, at in spans:
-                _copy(source, RegionOff(offset), region, at, min(length, source.size - offset))
+                copy_bytes(source, RegionOff(offset), region, at, min(length, source.size - offset))
 
     def _swap(self, inode: Inode, blocks: Inode) -> None:
         """One transaction: the file has the blocks, and nobody has its segment."""
@@ -315,12 +315,6 @@ def _until(operation: Callable[[], T]) -> Generator[Needed, None, T]:
         except Needed as need:
             reason = need
         yield reason
-
-
-def _copy(source: Region, at: RegionOff, target: Region, to: RegionOff, length: int) -> None:
-    """Copy bytes; a hole of the source's file is not filled by it, and is zero in the target."""
-    for start, end in source.data_ranges(at, RegionOff(at + length)):
-        target.copy_in(RegionOff(to + start - at), source.view(start, end - start))
 
 
 def _stamp(inode: Inode) -> _Stamp:

@@ -157,3 +157,12 @@ class SegmentMemory:
         else:
             region.check_there(RegionOff(offset + length))
         return memoryview(data)
+
+
+def copy_bytes(source: Region, at: RegionOff, target: Region, to: RegionOff, length: int) -> None:
+    """Copy between a region and a segment; a hole of the source's file stays one in the target.
+
+    So the target is zero there before. Any thread may do it.
+    """
+    for start, end in source.data_ranges(at, RegionOff(at + length)):
+        target.copy_in(RegionOff(to + start - at), source.view(start, end - start))

@@ -23,7 +23,7 @@ from pkernfs.errors import (
     RegionError,
 )
 from pkernfs.fs.extents import LAST_PAGE, ExtentMap
-from pkernfs.fs.segment_memory import SegmentMemory
+from pkernfs.fs.segment_memory import SegmentMemory, copy_bytes
 from pkernfs.host.iomem import Span
 from pkernfs.journal import TransactionTooLarge
 from pkernfs.layout import (
@@ -218,8 +218,8 @@ class Segments(SegmentMemory):
     def _copy(self, inode: Inode, target: Region) -> None:
         region = self._super.region
         for file_page, page, count in self._extents.within(inode, 0, target.size // PAGE):
-            data = region.view(page_offset(page), count * PAGE)
-            target.copy_in(RegionOff(file_page * PAGE), data)
+            to = RegionOff(file_page * PAGE)
+            copy_bytes(region, page_offset(page), target, to, count * PAGE)
 
     def become(self, inode: Inode, made: Segment) -> None:
         """Inside a transaction: let a file have a segment that holds its bytes, and no blocks.
