@@ -24,6 +24,7 @@ from pkernfs.alloc.blocks import IsolatedBlocks
 from pkernfs.errors import Needed, NoSpaceError, PkernfsError, WorkNeeded, ZeroingNeeded
 from pkernfs.fuse import mounting, shim  # noqa: F401 - the shim is found first by the linker
 from pkernfs.fuse.event_loop import RecurringEvent
+from pkernfs.fuse.waiting import until_worked, until_zeroed
 from pkernfs.host.mappings import Mapping, mappings_of
 from pkernfs.layout import ARRIVAL_REMOUNT, BLOCK
 from pkernfs.quantities import BlockNo, BlockRun, Ino, RegionRun
@@ -233,24 +234,12 @@ class Session:
 
     async def _with_work(self, operation: Callable[[], _Result]) -> _Result:
         async with self._pooling:  # so that what is planned is what is made
-            with self._fs.segments.turn() as call:
-                while True:
-                    try:
-                        result: _Result = call(operation)
-                    except WorkNeeded as need:
-                        await self.work(need)
-                    else:
-                        return result
+            return await until_worked(self._fs, self, operation)
 
     async def _with_zeroing(self, need: Needed, operation: Callable[[], _Result]) -> _Result:
         assert isinstance(need, ZeroingNeeded)
         async with self._zeroing:  # nobody else zeroes, so what is free can be allocated
-            while True:
-                await self.zero(need)
-                try:
-                    return operation()
-                except ZeroingNeeded as more:
-                    need = more
+            return await until_zeroed(self, need, operation)
 
     async def invalidate(self, ino: Ino, *, data: bool = False) -> None:
         """Have the kernel ask for an inode's attributes, and ``data``, again.

@@ -39,7 +39,17 @@ _losses = RateLimit(log)
 _Result = TypeVar("_Result")
 
 
-class Waiting(Protocol):
+class Work(Protocol):
+    """What takes long for an operation; others are served meanwhile."""
+
+    async def zero(self, need: ZeroingNeeded) -> None:
+        """Zero what an operation needs, in a thread; inside :meth:`Waiting.turn`."""
+
+    async def work(self, need: WorkNeeded) -> None:
+        """Do the work that an operation needs, in a thread; inside :meth:`Waiting.pool_turn`."""
+
+
+class Waiting(Work, Protocol):
     """The session's ways to wait in a handler while other requests are served."""
 
     def turn(self) -> contextlib.AbstractAsyncContextManager[object]:
@@ -48,17 +58,11 @@ class Waiting(Protocol):
     def pool_turn(self) -> contextlib.AbstractAsyncContextManager[object]:
         """Serve others meanwhile, but let nobody else change the pool of segments."""
 
-    async def work(self, need: WorkNeeded) -> None:
-        """Do the work that an operation needs, in a thread; inside :meth:`pool_turn`."""
-
     async def drain(self) -> None:
         """Wait until the requests that are there already have been handled."""
 
     async def settle(self) -> None:
         """As :meth:`drain`, outside :meth:`turn`: others are served meanwhile."""
-
-    async def zero(self, need: ZeroingNeeded) -> None:
-        """Zero what an operation needs, in a thread; inside :meth:`turn`."""
 
     async def sync(self) -> None:
         """Write the region back to its disk, in a thread, while others are served."""
@@ -130,14 +134,7 @@ class Handlers:
     async def _after_work(self, reason: BaseException, again: Callable[[], _Result]) -> _Result:
         assert self.waiting is not None
         async with self.waiting.pool_turn():  # so that what is planned is what is made
-            with self.fs.segments.turn() as call:
-                while True:
-                    try:
-                        result: _Result = call(again)
-                    except WorkNeeded as need:
-                        await self.waiting.work(need)
-                    else:
-                        return result
+            return await until_worked(self.fs, self.waiting, again)
 
     async def _after_zeroing(self, reason: BaseException, again: Callable[[], _Result]) -> _Result:
         assert self.waiting is not None
@@ -147,12 +144,31 @@ class Handlers:
             else:
                 await self.waiting.drain()
                 need = ZeroingNeeded([])  # what was held may be nobody's by now
-            while True:
-                await self.waiting.zero(need)
-                try:
-                    return again()
-                except ZeroingNeeded as more:
-                    need = more
+            return await until_zeroed(self.waiting, need, again)
+
+
+async def until_worked(fs: FileSystem, waiting: Work, operation: Callable[[], _Result]) -> _Result:
+    """Give an operation its turn at the pool, and do what it needs; nobody else has one."""
+    with fs.segments.turn() as call:
+        while True:
+            try:
+                result: _Result = call(operation)
+            except WorkNeeded as need:
+                await waiting.work(need)
+            else:
+                return result
+
+
+async def until_zeroed(
+    waiting: Work, need: ZeroingNeeded, operation: Callable[[], _Result]
+) -> _Result:
+    """Zero what an operation needs, and call it, until it is content; nobody else zeroes."""
+    while True:
+        await waiting.zero(need)
+        try:
+            return operation()
+        except ZeroingNeeded as more:
+            need = more
 
 
 def handler(
