@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,6 +111,21 @@ def test_a_static_program_uses_the_segment_as_memory(files: Files, compiled: Pat
 def test_a_program_without_a_library(files: Files, compiled: Path) -> None:
     done = files.run(compiled / "bare", files.plain)
     assert (done.returncode, done.stdout) == (0, NATIVE.decode()[:20])
+
+
+def test_a_program_with_a_loader_of_its_own(files: Files, tmp_path: Path) -> None:
+    """Not the system's, or run by name: no library of ours is in the program, so none is missed."""
+    loader, program = tmp_path / "loader", tmp_path / "opener"
+    systems = Path("/lib64/ld-linux-x86-64.so.2")
+    shutil.copy(systems, loader)
+    words = ["-O1", "-pthread", f"-Wl,--dynamic-linker={loader}", "-o", str(program)]
+    subprocess.run(["gcc", *words, str(SUPPORT / "opener.c")], check=True)
+    done = files.run(program, files.plain)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"passed on: {WHAT}" in done.stdout
+    assert files.native.read_bytes()[4096:].startswith(b"stored by a mapping\0")
+    done = files.run(systems, shutil.which("head"), "-n1", files.plain)
+    assert (done.stdout, done.stderr) == (NATIVE.decode(), "")
 
 
 def test_a_relative_path_and_a_child_that_goes_elsewhere(files: Files) -> None:
