@@ -111,6 +111,18 @@ def test_fallocate_gives_one_too(fs: FileSystem, pool: MemoryPool) -> None:
     assert pool.length(number(fs, ino)) == 4 * MIB
 
 
+def test_fallocate_at_the_end_gives_none(fs: FileSystem) -> None:
+    """Databases lengthen their files so. A file that wants a segment gets it all the same."""
+    plain, wanted = (fs.create(ROOT_INO, name, REG, 0, 0).ino for name in (b"f", b"g"))
+    fs.inode(wanted).flags |= INODE_FLAG_SEGMENT_ON
+    for ino in (plain, wanted):
+        for offset in (0, MIB, 2 * MIB):
+            fs.run(lambda ino=ino, offset=offset: fs.fallocate(ino, 0, offset, MIB))  # type: ignore[misc]
+        assert fs.inode(ino).size == 3 * MIB
+    assert fs.segments.find(plain) is None
+    assert fs.segments.find(wanted) is not None
+
+
 def test_a_write_gives_none(fs: FileSystem) -> None:
     ino = fs.create(ROOT_INO, b"f", REG, 0, 0).ino
     write(fs, ino, 0, b"x" * 3 * MIB)

@@ -156,6 +156,13 @@ def test_a_native_path_must_be_memory(files: Files, kind: str) -> None:
     assert answer(files) == head(PLAIN)
 
 
+@pytest.mark.parametrize("more", [-1, 1])
+def test_a_file_that_ends_elsewhere_than_its_segment_goes_on(files: Files, more: int) -> None:
+    """A program would read past its end, or append there what the mount knows nothing of."""
+    os.truncate(files.plain, files.native.stat().st_size + more)
+    assert answer(files) == head(PLAIN)
+
+
 def test_a_device_is_memory(files: Files) -> None:
     assert answer(files, segment_of=lambda _fd: "/dev/zero") == bytes(len(NATIVE))
 

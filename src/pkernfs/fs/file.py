@@ -210,11 +210,14 @@ class Files:
         Each of them leaves the file as it was: what is allocated beyond the old size reads as
         zeros, and is not seen until the size follows.
         """
-        self._allocate(inode, inode.size, size, size)
+        self._allocate(inode, inode.size, size, size, appends=False)
 
-    def _allocate(self, inode: Inode, start: int, end: int, size: int) -> None:
-        """Give bytes start..end-1 their memory; a file that gets enough of it gets a segment."""
-        if self._segments.is_wanted(inode, end) and not self._is_pinned(inode):
+    def _allocate(self, inode: Inode, start: int, end: int, size: int, *, appends: bool) -> None:
+        """Give bytes start..end-1 their memory; a file that gets enough of it gets a segment.
+
+        :param appends: the file is lengthened piece by piece, as by a database
+        """
+        if self._segments.is_wanted(inode, end, appends=appends) and not self._is_pinned(inode):
             self._segments.give(inode, end)
         elif inode.flags & INODE_FLAG_SEGMENT:
             self._segments.grow(inode, end)
@@ -387,7 +390,7 @@ class Files:
             self.finish_earlier(inode)
             end = offset + length
             size = max(inode.size, end)
-            self._allocate(inode, offset, end, size)
+            self._allocate(inode, offset, end, size, appends=offset > 0)
             if mode & FALLOC_ZERO_RANGE:
                 yield from self._zero_steps(ino, offset, end)
             self._finish_fallocate(ino, mode, end)

@@ -51,7 +51,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: A file gets a segment when truncate or fallocate first gives it that much, in bytes.
+#: A file gets a segment when truncate, or fallocate from its start, first gives it that much, in
+#: bytes.
 LEAST_BYTES = BLOCK
 _NEVER = INODE_FLAG_SEGMENT | INODE_FLAG_SEGMENT_OFF | INODE_FLAG_TABLE
 
@@ -88,14 +89,15 @@ class Segments(SegmentMemory):
 
     # ------------------------------------------------------------------ which file has one
 
-    def is_wanted(self, inode: Inode, size: int) -> bool:
+    def is_wanted(self, inode: Inode, size: int, *, appends: bool = False) -> bool:
         """Tell if a file that is given its first ``size`` bytes gets a segment: it holds them all.
 
         What reaches beyond them stays where it is. What the file itself says counts more than what
-        the mount says.
+        the mount says. A file that is lengthened piece by piece is no memory (``appends``).
         """
         flags = inode.flags
-        chosen = flags & INODE_FLAG_SEGMENT_ON or (self.wanted and size >= LEAST_BYTES)
+        by_itself = self.wanted and size >= LEAST_BYTES and not appends
+        chosen = flags & INODE_FLAG_SEGMENT_ON or by_itself
         return (
             bool(chosen)
             and self.pool is not None

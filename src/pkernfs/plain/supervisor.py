@@ -150,7 +150,7 @@ class Supervisor:
             # What was read by the thread's number is the caller's, and not of a later thread.
             if not self._listener.is_valid(call.id) or not may_access(who, fd, opening.access):
                 return False
-            return self._give(call, opening, fd, native, who)
+            return self._give(call, opening, fd, native, who, found.st_size)
         finally:
             os.close(fd)
 
@@ -164,12 +164,12 @@ class Supervisor:
         return self._mounts.is_trusted(found.st_dev, identity.uid)
 
     def _give(
-        self, call: Call, opening: Opening, fd: int, native: str, who: Identity | None
+        self, call: Call, opening: Opening, fd: int, native: str, who: Identity | None, size: int
     ) -> bool:
         given = open_native(who, native, opening)
         try:
             # While it is open the segment stays; what it was before may be another file's by now.
-            if not _is_memory(given, call.tid) or self._segment_of(fd) != native:
+            if not _is_memory(given, call.tid, size) or self._segment_of(fd) != native:
                 return False
             on_exec = bool(opening.flags & os.O_CLOEXEC)
             return self._listener.give(call.id, given, close_on_exec=on_exec)
@@ -189,9 +189,13 @@ def _finds(
     return (again.st_dev, again.st_ino) == (found.st_dev, found.st_ino)
 
 
-def _is_memory(fd: int, tid: int) -> bool:
-    """Tell if it is a file, or a device that the caller's control group may use if ours may."""
-    mode = os.fstat(fd).st_mode
-    if stat.S_ISCHR(mode):
+def _is_memory(fd: int, tid: int, size: int) -> bool:
+    """Tell if it is a file, or a device that the caller's control group may use if ours may.
+
+    A file has the ``size`` that the file in the mount has: a program that reads to the end, or
+    appends there, would have another one.
+    """
+    native = os.fstat(fd)
+    if stat.S_ISCHR(native.st_mode):
         return Caller(tid).control_groups() == own_control_groups()
-    return stat.S_ISREG(mode)
+    return stat.S_ISREG(native.st_mode) and native.st_size == size
