@@ -37,6 +37,7 @@ NAMED_OTHERWISE = {
     "fs/test_segment_crash_points.py": "stores of several modules and of the pool, cut at each",
     "fs/test_segment_stateful.py": "a model of files with segments, and of a small pool",
     "fs/test_stateful.py": "a model of the whole file system",
+    "fuse/test_databases.py": "PostgreSQL as a client of real mounts",
     "fuse/test_guests.py": "QEMU as a client of real mounts",
     "fuse/test_isolation.py": "real mounts: what one user can do to another",
     "fuse/test_mount.py": "real mounts: a file system as its users see it",
