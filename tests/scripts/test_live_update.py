@@ -61,8 +61,8 @@ def live(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LiveMount]:
 class Counting:
     """The counting machine of scripts/live-update, in a directory of the mount."""
 
-    def __init__(self, live: LiveMount, qemu: Path) -> None:
-        self.directory = live.directory / "vm"
+    def __init__(self, live: LiveMount, qemu: Path, name: str = "vm") -> None:
+        self.directory = live.directory / name
         self.serial = self.directory / "serial.log"
         self._qemu = qemu
         self.directory.mkdir()
@@ -94,6 +94,17 @@ class Counting:
             os.close(process)
             pid_file.unlink(missing_ok=True)
         pid_file.with_suffix(".qmp").unlink(missing_ok=True)
+
+
+@pytest.fixture
+def pair(live: LiveMount, new_qemu: Path) -> Iterator[list[Counting]]:
+    """Two counting machines that have not been started."""
+    both = [Counting(live, new_qemu, name) for name in ("one", "two")]
+    try:
+        yield both
+    finally:
+        for vm in both:
+            vm.end()
 
 
 @pytest.fixture
@@ -231,6 +242,40 @@ def test_refusals(live: LiveMount, vm: Counting, tmp_path: Path) -> None:
     assert before == {path.name: path.stat().st_ctime_ns for path in vm.directory.glob("[!s]*")}
     vm.wait_for(10)
     vm("save")
+
+
+@pytest.mark.parametrize("live", ["tmpfs/"], indirect=True)
+def test_several_machines_in_one_run(live: LiveMount, pair: list[Counting], new_qemu: Path) -> None:
+    """They are dealt with at once. If one cannot be saved the other goes on, and it can be later.
+
+    The memory of one has been made before, and is taken as it is.
+    """
+    directories = [str(vm.directory) for vm in pair]
+    ram = pair[0].directory / "ram"
+    ram.touch(0o640)
+    os.truncate(ram, RAM_BYTES)
+    ino = ram.stat().st_ino
+    said = run(str(SCRIPT), "start", *directories, "--qemu", str(new_qemu))
+    assert [line.split(":")[0] for line in said.splitlines()] == [
+        f"start {directory}" for directory in directories for _ in range(3)
+    ]
+    assert (ram.stat().st_ino, ram.stat().st_mode & 0o777) == (ino, 0o640)
+    for vm in pair:
+        vm.wait_for(10)
+    aside = pair[1].directory / "aside"
+    (pair[1].directory / "ram").rename(aside)
+    with pytest.raises(CommandError, match="1 not saved: the others go on"):
+        run(str(SCRIPT), "save", *directories)
+    for vm in pair:
+        assert not (vm.directory / "state").exists()
+        vm.wait_for(len(vm.numbers()) + 10)
+    aside.rename(pair[1].directory / "ram")
+    for command in ("save", "restore"):
+        run(str(SCRIPT), command, *directories)
+    for vm in pair:
+        vm.wait_for(len(vm.numbers()) + 10)
+        assert vm.numbers() == list(range(1, len(vm.numbers()) + 1))
+    run(str(SCRIPT), "save", *directories)
 
 
 @pytest.mark.parametrize("live", ["tmpfs", "hugetlbfs", "tmpfs/"], indirect=True)

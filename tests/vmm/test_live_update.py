@@ -108,6 +108,40 @@ def test_a_machine_that_is_there_is_left_alone(host: Host) -> None:
     assert len(host.ran) == 1
 
 
+def test_memory_that_is_there_is_taken_as_it_is(host: Host) -> None:
+    """Whoever has prepared it has given it its owner, its size and its path."""
+    host.machine.ram.write_bytes(bytes(1 << 20))
+    host.machine.ram.chmod(0o640)
+    before = host.machine.ram.stat()
+    host.machine.start(None, SETTINGS)
+    found = host.machine.ram.stat()
+    assert (found.st_ino, found.st_mode, found.st_mtime_ns) == (
+        before.st_ino, before.st_mode, before.st_mtime_ns
+    )  # fmt: skip
+
+
+def test_memory_that_is_there_with_another_size(host: Host) -> None:
+    host.machine.ram.write_bytes(bytes(1 << 20))
+    with pytest.raises(LiveUpdateError, match="ram: it is there: got 1048576 bytes, expected 2097"):
+        host.machine.start(2 << 20, SETTINGS, files={"boot.img": b"disk"})
+    assert [path.name for path in host.machine.directory.iterdir()] == ["ram"]
+    assert host.ran == []
+
+
+def test_memory_of_no_size_has_the_usual_one(host: Host) -> None:
+    host.machine.start(None, SETTINGS)
+    assert host.machine.ram.stat().st_size == live_update.DEFAULT_BYTES
+
+
+def test_a_user_has_a_directory_for_monitors(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 4711)
+    machine = Machine(host.machine.directory)
+    assert machine.monitor.parent == machine.pid.parent == live_update.RUN / "live-update/4711"
+    with pytest.raises(LiveUpdateError, match=r"as root: install -d -m 700 -o 4711 /.*/4711$"):
+        machine.start(1 << 20, SETTINGS)
+    assert list(machine.directory.iterdir()) == []
+
+
 def test_files_that_qemu_needs_are_made_with_the_memory(host: Host) -> None:
     host.machine.start(1 << 20, SETTINGS, files={"boot.img": b"disk"})
     assert (host.machine.directory / "boot.img").read_bytes() == b"disk"

@@ -4,6 +4,8 @@ It shows what a live update must keep. The count is in a register (QEMU's device
 word of RAM: a guest that is given one of them without the other says ``torn`` and stops. It is
 paced by the timer's interrupt, so the timer and its interrupt controller have to go on, too. A
 guest that has been reset instead says ``boot`` again. Run it with ``-M pc -boot a``.
+
+Whatever a device stores at one address, the guest's processor stores at another: it has seen it.
 """
 
 import re
@@ -14,6 +16,9 @@ COUNT_ADDRESS = 0x8000
 #: The last RING_WORDS numbers, number N in word N modulo RING_WORDS, 4 bytes each.
 RING_ADDRESS = 0x10000
 RING_WORDS = 0x4000
+#: What a device stores at the first address, 4 bytes, the guest stores at the second.
+MAILBOX_ADDRESS = 0x9000
+SEEN_ADDRESS = 0x9008
 HERTZ = 100
 BOOT, TORN = "boot", "torn"
 
@@ -49,6 +54,8 @@ again:  f4              | hlt                   ; until the timer's interrupt
         89 df           | mov di, bx
         c1 e7 02        | shl di, 2
         26 66 89 1d     | mov es:[di], ebx
+        66 a1 00 90     | mov eax, [0x9000]     ; what a device has stored there,
+        66 a3 08 90     | mov [0x9008], eax     ; the guest has seen
         66 89 da        | mov edx, ebx
         b9 08 00        | mov cx, 8
 digit:  66 c1 c2 04     | rol edx, 4

@@ -1,8 +1,9 @@
 """Live update of a virtual machine: QEMU ends, its guest's memory stays, another QEMU goes on.
 
-The guest's memory is a file of the mount. QEMU maps the file's segment, or its place in the region.
-So only the device state is written: QEMU's migration mode cpr-reboot (8.2) with the capability
-x-ignore-shared. docs/operations.md, "Live update of a guest", has the rules that are kept here.
+The guest's memory is a file of the mount. QEMU maps the file's segment, or its place in the region,
+as ``pkernfs qemu-args`` says. So only the device state is written: QEMU's migration mode cpr-reboot
+(8.2) with the capability x-ignore-shared. docs/operations.md, "Live update of a guest", has the
+rules that are kept here. Root is not needed: :mod:`pkernfs.vmm.owners` has each owner do the work.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from pkernfs.vmm import program
 from pkernfs.vmm.qmp import TIMEOUT_SECONDS, Qmp
 
 RUN = Path("/run")
+#: Bytes of a guest's memory for which nobody names a size.
+DEFAULT_BYTES = 16 << 20
 #: For save and restore alike: without them QEMU would write all of the memory into the state.
 CAPABILITIES = ("x-ignore-shared", "events")
 
@@ -92,8 +95,15 @@ def _tell_nobody(_phase: Phase) -> None:
     """Take no notice of a phase."""
 
 
+def run_directory(uid: int) -> Path:
+    """Return the directory for the monitors of a user's machines; only root's is there for sure."""
+    return RUN / "live-update" / str(uid) if uid else RUN
+
+
 class Machine:
     """A virtual machine: the files in its directory, and a QEMU while it runs.
+
+    Everything is done as the user that this process is, who need not be root.
 
     :ivar ram: the guest's memory
     :ivar state: the device state, only while the machine is saved
@@ -109,13 +119,16 @@ class Machine:
         self.config = self.directory / "vm.json"
         # As long as a socket's path may be, however deep the directory is.
         name = hashlib.sha256(os.fsencode(self.directory)).hexdigest()[:16]
-        self.monitor = RUN / f"live-update-{name}.qmp"
-        self.pid = RUN / f"live-update-{name}.pid"
+        run = run_directory(os.geteuid())
+        self.monitor = run / f"live-update-{name}.qmp"
+        self.pid = run / f"live-update-{name}.pid"
 
     # -------------------------------------------------------------------------- start
 
     def check_absent(self) -> None:
         """Refuse a directory that has a machine: no device state goes without its memory.
+
+        Memory alone, without settings and state, is no machine: somebody has prepared it.
 
         :raises LiveUpdateError: it has one, or there is no such directory.
         """
@@ -123,32 +136,36 @@ class Machine:
             raise LiveUpdateError(
                 f"{self.directory}: no such directory: make one in a mounted pkernfs"
             )
-        if self.ram.exists():
-            raise LiveUpdateError(f"{self.ram}: there is a machine: restore it, or remove it")
+        for file in (self.config, self.state):
+            if file.is_file():
+                raise LiveUpdateError(f"{file}: there is a machine: restore it, or remove it")
 
     def start(
         self,
-        size: int,
+        size: int | None,
         settings: Settings,
         tell: Tell = _tell_nobody,
         files: Mapping[str, bytes] = MappingProxyType({}),
     ) -> float:
         """Make the memory, of ``size`` bytes, and run a new machine in it.
 
+        Memory that is there already is taken as it is.
+
+        :param size: None for the size of the memory that is there, else DEFAULT_BYTES
         :param files: files that QEMU needs, with their contents, to be made in the directory
         :returns: the milliseconds that it took
-        :raises VmmError: there is a machine, or QEMU does not run; what was made is removed again.
+        :raises VmmError: there is a machine, the memory that is there has another size, or QEMU
+            does not run; what was made is removed again.
         :raises OSError: a file cannot be made; likewise.
         """
         self.check_absent()
         clock = _Clock(tell)
         made: list[Path] = []
         try:
-            made.append(self.ram)
-            with open(self.ram, "xb", opener=_private) as ram:
-                ram.truncate(size)
+            if not self.ram.exists():
+                _make_memory(self.ram, DEFAULT_BYTES if size is None else size, made)
             clock.done("memory")
-            memory = self._memory_options(settings.qemu)  # before anything else is made
+            memory = self._memory_options(settings.qemu, size)  # before anything else is made
             for name, content in files.items():
                 _write(self.directory / name, content, made)
             self._run_qemu(settings, memory)
@@ -185,6 +202,11 @@ class Machine:
 
     def _run_qemu(self, settings: Settings, memory: Sequence[str], *more: str) -> None:
         """Start QEMU in the background; its monitor answers when this returns."""
+        run = self.monitor.parent
+        if not run.is_dir():
+            raise LiveUpdateError(
+                f"{run}: no such directory: as root: install -d -m 700 -o {os.geteuid()} {run}"
+            )
         command = [
             settings.qemu, "-nodefaults", "-no-user-config", "-display", "none",
             "-machine", settings.machine, "-accel", settings.accel,
@@ -221,9 +243,12 @@ class Machine:
         answer: dict[str, Any] = json.loads(program.output(*words, seconds=TIMEOUT_SECONDS))
         return answer
 
-    def _memory_options(self, qemu: str) -> list[str]:
-        """Options that map the memory itself."""
+    def _memory_options(self, qemu: str, size: int | None = None) -> list[str]:
+        """Options that map the memory itself, which is to have ``size`` bytes."""
         answer = self._ask_place(qemu)
+        found = answer["object"]["size"]
+        if size not in (None, found):
+            raise LiveUpdateError(f"{self.ram}: it is there: got {found} bytes, expected {size}")
         options: list[str] = answer["args"]
         return options
 
@@ -311,6 +336,13 @@ class Machine:
             yield handle
         finally:
             os.close(handle)
+
+
+def _make_memory(path: Path, size: int, made: list[Path]) -> None:
+    """Make a guest's memory, and add it to ``made``."""
+    with open(path, "xb", opener=_private) as ram:
+        made.append(path)
+        ram.truncate(size)
 
 
 def _write(path: Path, content: bytes, made: list[Path]) -> None:
