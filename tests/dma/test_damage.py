@@ -178,6 +178,12 @@ def other_file(h: Damaged) -> None:
 DAMAGED_DOMAIN = [outside, cycle, to_the_top, reserved, other_file]
 
 
+@pytest.fixture
+def mapped(mapped_either: Host) -> Host:
+    """guest is in the region, or a segment."""
+    return mapped_either
+
+
 @pytest.mark.parametrize("damage", DAMAGED_DOMAIN)
 @pytest.mark.parametrize("phys_base", [PHYS_BASE, None])
 def test_a_damaged_domain(

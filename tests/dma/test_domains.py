@@ -8,14 +8,16 @@ import pytest
 
 from pkernfs.dma.mount import mount_filesystem, tables_of
 from pkernfs.errors import (
+    BusyError,
     ExistsError,
     InvalidError,
+    Needed,
     NoSpaceError,
     NoTablePagesError,
     NotFoundError,
-    NotSupportedError,
     PermissionDeniedError,
     PkernfsError,
+    RegionError,
 )
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.fs.names import ROOT_PGTABLES
@@ -68,9 +70,58 @@ def test_a_file_that_gets_a_segment_is_not_mapped() -> None:
         fs.run(lambda: fs.write(ino, 4 * MIB - PAGE, bytes(PAGE)))
         fs.fallocate(ino, PUNCH, 0, 4 * MIB)  # it is all hole now
         for _ in range(2):
-            with pytest.raises(NotSupportedError):
+            with pytest.raises(InvalidError, match="no physical address that stays: have the VMM"):
                 fs.run(lambda: tables.map_file(0, Iova(0), ino, 0, None, RW))
         assert not list(tables.domain(0).mappings(Iova(0), Iova(GIB)))
+
+
+def test_a_segment_is_mapped_at_its_pieces(pooled: Host) -> None:
+    ino = pooled.file_of("guest", 9 * MIB)
+    pooled.dom(0)
+    row = pooled.fs.segments.of(pooled.fs.inode(ino))
+    assert len(row.pieces) > 2
+    assert pooled.map(0, Iova(GIB), ino) == 9 * MIB
+    assert pooled.map(0, Iova(0), ino, MIB + PAGE, 3 * MIB, READ) == 3 * MIB
+    where = [at for piece in row.pieces for at in range(piece.start, piece.end, PAGE)]
+    for page in range(9 * MIB // PAGE):
+        assert pooled.at(0, Iova(GIB + page * PAGE)) == where[page]
+    first = (MIB + PAGE) // PAGE
+    for page in range(3 * MIB // PAGE):
+        assert pooled.at(0, Iova(page * PAGE)) == where[first + page]
+    assert pooled.at(0, Iova(GIB + 9 * MIB)) is None
+    assert pooled.assert_check_clean().mapped_bytes == 12 * MIB
+
+
+def test_what_is_refused_of_a_segment(pooled: Host) -> None:
+    ino = pooled.file_of("guest", 5 * MIB)
+    pooled.dom(0)
+    segments, tables = pooled.fs.segments, pooled.tables
+    for offset, length in ((0, 6 * MIB), (5 * MIB, PAGE), (6 * MIB, None), (0, 5 * MIB + PAGE)):
+        change = partial(tables.map_file, 0, Iova(0), ino, offset, length, RW)
+        refused(pooled, InvalidError, change, "beyond the end of the file|bad length")
+    whole = partial(tables.map_file, 0, Iova(0), ino, 0, None, RW)
+    row = segments.of(pooled.fs.inode(ino))
+    segments.table.rows[row.number] = row._replace(valid=4 * MIB)
+    refused(pooled, InvalidError, whole, "the file is larger: got an end at 0x500000, expected up")
+    segments.table.rows[row.number] = row
+    segments.lost[row.number] = "segment 1: its device is lost"
+    refused(pooled, RegionError, whole, "its device is lost")
+    del segments.lost[row.number]
+    assert pooled.run(whole) == 5 * MIB
+
+
+def test_a_file_that_gets_a_segment_just_now_is_not_mapped(pooled: Host) -> None:
+    """A device would write what is not copied."""
+    ino = pooled.file_of("guest", MIB)
+    pooled.dom(0)
+    conversions = pooled.fs.conversions
+    with pytest.raises(Needed):
+        conversions.on(ino)
+    change = partial(pooled.tables.map_file, 0, Iova(0), ino, 0, None, RW)
+    refused(pooled, BusyError, change, "it gets a segment, or loses it: try again")
+    conversions.give_up(ino)
+    assert pooled.run(change) == MIB
+    refused(pooled, BusyError, lambda: conversions.on(ino), "mapped for DMA")
 
 
 # ---------------------------------------------------------------------- map

@@ -9,16 +9,20 @@ import pytest
 
 from pkernfs.errors import (
     BusyError,
+    NoSpaceError,
     PermissionDeniedError,
 )
 from pkernfs.fs.file import FALLOC_ZERO_RANGE
 from pkernfs.fs.namei import RENAME_EXCHANGE
 from pkernfs.fs.names import ROOT_PGTABLES
-from pkernfs.layout import BLOCK, IOMMU_INO, PAGE, ROOT_INO
+from pkernfs.host.iomem import overlap
+from pkernfs.iommu.page_walk import Code
+from pkernfs.layout import BLOCK, INODE_FLAG_PENDING, IOMMU_INO, PAGE, ROOT_INO
 from pkernfs.quantities import Iova
 from pkernfs.ratelimit import BURST
 from support.table_files import (
     DEVICE,
+    GIB,
     MIB,
     PUNCH,
     Host,
@@ -48,6 +52,12 @@ PINNED: dict[str, Callable[[Host], object]] = {
 }  # fmt: skip
 
 
+@pytest.fixture
+def mapped(mapped_either: Host) -> Host:
+    """guest is in the region, or a segment."""
+    return mapped_either
+
+
 @pytest.mark.parametrize("again", [False, True], ids=["", "remounted"])
 @pytest.mark.parametrize("what", PINNED)
 def test_pinned(mapped: Host, what: str, again: bool, caplog: pytest.LogCaptureFixture) -> None:
@@ -67,6 +77,65 @@ def test_pinned(mapped: Host, what: str, again: bool, caplog: pytest.LogCaptureF
     mapped.tables.detach(DEVICE)
     mapped.tables.unmap(0, Iova(0), 1 << 48)
     mapped.run(lambda: PINNED[what](mapped))
+
+
+def test_a_mapped_segment_stays_one(pooled: Host) -> None:
+    guest = pooled.file_of("guest", 4 * MIB)
+    pooled.dom(0)
+    pooled.map(0, Iova(0), guest, 2 * MIB, PAGE)
+    off = partial(pooled.fs.conversions.off, guest)
+    refused(pooled, BusyError, off, "mapped for DMA")
+    pooled.tables.unmap(0, Iova(0), PAGE)
+    pooled.run(off)
+    assert pooled.fs.segments.find(guest) is None
+
+
+def test_a_segment_that_a_domain_maps_outlives_its_row(pooled: Host) -> None:
+    """As damage would have it: no file has it, and then no row; a domain still leads there."""
+    guest = pooled.file_of("guest", 4 * MIB)
+    pooled.dom(0)
+    pooled.map(0, Iova(GIB), guest)
+    fs, row = pooled.fs, pooled.fs.segments.of(pooled.fs.inode(guest))
+    with fs.store:
+        fs.super.inodes.touch(fs.inode(guest))
+        fs.segments.drop(fs.inode(guest))
+        fs.inode(guest).size = 0
+        fs.super.inodes.save(fs.inode(guest))
+    busy = f"segment {row.number}: busy: dom-0 maps it at iova 0x40000000"
+    assert fs.segments.reap() == {row.number: busy}
+    pooled.remount(clean=False)
+    segments = pooled.fs.segments
+    assert segments.reap() == {row.number: busy}
+    assert {f.code for f in pooled.check().findings} == {Code.LEAF_OUTSIDE}
+    with pooled.fs.store:
+        segments.table.remove(row.number)
+    pool = pooled.pool
+    assert pool is not None
+    with pytest.raises(NoSpaceError):
+        pooled.file_of("large", pool.total - 2 * MIB)
+    other = pooled.file_of("other", pool.total - 4 * MIB)
+    theirs = segments.of(pooled.fs.inode(other)).pieces
+    assert not any(overlap(one, mine) for one in theirs for mine in row.pieces)
+    pooled.tables.unmap(0, Iova(0), 1 << 48)
+    pool.destroy(row)
+    pooled.run(lambda: pooled.fs.setattr(other, size=pool.total))
+
+
+def test_an_append_that_was_cut_does_not_wait_for_what_is_mapped(pooled: Host) -> None:
+    """Only what is to be freed or zeroed must not be mapped."""
+    pooled.dom(0)
+    for name, size in (("guest", 4 * MIB), ("small", 3 * PAGE)):
+        ino = pooled.file_of(name, size)
+        pooled.map(0, Iova(ino << 30), ino)
+        inode = pooled.fs.inode(ino)
+        with pooled.fs.store:
+            pooled.fs.super.inodes.touch(inode)
+            pooled.fs._files._set_pending(inode, size, size + PAGE)
+            pooled.fs.super.inodes.save(inode)
+    pooled.remount(clean=False)
+    for name in ("guest", "small"):
+        inode = pooled.fs.inode(ino_of(pooled, name))
+        assert not inode.flags & INODE_FLAG_PENDING
 
 
 def test_refusals_do_not_fill_the_log(mapped: Host, caplog: pytest.LogCaptureFixture) -> None:

@@ -20,6 +20,7 @@ from support.table_files import (
     BAR,
     DEVICE,
     GIB,
+    MIB,
     READ,
     Host,
     drain,
@@ -27,6 +28,12 @@ from support.table_files import (
     ino_of,
     refused,
 )
+
+
+@pytest.fixture
+def mapped(mapped_either: Host) -> Host:
+    """guest is in the region, or a segment."""
+    return mapped_either
 
 
 def test_show_goes_on_while_tables_change(mapped: Host) -> None:
@@ -136,3 +143,35 @@ def test_translate_says_whose_memory_it_is(mapped: Host) -> None:
     text, _, status = mapped.answer("translate", device=DEVICE, iova=0xFEE0_0000)
     assert status == 0
     assert text.splitlines()[-1].startswith("interrupt")
+
+
+def test_export_says_which_segment_it_is(pooled: Host) -> None:
+    """A VMM maps the segment, whose offsets are the file's."""
+    guest, other = pooled.file_of("guest", 6 * MIB), pooled.file_of("other", 2 * MIB)
+    small = pooled.file_of("small", MIB)
+    pooled.dom(0)
+    for at, ino in enumerate((small, guest, other)):
+        pooled.map(0, Iova(at * GIB), ino)
+    pooled.tables.unmap(0, Iova(GIB), 3 * MIB)
+    row = pooled.fs.segments.of(pooled.fs.inode(guest))
+    flat, part, whole = pooled.answer("export")[1]["ioas"][0]["mappings"]
+    assert "segment" not in flat
+    assert (part["file"], part["offset"], part["length"]) == ("/guest", 3 * MIB, 3 * MIB)
+    assert pooled.pool is not None
+    assert part["segment"] == {"number": row.number, "path": pooled.pool.native_path(row)}
+    assert [p["region_offset"] for p in part["pieces"]] == [None] * len(part["pieces"])
+    assert part["physical"] == row.pieces[1].start + MIB
+    assert whole["segment"]["number"] == row.number + 1
+    pooled.fs.segments.lost[row.number] = "lost"
+    _flat, part, _whole = pooled.answer("export")[1]["ioas"][0]["mappings"]
+    assert part["segment"]["path"] is None
+
+
+def test_segments_that_nothing_maps_need_no_name(pooled: Host) -> None:
+    """Who is asked for one address need not walk all names for each segment that there is."""
+    guest = pooled.file_of("guest", 4 * MIB)
+    pooled.file_of("other", 4 * MIB)
+    pooled.dom(0)
+    pooled.map(0, Iova(0), guest, 2 * MIB, PAGE)
+    [piece] = drain(reports.mapped_pieces(pooled.fs))
+    assert (piece.ino, piece.offset, piece.end - piece.start) == (guest, 2 * MIB, 2 * MIB)

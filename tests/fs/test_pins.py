@@ -2,45 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 
-from pkernfs.errors import BusyError, CorruptionError, ReadOnlyError
+from pkernfs.errors import BusyError, CorruptionError, NoSpaceError, ReadOnlyError
 from pkernfs.fs.file import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.fs.super import Access
-from pkernfs.layout import IOMMU_INO, PAGE, Extent
-from pkernfs.quantities import Ino
+from pkernfs.host.iomem import Span
+from pkernfs.layout import BLOCK, IOMMU_INO, PAGE
+from pkernfs.pool.pool import Segment
+from pkernfs.quantities import Ino, PhysAddr
 from pkernfs.region.region import Region
 from support.files import MIB, ROOT, make
-
-
-class Holding:
-    """Pins that hold what a test says."""
-
-    def __init__(self, fs: FileSystem) -> None:
-        self.fs = fs
-        self.active = False
-        self.loads: list[int] = []  # the inodes in use, each time
-        self.changes = 0
-        self.held: range = range(0)  # region offsets
-        self.used: set[int] = set()
-
-    def load(self) -> None:
-        self.loads.append(self.fs.super.inodes.used)
-
-    def changed(self) -> None:
-        self.changes += 1
-
-    def holder(self, extents: Iterable[Extent]) -> str | None:
-        return "somebody" if any(e.page * PAGE in self.held for e in extents) else None
-
-    def check_unused(self, ino: Ino) -> None:
-        if ino in self.used:
-            raise BusyError("in use")
+from support.holding import Holding, Pooled, blocks_of, mounted
+from support.memory_pool import DAX, PiecedPool
 
 
 @pytest.fixture
@@ -48,12 +26,6 @@ def region() -> Iterator[Region]:
     with Region.anonymous(32 * MIB) as made:
         make_filesystem(made)
         yield made
-
-
-def mounted(region: Region, **how: Any) -> tuple[FileSystem, Holding]:
-    fs = FileSystem.mount(region, pins=Holding, **how)
-    assert isinstance(fs.pins, Holding)
-    return fs, fs.pins
 
 
 def orphan(fs: FileSystem) -> Ino:
@@ -127,3 +99,93 @@ def test_what_they_hold_stays(region: Region) -> None:
     fs.unlink(IOMMU_INO, b"dom-0")
     fs.unlink(ROOT, b"f")
     fs.unmount()
+
+
+# ---------------------------------------------------------------------- memory of segments
+
+
+@pytest.fixture
+def pool() -> Iterator[PiecedPool]:
+    with PiecedPool(8 * BLOCK, dirty=True) as made:
+        yield made
+
+
+@pytest.fixture
+def pooled(pool: PiecedPool) -> Iterator[Pooled]:
+    with Region.anonymous(32 * MIB) as region:
+        make_filesystem(region, pool=DAX)
+        made = Pooled(region, pool)
+        yield made
+        made.fs.segments.close()
+
+
+def test_a_held_block_of_a_segment_stays(pooled: Pooled) -> None:
+    row = pooled.segment(b"f", 4 * BLOCK)
+    fs, ino = pooled.fs, row.ino
+    held = row.pieces[2].start
+    pooled.pins.memory = {held}
+    punch = FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE
+    for change in (
+        lambda: fs.unlink(ROOT, b"f"),
+        lambda: fs.setattr(ino, size=0),
+        lambda: fs.setattr(ino, size=3 * BLOCK - 1),
+        lambda: fs.fallocate(ino, punch, 2 * BLOCK, PAGE),
+        lambda: fs.conversions.off(ino),
+    ):
+        with pytest.raises(BusyError, match="mapped for DMA"):
+            fs.run(change)
+    fs.run(lambda: fs.fallocate(ino, punch, 0, 2 * BLOCK))
+    fs.run(lambda: fs.setattr(ino, size=3 * BLOCK))
+    pooled.pins.memory = set()
+    fs.run(lambda: fs.unlink(ROOT, b"f"))
+
+
+def test_memory_that_is_held_goes_to_no_segment(
+    pooled: Pooled, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Though no row has it: tables that were damaged may still lead there."""
+    start = pooled.pool.start
+    held = pooled.pins.memory = {start + i * BLOCK for i in (0, 1, 6)}
+    row = pooled.segment(b"f", 3 * BLOCK)
+    assert not blocks_of(row) & held
+    assert f"memory at {start:#x}: somebody" in caplog.text
+    pooled.fs.run(lambda: pooled.fs.setattr(row.ino, size=5 * BLOCK))
+    row = pooled.row(row.ino)
+    assert not blocks_of(row) & held
+    with pytest.raises(NoSpaceError):
+        pooled.fs.run(lambda: pooled.fs.setattr(row.ino, size=6 * BLOCK))
+    held.remove(start)
+    pooled.fs.run(lambda: pooled.fs.setattr(row.ino, size=6 * BLOCK))
+    assert start in blocks_of(pooled.row(row.ino))
+
+
+def test_memory_that_a_segment_cannot_but_get_is_refused_if_it_is_held(
+    pooled: Pooled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its device has it already."""
+    row = pooled.segment(b"f", BLOCK)
+    block = Span(PhysAddr(pooled.pool.start + 5 * BLOCK), BLOCK)
+    pooled.pins.memory = {block.start}
+
+    def plan(wanted: Segment, others: list[Segment]) -> Segment:
+        return wanted._replace(pieces=(*row.pieces, block))
+
+    monkeypatch.setattr(pooled.pool, "plan", plan)
+    with pytest.raises(BusyError, match=f"memory at {block.start:#x}: somebody"):
+        pooled.fs.run(lambda: pooled.fs.setattr(row.ino, size=2 * BLOCK))
+    assert pooled.row(row.ino) == row
+
+
+@pytest.mark.parametrize("is_held", [True, False])
+def test_growth_is_undone_unless_what_came_is_held(
+    pooled: Pooled, monkeypatch: pytest.MonkeyPatch, is_held: bool
+) -> None:
+    row = pooled.segment(b"f", BLOCK)
+    grown = pooled.pool.plan(row._replace(length=3 * BLOCK), [])._replace(valid=BLOCK)
+    with pooled.fs.store:
+        pooled.fs.segments.table.replace(grown)
+    pooled.pins.memory = {grown.pieces[-1].start} if is_held else set()
+    pooled.remount(monkeypatch)
+    assert pooled.row(row.ino).pieces == (grown if is_held else row).pieces
+    assert pooled.pool.length(row.number) == (3 if is_held else 1) * BLOCK
+    assert pooled.fs.inode(row.ino).size == BLOCK

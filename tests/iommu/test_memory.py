@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pkernfs.errors import InvalidError, TableDamageError
-from pkernfs.iommu.memory import Memory, merge_ranges, store_words, without_ranges
+from pkernfs.iommu.memory import Memory, merge_ranges, overlaps, store_words, without_ranges
 from pkernfs.layout import PAGE
 from pkernfs.quantities import PhysAddr, PhysRange, RegionOff, RegionRun, Word
 from pkernfs.region.region import Region
@@ -92,6 +92,15 @@ def test_memory_that_is_none(region: Region) -> None:
 def members(ranges: list[PhysRange]) -> set[int]:
     """All that is in one of the ranges."""
     return {x for start, end in ranges for x in range(start, end)}
+
+
+@given(RANGES, st.integers(0, 60), st.integers(1, 12))
+def test_which_ranges_have_a_byte_of_another(
+    ranges: list[PhysRange], start: int, length: int
+) -> None:
+    wanted = PhysRange.of(PhysAddr(start), length)
+    known = {at for low, high in ranges for at in range(low, high)}
+    assert overlaps(merge_ranges(ranges), wanted) == bool(known & set(range(*wanted)))
 
 
 @given(RANGES)

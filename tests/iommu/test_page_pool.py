@@ -256,3 +256,27 @@ def test_codes_are_those_of_the_walk_in_c() -> None:
     assert declared == {code.name for code in Code if code < Code.CONTEXT_INVALID}
     for name in declared:
         assert getattr(lib, f"FOUND_{name}") == Code[name]
+
+
+def test_which_blocks_of_other_memory_are_mapped(region: Region) -> None:
+    """Memory outside the region: only where it is is told."""
+    pool = TablePool(region, [Piece(PHYS_BASE, RegionOff(0), 8 * PAGE)])
+    assert not check_tree(pool, PHYS_BASE, 4).findings
+    pool.begin()
+    tables = [PHYS_BASE, *(pool.alloc() for _ in range(3))]
+    for upper, lower in pairwise(tables):
+        region.store_u64(RegionOff(upper - PHYS_BASE), lower | 3)
+    here, there = PhysAddr(1 << 41), PhysAddr((1 << 41) + 8 * BLOCK)
+    leaves = [(0, here + BLOCK + 5 * PAGE), (1, there + BLOCK - PAGE), (2, here - PAGE)]
+    for at, physical in [*leaves, (3, there + 2 * BLOCK), (4, PHYS_BASE)]:
+        region.store_u64(RegionOff(tables[3] - PHYS_BASE + 8 * at), physical | 3)
+    region.store_u64(RegionOff(tables[2] - PHYS_BASE + 8), here + 2 * BLOCK | 0x83)
+    blocks = BlockMap.of_memory([PhysRange.of(here, 4 * BLOCK), PhysRange.of(there, 2 * BLOCK)])
+    assert list(blocks.marked()) == []
+    assert blocks.add_tree(pool, PHYS_BASE, 4)
+    assert list(blocks.marked()) == [
+        PhysRange.of(PhysAddr(here + BLOCK), 2 * BLOCK), PhysRange.of(there, BLOCK)
+    ]  # fmt: skip
+    blocks.clear()
+    assert list(blocks.marked()) == []
+    assert list(BlockMap.of_memory([]).marked()) == []

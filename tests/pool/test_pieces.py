@@ -16,6 +16,7 @@ from pkernfs.pool.pieces import (
     gaps,
     head,
     merged,
+    part,
     size_of,
     tail,
 )
@@ -44,6 +45,9 @@ def test_head_and_tail() -> None:
     assert tail(pieces, 6 * M) == (span(18 * M, 6 * M),)
     assert head(pieces, 100 * M) == pieces
     assert (head(pieces, 0), tail(pieces, 12 * M)) == ((), ())
+    assert part(pieces, 2 * M, 6 * M) == (span(4 * M, 2 * M), span(16 * M, 2 * M))
+    assert part(pieces, M + 4096, M + 8192) == (span(3 * M + 4096, 4096),)
+    assert (part(pieces, 12 * M, 20 * M), part(pieces, 3, 3)) == ((), ())
 
 
 def test_which_bytes_come_first() -> None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from pkernfs.errors import BusyError, NoSpaceError, RegionError
 from pkernfs.fs.superblock import Superblock
-from pkernfs.layout import BLOCK, POOL_DIRECTORY, PoolFields
+from pkernfs.host.iomem import Span
+from pkernfs.layout import BLOCK, POOL_DAX, POOL_DIRECTORY, PoolFields
+from pkernfs.pool.pieces import gaps, merged, size_of
 from pkernfs.pool.pool import Holder, Owner, Passed, Segment, Space, nothing_is_passed
-from pkernfs.quantities import RegionOff, SegmentNo
+from pkernfs.quantities import PhysAddr, RegionOff, SegmentNo
 from pkernfs.region.backing import Backing
 from pkernfs.region.region import Region
 
 POOL = PoolFields(POOL_DIRECTORY, BLOCK)
+DAX = PoolFields(POOL_DAX, BLOCK)
 ROOT_ONLY = Owner(0, 0, 0o600)
 _OLD = b"\xdb"  # what memory holds that nobody has zeroed yet
 
@@ -217,8 +220,34 @@ class MemoryPool:
     def close(self) -> None:
         """The memories stay."""
 
-    def __enter__(self) -> MemoryPool:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.put({})
+
+
+class PiecedPool(MemoryPool):
+    """As one on device-dax: each segment has physical pieces, as many as can be.
+
+    Nothing is at those addresses.
+    """
+
+    kind = POOL_DAX
+    #: Where its memory begins.
+    start = PhysAddr(1 << 41)
+
+    def plan(self, wanted: Segment, others: list[Segment]) -> Segment:
+        taken = [piece for row in others for piece in row.pieces]
+        free = gaps(Span(self.start, self.total), [*taken, *wanted.pieces])
+        blocks = [at for gap in free for at in range(gap.start, gap.end, BLOCK)]
+        blocks.sort(key=lambda at: at // BLOCK % 2)  # no two that touch, as long as there are some
+        missing = (wanted.length - size_of(wanted.pieces)) // BLOCK
+        if missing > len(blocks):
+            raise NoSpaceError(f"{self.name}: full")
+        more = [Span(PhysAddr(at), BLOCK) for at in blocks[:missing]]
+        return wanted._replace(pieces=merged([*wanted.pieces, *more]), align=BLOCK)
+
+    def create(self, segment: Segment) -> Segment:
+        made = super().create(segment)
+        return made._replace(handle=0, name=f"dax0.{segment.number}")

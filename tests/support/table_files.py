@@ -15,17 +15,19 @@ from pkernfs.errors import (
     PkernfsError,
 )
 from pkernfs.fs.file import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE
+from pkernfs.fs.filesystem import FileSystem
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.host.bars import Bar
 from pkernfs.iommu.check import Report
 from pkernfs.iommu.export import assemble
 from pkernfs.iommu.memory import Memory
 from pkernfs.iommu.translate import translate_domain
-from pkernfs.layout import BLOCK, IOMMU_INO, PAGE, ROOT_INO
+from pkernfs.layout import BLOCK, IOMMU_INO, PAGE, ROOT_INO, PoolFields
 from pkernfs.quantities import Ino, Iova, PhysAddr, RegionOff, SourceId
 from pkernfs.region.checksum import crc32c
 from pkernfs.region.region import Region
 from support.checking import MemoryFile
+from support.memory_pool import MemoryPool
 
 MIB = 1 << 20
 PHYS_BASE = PhysAddr(1 << 33)
@@ -50,34 +52,49 @@ def drain(steps: Generator[Any, None, T], between: Callable[[], object] = int) -
 class Host:
     """A file system in a region that outlives its mounts."""
 
-    def __init__(self, size: int = 64 * MIB, *, poison: bool = False) -> None:
+    def __init__(
+        self, size: int = 64 * MIB, *, poison: bool = False, pool: MemoryPool | None = None
+    ) -> None:
+        self.pool = pool
         self.file = MemoryFile(size)
         self.region = self.file.open(phys_base=PHYS_BASE)
         if poison:
             for at in range(0, size, MIB):
                 self.region.copy_in(RegionOff(at), POISON)
-        make_filesystem(self.region)
-        self.fs = mount_filesystem(self.region)
+        if pool is None:
+            make_filesystem(self.region)
+        else:
+            make_filesystem(self.region, pool=PoolFields(pool.kind, pool.granule))
+        self.fs = self._mount()
+
+    def _mount(self) -> FileSystem:
+        opener = None if self.pool is None else self.pool.opener()
+        return mount_filesystem(self.region, open_pool=opener)
 
     @classmethod
     def over(cls, region: Region) -> Host:
         """One in a region that has a file system; it is mounted now, and the caller's to close."""
         host = cls.__new__(cls)
+        host.pool = None
         host.region = region
         host.fs = mount_filesystem(region)
         return host
 
     def close(self) -> None:
+        self.fs.segments.close()
         self.region.close()
         self.file.close()
+        if self.pool is not None:
+            self.pool.put({})
 
     def remount(self, phys_base: PhysAddr | None = PHYS_BASE, *, clean: bool = True) -> None:
         """Another daemon opens the region; ``clean``: after an unmount."""
         if clean:
             self.fs.unmount()
+        self.fs.segments.close()
         self.region.close()
         self.region = self.file.open(phys_base=phys_base)
-        self.fs = mount_filesystem(self.region)
+        self.fs = self._mount()
 
     @property
     def tables(self) -> TableFiles:
@@ -112,10 +129,8 @@ class Host:
 
     def physical(self, ino: Ino, offset: int = 0) -> PhysAddr:
         """Where a byte of a file is."""
-        (_low, _length, at), *_ = self.fs.pieces(ino, offset, 1)
-        found = self.region.physical(at)
-        assert found is not None
-        return found
+        piece = next(self.tables.file_pieces(ino, offset, 1))
+        return piece.physical
 
     # ------------------------------------------------------------------ tables
 

@@ -10,12 +10,12 @@ from pkernfs.dma.open_tables import OpenTables
 from pkernfs.dma.root_pgtables import RootPgtables
 from pkernfs.dma.unit_notices import UnitNotices
 from pkernfs.errors import (
+    BusyError,
     ExistsError,
     InvalidError,
     NoSpaceError,
     NoTablePagesError,
     NotFoundError,
-    NotSupportedError,
     PermissionDeniedError,
     PkernfsError,
 )
@@ -27,6 +27,8 @@ from pkernfs.iommu.page_pool import Mapping
 from pkernfs.iommu.page_table import PageTable
 from pkernfs.iommu.root_tables import RootTables
 from pkernfs.layout import INODE_FLAG_SEGMENT, INODE_FLAG_TABLE, PAGE
+from pkernfs.pool.pieces import part
+from pkernfs.pool.pool import Segment
 from pkernfs.quantities import Ino, Iova, PhysAddr
 from pkernfs.vtd.entries import INTERRUPT_FIRST, INTERRUPT_LAST, in_interrupt_range
 
@@ -92,12 +94,10 @@ class Domains:
             raise InvalidError("not a regular file")
         if inode.flags & INODE_FLAG_TABLE:
             raise PermissionDeniedError("a table file cannot be mapped")
-        if inode.flags & INODE_FLAG_SEGMENT:
-            raise NotSupportedError(
-                "a file with a segment cannot be mapped yet: pkernfs segment FILE off"
-            )
         if not inode.nlink:
             raise NotFoundError("the file was removed")
+        if ino in self._fs.conversions.under_way:
+            raise BusyError(f"inode {ino}: it gets a segment, or loses it: try again")
         if length is None:
             length = max(inode.size - offset, 0)
         if offset < 0 or offset > inode.size or offset + length > inode.size:
@@ -113,7 +113,27 @@ class Domains:
             raise InvalidError(
                 f"offset {offset:#x}: bad length: got {length:#x} bytes, expected whole pages"
             )
+        if inode.flags & INODE_FLAG_SEGMENT:
+            self._check_segment(self._fs.segments.of(inode), offset + length)
         return length
+
+    def _check_segment(self, row: Segment, end: int) -> None:
+        """Check that bytes of a segment up to ``end`` are there, and stay where they are.
+
+        :raises InvalidError: they are not, or do not.
+        :raises RegionError: it is lost.
+        """
+        self._fs.segments.check_there(row)
+        if not row.pieces:
+            raise InvalidError(
+                f"segment {row.number}: memory of tmpfs or hugetlbfs has no physical address that "
+                "stays: have the VMM map it by VFIO, or pkernfs segment FILE off"
+            )
+        if end > row.valid:
+            raise InvalidError(
+                f"segment {row.number}: the file is larger: got an end at {end:#x}, "
+                f"expected up to {row.valid:#x}: run fsck.pkernfs"
+            )
 
     def _check_overlap(
         self, table: PageTable, iova: Iova, ino: Ino, offset: int, length: int, perm: int
@@ -149,12 +169,20 @@ class Domains:
 
         :raises InvalidError: it has no physical address.
         """
-        region = self._fs.region
+        inode, region = self._fs.inode(ino), self._fs.region
+        if inode.flags & INODE_FLAG_SEGMENT:
+            yield from self._segment_pieces(self._fs.segments.of(inode), offset, length)
+            return
         for low, count, at in self._fs.pieces(ino, offset, length):
             for start, run, physical in region.physical_runs(at, count):
                 if physical is None:
                     raise InvalidError(f"{region.name}: no physical address at {at:#x}")
                 yield FilePiece(low + start - at, physical, run)
+
+    def _segment_pieces(self, row: Segment, offset: int, length: int) -> Iterator[FilePiece]:
+        for span in part(row.pieces, offset, min(offset + length, row.valid)):
+            yield FilePiece(offset, span.start, span.size)
+            offset += span.size
 
     # ------------------------------------------------------------------ BARs
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from pkernfs.fs.filesystem import FileSystem
+from pkernfs.host.iomem import Span
 from pkernfs.layout import Extent
 from pkernfs.quantities import Ino
 
@@ -55,6 +56,14 @@ class TablePins:
     def holder(self, extents: Iterable[Extent]) -> str | None:
         """Name what maps a byte of these; None: nothing does."""
         return None if self._tables is None else self._tables.holder(extents)
+
+    def holder_of_memory(self, pieces: Iterable[Span]) -> str | None:
+        """Name what maps a byte of memory outside the region; None: nothing does."""
+        return None if self._tables is None else self._tables.holder_of_memory(pieces)
+
+    def held_memory(self, pieces: Iterable[Span]) -> list[Span]:
+        """What of memory outside the region is mapped, in whole 2 MiB blocks, ascending."""
+        return [] if self._tables is None else self._tables.held_memory(pieces)
 
     def check_unused(self, ino: Ino) -> None:
         """:raises BusyError: that table file is in use, and by what."""

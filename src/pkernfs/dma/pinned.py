@@ -12,11 +12,12 @@ from pkernfs.dma.open_tables import OpenTables
 from pkernfs.dma.unit_notices import UnitNotices
 from pkernfs.errors import BusyError
 from pkernfs.fs.names import ROOT_PGTABLES
+from pkernfs.host.iomem import Span
 from pkernfs.iommu.config import Config
-from pkernfs.iommu.memory import Memory
+from pkernfs.iommu.memory import Memory, merge_ranges
 from pkernfs.iommu.page_pool import BlockMap
-from pkernfs.layout import PAGE, Extent, page_offset
-from pkernfs.quantities import Ino, RegionOff, RegionRun
+from pkernfs.layout import BLOCK, PAGE, Extent, page_offset
+from pkernfs.quantities import Ino, PhysAddr, PhysRange, RegionOff, RegionRun
 from pkernfs.region.region import Region
 from pkernfs.vtd.entries import bdf_text
 
@@ -45,7 +46,25 @@ class Pinned:
         if not wanted:
             return None
         runs = [RegionRun(page_offset(e.page), e.pages * PAGE) for e in wanted]
-        ranges = Memory(self._region, runs, self._tables.shift or 0).ranges
+        return self._mapped_by(Memory(self._region, runs, self._tables.shift or 0).ranges)
+
+    def holder_of_memory(self, pieces: Iterable[Span]) -> str | None:
+        """Name what maps a byte of memory outside the region; None: nothing does."""
+        if not self._tables.trees:
+            return None
+        return self._mapped_by(merge_ranges(PhysRange(p.start, p.end) for p in pieces))
+
+    def held_memory(self, pieces: Iterable[Span]) -> list[Span]:
+        """What of memory outside the region is mapped, in whole 2 MiB blocks, ascending."""
+        ranges = merge_ranges(_whole_blocks(p) for p in pieces)
+        if not ranges or not self._tables.trees:
+            return []
+        blocks = BlockMap.of_memory(ranges)
+        self._mark(blocks)
+        return [Span(r.start, r.end - r.start) for r in blocks.marked()]
+
+    def _mapped_by(self, ranges: list[PhysRange]) -> str | None:
+        """Name what maps a byte of sorted, disjoint ranges."""
         for number, tree in sorted(self._tables.trees.items()):
             iova = tree.find(ranges)
             if iova is not None:
@@ -65,11 +84,14 @@ class Pinned:
             self._generation = -1
         if self._generation != self._tables.generation:
             self._map.clear()
-            for number, tree in self._tables.trees.items():
-                if not tree.mark(self._map):
-                    log.error("iommu/dom-%d: damaged: not all that it maps is known", number)
+            self._mark(self._map)
             self._generation = self._tables.generation
         return self._map
+
+    def _mark(self, blocks: BlockMap) -> None:
+        for number, tree in self._tables.trees.items():
+            if not tree.mark(blocks):
+                log.error("iommu/dom-%d: damaged: not all that it maps is known", number)
 
     # ------------------------------------------------------------------ table files
 
@@ -114,3 +136,9 @@ class Pinned:
                 if entry.table == top:
                     return f"{entry}, and the kernel has that unit"
         return None
+
+
+def _whole_blocks(piece: Span) -> PhysRange:
+    """The 2 MiB blocks that a piece of memory has something of."""
+    start, end = piece.start // BLOCK * BLOCK, -(-piece.end // BLOCK) * BLOCK
+    return PhysRange(PhysAddr(start), PhysAddr(end))

@@ -21,10 +21,11 @@ from pkernfs.dma.table_files import TableFiles
 from pkernfs.errors import InvalidError, NotFoundError
 from pkernfs.fs.names import ROOT_PGTABLES, DirectoryEntry
 from pkernfs.host.bars import Bar
+from pkernfs.host.iomem import Span
 from pkernfs.iommu import export, show
 from pkernfs.iommu.check import Report, check
 from pkernfs.iommu.context_walk import Device
-from pkernfs.iommu.memory import Memory
+from pkernfs.iommu.memory import Memory, overlaps
 from pkernfs.iommu.translate import Translation, translate
 from pkernfs.layout import INODE_FLAG_SEGMENT, INODE_FLAG_TABLE, PAGE, ROOT_INO
 from pkernfs.quantities import Ino, Iova, PhysAddr, PhysRange, RegionOff, SourceId
@@ -32,6 +33,7 @@ from pkernfs.vtd.entries import bdf_text
 
 if TYPE_CHECKING:
     from pkernfs.fs.filesystem import FileSystem
+    from pkernfs.fs.inodes import Inode
 
 _ROOT = ROOT_PGTABLES.decode()
 _NAMES_AT_ONCE = 32
@@ -43,12 +45,13 @@ FOUND = 1
 
 
 class Owner(NamedTuple):
-    """A piece of a file: region offsets in bytes, the inode, the offset in the file."""
+    """Memory of a file: where it is, the inode, the offset in the file, its segment."""
 
-    start: RegionOff
-    end: RegionOff
+    start: PhysAddr
+    end: PhysAddr
     ino: Ino
     offset: int
+    segment: export.SegmentPlace | None = None
 
 
 class Owners:
@@ -86,16 +89,18 @@ class Owners:
         at = self._memory.offset(physical, PAGE)
         if at is None:
             length = min(length, self._memory.gap(physical) or length)
-            return export.Target(physical, length, None, 0, None, None)
-        length = min(length, self._memory.room(physical))
-        number = bisect_right(self._starts, at) - 1
+        else:
+            length = min(length, self._memory.room(physical))
+        number = bisect_right(self._starts, physical) - 1
         piece = self._pieces[number] if number >= 0 else None
-        if piece is None or at >= piece.end:
-            length = min([length, *(start - at for start in self._starts[number + 1 : number + 2])])
+        if piece is None or physical >= piece.end:
+            behind = self._starts[number + 1 : number + 2]
+            length = min([length, *(start - physical for start in behind)])
             return export.Target(physical, length, None, 0, at, None)
-        offset = piece.offset + at - piece.start
+        length = min(length, piece.end - physical)
+        offset = piece.offset + physical - piece.start
         path = self._paths.get(piece.ino)
-        return export.Target(physical, min(length, piece.end - at), path, offset, at, None)
+        return export.Target(physical, length, path, offset, at, None, piece.segment)
 
 
 class NamedFile(NamedTuple):
@@ -142,7 +147,11 @@ def _names(fs: FileSystem, directory: Ino, cookie: int) -> list[DirectoryEntry]:
 
 def mapped_pieces(fs: FileSystem) -> Generator[Pause, None, list[Owner]]:
     """Find the files of which something is mapped, or something close by."""
-    return pieces_of(fs, tables_of(fs).may_be_mapped)
+    tables = tables_of(fs)
+    pieces = yield from pieces_of(fs, tables.may_be_mapped)
+    memory = [Span(p.start, p.end - p.start) for p in pieces if p.segment is not None]
+    held = [PhysRange.of(*span) for span in tables.held_memory(memory)]
+    return [p for p in pieces if p.segment is None or overlaps(held, PhysRange(p.start, p.end))]
 
 
 def pieces_of(
@@ -150,7 +159,8 @@ def pieces_of(
 ) -> Generator[Pause, None, list[Owner]]:
     """Find the files in memory that is ``wanted``, which is asked for region offset and bytes.
 
-    By inode, not by name: a file that is renamed meanwhile is not missed.
+    Of files that have segments, all. By inode, not by name: a file that is renamed meanwhile is not
+    missed.
     """
     pieces: list[Owner] = []
     for at, ino in enumerate(fs.numbers()):
@@ -167,15 +177,30 @@ def _wanted_pieces(
         found = fs.stat(ino)
         if not stat.S_ISREG(found.mode) or not found.nlink or not found.data_pages:
             return []
-        if fs.inode(ino).flags & (INODE_FLAG_TABLE | INODE_FLAG_SEGMENT):
-            return []  # a segment is not in the region
+        inode = fs.inode(ino)
+        if inode.flags & INODE_FLAG_TABLE:
+            return []
+        if inode.flags & INODE_FLAG_SEGMENT:
+            return list(_segment_pieces(fs, inode))
         return [
-            Owner(e.region_offset, RegionOff(e.region_offset + e.length), ino, e.offset)
+            Owner(physical, PhysAddr(physical + count), ino, e.offset + at - e.region_offset)
             for e in fs.extents(ino)
             if wanted(e.region_offset, e.length)
+            for at, count, physical in fs.region.physical_runs(e.region_offset, e.length)
+            if physical is not None
         ]
     except NotFoundError:
         return []  # removed meanwhile
+
+
+def _segment_pieces(fs: FileSystem, inode: Inode) -> Iterator[Owner]:
+    segments, row = fs.segments, fs.segments.of(inode)
+    lost = segments.pool is None or row.number in segments.lost
+    path = None if segments.pool is None or lost else segments.pool.native_path(row)
+    place = export.SegmentPlace(row.number, path)
+    for piece in tables_of(fs).file_pieces(inode.ino, 0, -(-inode.size // PAGE) * PAGE):
+        end = PhysAddr(piece.physical + piece.length)
+        yield Owner(piece.physical, end, inode.ino, piece.offset, place)
 
 
 def owners(fs: FileSystem) -> Generator[Pause, None, Owners]:
@@ -379,12 +404,7 @@ def prepare_check(fs: FileSystem) -> Generator[Pause, None, CheckInput]:
     tables = tables_of(fs)
     tables.check_place()
     pieces = yield from mapped_pieces(fs)
-    allowed = [
-        PhysRange.of(physical, count)
-        for piece in pieces
-        for _at, count, physical in fs.region.physical_runs(piece.start, piece.end - piece.start)
-        if physical is not None
-    ]
+    allowed = [PhysRange(piece.start, piece.end) for piece in pieces]
     allowed += [bar.range for bar in tables.bars()]
     memories = {name: tables.memory(name) for name in tables.names}
     root = memories.pop(ROOT_PGTABLES, None)

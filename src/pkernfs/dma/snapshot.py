@@ -7,7 +7,6 @@ file system (:func:`plan`, in steps). All is looked at once more and changed at 
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Generator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,7 +20,7 @@ from pkernfs.errors import BusyError, InvalidError, NoSpaceError, NotFoundError,
 from pkernfs.host.bars import Bar, all_bars
 from pkernfs.host.sysroot import Host
 from pkernfs.iommu.config import Config
-from pkernfs.iommu.memory import merge_ranges
+from pkernfs.iommu.memory import merge_ranges, overlaps
 from pkernfs.iommu.page_pool import Mapping
 from pkernfs.layout import INODE_FLAG_TABLE
 from pkernfs.quantities import Ino, PhysAddr, PhysRange, RegionOff, SourceId
@@ -118,10 +117,12 @@ def plan(fs: FileSystem, host: Host, reading: Reading) -> Generator[Pause, None,
 
     def wanted(offset: RegionOff, length: int) -> bool:
         runs = fs.region.physical_runs(offset, length)
-        return any(at is not None and _overlaps(ranges, at, count) for _, count, at in runs)
+        return any(
+            at is not None and overlaps(ranges, PhysRange.of(at, count)) for _, count, at in runs
+        )
 
     pieces = yield from pieces_of(fs, wanted)
-    bars = [bar for bar in all_bars(host) if _overlaps(ranges, bar.start, bar.length)]
+    bars = [bar for bar in all_bars(host) if overlaps(ranges, bar.range)]
     yield PAUSE
     inodes = {p.ino: str(p.ino) for p in pieces}
     owners = Owners(tables_of(fs).region_memory(), pieces, bars, inodes)
@@ -143,12 +144,6 @@ def _share_out(reading: Reading, owners: Owners) -> Generator[Pause, None, Plan]
         if number % _PLACES_AT_ONCE == 0:
             yield PAUSE
     return Plan(reading, files, sorted(used))
-
-
-def _overlaps(ranges: Sequence[PhysRange], start: PhysAddr, length: int) -> bool:
-    """True if one of sorted, disjoint ranges has something of this one."""
-    last = bisect_left(ranges, (start + length, 0)) - 1
-    return last >= 0 and ranges[last][1] > start
 
 
 def _lost(reading: Reading, m: Mapping, physical: PhysAddr) -> InvalidError:

@@ -66,6 +66,8 @@ class TableFiles:
         self.file_pieces = domains.file_pieces
 
         self.holder = pinned.holder
+        self.holder_of_memory = pinned.holder_of_memory
+        self.held_memory = pinned.held_memory
         self.may_be_mapped = pinned.may_be_mapped
         self.check_unused = pinned.check_unused
 

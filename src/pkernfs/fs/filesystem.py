@@ -22,6 +22,7 @@ from pkernfs.fs.freeze import Freezer
 from pkernfs.fs.inode import InodeLife
 from pkernfs.fs.namei import Namei
 from pkernfs.fs.pins import PinGuard, Pins
+from pkernfs.fs.segment_table import SegmentTable
 from pkernfs.fs.segments import Segments
 from pkernfs.fs.super import Super
 from pkernfs.fs.xattrs import Overflow
@@ -52,8 +53,9 @@ class FileSystem:
         self.store = state.store
         extents = ExtentMap(state.store, state.blocks, state.pages)
         overflow = Overflow(state.store, state.pages)
-        guard = PinGuard(state.inodes, extents)
-        segments = self.segments = Segments(state, extents, pool, wanted=wanted)
+        table = SegmentTable(state.store, state.pages)
+        guard = PinGuard(state.inodes, extents, table)
+        segments = self.segments = Segments(state, extents, table, pool, guard, wanted=wanted)
         files = self._files = Files(state, extents, segments, guard)
         life = self._life = InodeLife(state, extents, overflow, files, segments, guard)
         namei = self._namei = Namei(state, overflow, life, guard)

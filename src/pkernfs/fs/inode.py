@@ -221,8 +221,9 @@ class InodeLife:
 
     def finish(self, inode: Inode) -> None:
         """Complete what an interrupted operation left of an inode."""
+        start = inode.pending_start // PAGE if inode.nlink else 0
         if (not inode.nlink or inode.flags & INODE_FLAG_PENDING) and self._pins.is_held(
-            inode, 0, LAST_PAGE + 1
+            inode, start, LAST_PAGE + 1
         ):
             log.error("inode %d: to be freed, but mapped for DMA: run fsck.pkernfs", inode.ino)
             return

@@ -13,7 +13,10 @@ from typing import Protocol
 from pkernfs.errors import BusyError
 from pkernfs.fs.extents import LAST_PAGE, ExtentMap
 from pkernfs.fs.inodes import Inode, InodeTable
-from pkernfs.layout import INODE_FLAG_TABLE, IOMMU_INO, Extent
+from pkernfs.fs.segment_table import SegmentTable
+from pkernfs.host.iomem import Span
+from pkernfs.layout import INODE_FLAG_SEGMENT, INODE_FLAG_TABLE, IOMMU_INO, PAGE, Extent
+from pkernfs.pool.pieces import part
 from pkernfs.quantities import Ino
 from pkernfs.ratelimit import RateLimit
 
@@ -39,6 +42,12 @@ class Pins(Protocol):
     def holder(self, extents: Iterable[Extent]) -> str | None:
         """Name who holds a byte of these; None: nobody."""
 
+    def holder_of_memory(self, pieces: Iterable[Span]) -> str | None:
+        """Name who holds a byte of memory outside the region; None: nobody."""
+
+    def held_memory(self, pieces: Iterable[Span]) -> list[Span]:
+        """What of memory outside the region is held, in whole 2 MiB blocks, ascending."""
+
     def check_unused(self, ino: Ino) -> None:
         """:raises BusyError: that file of /iommu must stay as it is, and why."""
 
@@ -51,9 +60,10 @@ class PinGuard:
 
     pins: Pins
 
-    def __init__(self, inodes: InodeTable, extents: ExtentMap) -> None:
+    def __init__(self, inodes: InodeTable, extents: ExtentMap, segments: SegmentTable) -> None:
         self._inodes = inodes
         self._map = extents
+        self._segments = segments
         self._refusals = RateLimit(log)
 
     def check_unpinned(self, inode: Inode, start: int = 0, end: int = LAST_PAGE + 1) -> None:
@@ -78,7 +88,18 @@ class PinGuard:
         """Name what maps one of file pages start..end-1; None: nothing does."""
         if not self.pins.active or not inode.is_reg or not inode.data_pages:
             return None
+        if inode.flags & INODE_FLAG_SEGMENT:
+            pieces = self._segments.of(inode).pieces
+            return self.pins.holder_of_memory(part(pieces, start * PAGE, end * PAGE))
         return self.pins.holder(self._map.within(inode, start, end))
+
+    def holder_of_memory(self, pieces: Iterable[Span]) -> str | None:
+        """Name what maps memory outside the region for devices; None: nothing does."""
+        return self.pins.holder_of_memory(pieces) if self.pins.active else None
+
+    def held_memory(self, pieces: Iterable[Span]) -> list[Span]:
+        """What of memory outside the region is mapped for devices: 2 MiB blocks, ascending."""
+        return self.pins.held_memory(pieces) if self.pins.active else []
 
     def _check_unused(self, inode: Inode) -> None:
         try:

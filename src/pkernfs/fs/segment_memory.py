@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from pkernfs.errors import CorruptionError, NotSupportedError, RegionError
+from pkernfs.errors import NotSupportedError, RegionError
 from pkernfs.fs.pool_turns import PoolTurns
 from pkernfs.fs.segment_table import SegmentTable
-from pkernfs.layout import INODE_FLAG_SEGMENT, SEGMENT_IN_USE
+from pkernfs.layout import INODE_FLAG_SEGMENT
 from pkernfs.pool.pool import Pool, Segment
 from pkernfs.quantities import Ino, RegionOff, SegmentNo
 
@@ -29,11 +29,13 @@ class SegmentMemory:
     ``pool`` is None for a file system that has none.
     """
 
-    def __init__(self, state: Super, pool: Pool | None) -> None:
+    def __init__(self, state: Super, table: SegmentTable, pool: Pool | None) -> None:
         self._super = state
         self._inodes = state.inodes
         self.pool = pool
-        self.table = SegmentTable(state.store, state.pages)
+        self.table = table
+        #: The segment of a file that has one.
+        self.of = table.of
         #: Why a segment cannot be used, by number.
         self.lost: dict[SegmentNo, str] = {}
         self._mapped: OrderedDict[SegmentNo, Region] = OrderedDict()
@@ -48,16 +50,6 @@ class SegmentMemory:
         """
 
     # ------------------------------------------------------------------ which file has one
-
-    def of(self, inode: Inode) -> Segment:
-        """The segment of a file that has one.
-
-        :raises CorruptionError: the table does not know it.
-        """
-        row = self.table.rows.get(SegmentNo(inode.body))
-        if row is None or row.ino != inode.ino or row.state != SEGMENT_IN_USE:
-            raise CorruptionError(f"inode {inode.ino}: no such segment: got {inode.body}")
-        return row
 
     def find(self, ino: Ino) -> Segment | None:
         """The segment of a file; None if it has none."""

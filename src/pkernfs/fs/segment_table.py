@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from pkernfs.alloc.pages import PageAllocator
 from pkernfs.errors import CorruptionError
@@ -31,6 +31,9 @@ from pkernfs.layout import (
 from pkernfs.pool.pool import Segment
 from pkernfs.quantities import PageNo, SegmentNo
 from pkernfs.region.region import Region
+
+if TYPE_CHECKING:
+    from pkernfs.fs.inodes import Inode
 
 _LOOKS = 3
 
@@ -112,6 +115,16 @@ class SegmentTable:
 
     def _tree(self) -> Tree:
         return Tree(self._store, self._pages, TREE_SEGMENTS, NO_INO, PageNo(self._root))
+
+    def of(self, inode: Inode) -> Segment:
+        """The segment of a file that has one.
+
+        :raises CorruptionError: there is no such row.
+        """
+        row = self.rows.get(SegmentNo(inode.body))
+        if row is None or row.ino != inode.ino or row.state != SEGMENT_IN_USE:
+            raise CorruptionError(f"inode {inode.ino}: no such segment: got {inode.body}")
+        return row
 
     def new_number(self) -> SegmentNo:
         """The number that the next new row gets: no segment has had it."""

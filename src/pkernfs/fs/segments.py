@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pkernfs.errors import (
     BusyError,
@@ -22,9 +22,12 @@ from pkernfs.errors import (
     PkernfsError,
     RegionError,
 )
+from pkernfs.fs.dead_segments import Reaped, destroy, unreached
 from pkernfs.fs.extents import LAST_PAGE, ExtentMap
+from pkernfs.fs.pins import PinGuard
 from pkernfs.fs.segment_memory import SegmentMemory, copy_bytes
-from pkernfs.host.iomem import Span
+from pkernfs.fs.segment_table import SegmentTable
+from pkernfs.host.iomem import Span, overlap
 from pkernfs.journal import TransactionTooLarge
 from pkernfs.layout import (
     BLOCK,
@@ -33,6 +36,7 @@ from pkernfs.layout import (
     INODE_FLAG_SEGMENT_OFF,
     INODE_FLAG_SEGMENT_ON,
     INODE_FLAG_TABLE,
+    NO_INO,
     NO_PAGE,
     PAGE,
     PENDING_TO_END,
@@ -40,6 +44,7 @@ from pkernfs.layout import (
     SEGMENT_IN_USE,
     page_offset,
 )
+from pkernfs.pool import pieces
 from pkernfs.pool.pool import Owner, Pool, Segment, Space
 from pkernfs.quantities import Ino, PageNo, RegionOff, SegmentNo
 from pkernfs.ratelimit import RateLimit
@@ -59,13 +64,6 @@ _NEVER = INODE_FLAG_SEGMENT | INODE_FLAG_SEGMENT_OFF | INODE_FLAG_TABLE
 T = TypeVar("T")
 
 
-class Reaped(NamedTuple):
-    """The dead segments whose memory is gone, and why that of others is not."""
-
-    gone: list[SegmentNo]
-    reasons: dict[SegmentNo, str]
-
-
 class Segments(SegmentMemory):
     """The segments of one file system; ``pool`` is None if it has none.
 
@@ -73,14 +71,23 @@ class Segments(SegmentMemory):
     """
 
     def __init__(
-        self, state: Super, extents: ExtentMap, pool: Pool | None, *, wanted: bool = True
+        self,
+        state: Super,
+        extents: ExtentMap,
+        table: SegmentTable,
+        pool: Pool | None,
+        pins: PinGuard,
+        *,
+        wanted: bool = True,
     ) -> None:
-        super().__init__(state, pool)
+        super().__init__(state, table, pool)
         self._extents = extents
+        self._pins = pins
         self._store = state.store
         self.wanted = wanted
         self._new: dict[Ino, Segment] = {}  # recorded, and not yet a file's
         self._owner_due: set[SegmentNo] = set()  # that the pool was changing
+        self._held: tuple[Span, ...] = ()  # what no segment has, but a device may reach
         self._refusals = RateLimit(log)
         #: Files that get none by themselves now, as :mod:`pkernfs.fs.conversion` sees to them.
         self.converting: set[Ino] = set()
@@ -254,20 +261,40 @@ class Segments(SegmentMemory):
     def _plan(self, wanted: Segment) -> Segment:
         """Have the pool choose memory; what dead segments have comes back first if there is none.
 
+        Memory that a device may reach is nobody's to have, even if no segment has it: after damage.
+
         :raises NoSpaceError: there is none.
         :raises RegionError: it cannot be told what is free.
         """
-        pool = self.need_pool()
         if self.table.damaged:
             raise RegionError(f"{self.table.damaged[0]}: run fsck.pkernfs", errno.EUCLEAN)
+        while True:
+            self._held = tuple(self._pins.held_memory(self._held))
+            planned = self._planned(wanted)
+            more = pieces.tail(planned.pieces, pieces.size_of(wanted.pieces))
+            held = self._pins.held_memory(more)
+            if not held:
+                return planned
+            reason = f"memory at {held[0].start:#x}: {self._pins.holder_of_memory(held)}"
+            self._refusals.warning(reason)
+            if any(overlap(one, other) for one in held for other in self._held):
+                raise BusyError(f"segment {wanted.number}: {reason}")  # it is its device's already
+            self._held += tuple(held)
+
+    def _planned(self, wanted: Segment) -> Segment:
+        """Have the pool choose memory that is neither another segment's nor in :attr:`_held`."""
+        pool = self.need_pool()
         others = [row for row in self.table.rows.values() if row.number != wanted.number]
-        dead = self._dead()
+        if self._held:
+            size = pieces.size_of(self._held)
+            others.append(Segment(SegmentNo(0), NO_INO, pool.kind, size, pieces=self._held))
+        dead = unreached(self._dead(), self._pins)
 
         def plan() -> tuple[Segment | None, NoSpaceError | None, Reaped]:
             try:
                 return pool.plan(wanted, others), None, Reaped([], {})
             except NoSpaceError as e:
-                reaped = _destroy(pool, dead)
+                reaped = destroy(pool, dead)
                 left = [row for row in others if row.number not in reaped.gone]
                 if not reaped.gone:
                     return None, e, reaped
@@ -276,7 +303,7 @@ class Segments(SegmentMemory):
                 except NoSpaceError as still:
                     return None, still, reaped
 
-        planned, error, reaped = self.turns.result(("plan", wanted), plan)
+        planned, error, reaped = self.turns.result(("plan", wanted, self._held), plan)
         self.reaped(reaped)
         if planned is None:
             assert error is not None
@@ -397,7 +424,7 @@ class Segments(SegmentMemory):
         dead = self._dead()
         if self.pool is None or not dead or self._super.read_only:
             return None
-        return partial(_destroy, self.pool, dead)
+        return partial(destroy, self.pool, unreached(dead, self._pins))
 
     def reap(self) -> dict[SegmentNo, str]:
         """Destroy the segments that nobody has, here and now; why some cannot be, by number."""
@@ -477,7 +504,7 @@ class Segments(SegmentMemory):
             inode = self._inodes.get(row.ino)
             if not inode.flags & INODE_FLAG_SEGMENT or SegmentNo(inode.body) != row.number:
                 raise CorruptionError(f"segment {row.number}: inode {row.ino} does not have it")
-            now = pool.restore(_cut(row, row.valid or row.length))  # growth is undone
+            now = pool.restore(self._ungrown(row))
             if now != row:
                 self._save(inode, now)
             pool.set_owner(now, _owner_of(inode))
@@ -492,6 +519,12 @@ class Segments(SegmentMemory):
                 self._super.region.name, row.ino, inode.size, now.valid,
             )  # fmt: skip
         return bool(inode.flags & INODE_FLAG_PENDING)
+
+    def _ungrown(self, row: Segment) -> Segment:
+        """A row as it was before growth that was interrupted; where a device reaches it, after."""
+        before = _cut(row, row.valid or row.length)
+        more = pieces.tail(row.pieces, before.length)
+        return row if more and self._pins.holder_of_memory(more) else before
 
     def close(self) -> None:
         """Unmap everything, and let go of the pool."""
@@ -546,27 +579,10 @@ def _zero(pool: Pool, row: Segment, start: int, end: int) -> None:
             memory.zero(RegionOff(start), end - start)
 
 
-def _destroy(pool: Pool, dead: list[Segment]) -> Reaped:
-    """Destroy segments, as far as nobody has them."""
-    done = Reaped([], {})
-    for row in dead:
-        try:
-            pool.destroy(row)
-            done.gone.append(row.number)
-        except PkernfsError as e:
-            done.reasons[row.number] = str(e)
-    return done
-
-
 def _cut(row: Segment, length: int) -> Segment:
     """A row that is only ``length`` bytes long."""
-    pieces = []
-    left = length
-    for piece in row.pieces:
-        if left > 0:
-            pieces.append(Span(piece.start, min(piece.size, left)))
-            left -= piece.size
-    return row._replace(length=length, valid=min(row.valid, length), pieces=tuple(pieces))
+    left = pieces.head(row.pieces, length)
+    return row._replace(length=length, valid=min(row.valid, length), pieces=left)
 
 
 def _owner_of(inode: Inode) -> Owner:

@@ -15,7 +15,7 @@ from pkernfs.iommu.config import Config
 from pkernfs.iommu.context_walk import Device
 from pkernfs.iommu.page_pool import Mapping
 from pkernfs.layout import uuid_text
-from pkernfs.quantities import Iova, PhysAddr, RegionOff
+from pkernfs.quantities import Iova, PhysAddr, RegionOff, SegmentNo
 from pkernfs.region.region import Place
 from pkernfs.vtd.entries import READ, WRITE, bdf_text, width_bits
 
@@ -29,10 +29,18 @@ _MOST_PIECES = 4096
 Record = dict[str, Any]
 
 
+class SegmentPlace(NamedTuple):
+    """A segment, and what a program opens to map it; None: it is lost, or not here."""
+
+    number: SegmentNo
+    path: str | None
+
+
 class Target(NamedTuple):
     """A piece of physical memory: what it is of, and where in it. All in bytes.
 
-    ``path`` is that of a file in the mount, or None; ``region_offset`` None if it is elsewhere.
+    ``path`` is that of a file in the mount, or None; ``region_offset`` None if it is elsewhere. In
+    a segment, ``offset`` is that in the file and in the segment.
     """
 
     physical: PhysAddr
@@ -41,14 +49,19 @@ class Target(NamedTuple):
     offset: int
     region_offset: RegionOff | None
     bar: Bar | None
+    segment: SegmentPlace | None = None
 
     def record(self) -> Record:
-        """``{"file", "offset"}`` or ``{"bar", "offset"}``; empty if it is nobody's."""
+        """``{"file", "offset"}`` or ``{"bar", "offset"}``; empty if it is nobody's.
+
+        With ``segment`` for a file that has one.
+        """
         if self.bar is not None:
             bar = {"device": bdf_text(self.bar.source_id), "number": self.bar.number}
             return {"bar": bar, "offset": self.offset}
         if self.path is not None:
-            return {"file": self.path, "offset": self.offset}
+            segment = {} if self.segment is None else {"segment": self.segment._asdict()}
+            return {"file": self.path, "offset": self.offset, **segment}
         return {}
 
 

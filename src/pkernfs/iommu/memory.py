@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -132,6 +132,12 @@ def merge_ranges(ranges: Iterable[PhysRange]) -> list[PhysRange]:
         elif start < end:
             merged.append(PhysRange(start, end))
     return merged
+
+
+def overlaps(ranges: Sequence[PhysRange], wanted: PhysRange) -> bool:
+    """Tell if one of sorted, disjoint ranges has a byte of ``wanted``."""
+    last = bisect_left(ranges, (wanted.end, 0)) - 1
+    return last >= 0 and ranges[last].end > wanted.start
 
 
 def without_ranges(ranges: list[PhysRange], holes: list[PhysRange]) -> list[PhysRange]:

@@ -6,7 +6,7 @@ Everything of :mod:`pkernfs.iommu` that touches cffi pointers is here; what the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from pkernfs.errors import RegionError, TableDamageError
@@ -89,18 +89,23 @@ class TablePool:
     :meth:`commit` or :meth:`abort`; pages that it allocates are not reachable before the caller's
     commit, and those that it frees stay as they are until then.
 
+    :param region: that the offsets are in; None: no page is one of a table, or looked at.
     :param pieces: whole pages, sorted.
     :param tables: False: no page of it is one of a table; it costs no byte for each page.
     :raises RegionError: a piece is not whole pages inside the region.
     """
 
-    def __init__(self, region: Region, pieces: Sequence[Piece], *, tables: bool = True) -> None:
-        self._base = region.base
+    def __init__(
+        self, region: Region | None, pieces: Sequence[Piece], *, tables: bool = True
+    ) -> None:
+        tables = tables and region is not None
+        self._base = ffi.NULL if region is None else region.base
+        size, name = (1 << 63, "memory") if region is None else (region.size, region.name)
         self._pieces = ffi.new("struct pk_piece[]", len(pieces))
         first = 0
         for at, (physical, offset, length) in enumerate(pieces):
-            if (physical | offset | length) % PAGE or not 0 < length <= region.size - offset:
-                raise RegionError(f"memory at {physical:#x}: not whole pages of {region.name}")
+            if (physical | offset | length) % PAGE or not 0 < length <= size - offset:
+                raise RegionError(f"memory at {physical:#x}: not whole pages of {name}")
             self._pieces[at] = (physical, offset, length, first)
             first += length // PAGE
         self._state = bytearray(first if tables else 0)
@@ -278,9 +283,33 @@ class BlockMap:
     :param pieces: where the region's physical addresses are, as for :class:`TablePool`.
     """
 
-    def __init__(self, region: Region, pieces: Sequence[Piece]) -> None:
+    def __init__(self, region: Region | None, pieces: Sequence[Piece]) -> None:
         self._memory = TablePool(region, pieces, tables=False)
-        self._blocks = bytearray(-(-region.size // BLOCK))
+        self._pieces = pieces
+        end = max((piece.offset + piece.length for piece in pieces), default=0)
+        self._blocks = bytearray(-(-(region.size if region is not None else end) // BLOCK))
+
+    @classmethod
+    def of_memory(cls, ranges: Iterable[PhysRange]) -> BlockMap:
+        """One of memory outside the region: sorted, disjoint ranges of whole blocks."""
+        pieces: list[Piece] = []
+        offset = 0
+        for start, end in ranges:
+            pieces.append(Piece(start, RegionOff(offset), end - start))
+            offset += end - start
+        return cls(None, pieces)
+
+    def marked(self) -> Iterator[PhysRange]:
+        """The blocks that are marked, ascending; neighbours are one."""
+        for physical, offset, length in self._pieces:
+            first, last = offset // BLOCK, (offset + length) // BLOCK
+            low = self._blocks.find(1, first, last)
+            while low >= 0:
+                high = self._blocks.find(0, low, last)
+                high = last if high < 0 else high
+                start = PhysAddr(physical + (low - first) * BLOCK)
+                yield PhysRange.of(start, (high - low) * BLOCK)
+                low = self._blocks.find(1, high, last)
 
     def clear(self) -> None:
         """Unmark all blocks."""

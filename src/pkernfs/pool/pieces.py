@@ -32,15 +32,16 @@ def size_of(pieces: Iterable[Span]) -> int:
 
 def head(pieces: Iterable[Span], length: int) -> Pieces:
     """The first ``length`` bytes; all, if there are fewer."""
-    return _slice(pieces, 0, length)
+    return part(pieces, 0, length)
 
 
 def tail(pieces: Iterable[Span], offset: int) -> Pieces:
     """The bytes from an offset on."""
-    return _slice(pieces, offset, 1 << 64)
+    return part(pieces, offset, 1 << 64)
 
 
-def _slice(pieces: Iterable[Span], low: int, high: int) -> Pieces:
+def part(pieces: Iterable[Span], low: int, high: int) -> Pieces:
+    """The bytes from offset ``low`` up to ``high``, as far as there are any."""
     found = []
     at = 0
     for piece in merged(pieces):

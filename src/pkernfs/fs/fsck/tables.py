@@ -14,9 +14,9 @@ from pkernfs.fs.fsck.context import Context
 from pkernfs.fs.fsck.data import extents_of
 from pkernfs.fs.fsck.names import entries_of
 from pkernfs.fs.fsck.problems import Code
-from pkernfs.fs.fsck.structures import T_REG
+from pkernfs.fs.fsck.structures import T_REG, has_segment
 from pkernfs.layout import INODE_FLAG_TABLE, IOMMU_INO, PAGE, Extent, page_offset
-from pkernfs.quantities import Ino, PhysRange, RegionOff, RegionRun
+from pkernfs.quantities import Ino, PhysRange, RegionOff, RegionRun, SegmentNo
 from pkernfs.region.region import Region
 
 if TYPE_CHECKING:
@@ -117,6 +117,10 @@ def _linked_ranges(ctx: Context, region: Region) -> Iterator[PhysRange]:
     """Physical ranges of the data of files that have a name and are no tables."""
     for ino in ctx.inodes.of_type(T_REG):
         if not ctx.inodes.names[ctx.inodes.row(ino)] or ctx.fields(ino).flags & INODE_FLAG_TABLE:
+            continue
+        if has_segment(ctx.fields(ino)):
+            row = ctx.segments.rows.get(SegmentNo(ctx.fields(ino).body))
+            yield from () if row is None else row.pieces
             continue
         for _, page, pages in _extents(ctx, ino):
             for _, count, physical in region.physical_runs(page_offset(page), pages * PAGE):
