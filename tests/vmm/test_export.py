@@ -33,6 +33,13 @@ def test_what_is_kept(machine: VfioMachine) -> None:
     assert found.damaged == {}
 
 
+def test_a_segment(machine: VfioMachine) -> None:
+    for path in ("/dev/dax0.3", None):
+        there = mapping(0, (MIB, 4096), segment={"number": 3, "path": path})
+        [kept] = parse_export(export_of(machine, dom_0=[there])).domains["dom-0"]
+        assert (kept.has_segment, kept.segment) == (True, None if path is None else Path(path))
+
+
 def test_what_is_refused(machine: VfioMachine) -> None:
     whole = two_domains(machine)
     with pytest.raises(TakeOverError, match="export: version 2 is not known"):

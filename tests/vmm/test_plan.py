@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,6 +43,20 @@ def test_bars(machine: VfioMachine) -> None:
     del bar["file"]
     [domain] = plan(export_of(machine, dom_0=[bar]))
     assert domain.pieces == [Piece(Iova(0), 0x4000, 3, 0x1000, Bar(SPARE, 2))]
+
+
+def test_a_segment_is_one_piece(machine: VfioMachine) -> None:
+    """Its memory is in several; a program has it at one address."""
+    segment: dict[str, Any] = {"number": 3, "path": "/dev/dax0.3"}
+    there = mapping(0x1000, (0, 0x2000), (0, 0x1000), segment=segment, offset=0x4000)
+    for one in there["pieces"]:
+        one["region_offset"] = None
+    [domain] = plan(export_of(machine, dom_0=[there]))
+    path = Path("/dev/dax0.3")
+    assert domain.pieces == [Piece(Iova(0x1000), 0x3000, 3, 0x4000, segment=path)]
+    segment["path"] = None
+    with pytest.raises(TakeOverError, match="0x1000: its segment is not here: mount again"):
+        plan(export_of(machine, dom_0=[there]))
 
 
 def other_driver(machine: VfioMachine) -> None:

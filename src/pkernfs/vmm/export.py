@@ -46,6 +46,8 @@ class Mapping:
 
     :ivar file: the file that is mapped, from the root of the mount
     :ivar bar: the BAR that is mapped; without ``file`` and ``bar`` the memory is nobody's
+    :ivar has_segment: it is memory of the file's own, at the file's offsets
+    :ivar segment: what a program maps to have that; None: it is lost
     :ivar offset: of the first byte, in the file or the BAR
     :ivar memory: the pieces of the region, in order, that hold a file
     """
@@ -58,6 +60,8 @@ class Mapping:
     bar: Bar | None
     offset: int
     memory: tuple[Memory, ...]
+    has_segment: bool = False
+    segment: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,8 @@ def _place(found: dict[str, Any] | None) -> Place | None:
 
 def _mapping(found: dict[str, Any]) -> Mapping:
     bar = found.get("bar")
+    segment = found.get("segment")
+    path = None if segment is None else segment["path"]
     return Mapping(
         found["iova"],
         found["length"],
@@ -141,4 +147,6 @@ def _mapping(found: dict[str, Any]) -> Mapping:
         None if bar is None else Bar(bar["device"], bar["number"]),
         found.get("offset", 0),
         tuple(Memory(one["length"], one["region_offset"]) for one in found.get("pieces", ())),
+        segment is not None,
+        None if path is None else Path(path),
     )

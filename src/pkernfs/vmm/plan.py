@@ -28,7 +28,8 @@ class Piece:
     """Addresses of a domain and the memory that they reach, consecutive in both. Bytes.
 
     :ivar perm: vfio.READ, vfio.WRITE or both
-    :ivar offset: in the region, or in ``bar``
+    :ivar offset: in the region, in ``bar``, or in ``segment``
+    :ivar segment: what a program maps to have the segment; None: it is in the region, or in a BAR
     """
 
     iova: Iova
@@ -36,6 +37,7 @@ class Piece:
     perm: int
     offset: int
     bar: Bar | None = None
+    segment: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,11 @@ def _pieces(mapping: Mapping) -> Iterator[Piece]:
     iova = mapping.iova
     if mapping.bar is not None:
         yield Piece(iova, mapping.length, perm, mapping.offset, mapping.bar)
+        return
+    if mapping.has_segment:
+        if mapping.segment is None:
+            raise TakeOverError(f"{iova:#x}: its segment is not here: mount again")
+        yield Piece(iova, mapping.length, perm, mapping.offset, segment=mapping.segment)
         return
     for memory in mapping.memory:
         if mapping.file is None or memory.region_offset is None:
