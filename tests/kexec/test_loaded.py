@@ -320,6 +320,18 @@ def test_a_dax_device_is_repeated(tmp_path: Path) -> None:
         assert f"is not told {missing}: {why}" in str(failure.value), following
 
 
+@pytest.mark.parametrize("following", ["64M%1G", "64M%1G-1+0xefffffff", "256M%1G-1+0xefffffff"])
+def test_segments_of_a_dax_device_are_kept_as_well(tmp_path: Path, following: str) -> None:
+    """They are other devices of its dax region; what is there free is theirs, too."""
+    machine = make_machine(tmp_path, command_line=SOFT)
+    add_dax(machine, "dax0.0", (1 << 30, 64 << 20))
+    add_dax(machine, "dax0.1", ((1 << 30) + (300 << 20), 32 << 20))
+    spec = machine.path("dev/dax0.0")
+    loaded.check(spec, SOFT, machine)
+    with pytest.raises(KexecError, match=f"is not told {SOFT.replace('+', '.')}: it would take"):
+        loaded.check(spec, f"memmap={following}", machine)
+
+
 def test_a_dax_device_of_memory_that_the_firmware_keeps_apart(tmp_path: Path) -> None:
     """It needs no word but what keeps kmem from it; that may stand in modprobe.d."""
     soft = (1 << 30, (2 << 30) - 1, "Soft Reserved")

@@ -43,6 +43,50 @@ def test_memory_that_is_not_there(machine: Machine) -> None:
     assert spans.spans_of("512M!1G", machine) == [Span(PhysAddr(G), 512 * M)]
 
 
+IOMEM = """00001000-0009fbff : System RAM
+40000000-7fffffff : Soft Reserved
+  40000000-7fffffff : hmem.0
+    40000000-43ffffff : dax0.0
+    50000000-51ffffff : dax0.1
+80000000-bfffffff : System RAM
+"""
+
+
+def pooled(tmp_path: Path, iomem: str = IOMEM) -> Machine:
+    """A dax region of 1 GiB: a base of 64 MiB, a segment in two pieces, and what kmem has."""
+    made = make_machine(tmp_path, iomem=iomem)
+    add_dax(made, "dax0.0", (G, 64 * M))
+    add_dax(made, "dax0.1", (G + 256 * M, 32 * M), (G + 128 * M, 2 * M))
+    add_dax(made, "dax0.2", (G + 512 * M, 512 * M), driver="kmem")
+    made.write("sys/devices/platform/hmem.0/dax_region/size", f"{G}\n")
+    return made
+
+
+def test_segments_are_kept_with_all_of_their_dax_region(tmp_path: Path) -> None:
+    """Else the next kernel would have another dax region, or none where they are."""
+    machine = pooled(tmp_path)
+    base = machine.path("dev/dax0.0")
+    assert spans.physical_spans(base, machine) == [Span(PhysAddr(G), 64 * M)]
+    assert spans.kept_spans(base, machine) == [
+        Span(PhysAddr(G), 64 * M),
+        Span(PhysAddr(G + 64 * M), 448 * M),
+    ]
+    assert spans.kept_spans("512M!1G", machine) == [Span(PhysAddr(G), 512 * M)]
+    assert spans.kept_spans(str(tmp_path / "region"), machine) == []
+
+
+@pytest.mark.parametrize("iomem", ["", IOMEM.replace("7fffffff", "5fffffff")])
+def test_segments_are_kept_where_it_is_not_seen_what_their_dax_region_is(
+    tmp_path: Path, iomem: str
+) -> None:
+    machine = pooled(tmp_path, iomem)
+    assert spans.kept_spans(machine.path("dev/dax0.0"), machine) == [
+        Span(PhysAddr(G), 64 * M),
+        Span(PhysAddr(G + 256 * M), 32 * M),
+        Span(PhysAddr(G + 128 * M), 2 * M),
+    ]
+
+
 def test_what_ends_with_this_kernel(machine: Machine) -> None:
     assert spans.ends_with_kernel(IN_MEMORY, machine)
     for spec in ("512M!1G", machine.path("dev/dax0.0"), "/proc/self/exe/none"):

@@ -19,7 +19,13 @@ from pkernfs.host.kcore import Kcore, KcoreError
 from pkernfs.host.memmap import Entry, Kaslr, Kind
 from pkernfs.host.reserved import Kept
 from pkernfs.host.sysroot import HOST, Host
-from pkernfs.kexec.spans import KexecError, physical_spans, refuse_if_it_ends, spans_of
+from pkernfs.kexec.spans import (
+    KexecError,
+    kept_spans,
+    physical_spans,
+    refuse_if_it_ends,
+    spans_of,
+)
 from pkernfs.quantities import PhysAddr
 
 _PAGE = 4096
@@ -50,8 +56,8 @@ def check(
     :raises KexecError: it is not, no kernel is loaded, or its command line cannot be read.
     """
     refuse_if_it_ends(spec, host)
-    spans = physical_spans(spec, host)
-    needed = _needed(spans, host)
+    spans = kept_spans(spec, host)
+    needed = _needed(spans, physical_spans(spec, host), host)
     if not needed.any():
         return
     if given is None:
@@ -172,8 +178,11 @@ class _Needed(NamedTuple):
         return bool(self.kept or self.asked)
 
 
-def _needed(spans: list[Span], host: Host) -> _Needed:
-    """Return what a region needs of the next kernel, as this one has it."""
+def _needed(spans: list[Span], own: list[Span], host: Host) -> _Needed:
+    """Return what a region needs of the next kernel, as this one has it.
+
+    :param spans: all memory that is to be kept; ``own`` is that of the region itself.
+    """
     kept = reserved.find_kept(spans, host)
     asked: list[tuple[str, _Names | _SparesDax]] = []
     if any(one.kind is Kind.SOFT for one in kept):
@@ -183,7 +192,7 @@ def _needed(spans: list[Span], host: Host) -> _Needed:
             asked.append((barrier.text if barrier.is_word else kmem.WORD, _SparesDax()))
     for one in cmdline.named_regions(host.command_line()):
         named = spans_of(one.spec, host)
-        if any(overlap(a, b) for a in named for b in spans):
+        if any(overlap(a, b) for a in named for b in own):
             name = "" if one.name is None else f"{one.name}:"
             asked.append((f"pkernfs={name}{one.spec}", _Names(one, host)))
     return _Needed(kept, asked)

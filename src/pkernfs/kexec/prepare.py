@@ -21,7 +21,13 @@ from pkernfs.kexec.daemon import Daemon
 from pkernfs.kexec.needs import MountNeeds, Needs
 from pkernfs.kexec.next_kernel import find_kernel
 from pkernfs.kexec.plan import Plan, make_plan
-from pkernfs.kexec.spans import ends_message, ends_with_kernel, physical_spans, spans_of
+from pkernfs.kexec.spans import (
+    ends_message,
+    ends_with_kernel,
+    kept_spans,
+    physical_spans,
+    spans_of,
+)
 from pkernfs.kexec.users import Process
 
 
@@ -82,7 +88,7 @@ def prepare(request: Request, host: Host = HOST) -> Prepared:
         by_systemd = [m for m in mounts if systemd.hands_over(m.mount_point, host)]
     points = [m.mount_point for m in mounts if m not in by_systemd]
     sources = [m.source for m in mounts] + [e.source for e in elsewhere if e.source is not None]
-    spans = [s for source in sources for s in physical_spans(source, host)]
+    spans = [s for source in sources for s in kept_spans(source, host)]
     spans += [s for s in _spans_of_named(host) if s not in spans]
     plan = make_plan(
         spans,
@@ -108,7 +114,8 @@ def _spans_of_named(host: Host) -> list[Span]:
         named = cmdline.named_regions(host.command_line())
     except RegionError:
         return []  # `none` is no region of this kernel
-    spans = [s for one in named for s in spans_of(one.spec, host)]
+    there = [one.spec for one in named if spans_of(one.spec, host)]
+    spans = [s for spec in there for s in kept_spans(spec, host)]
     return [Span(k.start, k.end - k.start) for k in reserved.find_kept(spans, host)]
 
 

@@ -10,10 +10,14 @@ from __future__ import annotations
 import os
 
 from pkernfs.errors import PkernfsError, RegionError
-from pkernfs.host.iomem import Span
+from pkernfs.host import iomem
+from pkernfs.host.iomem import Span, overlap
 from pkernfs.host.sysroot import HOST, Host
-from pkernfs.region import dax, files
+from pkernfs.pool.pieces import gaps
+from pkernfs.region import dax, dax_devices, files
 from pkernfs.region.spec import looks_physical, parse_span
+
+_KMEM = "kmem"
 
 
 class KexecError(PkernfsError):
@@ -26,6 +30,36 @@ def physical_spans(spec: str, host: Host = HOST) -> list[Span]:
         return [parse_span(spec)]
     name = dax.device_name(os.path.realpath(spec), host)
     return [] if name is None else list(dax.read_device(name, host).pieces)
+
+
+def kept_spans(spec: str, host: Host = HOST) -> list[Span]:
+    """Return the memory that a kexec has to keep for a region spec, the region itself first.
+
+    With a dax device that is its whole dax region: segments are other devices there. Without what
+    the kernel has for its own memory there.
+    """
+    spans = physical_spans(spec, host)
+    name = None if looks_physical(spec) else dax.device_name(os.path.realpath(spec), host)
+    if name is None or not spans:
+        return spans
+    region = dax.read_device(name, host).region
+    devices = dax_devices.region_devices(region, host)
+    taken = [p for d in devices if d.driver == _KMEM for p in d.pieces]
+    others = [p for d in devices for p in d.pieces if p not in spans and p not in taken]
+    return [*spans, *(_rest(region, spans, taken, host) or others)]
+
+
+def _rest(region: str, spans: list[Span], taken: list[Span], host: Host) -> list[Span]:
+    """The memory of a dax region but for these; none if it is not known where that begins."""
+    size = int(host.find(f"{region}/dax_region/size") or 0)
+    try:
+        resources = iomem.read_iomem(region, host)
+    except RegionError:
+        return []
+    for found in resources:
+        if found.end - found.start == size and overlap(spans[0], found):
+            return gaps(Span(found.start, size), [*spans, *taken])
+    return []
 
 
 def spans_of(spec: str, host: Host) -> list[Span]:
