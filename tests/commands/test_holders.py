@@ -161,7 +161,16 @@ def test_what_is_mapped_for_devices(mounted: MountedPool, command: Command) -> N
             "how": "maps it for devices, at 0x40000000",
         }  # fmt: skip
         assert "  dom-0 maps it for devices" in command("pkernfs", "holders", file).out
+        assert run_pkernfs("iommu", "attach", str(domain), "0000:00:05.0").returncode == 0
+        domain_again, device = asked(command, file)[0]["holders"]
+        assert domain_again == holder
+        assert device == {
+            "kind": "device", "pid": None, "name": "0000:00:05.0", "through": "tables",
+            "how": "reaches it by dom-0",
+        }  # fmt: skip
+        assert "  0000:00:05.0 reaches it by dom-0" in command("pkernfs", "holders", file).out
     finally:
+        run_pkernfs("iommu", "detach", str(mounted.path), "0000:00:05.0")
         assert run_pkernfs("iommu", "unmap", str(domain), "0x40000000", "2M").returncode == 0
 
 

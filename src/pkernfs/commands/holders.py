@@ -32,7 +32,7 @@ _NEVER_SEEN = "descriptors on their way between processes, processes outside thi
 
 
 class Holder(NamedTuple):
-    """A process (``pid``), or a domain of devices (None), and what it does with the memory.
+    """A process (``pid``), or a device or its domain (None), and what it does with the memory.
 
     ``through`` is what it has open: ``segment``, ``mount``, ``region`` or ``tables``.
     """
@@ -185,32 +185,42 @@ def _of_region(mount: Mount, path: str, daemon: int) -> Iterator[Holder]:
 
 
 def _add_domains(target: str, mount: Mount, files: list[HeldFile]) -> None:
-    """Add the domains that map a file's memory for devices.
+    """Add the domains that map a file's memory for devices, and the devices that are attached.
 
     :raises PkernfsError: the tables do not tell.
     """
     known: set[tuple[str, int]] = set()
-    for domain, record in _mappings(target):
-        ino = _ino(mount, record.get("file"))
-        if ino is None or (domain, ino) in known:
-            continue
-        known.add((domain, ino))
-        how = f"maps it for devices, at {record['iova']:#x}"
-        for file in files:
-            if file.ino == ino and file.path is not None:
-                file.holders.append(Holder("domain", None, domain, how, "tables"))
-
-
-def _mappings(target: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each mapping of each domain, as `pkernfs iommu export` has it; none without tables."""
+    devices: dict[str, list[str]] = {}
     domain = ""
+    for kind, record in _records(target):
+        if kind == "devices":  # they come before all mappings
+            devices.setdefault(record["hwpt"], []).append(record["device"])
+        elif kind == "ioas":
+            domain = record["id"]
+        elif kind == "mappings":
+            ino = _ino(mount, record.get("file"))
+            if ino is None or (domain, ino) in known:
+                continue
+            known.add((domain, ino))
+            found = list(_reached(domain, record["iova"], devices.get(domain, [])))
+            for file in files:
+                if file.ino == ino and file.path is not None:
+                    file.holders += found
+
+
+def _reached(domain: str, iova: int, devices: list[str]) -> Iterator[Holder]:
+    how = f"maps it for devices, at {iova:#x}"
+    yield Holder("domain", None, domain, how, "tables")
+    for device in devices:
+        yield Holder("device", None, device, f"reaches it by {domain}", "tables")
+
+
+def _records(target: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the records of `pkernfs iommu export`, each with its list; none without tables."""
     try:
         for item in client.stream(target, Read("export", as_json=True)):
-            kind = item.record.get("in") if isinstance(item, Record) else None
-            if isinstance(item, Record) and kind == "ioas":
-                domain = item.record["record"]["id"]
-            elif isinstance(item, Record) and kind == "mappings":
-                yield domain, item.record["record"]
+            if isinstance(item, Record) and "in" in item.record:
+                yield item.record["in"], item.record["record"]
     except (NotFoundError, InvalidError):
         return
 
