@@ -68,6 +68,7 @@ ASYNCHRONOUS = {
     "control.handlers",
     "control.freezing",
     "control.server",
+    "control.native_requests",
     "control.segment_requests",
     "control.session",
     "control.table_requests",

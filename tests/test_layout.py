@@ -389,6 +389,7 @@ def test_constants() -> None:
     assert (layout.INODE_FLAG_BODY, layout.INODE_FLAG_PENDING, layout.INODE_FLAG_TABLE) == (1, 2, 4)
     assert layout.INODE_FLAG_SEGMENT == 8
     assert (layout.INODE_FLAG_SEGMENT_ON, layout.INODE_FLAG_SEGMENT_OFF) == (16, 32)
+    assert layout.INODE_FLAG_NATIVE == 64
     assert (layout.INODE_INLINE_SHIFT, layout.MAX_INLINE_EXTENTS) == (8, 5)
     assert layout.SLOTS_PER_INODE_PAGE == 16
     assert layout.FULL_INODE_PAGE == 0xFFFE

@@ -46,6 +46,7 @@ COMMANDS = {
     "qemu-args": Command("print the options with which QEMU maps a file in the region"),
     "path": Command("print the path by which any program opens a file's own memory"),
     "segment": Command("give a file memory of its own, or put its bytes into the region"),
+    "native": Command("have the plain path of a file open the memory of its own"),
     "holders": Command("print who maps, holds, or does DMA into the memory of files"),
     "exec": Command("run a program that gets the segments of files by their paths", 125, 125),
     "kexec": Command("load the next kernel, hand over every file system, start the kernel"),

@@ -11,6 +11,7 @@ from pkernfs.control import mounts
 from pkernfs.control.mounts import (
     FSTYPE,
     Mount,
+    beneath,
     canonical_spec,
     mount_at,
     mount_of,
@@ -26,8 +27,8 @@ LINES = r"""22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
 92 91 0:64 / /mnt/with\040space rw - tmpfs tmpfs rw
 93 22 259:300 /sub /mnt/back\134slash rw - fuse.other /dev/shm/a rw,group_id=5
 """
-A = Mount(os.makedev(0, 62), "/mnt/a", FSTYPE, "/dev/shm/a", 1000)
-SPACE = Mount(os.makedev(0, 63), "/mnt/with space", FSTYPE, "512M!1G", 0)
+A = Mount(os.makedev(0, 62), "/mnt/a", FSTYPE, "/dev/shm/a", 1000, 90, 22)
+SPACE = Mount(os.makedev(0, 63), "/mnt/with space", FSTYPE, "512M!1G", 0, 91, 22)
 
 
 @pytest.fixture
@@ -42,9 +43,11 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_lines_are_read_in_order(table: Path) -> None:
     found = mounts.read_mounts()
-    assert found[0] == Mount(os.makedev(8, 1), "/", "ext4", "/dev/sda1")
+    assert found[0] == Mount(os.makedev(8, 1), "/", "ext4", "/dev/sda1", None, 22, 1)
     assert found[1:3] == [A, SPACE]
-    assert found[4] == Mount(os.makedev(259, 300), r"/mnt/back\slash", "fuse.other", "/dev/shm/a")
+    assert found[4] == Mount(
+        os.makedev(259, 300), r"/mnt/back\slash", "fuse.other", "/dev/shm/a", None, 93, 22
+    )
 
 
 def test_names_may_be_any_bytes(tmp_path: Path) -> None:
@@ -113,3 +116,9 @@ def test_a_region_has_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "region").touch()
     monkeypatch.chdir(tmp_path)
     assert canonical_spec("region") == canonical_spec("./region") == str(tmp_path / "region")
+
+
+def test_what_nothing_covers_is_its_own_path(table: Path, tmp_path: Path) -> None:
+    for path in (str(tmp_path), "/mnt/a", "/mnt/with space", "/no/such"):
+        with beneath(path) as below:
+            assert below == path

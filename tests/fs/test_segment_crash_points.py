@@ -78,6 +78,10 @@ def destroy_dead(fs: FileSystem) -> None:
     fs.segments.reap()
 
 
+def native_off(fs: FileSystem) -> None:
+    fs.natives.off(at(fs, "guest"))
+
+
 def scenario(
     name: str,
     operation: Operation,
@@ -123,6 +127,8 @@ SCENARIOS = [
     scenario("zero range in it", allocate("guest", 16, 5000, 9000), torn=(5000, 14000)),
     scenario("chmod", lambda fs: fs.setattr(at(fs, "guest"), mode=0o600)),
     scenario("chown", lambda fs: fs.setattr(at(fs, "guest"), uid=7, gid=8)),
+    scenario("native on", lambda fs: fs.natives.on(at(fs, "guest"))),
+    scenario("native off", native_off, setup=lambda fs: fs.natives.on(at(fs, "guest"))),
     scenario("unlink", each(unlink("guest"), destroy_dead)),
     scenario("unlink, held", each(unlink("guest"), destroy_dead), setup=hold("guest")),
     scenario("unlink, open", unlink("guest"), setup=opened("guest")),

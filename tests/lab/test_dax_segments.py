@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
+import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +38,40 @@ def owner_of(path: str) -> tuple[int, int]:
     return info.st_uid, info.st_mode & 0o777
 
 
+def open_by_name(guest: Guest, file: Path, uid: int, word: bytes) -> None:
+    """Its owner maps a native file by its name and stores a word; another user may not open it."""
+    info = file.stat()
+    node = Path(native(guest, file))
+    assert stat.S_ISCHR(info.st_mode)
+    assert info.st_rdev == node.stat().st_rdev
+    assert (info.st_uid, info.st_mode & 0o777) == (uid, 0o600)
+    done = as_user(uid, file, word)
+    assert done.returncode == 0, done.stderr
+    assert "PermissionError" in as_user(uid + 1, file, word).stderr
+    start = piece_of(guest, file)
+    with open("/dev/mem", "rb") as memory:
+        memory.seek(start + 5 * M)
+        assert memory.read(len(word)) == word
+
+
+def as_user(uid: int, file: Path, word: bytes) -> subprocess.CompletedProcess[str]:
+    code = (
+        "import mmap, os, sys; fd = os.open(sys.argv[1], os.O_RDWR)\n"
+        f"memory = mmap.mmap(fd, {48 * M}); at = {5 * M}; word = sys.argv[2].encode()\n"
+        "memory[at : at + len(word)] = word"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code, str(file), word.decode()],
+        user=uid, group=1000, extra_groups=[], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def piece_of(guest: Guest, file: Path) -> int:
+    """Where the memory of a file begins."""
+    extents = json.loads(guest.run("pkernfs", "extents", str(file), "--json"))["extents"]
+    return int(extents[0]["physical"])
+
+
 def use(guest: Guest) -> None:
     """Two owners' files get devices of their own; what a program stores there the mount reads."""
     guest.run("modprobe", "-a", "dax_hmem", "device_dax")
@@ -54,10 +92,28 @@ def use(guest: Guest) -> None:
             assert "busy" in guest.run("truncate", "-s", "16M", str(file), status=1)
         os.close(fd)
     os.truncate(MOUNT / "ram2", 48 * M)
-    guest.run("umount", str(MOUNT))
+    be_native(guest, MOUNT / "ram2")
+    assert "busy" in guest.run("umount", str(MOUNT), status=32)
+    guest.run("umount", "-R", str(MOUNT))
     guest.run("fsck.pkernfs", "-n", DEVICE)
     mount(guest)  # and so it is when the kexec comes: nothing is unmounted
     guest.kexec()
+
+
+def be_native(guest: Guest, file: Path) -> None:
+    """A file becomes a device and a file again; who has it open is named."""
+    with file.open("rb"):
+        said = guest.run("pkernfs", "native", str(file), "on", status=1)
+        assert f"process {os.getpid()} " in said
+    for way in ("on", "off", "on"):
+        guest.run("pkernfs", "native", str(file), way)
+        assert stat.S_ISCHR(file.stat().st_mode) == (way == "on")
+    open_by_name(guest, file, 1002, b"native")
+    with pytest.raises(OSError, match="Invalid argument"):
+        os.truncate(file, 32 * M)
+    with file.open("rb", buffering=0):
+        said = guest.run("pkernfs", "native", str(file), "off", status=1)
+        assert f"process {os.getpid()} " in said
 
 
 def find_again(guest: Guest) -> None:
@@ -65,6 +121,9 @@ def find_again(guest: Guest) -> None:
     mount(guest)
     for number, word, size in ((1, b"first", 32 * M), (2, b"other", 48 * M)):
         file = MOUNT / f"ram{number}"
+        if number == 2:
+            open_by_name(guest, file, 1002, b"again")
+            guest.run("pkernfs", "native", str(file), "off")
         assert file.stat().st_size == size
         path = native(guest, file)
         assert owner_of(path) == (1000 + number, 0o600)
@@ -82,6 +141,6 @@ def test_dax_segments(lab: Lab, kernel: str) -> None:
     machine: Any = lab.machine(
         kernel=kernel,
         memory=3072,
-        cmdline=["memmap=512M%1G-1+0xefffffff", "modprobe.blacklist=kmem"],
+        cmdline=["memmap=512M%1G-1+0xefffffff", "modprobe.blacklist=kmem", "iomem=relaxed"],
     )
     lab.run(use, find_again, machine=machine, seconds=300)

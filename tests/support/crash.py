@@ -132,6 +132,7 @@ class Entry(NamedTuple):
     blocks512: int
     content: int | bytes  # checksum of a file's bytes; a symlink's target
     xattrs: tuple[tuple[bytes, bytes], ...]
+    native: bool
 
 
 Tree = dict[bytes, Entry]
@@ -184,7 +185,7 @@ def _entry(fs: FileSystem, ino: Ino) -> Entry:
     times = (i.atime, i.mtime, i.ctime, i.btime)
     return Entry(
         i.ino, i.generation, i.mode, i.uid, i.gid, i.nlink, i.rdev, i.size, times, i.blocks512,
-        held, xattrs,
+        held, xattrs, fs.natives.is_native(ino),
     )  # fmt: skip
 
 

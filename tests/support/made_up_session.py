@@ -10,7 +10,9 @@ import trio
 
 from pkernfs.control.server import Handlers
 from pkernfs.control.wire import Call, Stream
+from pkernfs.errors import PkernfsError
 from pkernfs.fs.filesystem import FileSystem
+from pkernfs.host.holders import Holding
 from pkernfs.quantities import Ino
 
 T = TypeVar("T")
@@ -24,6 +26,8 @@ class MadeUpSession:
         self._fs = fs
         self.asked: list[str] = []
         self.open_for_writing: dict[Ino, int] = {}
+        self.processes: list[Holding] = []
+        self.no_cover: PkernfsError | None = None
 
     @asynccontextmanager
     async def hold_zeroing(self) -> AsyncIterator[None]:
@@ -48,6 +52,18 @@ class MadeUpSession:
 
     def writers(self) -> dict[Ino, int]:
         return dict(self.open_for_writing)
+
+    async def users(self, ino: Ino, *, segment: bool) -> list[Holding]:
+        await trio.lowlevel.checkpoint()
+        return list(self.processes)
+
+    async def cover(self, path: str, ino: Ino) -> None:
+        self.asked.append(f"cover {path} of {ino}")
+        if self.no_cover is not None:
+            raise self.no_cover
+
+    async def uncover(self, ino: Ino) -> None:
+        self.asked.append(f"uncover {ino}")
 
     def freed(self) -> None:
         self.asked.append("freed")

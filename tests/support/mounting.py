@@ -114,7 +114,7 @@ class Mounted:
     def check(self) -> None:
         """Unmount if mounted; fsck finds nothing wrong."""
         if is_mounted(self.path):
-            subprocess.run(["umount", str(self.path)], check=True)
+            subprocess.run(["umount", "-R", str(self.path)], check=True)
         if self.daemon is not None:
             self.wait()
         with Region.open(str(self.region), write=False) as region:

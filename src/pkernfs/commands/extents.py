@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator
 
-from pkernfs.control.mounts import mount_of
+from pkernfs.control.mounts import beneath, mount_of
 from pkernfs.errors import NotSupportedError
 from pkernfs.fuse import segment_xattr
 from pkernfs.fuse.extents_xattr import NAME, Extent, parse
@@ -25,13 +25,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the extents of ``args.file``, in the order of the file."""
-    if mount_of(args.file) is None:
-        raise NotSupportedError(f"{args.file}: no extents: it is not on a pkernfs mount")
-    if os.path.isdir(args.file):
-        raise NotSupportedError(f"{args.file}: no extents: it is a directory")
-    info = segment_xattr.read(args.file)
-    segment = None if info is None else info.number
-    extents = list(read_extents(args.file))
+    with beneath(args.file) as place:
+        if mount_of(place) is None:
+            raise NotSupportedError(f"{args.file}: no extents: it is not on a pkernfs mount")
+        if os.path.isdir(place):
+            raise NotSupportedError(f"{args.file}: no extents: it is a directory")
+        info = segment_xattr.read(place)
+        segment = None if info is None else info.number
+        extents = list(read_extents(place))
     if args.json:
         print(json.dumps(describe(args.file, extents, segment), indent=2))
     else:

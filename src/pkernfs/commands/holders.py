@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from pkernfs.commands.extents import read_extents
 from pkernfs.commands.qemu_args import mem_path_of
 from pkernfs.control import client
-from pkernfs.control.mounts import Mount
+from pkernfs.control.mounts import Mount, beneath
 from pkernfs.control.protocol import Ping
 from pkernfs.control.segment_protocol import ListSegments, SegmentRow
 from pkernfs.control.table_protocol import Read
@@ -93,10 +93,11 @@ def find(target: str) -> Answer:
 
     :raises InvalidError: it is in no pkernfs, or neither a regular file nor a directory.
     """
-    mount = client.find_mount(target)
-    rows = list(client.stream(target, ListSegments()))
-    files = _files_of(target, mount, rows)
-    daemon = client.call(target, Ping()).pid
+    with beneath(target) as place:
+        mount = client.find_mount(place)
+        rows = list(client.stream(target, ListSegments(), mount))
+        files = _files_of(target, os.stat(place), mount, rows)
+    daemon = client.call(target, Ping(), mount).pid
     hidden = _add_processes(mount, files, daemon)
     for file in files:
         if file.segment is None and file.path is not None:
@@ -112,8 +113,9 @@ def find(target: str) -> Answer:
     return Answer(files, not_seen)
 
 
-def _files_of(target: str, mount: Mount, rows: list[SegmentRow]) -> list[HeldFile]:
-    found = os.stat(target)
+def _files_of(
+    target: str, found: os.stat_result, mount: Mount, rows: list[SegmentRow]
+) -> list[HeldFile]:
     if stat.S_ISDIR(found.st_mode):
         return [_file(mount, row) for row in rows]
     if not stat.S_ISREG(found.st_mode):

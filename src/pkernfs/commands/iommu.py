@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from pkernfs.control.mounts import DEAD, FSTYPE, Mount, mount_at, mount_of, region_of
+from pkernfs.control.mounts import DEAD, FSTYPE, Mount, beneath, mount_at, mount_of, region_of
 from pkernfs.errors import InvalidError, NotFoundError, PkernfsError, UsageError
 from pkernfs.options import parse_size
 from pkernfs.quantities import Ino, Iova, PhysAddr, SourceId
@@ -292,7 +292,7 @@ def _map(args: argparse.Namespace) -> int:
         )
         return 0
     # While it is open here, its inode number cannot become another file's.
-    with _alive(args.file), _open_file(args.file) as fd:
+    with _alive(args.file), beneath(args.file) as place, _open_file(place) as fd:
         found = os.fstat(fd.fileno)
         if found.st_dev != mount.device:
             raise InvalidError(f"{args.file}: on another mount than {args.dom}")

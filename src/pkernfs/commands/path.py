@@ -9,7 +9,7 @@ import shlex
 import stat
 import sys
 
-from pkernfs.control.mounts import Mount, mount_of
+from pkernfs.control.mounts import Mount, beneath, mount_of
 from pkernfs.errors import NotFoundError, NotSupportedError
 from pkernfs.fuse.segment_xattr import SegmentInfo, read
 from pkernfs.region.spec import BASE
@@ -39,10 +39,11 @@ def find(file: str) -> SegmentInfo:
     :raises NotSupportedError: the file has none: why, and what to do.
     :raises NotFoundError: the path leads nowhere.
     """
-    mount = mount_of(file)
-    if mount is None:
-        raise NotSupportedError(f"{file}: no memory of its own: it is not on a pkernfs mount")
-    info = read(file)
+    with beneath(file) as place:
+        mount = mount_of(place)
+        if mount is None:
+            raise NotSupportedError(f"{file}: no memory of its own: it is not on a pkernfs mount")
+        info = read(place)
     if info is None:
         raise NotSupportedError(f"{file}: {_why_none(file, mount)}")
     check_there(file, info)

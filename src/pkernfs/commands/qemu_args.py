@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from pkernfs.commands.extents import read_extents
 from pkernfs.commands.path import check_there
-from pkernfs.control.mounts import Mount, mount_of
+from pkernfs.control.mounts import Mount, beneath, mount_of
 from pkernfs.errors import (
     InvalidError,
     NotFoundError,
@@ -102,10 +102,11 @@ def describe(file: str, object_id: str) -> dict[str, Any]:
 
     :raises PkernfsError: the file cannot be mapped as guest memory; with the remedy.
     """
-    mount, size = _check_file(file)
+    with beneath(file) as place_below:
+        mount, size = _check_file(file, place_below)
+        segment = segment_xattr.read(place_below)
     memory = {"qom-type": "memory-backend-file", "id": object_id, "size": size}
     region_offset = None
-    segment = segment_xattr.read(file)
     if segment is not None:
         check_there(file, segment)
         _check_units(file, size, segment)
@@ -142,15 +143,16 @@ def _option(memory: dict[str, Any]) -> str:
 # ------------------------------------------------------------------------------- the file
 
 
-def _check_file(file: str) -> tuple[Mount, int]:
+def _check_file(file: str, below: str) -> tuple[Mount, int]:
     """Return the file's mount and size in bytes; flush what mappings through the mount stored.
 
+    :param below: the path of the file itself, if it is native.
     :raises PkernfsError: it is in no pkernfs, or cannot be guest memory.
     """
-    mount = mount_of(file)
+    mount = mount_of(below)
     if mount is None:
         raise NotSupportedError(f"{file}: cannot be mapped by QEMU: it is not on a pkernfs mount")
-    info = os.stat(file)
+    info = os.stat(below)
     if not stat.S_ISREG(info.st_mode):
         raise InvalidError(f"{file}: cannot be guest memory: it is not a regular file")
     inside = os.path.relpath(os.path.realpath(file), mount.mount_point)
@@ -164,9 +166,9 @@ def _check_file(file: str) -> tuple[Mount, int]:
             f"{file}: its size is no multiple of 2 MiB: got {info.st_size} bytes: "
             f"truncate -s {whole} {_word(file)}"
         )
-    if os.statvfs(file).f_flag & os.ST_RDONLY:
+    if os.statvfs(below).f_flag & os.ST_RDONLY:
         raise ReadOnlyError(f"{file}: it is mounted read-only, and a guest writes its memory")
-    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    fd = os.open(below, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:

@@ -6,6 +6,7 @@ import argparse
 import os
 
 from pkernfs.control import client
+from pkernfs.control.mounts import beneath
 from pkernfs.control.segment_protocol import SetSegment
 from pkernfs.quantities import Ino
 
@@ -23,7 +24,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert ``args.file``."""
-    client.find_mount(args.file)
-    ino = Ino(os.stat(args.file).st_ino)
-    client.call(args.file, SetSegment(ino, args.switch == "on"))
+    with beneath(args.file) as place:
+        mount = client.find_mount(place)
+        ino = Ino(os.stat(place).st_ino)
+    client.call(args.file, SetSegment(ino, args.switch == "on"), mount)
     return 0

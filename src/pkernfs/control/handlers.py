@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from pkernfs.control import protocol
 from pkernfs.control.freezing import HandoverLease
+from pkernfs.control.native_requests import NativeRequests
 from pkernfs.control.segment_requests import SegmentRequests
 from pkernfs.control.server import Handlers
 from pkernfs.control.session import Session
@@ -25,6 +26,7 @@ def handlers(fs: FileSystem, session: Session) -> Handlers:
     return {
         protocol.Ping: ping,
         **HandoverLease(fs, session).handlers(),
+        **NativeRequests(fs, session).handlers(),
         **SegmentRequests(fs, session).handlers(),
         **TableRequests(fs, session).handlers(),
     }

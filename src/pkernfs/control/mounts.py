@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
 import os
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
-from pkernfs.errors import BusyError, InvalidError
+from pkernfs.errors import BusyError, InvalidError, NotFoundError, PermissionDeniedError
 from pkernfs.host.mount_table import FSTYPE as FSTYPE
 from pkernfs.host.mount_table import table_lines, unescape
 from pkernfs.region.spec import BASE, resolve
@@ -15,13 +18,17 @@ from pkernfs.region.spec import BASE, resolve
 #: What a mount without a daemon answers; the second one if the daemon is just going.
 DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
 
+_OPEN_TREE = 428  # of all architectures
+_OPEN_TREE_CLONE = 1
+_AT_FDCWD = -100
 _OWNER = re.compile(r"(?:^|,)user_id=(\d+)(?:,|$)")
 
 
 class Mount(NamedTuple):
     """One line of mountinfo; ``device`` is the ``st_dev`` of everything in the mount.
 
-    ``owner`` is the user who mounted it, for a FUSE mount.
+    ``owner`` is the user who mounted it, for a FUSE mount. ``parent_id`` is the number of the mount
+    that it is mounted over.
     """
 
     device: int
@@ -29,6 +36,8 @@ class Mount(NamedTuple):
     fstype: str
     source: str
     owner: int | None = None
+    mount_id: int = 0
+    parent_id: int = 0
 
 
 def read_mounts(path: str = "/proc/self/mountinfo") -> list[Mount]:
@@ -55,6 +64,53 @@ def mount_of(path: str) -> Mount | None:
     """
     device = os.stat(path).st_dev
     return next((m for m in read_mounts() if m.device == device and m.fstype == FSTYPE), None)
+
+
+@contextlib.contextmanager
+def beneath(path: str) -> Iterator[str]:
+    """Yield a path to what a pkernfs mount itself has at ``path``, for as long as the block runs.
+
+    It is another one than ``path`` if something is mounted over that: the segment of a native file.
+
+    :raises PermissionDeniedError: so it is, and this user cannot look below it.
+    """
+    real = os.path.realpath(path)
+    mounts = read_mounts()
+    top = next((m for m in reversed(mounts) if m.mount_point == real), None)
+    below = None if top is None else _mount_below(top, mounts)
+    if below is None or top is None or top.fstype == FSTYPE:
+        yield path
+        return
+    tree = _clone(below.mount_point, path)
+    try:
+        if os.fstat(tree).st_dev != below.device:
+            raise NotFoundError(f"{path}: something else is mounted over its mount")
+        yield f"/proc/self/fd/{tree}/{os.path.relpath(real, below.mount_point)}"
+    finally:
+        os.close(tree)
+
+
+def _mount_below(top: Mount, mounts: list[Mount]) -> Mount | None:
+    """The pkernfs mount that a file is in which something is mounted over."""
+    by_number = {m.mount_id: m for m in mounts}
+    below = by_number.get(top.parent_id)
+    while below is not None and below.mount_point == top.mount_point:
+        below = by_number.get(below.parent_id)
+    return below if below is not None and below.fstype == FSTYPE else None
+
+
+def _clone(mount_point: str, path: str) -> int:
+    """Open a mount without what is mounted over its files.
+
+    :raises PermissionDeniedError: only root may.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    place = os.fsencode(mount_point)
+    fd = int(libc.syscall(_OPEN_TREE, _AT_FDCWD, place, _OPEN_TREE_CLONE | os.O_CLOEXEC))
+    if fd < 0:
+        reason = os.strerror(ctypes.get_errno())
+        raise PermissionDeniedError(f"{path}: it is native, and only root sees below it: {reason}")
+    return fd
 
 
 def mounts_of_region(spec: str) -> list[str]:
@@ -110,7 +166,7 @@ def _pkernfs_at(path: str) -> Mount | None:
 def _parse_line(line: str) -> Mount:
     # ID PARENT MAJOR:MINOR ROOT MOUNT_POINT OPTIONS [OPTIONAL ...] - FSTYPE SOURCE SUPER_OPTIONS
     left, _, right = line.partition(" - ")
-    _, _, device, _, mount_point, *_ = left.split(" ")
+    mount_id, parent_id, device, _, mount_point, *_ = left.split(" ")
     fstype, source, *options = right.split(" ")
     major, minor = device.split(":")
     number = os.makedev(int(major), int(minor))
@@ -121,4 +177,6 @@ def _parse_line(line: str) -> Mount:
         fstype,
         unescape(source),
         None if owner is None else int(owner[1]),
+        int(mount_id),
+        int(parent_id),
     )

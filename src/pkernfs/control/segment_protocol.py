@@ -19,6 +19,13 @@ class SetSegment(Call[Nothing], op="segment.set"):
     on: bool
 
 
+class SetNative(Call[Nothing], op="native.set"):
+    """Have the names of a file lead to its segment, or to the file again."""
+
+    ino: Ino
+    on: bool
+
+
 class SegmentRow(Message):
     """A row of the table of segments; ``length`` in bytes.
 
@@ -41,4 +48,4 @@ class ListSegments(Stream[SegmentRow], op="segment.list"):
 
 
 #: The requests of this module.
-REQUESTS: tuple[type[Request[Any]], ...] = (SetSegment, ListSegments)
+REQUESTS: tuple[type[Request[Any]], ...] = (SetSegment, SetNative, ListSegments)

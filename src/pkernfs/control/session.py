@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol, TypeVar
 
+from pkernfs.host.holders import Holding
 from pkernfs.quantities import Ino
 
 _Result = TypeVar("_Result")
@@ -34,6 +35,18 @@ class Session(Protocol):
 
     def writers(self) -> dict[Ino, int]:
         """Count by inode how often each is open for writing."""
+
+    async def users(self, ino: Ino, *, segment: bool) -> list[Holding]:
+        """Ask the kernel which processes have a file, or else its segment, open or mapped."""
+
+    async def cover(self, path: str, ino: Ino) -> None:
+        """Have a path of the mount lead to the segment of its file.
+
+        :raises RegionError: the kernel refuses.
+        """
+
+    async def uncover(self, ino: Ino) -> None:
+        """Have all paths lead to a file again that lead to its segment."""
 
     def freed(self) -> None:
         """Be told that memory may have become free."""

@@ -31,6 +31,7 @@ from pkernfs.fs.segments import Segments
 from pkernfs.fs.super import Super
 from pkernfs.journal import TransactionTooLarge
 from pkernfs.layout import (
+    INODE_FLAG_NATIVE,
     INODE_FLAG_PENDING,
     INODE_FLAG_SEGMENT,
     INODE_FLAG_SEGMENT_OFF,
@@ -153,6 +154,8 @@ class Conversions:
             raise PermissionDeniedError("a table file: it is in the region itself")
         if not inode.nlink:
             raise InvalidError(f"inode {inode.ino}: the file has no name")
+        if inode.flags & INODE_FLAG_NATIVE:
+            raise BusyError(f"inode {inode.ino}: it is native: pkernfs native FILE off")
         if inode.flags & INODE_FLAG_PENDING:
             raise BusyError(f"inode {inode.ino}: it is being changed")
         self._pins.check_unpinned(inode)

@@ -21,6 +21,7 @@ from pkernfs.fs.file import Files
 from pkernfs.fs.freeze import Freezer
 from pkernfs.fs.inode import InodeLife
 from pkernfs.fs.namei import Namei
+from pkernfs.fs.native_files import NativeFiles
 from pkernfs.fs.pins import PinGuard, Pins
 from pkernfs.fs.segment_table import SegmentTable
 from pkernfs.fs.segments import Segments
@@ -60,6 +61,7 @@ class FileSystem:
         life = self._life = InodeLife(state, extents, overflow, files, segments, guard)
         namei = self._namei = Namei(state, overflow, life, guard)
         self.conversions = Conversions(state, extents, files, life, segments, guard)
+        self.natives = NativeFiles(state, segments)
         freezer = self._freezer = Freezer(state, files, life)
 
         self.fail = state.fail

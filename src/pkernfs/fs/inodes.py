@@ -22,6 +22,7 @@ from pkernfs.layout import (
     INODE,
     INODE_BYTES,
     INODE_FLAG_BODY,
+    INODE_FLAG_NATIVE,
     INODE_FLAG_PENDING,
     INODE_FLAG_SEGMENT,
     INODE_FLAG_SEGMENT_OFF,
@@ -67,7 +68,9 @@ _TYPES = {
     stat.S_IFBLK,
 }
 _SEGMENT_FLAGS = INODE_FLAG_SEGMENT | INODE_FLAG_SEGMENT_ON | INODE_FLAG_SEGMENT_OFF
-_FLAGS = INODE_FLAG_BODY | INODE_FLAG_PENDING | INODE_FLAG_TABLE | _SEGMENT_FLAGS
+_FLAGS = (
+    INODE_FLAG_BODY | INODE_FLAG_PENDING | INODE_FLAG_TABLE | INODE_FLAG_NATIVE | _SEGMENT_FLAGS
+)
 _MAX_CACHED = 8192
 _MAX_CACHED_ATTRIBUTES = 131072  # some 250 bytes each, if they are pyfuse3's
 _MAX_NEW_PAGES = 64
@@ -152,6 +155,8 @@ class Inode:
             )
         if kind != stat.S_IFREG:
             self.flags &= ~_SEGMENT_FLAGS
+        if not self.flags & INODE_FLAG_SEGMENT:
+            self.flags &= ~INODE_FLAG_NATIVE
         if self.flags & INODE_FLAG_SEGMENT:
             if not self.body or count or flags & INODE_FLAG_BODY:
                 raise CorruptionError(f"inode {self.ino}: bad segment: got {self.body}")

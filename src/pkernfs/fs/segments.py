@@ -31,6 +31,7 @@ from pkernfs.host.iomem import Span, overlap
 from pkernfs.journal import TransactionTooLarge
 from pkernfs.layout import (
     BLOCK,
+    INODE_FLAG_NATIVE,
     INODE_FLAG_PENDING,
     INODE_FLAG_SEGMENT,
     INODE_FLAG_SEGMENT_OFF,
@@ -408,7 +409,7 @@ class Segments(SegmentMemory):
         """Inside a transaction: take the segment from a file."""
         row = self.of(inode)
         self.table.replace(row._replace(state=SEGMENT_DEAD))
-        inode.flags &= ~INODE_FLAG_SEGMENT
+        inode.flags &= ~(INODE_FLAG_SEGMENT | INODE_FLAG_NATIVE)
         inode.body = NO_PAGE
         inode.data_pages = 0
         self._store.on_commit += [partial(self.unmap, row.number), lambda: self.died()]

@@ -21,10 +21,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import trio
 
 from pkernfs.alloc.blocks import IsolatedBlocks
-from pkernfs.errors import Needed, NoSpaceError, PkernfsError, WorkNeeded, ZeroingNeeded
+from pkernfs.control.native_requests import names_of
+from pkernfs.errors import (
+    Needed,
+    NoSpaceError,
+    PkernfsError,
+    RegionError,
+    WorkNeeded,
+    ZeroingNeeded,
+)
 from pkernfs.fuse import mounting, shim  # noqa: F401 - the shim is found first by the linker
 from pkernfs.fuse.event_loop import RecurringEvent
+from pkernfs.fuse.native_mounts import NativeMounts
 from pkernfs.fuse.waiting import until_worked, until_zeroed
+from pkernfs.host.holders import Holding, Target, look
 from pkernfs.host.mappings import Mapping, mappings_of
 from pkernfs.layout import ARRIVAL_REMOUNT, BLOCK
 from pkernfs.quantities import BlockNo, BlockRun, Ino, RegionRun
@@ -73,6 +83,7 @@ class Session:
         self._region = region
         self._mountpoint = os.path.abspath(mountpoint)
         self._device = device
+        self._natives = None if device is None else NativeMounts(self._mountpoint, device)
         self._loops = 0
         self._ended = trio.Event()
         self._dirty = trio.Event()
@@ -110,6 +121,7 @@ class Session:
             await trio.sleep(0.001)
         if self._device is not None:
             mounting.tune_backing_device(self._device)
+        await self._cover_natives()
         ready()
         self._ready.set()
 
@@ -137,6 +149,48 @@ class Session:
     def writers(self) -> dict[Ino, int]:
         """Count by inode how often each is open for writing."""
         return dict(self._operations.writers)
+
+    # ------------------------------------------------------------------ native files
+
+    async def _cover_natives(self) -> None:
+        """Have the names of native files lead to their segments, as before this mount."""
+        inos = [] if self._fs.read_only else self._fs.natives.all()
+        for path, ino in await names_of(self._fs, inos, self.pause):
+            try:
+                await self.cover(path, ino)
+            except PkernfsError as e:
+                log.error("%s: inode %d: not native: %s", self._mountpoint, ino, e)
+
+    async def cover(self, path: str, ino: Ino) -> None:
+        """Have a path of the mount lead to the segment of its file.
+
+        :raises RegionError: the kernel refuses, or the segment is lost.
+        """
+        segment = self._fs.natives.path(ino)
+        if segment is None or self._natives is None:
+            raise RegionError("its segment is lost")
+        await trio.to_thread.run_sync(self._natives.cover, path, ino, segment)
+
+    async def uncover(self, ino: Ino) -> None:
+        """Have all paths lead to a file again that lead to its segment."""
+        await self._uncover([ino])
+
+    async def _uncover(self, inos: list[Ino]) -> None:
+        paths = [path for path in map(self._fs.natives.path, inos) if path is not None]
+        if self._natives is not None and paths:
+            await trio.to_thread.run_sync(self._natives.uncover, paths)
+
+    async def users(self, ino: Ino, *, segment: bool) -> list[Holding]:
+        """Ask the kernel which processes have a file, or else its segment, open or mapped."""
+        if self._device is None:
+            return []
+        targets = [Target(self._device, ino)]
+        path = self._fs.natives.path(ino)
+        if segment and path is not None:
+            with contextlib.suppress(OSError):
+                targets.append(Target.of(os.stat(path), os.path.basename(path)))
+        seen = await trio.to_thread.run_sync(look, targets)
+        return seen.found
 
     # ------------------------------------------------------------------ the session loop
 
@@ -363,6 +417,7 @@ class Session:
 
     async def _unmount(self) -> None:
         """Write back and unmount, still serving; leave the users behind if there are any."""
+        await self._uncover(self._fs.natives.all())
         busy = await trio.to_thread.run_sync(
             mounting.sync_and_unmount, self._mountpoint, self._device
         )

@@ -16,6 +16,7 @@ from pkernfs.layout import (
     BACKUP_PAGE,
     BLOCK,
     INODE_FLAG_BODY,
+    INODE_FLAG_NATIVE,
     INODE_FLAG_PENDING,
     INODE_FLAG_SEGMENT,
     INODE_FLAG_SEGMENT_OFF,
@@ -359,6 +360,27 @@ def choice_of_a_directory(d: Damage) -> None:
 @case(Code.INODE_FIELD)
 def choice_of_a_table(d: Damage) -> None:
     d.set_inode(d.inos["none"], flags=INODE_FLAG_TABLE | INODE_FLAG_SEGMENT_OFF)
+
+
+@case(Code.INODE_FIELD, lossless=True)
+def native_without_a_segment(d: Damage) -> None:
+    d.set_inode(d.inos["flat"], flags=d.inode(d.inos["flat"]).flags | INODE_FLAG_NATIVE)
+
+
+@case(Code.INODE_FIELD, lossless=True)
+def native_directory(d: Damage) -> None:
+    d.set_inode(ROOT_INO, flags=INODE_FLAG_BODY | INODE_FLAG_NATIVE)
+
+
+@case(Code.SEGMENT_ROW, Code.SEGMENT_LOST)
+def native_file_whose_segment_is_lost(d: Damage) -> None:
+    d.set_inode(d.inos["guest"], flags=INODE_FLAG_SEGMENT | INODE_FLAG_NATIVE)
+    set_item(d, GUEST, rows(d)[GUEST].item[:40])
+
+
+def test_a_file_with_a_segment_may_be_native(d: Damage) -> None:
+    d.set_inode(d.inos["guest"], flags=INODE_FLAG_SEGMENT | INODE_FLAG_NATIVE)
+    assert check(d.region, repair=False).clean
 
 
 @pytest.mark.parametrize("flag", [INODE_FLAG_SEGMENT_ON, INODE_FLAG_SEGMENT_OFF])

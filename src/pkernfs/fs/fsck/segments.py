@@ -26,6 +26,7 @@ from pkernfs.fs.fsck.trees import (
     walk,
 )
 from pkernfs.layout import (
+    INODE_FLAG_NATIVE,
     INODE_FLAG_PENDING,
     INODE_FLAG_SEGMENT,
     IOMMU_INO,
@@ -254,7 +255,7 @@ def _take_away(ctx: Context, ino: Ino) -> None:
     f = ctx.fields(ino)
     ctx.set_fields(
         ino,
-        flags=f.flags & ~(INODE_FLAG_SEGMENT | INODE_FLAG_PENDING),
+        flags=f.flags & ~(INODE_FLAG_SEGMENT | INODE_FLAG_NATIVE | INODE_FLAG_PENDING),
         body=NO_PAGE,
         data_pages=0,
         size=0 if ino in ctx.salvaged else f.size,

@@ -384,6 +384,8 @@ def flag_faults(f: layout.InodeFields) -> int:
             allowed |= 0xFF << layout.INODE_INLINE_SHIFT
         if not f.flags & _WITHOUT_SEGMENT:
             allowed |= layout.INODE_FLAG_SEGMENT
+            if has_segment(f):
+                allowed |= layout.INODE_FLAG_NATIVE
         choice = f.flags & _SEGMENT_CHOICE
         if choice != _SEGMENT_CHOICE and not f.flags & layout.INODE_FLAG_TABLE:
             allowed |= choice

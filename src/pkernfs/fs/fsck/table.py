@@ -226,7 +226,7 @@ def _check_fields(ctx: Context, ino: Ino, f: InodeFields) -> None:
     kind = file_type(f.mode)
     flags = f.flags & ~flag_faults(f)
     if not ctx.sb.pool.kind:
-        flags &= ~layout.INODE_FLAG_SEGMENT
+        flags &= ~(layout.INODE_FLAG_SEGMENT | layout.INODE_FLAG_NATIVE)
     if flags & layout.INODE_FLAG_BODY and not f.body:
         flags &= ~layout.INODE_FLAG_BODY
     if f.mode >> 16:

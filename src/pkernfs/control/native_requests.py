@@ -1,0 +1,111 @@
+"""Requests about native files: the names of a file lead to its segment, or to the file again.
+
+That changes while nobody has the file open: whoever has would go on with what he has opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+import trio
+
+from pkernfs.control import segment_protocol
+from pkernfs.control.protocol import Nothing
+from pkernfs.control.session import Session
+from pkernfs.dma.output import Pause
+from pkernfs.dma.reports import walk_files
+from pkernfs.errors import BusyError, PkernfsError
+from pkernfs.quantities import Ino
+
+if TYPE_CHECKING:
+    from pkernfs.control.server import Handlers
+    from pkernfs.fs.filesystem import FileSystem
+
+_CLOSING_SECONDS = 0.3  # what has just been closed is still being told to the daemon
+
+
+class Name(NamedTuple):
+    """A path from the root of a mount, and the file that has it."""
+
+    path: str
+    ino: Ino
+
+
+async def names_of(
+    fs: FileSystem, inos: Iterable[Ino], pause: Callable[[], Awaitable[None]]
+) -> list[Name]:
+    """Find all names of some files; one that is renamed meanwhile may be missing."""
+    names: list[Name] = []
+    left = {ino: fs.inode(ino).nlink for ino in inos}
+    for found in walk_files(fs) if left else ():
+        if isinstance(found, Pause):
+            await pause()
+        elif found.ino in left:
+            names.append(Name(found.path, found.ino))
+            left[found.ino] -= 1
+            if not left[found.ino]:
+                del left[found.ino]
+            if not left:
+                break
+    return names
+
+
+class NativeRequests:
+    """The handlers of one mount. What the requests mean is said with their classes."""
+
+    def __init__(self, fs: FileSystem, session: Session) -> None:
+        self._fs = fs
+        self._session = session
+        self._lock = trio.Lock()
+
+    def handlers(self) -> Handlers:
+        """The handlers by request."""
+        return {segment_protocol.SetNative: self.set_native}
+
+    async def set_native(self, request: segment_protocol.SetNative) -> Nothing:
+        """Change what the names of a file lead to, if it is not that already."""
+        async with self._lock:
+            if self._fs.natives.is_native(request.ino) != request.on:
+                change = self._on if request.on else self._off
+                await change(request.ino)
+        return Nothing()
+
+    async def _on(self, ino: Ino) -> None:
+        """The file is native first: if the daemon ends, the next mount covers its names."""
+        self._fs.natives.check(ino)
+        await self._let_close(ino)
+        await self._refuse_users(ino, segment=False)
+        await self._session.with_zeroing(lambda: self._fs.natives.on(ino))
+        try:
+            for name in await names_of(self._fs, [ino], self._session.pause):
+                await self._session.cover(name.path, ino)
+        except PkernfsError:
+            await self._session.uncover(ino)
+            self._fs.natives.off(ino)
+            raise
+
+    async def _off(self, ino: Ino) -> None:
+        """The file is native until its names lead to it: as above."""
+        await self._refuse_users(ino, segment=True)
+        await self._session.uncover(ino)
+        self._fs.natives.off(ino)
+
+    async def _refuse_users(self, ino: Ino, *, segment: bool) -> None:
+        """:raises BusyError: somebody has the file, or else its segment, open or mapped: who."""
+        if users := await self._session.users(ino, segment=segment):
+            first = users[0]
+            how = "maps" if first.maps else "has opened"
+            others = f", and {len(users) - 1} more" if len(users) > 1 else ""
+            raise BusyError(
+                f"inode {ino}: busy: process {first.pid} ({first.command}) {how} it{others}"
+            )
+        if self._fs.is_open(ino):
+            raise BusyError(f"inode {ino}: it is open")
+
+    async def _let_close(self, ino: Ino) -> None:
+        """Wait a moment for what the kernel has not told yet."""
+        with trio.move_on_after(_CLOSING_SECONDS):
+            while self._fs.is_open(ino):
+                await self._session.drain()
+                await trio.sleep(0.001)

@@ -1,0 +1,210 @@
+"""Native files of real mounts: names that lead to segments, also after the daemon's end."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import shutil
+import signal
+import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pkernfs.control.mounts import mount_at, read_mounts
+from pkernfs.errors import RegionError
+from pkernfs.fuse.native_mounts import NativeMounts
+from pkernfs.quantities import Ino
+from support.mounted_pool import MountedPool, huge_pool, native_of, tmpfs
+from support.mounting import MIB, run_as, run_pkernfs, wait_until
+
+pytestmark = pytest.mark.fuse
+
+
+def native(mounted: MountedPool, name: str = "f", size: int = 4 * MIB) -> tuple[Path, Path]:
+    """A native file, and its segment's."""
+    path = mounted.file(name, size)
+    segment = native_of(path)
+    switch(path, "on")
+    return path, segment
+
+
+def pkernfs(*words: object) -> subprocess.CompletedProcess[str]:
+    return run_pkernfs(*map(str, words))
+
+
+def switch(path: Path, way: str) -> None:
+    done = pkernfs("native", path, way)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def is_native(path: Path, segment: Path) -> bool:
+    return os.path.samefile(path, segment)
+
+
+def covers(mounted: MountedPool) -> list[str]:
+    """What is mounted below the mount point."""
+    place = f"{mounted.path}/"
+    return [m.mount_point for m in read_mounts() if m.mount_point.startswith(place)]
+
+
+def store(path: Path) -> None:
+    with path.open("r+b", buffering=0) as opened, mmap.mmap(opened.fileno(), 0) as memory:
+        memory[7:10] = b"new"
+
+
+def is_refused(path: Path) -> None:
+    with pytest.raises(PermissionError):
+        path.open("r+b")
+
+
+@pytest.fixture
+def mounted() -> Iterator[MountedPool]:
+    with MountedPool(options="allow_other") as mounted:
+        yield mounted
+
+
+def test_the_name_is_the_segment(mounted: MountedPool) -> None:
+    path, segment = native(mounted)
+    assert is_native(path, segment)
+    with path.open("r+b") as opened, mmap.mmap(opened.fileno(), 0) as memory:
+        memory[5:9] = b"word"
+        assert segment.read_bytes()[5:9] == b"word"
+    switch(path, "off")
+    assert not is_native(path, segment)
+    assert not covers(mounted)
+    with path.open("rb") as file:
+        assert file.read(9)[5:] == b"word"
+
+
+def test_its_owner_opens_it_and_nobody_else(mounted: MountedPool) -> None:
+    path = mounted.file("f", 2 * MIB)
+    os.chown(path, 12345, 12345)
+    os.chmod(path, 0o600)
+    segment = native_of(path)
+    switch(path, "on")
+    run_as(12345, lambda: store(path))
+    assert segment.read_bytes()[7:10] == b"new"
+    run_as(12346, lambda: is_refused(path))
+
+
+def test_every_name_is_covered(mounted: MountedPool) -> None:
+    path = mounted.file("f", 2 * MIB)
+    (mounted.path / "a dir").mkdir()
+    other = mounted.path / "a dir" / "with \n in it"
+    os.link(path, other)
+    segment = native_of(path)
+    switch(other, "on")
+    assert is_native(path, segment)
+    assert is_native(other, segment)
+    switch(path, "off")
+    assert not covers(mounted)
+
+
+def test_it_is_native_at_the_next_mount(mounted: MountedPool) -> None:
+    path, segment = native(mounted)
+    subprocess.run(["umount", "-R", mounted.path], check=True)
+    mounted.wait()
+    assert not covers(mounted)
+    mounted.start()
+    wait_until(lambda: is_native(path, segment), "the name")
+    done = subprocess.run(["umount", mounted.path], capture_output=True, text=True, check=False)
+    assert "busy" in done.stderr
+    assert mounted.daemon is not None
+    mounted.daemon.send_signal(signal.SIGTERM)
+    mounted.wait()
+    assert not covers(mounted)
+
+
+def test_a_mapping_outlives_a_killed_daemon(mounted: MountedPool) -> None:
+    path, segment = native(mounted)
+    with path.open("r+b") as opened, mmap.mmap(opened.fileno(), 0) as memory:
+        assert mounted.daemon is not None
+        mounted.daemon.kill()
+        mounted.daemon.wait()
+        memory[:3] = b"old"
+        assert is_native(path, segment)  # the name goes on leading there
+        subprocess.run(["umount", "-l", mounted.path], check=True)
+        assert not covers(mounted)
+        mounted.start()
+        wait_until(lambda: is_native(path, segment), "the name")
+        assert covers(mounted) == [str(path)]
+        memory[3:6] = b"new"
+        assert path.read_bytes()[:6] == b"oldnew"
+    switch(path, "off")
+    assert not covers(mounted)
+
+
+def test_commands_find_the_file_below(mounted: MountedPool) -> None:
+    path, segment = native(mounted)
+    for words in (["path", path], ["extents", path], ["holders", path]):
+        done = pkernfs(*words)
+        assert done.returncode == 0, done.stderr
+    assert pkernfs("path", path).stdout.strip() == str(segment)
+    assert str(segment) in pkernfs("qemu-args", path).stdout
+    done = pkernfs("segment", path, "off")
+    assert (done.returncode, "it is native" in done.stderr) == (1, True)
+
+
+def test_huge_pages() -> None:
+    with huge_pool(4 * MIB) as mounted:
+        path, segment = native(mounted)
+        with path.open("r+b") as opened, mmap.mmap(opened.fileno(), 0) as memory:
+            memory[5:9] = b"word"
+        switch(path, "off")
+        with path.open("rb") as file:
+            assert file.read(9)[5:] == b"word"
+        assert native_of(path) == segment
+
+
+def mounts_of(mounted: MountedPool) -> NativeMounts:
+    here = mount_at(str(mounted.path))
+    assert here is not None
+    return NativeMounts(str(mounted.path), here.device)
+
+
+def test_no_link_leads_elsewhere(mounted: MountedPool) -> None:
+    """Users own the directories on the way, and may put links in their place."""
+    path = mounted.file("f", 2 * MIB)
+    segment, ino = native_of(path), Ino(path.stat().st_ino)
+    mounts = mounts_of(mounted)
+    with tmpfs() as outside:
+        (outside / "f").touch()
+        (mounted.path / "d").symlink_to(outside)
+        (mounted.path / "link").symlink_to(outside / "f")
+        for name in ("/d/f", "/link", "/no", "/../f", "/f/f", "/iommu"):
+            with pytest.raises(RegionError):
+                mounts.cover(name, ino, str(segment))
+        assert not os.path.samefile(outside / "f", segment)
+    with pytest.raises(RegionError, match="No such file"):
+        mounts.cover("/f", ino, "/no/such/segment")
+    other = mounted.file("other", 2 * MIB)
+    with pytest.raises(RegionError, match="something else is there"):
+        mounts.cover("/other", ino, str(segment))
+    assert stat.S_ISREG(other.stat().st_mode)
+    assert not covers(mounted)
+
+
+def test_mounts_of_others_stay(mounted: MountedPool) -> None:
+    path, _ = native(mounted)
+    (mounted.path / "d").mkdir()
+    with tmpfs() as other:
+        subprocess.run(["mount", "--bind", other, mounted.path / "d"], check=True)
+        switch(path, "off")
+        assert covers(mounted) == [f"{mounted.path}/d"]
+        subprocess.run(["umount", mounted.path / "d"], check=True)
+
+
+def test_a_name_is_kept_while_it_is_covered(mounted: MountedPool) -> None:
+    path, segment = native(mounted)
+    for change in (path.unlink, lambda: path.rename(mounted.path / "g")):
+        with pytest.raises(OSError, match="busy"):
+            change()
+    (mounted.path / "d").mkdir()
+    (mounted.path / "d").rename(mounted.path / "e")
+    switch(path, "off")
+    shutil.rmtree(mounted.path / "e")
+    path.unlink()
+    mounted.wait_until_gone(segment)
