@@ -40,6 +40,7 @@ NAMED_OTHERWISE = {
     "fuse/test_databases.py": "PostgreSQL as a client of real mounts",
     "fuse/test_guests.py": "QEMU as a client of real mounts",
     "fuse/test_isolation.py": "real mounts: what one user can do to another",
+    "fuse/test_libvirt.py": "libvirt as a client of real mounts",
     "fuse/test_mount.py": "real mounts: a file system as its users see it",
     "fuse/test_overlay.py": "real mounts as the upper layer of overlayfs",
     "fuse/test_process.py": "a daemon as a process: its descriptors, its mount namespace, its end",
