@@ -19,7 +19,7 @@ from pagecache import cached_pages
 from pkernfs.errors import BusyError, RegionError
 from pkernfs.fuse.passthrough import NO_BACKING, Passthrough
 from pkernfs.quantities import Ino
-from support.mounted_pool import GRANULE, MountedPool, huge_pool, native_of
+from support.mounted_pool import GRANULE, MountedPool, huge_pool, native_of, tmpfs
 from support.mounting import MIB, Mapper, is_mounted, wait_until
 
 FILE = Ino(7)
@@ -35,9 +35,10 @@ class Kernel:
     """What Passthrough asks the kernel for, and which files have memory of their own."""
 
     def __init__(self) -> None:
+        self.one, self.other = os.memfd_create("one"), os.memfd_create("other")
         self.native: dict[Ino, int] = {}
         self.refusal: int | None = None
-        self.registered: dict[int, int] = {}  # id: descriptor
+        self.registered: dict[int, str] = {}  # id: name
         self._last = 0
 
     def ioctl(self, device: int, request: int, argument: bytes | bytearray) -> Any:
@@ -54,15 +55,18 @@ class Kernel:
         if self.refusal is not None:
             raise OSError(self.refusal, os.strerror(self.refusal))
         self._last += 1
-        self.registered[self._last] = fd
+        assert fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_ACCMODE
+        self.registered[self._last] = os.readlink(f"/proc/self/fd/{fd}")
         return self._last if isinstance(argument, bytearray) else bytes(argument)  # as fcntl does
 
 
 @pytest.fixture
-def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
     kernel = Kernel()
     monkeypatch.setattr(fcntl, "ioctl", kernel.ioctl)
-    return kernel
+    yield kernel
+    os.close(kernel.one)
+    os.close(kernel.other)
 
 
 @pytest.fixture
@@ -71,15 +75,15 @@ def files(kernel: Kernel) -> Passthrough:
 
 
 def test_a_file_is_registered_once_while_it_is_open(kernel: Kernel, files: Passthrough) -> None:
-    kernel.native = {FILE: 40, Ino(8): 41}
+    kernel.native = {FILE: kernel.one, Ino(8): kernel.other}
     files = Passthrough(kernel.native.get, DEVICE)
     first = files.opened(FILE)
     assert files.opened(FILE) == first != files.opened(Ino(8))
-    assert sorted(kernel.registered.values()) == [40, 41]
+    assert sorted(kernel.registered.values()) == ["/memfd:one (deleted)", "/memfd:other (deleted)"]
     files.released(FILE)
     assert len(kernel.registered) == 2
     files.released(FILE)
-    assert list(kernel.registered.values()) == [41]
+    assert list(kernel.registered.values()) == ["/memfd:other (deleted)"]
     assert files.opened(FILE) not in (first, NO_BACKING), "a new registration"
 
 
@@ -93,7 +97,7 @@ def test_what_has_no_memory_of_its_own(kernel: Kernel, files: Passthrough) -> No
 def test_an_open_file_keeps_its_mode(kernel: Kernel, files: Passthrough) -> None:
     """Both ways: it gets memory of its own, or another one, while somebody has it open."""
     assert files.opened(FILE) == NO_BACKING
-    kernel.native[FILE] = 40
+    kernel.native[FILE] = kernel.one
     assert files.opened(FILE) == NO_BACKING
     files.released(FILE)
     assert files.opened(FILE) == NO_BACKING, "the second handle is there still"
@@ -117,7 +121,7 @@ def test_what_the_kernel_refuses(
     kernel: Kernel, files: Passthrough, code: int, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is mapped through the page cache, and the log says why."""
-    kernel.native[FILE] = 40
+    kernel.native[FILE] = kernel.one
     kernel.refusal = code
     assert files.opened(FILE) == NO_BACKING
     (record,) = caplog.records
@@ -152,7 +156,7 @@ def test_memory_that_is_busy(kernel: Kernel, caplog: pytest.LogCaptureFixture) -
 
 
 def test_the_end_of_a_mount(kernel: Kernel, files: Passthrough) -> None:
-    kernel.native[FILE] = 40
+    kernel.native[FILE] = kernel.one
     first = files.opened(FILE)
     kernel.refusal = errno.ENOTCONN
     files.released(FILE)
@@ -203,6 +207,30 @@ def test_one_memory(cache: str) -> None:
             os.fsync(f.fileno())
             assert cached_pages(f.fileno()) == 0
             assert cached_pages(o.fileno()) == SIZE // mmap.PAGESIZE
+
+
+@pytest.mark.fuse
+def test_what_a_killed_daemon_had_registered_is_in_nobodys_way() -> None:
+    """While a program maps one file of its mount, others are cut, or go with their memory."""
+    with tmpfs("size=64m") as place, MountedPool(8 * MIB, place=place) as mount:
+        paths = [mount.file(name, SIZE) for name in ("kept", "cut", "removed")]
+        with contextlib.ExitStack() as ends:
+            kept, *others = (ends.enter_context(Mapper(path, SIZE)) for path in paths)
+            for other in others:
+                other.store(0, b"x" * SIZE)
+            mount.kill()
+            mount.start()
+            for other in others:
+                other.end(kill=True)
+            os.truncate(paths[1], GRANULE)
+            removed = native_of(paths[2])
+            before = os.statvfs(place).f_bfree
+            paths[2].unlink()
+            mount.wait_until_gone(removed)
+            gained = (os.statvfs(place).f_bfree - before) * os.statvfs(place).f_frsize
+            assert gained == SIZE
+            kept.store(0, b"kept")
+        assert paths[0].read_bytes()[:4] == b"kept"
 
 
 @pytest.mark.fuse

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pkernfs.host.left_mappings import LeftMapping, left_mappings
+from pkernfs.host.same_memory import Area
 from pkernfs.quantities import Ino
 from support.made_up_host import Machine
 from support.mounting import MIB, Mapper, Mounted
@@ -32,15 +33,25 @@ def machine(tmp_path: Path) -> Machine:
 
 
 def line(device: str, ino: int) -> str:
-    return f"00400000-00600000 rw-s 00000000 {device} {ino}    /a\n"
+    return f"00400000-00600000 rw-s 00001000 {device} {ino}    /a\n"
 
 
 def test_a_mount_that_is_gone(machine: Machine) -> None:
-    found = LeftMapping(FILE, 9, "program-9")
+    area = Area(0x400000, 0x600000, 0x1000)
+    found = LeftMapping(FILE, 9, "program-9", (area,))
     assert left_mappings([FILE, OTHER], machine) == [found]
     assert left_mappings([OTHER], machine) == []
     machine.write("proc/9/maps", line("00:2a", FILE) * 2 + line("00:2a", OTHER))
-    assert left_mappings([OTHER, FILE], machine) == [found, found._replace(ino=OTHER)]
+    twice = found._replace(areas=(area, area))
+    assert left_mappings([OTHER, FILE], machine) == [twice, found._replace(ino=OTHER)]
+
+
+def test_two_mounts_that_are_gone(machine: Machine) -> None:
+    """Files of one number, of either: what is mapped of one is told apart from the other's."""
+    machine.write("proc/9/maps", line("00:2a", FILE) + line("00:2b", FILE))
+    machine.write("sys/class/bdi/0:43/max_ratio", "1")
+    found = left_mappings([FILE], machine)
+    assert [len(one.areas) for one in found] == [1, 1]
 
 
 def test_a_mount_that_some_process_sees(machine: Machine) -> None:

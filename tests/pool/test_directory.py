@@ -440,6 +440,26 @@ def test_a_segment_is_destroyed(pool: DirectoryPool) -> None:
         pool.restore(row)
 
 
+def test_destroyed_memory_goes_back_at_once(tmpfs: DirectoryPool) -> None:
+    """Whatever the kernel still has the file as; but not if somebody could use it."""
+    for kept_open, is_kept in ((os.O_ACCMODE, False), (os.O_RDONLY, True), (os.O_RDWR, True)):
+        row = tmpfs.create(ROW)
+        put(tmpfs, row)
+        fd = os.open(f"{tmpfs.name}/segment-{row.number}", kept_open)
+        tmpfs.destroy(row._replace(state=SEGMENT_DEAD))
+        assert (os.fstat(fd).st_blocks > 0) == is_kept
+        os.close(fd)
+        assert not os.listdir(tmpfs.name)
+
+
+def test_destroying_is_taken_up_again(tmpfs: DirectoryPool) -> None:
+    """It was killed when the memory had gone, and the file not yet."""
+    row = tmpfs.create(ROW)
+    os.truncate(f"{tmpfs.name}/segment-{row.number}", 0)
+    tmpfs.destroy(row._replace(state=SEGMENT_DEAD))
+    assert not os.listdir(tmpfs.name)
+
+
 def test_only_what_was_made_is_destroyed(
     tmpfs: DirectoryPool, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -189,6 +189,19 @@ def test_who_maps_it_through_a_mount_that_is_gone(
     os.close(other)
 
 
+def test_who_maps_another_memory_of_that_number_is_not_meant(
+    path: str, fd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = [LeftMapping(Ino(7), 12, "qemu")]
+    monkeypatch.setattr(lease, "left_mappings", lambda inos: left)
+    monkeypatch.setattr(lease, "may_map", lambda pid, areas, of: (pid, of) != (12, fd))
+    monkeypatch.setattr(lease, "look", lambda targets: Look([], 0))
+    other = os.open(path, os.O_RDONLY)
+    passed = Target(os.makedev(0, 99), 7)
+    assert holders_of(fd, "segment-3", passed, Ino(7)) == []
+    os.close(other)
+
+
 def test_a_child_that_has_not_yet_closed_its_copies(
     path: str, fd: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

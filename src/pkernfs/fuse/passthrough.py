@@ -9,6 +9,10 @@ The kernel's rules (fs/fuse/iomode.c); a daemon that breaks one has open() fail 
 - While a file is passed through, each further open must be, to the same registered backing file.
 - While a file is mapped otherwise, through the page cache, no open may be passed through.
 - The backing file is a regular one, and not on hugetlbfs (ELOOP).
+
+The kernel keeps what a killed daemon had registered for as long as a program maps any file of that
+mount. So what is registered is open for neither reading nor writing: it then is in the way of no
+lease (:mod:`pkernfs.pool.lease`). The kernel itself opens the file again for each program.
 """
 
 from __future__ import annotations
@@ -38,6 +42,8 @@ NO_BACKING = 0
 _MAP = struct.Struct("=iIQ")  # struct fuse_backing_map: fd, flags, padding
 _ID = struct.Struct("=I")
 _MAGIC = 229
+#: Flags of open(2): for neither reading nor writing, but not O_PATH. No file counts it.
+_FOR_NOTHING = os.O_ACCMODE | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 def _iow(number: int, size: int) -> int:
@@ -102,8 +108,13 @@ class Passthrough:
             fd = self._native(ino)
             if fd is None:
                 return NO_BACKING
-            # Only for a buffer that can change does Python return what ioctl(2) does.
-            return int(fcntl.ioctl(self._device, _BACKING_OPEN, bytearray(_MAP.pack(fd, 0, 0))))
+            uncounted = os.open(f"/proc/self/fd/{fd}", _FOR_NOTHING)
+            try:
+                # Only for a buffer that can change does Python return what ioctl(2) does.
+                registered = bytearray(_MAP.pack(uncounted, 0, 0))
+                return int(fcntl.ioctl(self._device, _BACKING_OPEN, registered))
+            finally:
+                os.close(uncounted)
         except RegionError:  # it is lost: the log says so when somebody touches the mapping
             return NO_BACKING
         except (OSError, PkernfsError) as e:

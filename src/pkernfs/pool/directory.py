@@ -13,14 +13,20 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 
-from pkernfs.errors import BusyError, NoSpaceError, NotSupportedError, RegionError
+from pkernfs.errors import (
+    BusyError,
+    NoSpaceError,
+    NotSupportedError,
+    PkernfsError,
+    RegionError,
+)
 from pkernfs.host.sysroot import HOST
 from pkernfs.layout import BLOCK, POOL_DIRECTORY
 from pkernfs.options import format_size
 from pkernfs.pool import segment_file
-from pkernfs.pool.lease import holders_of, nobody_else
+from pkernfs.pool.lease import holders_of, leased, nobody_else
 from pkernfs.pool.pool import Holder, Owner, Passed, Segment, Space, nothing_is_passed
 from pkernfs.pool.segment_file import SegmentFile
 from pkernfs.region.files import MemoryFile, OpenFileBacking, memory_file, untouched
@@ -296,7 +302,20 @@ class DirectoryPool:
         if not ours or not stat.S_ISREG(there.st_mode):
             log.warning("%s: not removed: another file has its name in %s", name, self.name)
             return
+        self._empty(segment, name)
         self._unlink(name)
+
+    def _empty(self, segment: Segment, name: str) -> None:
+        """Give the memory of a segment that goes back, if nobody else has it.
+
+        Without its name it has none. But what a killed daemon had open as the backing file of a
+        mapping the kernel keeps, as long as anything of that mount is mapped.
+        """
+        with suppress(PkernfsError), SegmentFile.open(self._directory, name) as file:
+            _check_handle(segment, file.handle)
+            with leased(file.fd) as is_nobodys, suppress(OSError):
+                if is_nobodys:
+                    os.ftruncate(file.fd, 0)
 
     def strays(self, known: list[Segment]) -> list[str]:
         """Remove files that no row knows and nobody can miss; name the others.

@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pkernfs.errors import BusyError
 from pkernfs.host.holders import Target, is_mapped_by, look
 from pkernfs.host.left_mappings import left_mappings
+from pkernfs.host.same_memory import may_map
 from pkernfs.host.sysroot import HOST
 from pkernfs.pool.pool import Holder
 from pkernfs.quantities import Ino
@@ -55,6 +56,18 @@ def nobody_else(
         raise BusyError(f"{name}: busy: {holders[0]}{more}")
     try:
         yield
+    finally:
+        _give_back(fd)
+
+
+@contextmanager
+def leased(fd: int) -> Iterator[bool]:
+    """Tell if the kernel itself says that nobody else has the file, and keep it so for a while.
+
+    On hugetlbfs since Linux 7.0 it never does.
+    """
+    try:
+        yield _ask(fd) is _Answer.LEASED
     finally:
         _give_back(fd)
 
@@ -103,7 +116,8 @@ def _find(fd: int, name: str, passed: Target | None, ino: Ino | None) -> list[Ho
         return []
     if is_mapped_by(os.getpid(), target):
         return [Holder(os.getpid(), HOST.find("proc/self/comm") or "?", _MAPS)]
-    if ino is not None and (left := left_mappings([ino])):
+    left = [] if ino is None else [p for p in left_mappings([ino]) if may_map(p.pid, p.areas, fd)]
+    if left:
         return [Holder(p.pid, p.command, _MAPS_LEFT) for p in left]
     if passed is not None:
         return []  # it is the kernel who has it
