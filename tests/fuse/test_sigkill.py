@@ -6,7 +6,7 @@ stores through a mapping when msync returns. The one operation that a client was
 has happened, or not.
 
 Environment: ``PKERNFS_SEED`` repeats the choices of a run (not the moments), ``PKERNFS_KILLS`` is
-the number of kills.
+the number of kills, ``PKERNFS_ROUNDS`` of those with segments.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from typing import Any
 
 import pytest
 
+from guestlab import counter
 from pkernfs.cli import fsck_main, mkfs_main
 from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import CorruptionError, FormatError
@@ -41,6 +42,7 @@ from pkernfs.layout import FIRST_MAP_PAGE, PAGE, ROOT_INO, STATE_PAGE
 from pkernfs.plain.launch import NAME
 from pkernfs.quantities import RegionOff
 from pkernfs.region.region import Region
+from support.counting_guests import count_at
 from support.crash import (
     check_structure,
     check_zero_blocks,
@@ -50,16 +52,21 @@ from support.crash import (
     snapshot,
     walk,
 )
-from support.mounted_pool import MountedPool
+from support.forked_daemon import ForkedPool
+from support.mounted_pool import MountedPool, native_of, tmpfs
 from support.mounting import MIB, Mounted, libc, wait_until
+from support.passthrough import is_offered
+from support.stampers import SIZE, Stamper
 
 SEED = int(os.environ.get("PKERNFS_SEED") or random.randrange(1 << 32))
 KILLS = int(os.environ.get("PKERNFS_KILLS") or 100)
+ROUNDS = int(os.environ.get("PKERNFS_ROUNDS") or 300)
 CLIENTS = 3
 MAPPED = "mapped"
 MAPPED_BYTES = 64 * 1024
 MOST_FILES = 10
 PUNCH = 3
+_STEP = 512  # bytes that are compared at once
 GONE = (errno.ENOTCONN, errno.ECONNABORTED, errno.EIO, errno.ENODEV)
 
 
@@ -385,9 +392,12 @@ def wrong_bytes(versions: list[bytes], got: bytes) -> str:
     if len(got) not in {len(v) for v in versions}:
         return f"size {len(got)}, not {[len(v) for v in versions]}"
     same = [v for v in versions if len(v) == len(got)]
-    for at, value in enumerate(got):
-        if all(v[at] != value for v in same):
-            return f"byte {at} of {len(got)} is {value:#x}, not {[hex(v[at]) for v in same]}"
+    for start in range(0, len(got), _STEP):
+        if any(v[start : start + _STEP] == got[start : start + _STEP] for v in same):
+            continue
+        for at in range(start, min(start + _STEP, len(got))):
+            if all(v[at] != got[at] for v in same):
+                return f"byte {at} of {len(got)} is {got[at]:#x}, not {[hex(v[at]) for v in same]}"
     return ""
 
 
@@ -490,10 +500,11 @@ def kill_round(
     rng: random.Random,
     round_: int,
     others: Sequence[Callable[[], object]] = (),
+    longest: float = 0.4,
 ) -> None:
     """Load, SIGKILL at a random moment, and the dead mount taken away.
 
-    ``others`` kill what else is to be killed; the order is a random one.
+    ``others`` kill what else is to be killed; the order is a random one. ``longest`` is in seconds.
     """
     context = multiprocessing.get_context("fork")
     clients = []
@@ -513,11 +524,13 @@ def kill_round(
         )
     for client in clients:
         client.start()
-    time.sleep(rng.uniform(0.01, 0.4))  # the moment of the kill
+    time.sleep(rng.uniform(0.01, longest))  # the moment of the kill
     kills = [mounted.kill, *others]
     rng.shuffle(kills)
     for kill in kills:
         kill()
+        if others:
+            time.sleep(rng.uniform(0, 0.005))  # what is left goes on in what is left
     for client in clients:
         client.join(20)
         if client.is_alive():
@@ -533,7 +546,8 @@ def check_region(mounted: Mounted, checker: Checker, *, clean: bool) -> None:
         fs = mount_filesystem(region)
         checker.check(lambda number: by_core(fs, number))
         check_structure(region)
-        check_zero_blocks(region)
+        if clean or not isinstance(mounted, ForkedPool):
+            check_zero_blocks(region)
         rows = fs.segments.table.rows
         if clean:
             fs.unmount()
@@ -573,6 +587,7 @@ def test_daemon_killed_under_load(options: str, figures: Counter[str]) -> None:
 # ---------------------------------------------------------------------- segments
 
 GUEST_BYTES = 4 * MIB
+HOLDERS = 3
 #: Counts in the first bytes of a file that it maps by name, and logs each number after that.
 GUEST = """
 import mmap, os, sys, time
@@ -627,28 +642,37 @@ class Guest:
             self._mounted.file("guest", GUEST_BYTES)
             assert self.path.read_bytes() == bytes(GUEST_BYTES), "memory of a removed file"
         self._log.unlink(missing_ok=True)
-        command = [*self._mounted.program, "exec", "--", sys.executable, "-c", GUEST]
+        command = [*self._mounted.program, "exec", "--", *self._command()]
         self._process = subprocess.Popen(
-            [sys.executable, *command, str(self.path), str(self._log)],
+            [sys.executable, *command],
+            stdin=subprocess.DEVNULL,
             env=os.environ | dict([self._name.split("=")]),
         )
         wait_until(lambda: self._last() > 0 or not self.is_alive(), "the guest")
         assert self.is_alive()
+
+    def _command(self) -> list[str]:
+        """What runs in it."""
+        return [sys.executable, "-c", GUEST, str(self.path), str(self._log)]
+
+    def _count(self) -> int:
+        """The last number that it has stored."""
+        with open(self.path, "rb", buffering=0) as file:
+            return int.from_bytes(file.read(8), "little")
 
     def _last(self) -> int:
         """The last number that it has logged; 0: none."""
         lines = self._log.read_bytes().split(b"\n") if self._log.exists() else []
         return int(lines[-2]) if len(lines) > 1 else 0
 
-    def check(self) -> None:
-        """:raises AssertionError: the file has lost a store, or its memory can be taken away."""
+    def check(self, *, cut: bool) -> None:
+        """:raises AssertionError: the file has lost a store, or can be ``cut``."""
         if not self.path.exists():
             return
         least = self._last()
-        with open(self.path, "rb", buffering=0) as file:
-            found = int.from_bytes(file.read(8), "little")
+        found = self._count()
         assert least <= found <= self._last() + 1, "a store is lost"
-        if self.is_alive():
+        if cut and self.is_alive():
             with pytest.raises(OSError, match=os.strerror(errno.EBUSY)):
                 os.truncate(self.path, MIB)
 
@@ -669,40 +693,202 @@ class Guest:
                     self._figures["kills of a supervisor, or its keeper"] += 1
 
 
-@pytest.mark.slow("daemons are killed for half a minute")
-@pytest.mark.crash
-@pytest.mark.fuse
-def test_all_killed_under_load_with_segments(figures: Counter[str]) -> None:
+class Machine(Guest):
+    """A guest of QEMU below `pkernfs exec`: it counts in its memory, and says each number."""
+
+    def _command(self) -> list[str]:
+        disk = self._mounted.directory / "disk"
+        disk.write_bytes(counter.floppy())
+        ram = f"memory-backend-file,id=ram,size={GUEST_BYTES},mem-path={self.path},share=on"
+        return [
+            "qemu-system-x86_64", "-nodefaults", "-display", "none", "-object", ram,
+            "-M", "q35,memory-backend=ram", "-m", f"{GUEST_BYTES // MIB}M",
+            "-drive", f"if=ide,format=raw,snapshot=on,file={disk}", "-serial", f"file:{self._log}",
+        ]  # fmt: skip
+
+    def _last(self) -> int:
+        numbers = counter.numbers(self._log.read_text()) if self._log.exists() else []
+        return numbers[-1] if numbers else 0
+
+    def _count(self) -> int:
+        return count_at(self.path)
+
+
+class Holder:
+    """A file, the process that has it mapped, and whether it still has its name."""
+
+    def __init__(self, mounted: ForkedPool, name: str) -> None:
+        self._mounted = mounted
+        self._path = mounted.path / name
+        self._stamper: Stamper | None = None
+        self._pin = -1  # of the memory of a removed file, which counts as nobody's handle
+
+    def run(self, seed: str) -> None:
+        """Start the process if it is not there, and make the file if it was removed."""
+        if self._stamper is None:
+            self._mounted.file(self._path.name, SIZE)
+            assert self._path.read_bytes() == bytes(SIZE), "memory of a removed file"
+            self._stamper = Stamper(self._mapped(), seed)
+        elif not self._stamper.is_alive():
+            self._stamper.run(self._mapped(), seed)
+
+    def _mapped(self) -> Path:
+        return self._path if is_offered() else native_of(self._path)
+
+    def unlink(self) -> None:
+        """Remove the file; the process goes on in memory that nobody can reach by a name."""
+        if self._pin < 0:
+            self._pin = os.open(native_of(self._path), os.O_PATH)
+            self._path.unlink()
+
+    def kill(self) -> None:
+        """SIGKILL; nobody has the memory of a removed file after that."""
+        if self._stamper is not None:
+            self._stamper.kill()
+            if self._pin >= 0:
+                os.close(self._pin)
+                self._pin = -1
+                self._stamper = None
+
+    def stopped(self) -> contextlib.AbstractContextManager[None]:
+        """Nothing is stored meanwhile."""
+        return contextlib.nullcontext() if self._stamper is None else self._stamper.stopped()
+
+    def unlisted(self) -> int:
+        """The bytes that it has of the pool, and no file there."""
+        return os.fstat(self._pin).st_blocks * 512 if self._pin >= 0 else 0
+
+    def check(self, *, cut: bool) -> None:
+        """:raises AssertionError: the file is not as it was stored, or can be ``cut``."""
+        if self._stamper is None:
+            return
+        path = self._path if self._pin < 0 else Path(f"/proc/self/fd/{self._pin}")
+        self._stamper.check(path.read_bytes())
+        if cut and self._pin < 0 and self._stamper.is_alive():
+            with pytest.raises(OSError, match=os.strerror(errno.EBUSY)):
+                os.truncate(self._path, MIB)
+
+
+class Killed:
+    """All that maps segments of one mount, and who is killed in a round."""
+
+    def __init__(self, mounted: ForkedPool, guest: Guest, figures: Counter[str]) -> None:
+        self._mounted = mounted
+        self._figures = figures
+        self.guest = guest
+        self.holders = [Holder(mounted, f"holder{number}") for number in range(HOLDERS)]
+
+    def run(self, seed: str) -> None:
+        """Have all of them."""
+        self.guest.run()
+        for number, holder in enumerate(self.holders):
+            holder.run(f"{seed} {number}")
+
+    def chosen(self, rng: random.Random, *, every: bool) -> list[Callable[[], object]]:
+        """What kills those that go in this round. Some files go before that, mapped as they are.
+
+        :param every: all that map files of the mount go
+        """
+        guest = self.guest
+        both: list[Callable[[], object]] = [guest.kill, guest.kill_supervisors]
+        kills = [kill for kill in both if rng.random() < 0.3]
+        if rng.random() < 0.1:
+            guest.path.unlink()
+            kills.append(guest.kill)
+        for holder in self.holders:
+            if rng.random() < 0.2:
+                holder.unlink()
+            if every or rng.random() < 0.3:
+                kills.append(holder.kill)
+                self._figures["kills of who maps a segment"] += 1
+        return kills
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """No holder stores anything meanwhile."""
+        with contextlib.ExitStack() as stack:
+            for holder in self.holders:
+                stack.enter_context(holder.stopped())
+            yield
+
+    def check_space(self, *, exactly: bool) -> None:
+        """:raises AssertionError: memory is free that somebody has, or is kept that nobody has.
+
+        The kernel keeps what was open when a daemon was killed, as long as any process maps
+        something of that daemon's mount: ``exactly`` is for when there is none.
+        """
+        listed = sum(path.stat().st_blocks * 512 for path in self._mounted.pool.iterdir())
+        had = listed + sum(holder.unlisted() for holder in self.holders)
+        assert self._used() >= had
+        if exactly:  # killed processes have it for a moment
+            wait_until(lambda: self._used() == had, f"no memory but {had} bytes that are known")
+
+    def _used(self) -> int:
+        found = os.statvfs(self._mounted.pool)
+        return (found.f_blocks - found.f_bfree) * found.f_frsize
+
+    def end(self) -> None:
+        """Kill all."""
+        self.guest.kill()
+        for holder in self.holders:
+            holder.kill()
+
+
+def kill_all(guest_type: type[Guest], rounds: int, figures: Counter[str]) -> None:
     """The daemon, who maps a segment, and the supervisor of its opens, in any order.
 
-    No memory goes that somebody maps, none is lost, none stays that nobody has.
+    :raises AssertionError: memory that somebody maps went or changed, or some was lost, or some
+        stayed that nobody has.
     """
     rng = random.Random(SEED)
-    with MountedPool(64 * MIB) as mounted, Guest(mounted, figures) as guest:
+    with contextlib.ExitStack() as stack:
+        place = stack.enter_context(tmpfs("size=512m"))
+        mounted = stack.enter_context(ForkedPool(64 * MIB, place=place))
+        guest = stack.enter_context(guest_type(mounted, figures))
+        killed = Killed(mounted, guest, figures)
+        stack.callback(killed.end)
         for number in range(CLIENTS):
             (mounted.path / f"c{number}").mkdir()
             with open(mounted.path / f"c{number}" / MAPPED, "wb") as f:
                 f.write(bytes(MAPPED_BYTES))
                 os.fchmod(f.fileno(), 0o600)
         checker = Checker(mounted.directory, figures, one_request=True)
-        for round_ in range(KILLS // 5):
-            guest.run()
-            others = [kill for kill in (guest.kill, guest.kill_supervisors) if rng.random() < 0.3]
-            if rng.random() < 0.2:  # it goes on in memory that nobody else can reach
-                guest.path.unlink()
-                others.append(guest.kill)
-            kill_round(mounted, checker, rng, round_, others)
+        for round_ in range(rounds):
+            killed.run(f"{SEED} {round_}")
+            every = round_ % 10 == 9
+            kills = killed.chosen(rng, every=every)
+            kill_round(mounted, checker, rng, round_, kills, longest=0.1)
             figures["kills with segments"] += 1
             checker.take_logs()
-            if round_ % 2:
-                check_region(mounted, checker, clean=round_ % 4 == 1)
-            mounted.start()
-            guest.check()
-            if not round_ % 2:
-                checker.check(lambda number: by_mount(mounted.path / f"c{number}"))
-        guest.kill()
+            with killed.stopped():
+                if round_ % 2:
+                    check_region(mounted, checker, clean=round_ % 4 == 1)
+                    killed.check_space(exactly=every)
+                mounted.start()
+                guest.check(cut=round_ % 4 == 2)
+                for holder in killed.holders:
+                    holder.check(cut=round_ % 4 == 0)
+                if not round_ % 2:
+                    checker.check(lambda number: by_mount(mounted.path / f"c{number}"))
+        killed.end()
         mounted.unmount()
         check_region(mounted, checker, clean=True)
+        killed.check_space(exactly=True)
+
+
+@pytest.mark.slow("daemons are killed for two minutes")
+@pytest.mark.crash
+@pytest.mark.fuse
+def test_all_killed_under_load_with_segments(figures: Counter[str]) -> None:
+    """No memory goes or changes that somebody maps, none is lost, none stays that nobody has."""
+    kill_all(Guest, ROUNDS, figures)
+
+
+@pytest.mark.vm
+@pytest.mark.fuse
+def test_all_killed_with_a_machine(figures: Counter[str]) -> None:
+    """The same, with a guest of QEMU as the one below a supervisor."""
+    kill_all(Machine, ROUNDS // 10, figures)
 
 
 def run_and_kill(work: Callable[[], object], seconds: float) -> bool:

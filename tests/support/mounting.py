@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Self
+from typing import IO, Protocol, Self
 
 from pkernfs.fs import mkfs
 from pkernfs.host.mount_table import FSTYPE, mounts_of, own_mounts
@@ -71,6 +71,28 @@ def run_pkernfs(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=REQUEST_TIMEOUT_SECONDS)
 
 
+class Process(Protocol):
+    """A daemon: what subprocess.Popen has of it."""
+
+    pid: int
+    stderr: IO[str] | None
+
+    def poll(self) -> int | None:
+        """Its status, if it has ended."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its status, when it has ended."""
+
+    def send_signal(self, sig: int) -> None:
+        """Send it a signal, if it is there."""
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+
+    def kill(self) -> None:
+        """SIGKILL."""
+
+
 class Mounted:
     """A formatted region and a daemon that serves it at :attr:`path`."""
 
@@ -80,7 +102,7 @@ class Mounted:
         self.path = self.directory / "mnt"
         self.options = options
         self.program = ["-c", _PROGRAM]  # what Python runs as the daemon
-        self.daemon: subprocess.Popen[str] | None = None
+        self.daemon: Process | None = None
         self.directory.chmod(0o755)
         self.path.mkdir()
         self.make_region(size)
@@ -126,20 +148,20 @@ class Mounted:
         :raises AssertionError: the daemon ended instead.
         """
         self._close_pipe()
-        command = [sys.executable, *self.program, "mount", "-f"]
-        if self.options:
-            command += ["-o", self.options]
-        daemon = self.daemon = subprocess.Popen(
-            [*command, self.spec, str(self.path)],
-            stderr=subprocess.PIPE,
-            text=True,
-            pass_fds=given,
+        options = ["-o", self.options] if self.options else []
+        daemon = self.daemon = self.run_daemon(
+            ["mount", "-f", *options, self.spec, str(self.path)], given
         )
         wait_until(
             lambda: is_mounted(self.path) or daemon.poll() is not None, "the mount, or an end"
         )
         assert daemon.poll() is None, f"the daemon ended: {self.words()}"
         os.statvfs(self.path)  # answered by the daemon
+
+    def run_daemon(self, words: Sequence[str], given: Sequence[int] = ()) -> Process:
+        """Start ``pkernfs WORDS``."""
+        command = [sys.executable, *self.program, *words]
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, pass_fds=given)
 
     def words(self) -> str:
         """Return the text that the ended daemon wrote to stderr."""
