@@ -24,18 +24,25 @@ pytestmark = [pytest.mark.vm, pytest.mark.fuse]
 
 RAM_BYTES = 64 * MIB
 DOCUMENT = Path(__file__).parents[2] / "docs" / "operations.md"
+#: In the place of the nodes of dax segments: the document lists two of them.
+NODES = {"dax0.1": "guest-a", "dax0.2": "guest-b", "dax0.3": "guest-a"}
 SECLABEL = re.compile(r" *<seclabel .*?</seclabel>\n", re.DOTALL)
+
+
+def block(words: str) -> str:
+    """The one block of the document that begins with these words."""
+    (found,) = re.findall(rf"^```\w+\n({words}.*?)^```$", DOCUMENT.read_text(), re.DOTALL | re.M)
+    return str(found)
 
 
 def documented() -> str:
     """The domain of the document, for a host without KVM."""
-    (found,) = re.findall(r"```xml\n(<domain .*?</domain>\n)```", DOCUMENT.read_text(), re.DOTALL)
-    return str(found).replace("<domain type='kvm'", "<domain type='qemu'")
+    return block("<domain ").replace("<domain type='kvm'", "<domain type='qemu'")
 
 
-def domain(name: str, *, xml: str | None = None) -> str:
+def domain(name: str) -> str:
     """The documented domain by another name: the name is also its user, disk and memory."""
-    return (xml or documented()).replace("guest-a", name)
+    return documented().replace("guest-a", name)
 
 
 def give(mounted: MountedPool, name: str, user: str | None = None) -> Path:
@@ -64,7 +71,7 @@ def mounted() -> Iterator[MountedPool]:
 @pytest.fixture(scope="module")
 def served(mounted: MountedPool) -> Iterator[Libvirt]:
     """A libvirtd: it takes seconds to learn what QEMU can do, so tests share it."""
-    with Libvirt(mounted.path) as libvirt:
+    with Libvirt(mounted.path, block("cgroup_device_acl"), NODES) as libvirt:
         yield libvirt
 
 
@@ -106,6 +113,7 @@ def test_the_documented_domain(pooled: MountedPool, served: Libvirt) -> None:
     assert (cached, there > 0) == (0, True)
     pid = served.guest("guest-a")
     assert Path(f"/proc/{pid}").stat().st_uid == USERS["guest-a"]
+    assert "CapEff:\t0000000000000000\n" in Path(f"/proc/{pid}/status").read_text()
     assert f"process {pid} (qemu" in run_pkernfs("holders", str(ram)).stdout
     before = counts(ram)
     served.virsh("managedsave", "guest-a")
@@ -145,8 +153,20 @@ def test_two_owners(pooled: MountedPool, served: Libvirt) -> None:
     counts(rams["guest-a"], beyond=count_at(rams["guest-a"]))
 
 
-def test_in_huge_pages(mounted: MountedPool, served: Libvirt) -> None:
+def test_nodes_of_dev(pooled: MountedPool, served: Libvirt) -> None:
+    """A QEMU has the nodes that qemu.conf lists, and can open those of its own user."""
+    counted = give(pooled, "guest-a")
+    start(served, "guest-a", documented())
+    counts(counted)
+    said = [served.in_place_of("guest-a", "head", "-c", "1", f"/dev/{node}") for node in NODES]
+    assert [done.returncode for done in said] == [0, 1, 1]
+    assert "Permission denied" in said[1].stderr
+    assert "No such file or directory" in said[2].stderr
+
+
+def test_in_huge_pages() -> None:
     """By the native path, as the user that Debian's package makes for all guests."""
+    needs_libvirt()
     xml, labels = SECLABEL.subn("", documented())
     assert labels == 1
     with huge_pool(RAM_BYTES, "allow_other") as pool, Libvirt(pool.path) as libvirt:

@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
@@ -58,6 +59,11 @@ mount -t tmpfs -o mode=755 none /mnt/dev
 for node in null,3 zero,5 full,7 random,8 urandom,9; do
     mknod -m 666 "/mnt/dev/${node%,*}" c 1 "${node#*,}"
 done
+for node in $1; do
+    mknod -m 600 "/mnt/dev/${node%,*}" c 1 5
+    chown "${node#*,}" "/mnt/dev/${node%,*}"
+done
+shift
 mkdir /mnt/dev/shm /mnt/dev/pts
 mount --rbind /dev/shm /mnt/dev/shm
 mount -t devpts -o newinstance,ptmxmode=666,mode=620,gid=5 none /mnt/dev/pts
@@ -92,10 +98,14 @@ class Libvirt:
     """A libvirtd that runs while the block does, with a pkernfs mount at :data:`MOUNT`.
 
     :ivar images: the directory that it knows as /var/lib/libvirt/images
+    :param conf: lines of qemu.conf
+    :param nodes: names in /dev, each with the user whom it belongs to; they read as /dev/zero
     """
 
-    def __init__(self, mount: Path) -> None:
+    def __init__(self, mount: Path, conf: str = "", nodes: Mapping[str, str] | None = None) -> None:
         self._mount = mount
+        self._conf = _QEMU_CONF + conf
+        self._nodes = " ".join(f"{name},{USERS[user]}" for name, user in (nodes or {}).items())
         self._directory = Path(tempfile.mkdtemp(prefix="pkernfs-libvirt."))
         self._directory.chmod(0o755)
         self.images = self._directory / "lib/libvirt/images"
@@ -120,7 +130,7 @@ class Libvirt:
         line = "{name}:x:{uid}:{uid}::/nonexistent:/usr/sbin/nologin"
         (self._directory / "passwd").write_text(_with_users(Path("/etc/passwd"), line))
         (self._directory / "group").write_text(_with_users(Path("/etc/group"), "{name}:x:{uid}:"))
-        (self._directory / "etc/qemu.conf").write_text(_QEMU_CONF)
+        (self._directory / "etc/qemu.conf").write_text(self._conf)
         (self._directory / "etc/libvirtd.conf").write_text(_LIBVIRTD_CONF)
 
     def _start(self) -> None:
@@ -128,7 +138,7 @@ class Libvirt:
         apart = ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
         with (self._directory / "libvirtd.log").open("wb") as log:
             self._process = subprocess.Popen(
-                [*apart, "bash", "-c", _INSIDE, "libvirtd", str(self._mount), *over],
+                [*apart, "bash", "-c", _INSIDE, "libvirtd", str(self._mount), self._nodes, *over],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
