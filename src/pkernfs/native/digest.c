@@ -5,39 +5,56 @@
  */
 #include "native.h"
 
+static int digest_parts(const uint8_t *base, uint64_t size, const uint64_t *parts, uint64_t n,
+			uint64_t *digest)
+{
+	static const uint8_t zeros[16 * PAGE];
+	uint64_t crc = 0;
+
+	for (uint64_t i = 0; i < n; i++) {
+		uint64_t offset = parts[2 * i], left = parts[2 * i + 1];
+
+		if (offset != ~0ull) {
+			if (offset > size || left > size - offset)
+				return -1;
+			crc = pk_crc64(crc, base + offset, left);
+			continue;
+		}
+		while (left) {
+			uint64_t step = left < sizeof(zeros) ? left : sizeof(zeros);
+
+			crc = pk_crc64(crc, zeros, step);
+			left -= step;
+		}
+	}
+	*digest = crc;
+	return 0;
+}
+
 /*
  * CRC-64 of n chunks, each of several parts of a region.  parts holds {offset, length} pairs, an
  * offset of ~0 standing for that many zeros; chunk i ends before part ends[i].  Returns the number
- * of the first chunk that is not inside size bytes, n if all are.
+ * of the first chunk that was not done, n if all were: its memory is not there (*gone; a bus error:
+ * pk_exit_on_bus_error), or else it is not inside size bytes.
  */
 uint64_t pk_digest(const uint8_t *base, uint64_t size, const uint64_t *parts,
-		   const uint64_t *ends, uint64_t n, uint64_t *digests)
+		   const uint64_t *ends, uint64_t n, uint64_t *digests, int *gone)
 {
-	static const uint8_t zeros[16 * PAGE];
-	uint64_t part = 0;
+	volatile uint64_t done = 0;	/* as a jump back finds it */
+	sigjmp_buf here;
 
-	for (uint64_t i = 0; i < n; i++) {
-		uint64_t crc = 0;
-
-		for (; part < ends[i]; part++) {
-			uint64_t offset = parts[2 * part], left = parts[2 * part + 1];
-
-			if (offset != ~0ull) {
-				if (offset > size || left > size - offset)
-					return i;
-				crc = pk_crc64(crc, base + offset, left);
-				continue;
-			}
-			while (left) {
-				uint64_t step = left < sizeof(zeros) ? left : sizeof(zeros);
-
-				crc = pk_crc64(crc, zeros, step);
-				left -= step;
-			}
-		}
-		digests[i] = crc;
+	*gone = 0;
+	if (sigsetjmp(here, 0)) {
+		bus_error_guard = NULL;
+		*gone = 1;
+		return done;
 	}
-	return n;
+	bus_error_guard = &here;
+	for (uint64_t i = 0, part = 0; i < n; part = ends[i++], done = i)
+		if (digest_parts(base, size, parts + 2 * part, ends[i] - part, &digests[i]))
+			break;
+	bus_error_guard = NULL;
+	return done;
 }
 
 /*

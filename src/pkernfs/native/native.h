@@ -42,7 +42,7 @@ uint32_t pk_crc32c(uint32_t crc, const uint8_t *p, uint64_t n);
 uint32_t pk_page_crc(const uint8_t *page);
 uint64_t pk_crc64(uint64_t crc, const uint8_t *p, uint64_t n);
 uint64_t pk_digest(const uint8_t *base, uint64_t size, const uint64_t *parts,
-		   const uint64_t *ends, uint64_t n, uint64_t *digests);
+		   const uint64_t *ends, uint64_t n, uint64_t *digests, int *gone);
 void pk_page_sums(const uint8_t *base, const uint64_t *numbers, uint64_t n, int slots,
 		  uint32_t *sums);
 

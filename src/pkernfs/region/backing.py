@@ -40,6 +40,8 @@ class Backing:
     needs_sync = False
     #: Whether somebody else may cut the file: what is not there is an error then, and no fault.
     may_vanish = False
+    #: What has happened to it then.
+    gone = "cut behind pkernfs's back"
     #: The dax device that it is.
     dax: Device | None = None
     #: NUMA node, if all of it is in one that is known.

@@ -247,6 +247,19 @@ class PhysicalLocks:
         return RegionLock(self._fd, self._spec, owned, _PHYSICAL_SERVER_SHIFT)
 
 
+class NoPhysicalLocks(PhysicalLocks):
+    """For one who only reads what the daemon of a mount has locked."""
+
+    def __init__(self) -> None:
+        self._fd = -1
+
+    def take(self, spans: Iterable[Span]) -> None:
+        """Lock nothing."""
+
+    def let_go(self, spans: Iterable[Span]) -> None:
+        """Unlock nothing."""
+
+
 def _open_physical_locks(spec: str, host: Host) -> int:
     """The file whose offsets are physical addresses, made if it is not there.
 

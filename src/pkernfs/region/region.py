@@ -436,13 +436,21 @@ class Region:
             self._backing.serving(on)
 
 
+def end_by_bus_error(region: Region) -> None:
+    """A loop in C met memory that is not there: the end of this process, if nobody may cut it.
+
+    :raises RegionError: somebody may: it is a segment's.
+    """
+    _is_gone(region._backing)
+
+
 def _is_gone(backing: Backing) -> None:
     """After a bus error that no memory mends: the end, or the caller's if others may cut the file.
 
     :raises RegionError: they have.
     """
     if backing.may_vanish:
-        raise RegionError(f"{backing.name}: cut behind pkernfs's back", errno.EIO)
+        raise RegionError(f"{backing.name}: {backing.gone}", errno.EIO)
     lib.pk_bus_error()
 
 
