@@ -29,7 +29,7 @@ from pkernfs.region.backing import Backing, open_path
 from pkernfs.region.dax import Device
 from pkernfs.region.dax_devices import unused
 from pkernfs.region.dax_node import Access
-from pkernfs.region.locks import PhysicalLocks
+from pkernfs.region.locks import NoPhysicalLocks, PhysicalLocks
 from pkernfs.region.region import Region
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,8 @@ class _Memory(Backing):
     """
 
     real_addresses = True
+    may_vanish = True
+    gone = "its device is gone, or its memory is broken"
 
     def __init__(self, device: Device, length: int, path: str, *, write: bool) -> None:
         size = min(device.size, -(-length // device.align) * device.align)
@@ -64,6 +66,7 @@ class DaxPool:
     made, found or opened.
 
     :param write: segments may be made and changed.
+    :param lock: take those locks; without, another process has them, and nothing is changed here.
     :raises RegionError: its dax region cannot be divided.
     """
 
@@ -72,7 +75,7 @@ class DaxPool:
     #: FUSE passes mappings through to regular files only.
     passes = False
 
-    def __init__(self, base: Device, *, write: bool, host: Host = HOST) -> None:
+    def __init__(self, base: Device, *, write: bool, lock: bool = True, host: Host = HOST) -> None:
         self.name = f"the dax region of /dev/{base.name}"
         self.passed: Passed = nothing_is_passed
         self._base = base
@@ -85,7 +88,9 @@ class DaxPool:
         self._write = write
         self._index = DaxIndex(self._region, host)
         self._new_align = int(host.find(f"{self._region}/dax_region/align") or BLOCK)
-        self._locks = PhysicalLocks(f"/dev/{base.name}", host, exclusive=write)
+        self._locks = (
+            PhysicalLocks(f"/dev/{base.name}", host, exclusive=write) if lock else NoPhysicalLocks()
+        )
         self._space = DaxSpace(base, self._index, self.name, host)
 
     def close(self) -> None:
