@@ -237,6 +237,7 @@ class HistoryFields(NamedTuple):
 
 LIST = Struct("<8sQQQQQ16s")
 LIST_SIGNATURE = b"pkernfsH"
+LIST_SIGNATURE_SEGMENTS = b"pkernfsS"
 LIST_PAGE = Struct("<QQII")
 LIST_SLOTS = Struct("<16I")
 LIST_FILE = Struct("<QQ")

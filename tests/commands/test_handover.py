@@ -24,6 +24,7 @@ from pkernfs.errors import BusyError, InvalidError, PermissionDeniedError
 from pkernfs.quantities import Ino, RegionOff
 from pkernfs.region.region import Region
 from support.control import answer_to, socket_of
+from support.mounted_pool import MountedPool, native_of
 from support.mounting import (
     _PROGRAM,
     Mapper,
@@ -442,6 +443,109 @@ def test_changed_bytes_are_found_and_the_file_is_named(mounted: Mounted, options
     assert "changed: /ram: bytes 0x400000..0x600000\n" in text
     mounted.unmount()
     assert "changed since the handover: /ram: bytes 0x400000..0x600000" in mounted.words()
+
+
+# ---------------------------------------------------------------------- segments
+
+
+@pytest.fixture
+def pool() -> Iterator[MountedPool]:
+    with MountedPool(options="allow_other") as m:
+        yield m
+
+
+def guest(m: MountedPool, name: str, size: int) -> Path:
+    """A file whose segment holds random bytes; the path of the segment."""
+    native = native_of(m.file(name, size))
+    with native.open("r+b") as file:
+        file.write(os.urandom(size))
+    return native
+
+
+def flip(native: Path, offset: int) -> None:
+    with native.open("r+b") as file:
+        (byte,) = os.pread(file.fileno(), 1, offset)
+        os.pwrite(file.fileno(), bytes([byte ^ 1]), offset)
+
+
+@pytest.mark.parametrize("options", ["allow_other", "allow_other,verify"])
+def test_segments_are_compared(pool: MountedPool, options: str) -> None:
+    """A changed one is named by its file, a lost one is said to be lost, the others are right."""
+    natives = [guest(pool, f"ram{number}", 5 * MIB) for number in range(4)]
+    (pool.path / "flat").write_bytes(b"flat")
+    assert hand_over(pool, "--digest")["digest_bytes"] > 20 * MIB
+    pool.unmount()
+    flip(natives[1], 3 * MIB)
+    natives[2].unlink()
+    pool.damaged = True
+    pool.options = options
+    pool.start()
+    found = verified(pool)
+    assert found["changes"] == [{"path": "/ram1", "what": "bytes 0x200000..0x400000"}]
+    lost = "segment-3: lost: there is no file of that name"
+    assert found["lost"] == [{"path": "/ram2", "why": lost}]
+    assert found["not_verified"] == 0
+    text = run_pkernfs("info", str(pool.path)).stdout
+    assert "changed: /ram1: bytes 0x200000..0x400000\n" in text
+    assert f"lost: /ram2: {lost}\n" in text
+    words = pool.ended()
+    assert "changed since the handover: /ram1: bytes 0x200000..0x400000" in words
+    assert f"lost: /ram2: {lost}" in words
+
+
+def test_segments_that_are_as_they_were(pool: MountedPool) -> None:
+    """They may be read, mapped and owned by others: only their bytes count."""
+    native = guest(pool, "ram", 5 * MIB)
+    sparse = native_of(pool.file("sparse", 256 * MIB))
+    assert (pool.path / "ram").read_bytes()[:10] == native.read_bytes()[:10]
+    done = hand_over(pool, "--digest")
+    assert done["digest_bytes"] < 10 * MIB
+    assert done["not_digested"] == 0
+    assert sparse.stat().st_blocks == 0
+    pool.kill()
+    pool.start()
+    assert verified(pool)["changes"] == verified(pool)["lost"] == []
+    assert info(pool)["history"][0]["result"] == "unchanged"
+    assert sparse.stat().st_blocks == 0
+
+
+def test_a_cut_segment_keeps_nobody_from_a_kexec(pool: MountedPool) -> None:
+    native = guest(pool, "ram", 5 * MIB)
+    guest(pool, "other", 2 * MIB)
+    pool.damaged = True
+    os.truncate(native, 2 * MIB)
+    done = handover("--digest", str(pool.path))
+    assert done.returncode == 0
+    assert done.stderr == (
+        f"pkernfs: {pool.path}: /ram: no digests: segment-1: lost: it was cut: got 2097152 bytes, "
+        "expected 6291456 or more\n"
+    )
+    assert f"{pool.path}: files without digests, for they could not be read: 1\n" in done.stdout
+    pool.unmount()
+    pool.start()
+    found = verified(pool)
+    assert found["changes"] == []
+    assert [file["path"] for file in found["lost"]] == ["/ram"]
+
+
+def test_who_maps_a_segment_is_warned_of(pool: MountedPool) -> None:
+    """Its owner needs no open file in the mount; the handover goes on."""
+    native = guest(pool, "ram", 2 * MIB)
+    guest(pool, "other", 2 * MIB)
+    with native.open("r+b") as file:
+        memory = mmap.mmap(file.fileno(), 0)
+    done = handover("--digest", str(pool.path))
+    assert done.returncode == 0
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"pkernfs: {pool.path}: process {os.getpid()} (")
+    assert line.endswith(
+        ") maps the memory of /ram: what it changes from now on differs from the digests"
+    )
+    memory[5] ^= 255
+    memory.close()
+    pool.unmount()
+    pool.start()
+    assert [change["path"] for change in verified(pool)["changes"]] == ["/ram"]
 
 
 def test_in_the_background(mounted: Mounted, tmp_path: Path) -> None:

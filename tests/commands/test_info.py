@@ -10,7 +10,7 @@ import pytest
 
 from pkernfs.commands import info
 from pkernfs.control import client
-from pkernfs.control.protocol import ChangedFile, Verification
+from pkernfs.control.protocol import ChangedFile, LostFile, Verification
 from pkernfs.control.wire import VersionError
 from pkernfs.errors import PermissionDeniedError
 from pkernfs.fs.mkfs import make_filesystem
@@ -43,6 +43,7 @@ FACTS: dict[str, Any] = {
     "verification": {
         "state": "running", "trouble": "", "done_bytes": 25, "total_bytes": 100,
         "not_verified": 2, "changes": ({"path": "", "what": "metadata"},),
+        "lost": ({"path": "/ram", "why": "it was\ncut"},),
     },
 }  # fmt: skip
 
@@ -64,6 +65,7 @@ def test_each_fact_has_its_line(capsys: pytest.CaptureFixture[str]) -> None:
         "history: live update, mounted never, 1.500 s after handover 3: as it was (/f)",
         "verification: running, 25%, 2 files not, for they were changed meanwhile",
         "changed: file system: metadata",
+        "lost: /ram: it was\\ncut",
     ):
         assert line in lines, lines
     assert any(line.startswith("handover: number 3, 1970-") for line in lines)
@@ -82,13 +84,16 @@ def answering(monkeypatch: pytest.MonkeyPatch, answer: object) -> None:
 
 
 def test_the_daemon_tells_of_the_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
-    answering(monkeypatch, Verification("done", "", 7, 7, 0, (ChangedFile("/f", "gone"),)))
+    lost = (LostFile("/ram", "cut"),)
+    answering(monkeypatch, Verification("done", "", 7, 7, 0, (ChangedFile("/f", "gone"),), lost))
     assert info._verification("/mnt/a") == {
         "state": "done", "trouble": "", "done_bytes": 7, "total_bytes": 7, "not_verified": 0,
-        "changes": ({"path": "/f", "what": "gone"},),
+        "changes": ({"path": "/f", "what": "gone"},), "lost": ({"path": "/ram", "why": "cut"},),
     }  # fmt: skip
     answering(monkeypatch, Verification("none", "", 0, 0, 0, ()))
-    assert info._verification("/mnt/a") == {"state": "none", "trouble": "", "changes": ()}
+    assert info._verification("/mnt/a") == {
+        "state": "none", "trouble": "", "changes": (), "lost": (),
+    }  # fmt: skip
 
 
 def test_a_daemon_that_does_not_tell(

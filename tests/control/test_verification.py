@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 import trio
@@ -17,6 +20,7 @@ from pkernfs.fs.mkfs import make_filesystem
 from support.checking import MemoryFile
 from support.handed import MIB, file_of
 from support.handover import hand_over
+from support.pooled_handover import PooledFiles, make_guest
 
 
 @pytest.fixture
@@ -86,3 +90,61 @@ def test_without_a_handover_nothing_is_said() -> None:
         verification.verify_now(fs)
         assert verification.lines(fs) == []
         assert verification.describe(fs).state == "none"
+
+
+@pytest.fixture
+def pooled() -> Iterator[PooledFiles]:
+    """Handed over with digests; since then one segment was changed, and another one lost."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="pkernfs-pool.") as name:
+        Path(name).chmod(0o711)
+        made = PooledFiles(Path(name))
+        before = made.mount()
+        for number in range(4):
+            make_guest(before, f"guest{number}", 3 * MIB, {0: b"guest"})
+        hand_over(before)
+        before.unmount()
+        made.flip(1, 0)
+        made.segment(3).unlink()
+        yield made
+        made.close()
+
+
+def test_segments_are_read_inside_turns_at_the_pool(
+    pooled: PooledFiles, caplog: pytest.LogCaptureFixture
+) -> None:
+    turns = 0
+
+    @asynccontextmanager
+    async def turn() -> AsyncIterator[None]:
+        nonlocal turns
+        turns += 1
+        yield
+
+    fs = pooled.mount()
+    caplog.clear()
+    trio.run(verification.verify, fs, turn)
+    assert turns == 3, "one for each that is there"
+    found = verification.describe(fs)
+    assert [(change.path, change.what) for change in found.changes] == [
+        ("/guest0", "bytes 0x0..0x200000")
+    ]
+    assert [(file.path, file.why) for file in found.lost] == [
+        ("/guest2", "segment-3: lost: there is no file of that name")
+    ]
+    name = fs.region.name
+    assert f"{name}: lost: /guest2: segment-3: lost: there is no file" in caplog.text
+    assert f"{name}: changed since the handover: /guest0: " in caplog.text
+    assert len(verification.lines(fs)) == 3
+    fs.unmount()
+
+
+def test_segments_are_compared_before_anybody_is_served(pooled: PooledFiles) -> None:
+    fs = pooled.mount()
+    verification.verify_now(fs)
+    found = verification.describe(fs)
+    assert (found.state, len(found.changes), len(found.lost)) == ("done", 1, 1)
+    assert [line.split(": ")[1] for line in verification.lines(fs)[1:]] == [
+        "changed since the handover",
+        "lost",
+    ]
+    fs.unmount()

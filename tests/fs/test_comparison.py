@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import random
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -12,7 +20,7 @@ from pkernfs.errors import (
     CorruptionError,
     PkernfsError,
 )
-from pkernfs.fs import comparison, fsck, state_page, superblock
+from pkernfs.fs import comparison, fsck, manifest, state_page, superblock
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.layout import (
     ARRIVAL_LIVE_UPDATE,
@@ -27,11 +35,14 @@ from pkernfs.layout import (
     STATE_PAGE,
     page_offset,
 )
-from pkernfs.quantities import Ino, RegionOff
+from pkernfs.quantities import Ino, RegionOff, SegmentNo
+from pkernfs.region import files
 from pkernfs.region.region import Region
 from support.checking import MemoryFile, assert_clean
 from support.handed import MIB, Handed, boot, changes_of, file_of, has_digests, reseal
 from support.handover import hand_over, verify
+from support.memory_pool import POOL, MemoryPool
+from support.pooled_handover import PooledFiles, make_guest
 
 # ---------------------------------------------------------------------- the first mount
 
@@ -292,3 +303,218 @@ def test_no_changed_byte_goes_unnoticed(request: pytest.FixtureRequest) -> None:
                 seen["refused"] += 1
             region.copy_in(RegionOff(0), image)
         assert seen["told"] > 200, seen
+
+
+# ---------------------------------------------------------------------- segments
+
+
+@pytest.fixture
+def pooled() -> Iterator[PooledFiles]:
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="pkernfs-pool.") as name:
+        Path(name).chmod(0o711)
+        made = PooledFiles(Path(name))
+        yield made
+        made.close()
+
+
+def handed_guests(pooled: PooledFiles) -> None:
+    """Two guests whose memory is random, a sparse one, and a file in the region."""
+    fs = pooled.mount()
+    make_guest(fs, "one", 5 * MIB + 77)
+    make_guest(fs, "two", 70 * MIB)
+    make_guest(fs, "sparse", 200 * MIB, {9 * MIB: b"here", 150 * MIB: b"and there"})
+    file_of(fs, "flat", b"flat")
+    hand_over(fs)
+    fs.unmount()
+
+
+def test_segments_that_are_as_they_were(pooled: PooledFiles) -> None:
+    handed_guests(pooled)
+    with boot(9):
+        fs = pooled.mount()
+        mount_report = verify(fs)
+    assert not mount_report.changes.all()
+    assert not mount_report.trouble
+    assert mount_report.result == RESULT_EVERYTHING
+    assert mount_report.verifier is not None
+    assert mount_report.verifier.done_bytes > 75 * MIB
+    fs.unmount()
+
+
+def test_changes_of_segments_are_named(pooled: PooledFiles) -> None:
+    handed_guests(pooled)
+    pooled.flip(1, 5 * MIB + 76)  # the last byte
+    pooled.flip(2, 0)
+    pooled.flip(2, 69 * MIB)  # in another batch
+    pooled.flip(3, 100 * MIB + 5)  # in a hole
+    pooled.flip(3, 150 * MIB)
+    fs = pooled.mount()
+    assert changes_of(fs) == {
+        "/one": "bytes 0x400000..0x600000",
+        "/two": "bytes 0x0..0x200000, bytes 0x4400000..0x4600000",
+        "/sparse": "bytes 0x6400000..0x6600000, bytes 0x9600000..0x9800000",
+    }
+    fs.unmount()
+    pooled.flip(1, 5 * MIB)
+    fs = pooled.mount()
+    assert changes_of(fs) == {}  # that handover is over
+    fs.unmount()
+
+
+def test_memory_that_has_become_a_hole_is_named(pooled: PooledFiles) -> None:
+    handed_guests(pooled)
+    with pooled.segment(1).open("r+b") as file:
+        files.punch(file.fileno(), 2 * MIB, 4 * MIB)
+    fs = pooled.mount()
+    assert changes_of(fs) == {"/one": "bytes 0x200000..0x400000"}
+    fs.unmount()
+
+
+def test_what_is_behind_the_end_of_the_file_is_not_compared(pooled: PooledFiles) -> None:
+    """A program that maps the segment may use all of it."""
+    handed_guests(pooled)
+    pooled.flip(1, 5 * MIB + PAGE + 1)
+    fs = pooled.mount()
+    assert changes_of(fs) == {}
+    fs.unmount()
+    with pooled.segment(1).open("r+b") as file:
+        os.pwrite(file.fileno(), bytes(1), 5 * MIB + PAGE + 1)
+
+
+@pytest.mark.parametrize("how", ["removed", "cut"])
+def test_a_lost_segment_is_no_change(pooled: PooledFiles, how: str) -> None:
+    handed_guests(pooled)
+    if how == "cut":
+        os.truncate(pooled.segment(1), 2 * MIB)
+    else:
+        pooled.segment(1).unlink()
+    pooled.flip(2, 0)
+    fs = pooled.mount()
+    assert changes_of(fs) == {"/two": "bytes 0x0..0x200000"}
+    report = fs.mount_report
+    assert report is not None
+    (reason,) = report.lost.values()
+    assert "segment-1: lost: " in reason
+    fs.unmount()
+
+
+def test_what_is_lost_alone_is_not_everything(pooled: PooledFiles) -> None:
+    handed_guests(pooled)
+    pooled.segment(1).unlink()
+    fs = pooled.mount()
+    assert verify(fs).result == RESULT_METADATA
+    fs.unmount()
+
+
+def test_a_segment_that_is_cut_amid_the_comparison(pooled: PooledFiles) -> None:
+    handed_guests(pooled)
+    fs = pooled.mount()
+    report = fs.mount_report
+    assert report is not None
+    assert report.verifier is not None
+    seen = []
+    for batch in report.verifier.batches():
+        if batch.part is not None:
+            seen.append((batch.part.row.number, batch.part.start))
+            if seen[-1][0] == 2:
+                os.truncate(pooled.segment(2), 2 * MIB)
+        report.verifier.take(batch, report.verifier.run(batch, threads=1))
+    assert seen == [(1, 0), (2, 0), (3, 0)]
+    assert not report.changes.all()
+    (reason,) = report.lost.values()
+    assert "segment-2: lost: it was cut" in reason
+    fs.unmount()
+
+
+def test_a_segment_that_somebody_leases_is_not_verified(pooled: PooledFiles) -> None:
+    handed_guests(pooled)
+    fs = pooled.mount()
+    report = fs.mount_report
+    assert report is not None
+    assert report.verifier is not None
+    file = pooled.segment(1).open("r+b")
+    fs.segments.unmap(SegmentNo(1))
+    fcntl.fcntl(file.fileno(), fcntl.F_SETSIG, signal.SIGURG)
+    fcntl.fcntl(file.fileno(), fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    assert not verify(fs).changes.all()
+    file.close()
+    assert report.verifier.skipped == {fs.lookup(ROOT_INO, b"one").ino}
+    assert not report.lost
+    fs.unmount()
+
+
+def test_segments_that_change_meanwhile_are_not_accused(pooled: PooledFiles) -> None:
+    handed_guests(pooled)
+    fs = pooled.mount()
+    report = fs.mount_report
+    assert report is not None
+    assert report.verifier is not None
+    inos = {name: fs.lookup(ROOT_INO, name).ino for name in (b"one", b"two", b"sparse")}
+    fs.run(lambda: fs.write(inos[b"one"], 0, b"written after the mount"))
+    for batch in report.verifier.batches():
+        outcome = report.verifier.run(batch, threads=1)
+        if batch.part is not None and batch.part.row.number == 2:
+            fs.run(lambda: fs.setattr(inos[b"two"], size=2 * MIB))
+        if batch.part is not None and batch.part.row.number == 3:
+            fs.unlink(ROOT_INO, b"sparse")
+        report.verifier.take(batch, outcome)
+    assert report.verifier.finished
+    assert not report.changes.all()
+    assert report.verifier.skipped == set(inos.values())
+    fs.unmount()
+
+
+def test_who_holds_a_changed_segment_is_named(pooled: PooledFiles) -> None:
+    handed_guests(pooled)
+    fs = pooled.mount()
+    program = "import mmap, sys; f = open(sys.argv[1], 'r+b'); m = mmap.mmap(f.fileno(), 0)\n"
+    program += "m[3 << 20] ^= 1; print('ready', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", program, str(pooled.segment(1))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as guest:
+        assert guest.stdout is not None
+        assert guest.stdout.readline() == b"ready\n"
+        (what,) = changes_of(fs).values()
+        assert guest.stdin is not None
+        guest.stdin.close()
+    assert what.startswith(f"bytes 0x200000..0x400000 (process {guest.pid} (")
+    assert what.endswith(") maps it: it may have written there)")
+    fs.unmount()
+
+
+def test_a_list_that_knows_no_segments_says_nothing_of_them(pooled: PooledFiles) -> None:
+    """As one of a version that listed them without digests."""
+    handed_guests(pooled)
+    pooled.flip(1, 0)
+    with mock.patch.object(comparison, "parse_manifest", _without_segments):
+        fs = pooled.mount()
+    assert changes_of(fs) == {}
+    fs.unmount()
+
+
+def _without_segments(data: bytes, uuid: bytes, number: int) -> manifest.Manifest:
+    return manifest.parse_manifest(data, uuid, number)._replace(with_segments=False)
+
+
+@pytest.mark.slow("200 comparisons of 20 MiB")
+def test_no_flipped_bit_of_a_segment_goes_unnoticed(request: pytest.FixtureRequest) -> None:
+    """One bit at a time, anywhere in a segment: the file and the 2 MiB are named, and no others."""
+    rng = random.Random(request.config.getoption("hypothesis_seed"))
+    with MemoryPool() as pool, Region.anonymous(16 * MIB) as region:
+        make_filesystem(region, pool=POOL)
+        fs = mount_filesystem(region, open_pool=pool.opener())
+        sizes = {"a": 7 * MIB + 3000, "b": 10 * MIB, "c": 2 * MIB + 1}
+        for name, size in sizes.items():
+            make_guest(fs, name, size)
+        hand_over(fs)
+        fs.unmount()
+        for _ in range(200):
+            number, (name, size) = rng.choice(list(enumerate(sizes.items(), 1)))
+            at = rng.randrange(size)
+            fd = pool.memories[SegmentNo(number)]
+            (byte,) = os.pread(fd, 1, at)
+            os.pwrite(fd, bytes([byte ^ 1 << rng.randrange(8)]), at)
+            fs = mount_filesystem(region, read_only=True, open_pool=pool.opener())
+            low = at // (2 * MIB) * 2 * MIB
+            assert changes_of(fs) == {f"/{name}": f"bytes {low:#x}..{low + 2 * MIB:#x}"}
+            fs.unmount()
+            os.pwrite(fd, bytes([byte]), at)

@@ -14,12 +14,11 @@ from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import CorruptionError, NoSpaceError, PkernfsError, RegionError
 from pkernfs.fs import state_page
 from pkernfs.fs.filesystem import FileSystem
-from pkernfs.fs.fsck import survey
 from pkernfs.kexec import handover, loaded
-from pkernfs.kexec.handover import hand_over, hand_over_mount, take_digests
+from pkernfs.kexec.handover import hand_over, hand_over_mount
 from pkernfs.kexec.local import LocalFileSystem
 from pkernfs.kexec.mounted import Frozen, ManifestFile
-from pkernfs.kexec.observer import SILENT, Observer, Progress
+from pkernfs.kexec.observer import Observer, Progress
 from pkernfs.layout import (
     HANDOVER_FLAG_DIGESTS,
     MAGIC_STATE,
@@ -175,16 +174,6 @@ def test_a_failure_amid_the_manifest_thaws(fs: FileSystem, name: str) -> None:
     assert fs.statfs() == space
     assert hand_over(LocalFileSystem(fs)).number == 1
     fs.thaw()
-
-
-def test_digests_by_one_thread_and_by_many(fs: FileSystem, name: str) -> None:
-    mounted = LocalFileSystem(fs)
-    with mounted.frozen():
-        found = survey(fs.region)
-        one, many = (take_digests(mounted, fs.region, found, SILENT, n) for n in (1, 3))
-    assert one.files == many.files
-    assert [len(file.chunks) for file in one.files] == [1, 3, 2]
-    assert one.bytes == many.bytes == 8 * MIB + PAGE
 
 
 def test_a_mount_is_written_back_and_checked_first(monkeypatch: pytest.MonkeyPatch) -> None:

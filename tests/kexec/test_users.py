@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from pkernfs.control.mounts import Mount
-from pkernfs.kexec.users import Process, mappers_of, users_of
-from pkernfs.quantities import Ino
+from pkernfs.kexec.users import Process, mappers_of, mappers_of_segments, users_of
+from pkernfs.pool.pool import Segment
+from pkernfs.quantities import Ino, SegmentNo
 from support.made_up_host import Machine
+from support.memory_pool import MemoryPool
 
 MOUNT = Mount(os.makedev(0, 0x3E), "/mnt/a", "fuse.pkernfs", "512M!1G")
 #: The inodes whose users are asked for.
@@ -112,3 +114,21 @@ def test_who_maps_a_region(machine: Machine, tmp_path: Path) -> None:
     assert found == [Process(5, "program5"), Process(11, "?")]
     assert str(found[0]) == "process 5 (program5)"
     assert list(mappers_of("512M!1G", machine)) == []
+
+
+def test_who_maps_segments(machine: Machine, tmp_path: Path) -> None:
+    """One look for all of them; one that is lost is mapped by nobody."""
+    for number in (1, 2):
+        (tmp_path / f"segment-{number}").touch()
+
+    class Pool(MemoryPool):
+        def native_path(self, segment: Segment) -> str:
+            return str(tmp_path / f"segment-{segment.number}")
+
+    rows = [Segment(SegmentNo(n), Ino(n + 10), 1, 2 << 20) for n in (1, 2, 3)]
+    found = os.stat(tmp_path / "segment-2")
+    process(machine, 9)
+    device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}"
+    machine.write("proc/9/maps", f"7f00-7f10 rw-s 00000000 {device} {found.st_ino} /x\n")
+    pool = Pool()
+    assert list(mappers_of_segments(pool, rows, machine)) == [(Process(9, "program9"), rows[1])]

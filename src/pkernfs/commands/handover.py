@@ -83,4 +83,6 @@ def _print(mnt: str, done: Handover) -> None:
             f"{mnt}: digests of {format_size(done.digest_bytes)} in "
             f"{done.digest_seconds:.2f} s ({format_size(rate)}/s)"
         )
+    if done.not_digested:
+        print(f"{mnt}: files without digests, for they could not be read: {done.not_digested}")
     print(f"{mnt}: every change is refused now; kexec, or pkernfs handover --abort {mnt}")

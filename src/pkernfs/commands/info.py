@@ -92,7 +92,7 @@ def _verification(mount_point: str) -> dict[str, Any] | None:
     except (PkernfsError, OSError):  # not for us to ask, or nobody answers
         return None
     if found["state"] == "none":
-        return {name: found[name] for name in ("state", "trouble", "changes")}
+        return {name: found[name] for name in ("state", "trouble", "changes", "lost")}
     return found
 
 
@@ -200,6 +200,8 @@ def _print_verification(found: dict[str, Any] | None) -> None:
     print(f"verification: {text}")
     for change in found["changes"]:
         print(f"changed: {one_line(change['path'] or 'file system')}: {one_line(change['what'])}")
+    for file in found["lost"]:
+        print(f"lost: {one_line(file['path'])}: {one_line(file['why'])}")
 
 
 def _time(nanoseconds: int) -> str:

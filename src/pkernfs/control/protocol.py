@@ -110,6 +110,13 @@ class ChangedFile(Message):
     what: str
 
 
+class LostFile(Message):
+    """A file whose segment is lost, or cannot be read, and why."""
+
+    path: str
+    why: str
+
+
 class Verification(Message):
     """The outcome of the handover before this mount."""
 
@@ -119,6 +126,7 @@ class Verification(Message):
     total_bytes: Unsigned
     not_verified: Unsigned
     changes: tuple[ChangedFile, ...]
+    lost: tuple[LostFile, ...] = ()
 
 
 class HandoverStatus(Call[Verification], op="handover.status"):

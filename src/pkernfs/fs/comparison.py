@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from pkernfs.errors import CorruptionError, NotFoundError, PkernfsError
+from pkernfs.errors import BusyError, CorruptionError, NotFoundError, PkernfsError, RegionError
 from pkernfs.layout import (
     HANDOVER_FLAG_DIGESTS,
     LIST_CHUNK_BYTES,
@@ -28,34 +28,48 @@ from pkernfs.layout import (
     inos_of,
     page_offset,
 )
-from pkernfs.quantities import FileSpan, Ino, PageNo
+from pkernfs.quantities import FileSpan, Ino, PageNo, RegionOff
 from pkernfs.region import digest
 from pkernfs.region.checksum import page_checksum
 from pkernfs.region.region import Region
 
 if TYPE_CHECKING:
     from pkernfs.fs.names import DirectoryEntry
+    from pkernfs.fs.segment_memory import SegmentMemory
     from pkernfs.fs.super import Super
+    from pkernfs.pool.pool import Segment
 
     #: The extents of a file, by its inode number.
     ExtentsOf = Callable[[Ino], list[FileSpan]]
     #: The entries of a directory behind a cookie.
     Readdir = Callable[[Ino, int], Iterator[DirectoryEntry]]
 
-from pkernfs.fs.manifest import Buffer, FileDigests, Manifest, chunks_of, parse_manifest
+from pkernfs.fs.manifest import (
+    Buffer,
+    FileDigests,
+    Holes,
+    Manifest,
+    chunks_of,
+    parse_manifest,
+)
 
 _VERIFY_BYTES = 256 << 20  # of one batch: what an unmount may have to wait for
+_SEGMENT_BYTES = 64 << 20  # likewise: what a change of the pool may have to wait for
 _VERIFY_CHUNKS = 4096
 _NICE = 10  # of the threads that verify while others work
 
 
 @dataclass
 class Change:
-    """Something that is not as it was handed over; ``ino`` 0: the file system's own."""
+    """Something that is not as it was handed over; ``ino`` 0: the file system's own.
+
+    ``holder`` is who may have stored into a segment since the mount; "": nobody is seen.
+    """
 
     ino: Ino
     what: list[str] = field(default_factory=list)
     chunks: list[int] = field(default_factory=list)
+    holder: str = ""
 
     def text(self) -> str:
         """Tell in words what of it has changed."""
@@ -142,7 +156,8 @@ class MountReport:
     """The handover before a mount, and what has changed since.
 
     ``kind``: see :data:`pkernfs.fs.state_page.MOUNT_KINDS`. ``record`` is None without a handover.
-    ``trouble`` says why nothing could be compared.
+    ``trouble`` says why nothing could be compared. ``lost`` says why the segments of files could
+    not.
     """
 
     kind: int
@@ -151,6 +166,7 @@ class MountReport:
     trouble: str = ""
     files: list[FileDigests] = field(default_factory=list)
     changes: Changes = field(default_factory=Changes)
+    lost: dict[Ino, str] = field(default_factory=dict)
     verifier: Verifier | None = None
 
     @property
@@ -165,7 +181,8 @@ class MountReport:
             return RESULT_CHANGED
         if self.record is None or not self.record.list_ino or self.trouble:
             return RESULT_UNKNOWN
-        if self.verifier is not None and self.verifier.finished and not self.verifier.skipped:
+        verifier = self.verifier
+        if verifier is not None and verifier.finished and not verifier.skipped and not self.lost:
             return RESULT_EVERYTHING
         return RESULT_METADATA
 
@@ -186,6 +203,40 @@ class Job(NamedTuple):
     expected: int | None
 
 
+class SegmentPart(NamedTuple):
+    """A file whose segment is to be compared, from the file offset ``start`` on, as far as it goes.
+
+    ``length`` is where the file's last page ends.
+    """
+
+    file: FileDigests
+    row: Segment
+    start: int
+    length: int
+
+
+class Batch(NamedTuple):
+    """A piece of work: chunks in the region, or a part of a file that has a segment."""
+
+    jobs: list[Job]
+    part: SegmentPart | None = None
+
+
+class Outcome(NamedTuple):
+    """What :meth:`Verifier.run` has found.
+
+    Of a part: ``end`` is the file offset that was reached, ``holder`` who has the segment; ``lost``
+    says why it cannot be read, ``busy`` why just now it cannot.
+    """
+
+    differ: list[ChunkOf]
+    bytes: int
+    end: int = 0
+    holder: str = ""
+    lost: str = ""
+    busy: str = ""
+
+
 class Verifier:
     """Compares the data of files with their digests, a batch at a time.
 
@@ -194,31 +245,56 @@ class Verifier:
     put into :attr:`changed_meanwhile`.
     """
 
-    def __init__(self, region: Region, extents: ExtentsOf, mount_report: MountReport) -> None:
+    def __init__(
+        self,
+        region: Region,
+        extents: ExtentsOf,
+        segments: SegmentMemory,
+        mount_report: MountReport,
+        *,
+        with_segments: bool,
+    ) -> None:
         self._region = region
+        self._holes = Holes(region)
         self._extents = extents
+        self._segments = segments
+        self._with_segments = with_segments
+        self._reached = 0
         self._files = mount_report.files
         self._changes = mount_report.changes
+        self._lost = mount_report.lost
         self.changed_meanwhile: set[Ino] = set()
         self.total_bytes = sum(len(file.chunks) for file in self._files) * LIST_CHUNK_BYTES
         self.done_bytes = 0
         self.skipped: set[Ino] = set()
         self.finished = False
 
-    def batches(self) -> Iterator[list[Job]]:
-        """Pieces of work, each for one :meth:`run` and one :meth:`take`."""
-        batch: list[Job] = []
+    def batches(self) -> Iterator[Batch]:
+        """Pieces of work, each for one :meth:`run` and one :meth:`take` before the next."""
+        jobs: list[Job] = []
+        in_segments: list[FileDigests] = []
         size = 0
         for file in self._files:
+            if self._has_segment(file.ino):
+                in_segments.append(file)
+                continue
             for job in self._jobs(file):
-                batch.append(job)
+                jobs.append(job)
                 size += sum(length for _, length in job.parts)
-                if size >= _VERIFY_BYTES or len(batch) >= _VERIFY_CHUNKS:
-                    yield batch
-                    batch, size = [], 0
-        if batch:
-            yield batch
+                if size >= _VERIFY_BYTES or len(jobs) >= _VERIFY_CHUNKS:
+                    yield Batch(jobs)
+                    jobs, size = [], 0
+        if jobs:
+            yield Batch(jobs)
+        for file in in_segments if self._with_segments else ():
+            yield from self._parts(file)
         self.finished = True
+
+    def _has_segment(self, ino: Ino) -> bool:
+        try:
+            return self._segments.has_one(ino)
+        except PkernfsError:
+            return False  # which its extents say as well
 
     def _jobs(self, file: FileDigests) -> Iterator[Job]:
         try:
@@ -230,38 +306,84 @@ class Verifier:
             self._missing(file.ino, str(e))
             return
         seen = set()
-        for number, parts in chunks_of(self._region, extents, file.chunks):
+        for number, parts in chunks_of(self._holes, extents, file.chunks):
             seen.add(number)
             yield Job(file.ino, number, parts, file.chunks.get(number))
         for number in sorted(file.chunks.keys() - seen):
             self._found(file.ino, number)
 
-    def run(self, batch: list[Job], threads: int | None = None) -> list[ChunkOf]:
-        """Find the chunks of a batch that differ."""
-        region = self._region
-        now = digest.digest_all(region, [job.parts for job in batch], threads=threads, nice=_NICE)
-        differ = []
-        for job, found in zip(batch, now, strict=True):
-            expected = job.expected
-            if expected is None:
-                length = sum(length for _, length in job.parts)
-                expected = digest.digests(region, [[digest.Part(digest.ZEROS, length)]])[0]
-            if found != expected:
-                differ.append(ChunkOf(job.ino, job.number))
-        return differ
+    def _parts(self, file: FileDigests) -> Iterator[Batch]:
+        """The parts of a file with a segment, one after the other."""
+        self._reached = 0
+        while file.ino not in self.changed_meanwhile:
+            try:
+                (span,) = self._extents(file.ino) or [FileSpan(0, 0, RegionOff(0))]
+                row = self._segments.find(file.ino)
+            except PkernfsError as e:
+                self._missing(file.ino, str(e))
+                return
+            if row is None:
+                break  # it has lost it meanwhile
+            if reason := self._segments.lost.get(row.number):
+                self._lost[file.ino] = reason
+                return
+            if self._reached >= span.length:
+                self._check_end(file, span.length)
+                return
+            yield Batch([], SegmentPart(file, row, self._reached, span.length))
+        self.skipped.add(file.ino)
 
-    def take(self, batch: list[Job], differ: list[ChunkOf]) -> None:
+    def _check_end(self, file: FileDigests, length: int) -> None:
+        for number in sorted(file.chunks):
+            if number * LIST_CHUNK_BYTES >= length:
+                self._found(file.ino, number)
+
+    def run(self, batch: Batch, threads: int | None = None) -> Outcome:
+        """Find the chunks of a batch that differ.
+
+        That of a part maps the segment: the pool is not to be changed meanwhile.
+        """
+        if batch.part is None:
+            size = sum(length for job in batch.jobs for _, length in job.parts)
+            return Outcome(_differing(self._region, batch.jobs, threads), size)
+        part = batch.part
+        try:
+            with self._segments.open(part.row, write=False) as memory:
+                outcome = _compare_part(memory, part, threads)
+            return outcome._replace(holder=self._holder(part.row)) if outcome.differ else outcome
+        except BusyError as e:
+            return Outcome([], 0, part.length, busy=str(e))
+        except RegionError as e:
+            return Outcome([], 0, part.length, lost=str(e))
+
+    def _holder(self, row: Segment) -> str:
+        holders = self._segments.need_pool().holders(row)
+        return str(holders[0]) if holders else ""
+
+    def take(self, batch: Batch, outcome: Outcome) -> None:
         """Note what :meth:`run` has found."""
-        for ino, number in differ:
-            self._found(ino, number)
-        self.done_bytes += sum(length for job in batch for _, length in job.parts)
-        self.skipped |= {job.ino for job in batch} & self.changed_meanwhile
+        for ino, number in outcome.differ:
+            self._found(ino, number, outcome.holder)
+        self.done_bytes += outcome.bytes
+        self.skipped |= {job.ino for job in batch.jobs} & self.changed_meanwhile
+        if batch.part is not None:
+            self._reached = outcome.end
+            self._take_end(batch.part.file.ino, outcome)
 
-    def _found(self, ino: Ino, number: int) -> None:
+    def _take_end(self, ino: Ino, outcome: Outcome) -> None:
+        """Note why a segment could not be compared."""
+        if outcome.busy or ino in self.changed_meanwhile:
+            self.skipped.add(ino)
+        elif outcome.lost:
+            self._lost[ino] = outcome.lost
+
+    def _found(self, ino: Ino, number: int, holder: str = "") -> None:
         if ino in self.changed_meanwhile:
             self.skipped.add(ino)
         else:
-            self._changes.of(ino).chunks.append(number)
+            change = self._changes.of(ino)
+            change.chunks.append(number)
+            change.holder = change.holder or holder
 
     def _missing(self, ino: Ino, reason: str) -> None:
         if ino in self.changed_meanwhile:
@@ -270,7 +392,45 @@ class Verifier:
             self._changes.of(ino).what.append(reason)
 
 
-def load(state: Super, extents: ExtentsOf, data: Buffer, mount_report: MountReport) -> None:
+def _differing(memory: Region, jobs: list[Job], threads: int | None) -> list[ChunkOf]:
+    """Read chunks, and compare them."""
+    now = digest.digest_all(memory, [job.parts for job in jobs], threads=threads, nice=_NICE)
+    differ = []
+    for job, found in zip(jobs, now, strict=True):
+        expected = job.expected
+        if expected is None:
+            length = sum(length for _, length in job.parts)
+            expected = digest.digests(memory, [[digest.Part(digest.ZEROS, length)]])[0]
+        if found != expected:
+            differ.append(ChunkOf(job.ino, job.number))
+    return differ
+
+
+def _compare_part(memory: Region, part: SegmentPart, threads: int | None) -> Outcome:
+    """Compare a part of a segment: as much as is read in a moment.
+
+    :raises RegionError: its owner has cut it.
+    """
+    ino, expected, _ = part.file
+    span = FileSpan(part.start, part.length - part.start, RegionOff(part.start))
+    jobs: list[Job] = []
+    size, end = 0, part.length
+    for number, parts in chunks_of(Holes.of_segment(memory), [span], expected):
+        jobs.append(Job(ino, number, parts, expected.get(number)))
+        size += sum(length for _, length in parts)
+        if size >= _SEGMENT_BYTES:
+            end = (number + 1) * LIST_CHUNK_BYTES
+            break
+    return Outcome(_differing(memory, jobs, threads), size, end)
+
+
+def load(
+    state: Super,
+    extents: ExtentsOf,
+    segments: SegmentMemory,
+    data: Buffer,
+    mount_report: MountReport,
+) -> None:
     """Compare the metadata with a list whose bytes are ``data``; note what is to be verified.
 
     :param mount_report: its record is that of the list.
@@ -289,7 +449,9 @@ def load(state: Super, extents: ExtentsOf, data: Buffer, mount_report: MountRepo
     compare_metadata(state.region, listed, index_of, mount_report.changes)
     if record.flags & HANDOVER_FLAG_DIGESTS:
         mount_report.files = listed.files
-        mount_report.verifier = Verifier(state.region, extents, mount_report)
+        mount_report.verifier = Verifier(
+            state.region, extents, segments, mount_report, with_segments=listed.with_segments
+        )
 
 
 def paths_of(inos: set[Ino], readdir: Readdir) -> dict[Ino, bytes]:
@@ -330,13 +492,11 @@ def tell(
                 "utf-8", "backslashreplace"
             )
         what = change.text()
-        device = _device_access(change, holder)
-        told.append(
-            {
-                "path": path,
-                "what": f"{what} ({device}: a device may write there)" if device else what,
-            }
-        )
+        if device := _device_access(change, holder):
+            what += f" ({device}: a device may write there)"
+        elif change.holder:
+            what += f" ({change.holder}: it may have written there)"
+        told.append({"path": path, "what": what})
     return told
 
 

@@ -62,7 +62,7 @@ class FileSystem:
         namei = self._namei = Namei(state, overflow, life, guard)
         self.conversions = Conversions(state, extents, files, life, segments, guard)
         self.natives = NativeFiles(state, segments)
-        freezer = self._freezer = Freezer(state, files, life)
+        freezer = self._freezer = Freezer(state, files, life, segments)
 
         self.fail = state.fail
         self.sync = state.sync

@@ -13,6 +13,7 @@ from pkernfs.errors import CorruptionError, InvalidError, NotFoundError, Pkernfs
 from pkernfs.fs import comparison, state_page
 from pkernfs.fs.file import Files
 from pkernfs.fs.inode import InodeLife
+from pkernfs.fs.segment_memory import SegmentMemory
 from pkernfs.fs.super import Super
 from pkernfs.layout import (
     ARRIVAL_FIRST_BOOT,
@@ -43,13 +44,16 @@ class NewList(NamedTuple):
 class Freezer:
     """The handover of one file system, before and after the kernel's change."""
 
-    def __init__(self, state: Super, files: Files, life: InodeLife) -> None:
+    def __init__(
+        self, state: Super, files: Files, life: InodeLife, segments: SegmentMemory
+    ) -> None:
         self._super = state
         self._region = state.region
         self._store = state.store
         self._inodes = state.inodes
         self._files = files
         self._life = life
+        self._segments = segments
         self._list_ino = NO_INO  # of the handover that is under way
         #: What the mount has found; None before it has looked.
         self.mount_report: comparison.MountReport | None = None
@@ -176,7 +180,8 @@ class Freezer:
             mount_report.trouble = "the handover has left no list to compare with"
             return mount_report
         try:
-            comparison.load(self._super, self._files.extents, self.read_list(record), mount_report)
+            data = self.read_list(record)
+            comparison.load(self._super, self._files.extents, self._segments, data, mount_report)
         except PkernfsError as e:
             mount_report.trouble = str(e)
         base = NO_PHYSICAL if self._region.phys_base is None else self._region.phys_base

@@ -56,6 +56,10 @@ class SegmentMemory:
         inode = self._inodes.get(ino)
         return self.of(inode) if inode.flags & INODE_FLAG_SEGMENT else None
 
+    def has_one(self, ino: Ino) -> bool:
+        """Tell if a file has a segment, also one that the table does not know."""
+        return bool(self._inodes.get(ino).flags & INODE_FLAG_SEGMENT)
+
     # ------------------------------------------------------------------ the bytes
 
     def memory(self, inode: Inode) -> Region:

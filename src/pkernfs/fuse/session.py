@@ -144,7 +144,7 @@ class Session:
         if self._fs.mount_report is not None and self._fs.mount_report.verifier is not None:
             from pkernfs.control.verification import verify
 
-            await verify(self._fs)
+            await verify(self._fs, lambda: self._pooling)
 
     def writers(self) -> dict[Ino, int]:
         """Count by inode how often each is open for writing."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -11,11 +11,12 @@ from pkernfs.control import client, protocol
 from pkernfs.control.mounts import Mount
 from pkernfs.errors import BusyError
 from pkernfs.kexec.mounted import Frozen, ManifestFile
-from pkernfs.quantities import Ino
+from pkernfs.quantities import Ino, SegmentNo
 from pkernfs.region.region import Region
 
 if TYPE_CHECKING:
     from pkernfs.kexec.needs import Needs
+    from pkernfs.pool.pool import Pool, Segment
 
 _PIECE_BYTES = 512 << 10  # of the manifest, in one request
 _SHOWN = 8
@@ -83,6 +84,36 @@ class Daemon:
                 served_by = client.call(self._path, protocol.Ping()).pid
             if user.pid != served_by:
                 yield str(user)
+
+    def open_pool(self, region: Region) -> AbstractContextManager[Pool]:
+        """Open the pool once more, beside the daemon's, for reading.
+
+        :raises RegionError: it is not there, or not as it was.
+        """
+        from pkernfs.fs import superblock
+        from pkernfs.pool.opening import open_pool
+
+        kind, granule = superblock.load(region).pool
+        return closing(open_pool(kind, granule, region.place, write=False, lock=False))
+
+    def segment_mappers(self, pool: Pool, rows: Iterable[Segment]) -> Iterator[str]:
+        """Yield who maps segments beside the daemon, and of which file: one line for each."""
+        from pkernfs.kexec import users
+
+        served_by = client.call(self._path, protocol.Ping()).pid
+        paths: dict[SegmentNo, str] | None = None
+        for user, row in users.mappers_of_segments(pool, rows):
+            if user.pid != served_by:
+                if paths is None:
+                    paths = self.segment_paths()
+                yield f"{user} maps the memory of {paths.get(row.number, f'inode {row.ino}')}"
+
+    def segment_paths(self) -> dict[SegmentNo, str]:
+        """Ask for the path of the file that has each segment."""
+        from pkernfs.control.segment_protocol import ListSegments
+
+        rows = client.stream(self._path, ListSegments(), self.mount)
+        return {row.number: row.path for row in rows if row.path}
 
     def make_manifest(self, size: int) -> ManifestFile:
         """Make room for a manifest of so many bytes.

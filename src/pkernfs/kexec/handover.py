@@ -8,26 +8,28 @@ from __future__ import annotations
 
 import os
 import time
-from array import array
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from pkernfs.errors import CorruptionError, NoSpaceError, PkernfsError, RegionError
 from pkernfs.fs.fsck import Survey, survey
-from pkernfs.fs.manifest import FileDigests, build_manifest, chunks_of, room_for_manifest
+from pkernfs.fs.manifest import FileDigests, build_manifest, room_for_manifest
 from pkernfs.kexec.daemon import Daemon
+from pkernfs.kexec.file_digests import Digests, take_digests
 from pkernfs.kexec.mounted import Frozen, MountedFileSystem
 from pkernfs.kexec.observer import SILENT, Observer
 from pkernfs.kexec.spans import KexecError, ends_with_kernel, refuse_if_it_ends
 from pkernfs.layout import HANDOVER_FLAG_DIGESTS, NO_INO, STATE_PAGE
 from pkernfs.quantities import Ino, PageNo
-from pkernfs.region.digest import Part, crc64, digest_all
+from pkernfs.region.digest import crc64
 from pkernfs.region.files import sync_file_system
 from pkernfs.region.region import Region
 
 
 class Handover(NamedTuple):
-    """A handover that was made; durations in seconds."""
+    """A handover that was made; durations in seconds.
+
+    ``not_digested`` counts the files whose segments could not be read for digests.
+    """
 
     number: int
     inodes: int
@@ -36,14 +38,7 @@ class Handover(NamedTuple):
     digest_seconds: float
     check_seconds: float
     seconds: float
-
-
-class Digests(NamedTuple):
-    """The digests of files, the bytes that were read for them, and the seconds that it took."""
-
-    files: list[FileDigests]
-    bytes: int
-    seconds: float
+    not_digested: int = 0
 
 
 class _Checked(NamedTuple):
@@ -173,6 +168,7 @@ def hand_over(
         digest_seconds=taken.seconds,
         check_seconds=checked.seconds,
         seconds=time.monotonic() - start,
+        not_digested=taken.left_out,
     )
 
 
@@ -221,48 +217,3 @@ def _make_manifest(
     data += bytes(room - len(data))
     mounted.write_manifest(made.ino, data)
     return _Manifest(made.ino, data)
-
-
-# ---------------------------------------------------------------------- digests
-
-
-def take_digests(
-    mounted: MountedFileSystem,
-    region: Region,
-    found: Survey,
-    observer: Observer,
-    threads: int | None = None,
-) -> Digests:
-    """Take digests of all files, and tell of those who can change them afterwards."""
-    start = time.monotonic()
-    for process in mounted.other_mappers():
-        observer.say(
-            f"{mounted.name}: {process} maps the region itself: what it changes "
-            "from now on differs from the digests"
-        )
-    todo = [(extents, FileDigests(ino, {})) for ino, extents in found.files()]
-    total = sum(length for extents, _ in todo for _, length, _ in extents)
-    where: list[dict[int, int]] = []
-    numbers: array[int] = array("Q")
-    read = done = 0
-
-    def chunks() -> Iterator[list[Part]]:
-        nonlocal read
-        for extents, file in todo:
-            for number, parts in chunks_of(region, extents):
-                read += sum(length for _, length in parts)
-                where.append(file.chunks)
-                numbers.append(number)
-                yield parts
-
-    with observer.progress(f"{mounted.name}: digests") as progress:
-
-        def tell(size: int) -> None:
-            nonlocal done
-            done += size
-            progress(done, total)
-
-        results = digest_all(region, chunks(), threads=threads, tell=tell)
-    for digests, number, result in zip(where, numbers, results, strict=True):
-        digests[number] = result
-    return Digests([file for _, file in todo], read, time.monotonic() - start)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from pkernfs.dma.mount import tables_of
+from pkernfs.fs import comparison
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.kexec.mounted import Frozen, ManifestFile
-from pkernfs.quantities import Ino
+from pkernfs.pool.pool import Pool, Segment
+from pkernfs.quantities import Ino, SegmentNo
 from pkernfs.region.region import Region
 
 
@@ -44,6 +46,24 @@ class LocalFileSystem:
     def other_mappers(self) -> Iterator[str]:
         """Nobody else has the region: its lock is held."""
         return iter(())
+
+    def open_pool(self, region: Region) -> AbstractContextManager[Pool]:
+        """Lend the file system's own pool."""
+        return nullcontext(self._fs.segments.need_pool())
+
+    def segment_mappers(self, pool: Pool, rows: Iterable[Segment]) -> Iterator[str]:
+        """Nobody is looked for: the file system is this process's own."""
+        return iter(())
+
+    def segment_paths(self) -> dict[SegmentNo, str]:
+        """Find the path of the file that has each segment."""
+        rows = self._fs.segments.table.rows.values()
+        paths = comparison.paths_of({row.ino for row in rows}, self._fs.readdir)
+        return {
+            row.number: paths[row.ino].decode("utf-8", "backslashreplace")
+            for row in rows
+            if row.ino in paths
+        }
 
     def make_manifest(self, size: int) -> ManifestFile:
         """Make room for a manifest of so many bytes.

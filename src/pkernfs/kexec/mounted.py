@@ -6,11 +6,12 @@ one of this process.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
-from pkernfs.quantities import Ino, PageNo
+from pkernfs.pool.pool import Pool, Segment
+from pkernfs.quantities import Ino, PageNo, SegmentNo
 from pkernfs.region.region import Region
 
 
@@ -47,6 +48,18 @@ class MountedFileSystem(Protocol):
 
     def other_mappers(self) -> Iterator[str]:
         """Yield the processes that map the region for writing, but for the one that serves it."""
+
+    def open_pool(self, region: Region) -> AbstractContextManager[Pool]:
+        """Open the pool of the file system's segments, for reading.
+
+        :raises RegionError: it is not there, or not as it was.
+        """
+
+    def segment_mappers(self, pool: Pool, rows: Iterable[Segment]) -> Iterator[str]:
+        """Yield who maps segments, but for the process that serves them; and of which file."""
+
+    def segment_paths(self) -> dict[SegmentNo, str]:
+        """Return the path of the file that has each segment, from the mount point on."""
 
     def make_manifest(self, size: int) -> ManifestFile:
         """Make room for a manifest of so many bytes; the file system is frozen.

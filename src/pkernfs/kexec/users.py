@@ -6,12 +6,14 @@ No file is looked at, only the kernel's account of it: some other file system ma
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from pkernfs.control.mounts import Mount
+from pkernfs.host.holders import Target, look
 from pkernfs.host.mappings import mappings_of, maps_device
 from pkernfs.host.sysroot import HOST, Host
+from pkernfs.pool.pool import Pool, Segment
 from pkernfs.quantities import Ino
 
 
@@ -23,6 +25,13 @@ class Process(NamedTuple):
 
     def __str__(self) -> str:
         return f"process {self.pid} ({self.command})"
+
+
+class SegmentMapper(NamedTuple):
+    """A process that maps a segment."""
+
+    process: Process
+    row: Segment
 
 
 def users_of(mount: Mount, inos: set[Ino], host: Host = HOST) -> Iterator[str]:
@@ -43,6 +52,26 @@ def mappers_of(path: str, host: Host = HOST) -> Iterator[Process]:
     """
     found = (m for m in mappings_of(path, host) if m.writable)
     yield from dict.fromkeys(Process(m.pid, m.command) for m in found)
+
+
+def mappers_of_segments(
+    pool: Pool, rows: Iterable[Segment], host: Host = HOST
+) -> Iterator[SegmentMapper]:
+    """Yield the other processes that map segments of a pool; one look answers for all of them."""
+    targets = {target: row for row in rows if (target := _target(pool, row)) is not None}
+    for holding in look(targets, host).found:
+        if holding.maps:
+            process = Process(holding.pid, holding.command)
+            yield SegmentMapper(process, targets[holding.target])
+
+
+def _target(pool: Pool, row: Segment) -> Target | None:
+    """What to look for of a segment; None if it is not there."""
+    path = pool.native_path(row)
+    try:
+        return Target.of(os.stat(path), os.path.basename(path))
+    except OSError:
+        return None
 
 
 def _mount_ids(host: Host, pid: int, mount: Mount, known: dict[str, set[str]]) -> set[str]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import compress
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pkernfs.alloc.bitmap import expand
 from pkernfs.fs.fsck.context import Context
 from pkernfs.fs.fsck.data import extents_of
 from pkernfs.fs.fsck.problems import Report
-from pkernfs.fs.fsck.structures import T_REG
+from pkernfs.fs.fsck.rows import pack_row
+from pkernfs.fs.fsck.structures import T_REG, has_segment
 from pkernfs.layout import (
     BACKUP_PAGE,
+    INODE_FLAG_PENDING,
     INODE_FLAG_TABLE,
     PAGE,
     PAGE_MAP_USED_BYTES,
@@ -21,7 +23,10 @@ from pkernfs.layout import (
     first_page,
     page_offset,
 )
-from pkernfs.quantities import FileSpan, Ino, PageNo, pages_from
+from pkernfs.quantities import FileSpan, Ino, PageNo, SegmentNo, pages_from
+
+if TYPE_CHECKING:
+    from pkernfs.pool.pool import Segment
 
 
 class FileSpans(NamedTuple):
@@ -29,6 +34,14 @@ class FileSpans(NamedTuple):
 
     ino: Ino
     spans: list[FileSpan]
+
+
+class SegmentFile(NamedTuple):
+    """A file whose data is a segment; ``size`` in bytes."""
+
+    ino: Ino
+    row: Segment
+    size: int
 
 
 class Survey:
@@ -57,14 +70,16 @@ class Survey:
         return sorted(pages)
 
     def files(self) -> Iterator[FileSpans]:
-        """Yield where the data of each regular file is that has a name, but for tables.
+        """Yield where the data of each regular file in the region is that has a name.
 
-        Tables are proved right by their own check, and a unit may set bits in them meanwhile.
+
+        Not those of tables: they are proved right by their own check, and a unit may set bits in
+        them meanwhile.
         """
         ctx = self._ctx
         for ino in ctx.inodes.of_type(T_REG):
             fields = ctx.fields(ino)
-            if not fields.nlink or fields.flags & INODE_FLAG_TABLE:
+            if not fields.nlink or fields.flags & INODE_FLAG_TABLE or has_segment(fields):
                 continue
             spans: list[FileSpan] = []
             for file_page, page, count in extents_of(ctx, ino, ctx.inode_page(ino), fields):
@@ -72,3 +87,18 @@ class Survey:
                 if pages > 0:
                     spans.append(FileSpan(file_page * PAGE, pages * PAGE, page_offset(page)))
             yield FileSpans(ino, spans)
+
+    def segment_files(self) -> Iterator[SegmentFile]:
+        """Yield each file that has a segment and a name, ascending.
+
+        Not one with a pending range: the next mount zeroes that.
+        """
+        from pkernfs.fs.segment_table import parse  # for those only who have such files
+
+        ctx = self._ctx
+        for ino in sorted(ctx.segments.files):
+            fields = ctx.fields(ino)
+            if fields.nlink and has_segment(fields) and not fields.flags & INODE_FLAG_PENDING:
+                number = SegmentNo(fields.body)
+                row = parse(number, pack_row(ctx.segments.rows[number]))
+                yield SegmentFile(ino, row, fields.size)
