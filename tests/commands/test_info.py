@@ -153,7 +153,9 @@ def test_a_pool_is_told(tmp_path: Path, command: Command) -> None:
         lines = command("pkernfs", "info", path).out.splitlines()
     ways = found.pop("plain_paths")
     assert found == {"kind": "directory", "granule": BLOCK, "segments": 0, "segment_bytes": 0}
-    assert [way["name"] for way in ways] == ["FUSE passthrough", "pkernfs exec", "pkernfs path"]
+    assert [way["name"] for way in ways] == [
+        "FUSE passthrough", "pkernfs native", "pkernfs exec", "pkernfs path",
+    ]  # fmt: skip
     assert "pool: directory, in units of 2 MiB" in lines
     assert "segments: 0, 0 bytes" in lines
     assert "plain path, pkernfs path: yes: a file" in lines

@@ -53,7 +53,7 @@ def test_the_path_leads_to_the_files_own_memory(mounted: MountedPool, command: C
     found = json.loads(command("pkernfs", "path", "--json", file).out)
     assert found == {
         "file": str(file), "segment": int(path.name.removeprefix("segment-")), "kind": "directory",
-        "path": str(path), "length": 4 * MIB, "granule": 2 * MIB,
+        "path": str(path), "length": 4 * MIB, "granule": 2 * MIB, "native": False,
     }  # fmt: skip
 
 

@@ -135,7 +135,9 @@ def test_rows_are_told(rig: Rig) -> None:
     rig.fs.segments.lost[SegmentNo(9)] = "a test has lost it"
     first, second, third = rig.list()
     path = f"/proc/self/fd/{rig.pool.memories[SegmentNo(1)]}"
-    assert first == SegmentRow(SegmentNo(1), rig.ino, "/d/g\udcff", "in use", 4 * MIB, path, "")
+    assert first == SegmentRow(
+        SegmentNo(1), rig.ino, "/d/g\udcff", "in use", 4 * MIB, path, "", False
+    )
     assert (second.number, second.path, second.state) == (2, "", "dead")
     assert (third.state, third.lost) == ("new", "a test has lost it")
     del rig.pool.memories[SegmentNo(9)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shlex
@@ -142,6 +143,32 @@ def goes_on(disk: Path) -> None:
     )
     numbers = counter.numbers(serial.read_text())
     assert numbers == list(range(1, len(numbers) + 1))
+
+
+@pytest.mark.parametrize("kind", ["huge", "tmpfs"])
+def test_by_the_plain_path_of_a_native_file(qemu: Path, tmp_path: Path, kind: str) -> None:
+    """On every kernel and on huge pages: the guest's memory is the segment, and has no copy."""
+    with contextlib.ExitStack() as stack:
+        if kind == "huge":
+            mounted = stack.enter_context(huge_pool(HUGE_RAM_BYTES))
+        else:
+            mounted = stack.enter_context(MountedPool(place=stack.enter_context(tmpfs())))
+        ram = mounted.file("guest-ram", HUGE_RAM_BYTES)
+        memory = mounted.pool / "segment-1"
+        with ram.open("rb") as below:
+            before = cached_pages(below.fileno())
+        assert run_pkernfs("native", str(ram), "on").returncode == 0
+        with counting(qemu, by_plain_path(ram, HUGE_RAM_BYTES), tmp_path / "disk") as process:
+            assert_seen_at_once(ram, memory)
+            said = run_pkernfs("native", str(ram), "off").stderr
+            assert f"process {process.pid} (" in said
+            goes_on(tmp_path / "disk")
+        assert run_pkernfs("native", str(ram), "off").returncode == 0
+        with ram.open("rb") as below:
+            after = cached_pages(below.fileno())
+            assert below.read() == memory.read_bytes()
+        print(f"{qemu}: page cache of guest-ram on {kind}: {after - before} pages more")
+        assert after == before == 0
 
 
 def test_in_huge_pages(qemu: Path, tmp_path: Path) -> None:

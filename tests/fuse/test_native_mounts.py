@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import shutil
@@ -13,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from pkernfs.control.mounts import mount_at, read_mounts
-from pkernfs.errors import RegionError
+from pkernfs.control.mounts import beneath, mount_at, read_mounts
+from pkernfs.errors import PermissionDeniedError, RegionError
 from pkernfs.fuse.native_mounts import NativeMounts
 from pkernfs.quantities import Ino
 from support.mounted_pool import MountedPool, huge_pool, native_of, tmpfs
@@ -90,6 +91,24 @@ def test_its_owner_opens_it_and_nobody_else(mounted: MountedPool) -> None:
     run_as(12346, lambda: is_refused(path))
 
 
+def test_chmod_of_the_name_is_for_the_segment_alone(mounted: MountedPool) -> None:
+    path, segment = native(mounted)
+    path.chmod(0o666)
+    assert segment.stat().st_mode & 0o777 == 0o666
+    switch(path, "off")
+    assert segment.stat().st_mode & 0o777 == path.stat().st_mode & 0o777 == 0o644
+
+
+def test_only_root_sees_below(mounted: MountedPool) -> None:
+    path, _ = native(mounted)
+
+    def look() -> None:
+        with pytest.raises(PermissionDeniedError, match="only root sees below"), beneath(str(path)):
+            pass
+
+    run_as(12345, look)
+
+
 def test_every_name_is_covered(mounted: MountedPool) -> None:
     path = mounted.file("f", 2 * MIB)
     (mounted.path / "a dir").mkdir()
@@ -144,6 +163,8 @@ def test_commands_find_the_file_below(mounted: MountedPool) -> None:
         assert done.returncode == 0, done.stderr
     assert pkernfs("path", path).stdout.strip() == str(segment)
     assert str(segment) in pkernfs("qemu-args", path).stdout
+    assert json.loads(pkernfs("path", "--json", path).stdout)["native"] is True
+    assert f"{path} (segment 1, {segment}, native): nobody" in pkernfs("holders", path).stdout
     done = pkernfs("segment", path, "off")
     assert (done.returncode, "it is native" in done.stderr) == (1, True)
 

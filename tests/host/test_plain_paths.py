@@ -28,7 +28,7 @@ def machine(tmp_path: Path) -> Machine:
 
 def test_everything_is_offered(machine: Machine) -> None:
     found = [way(machine, CONFIG) for way in plain_paths.ALL]
-    assert [way.offered for way in found] == [True] * 4
+    assert [way.offered for way in found] == [True] * 5
     assert not any(way.remedy for way in found)
     assert all(way.why for way in found)
 
@@ -96,15 +96,17 @@ def test_no_huge_pages(machine: Machine) -> None:
 @pytest.mark.parametrize(
     ("dax", "huge", "offered", "why"),
     [
-        (False, False, [True, True, True], "has it"),
-        (False, True, [False, True, True], "hugetlbfs"),
-        (True, False, [False, True, True], "no regular file"),
+        (False, False, [True, True, True, True], "has it"),
+        (False, True, [False, True, True, True], "hugetlbfs"),
+        (True, False, [False, True, True, True], "no regular file"),
     ],
 )
 def test_what_a_pool_offers(
     machine: Machine, dax: bool, huge: bool, offered: list[bool], why: str
 ) -> None:
     found = plain_paths.of_pool(machine, CONFIG, dax=dax, huge=huge)
-    assert [way.name for way in found] == ["FUSE passthrough", "pkernfs exec", "pkernfs path"]
+    assert [way.name for way in found] == [
+        "FUSE passthrough", "pkernfs native", "pkernfs exec", "pkernfs path",
+    ]  # fmt: skip
     assert [way.offered for way in found] == offered
     assert why in found[0].why

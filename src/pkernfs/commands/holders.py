@@ -21,7 +21,13 @@ from pkernfs.control.protocol import Ping
 from pkernfs.control.segment_protocol import ListSegments, SegmentRow
 from pkernfs.control.table_protocol import Read
 from pkernfs.dma.output import Record
-from pkernfs.errors import InvalidError, NotFoundError, PkernfsError, one_line
+from pkernfs.errors import (
+    InvalidError,
+    NotFoundError,
+    PermissionDeniedError,
+    PkernfsError,
+    one_line,
+)
 from pkernfs.host.holders import Target, look
 from pkernfs.host.left_mappings import left_mappings
 from pkernfs.host.mappings import mappings_of
@@ -53,6 +59,7 @@ class HeldFile:
     segment: int | None = None
     native_path: str | None = None
     holders: list[Holder] = field(default_factory=list)
+    native: bool = False
 
 
 class Answer(NamedTuple):
@@ -107,7 +114,7 @@ def find(target: str) -> Answer:
         more = "; root sees more" if os.geteuid() else ""
         not_seen.append(f"processes that do not let us look: {hidden}{more}")
     try:
-        _add_domains(target, mount, files)
+        _add_domains(mount, files)
     except PkernfsError as e:
         not_seen.append(f"what is mapped for DMA: {e}")
     return Answer(files, not_seen)
@@ -123,13 +130,13 @@ def _files_of(
     path = os.path.abspath(target)
     for row in rows:
         if row.ino == found.st_ino and row.state == "in use":
-            return [HeldFile(path, row.ino, row.number, row.native_path or None)]
+            return [HeldFile(path, row.ino, row.number, row.native_path or None, native=row.native)]
     return [HeldFile(path, Ino(found.st_ino))]
 
 
 def _file(mount: Mount, row: SegmentRow) -> HeldFile:
     path = f"{mount.mount_point.rstrip('/')}{row.path}" if row.path else None
-    return HeldFile(path, row.ino, row.number, row.native_path or None)
+    return HeldFile(path, row.ino, row.number, row.native_path or None, native=row.native)
 
 
 # ------------------------------------------------------------------------------- processes
@@ -186,7 +193,7 @@ def _of_region(mount: Mount, path: str, daemon: int) -> Iterator[Holder]:
 # ------------------------------------------------------------------------------- devices
 
 
-def _add_domains(target: str, mount: Mount, files: list[HeldFile]) -> None:
+def _add_domains(mount: Mount, files: list[HeldFile]) -> None:
     """Add the domains that map a file's memory for devices, and the devices that are attached.
 
     :raises PkernfsError: the tables do not tell.
@@ -194,7 +201,7 @@ def _add_domains(target: str, mount: Mount, files: list[HeldFile]) -> None:
     known: set[tuple[str, int]] = set()
     devices: dict[str, list[str]] = {}
     domain = ""
-    for kind, record in _records(target):
+    for kind, record in _records(mount):
         if kind == "devices":  # they come before all mappings
             devices.setdefault(record["hwpt"], []).append(record["device"])
         elif kind == "ioas":
@@ -217,10 +224,10 @@ def _reached(domain: str, iova: int, devices: list[str]) -> Iterator[Holder]:
         yield Holder("device", None, device, f"reaches it by {domain}", "tables")
 
 
-def _records(target: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _records(mount: Mount) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the records of `pkernfs iommu export`, each with its list; none without tables."""
     try:
-        for item in client.stream(target, Read("export", as_json=True)):
+        for item in client.stream(mount.mount_point, Read("export", as_json=True), mount):
             if isinstance(item, Record) and "in" in item.record:
                 yield item.record["in"], item.record["record"]
     except (NotFoundError, InvalidError):
@@ -229,8 +236,11 @@ def _records(target: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _ino(mount: Mount, path: str | None) -> int | None:
     try:
-        return None if path is None else os.stat(mount.mount_point + path).st_ino
-    except OSError:
+        if path is None:
+            return None
+        with beneath(mount.mount_point + path) as place:
+            return os.stat(place).st_ino
+    except (OSError, PermissionDeniedError):
         return None
 
 
@@ -243,6 +253,8 @@ def _print(answer: Answer) -> None:
         where = "in the region" if file.segment is None else f"segment {file.segment}"
         if file.native_path is not None:
             where += f", {file.native_path}"
+        if file.native:
+            where += ", native"
         print(one_line(f"{who} ({where}): {'' if file.holders else 'nobody'}").rstrip())
         for holder in file.holders:
             name = holder.name if holder.pid is None else f"process {holder.pid} ({holder.name})"

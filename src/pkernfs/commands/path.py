@@ -57,7 +57,7 @@ def check_there(file: str, info: SegmentInfo) -> None:
 
 
 def _facts(info: SegmentInfo) -> dict[str, object]:
-    return {name: getattr(info, name) for name in ("kind", "path", "length", "granule")}
+    return {name: getattr(info, name) for name in ("kind", "path", "length", "granule", "native")}
 
 
 def _why_none(file: str, mount: Mount) -> str:

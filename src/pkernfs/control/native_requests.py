@@ -5,6 +5,7 @@ That changes while nobody has the file open: whoever has would go on with what h
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,7 +16,7 @@ from pkernfs.control.protocol import Nothing
 from pkernfs.control.session import Session
 from pkernfs.dma.output import Pause
 from pkernfs.dma.reports import walk_files
-from pkernfs.errors import BusyError, PkernfsError
+from pkernfs.errors import BusyError, PkernfsError, RegionError
 from pkernfs.quantities import Ino
 
 if TYPE_CHECKING:
@@ -90,6 +91,8 @@ class NativeRequests:
         await self._refuse_users(ino, segment=True)
         await self._session.uncover(ino)
         self._fs.natives.off(ino)
+        with contextlib.suppress(RegionError):  # it is lost: who reads the file is told
+            self._fs.segments.set_owner(self._fs.inode(ino))  # chmod of a name was for it alone
 
     async def _refuse_users(self, ino: Ino, *, segment: bool) -> None:
         """:raises BusyError: somebody has the file, or else its segment, open or mapped: who."""

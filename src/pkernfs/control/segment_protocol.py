@@ -31,7 +31,7 @@ class SegmentRow(Message):
 
     ``path`` is a name of the file in the mount, with a ``/`` before it; ``native_path`` is where
     other programs open the segment. Either is "" if there is none. ``lost`` says why the segment
-    cannot be used; "": it can.
+    cannot be used; "": it can. ``native`` tells if the names of the file lead to it.
     """
 
     number: SegmentNo
@@ -41,6 +41,7 @@ class SegmentRow(Message):
     length: Unsigned
     native_path: str
     lost: str
+    native: bool
 
 
 class ListSegments(Stream[SegmentRow], op="segment.list"):

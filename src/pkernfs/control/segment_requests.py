@@ -100,6 +100,7 @@ class SegmentRequests:
             row.length,
             "" if segments.pool is None else segments.pool.native_path(row),
             segments.lost.get(row.number, ""),
+            row.state == SEGMENT_IN_USE and self._fs.natives.is_native(row.ino),
         )
 
     async def _paths(self, wanted: set[Ino]) -> dict[Ino, str]:

@@ -18,13 +18,17 @@ NAME = "system.pkernfs.segment"
 
 
 class SegmentInfo(NamedTuple):
-    """The segment of a file: its number, ``directory`` or ``dax``, path, bytes, and its unit."""
+    """The segment of a file: its number, ``directory`` or ``dax``, path, bytes, its unit.
+
+    ``native``: the names of the file lead to it.
+    """
 
     number: int
     kind: str
     path: str
     length: int
     granule: int
+    native: bool = False
 
 
 def value(fs: FileSystem, ino: Ino) -> bytes:
@@ -36,7 +40,8 @@ def value(fs: FileSystem, ino: Ino) -> bytes:
     if row is None or pool is None:
         raise NoDataError("no segment")
     kind = "dax" if row.kind == POOL_DAX else "directory"
-    info = SegmentInfo(row.number, kind, pool.native_path(row), row.length, pool.granule)
+    native = fs.natives.is_native(ino)
+    info = SegmentInfo(row.number, kind, pool.native_path(row), row.length, pool.granule, native)
     return json.dumps(info._asdict()).encode()
 
 

@@ -56,6 +56,11 @@ def exec_(host: Host, config: Config | None) -> PlainPath:
     return PlainPath(name, True, "seccomp user notification")
 
 
+def native(host: Host, config: Config | None) -> PlainPath:
+    """The names of a native file lead to its segment, of whatever kind."""
+    return PlainPath("any segment, pkernfs native", True, "bind mounts over the names of a file")
+
+
 def device_dax(host: Host, config: Config | None) -> PlainPath:
     """Segments are dax devices."""
     name = "device-dax, its device node"
@@ -80,7 +85,7 @@ def huge_pages(host: Host, config: Config | None) -> PlainPath:
 
 
 #: Every way that there is.
-ALL = (passthrough, exec_, device_dax, huge_pages)
+ALL = (passthrough, native, exec_, device_dax, huge_pages)
 
 
 def of_pool(host: Host, config: Config | None, *, dax: bool, huge: bool) -> list[PlainPath]:
@@ -96,6 +101,7 @@ def of_pool(host: Host, config: Config | None, *, dax: bool, huge: bool) -> list
     below_exec = exec_(host, config)
     return [
         through._replace(name="FUSE passthrough"),
+        native(host, config)._replace(name="pkernfs native"),
         below_exec._replace(name="pkernfs exec"),
         own._replace(name="pkernfs path") if dax else PlainPath("pkernfs path", True, "a file"),
     ]
