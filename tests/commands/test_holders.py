@@ -19,7 +19,8 @@ from pkernfs.fuse import segment_xattr
 from pkernfs.quantities import Ino
 from support.command_lines import Command, refused
 from support.mounted_pool import MountedPool
-from support.mounting import MIB, run_pkernfs
+from support.mounting import MIB, Mapper, run_pkernfs
+from support.passthrough import needs_passthrough
 
 _HOLD = """
 import mmap, sys, time
@@ -113,6 +114,23 @@ def test_who_came_through_a_mount_that_is_gone(command: Command) -> None:
             holders = {h["pid"]: h for h in asked(command, file)[0]["holders"]}
             assert holders[pid]["how"] == "maps it through a mount that is gone"
             assert holders[pid]["through"] == "mount"
+
+
+@pytest.mark.fuse
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root sees physical pages")
+def test_of_two_mounts_that_are_gone_each_has_its_own(command: Command) -> None:
+    """Their files have one inode number; their pages tell them apart."""
+    needs_passthrough()
+    with MountedPool() as one, MountedPool() as other:
+        files = [mounted.file("guest", 2 * MIB) for mounted in (one, other)]
+        assert len({file.stat().st_ino for file in files}) == 1
+        with Mapper(files[0], 2 * MIB) as first, Mapper(files[1], 2 * MIB) as second:
+            for client, mounted in ((first, one), (second, other)):
+                client.store(0, b"stored")
+                mounted.kill()
+            for client, mounted, file in ((first, one, files[0]), (second, other, files[1])):
+                mounted.start()
+                assert [h["pid"] for h in asked(command, file)[0]["holders"]] == [client.pid]
 
 
 @pytest.mark.fuse

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from support.command_lines import (
     refused,
     unchanged,
 )
+from support.huge_pages import huge_pages
 
 BAD_SIZES = ["", "G", "1.5G", "-1", "+1", "1 G", "1GB", "1iB", "0x", "0xZ", "1e9", "ten", "\u0661"]
 
@@ -235,6 +237,22 @@ def test_a_directory_that_is_no_pool(pool: Path, command: Command) -> None:
     outcome = command("mkfs.pkernfs", "-s", SIZE, pool)
     refused(outcome, 1, "mkfs.pkernfs", str(pool), "others can write to it")
     assert not os.listdir(pool)
+
+
+def test_a_hugetlbfs_with_too_small_a_size(command: Command) -> None:
+    """``mount -o size=`` less than the base range: one line, and nothing is left."""
+    with huge_pages(SIZE) as huge:
+        place = huge / "quota"
+        place.mkdir()
+        words = ["-t", "hugetlbfs", "-o", f"size={SIZE // 2},mode=711", "none", str(place)]
+        subprocess.run(["mount", *words], check=True)
+        try:
+            for region in (f"{place}/", place / "region"):
+                outcome = command("mkfs.pkernfs", "-s", SIZE, region)
+                refused(outcome, 1, "mkfs.pkernfs", "cannot map: Cannot allocate memory")
+                assert not os.listdir(place)
+        finally:
+            subprocess.run(["umount", place], check=True)
 
 
 def test_segments_without_their_base_range_are_not_removed_unasked(

@@ -29,8 +29,9 @@ from pkernfs.errors import (
     one_line,
 )
 from pkernfs.host.holders import Target, look
-from pkernfs.host.left_mappings import left_mappings
+from pkernfs.host.left_mappings import LeftMapping, left_mappings
 from pkernfs.host.mappings import mappings_of
+from pkernfs.host.same_memory import may_map
 from pkernfs.quantities import Ino
 
 #: What no look at /proc finds.
@@ -112,7 +113,8 @@ def find(target: str) -> Answer:
     not_seen = [_NEVER_SEEN]
     if hidden:
         more = "; root sees more" if os.geteuid() else ""
-        not_seen.append(f"processes that do not let us look: {hidden}{more}")
+        who = "1 process that lets" if hidden == 1 else f"{hidden} processes that let"
+        not_seen.append(f"{who} nobody look{more}")
     try:
         _add_domains(mount, files)
     except PkernfsError as e:
@@ -162,8 +164,27 @@ def _add_processes(mount: Mount, files: list[HeldFile], daemon: int) -> int:
     for left in left_mappings(with_segment):
         how = "maps it through a mount that is gone"
         holder = Holder("process", left.pid, left.command, how, "mount")
-        with_segment[left.ino].holders.append(holder)
+        file = with_segment[left.ino]
+        if _may_map(left, file.native_path):
+            file.holders.append(holder)
     return seen.hidden
+
+
+def _may_map(left: LeftMapping, native_path: str | None) -> bool:
+    """Tell if what is mapped of a mount that is gone may be a segment; False: it is another file's.
+
+    Who may not write the segment is not told.
+    """
+    if native_path is None:
+        return True
+    try:
+        fd = os.open(native_path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError:
+        return True
+    try:
+        return may_map(left.pid, left.areas, fd)
+    finally:
+        os.close(fd)
 
 
 def _segment(file: HeldFile) -> Target | None:
