@@ -108,7 +108,7 @@ class Passthrough:
             fd = self._native(ino)
             if fd is None:
                 return NO_BACKING
-            uncounted = os.open(f"/proc/self/fd/{fd}", _FOR_NOTHING)
+            uncounted = _reopened(fd)
             try:
                 # Only for a buffer that can change does Python return what ioctl(2) does.
                 registered = bytearray(_MAP.pack(uncounted, 0, 0))
@@ -126,6 +126,14 @@ class Passthrough:
     def _unregister(self, backing_id: int) -> None:
         with contextlib.suppress(OSError):  # the mount is ending, and with it the registration
             fcntl.ioctl(self._device, _BACKING_CLOSE, _ID.pack(backing_id))
+
+
+def _reopened(fd: int) -> int:
+    """Open a file again, for nothing; or as it is open, where it cannot be written to."""
+    try:
+        return os.open(f"/proc/self/fd/{fd}", _FOR_NOTHING)
+    except OSError:  # read-only or immutable: so nobody cuts it either
+        return os.dup(fd)
 
 
 def _reason(error: OSError | PkernfsError) -> str:
