@@ -21,9 +21,13 @@ from pathlib import Path
 
 import pytest
 
+from pkernfs.cli import fsck_main
+from pkernfs.region.region import Region
+from support.damage import Damage, Populated
 from support.huge_pages import huge_pages
 from support.mounted_pool import GRANULE, MountedPool, native_of, tmpfs
 from support.mounting import MIB, Mapper, child, run_pkernfs
+from support.segments import set_item
 
 pytestmark = pytest.mark.fuse
 
@@ -179,6 +183,26 @@ def test_segments_are_lost_while_they_are_mounted(mounted: MountedPool) -> None:
     not_ours = {n.name for p, (n, _) in lost.items() if p.name not in ("remove", "cut")}
     assert strays == not_ours
     assert lines(mounted.ended(), "no file has this segment") == 1, "the regular file, by its name"
+
+
+def test_a_lost_row_is_made_again_by_fsck(
+    mounted: MountedPool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file beside the region is the segment's, as its owner, mode and length say."""
+    path = mounted.file("guest", SIZE)
+    os.chown(path, 7, 8)
+    write(path, b"kept")
+    number = int(native_of(path).name.removeprefix("segment-"))
+    mounted.unmount()
+    with Region.open(str(mounted.region), write=True) as region:
+        set_item(Damage(Populated(region, {})), number, None)
+    assert fsck_main(["-y", mounted.spec]) == 1
+    assert f"its segment {number} has no row: made from the file" in capsys.readouterr().out
+    mounted.start()
+    assert head(path) == b"kept\0\0"
+    assert native_of(path).name == f"segment-{number}"
+    os.truncate(path, 2 * SIZE)
+    assert not mounted.ended()
 
 
 def test_a_cut_segment_is_made_whole_again(mounted: MountedPool) -> None:

@@ -16,6 +16,7 @@ from support.damage import Damage
 
 #: Codes whose damage or outcome is unlike that of the others, and where they are tested.
 TESTED_APART = {
+    Code.SEGMENT_REMADE: "test_segments.py",
     Code.NO_ROOM: "test_connect.py",
     Code.TABLES_BAD: "test_tables.py",
     Code.TABLES_UNCHECKED: "test_tables.py",

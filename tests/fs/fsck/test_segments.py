@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -488,6 +490,85 @@ def test_a_file_that_loses_its_segment_is_a_hole(d: Damage) -> None:
     assert (f.uid, f.mode & 0o777) == (7, 0o640)
     assert report.problems[0].message.endswith(": its segment 1 is lost")
     assert has(d, "second") == SECOND
+
+
+class Beside:
+    """A region in a file, and beside it the file of its segment GUEST, as the inode says it is."""
+
+    def __init__(self, directory: Path, pristine: Pristine) -> None:
+        (directory / "base").write_bytes(pristine[0])
+        self.region = Region.open(str(directory / "base"), write=True)
+        self.d = Damage(Populated(self.region, dict(pristine[1])))
+        self.row = rows(self.d)[GUEST]
+        self.native = directory / f"segment-{GUEST}"
+        self.native.touch()
+        os.truncate(self.native, self.row.fields.valid)
+        os.chown(self.native, 7, 8)
+        self.native.chmod(0o640)
+
+
+@pytest.fixture
+def beside(tmp_path: Path, in_directory: Pristine) -> Iterator[Beside]:
+    if os.geteuid():
+        pytest.skip("only root gives files to others")
+    made = Beside(tmp_path, in_directory)
+    yield made
+    made.region.close()
+
+
+@pytest.mark.parametrize("damage", [row_removed, short_row, leaf, all_nodes])
+def test_a_row_is_made_again_from_the_file_of_its_segment(beside: Beside, damage: Case) -> None:
+    damage(beside.d)
+    before = beside.d.inode(beside.d.inos["guest"])
+    report = check(beside.region, repair=True)
+    [problem] = [p for p in report.problems if p.code is Code.SEGMENT_REMADE]
+    assert problem.message.endswith(": its segment 1 has no row")
+    assert check(beside.region, repair=False).clean
+    assert beside.d.inode(beside.d.inos["guest"]) == before
+    expected = beside.row.fields._replace(handle=beside.native.stat().st_ino)
+    assert rows(beside.d)[GUEST].fields == expected
+
+
+def longer(native: Path) -> None:
+    os.truncate(native, native.stat().st_size + BLOCK)
+
+
+def linked(native: Path) -> None:
+    native.with_name("other").hardlink_to(native)
+
+
+def not_regular(native: Path) -> None:
+    native.rename(native.with_name("other"))
+    native.symlink_to("other")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        Path.unlink,
+        longer,
+        linked,
+        not_regular,
+        lambda native: os.truncate(native, BLOCK),
+        lambda native: os.chown(native, 0, 8),
+        lambda native: os.chown(native, 7, 0),
+        lambda native: native.chmod(0o600),
+    ],
+)
+def test_no_row_is_made_of_what_may_be_another_file(
+    beside: Beside, change: Callable[[Path], object]
+) -> None:
+    change(beside.native)
+    row_removed(beside.d)
+    repaired(beside.region, Code.SEGMENT_LOST)
+    assert beside.d.inode(beside.d.inos["guest"]).flags == 0
+
+
+def test_an_inode_that_may_be_wrong_proves_no_row(beside: Beside) -> None:
+    ino = beside.d.inos["guest"]
+    beside.d.set_inode(ino, size=beside.row.fields.valid + 1)
+    row_removed(beside.d)
+    repaired(beside.region, Code.SEGMENT_LOST)
 
 
 def lost_and_found(d: Damage) -> dict[bytes, int]:

@@ -106,6 +106,7 @@ class Code(Enum):
         "in use, but no file has it: got inode {ino}", "made a file, root's, mode 0600"
     )
     SEGMENT_LOST = Rule("its segment {number} is lost", "reads as zeros: its data is lost")
+    SEGMENT_REMADE = Rule("its segment {number} has no row", "made from the file {path}")
     SEGMENT_SHARED = Rule("has segment {number}, as inode {other} has", "reads as zeros")
     SEGMENT_SIZE = Rule("larger than its segment: got {got:#x}, expected {expected:#x}", "cut")
 

@@ -6,7 +6,9 @@ only authority. What a row has to do with a file is the business of the pass.
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from bisect import bisect_left
 from typing import NamedTuple
 
@@ -16,17 +18,22 @@ from pkernfs.layout import (
     BLOCK,
     MAX_FILE_BYTES,
     MAX_SEGMENT_PIECES,
+    NO_NODE,
     PAGE,
     PIECE,
     POOL_DAX,
+    POOL_DIRECTORY,
     SEGMENT,
+    SEGMENT_IN_USE,
     SEGMENT_NEW,
+    InodeFields,
     SegmentFields,
 )
 from pkernfs.quantities import Ino, PhysAddr, PhysRange, SegmentNo
 
 _MAX_NUMBER = 1 << 63
 _MAX_ADDRESS = 1 << 52
+_PERMISSIONS = 0o777
 _NO_NAME = bytes(24)
 _DAX_NAME = re.compile(rb"dax\d+\.\d+\0*\Z")
 
@@ -82,6 +89,37 @@ class Taken:
             return False
         self._ranges.insert(at, wanted)
         return True
+
+
+def row_of_file(number: SegmentNo, ino: Ino, f: InodeFields, info: os.stat_result) -> Row | None:
+    """Make the row of a segment in a directory from its inode and its file; None: they differ.
+
+    Only root can make files in the directory. What has the name of the segment is its memory if it
+    has the length that the inode has of it, and the inode's owner and mode.
+    """
+    length = f.data_pages * PAGE
+    expected = (stat.S_IFREG | f.mode & _PERMISSIONS, f.uid, f.gid, 1, length)
+    if f.size > length or expected != (
+        info.st_mode,
+        info.st_uid,
+        info.st_gid,
+        info.st_nlink,
+        info.st_size,
+    ):
+        return None
+    fields = SegmentFields(
+        ino=ino,
+        kind=POOL_DIRECTORY,
+        state=SEGMENT_IN_USE,
+        pieces=0,
+        node=NO_NODE,
+        length=length,
+        valid=length,
+        handle=info.st_ino,
+        align=0,
+        name=_NO_NAME,
+    )
+    return Row(number, fields, ())
 
 
 def parse_row(number: SegmentNo, item: bytes) -> Row:

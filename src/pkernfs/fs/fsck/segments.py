@@ -1,18 +1,28 @@
 """Pass 4: the table of segments; later, whether each segment and its file know each other.
 
-Only the region is looked at: the memory of segments is outside. Nodes of the table's tree are
-claimed here, before any file data. Kept for later: the rows, and whether the tree is built anew.
-Rows that are new or dead are left alone: a mount destroys their segments.
+Only the region is looked at: the memory of segments is outside. But if a row is lost, the file of a
+segment in a directory is looked for, beside the region, and the row is made again. Nodes of the
+table's tree are claimed here, before any file data. Kept for later: the rows, and whether the tree
+is built anew. Rows that are new or dead are left alone: a mount destroys their segments.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 from pkernfs.errors import CorruptionError
 from pkernfs.fs.fsck.context import EVERY_KEY, Context, KeyRange, TreeId, at
 from pkernfs.fs.fsck.problems import Code
-from pkernfs.fs.fsck.rows import Row, Taken, pack_row, parse_row, settle
+from pkernfs.fs.fsck.rows import (
+    Row,
+    Settled,
+    Taken,
+    pack_row,
+    parse_row,
+    row_of_file,
+    settle,
+)
 from pkernfs.fs.fsck.scavenge import free_ino, make_inode
 from pkernfs.fs.fsck.structures import T_REG, check_items, has_segment, item_slots, parse_node
 from pkernfs.fs.fsck.trees import (
@@ -34,6 +44,7 @@ from pkernfs.layout import (
     NO_INO,
     NO_PAGE,
     PAGE,
+    POOL_DIRECTORY,
     ROOT_INO,
     SEGMENT_DEAD,
     SEGMENT_IN_USE,
@@ -245,9 +256,33 @@ def _find_another(ctx: Context, ino: Ino, owners: dict[SegmentNo, Ino]) -> None:
             return
     if named in owners:
         ctx.report.add(Code.SEGMENT_SHARED, ctx.file(ino), number=named, other=owners[named])
+    elif _remake_row(ctx, ino, named):
+        owners[named] = ino
+        return
     else:
         ctx.report.add(Code.SEGMENT_LOST, ctx.file(ino), number=named)
     _take_away(ctx, ino)
+
+
+def _remake_row(ctx: Context, ino: Ino, number: SegmentNo) -> bool:
+    """Make a lost row again; False: nothing proves what memory the segment has."""
+    table = ctx.segments
+    path = os.path.join(os.path.dirname(ctx.image.region.name), f"segment-{number}")
+    is_known = number in table.rows or ino in ctx.salvaged
+    if is_known or ctx.sb.pool.kind != POOL_DIRECTORY or number < 1:
+        return False
+    try:
+        info = os.stat(path, follow_symlinks=False)
+    except OSError:
+        return False
+    row = row_of_file(number, ino, ctx.fields(ino), info)
+    size = ctx.fields(ino).size
+    if row is None or settle(row, ctx.sb.pool, Taken(), size) != Settled(row, "", []):
+        return False
+    ctx.report.add(Code.SEGMENT_REMADE, ctx.file(ino), number=number, path=path)
+    table.rows[number] = row
+    table.is_new = True
+    return True
 
 
 def _take_away(ctx: Context, ino: Ino) -> None:
