@@ -48,10 +48,23 @@ def open_by_name(guest: Guest, file: Path, uid: int, word: bytes) -> None:
     done = as_user(uid, file, word)
     assert done.returncode == 0, done.stderr
     assert "PermissionError" in as_user(uid + 1, file, word).stderr
+    below_exec(guest, file)
     start = piece_of(guest, file)
     with open("/dev/mem", "rb") as memory:
         memory.seek(start + 5 * M)
         assert memory.read(len(word)) == word
+
+
+def below_exec(guest: Guest, file: Path) -> None:
+    """A program that sizes its memory before it maps it takes a device for a file."""
+    code = (
+        "import os, sys; fd = os.open(sys.argv[1], os.O_RDWR)\n"
+        f"os.ftruncate(fd, {48 * M}); os.posix_fallocate(fd, 0, {48 * M})\n"
+        "try: os.ftruncate(fd, 1 << 20)\n"
+        "except OSError as e: print(e.strerror)"
+    )
+    said = guest.run("pkernfs", "exec", "--", sys.executable, "-c", code, str(file))
+    assert said.strip() == "Invalid argument"
 
 
 def as_user(uid: int, file: Path, word: bytes) -> subprocess.CompletedProcess[str]:

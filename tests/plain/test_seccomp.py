@@ -10,7 +10,16 @@ import pytest
 
 from pkernfs.errors import BusyError, NotSupportedError, PkernfsError
 from pkernfs.plain import seccomp
-from pkernfs.plain.seccomp import OPEN, OPENAT, OPENAT2, filter_program, last_call, listen
+from pkernfs.plain.seccomp import (
+    FALLOCATE,
+    FTRUNCATE,
+    OPEN,
+    OPENAT,
+    OPENAT2,
+    filter_program,
+    last_call,
+    listen,
+)
 from support.stopped import Stopped
 
 X86_64, I386, AARCH64 = 0xC000003E, 0x40000003, 0xC00000B7
@@ -70,8 +79,10 @@ def test_the_flags_decide_in_the_kernel(flags: int) -> None:
 
 
 def test_other_calls_and_other_architectures_are_the_kernels() -> None:
-    assert {verdict(n, [0] * 6) for n in range(500) if n not in (2, 257, 437)} == {ALLOW}
-    for number in (OPEN, OPENAT, OPENAT2):
+    stopped = (OPEN, OPENAT, OPENAT2, FTRUNCATE, FALLOCATE)
+    assert {verdict(n, [0] * 6) for n in range(500) if n not in stopped} == {ALLOW}
+    assert {verdict(n, [0] * 6) for n in stopped} == {NOTIFY}
+    for number in stopped:
         assert verdict(number, [0] * 4, I386) == verdict(number, [0] * 4, AARCH64) == ALLOW
         assert verdict(number | X32, [0] * 4) == ALLOW
     assert verdict(5, [0] * 4, I386) == ALLOW, "open of i386"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
+import functools
 import os
 import syslog
 import threading
@@ -12,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from pkernfs.host.sysroot import Host
 from pkernfs.plain import supervisor
 from pkernfs.plain.caller import Caller, own_identity
+from pkernfs.plain.fitting import is_as_large
 from pkernfs.plain.lookup import may_access
 from pkernfs.plain.supervisor import SLOTS_BYTES, SegmentOf, Supervisor, release
 from support.stopped import Stopped
@@ -318,3 +322,37 @@ def test_what_a_killed_supervisor_had_received_goes_on(files: Files) -> None:
         assert thread.listener.receive(slots[80:160]) is not None
         release(thread.listener, slots)
         assert thread.end() == head(PLAIN)
+
+
+def test_sizing_of_a_device_that_fits_succeeds(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the kernel refuses of every device: of a dax device it is so already."""
+    rdev = os.stat("/dev/null").st_rdev
+    place = tmp_path / f"sys/dev/char/{os.major(rdev)}:{os.minor(rdev)}"
+    place.mkdir(parents=True)
+    (place / "size").write_text(f"{32 << 20}\n")
+    (place / "subsystem").symlink_to("../../bus/dax")
+    there = functools.partial(is_as_large, host=Host(str(tmp_path)))
+    monkeypatch.setattr(supervisor, "is_as_large", there)
+    with open("/dev/null", "r+b", buffering=0) as device, files.plain.open("r+b") as file:
+        for number, size, expected in (
+            (device.fileno(), 32 << 20, None),
+            (device.fileno(), 16 << 20, errno.EINVAL),
+            (file.fileno(), 5, None),
+        ):
+            assert truncated(files, number, size) == expected
+        assert os.fstat(file.fileno()).st_size == 5
+
+
+def truncated(files: Files, number: int, size: int) -> int | None:
+    """Have a thread call ftruncate, and decide on it; return its errno."""
+    with Stopped(lambda: os.ftruncate(number, size)) as thread:
+        call = thread.receive()
+        one = Supervisor(
+            thread.listener, thread.slot, StubMounts(str(files.directory)), stub_segment_of
+        )
+        if not one.answer(call):
+            thread.listener.go_on(call.id)
+        result = thread.end()
+    return result.errno if isinstance(result, OSError) else None

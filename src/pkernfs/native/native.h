@@ -190,6 +190,7 @@ void pk_notify_in_turn(int listener);
 int pk_notify_receive(int listener, struct pk_notified *call);
 int pk_notify_is_valid(int listener, uint64_t id);
 int pk_notify_go_on(int listener, uint64_t id);
+int pk_notify_done(int listener, uint64_t id);
 int pk_notify_give(int listener, uint64_t id, int fd, uint32_t flags, int at_once);
 int64_t pk_read_process(int pid, uint64_t address, uint8_t *out, uint32_t n);
 int pk_open(const struct pk_caller *who, int directory, const char *path, uint64_t flags,

@@ -100,6 +100,14 @@ int pk_notify_go_on(int listener, uint64_t id)
 	return ioctl(listener, SECCOMP_IOCTL_NOTIF_SEND, &answer) ? -errno : 0;
 }
 
+/* Have the call return 0, and the kernel not do it.  0 or a negative errno. */
+int pk_notify_done(int listener, uint64_t id)
+{
+	struct seccomp_notif_resp answer = { .id = id };
+
+	return ioctl(listener, SECCOMP_IOCTL_NOTIF_SEND, &answer) ? -errno : 0;
+}
+
 /*
  * Have the call return a descriptor of what fd is; flags: O_CLOEXEC or 0.  The caller's number of
  * it, or a negative errno.

@@ -7,6 +7,7 @@ afterwards (:meth:`pkernfs.plain.seccomp.Listener.is_valid`): till then the numb
 from __future__ import annotations
 
 import os
+import stat
 from typing import NamedTuple
 
 from pkernfs.native._native import ffi, lib
@@ -72,6 +73,19 @@ class Caller:
         """
         name = "cwd" if number is None else f"fd/{number}"
         return os.open(f"{self._proc}/{name}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def writable_device(self, number: int) -> int | None:
+        """Return the device that its descriptor ``number`` can write to, as st_rdev; None: none.
+
+        :raises OSError: it has no such descriptor, or it is not for us.
+        """
+        info = os.stat(f"{self._proc}/fd/{number}")
+        if not stat.S_ISCHR(info.st_mode):
+            return None
+        lines = _read(f"{self._proc}/fdinfo/{number}").splitlines()
+        fields = dict(line.split(b":\t", 1) for line in lines[:3])
+        can_write = int(fields[b"flags"], 8) & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR)
+        return info.st_rdev if can_write else None
 
     def identity(self) -> Identity:
         """Read whose permissions it has.

@@ -16,6 +16,8 @@ from pkernfs.native._native import ffi, lib
 
 #: The native system calls that open a file by its path, on x86-64 (asm/unistd_64.h).
 OPEN, OPENAT, OPENAT2 = 2, 257, 437
+#: Those that change the size of a file, or have memory put behind it.
+FTRUNCATE, FALLOCATE = 77, 285
 
 _AUDIT_ARCH_X86_64 = 0xC000003E
 # struct seccomp_data: where the filter finds the call.
@@ -45,7 +47,7 @@ class Call(NamedTuple):
 
 
 def filter_program() -> list[int]:
-    """Return the filter as BPF instructions of 64 bits: it notifies of three calls, allows others.
+    """Return the filter as BPF instructions of 64 bits: it notifies of five calls, allows others.
 
     Calls of another architecture, x32 among them, are others. The flags of open and openat are in
     registers, so that the filter allows what the supervisor would only hand back.
@@ -56,6 +58,8 @@ def filter_program() -> list[int]:
             ("", _JEQ, _AUDIT_ARCH_X86_64, "", "allow"),
             ("", _LOAD, _NUMBER, "", ""),
             ("", _JEQ, OPENAT2, "notify", ""),
+            ("", _JEQ, FTRUNCATE, "notify", ""),
+            ("", _JEQ, FALLOCATE, "notify", ""),
             ("", _JEQ, OPENAT, "openat", ""),
             ("", _JEQ, OPEN, "", "allow"),
             ("", _LOAD, _ARGS + 8, "", ""),
@@ -162,6 +166,10 @@ class Listener:
     def go_on(self, call_id: int) -> None:
         """Let the kernel do the call as if there were no filter; nothing, if it waits no more."""
         lib.pk_notify_go_on(self.fd, call_id)
+
+    def succeed(self, call_id: int) -> bool:
+        """Have the call return 0 without the kernel; False: it waits no more."""
+        return not lib.pk_notify_done(self.fd, call_id)
 
     def give(self, call_id: int, fd: int, *, close_on_exec: bool) -> bool:
         """Answer the call with a new descriptor of what ``fd`` is.

@@ -1,4 +1,4 @@
-"""The supervisor of ``pkernfs exec``: decides for each stopped open, and answers it.
+"""The supervisor of ``pkernfs exec``: decides for each stopped call, and answers it.
 
 An open is answered with a descriptor of a segment's native file, which the caller's own permissions
 open; or the kernel does it as if there were no supervisor. Whatever is unclear, not allowed, or
@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from pkernfs.plain.caller import Caller, Identity, own_control_groups, own_identity
+from pkernfs.plain.fitting import fitting_of, is_as_large
 from pkernfs.plain.lookup import find, may_access, open_native
 from pkernfs.plain.opens import Opening, opening_of
 from pkernfs.plain.seccomp import CALL_BYTES, Call, Listener, last_call
@@ -122,13 +123,18 @@ class Supervisor:
             return False
 
     def answer(self, call: Call) -> bool:
-        """Answer a call with a segment's native file; return False if the kernel is to do it.
+        """Answer an open with a segment's native file; return False if the kernel is to do it.
+
+        ftruncate and fallocate of a dax device succeed if it is as large as they ask for.
 
         :raises OSError: the same: something is not there, or not for us.
         """
         if not self._mounts.are_there():
             return False
         caller = Caller(call.tid)
+        if (fitting := fitting_of(call)) is not None:
+            fits = is_as_large(caller, fitting) and self._listener.is_valid(call.id)
+            return fits and self._listener.succeed(call.id)
         opening = opening_of(call, caller.read)
         if opening is None:
             return False
