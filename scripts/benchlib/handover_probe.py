@@ -3,7 +3,8 @@
 Run by benchlib.handover with pkernfs's own Python; by hand: ``python handover_probe.py DIRECTORY
 [ROUNDS]``. The yardstick for digests is a C loop that reads the very same bytes with as many
 threads; what a mount takes beyond Python is the time to the first byte of guest-ram less that of
-``python -c "import trio, pyfuse3"``, one after the other.
+``python -c "import trio, pyfuse3"``, one after the other. Digests of segments and those of a flat
+file with as many bytes are taken in turns; both are mapped anew, as a handover does.
 """
 
 import json
@@ -13,23 +14,30 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cffi import FFI
 
 from pkernfs.dma.mount import mount_filesystem
+from pkernfs.errors import PkernfsError
+from pkernfs.fs.manifest import Holes, chunks_of
 from pkernfs.fs.mkfs import make_filesystem
-from pkernfs.layout import ROOT_INO
-from pkernfs.quantities import RegionOff
-from pkernfs.region.digest import Part, cores, digest_all
+from pkernfs.layout import POOL_DIRECTORY, ROOT_INO
+from pkernfs.pool.directory import DirectoryPool
+from pkernfs.pool.pool import Segment
+from pkernfs.quantities import FileSpan, Ino, RegionOff, SegmentNo
+from pkernfs.region.digest import Part, Source, cores, digest_all, digest_sources
 from pkernfs.region.region import Region
 
 MIB = 1 << 20
 DIGEST_BYTES = 1 << 30
 CHUNK = 2 * MIB
 STEP = 32 * MIB
+SEGMENTS = 16
+SEGMENT_BYTES = 64 * MIB
 TURNS = 3  # of the best of which a round is made
 READ = """
 #include <stdint.h>
@@ -116,8 +124,53 @@ def _first_byte(region: Path, mount: Path) -> float:
     return (_seconds(mount_and_read) - _seconds(lambda: subprocess.run(python, check=True))) * 1e3
 
 
+class _Segments:
+    """Segments on tmpfs, and a flat file of as many bytes."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(mode=0o711)
+        self._flat = str(directory / "base")
+        self._pool = DirectoryPool.at(str(directory))
+        Region.create(self._flat, SEGMENTS * SEGMENT_BYTES)
+        self._rows = []
+        piece = os.urandom(MIB)
+        with Region.open(self._flat, write=True) as flat:
+            for n in range(SEGMENTS):
+                wanted = Segment(SegmentNo(n + 1), Ino(n + 1), POOL_DIRECTORY, SEGMENT_BYTES)
+                row = self._pool.create(wanted)
+                with self._pool.open(row, write=True) as segment:
+                    for at in range(0, SEGMENT_BYTES, MIB):  # so that both get memory of a kind
+                        segment.copy_in(RegionOff(at), piece)
+                        flat.copy_in(RegionOff(n * SEGMENT_BYTES + at), piece)
+                self._rows.append(row)
+
+    def digest_segments(self) -> None:
+        """All of them, as a handover does."""
+        _digest([Source(partial(self._pool.open, row, write=False), _chunks) for row in self._rows])
+
+    def digest_flat(self) -> None:
+        """The flat file."""
+        _digest([Source(lambda: Region.open(self._flat, write=False, lock=False), _chunks)])
+
+
+def _chunks(memory: Region) -> Iterator[list[Part]]:
+    span = FileSpan(0, memory.size, RegionOff(0))
+    return (chunk.parts for chunk in chunks_of(Holes.of_segment(memory), [span]))
+
+
+def _digest(sources: list[Source]) -> None:
+    for found in digest_sources(sources):
+        assert not isinstance(found, PkernfsError)
+        assert len(found)
+
+
 def _round(
-    large: Path, small: Path, mount: Path, data: Region, read: Callable[[Region], None]
+    large: Path,
+    small: Path,
+    mount: Path,
+    data: Region,
+    segments: _Segments,
+    read: Callable[[Region], None],
 ) -> dict[str, float]:
     found: dict[str, float] = {}
     for name, region in (("1t", large), ("1g", small)):
@@ -141,6 +194,12 @@ def _round(
         digests.append(_seconds(lambda: digest_all(data, chunks)))
     found["reader"] = data.size / min(reads) / 1e9
     found["digests"] = data.size / min(digests) / 1e9
+    flat, pooled = [], []
+    for _ in range(TURNS):
+        flat.append(_seconds(segments.digest_flat))
+        pooled.append(_seconds(segments.digest_segments))
+    found["flat"] = SEGMENTS * SEGMENT_BYTES / min(flat) / 1e9
+    found["segments"] = SEGMENTS * SEGMENT_BYTES / min(pooled) / 1e9
     return found
 
 
@@ -155,6 +214,7 @@ def main() -> None:
         large, small = directory / "1t", directory / "1g"
         _make(large, 1 << 40)
         _make(small, 1 << 30)
+        segments = _Segments(directory / "pool")
         with Region.anonymous(DIGEST_BYTES) as data:
             data.copy_in(RegionOff(0), os.urandom(MIB) * (DIGEST_BYTES // MIB))
             for region in (large, small):  # the first mount after a handover is what is timed
@@ -162,7 +222,7 @@ def main() -> None:
                 _pkernfs("handover", "--force", mount)
                 subprocess.run(["umount", mount], check=True)
             for _ in range(rounds):
-                print(json.dumps(_round(large, small, mount, data, read)), flush=True)
+                print(json.dumps(_round(large, small, mount, data, segments, read)), flush=True)
     finally:
         subprocess.run(["umount", "-l", mount], check=False, stderr=subprocess.DEVNULL)
         shutil.rmtree(directory, ignore_errors=True)

@@ -13,9 +13,12 @@ from collections.abc import Iterator
 
 import pytest
 
+from pkernfs.dma.mount import mount_filesystem
 from pkernfs.fs.file import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE
 from pkernfs.fs.filesystem import FileSystem
-from support.crash import MIB, Operation, Scenario, say
+from pkernfs.fs.super import Access
+from support.crash import MIB, Clock, Operation, Scenario, say
+from support.handover import hand_over, verify
 from support.memory_pool import MemoryPool
 from support.operations import (
     allocate,
@@ -72,6 +75,19 @@ def let_go(fs: FileSystem) -> None:
 def take_memory(fs: FileSystem) -> None:
     """The pool has less than it says."""
     pool_of(fs).taken = 3 * MIB
+
+
+def hand_over_segments(fs: FileSystem) -> None:
+    """With digests of every segment."""
+    hand_over(fs)
+
+
+def first_mount(fs: FileSystem) -> None:
+    """The first mount after a handover, and the end of its verification."""
+    again = mount_filesystem(fs.region, clock=Clock(1 << 60), open_pool=pool_of(fs).opener())
+    assert not verify(again).changes.all()
+    again.super.access = Access.READ_ONLY
+    again.segments.close()
 
 
 def destroy_dead(fs: FileSystem) -> None:
@@ -137,6 +153,12 @@ SCENARIOS = [
     scenario(
         "the last holder goes", destroy_dead, setup=each(hold("guest"), unlink("guest"), let_go)
     ),
+    scenario("hand over", hand_over_segments),
+    scenario(
+        "hand over, dead segment", hand_over_segments, setup=each(hold("guest"), unlink("guest"))
+    ),
+    scenario("abort a handover", lambda fs: fs.thaw(), setup=hand_over_segments),
+    scenario("first mount after a handover", first_mount, setup=hand_over_segments),
     scenario("unmount", lambda fs: fs.unmount(), setup=each(opened("guest"), unlink("guest"))),
 ]
 

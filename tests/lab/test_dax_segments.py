@@ -23,10 +23,12 @@ MOUNT = Path("/mnt/pkernfs")
 DEVICE = "/dev/dax0.0"
 
 
-def mount(guest: Guest) -> None:
+def mount(guest: Guest, *options: str) -> str:
+    """Mount it; what the mount said."""
     guest.run("modprobe", "-a", "dax_hmem", "device_dax")
     MOUNT.mkdir(parents=True, exist_ok=True)
-    guest.run("mount", "-t", "fuse.pkernfs", DEVICE, str(MOUNT), "-o", "allow_other", seconds=120)
+    words = ",".join(["allow_other", *options])
+    return guest.run("mount", "-t", "fuse.pkernfs", DEVICE, str(MOUNT), "-o", words, seconds=120)
 
 
 def native(guest: Guest, file: Path) -> str:
@@ -129,6 +131,31 @@ def be_native(guest: Guest, file: Path) -> None:
         assert f"process {os.getpid()} " in said
 
 
+def hand_over(guest: Guest) -> None:
+    """With digests of both files; then somebody changes a byte of one behind everybody's back."""
+    mount(guest)
+    guest.load()
+    with guest.step("handover"):
+        done = json.loads(guest.run("pkernfs", "handover", "--digest", "--json", str(MOUNT)))
+    assert (done["digest_bytes"], done["not_digested"]) == (80 * M, 0)
+    fd = os.open(native(guest, MOUNT / "ram2"), os.O_RDWR)
+    with mmap.mmap(fd, 48 * M) as memory:
+        memory[21 * M] ^= 1
+    guest.execute()
+
+
+def compare(guest: Guest) -> None:
+    """The mount names that file and its 2 MiB, and nothing else; all is there."""
+    said = mount(guest, "verify")
+    assert "after handover 1" in said
+    assert [line.split(": ", 2)[2] for line in said.splitlines() if "changed" in line] == [
+        "changed since the handover: /ram2: bytes 0x1400000..0x1600000"
+    ]
+    assert "lost" not in said
+    guest.run("umount", "-R", str(MOUNT))
+    find_again(guest)
+
+
 def find_again(guest: Guest) -> None:
     """Every device is made again at its own memory, and is its owner's."""
     mount(guest)
@@ -150,10 +177,17 @@ def find_again(guest: Guest) -> None:
 
 @pytest.mark.parametrize("kernel", ["6.12"])
 def test_dax_segments(lab: Lab, kernel: str) -> None:
-    """A file system with segments on device-dax, over a kexec in the midst of its use."""
+    """A file system with segments on device-dax, over a kexec in the midst of its use, and another
+    one after a handover with digests.
+    """
     machine: Any = lab.machine(
         kernel=kernel,
         memory=3072,
-        cmdline=["memmap=512M%1G-1+0xefffffff", "modprobe.blacklist=kmem", "iomem=relaxed"],
+        cmdline=[
+            "memmap=512M%1G-1+0xefffffff",
+            "modprobe.blacklist=kmem",
+            "pkernfs=/dev/dax0.0",
+            "iomem=relaxed",
+        ],
     )
-    lab.run(use, find_again, machine=machine, seconds=300)
+    lab.run(use, hand_over, compare, machine=machine, seconds=420)

@@ -20,6 +20,7 @@ from pkernfs.region import trace
 from pkernfs.region.region import Region
 from pkernfs.region.trace import Store
 from support.crash import MIB, Clock, Operation, Replay, Sweep
+from support.handover import verify
 from support.memory_pool import POOL, Memory, MemoryPool
 
 REGION_BYTES = 8 * MIB
@@ -210,6 +211,9 @@ class PoolSweep(Sweep):
         """What the mount leaves, and that another mount finds nothing to do."""
         assert isinstance(replay, PoolReplay)
         check_pool(fs, replay.pool)
+        report = verify(fs)
+        assert not report.changes.all(), "the mount accuses somebody"
+        assert not report.lost, "the mount misses a segment"
         rows, changes = dict(fs.segments.table.rows), replay.changes
         again = replay.mount(Clock(1 << 61))
         assert again.segments.table.rows == rows, "the second mount changes rows"
