@@ -26,7 +26,7 @@ from pkernfs.fuse.extents_xattr import Extent
 from pkernfs.quantities import PhysAddr, RegionOff
 from support.counting_guests import count_at, counting, ring_in
 from support.mounted_pool import MountedPool
-from support.mounting import MIB, Mounted, run_pkernfs, wait_until
+from support.mounting import MIB, Mounted, run_as, run_pkernfs, wait_until
 
 BLOCK = 2 * MIB
 
@@ -351,6 +351,39 @@ def test_stores_of_mappings_are_flushed(mounted: Mounted, qemu: Callable[[str], 
         new = qemu("QEMU emulator version 8.1.0")
         assert run_pkernfs("qemu-args", "--qemu", new, str(ram)).returncode == 0
         assert mounted.in_region(b"from a mapping")
+
+
+@pytest.mark.fuse
+def test_a_native_file_is_mapped_by_its_plain_path(qemu: Callable[[str], str]) -> None:
+    """Whoever may open it may ask, and the path is what a guest of any kernel has had."""
+    old = qemu("QEMU emulator version 7.2.0")
+    with MountedPool(options="allow_other") as pooled:
+        ram = pooled.file("ram", 2 * BLOCK)
+        number = qemu_args.describe(str(ram), "ram")["segment"]
+        assert run_pkernfs("native", str(ram), "on").returncode == 0
+        found = qemu_args.describe(str(ram), "ram")
+        assert found["object"] == {
+            "qom-type": "memory-backend-file", "id": "ram", "size": 2 * BLOCK,
+            "mem-path": str(ram), "align": BLOCK, "share": True,
+        }  # fmt: skip
+        assert (found["segment"], found["region_offset"]) == (number, None)
+        assert f"mem-path={ram}," in run_pkernfs("qemu-args", "--qemu", old, str(ram)).stdout
+
+        def ask() -> None:
+            assert qemu_args.describe(str(ram), "ram") == {**found, "segment": None}
+
+        run_as(4711, ask)
+        assert run_pkernfs("native", str(ram), "off").returncode == 0
+        assert qemu_args.describe(str(ram), "ram")["object"]["mem-path"] != str(ram)
+
+
+@pytest.mark.fuse
+def test_a_native_file_of_no_whole_units(pooled: MountedPool) -> None:
+    """Who can see its size is refused; for the others the segment's counts."""
+    ram = pooled.file("ram", BLOCK + 5000)
+    assert run_pkernfs("native", str(ram), "on").returncode == 0
+    with pytest.raises(PkernfsError, match=f"truncate -s {2 * BLOCK} "):
+        qemu_args.describe(str(ram), "ram")
 
 
 # ------------------------------------------------------------------------------- a real guest

@@ -3,12 +3,14 @@
 Through the mount, guest memory would be in the kernel's page cache: a second copy, which devices
 and the next kernel do not see. ``memory-backend-file`` maps a file's segment as a whole. Of a file
 without one it maps the region at the file's place: with ``offset=`` (QEMU 8.1 and later), and the
-file must be one piece there.
+file must be one piece there. The plain path of a native file leads to its segment, and QEMU gets
+that path: it is the same for every kernel, whatever number a device has there.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -20,11 +22,12 @@ from typing import Any, NamedTuple
 
 from pkernfs.commands.extents import read_extents
 from pkernfs.commands.path import check_there
-from pkernfs.control.mounts import Mount, beneath, mount_of
+from pkernfs.control.mounts import Mount, beneath, mount_of, mount_with_native
 from pkernfs.errors import (
     InvalidError,
     NotFoundError,
     NotSupportedError,
+    PermissionDeniedError,
     ReadOnlyError,
     UsageError,
 )
@@ -102,32 +105,85 @@ def describe(file: str, object_id: str) -> dict[str, Any]:
 
     :raises PkernfsError: the file cannot be mapped as guest memory; with the remedy.
     """
-    with beneath(file) as place_below:
-        mount, size = _check_file(file, place_below)
-        segment = segment_xattr.read(place_below)
-    memory = {"qom-type": "memory-backend-file", "id": object_id, "size": size}
-    region_offset = None
-    if segment is not None:
-        check_there(file, segment)
-        _check_units(file, size, segment)
-        memory |= {"mem-path": segment.path, "align": segment.granule, "share": True}
-    else:
-        place = mem_path_of(mount.source)
-        region_offset = _one_piece(file, size, place)
-        memory |= {
-            "mem-path": place.path,
-            "offset": place.start + region_offset,
-            "align": place.align,
-            "share": True,
-        }
+    place = _by_plain_path(file) or _by_segment_or_offset(file)
+    offset = {} if place.offset is None else {"offset": place.offset}
+    memory = {
+        "qom-type": "memory-backend-file",
+        "id": object_id,
+        "size": place.size,
+        "mem-path": place.path,
+        **offset,
+        "align": place.align,
+        "share": True,
+    }
     return {
         "file": file,
-        "region": mount.source,
-        "region_offset": region_offset,
-        "segment": None if segment is None else segment.number,
+        "region": place.region,
+        "region_offset": place.region_offset,
+        "segment": place.segment,
         "object": memory,
         "args": ["-object", _option(memory), "-machine", f"memory-backend={object_id}"],
     }
+
+
+class Place(NamedTuple):
+    """What QEMU is to map of a file: ``path``, from ``offset`` on; None: as a whole.
+
+    ``segment`` is the number of the file's segment, None if it has none or that cannot be seen.
+    """
+
+    region: str
+    path: str
+    size: int
+    align: int
+    segment: int | None = None
+    region_offset: RegionOff | None = None
+    offset: int | None = None
+
+
+def _by_plain_path(file: str) -> Place | None:
+    """Return the place of a native file, whose plain path leads to its segment; None: of another.
+
+    The segment says all itself, so whoever may open it may ask.
+
+    :raises PkernfsError: it cannot be mapped as guest memory.
+    """
+    mount = mount_with_native(file)
+    if mount is None:
+        return None
+    info = os.stat(file)
+    number = None
+    with contextlib.suppress(PermissionDeniedError), beneath(file) as below:
+        segment = segment_xattr.read(below)
+        if segment is not None:
+            number = segment.number
+            _check_units(file, os.stat(below).st_size, segment)
+    size, align = info.st_size, info.st_blksize
+    if stat.S_ISCHR(info.st_mode):
+        size = _dax_number(info.st_rdev, "size") or 0
+        align = _dax_number(info.st_rdev, "align") or 0
+    if not size:
+        raise NotSupportedError(f"{file}: cannot be mapped by QEMU: its segment has no size")
+    return Place(mount.source, os.path.abspath(file), size, max(_BLOCK, align), number)
+
+
+def _by_segment_or_offset(file: str) -> Place:
+    """Return the place of a file that is not native: its native path, or where in the region it is.
+
+    :raises PkernfsError: it cannot be mapped as guest memory.
+    """
+    mount, size = _check_file(file)
+    segment = segment_xattr.read(file)
+    if segment is not None:
+        check_there(file, segment)
+        _check_units(file, size, segment)
+        return Place(mount.source, segment.path, size, segment.granule, segment.number)
+    found = mem_path_of(mount.source)
+    region_offset = _one_piece(file, size, found)
+    offset = found.start + region_offset
+    return Place(
+        mount.source, found.path, size, found.align, region_offset=region_offset, offset=offset
+    )
 
 
 def _option(memory: dict[str, Any]) -> str:
@@ -143,16 +199,15 @@ def _option(memory: dict[str, Any]) -> str:
 # ------------------------------------------------------------------------------- the file
 
 
-def _check_file(file: str, below: str) -> tuple[Mount, int]:
+def _check_file(file: str) -> tuple[Mount, int]:
     """Return the file's mount and size in bytes; flush what mappings through the mount stored.
 
-    :param below: the path of the file itself, if it is native.
     :raises PkernfsError: it is in no pkernfs, or cannot be guest memory.
     """
-    mount = mount_of(below)
+    mount = mount_of(file)
     if mount is None:
         raise NotSupportedError(f"{file}: cannot be mapped by QEMU: it is not on a pkernfs mount")
-    info = os.stat(below)
+    info = os.stat(file)
     if not stat.S_ISREG(info.st_mode):
         raise InvalidError(f"{file}: cannot be guest memory: it is not a regular file")
     inside = os.path.relpath(os.path.realpath(file), mount.mount_point)
@@ -166,9 +221,9 @@ def _check_file(file: str, below: str) -> tuple[Mount, int]:
             f"{file}: its size is no multiple of 2 MiB: got {info.st_size} bytes: "
             f"truncate -s {whole} {_word(file)}"
         )
-    if os.statvfs(below).f_flag & os.ST_RDONLY:
+    if os.statvfs(file).f_flag & os.ST_RDONLY:
         raise ReadOnlyError(f"{file}: it is mounted read-only, and a guest writes its memory")
-    fd = os.open(below, os.O_RDONLY | os.O_CLOEXEC)
+    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:
@@ -266,18 +321,19 @@ def mem_path_of(source: str) -> MemPath:
             f"{source}: cannot be mapped by QEMU: the region's file has lost its name"
         ) from None
     if stat.S_ISCHR(info.st_mode):
-        return MemPath(source, 0, max(_BLOCK, _dax_align(info.st_rdev)))
+        return MemPath(source, 0, max(_BLOCK, _dax_number(info.st_rdev, "align") or 0))
     # st_blksize is the page size on hugetlbfs, and 4 KiB or so elsewhere.
     return MemPath(source, 0, max(_BLOCK, info.st_blksize))
 
 
-def _dax_align(device: int) -> int:
-    path = f"/sys/dev/char/{os.major(device)}:{os.minor(device)}/align"
+def _dax_number(device: int, name: str) -> int | None:
+    """Read a number in bytes that the kernel tells of a dax device; None: it is no such device."""
+    path = f"/sys/dev/char/{os.major(device)}:{os.minor(device)}/{name}"
     try:
         with open(path, encoding="ascii") as file:
             return int(file.read())
     except FileNotFoundError:
-        return _BLOCK
+        return None
 
 
 # ------------------------------------------------------------------------------- QEMU

@@ -90,6 +90,17 @@ def beneath(path: str) -> Iterator[str]:
         os.close(tree)
 
 
+def mount_with_native(path: str) -> Mount | None:
+    """Return the pkernfs mount in which ``path`` is a native file: it leads to the segment itself.
+
+    None: it leads to what the mount has there. Every user may ask.
+    """
+    real = os.path.realpath(path)
+    mounts = read_mounts()
+    top = next((m for m in reversed(mounts) if m.mount_point == real), None)
+    return None if top is None or top.fstype == FSTYPE else _mount_below(top, mounts)
+
+
 def _mount_below(top: Mount, mounts: list[Mount]) -> Mount | None:
     """The pkernfs mount that a file is in which something is mounted over."""
     by_number = {m.mount_id: m for m in mounts}
