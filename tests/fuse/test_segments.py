@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from pkernfs.layout import BLOCK
+from pkernfs.cli import mkfs_main
+from pkernfs.layout import BLOCK, GIB
 from support.huge_pages import free_pages, huge_pages, reserved_pages
 from support.mounted_pool import (
     GRANULE,
@@ -389,6 +390,30 @@ def test_huge_pages_go_back_to_the_host() -> None:
         path.unlink()
         wait_until(lambda: free_pages() == free, "the pages of the file")
         assert reserved_pages() == reserved
+
+
+def test_huge_pages_of_1_gib(capsys: pytest.CaptureFixture[str]) -> None:
+    """A segment is whole pages of them, whatever the file's size; who maps it has its memory."""
+    with huge_pages(2 * GIB, GIB) as huge:
+        assert mkfs_main(["-s", "64M", f"{huge}/"]) == 1
+        assert capsys.readouterr().err == (
+            f"mkfs.pkernfs: {huge}/base: cannot size: "
+            "got 64 MiB, expected a multiple of its pages of 1 GiB\n"
+        )
+        with MountedPool(GIB, place=huge) as mount:
+            path = mount.file(size=SIZE)
+            native = native_of(path)
+            assert native.stat().st_size == GIB == path.stat().st_blocks * 512
+            with Mapper(native, GIB) as program:
+                program.store(MIB, b"stored")
+                assert read_at(path, MIB, 6) == b"stored"
+                with pytest.raises(OSError, match="No space left"):
+                    os.truncate(path, GIB + 1)
+            path.unlink()
+            mount.wait_until_gone(native)
+            again = mount.file(size=SIZE)
+            assert read_at(again, MIB, 6) == bytes(6)
+            assert "no huge pages for 2 GiB" in mount.ended()
 
 
 def too_many_pages() -> int:

@@ -13,11 +13,13 @@ from hugepages import PAGE_BYTES, HugePages
 @pytest.fixture
 def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Ten pages, of which three are free and one of those is promised."""
+    made = tmp_path / "hugepages-2048kB"
+    made.mkdir()
     for name, value in (("nr_hugepages", 10), ("free_hugepages", 3), ("resv_hugepages", 1)):
-        (tmp_path / name).write_text(f"{value}\n")
-    monkeypatch.setattr(hugepages, "_POOL", tmp_path)
+        (made / name).write_text(f"{value}\n")
+    monkeypatch.setattr(hugepages, "_POOLS", tmp_path)
     monkeypatch.setattr(hugepages, "_available_bytes", lambda: 100 * PAGE_BYTES)
-    return tmp_path
+    return made
 
 
 def size(pool: Path) -> int:
@@ -48,7 +50,9 @@ def test_memory_is_left_for_others(pool: Path) -> None:
 
 def test_a_kernel_that_has_no_more(pool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        hugepages, "_write", lambda name, value: (pool / name).write_text(f"{min(value, 11)}\n")
+        HugePages,
+        "_write",
+        lambda _pages, name, value: (pool / name).write_text(f"{min(value, 11)}\n"),
     )
     assert HugePages(5 * PAGE_BYTES).borrow() == "the kernel had 1 of 3 pages to give"
     assert size(pool) == 10
@@ -56,4 +60,13 @@ def test_a_kernel_that_has_no_more(pool: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_kernel_without_huge_pages(pool: Path) -> None:
     (pool / "free_hugepages").unlink()
+    assert HugePages(PAGE_BYTES).borrow() == "No such file or directory"
+
+
+def test_pages_of_another_size(pool: Path) -> None:
+    pool.rename(pool.with_name("hugepages-4096kB"))
+    pages = HugePages(7 * PAGE_BYTES, 2 * PAGE_BYTES)
+    assert pages.borrow() is None
+    assert size(pool.with_name("hugepages-4096kB")) == 12
+    pages.give_back()
     assert HugePages(PAGE_BYTES).borrow() == "No such file or directory"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hugepages import HugePages
+from hugepages import PAGE_BYTES, HugePages
 
 _POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 
@@ -26,15 +26,16 @@ def reserved_pages() -> int:
 
 
 @contextmanager
-def huge_pages(size: int) -> Iterator[Path]:
+def huge_pages(size: int, page_bytes: int = PAGE_BYTES) -> Iterator[Path]:
     """A directory on hugetlbfs with room for ``size`` bytes; skips the test if there is none."""
-    pages = HugePages(size)
+    pages = HugePages(size, page_bytes)
     refused = pages.borrow()
     if refused is not None:
         pytest.skip(f"no huge pages: {refused}")
     with tempfile.TemporaryDirectory(prefix="pkernfs-huge.") as directory:
         try:
-            done = subprocess.run(["mount", "-t", "hugetlbfs", "none", directory])
+            options = f"pagesize={page_bytes >> 20}M"
+            done = subprocess.run(["mount", "-t", "hugetlbfs", "-o", options, "none", directory])
             if done.returncode:
                 pytest.skip("hugetlbfs cannot be mounted")
             try:

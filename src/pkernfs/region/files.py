@@ -13,6 +13,7 @@ from pkernfs.host.mount_table import own_mounts
 from pkernfs.host.sysroot import HOST
 from pkernfs.layout import BLOCK, PAGE
 from pkernfs.native._native import ffi, lib
+from pkernfs.options import format_size
 from pkernfs.quantities import BlockNo, BlockRun, PhysAddr, RegionOff, RegionRange
 from pkernfs.region.backing import Backing, dangling_link, given_pieces, open_path
 from pkernfs.region.locks import lock_file
@@ -255,9 +256,17 @@ def create(path: str, size: int) -> None:
     except (OSError, OverflowError) as e:
         os.unlink(path)
         number = getattr(e, "errno", None) or errno.EFBIG
-        raise RegionError(f"{path}: cannot size: {os.strerror(number)}", number) from e
+        raise RegionError(f"{path}: cannot size: {_why_no_size(fd, size, number)}", number) from e
     finally:
         os.close(fd)
+
+
+def _why_no_size(fd: int, size: int, number: int) -> str:
+    memory = memory_file(fd)
+    if memory is not None and size % memory.page_bytes:
+        pages = format_size(memory.page_bytes)
+        return f"got {format_size(size)}, expected a multiple of its pages of {pages}"
+    return os.strerror(number)
 
 
 def _check_room(path: str, size: int) -> None:
