@@ -90,6 +90,17 @@ def first_mount(fs: FileSystem) -> None:
     again.segments.close()
 
 
+def park(fs: FileSystem) -> None:
+    """The mount has left all segments to be restored later."""
+    pool = pool_of(fs)
+    pool.parks = True
+    fs.segments.absent = dict.fromkeys(pool.park(list(fs.segments.table.rows.values())))
+
+
+def bring_all(fs: FileSystem) -> None:
+    fs.segments.bring_all()
+
+
 def destroy_dead(fs: FileSystem) -> None:
     fs.segments.reap()
 
@@ -159,6 +170,12 @@ SCENARIOS = [
     ),
     scenario("abort a handover", lambda fs: fs.thaw(), setup=hand_over_segments),
     scenario("first mount after a handover", first_mount, setup=hand_over_segments),
+    scenario("restored later", bring_all, setup=park),
+    scenario("restored by a cut", each(resize("guest", MIB + 7), bring_all), setup=park),
+    scenario(
+        "unlink before it is restored", each(unlink("guest"), destroy_dead, bring_all), setup=park
+    ),
+    scenario("unmount before all are restored", lambda fs: fs.unmount(), setup=park),
     scenario("unmount", lambda fs: fs.unmount(), setup=each(opened("guest"), unlink("guest"))),
 ]
 

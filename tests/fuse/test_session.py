@@ -25,6 +25,7 @@ from pkernfs.host.mappings import Mapping
 from pkernfs.layout import ROOT_INO
 from pkernfs.quantities import BlockNo, BlockRun, Ino, RegionOff
 from pkernfs.region.region import Region
+from support.memory_pool import POOL, MemoryPool
 
 import pyfuse3  # isort: skip  # after the shim
 
@@ -42,8 +43,11 @@ def is_dirty(fs: FileSystem) -> bool:
 class Rig:
     """A session whose loop runs until it is told to end."""
 
-    def __init__(self, region: Region, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.fs = mount_filesystem(region)
+    def __init__(
+        self, region: Region, monkeypatch: pytest.MonkeyPatch, pool: MemoryPool | None = None
+    ) -> None:
+        opener = pool.opener() if pool is not None else None
+        self.fs = mount_filesystem(region, open_pool=opener, park=True)
         self.region = region
         self.operations: Any = SimpleNamespace(initialized=True, writers={})
         self.loops = 0
@@ -459,3 +463,60 @@ def test_writers_are_those_of_the_handlers(rig: Rig) -> None:
         assert session.writers() == {5: 2}
 
     rig.run(work)
+
+
+# ---------------------------------------------------------------------- segments restored later
+
+
+@pytest.fixture
+def parked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
+    """A mount that has left two segments to be restored."""
+    with MemoryPool(parks=True) as pool, Region.anonymous(16 * MIB) as region:
+        make_filesystem(region, pool=POOL)
+        fs = mount_filesystem(region, open_pool=pool.opener())
+        for name in (b"a", b"b"):
+            ino = fs.create(ROOT_INO, name, 0o100600, 0, 0).ino
+            fs.run(lambda ino=ino: fs.setattr(ino, size=2 * MIB))  # type: ignore[misc]
+        fs.unmount()
+        yield Rig(region, monkeypatch, pool)
+
+
+def test_segments_are_restored_while_others_are_served(parked: Rig) -> None:
+    segments = parked.fs.segments
+    assert len(segments.absent) == 2
+
+    async def work(session: Session) -> None:
+        with trio.fail_after(20):
+            while segments.absent:
+                await trio.sleep(0.002)
+        assert parked.ready == 1
+        assert segments.lost == {}
+
+    parked.run(work)
+
+
+def test_a_handover_waits_until_all_segments_are_there(
+    parked: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Session, "_bring_segments", lambda session: trio.sleep(0))
+
+    async def work(session: Session) -> None:
+        assert len(parked.fs.segments.absent) == 2
+        async with session.hold_zeroing():
+            assert not parked.fs.segments.absent
+
+    parked.run(work)
+
+
+def test_an_operation_does_not_wait_for_all_segments(
+    parked: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Session, "_bring_segments", lambda session: trio.sleep(0))
+    fs = parked.fs
+
+    async def work(session: Session) -> None:
+        ino = fs.lookup(ROOT_INO, b"b").ino
+        assert bytes(await session.with_zeroing(lambda: fs.read(ino, 0, 1))) == bytes(1)
+        assert len(fs.segments.absent) == 1
+
+    parked.run(work)

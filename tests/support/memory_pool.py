@@ -57,6 +57,7 @@ class MemoryPool:
     ``busy`` are those that somebody holds; ``changed`` is called after each step of a change.
 
     :param total: bytes.
+    :param parks: a mount may leave segments to be restored later; before, nobody can open them.
     :param dirty: new memory holds old bytes until it has been zeroed, as that of a dax device; else
         it is zero from the start, as that of a file.
     """
@@ -66,12 +67,16 @@ class MemoryPool:
     name = "memory"
     passes = False
 
-    def __init__(self, total: int = 64 * BLOCK, *, dirty: bool = False) -> None:
+    def __init__(
+        self, total: int = 64 * BLOCK, *, dirty: bool = False, parks: bool = False
+    ) -> None:
         self.total = total
         self.passed: Passed = nothing_is_passed
         self.dirty = dirty
         self.memories: dict[SegmentNo, int] = {}
         self.owners: dict[SegmentNo, Owner] = {}
+        self.parks = parks
+        self.parked: set[SegmentNo] = set()
         self.busy: set[SegmentNo] = set()
         #: Bytes that somebody else has taken, of which nobody knows before they are needed.
         self.taken = 0
@@ -155,7 +160,15 @@ class MemoryPool:
                 os.pwrite(fd, zeros, start)
                 self.changed()
 
+    def park(self, rows: list[Segment]) -> list[SegmentNo]:
+        there = [row.number for row in rows if row.number in self.memories]
+        self.parked = set(there) if self.parks else set()
+        return there[::-1] if self.parks else []
+
     def restore(self, segment: Segment) -> Segment:
+        if segment.number in self.parked:
+            self.parked.discard(segment.number)
+            segment = segment._replace(handle=segment.handle + 1)  # as that of a new device
         if segment.number not in self.memories:
             raise RegionError(f"segment {segment.number}: lost: it is not there")
         if self.length(segment.number) < segment.valid:
@@ -197,11 +210,14 @@ class MemoryPool:
         ]
 
     def set_owner(self, segment: Segment, owner: Owner) -> None:
+        if segment.number in self.parked:
+            return
         if self.owners.get(segment.number) != owner:
             self.owners[segment.number] = owner
             self.changed()
 
     def open(self, segment: Segment, *, write: bool) -> Region:
+        assert segment.number not in self.parked, "opened before it is restored"
         if segment.number not in self.memories:
             raise RegionError(f"segment {segment.number}: lost: it is not there")
         backing = Backing(f"segment {segment.number}", self.length(segment.number))

@@ -74,7 +74,7 @@ class NativeRequests:
 
     async def _on(self, ino: Ino) -> None:
         """The file is native first: if the daemon ends, the next mount covers its names."""
-        self._fs.natives.check(ino)
+        await self._session.with_zeroing(lambda: self._fs.natives.check(ino))
         await self._let_close(ino)
         await self._refuse_users(ino, segment=False)
         await self._session.with_zeroing(lambda: self._fs.natives.on(ino))

@@ -98,10 +98,17 @@ class SegmentRequests:
             path if row.state == SEGMENT_IN_USE else "",
             _STATES[row.state],
             row.length,
-            "" if segments.pool is None else segments.pool.native_path(row),
+            self._native_path(row),
             segments.lost.get(row.number, ""),
             row.state == SEGMENT_IN_USE and self._fs.natives.is_native(row.ino),
         )
+
+    def _native_path(self, row: Segment) -> str:
+        """Where a segment is, lost or not; empty if nobody can have opened it yet."""
+        segments = self._fs.segments
+        if segments.pool is None or row.number in segments.absent:
+            return ""
+        return segments.pool.native_path(row)
 
     async def _paths(self, wanted: set[Ino]) -> dict[Ino, str]:
         """A path of each of these files; one that is renamed meanwhile may be missing."""

@@ -75,12 +75,14 @@ def mount_filesystem(
     *,
     read_only: bool = False,
     segments: bool = True,
+    park: bool = False,
     open_pool: Callable[[Superblock], Pool | None] | None = None,
     clock: Callable[[], int] = time.time_ns,
 ) -> FileSystem:
     """Open the file system in a region, with the pins of its tables and the pool of its segments.
 
     :param segments: files get segments by themselves.
+    :param park: some segments are restored later: the caller sees to those that are absent.
     :param open_pool: opens another pool than that in the region's directory, or beside its device.
     :param clock: the time now, ns since 1970.
     :raises FormatError, CorruptionError: see :meth:`FileSystem.mount`.
@@ -97,6 +99,7 @@ def mount_filesystem(
         pins=TablePins,
         open_pool=open_pool or open_own_pool,
         segments=segments,
+        park=park,
         read_only=read_only,
         clock=clock,
     )

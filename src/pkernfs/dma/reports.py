@@ -195,9 +195,7 @@ def _wanted_pieces(
 
 def _segment_pieces(fs: FileSystem, inode: Inode) -> Iterator[Owner]:
     segments, row = fs.segments, fs.segments.of(inode)
-    lost = segments.pool is None or row.number in segments.lost
-    path = None if segments.pool is None or lost else segments.pool.native_path(row)
-    place = export.SegmentPlace(row.number, path)
+    place = export.SegmentPlace(row.number, segments.native_path(row))
     for piece in tables_of(fs).file_pieces(inode.ino, 0, -(-inode.size // PAGE) * PAGE):
         end = PhysAddr(piece.physical + piece.length)
         yield Owner(piece.physical, end, inode.ino, piece.offset, place)

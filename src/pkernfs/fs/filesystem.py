@@ -160,6 +160,7 @@ class FileSystem:
         pins: Callable[[FileSystem], Pins],
         open_pool: Callable[[superblock.Superblock], Pool | None] = _no_pool,
         segments: bool = True,
+        park: bool = False,
         read_only: bool = False,
         clock: Callable[[], int] = time.time_ns,
     ) -> FileSystem:
@@ -168,6 +169,7 @@ class FileSystem:
         :param pins: makes the pins of the file system, before anything in it is freed.
         :param open_pool: opens what segments come from, if the superblock says that there is it.
         :param segments: files get segments by themselves.
+        :param park: some segments are restored later: the caller sees to those that are absent.
         :param clock: the time now, ns since 1970.
         :raises FormatError: no pkernfs, or one that this version must not touch.
         :raises CorruptionError: too damaged to be mounted.
@@ -179,10 +181,10 @@ class FileSystem:
         may_write = may_write and not read_only and region.writable
         pool = open_pool(sb) if sb.pool.pool else None
         fs = cls(Super(region, sb, clock, may_write), pins, pool, wanted=segments)
-        fs._start()
+        fs._start(park=park)
         return fs
 
-    def _start(self) -> None:
+    def _start(self, *, park: bool) -> None:
         inodes, name = self.super.inodes, self.region.name
         state = self.super.state()
         if state.flags & STATE_FLAG_ERROR:
@@ -208,7 +210,7 @@ class FileSystem:
         except PkernfsError as e:
             self.fail(f"iommu: what is mapped for DMA cannot be told: {e}")
             return
-        unfinished += self.segments.restore()
+        unfinished += self.segments.restore(park=park)
         self._finish(unfinished)  # what cannot be completed is told, and tried at the next mount
         if mount_report.verifier is not None:
             inodes.watch = mount_report.verifier.changed_meanwhile
@@ -241,6 +243,7 @@ class FileSystem:
         inodes = self.super.inodes
         self._life.forget_all()
         self.segments.settle()
+        self.segments.bring_all()
         whole = self._finish(inodes.count_used())
         self.segments.close()
         if inodes.damaged:

@@ -44,12 +44,9 @@ class NativeFiles:
         return bool(self._inodes.get(ino).flags & INODE_FLAG_NATIVE)
 
     def path(self, ino: Ino) -> str | None:
-        """Where the names of a native file lead; None: it has no segment, or one that is lost."""
-        segments = self._segments
-        row = segments.find(ino)
-        if row is None or segments.pool is None or row.number in segments.lost:
-            return None
-        return segments.pool.native_path(row)
+        """Where the names of a native file lead; None: it has no segment, or one not to be had."""
+        row = self._segments.find(ino)
+        return None if row is None else self._segments.native_path(row)
 
     def on(self, ino: Ino) -> None:
         """Have a file be native, at this mount and those to come. It is no error if it is already.

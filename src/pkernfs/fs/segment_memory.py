@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import errno
+import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
-from pkernfs.errors import NotSupportedError, RegionError
+from pkernfs.errors import NotSupportedError, PkernfsError, RegionError
 from pkernfs.fs.pool_turns import PoolTurns
 from pkernfs.fs.segment_table import SegmentTable
-from pkernfs.layout import INODE_FLAG_SEGMENT
-from pkernfs.pool.pool import Pool, Segment
+from pkernfs.layout import INODE_FLAG_SEGMENT, SEGMENT_IN_USE
+from pkernfs.pool.pool import Owner, Pool, Segment
 from pkernfs.quantities import Ino, RegionOff, SegmentNo
 
 if TYPE_CHECKING:
     from pkernfs.fs.inodes import Inode
     from pkernfs.fs.super import Super
     from pkernfs.region.region import Region
+
+log = logging.getLogger(__name__)
 
 _MOST_MAPPED = 64
 
@@ -38,6 +42,9 @@ class SegmentMemory:
         self.of = table.of
         #: Why a segment cannot be used, by number.
         self.lost: dict[SegmentNo, str] = {}
+        #: Segments that the pool keeps the memory of, and has to restore: the next one first.
+        self.absent: dict[SegmentNo, None] = {}
+        self._renamed: list[SegmentNo] = []  # since they were restored
         self._mapped: OrderedDict[SegmentNo, Region] = OrderedDict()
         self.turns = PoolTurns(self.settle)
         #: Gives an operation its turn at the pool.
@@ -73,7 +80,7 @@ class SegmentMemory:
         if region is not None:
             self._mapped.move_to_end(row.number)
             return region
-        self.check_there(row)
+        row = self.check_there(row)
         self.turns.check_unchanging(row.number)
         region = self.need_pool().open(row, write=self._super.region.writable)
         self._mapped[row.number] = region
@@ -117,10 +124,70 @@ class SegmentMemory:
         """
         return self.need_pool().open(row, write=write)
 
-    def check_there(self, row: Segment) -> None:
-        """:raises RegionError: a segment is lost: why."""
+    def check_there(self, row: Segment) -> Segment:
+        """The row of a segment as it is, once that is there.
+
+        :raises RegionError: it is lost: why.
+        :raises WorkNeeded: the pool has to restore it.
+        """
+        if row.number in self.absent:
+            row = self._restored(row)
         if reason := self.lost.get(row.number):
             raise RegionError(reason, errno.EIO)
+        return row
+
+    def there(self, ino: Ino) -> Segment | None:
+        """The segment of a file, there or lost; None if it has none.
+
+        :raises WorkNeeded: the pool has to restore it.
+        """
+        row = self.find(ino)
+        return row if row is None or row.number in self.lost else self.check_there(row)
+
+    def native_path(self, row: Segment) -> str | None:
+        """The path by which others open a segment; None: it is lost, or not there yet."""
+        if self.pool is None or row.number in self.lost or row.number in self.absent:
+            return None
+        return self.pool.native_path(row)
+
+    def bring(self, number: SegmentNo) -> None:
+        """Have one of :attr:`absent` restored; if that fails, it is lost, and was told.
+
+        :raises WorkNeeded: the pool has to do it.
+        """
+        row = self.table.rows.get(number)
+        if row is None or row.state != SEGMENT_IN_USE:
+            self.absent.pop(number, None)
+            return
+        with suppress(RegionError):
+            self.check_there(row)
+
+    def bring_all(self) -> None:
+        """Have all of them restored, here and now."""
+        for number in list(self.absent):
+            self.turns.run(partial(self.bring, number))
+
+    def _restored(self, row: Segment) -> Segment:
+        pool = self.need_pool()
+        try:
+            now: Segment = self.turns.result(
+                ("restore", row.number), partial(pool.restore, row), row.number
+            )
+            pool.set_owner(now, owner_of(self._inodes.get(row.ino)))
+        except PkernfsError as e:
+            del self.absent[row.number]
+            self.lose(row, e)
+            return row
+        del self.absent[row.number]
+        if now != row:
+            self.table.note(now)
+            self._renamed.append(now.number)
+        return now
+
+    def lose(self, row: Segment, error: PkernfsError) -> None:
+        """Know that a segment cannot be used, and tell it."""
+        self.lost[row.number] = str(error)
+        log.error("%s: inode %d: %s", self._super.region.name, row.ino, error)
 
     def is_lost(self, inode: Inode) -> bool:
         """Tell if a file has a segment whose memory is not there."""
@@ -153,6 +220,11 @@ class SegmentMemory:
         else:
             region.check_there(RegionOff(offset + length))
         return memoryview(data)
+
+
+def owner_of(inode: Inode) -> Owner:
+    """Who may open the segment of a file."""
+    return Owner(inode.uid, inode.gid, inode.mode & 0o777)
 
 
 def copy_bytes(source: Region, at: RegionOff, target: Region, to: RegionOff, length: int) -> None:

@@ -150,6 +150,10 @@ class SegmentTable:
         tree.insert_item(row.number, encode(row))
         self._set(tree.root, self._last)
 
+    def note(self, row: Segment) -> None:
+        """Know a row as it is now, until :meth:`replace` stores it; outside a transaction."""
+        self.rows[row.number] = row
+
     def remove(self, number: SegmentNo) -> None:
         """Remove a row. Its number is not used again."""
         self._remember(number)

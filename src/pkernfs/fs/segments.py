@@ -25,7 +25,7 @@ from pkernfs.errors import (
 from pkernfs.fs.dead_segments import Reaped, destroy, unreached
 from pkernfs.fs.extents import LAST_PAGE, ExtentMap
 from pkernfs.fs.pins import PinGuard
-from pkernfs.fs.segment_memory import SegmentMemory, copy_bytes
+from pkernfs.fs.segment_memory import SegmentMemory, copy_bytes, owner_of
 from pkernfs.fs.segment_table import SegmentTable
 from pkernfs.host.iomem import Span, overlap
 from pkernfs.journal import TransactionTooLarge
@@ -153,8 +153,13 @@ class Segments(SegmentMemory):
             if row is not None and row.state == SEGMENT_IN_USE:
                 with _told(row.number):
                     self.set_owner(self._inodes.get(row.ino))
+        renamed, self._renamed = self._renamed, []
         if self._super.read_only:
             return
+        for row in map(self.table.rows.get, renamed):
+            if row is not None:
+                with _told(row.number), self._store:
+                    self.table.replace(row)
         for ino, row in list(self._new.items()):
             del self._new[ino]
             with _told(row.number):
@@ -321,8 +326,7 @@ class Segments(SegmentMemory):
         :raises NoSpaceError: there is no memory; nothing was changed.
         :raises BusyError: somebody has it, and this kind of segment cannot grow meanwhile.
         """
-        row = self.of(inode)
-        self.check_there(row)
+        row = self.check_there(self.of(inode))
         if size <= row.valid:
             return
         if row.valid < row.length:  # it grows already: this is a second call
@@ -364,7 +368,7 @@ class Segments(SegmentMemory):
         row = self.of(inode)
         if row.number in self.lost and not size:
             return
-        self.check_there(row)
+        row = self.check_there(row)
         try:
             self._result(row, "unused", partial(self.need_pool().check_unused, row))
         except BusyError as e:
@@ -387,8 +391,7 @@ class Segments(SegmentMemory):
 
         :raises RegionError: the segment is lost.
         """
-        row, pool = self.of(inode), self.need_pool()
-        self.check_there(row)
+        row, pool = self.check_there(self.of(inode)), self.need_pool()
         was_cut = inode.pending_end == PENDING_TO_END
         start, end = inode.pending_start, min(inode.pending_end, row.valid)
 
@@ -461,7 +464,7 @@ class Segments(SegmentMemory):
         if self.turns.is_changing(row.number):
             self._owner_due.add(row.number)
         else:
-            self.pool.set_owner(row, owner or _owner_of(inode))
+            self.pool.set_owner(row, owner or owner_of(inode))
 
     def lock_out(self, inode: Inode) -> None:
         """Let nobody but root open the segment of a file, until :meth:`set_owner`."""
@@ -469,11 +472,13 @@ class Segments(SegmentMemory):
 
     # ------------------------------------------------------------------ at a mount
 
-    def restore(self) -> list[Ino]:
+    def restore(self, *, park: bool = False) -> list[Ino]:
         """Bring table and pool together; what is lost is told, and nothing else fails.
 
         What no file has is destroyed; what a file has is there, as long as the table says, and its
         owner's. Growth that was interrupted is undone: that needs no memory.
+
+        :param park: some are only kept for later, as :attr:`absent`.
 
         Returns the files that still have a pending range.
         """
@@ -487,6 +492,8 @@ class Segments(SegmentMemory):
             return []
         self._end_unowned()
         rows = [row for row in self.table.rows.values() if row.state == SEGMENT_IN_USE]
+        whole = [row for row in rows if park and row.valid == row.length]
+        self.absent = dict.fromkeys(self.pool.park(whole))
         unfinished = [row.ino for row in rows if self._restore(self.pool, row)]
         if not self.table.damaged:  # else what seems to be a stray may be a file's
             for stray in self.pool.strays(list(self.table.rows.values())):
@@ -505,13 +512,10 @@ class Segments(SegmentMemory):
             inode = self._inodes.get(row.ino)
             if not inode.flags & INODE_FLAG_SEGMENT or SegmentNo(inode.body) != row.number:
                 raise CorruptionError(f"segment {row.number}: inode {row.ino} does not have it")
-            now = pool.restore(self._ungrown(row))
-            if now != row:
-                self._save(inode, now)
-            pool.set_owner(now, _owner_of(inode))
+            now = row if row.number in self.absent else self._restore_now(pool, inode, row)
         except PkernfsError as e:
-            self.lost[row.number] = str(e)
-            log.error("%s: inode %d: %s", self._super.region.name, row.ino, e)
+            self.absent.pop(row.number, None)
+            self.lose(row, e)
             return False
         if inode.size > now.valid:  # what is there can be read, and the rest cannot
             log.error(
@@ -520,6 +524,13 @@ class Segments(SegmentMemory):
                 self._super.region.name, row.ino, inode.size, now.valid,
             )  # fmt: skip
         return bool(inode.flags & INODE_FLAG_PENDING)
+
+    def _restore_now(self, pool: Pool, inode: Inode, row: Segment) -> Segment:
+        now = pool.restore(self._ungrown(row))
+        if now != row:
+            self._save(inode, now)
+        pool.set_owner(now, owner_of(inode))
+        return now
 
     def _ungrown(self, row: Segment) -> Segment:
         """A row as it was before growth that was interrupted; where a device reaches it, after."""
@@ -584,7 +595,3 @@ def _cut(row: Segment, length: int) -> Segment:
     """A row that is only ``length`` bytes long."""
     left = pieces.head(row.pieces, length)
     return row._replace(length=length, valid=min(row.valid, length), pieces=left)
-
-
-def _owner_of(inode: Inode) -> Owner:
-    return Owner(inode.uid, inode.gid, inode.mode & 0o777)

@@ -78,7 +78,12 @@ def _open_filesystem(region: Region, options: Options) -> FileSystem:
         elif found.content is not mkfs.Content.PKERNFS:
             raise FormatError(f"{region.name}: not formatted: it holds {found.what}")
     segments = options.get("segments") != "no"
-    fs = mount_filesystem(region, segments=segments, read_only="ro" in options)
+    fs = mount_filesystem(
+        region,
+        segments=segments,
+        park="verify" not in options,  # which reads all of them
+        read_only="ro" in options,
+    )
     placement.record(fs.super)
     _resume_units(fs)
     return fs

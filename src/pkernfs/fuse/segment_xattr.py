@@ -35,8 +35,9 @@ def value(fs: FileSystem, ino: Ino) -> bytes:
     """The value of the attribute.
 
     :raises NoDataError: the file has no segment.
+    :raises WorkNeeded: the pool has to restore it.
     """
-    row, pool = fs.segments.find(ino), fs.segments.pool
+    row, pool = fs.segments.there(ino), fs.segments.pool
     if row is None or pool is None:
         raise NoDataError("no segment")
     kind = "dax" if row.kind == POOL_DAX else "directory"

@@ -8,6 +8,7 @@ takes long: zeroing, writing back, unmounting.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import itertools
 import logging
@@ -37,7 +38,7 @@ from pkernfs.fuse.waiting import until_worked, until_zeroed
 from pkernfs.host.holders import Holding, Target, look
 from pkernfs.host.mappings import Mapping, mappings_of
 from pkernfs.layout import ARRIVAL_REMOUNT, BLOCK
-from pkernfs.quantities import BlockNo, BlockRun, Ino, RegionRun
+from pkernfs.quantities import BlockNo, BlockRun, Ino, RegionRun, SegmentNo
 from pkernfs.ratelimit import RateLimit
 
 import pyfuse3  # isort: skip
@@ -97,6 +98,9 @@ class Session:
         self.idle = RecurringEvent()
         self._zeroing = trio.Lock()
         self._pooling = trio.Lock()
+        self._segments_there = trio.Event()
+        if not fs.segments.absent:
+            self._segments_there.set()
         self.listener: Listener | None = None
 
     async def run(self, ready: Callable[[], Any]) -> None:
@@ -106,6 +110,7 @@ class Session:
             background.start_soon(self._zero_ahead)
             if self._fs.segments.pool is not None:
                 background.start_soon(self._destroy_dead_segments)
+                background.start_soon(self._bring_segments)
             background.start_soon(self._handle_signals)
             background.start_soon(self._announce, ready)
             background.start_soon(self._serve_control_socket)
@@ -144,6 +149,7 @@ class Session:
         if self._fs.mount_report is not None and self._fs.mount_report.verifier is not None:
             from pkernfs.control.verification import verify
 
+            await self._segments_there.wait()
             await verify(self._fs, lambda: self._pooling)
 
     def writers(self) -> dict[Ino, int]:
@@ -166,6 +172,7 @@ class Session:
 
         :raises RegionError: the kernel refuses, or the segment is lost.
         """
+        await self.with_zeroing(lambda: self._fs.segments.there(ino))
         segment = self._fs.natives.path(ino)
         if segment is None or self._natives is None:
             raise RegionError("its segment is lost")
@@ -242,9 +249,11 @@ class Session:
     async def hold_zeroing(self) -> AsyncIterator[None]:
         """Keep everybody else from zeroing memory and from changing the pool of segments.
 
-        So no request waits for either. What was freed has been looked at.
+        So no request waits for either. What was freed has been looked at. All segments are there.
         """
         async with self._zeroing, self._pooling:
+            for number in list(self._fs.segments.absent):
+                await self._bring(number)
             await self._look_at_freed()
             yield
 
@@ -361,6 +370,18 @@ class Session:
                         return
             with trio.move_on_after(_LOOK_SECONDS if segments.reaping() is not None else math.inf):
                 await changed.wait()
+
+    async def _bring_segments(self) -> None:
+        """Restore the segments that the mount did not wait for; others get turns in between."""
+        await self._ready.wait()
+        for number in list(self._fs.segments.absent):
+            async with self._pooling:
+                await self._bring(number)
+        self._segments_there.set()
+
+    async def _bring(self, number: SegmentNo) -> None:
+        """Restore one; inside :attr:`_pooling`."""
+        await until_worked(self._fs, self, functools.partial(self._fs.segments.bring, number))
 
     async def _look_at_freed(self) -> None:
         """Hold what others still map of the memory that was freed; inside :attr:`_zeroing`.

@@ -7,7 +7,7 @@ from typing import Any
 from pkernfs.errors import NotSupportedError, WorkNeeded
 from pkernfs.fuse import extents_xattr, segment_xattr, shim  # noqa: F401 - the shim comes first
 from pkernfs.fuse.data import CAPABILITY
-from pkernfs.fuse.waiting import Handlers, Waiting, errno_of, handler
+from pkernfs.fuse.waiting import Handlers, Waiting, errno_of, handler, until_worked
 from pkernfs.quantities import Ino
 
 from pyfuse3 import FUSEError  # isort: skip
@@ -27,7 +27,7 @@ class XattrHandlers(Handlers):
         if name.startswith(_EXTENTS):
             return await self._extents(ino, name, ctx.uid == 0)
         if name == _SEGMENT:
-            return self._segment(ino)
+            return await self._segment(ino)
         return await self._stored_xattr(ino, name)
 
     @handler
@@ -52,15 +52,14 @@ class XattrHandlers(Handlers):
         """In a turn at the pool, for the segment is mapped for it: a cut would find it busy."""
         found: list[bytes] = []
         async with waiting.pool_turn():
+            await until_worked(self.fs, waiting, lambda: self.fs.segments.there(ino))
             make = extents_xattr.page(self.fs, ino, name, with_addresses=True)
             await waiting.work(WorkNeeded(lambda: found.append(make())))
         return found[0]
 
+    @handler
     def _segment(self, ino: Ino) -> bytes:
-        try:
-            return segment_xattr.value(self.fs, ino)
-        except Exception as e:
-            raise FUSEError(errno_of(self.fs, e)) from None
+        return segment_xattr.value(self.fs, ino)
 
     @handler
     def setxattr(self, ino: Ino, name: bytes, value: bytes, ctx: Any) -> None:

@@ -20,6 +20,7 @@ from pkernfs.host.sysroot import HOST, Host
 from pkernfs.layout import BLOCK, POOL_DAX
 from pkernfs.pool import pieces as spans
 from pkernfs.pool.dax_index import DaxIndex
+from pkernfs.pool.dax_parking import DaxParking
 from pkernfs.pool.dax_space import DaxSpace
 from pkernfs.pool.pieces import Pieces
 from pkernfs.pool.pool import Holder, Owner, Passed, Segment, Space, nothing_is_passed
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 _DRIVER = os.path.basename(dax.DRIVER)
 _ZERO_STEP_BYTES = 1 << 30
+_PARKED = "parked"
 _MAPS, _OPEN, _MAY = "maps", "has opened", "may have"
 
 
@@ -92,6 +94,7 @@ class DaxPool:
             PhysicalLocks(f"/dev/{base.name}", host, exclusive=write) if lock else NoPhysicalLocks()
         )
         self._space = DaxSpace(base, self._index, self.name, host)
+        self._parking = DaxParking(base, self._label(_PARKED), self._index, self._locks, host)
 
     def close(self) -> None:
         """Let go of the pool; the segments stay."""
@@ -169,17 +172,18 @@ class DaxPool:
     def _is_of(self, device: Device, row: Segment) -> bool:
         if device.name == self._base.name:
             return False
+        label = dax_node.read_label(device.name, self._host)
         if spans.merged(device.pieces) == spans.merged(row.pieces):
-            return True
-        if dax_node.read_label(device.name, self._host) != self._label(row.number):
+            return label != self._label(_PARKED)
+        if label != self._label(row.number):
             return False
         return spans.begins_with(device.pieces, row.pieces) or spans.begins_with(
             row.pieces, device.pieces
         )
 
-    def _label(self, number: SegmentNo) -> str:
-        """What the node of a segment's device says: the base's address, the number of the row."""
-        return f"{self._base.pieces[0].start:#x} {number}"
+    def _label(self, what: SegmentNo | str) -> str:
+        """What the node of a device says: the base's address, and the number of the row."""
+        return f"{self._base.pieces[0].start:#x} {what}"
 
     def _there(self, row: Segment, *, again: bool = True) -> Device:
         """The device of a segment, whole and with its driver; it is longer if a cut was prevented.
@@ -214,6 +218,16 @@ class DaxPool:
             return self._make(segment)
         finally:
             self._space.settle(segment.number)
+
+    def park(self, rows: list[Segment]) -> list[SegmentNo]:
+        """Keep the memory of segments that are not there from all others.
+
+        It is theirs by parking devices, until :meth:`restore` makes their own.
+        """
+        self._parking.clear()
+        return self._parking.park(
+            row for row in rows if row.pieces and self._find(row, again=False) is None
+        )
 
     def restore(self, segment: Segment) -> Segment:
         """Make a segment again if a kexec has forgotten it, or complete a change of it.
@@ -250,8 +264,9 @@ class DaxPool:
             dax_node.set_label(name, self._label(row.number), self._host)
             if (align := self._align(row.pieces)) != self._new_align:
                 dax_making.set_align(name, align, _where(row), self._host)
-            for piece in row.pieces:
-                dax_making.add_piece(name, piece, _where(row), self._host)
+            with self._parking.taken_out(row):
+                for piece in row.pieces:
+                    dax_making.add_piece(name, piece, _where(row), self._host)
             return self._filled(row, self._bound(row, name, align))
         except BaseException as e:
             self._take_apart(name)
@@ -370,6 +385,10 @@ class DaxPool:
         :raises RegionError: what is there is not ours.
         """
         self._space.settle(segment.number)
+        if self._parking.holds(segment.number):
+            with self._parking.taken_out(segment):
+                self._locks.let_go(segment.pieces)
+            return
         device = self._find(segment)
         if device is None:
             if other := self._instead(segment.pieces):
@@ -401,6 +420,8 @@ class DaxPool:
         for name in self.segment_names():
             if self._write and not dax_making.size_of(name, self._host):
                 self._take_apart(name)
+            elif self._parking.is_parking(name):
+                continue
             elif dax_node.read_label(name, self._host) not in labels:
                 found.append(
                     f"/dev/{name}: made as a segment that the file system does not know: "
@@ -466,6 +487,8 @@ class DaxPool:
 
         :raises RegionError: it is not there.
         """
+        if self._parking.holds(segment.number):
+            return  # nobody but root can open it before it is restored
         device = self._there(segment, again=False)
         access = Access(owner.uid, owner.gid, owner.mode & 0o666)
         dax_node.set_access(device.name, access, self._host)

@@ -29,6 +29,7 @@ from pkernfs.pool import segment_file
 from pkernfs.pool.lease import holders_of, leased, nobody_else
 from pkernfs.pool.pool import Holder, Owner, Passed, Segment, Space, nothing_is_passed
 from pkernfs.pool.segment_file import SegmentFile
+from pkernfs.quantities import SegmentNo
 from pkernfs.region.files import MemoryFile, OpenFileBacking, memory_file, untouched
 from pkernfs.region.region import Region
 from pkernfs.region.spec import BASE
@@ -199,6 +200,10 @@ class DirectoryPool:
         except OSError as e:
             why = f"cannot be removed from {self.name}: {e.strerror}"
             raise RegionError(f"{name}: {why}", e.errno or 0) from e
+
+    def park(self, rows: list[Segment]) -> list[SegmentNo]:
+        """Nothing is parked: a file is there, or it is lost."""
+        return []
 
     def restore(self, segment: Segment) -> Segment:
         """Check the file of a segment in use, and complete what was interrupted.

@@ -113,6 +113,14 @@ class Pool(Protocol):
         :raises RegionError: the kernel refuses.
         """
 
+    def park(self, rows: list[Segment]) -> list[SegmentNo]:
+        """At a mount: keep the memory of segments in use from others, if that is cheaper for now.
+
+        Returns the numbers of those of which it was done, those first that are best restored first.
+        Nobody needs to wait for that; but before, they can only be destroyed. The others are to be
+        restored at once. What an earlier call has left is forgotten.
+        """
+
     def restore(self, segment: Segment) -> Segment:
         """At a mount: make a segment in use again if it is not there, and check it if it is.
 
