@@ -214,6 +214,33 @@ def test_a_base_range_is_put_back_without_the_memory_of_segments(
     assert read_device("dax0.0", machine).pieces == (span(G, 64 * M),)
 
 
+@pytest.mark.parametrize("readable", [True, False])
+def test_a_large_device_gets_no_driver_only_to_be_cut(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, readable: bool
+) -> None:
+    """Where /dev/mem can be read: a driver would prepare the pages of all its memory first."""
+    kernel = MadeUpDax(machine)
+    kernel.install(monkeypatch)
+    keep_base("dax0.0", 64 * M, machine)
+    path = machine.path("dev/dax0.0")
+    with Region.open(path, write=True, host=machine) as region:
+        make_filesystem(region, pool=PoolFields(POOL_DAX, BLOCK))
+        page = region.read(RegionOff(0), PAGE)
+    kernel.boot()
+    memory = Path(machine.path("dev/mem"))
+    with memory.open("wb") as file:
+        file.seek(G if readable else 0)
+        file.write(page)
+    written: list[str] = []
+    kernel.between = written.append
+    assert placement._put_back(path, "dax0.0", machine) == path
+    assert read_device("dax0.0", machine).pieces == (span(G, 64 * M),)
+    assert written.count("unbind") == (0 if readable else 1)
+    written.clear()
+    assert placement._put_back(path, "dax0.0", machine) == path  # it is itself
+    assert written == []
+
+
 def test_a_base_range_does_not_grow(machine: Machine) -> None:
     """The memory behind it may be that of segments."""
     path = add_dax(machine, "dax0.1", (G, 8 * M))

@@ -17,8 +17,9 @@ from pkernfs.errors import LockedError, RegionError
 from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.fs.superblock import describe
 from pkernfs.layout import BLOCK, ROOT_INO
-from pkernfs.quantities import RegionOff
+from pkernfs.quantities import PhysAddr, RegionOff
 from pkernfs.region import locks
+from pkernfs.region.devmem import peek
 from pkernfs.region.opening import open_backing
 from support.made_up_host import Machine
 from support.made_up_regions import G, M, dev_mem_machine, open_region
@@ -164,3 +165,13 @@ def test_a_refused_mapping_lets_the_lock_go(
         " (STRICT_DEVMEM): choose a START that is a multiple of 64M"
     )
     odd.close()
+
+
+def test_a_few_bytes_that_no_driver_has(machine: Machine) -> None:
+    """Who cannot have them has another way, so nothing is said."""
+    path = Path(machine.path("dev/mem"))
+    path.unlink(missing_ok=True)
+    assert peek(PhysAddr(4096), 3, machine) == b""
+    path.write_bytes(bytes(4096) + b"abcdef")
+    assert peek(PhysAddr(4096), 3, machine) == b"abc"
+    assert peek(PhysAddr(4100), 9, machine) == b"ef"

@@ -34,7 +34,7 @@ from pkernfs.layout import (
     SUPERBLOCK_PAGE,
 )
 from pkernfs.quantities import PhysAddr, RegionOff
-from pkernfs.region import dax, dax_devices
+from pkernfs.region import dax, dax_devices, devmem
 from pkernfs.region.dax import Device
 from pkernfs.region.region import Region
 from pkernfs.region.spec import is_file_spec, resolve
@@ -129,7 +129,10 @@ def parse(page: bytes) -> Placement | None:
 
 def read(region: Region, offset: RegionOff = _START) -> Placement | None:
     """The record of the superblock at an offset; None without a superblock or a record."""
-    page = region.read(offset, PAGE)
+    return _read_page(region.read(offset, PAGE))
+
+
+def _read_page(page: bytes) -> Placement | None:
     try:
         superblock.parse(page, SUPERBLOCK_PAGE)
     except PkernfsError:
@@ -195,9 +198,10 @@ def _put_back(path: str, name: str, host: Host) -> str:
     """Make the device that ``path`` names again if it was forgotten; its path."""
     found: list[_Found] = []
     if name in dax.device_names(host):
-        if _is_itself(path, name, host):
+        found = _peek(name, host)
+        if not found and _is_itself(path, name, host):
             return path
-        found = _find_at_its_begin(path, name, host)
+        found = found or _find_at_its_begin(path, name, host)
     found = found or [one for one in _find_all(host) if one.placement.name == name]
     if not found:
         return path
@@ -238,11 +242,29 @@ def _find_at_its_begin(path: str, name: str, host: Host) -> list[_Found]:
     if not device.size or device.driver not in (None, os.path.basename(dax.DRIVER)):
         return []
     with Region.open(path, write=False, lock=False, host=host) as region:
-        recorded = read(region)
-    if recorded is None or not recorded.exact or recorded.name != name:
+        return _at_its_begin(device, read(region))
+
+
+def _at_its_begin(device: Device, recorded: Placement | None) -> list[_Found]:
+    if recorded is None or not recorded.exact or recorded.name != device.name:
         return []
     is_here = recorded.pieces[0].start == device.pieces[0].start
     return [_Found(recorded, device.region)] if is_here else []
+
+
+def _peek(name: str, host: Host) -> list[_Found]:
+    """As :func:`_find_at_its_begin`, but without a driver, where the kernel lets /dev/mem be read.
+
+    A driver first prepares all pages of the memory, which takes as long as there is much of it.
+    """
+    device = dax.read_device(name, host)
+    if device.driver is not None or not device.pieces:
+        return []
+    page = devmem.peek(device.pieces[0].start, PAGE, host)
+    if len(page) < PAGE:
+        return []
+    found = _at_its_begin(device, _read_page(page))
+    return [] if any(one.placement.pieces == device.pieces for one in found) else found
 
 
 def _find_all(host: Host) -> list[_Found]:
