@@ -229,3 +229,33 @@ def test_a_name_is_kept_while_it_is_covered(mounted: MountedPool) -> None:
     shutil.rmtree(mounted.path / "e")
     path.unlink()
     mounted.wait_until_gone(segment)
+
+
+def test_a_lost_segment_leaves_the_file(mounted: MountedPool) -> None:
+    path, segment = native(mounted)
+    other, _ = native(mounted, "other")
+    with beneath(str(path)) as below:
+        ino = os.stat(below).st_ino
+    mounted.damaged = True
+    mounted.kill()
+    segment.unlink()
+    mounted.start()
+    wait_until(lambda: covers(mounted) == [str(other)], "the other name")
+    with pytest.raises(OSError, match="Input/output"):
+        path.read_bytes()
+    switch(path, "off")
+    subprocess.run(["umount", "-R", mounted.path], check=True)
+    mounted.wait()
+    assert f"inode {ino}: not native: segment-1: lost" in mounted.words()
+
+
+def test_a_name_is_removed_where_it_is_not_covered(mounted: MountedPool) -> None:
+    """In another mount namespace; that uncovers it here, and who has the segment keeps it."""
+    path, segment = native(mounted)
+    with path.open("r+b") as opened, mmap.mmap(opened.fileno(), 0) as memory:
+        remove = 'umount "$0" && rm "$0"'
+        subprocess.run(["unshare", "-m", "sh", "-c", remove, path], check=True)
+        assert not covers(mounted)
+        assert not path.exists()
+        memory[:3] = b"new"
+    mounted.wait_until_gone(segment)

@@ -44,9 +44,17 @@ class NativeFiles:
         return bool(self._inodes.get(ino).flags & INODE_FLAG_NATIVE)
 
     def path(self, ino: Ino) -> str | None:
-        """Where the names of a native file lead; None: it has no segment, or one not to be had."""
-        row = self._segments.find(ino)
-        return None if row is None else self._segments.native_path(row)
+        """Where the names of a native file lead; None: it has no segment, or there is no pool.
+
+        :raises RegionError: its segment is lost: why.
+        :raises WorkNeeded: its segment is not there yet.
+        """
+        segments = self._segments
+        row = segments.find(ino)
+        if row is None or segments.pool is None:
+            return None
+        segments.check_there(row)
+        return segments.pool.native_path(segments.find(ino) or row)
 
     def on(self, ino: Ino) -> None:
         """Have a file be native, at this mount and those to come. It is no error if it is already.

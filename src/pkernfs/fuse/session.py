@@ -172,10 +172,9 @@ class Session:
 
         :raises RegionError: the kernel refuses, or the segment is lost.
         """
-        await self.with_zeroing(lambda: self._fs.segments.there(ino))
-        segment = self._fs.natives.path(ino)
+        segment = await self.with_zeroing(lambda: self._fs.natives.path(ino))
         if segment is None or self._natives is None:
-            raise RegionError("its segment is lost")
+            raise RegionError(f"inode {ino}: no memory of its own here")
         await trio.to_thread.run_sync(self._natives.cover, path, ino, segment)
 
     async def uncover(self, ino: Ino) -> None:
@@ -183,17 +182,24 @@ class Session:
         await self._uncover([ino])
 
     async def _uncover(self, inos: list[Ino]) -> None:
-        paths = [path for path in map(self._fs.natives.path, inos) if path is not None]
+        paths = [path for ino in inos if (path := await self._path(ino)) is not None]
         if self._natives is not None and paths:
             await trio.to_thread.run_sync(self._natives.uncover, paths)
+
+    async def _path(self, ino: Ino) -> str | None:
+        """Where a file's segment is, once it is there; None: it has none, or it is lost."""
+        try:
+            return await self.with_zeroing(lambda: self._fs.natives.path(ino))
+        except PkernfsError:
+            return None
 
     async def users(self, ino: Ino, *, segment: bool) -> list[Holding]:
         """Ask the kernel which processes have a file, or else its segment, open or mapped."""
         if self._device is None:
             return []
         targets = [Target(self._device, ino)]
-        path = self._fs.natives.path(ino)
-        if segment and path is not None:
+        path = await self._path(ino) if segment else None
+        if path is not None:
             with contextlib.suppress(OSError):
                 targets.append(Target.of(os.stat(path), os.path.basename(path)))
         seen = await trio.to_thread.run_sync(look, targets)
