@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
+import random
 import shutil
 import signal
 import stat
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +25,8 @@ from support.mounted_pool import MountedPool, huge_pool, native_of, tmpfs
 from support.mounting import MIB, run_as, run_pkernfs, wait_until
 
 pytestmark = pytest.mark.fuse
+
+SEED = int(os.environ.get("PKERNFS_SEED") or random.randrange(1 << 32))
 
 
 def native(mounted: MountedPool, name: str = "f", size: int = 4 * MIB) -> tuple[Path, Path]:
@@ -259,3 +264,22 @@ def test_a_name_is_removed_where_it_is_not_covered(mounted: MountedPool) -> None
         assert not path.exists()
         memory[:3] = b"new"
     mounted.wait_until_gone(segment)
+
+
+def test_a_daemon_is_killed_while_it_changes_a_name(mounted: MountedPool) -> None:
+    """The next mount has the names of the file as the file says, and no bind mount too many."""
+    print(f"PKERNFS_SEED={SEED}")
+    moments = random.Random(SEED)
+    path, segment = native(mounted)
+    for _ in range(6):
+        way = "off" if is_native(path, segment) else "on"
+        command = [sys.executable, *mounted.program, "native", str(path), way]
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as asking:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                asking.wait(moments.uniform(0, 0.6))
+            mounted.kill()
+            asking.wait()
+        mounted.start()
+        told = json.loads(pkernfs("path", "--json", path).stdout)["native"]
+        wait_until(lambda told=told: is_native(path, segment) == told, "the name")  # type: ignore[misc]
+        assert covers(mounted) == [str(path)] * told
