@@ -15,7 +15,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from pkernfs.dma.mount import tables_of
+from pkernfs.dma.domains import FilePiece
 from pkernfs.errors import (
     BusyError,
     ExistsError,
@@ -26,12 +26,15 @@ from pkernfs.errors import (
 from pkernfs.fs.file import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE
 from pkernfs.fs.namei import RENAME_EXCHANGE
 from pkernfs.fs.names import ROOT_PGTABLES
+from pkernfs.host.iomem import Span
 from pkernfs.layout import BLOCK, IOMMU_INO, PAGE, ROOT_INO, Extent
 from pkernfs.quantities import Ino, Iova, PageNo, SourceId
 from support.checking import assert_clean
+from support.memory_pool import MemoryPool, PiecedPool
 from support.table_files import MIB, PHYS_BASE, Host
 
 REGION_BYTES = 96 * MIB
+POOL_BYTES = 24 * MIB
 MAX_PAGES = 3 * BLOCK // PAGE
 PICK = st.integers(0, 1 << 16)
 NAMES = st.sampled_from(["a", "b", "c", "d", "e"])
@@ -70,9 +73,11 @@ class Domain:
 class TablesMachine(RuleBasedStateMachine):
     """One file system, and what its tables should say."""
 
+    pool: Callable[[], MemoryPool | None] = lambda: None
+
     def __init__(self) -> None:
         super().__init__()
-        self.host = Host(REGION_BYTES)
+        self.host = Host(REGION_BYTES, pool=type(self).pool())
         self.names: dict[str, File] = {}
         self.domains: dict[int, Domain] = {}
 
@@ -362,20 +367,21 @@ class TablesMachine(RuleBasedStateMachine):
         assert self._pins() == pins
 
     def _pins(self) -> dict[str, list[tuple[int, str | None]]]:
-        """Who holds each extent of each file."""
-        fs = self.host.fs
+        """Who holds each piece of each file."""
         return {
             name: [
-                (
-                    e.offset,
-                    tables_of(fs).holder(
-                        [Extent(0, PageNo(e.region_offset // PAGE), e.length // PAGE)]
-                    ),
-                )
-                for e in fs.extents(file.ino)
+                (piece.offset, self._holder(piece))
+                for piece in self.host.tables.file_pieces(file.ino, 0, file.size)
             ]
             for name, file in self.names.items()
         }
+
+    def _holder(self, piece: FilePiece) -> str | None:
+        tables = self.host.tables
+        if piece.physical >= PiecedPool.start:
+            return tables.holder_of_memory([Span(piece.physical, piece.length)])
+        page = PageNo((piece.physical - PHYS_BASE) // PAGE)
+        return tables.holder([Extent(0, page, -(-piece.length // PAGE))])
 
     # ------------------------------------------------------------------ what always holds
 
@@ -390,9 +396,9 @@ class TablesMachine(RuleBasedStateMachine):
         where: dict[int, dict[int, int]] = {}
         for file in self.names.values():
             pages = where.setdefault(file.ino, {})
-            for low, length, at in self.host.fs.pieces(file.ino, 0, -(-file.size // PAGE) * PAGE):
-                first = (PHYS_BASE + at) // PAGE
-                pages.update((low // PAGE + i, first + i) for i in range(length // PAGE))
+            whole = -(-file.size // PAGE) * PAGE
+            for low, at, length in self.host.tables.file_pieces(file.ino, 0, whole):
+                pages.update((low // PAGE + i, at // PAGE + i) for i in range(length // PAGE))
         assert set(self.host.tables.domains) == set(self.domains)
         for number, domain in self.domains.items():
             found = {}
@@ -421,3 +427,33 @@ class TablesMachine(RuleBasedStateMachine):
 
 TestTables = pytest.mark.slow("a model of all of it")(TablesMachine.TestCase)
 TestTables.settings = settings(max_examples=3 * settings().max_examples)
+
+
+class SegmentsMachine(TablesMachine):
+    """The same, where files get segments, and lose them."""
+
+    pool = partial(PiecedPool, POOL_BYTES, dirty=True)
+
+    @precondition(TablesMachine.has_file)
+    @rule(n=PICK, on=st.booleans())
+    def convert(self, n: int, on: bool) -> None:
+        _name, file = self.pick(n)
+        conversions = self.host.fs.conversions
+        convert = conversions.on if on else conversions.off
+        try:
+            self.expect(self.pinned(file), partial(convert, file.ino))
+        finally:
+            conversions.give_up(file.ino)
+
+    @rule()
+    def reap(self) -> None:
+        """Nothing that a device may reach is dead, and so nothing has to wait."""
+        assert self.host.fs.segments.reap() == {}
+
+    @invariant()
+    def no_segment_is_lost(self) -> None:
+        assert not self.host.fs.segments.lost
+
+
+TestSegments = pytest.mark.slow("a model of all of it")(SegmentsMachine.TestCase)
+TestSegments.settings = settings(max_examples=2 * settings().max_examples)

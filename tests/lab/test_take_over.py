@@ -49,9 +49,10 @@ CARD, REGISTER, VALUE = "0000:01:00.0", 0x2800, 0x1234_5670
 EDUS = (QUIET, BUSY, ARMED)
 DOMAINS = {QUIET: 0, BUSY: 1, ARMED: 2, CARD: 3}
 AT = {bdf: (1 + 4 * number) << 30 for bdf, number in DOMAINS.items()}  # of guest-ram
-RAM = MOUNT / "guest-ram"
+RAM, FLAT = MOUNT / "guest-ram", MOUNT / "flat-ram"  # on device-dax, guest-ram is a segment
+FILES = {QUIET: RAM, BUSY: RAM, ARMED: FLAT, CARD: FLAT}
 BYTES = {QUIET: 256 * MIB, BUSY: 256 * MIB, ARMED: 2 * MIB, CARD: 2 * MIB}  # how much of it
-WORD = {QUIET: 100 * MIB, BUSY: 200 * MIB, ARMED: MIB}  # of guest-ram, for each device
+WORD = {QUIET: 100 * MIB, BUSY: 200 * MIB, ARMED: MIB}  # of the file, for each device
 TAKE_OVER = str(PROJECT / "scripts/take-over")
 UNSAFE = Path("/sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts")
 #: What a VMM does with what --exec leaves it: the device is at work, and more can be mapped.
@@ -92,23 +93,29 @@ def domain(bdf: str) -> str:
 
 
 def works(edu: Edu, bdf: str) -> None:
-    """The device copies a word of guest-ram to the one behind it."""
+    """The device copies a word of its file to the one behind it."""
     value = time.monotonic_ns()
-    write_word(RAM, WORD[bdf], value)
+    write_word(FILES[bdf], WORD[bdf], value)
     edu.copy(AT[bdf] + WORD[bdf], AT[bdf] + WORD[bdf] + 8)
-    assert read_word(RAM, WORD[bdf] + 8) == value
+    assert read_word(FILES[bdf], WORD[bdf] + 8) == value
 
 
 # ---------------------------------------------------------------------------- the first kernel
 
 
 def make_domains(guest: Guest) -> None:
-    """guest-ram, and a domain for each device that maps it at an address of its own."""
-    regions.mkfs(guest)
-    regions.make_file(RAM, max(BYTES.values()))
+    """The files, and a domain for each device that maps one at an address of its own."""
+    pooled = guest.parameters.get("kind") == "dax"
+    regions.mkfs(guest, *(("-s", "64M") if pooled else ()))
+    regions.make_file(RAM, BYTES[QUIET])
+    FLAT.touch()
+    if pooled:
+        pkernfs("segment", str(FLAT), "off")
+        assert guest.run("pkernfs", "path", str(RAM)) == "/dev/dax0.1\n"
+    regions.make_file(FLAT, BYTES[ARMED])
     for bdf, number in DOMAINS.items():
         regions.make_domain(number)
-        iommu("map", domain(bdf), hex(AT[bdf]), str(RAM), "--length", str(BYTES[bdf]))
+        iommu("map", domain(bdf), hex(AT[bdf]), str(FILES[bdf]), "--length", str(BYTES[bdf]))
         iommu("attach", domain(bdf), bdf)
 
 
@@ -144,6 +151,7 @@ def take_over(guest: Guest) -> None:
     for bdf in EDUS:
         works(Edu.at(bdf), bdf)
     left_alone()
+    pinned(guest)
     reasons(guest)
     planned(guest)
     no_faults(guest)
@@ -182,6 +190,18 @@ def left_alone() -> None:
         assert "take the device over first" in said, said
 
 
+def pinned(guest: Guest) -> None:
+    """What a domain maps stays, and it is told for which devices."""
+    for file in (RAM, FLAT):
+        assert "busy" in guest.run("truncate", "-s", "1M", str(file), status=1)
+        assert "busy" in guest.run("rm", str(file), status=1)
+        said = pkernfs("holders", str(file))
+        for bdf in (bdf for bdf in DOMAINS if FILES[bdf] == file):
+            assert f"{bdf} reaches it by dom-{DOMAINS[bdf]}" in said, said
+    if guest.parameters["kind"] == "dax":
+        assert "mapped for DMA" in pkernfs("segment", str(RAM), "off", status=1)
+
+
 def planned(guest: Guest) -> None:
     """--dry-run says what would be done, and does nothing."""
     said = guest.run(TAKE_OVER, str(MOUNT), "--dry-run")
@@ -199,6 +219,8 @@ def by_hand(guest: Guest) -> None:
         said = read_until(running, "detached")
         guest.figure("hold of 256 MiB", held(said, QUIET), "ms")
         no_faults(guest)
+        if guest.parameters["kind"] == "dax":
+            assert f"process {running.pid} (" in pkernfs("holders", str(RAM))
         assert sysfs.driver_of(QUIET) == sysfs.DRIVER
         let_go(QUIET)
         works(Edu.at(QUIET), QUIET)
@@ -213,7 +235,7 @@ def by_import(guest: Guest) -> None:
     export = read_export(str(MOUNT))
     [wanted] = plan(export, [ARMED])
     word, late = (AT[ARMED] + WORD[ARMED] + offset for offset in (32, 40))
-    write_word(RAM, WORD[ARMED] + 32, 0xABCD)
+    write_word(FLAT, WORD[ARMED] + 32, 0xABCD)
     edu = Edu.at(ARMED)
     edu.start(word, BUFFER, FROM_MEMORY)
     edu.wait()
@@ -227,7 +249,7 @@ def by_import(guest: Guest) -> None:
         edu = Edu(taken.devices[ARMED].map_bar(0))
         edu.wait()
         guest.figure("hold of 2 MiB", taken.hold_ms[ARMED], "ms")
-        landed = read_word(RAM, WORD[ARMED] + 40) == 0xABCD
+        landed = read_word(FLAT, WORD[ARMED] + 40) == 0xABCD
         # QEMU drops what is due in the hold, 100 ms after it was begun; PCI Express has it kept.
         assert landed or taken.hold_ms[ARMED] > 100
         guest.log(

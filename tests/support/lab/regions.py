@@ -26,10 +26,10 @@ PARAMETERS = {
 }
 
 
-def mkfs(guest: Guest) -> None:
+def mkfs(guest: Guest, *options: str) -> None:
     """Format the region that the kernel command line names, and mount it."""
     _find_devices(guest)
-    guest.run("mkfs.pkernfs", "none")
+    guest.run("mkfs.pkernfs", *options, "none")
     mount(guest)
 
 
