@@ -10,8 +10,7 @@ from __future__ import annotations
 import os
 
 from pkernfs.errors import PkernfsError, RegionError
-from pkernfs.host import iomem
-from pkernfs.host.iomem import Span, overlap
+from pkernfs.host.iomem import Span
 from pkernfs.host.sysroot import HOST, Host
 from pkernfs.pool.pieces import gaps
 from pkernfs.region import dax, dax_devices, files
@@ -46,20 +45,10 @@ def kept_spans(spec: str, host: Host = HOST) -> list[Span]:
     devices = dax_devices.region_devices(region, host)
     taken = [p for d in devices if d.driver == _KMEM for p in d.pieces]
     others = [p for d in devices for p in d.pieces if p not in spans and p not in taken]
-    return [*spans, *(_rest(region, spans, taken, host) or others)]
-
-
-def _rest(region: str, spans: list[Span], taken: list[Span], host: Host) -> list[Span]:
-    """The memory of a dax region but for these; none if it is not known where that begins."""
-    size = int(host.find(f"{region}/dax_region/size") or 0)
-    try:
-        resources = iomem.read_iomem(region, host)
-    except RegionError:
-        return []
-    for found in resources:
-        if found.end - found.start == size and overlap(spans[0], found):
-            return gaps(Span(found.start, size), [*spans, *taken])
-    return []
+    start, size = spans[0].start, int(host.find(f"{region}/dax_region/size") or 0)
+    if all(start <= p.start and p.end <= start + size for d in devices for p in d.pieces):
+        others = gaps(Span(start, size), [*spans, *taken])  # the device begins its dax region
+    return [*spans, *others]
 
 
 def spans_of(spec: str, host: Host) -> list[Span]:
