@@ -33,12 +33,14 @@ from pkernfs.host.sysroot import Host
 from pkernfs.iommu.config import Config, configure
 from pkernfs.iommu.context_walk import Mode
 from pkernfs.iommu.memory import Memory, store_words
+from pkernfs.iommu.page_pool import Mapping
 from pkernfs.iommu.page_table import PageTable
 from pkernfs.iommu.root_tables import RootTables
 from pkernfs.layout import BLOCK, IOMMU_INO, PAGE, ROOT_INO
 from pkernfs.quantities import Iova, PhysAddr, RegionOff, RegionRun, SourceId
 from pkernfs.region.region import Region
 from pkernfs.units.discovery import FoundUnit
+from pkernfs.units.kernel_tables import Shape
 from pkernfs.units.mmio import MemoryWindow
 from pkernfs.units.unit import QueueMemory, Unit
 from pkernfs.vtd.invalidation import everything
@@ -48,6 +50,7 @@ from support.kernel_queue import Kernel
 from support.mounting import Mounted, run_pkernfs
 from support.qtest_machine import MIB
 from support.qtest_window import UNIT, QtestWindow
+from support.table_files import Host as TableHost
 from support.table_files import drain
 from support.unit_rig import AT, BUS_MASTER, FIRST, SCRATCH, SECOND, Rig
 
@@ -405,6 +408,43 @@ def test_memory_of_a_file_that_is_in_the_snapshot_stays(rig: Driven) -> None:
     rig.domains[FIRST].unmap(AT, 8 * MIB)
     rig.snapshot()
     rig.fs.unlink(ROOT_INO, b"ram")
+
+
+def test_a_kernels_domain_that_maps_segments(pooled: TableHost) -> None:
+    """What it maps is found in the files that have them; other memory of the pool is nobody's."""
+    guest, flat = pooled.file_of("guest", 6 * MIB), pooled.file_of("flat", MIB)
+    pooled.dom(0)
+    pieces = pooled.fs.segments.of(pooled.fs.inode(guest)).pieces
+    mappings = [
+        Mapping(AT, pieces[0].start, 2 * MIB, 3),
+        Mapping(Iova(AT + 2 * MIB), pieces[1].start, 2 * MIB, 3),
+        Mapping(Iova(1 << 33), pooled.physical(flat), MIB, 1),
+    ]
+    reading = snapshot.Reading(
+        FIRST, Shape(Mode.LEGACY, 4), 7, PhysAddr(0x123000), mappings,
+        same=frozenset([FIRST]), taken=frozenset([3]), domain_ids=256, largest=3,
+    )  # fmt: skip
+    nowhere = Host("/nowhere")
+    plan = drain(snapshot.plan(pooled.fs, nowhere, reading))
+    assert [(p.ino, p.offset, p.length) for p in plan.pieces] == [
+        (guest, 0, 2 * MIB), (guest, 2 * MIB, 2 * MIB), (flat, 0, MIB)
+    ]  # fmt: skip
+    pooled.run(lambda: snapshot.apply(pooled.fs, plan, 0))
+    assert pooled.mappings(0) == [tuple(m) for m in mappings]
+    pooled.assert_check_clean()
+    with pytest.raises(BusyError):
+        pooled.fs.unlink(ROOT_INO, b"guest")
+    pooled.run(lambda: pooled.fs.setattr(guest, size=4 * MIB))  # the end of it is not mapped
+    gone = reading._replace(mappings=[Mapping(AT, pieces[2].start, 2 * MIB, 3)])
+    with pytest.raises(InvalidError, match="that does not survive: it is no file's of this mount"):
+        drain(snapshot.plan(pooled.fs, nowhere, gone))
+    pooled.run(lambda: pooled.fs.setattr(guest, size=6 * MIB))
+    late = reading._replace(mappings=[Mapping(AT, pooled.physical(guest, 4 * MIB), 2 * MIB, 3)])
+    plan = drain(snapshot.plan(pooled.fs, nowhere, late))
+    pooled.run(lambda: pooled.fs.setattr(guest, size=4 * MIB))
+    with pytest.raises(BusyError, match="it has changed meanwhile"):
+        pooled.run(lambda: snapshot.apply(pooled.fs, plan, 0))
+    tables_of(pooled.fs).detach(FIRST)
 
 
 def test_root_pgtables_is_made_like_the_live_tables(rig: Driven) -> None:

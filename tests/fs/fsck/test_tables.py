@@ -14,6 +14,7 @@ from pkernfs.iommu.config import config_offset
 from pkernfs.layout import IOMMU_INO, PAGE, ROOT_INO
 from pkernfs.quantities import Iova, PhysAddr, RegionOff, SourceId
 from pkernfs.region.region import Region
+from support.memory_pool import DAX, PiecedPool
 
 MIB = 1 << 20
 BASE = PhysAddr(1 << 40)
@@ -54,6 +55,31 @@ def test_sound_tables_are_clean(region: Region) -> None:
     report = fsck.check(region, repair=False)
     assert report.clean
     assert not report.notes
+
+
+def test_memory_of_segments_may_be_mapped() -> None:
+    """That of files that are there; not what a dead one has."""
+    with PiecedPool() as pool, Region.anonymous(64 * MIB, phys_base=BASE) as region:
+        make_filesystem(region, pool=DAX)
+        fs = mount_filesystem(region, open_pool=pool.opener())
+        ram = fs.create(ROOT_INO, b"ram", 0o100600, 0, 0).ino
+        fs.run(lambda: fs.setattr(ram, size=8 * MIB))
+        dom = fs.create(IOMMU_INO, b"dom-0", 0o100400, 0, 0).ino
+        fs.run(lambda: fs.setattr(dom, size=2 * MIB))
+        tables_of(fs).map_file(0, Iova(PAGE), ram, 0, None, 3)
+        assert fsck.check(region, repair=False).clean
+        inode = fs.inode(ram)
+        with fs.store:
+            fs.super.inodes.touch(inode)
+            fs.segments.drop(inode)
+            inode.size = 0
+            fs.super.inodes.save(inode)
+        problems = fsck.check(region, repair=False).problems
+        assert {p.code for p in problems} == {Code.TABLES_BAD}
+        assert "LEAF_OUTSIDE: dom-0" in problems[0].message
+        tables_of(fs).unmap(0, Iova(0), 1 << 40)
+        assert fsck.check(region, repair=False).clean
+        fs.unmount()
 
 
 def test_addresses_of_interrupts_are_found(region: Region) -> None:
