@@ -587,3 +587,28 @@ def test_memory_in_front_of_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert pool.plan(wanted(200 * M), []).pieces == (span(G, 200 * M),)
         assert "dax0.2" not in device_names(machine)
         pool.close()
+
+
+def test_what_a_device_under_vfio_reaches_is_busy(pool: DaxPool) -> None:
+    """No process has it: /proc shows nothing of that."""
+    row = make(pool, 8 * M)
+    asked: list[tuple[Span, ...]] = []
+
+    def reached(pieces: tuple[Span, ...]) -> str | None:
+        asked.append(pieces)
+        return "device 0000:00:05.0"
+
+    pool.reached = reached
+    message = "segment 1: busy: device 0000:00:05.0, under VFIO, reaches it"
+    for change in (
+        lambda: pool.check_unused(row),
+        lambda: pool.resize(row._replace(length=4 * M, pieces=(span(row.pieces[0].start, 4 * M),))),
+        lambda: pool.punch(row, 0, 4096),
+        lambda: pool.destroy(row),
+    ):
+        with pytest.raises(BusyError, match=message):
+            change()
+    assert set(asked) == {row.pieces}
+    assert pool.holders(row) == [Holder(0, "device 0000:00:05.0, under VFIO,", "reaches")]
+    pool.reached = lambda pieces: None
+    pool.destroy(row)

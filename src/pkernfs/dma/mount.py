@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from pkernfs.fs.filesystem import FileSystem
 from pkernfs.host.iomem import Span
-from pkernfs.layout import Extent
+from pkernfs.layout import POOL_DAX, Extent
 from pkernfs.quantities import Ino
 
 if TYPE_CHECKING:
@@ -92,7 +92,10 @@ def mount_filesystem(
     def open_own_pool(sb: Superblock) -> Pool | None:
         from pkernfs.pool.opening import open_pool
 
-        return open_pool(sb.pool.pool, sb.pool.granule, region.place, write=region.writable)
+        pool = open_pool(sb.pool.pool, sb.pool.granule, region.place, write=region.writable)
+        if sb.pool.pool == POOL_DAX:
+            _tell_reach(pool, region)
+        return pool
 
     return FileSystem.mount(
         region,
@@ -103,6 +106,20 @@ def mount_filesystem(
         read_only=read_only,
         clock=clock,
     )
+
+
+def _tell_reach(pool: Pool, region: Region) -> None:
+    """Have a pool on device-dax know what the kernel has devices reach: it tells of no process."""
+    from pkernfs.pool.dax import DaxPool
+
+    def reached(pieces: Iterable[Span]) -> str | None:
+        from pkernfs.dma.kernel_reach import KernelReach  # for those only who change a device
+        from pkernfs.iommu.memory import Memory
+
+        return KernelReach(Memory.whole(region)).holder(pieces)
+
+    if isinstance(pool, DaxPool):
+        pool.reached = reached
 
 
 def tables_of(fs: FileSystem) -> TableFiles:

@@ -11,7 +11,7 @@ import contextlib
 import errno
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from pkernfs.errors import BusyError, PkernfsError, RegionError
 from pkernfs.host.holders import look
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 _DRIVER = os.path.basename(dax.DRIVER)
 _ZERO_STEP_BYTES = 1 << 30
 _PARKED = "parked"
-_MAPS, _OPEN, _MAY = "maps", "has opened", "may have"
+_MAPS, _OPEN, _MAY, _REACHES = "maps", "has opened", "may have", "reaches"
 
 
 class _Memory(Backing):
@@ -80,6 +80,8 @@ class DaxPool:
     def __init__(self, base: Device, *, write: bool, lock: bool = True, host: Host = HOST) -> None:
         self.name = f"the dax region of /dev/{base.name}"
         self.passed: Passed = nothing_is_passed
+        #: Names a device that reaches memory by tables of the kernel; None: none is seen to.
+        self.reached: Callable[[Pieces], str | None] = lambda pieces: None
         self._base = base
         self._host = host
         self._region = base.region
@@ -465,11 +467,13 @@ class DaxPool:
         return [] if device is None else self._holders(segment, device)
 
     def _holders(self, row: Segment, device: Device) -> list[Holder]:
-        """Those of its node, and of the file of a mount by which it is reached."""
+        """Those of its node, and of the file of a mount by which it is reached; devices if none."""
         passed = self.passed(row)
         node = dax_node.target(device.name, self._host)
         targets = [node] if passed is None else [node, passed]
         seen = look(targets, self._host)
+        if not seen.found and (name := self.reached(device.pieces)) is not None:
+            return [Holder(0, f"{name}, under VFIO,", _REACHES)]
         if not seen.found and seen.hidden:
             return [Holder(0, f"one of the processes that let nobody look ({seen.hidden})", _MAY)]
         return [Holder(one.pid, one.command, _MAPS if one.maps else _OPEN) for one in seen.found]
