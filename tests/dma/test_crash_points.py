@@ -17,7 +17,6 @@ from typing import NamedTuple
 import pytest
 
 from pkernfs.dma import snapshot
-from pkernfs.dma.mount import mount_filesystem
 from pkernfs.errors import BusyError, ExistsError, NotFoundError, PkernfsError
 from pkernfs.fs.file import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE
 from pkernfs.fs.names import ROOT_PGTABLES
@@ -36,6 +35,7 @@ from pkernfs.region.trace import Store
 from pkernfs.units.kernel_tables import Shape
 from support.checking import assert_clean
 from support.crash import JOURNAL, JOURNAL_END, MIB, Piece, Replay, cut, is_fence, recorded
+from support.memory_pool import MemoryPool, PiecedPool
 from support.table_files import DEVICE, PHYS_BASE, READ, RW, Host, drain
 
 pytestmark = pytest.mark.crash
@@ -56,12 +56,14 @@ class Case:
     """A change, which may consist of several that last each for itself.
 
     ``again``: made after it was cut, or done, it leads to the state that it led to.
+    ``with_segment``: it is also swept where ``large`` has one.
     """
 
     name: str
     change: Change
     setup: Change = lambda h: None
     again: bool = True
+    with_segment: bool = False
 
 
 def small(h: Host) -> Ino:
@@ -132,9 +134,9 @@ def reading(h: Host) -> snapshot.Reading:
     """What a kernel would have mapped for the device: all that both files have."""
     places = [(0, small(h)), (2 * GIB, large(h))]
     mappings = [
-        Mapping(Iova(iova + low), PhysAddr(PHYS_BASE + at), length, RW)
+        Mapping(Iova(iova + low), physical, length, RW)
         for iova, ino in places
-        for low, length, at in h.fs.pieces(ino, 0, 6 * MIB)
+        for low, physical, length in h.tables.file_pieces(ino, 0, 6 * MIB)
     ]
     return snapshot.Reading(
         DEVICE,
@@ -165,14 +167,16 @@ CASES = [
          take(lambda h: reading(h)._replace(shape=Shape(Mode.SCALABLE, 4)))),
     Case("snapshot in place of what was mapped", take(reading),
          lambda h: h.map(0, Iova(PAGE), large(h), 0, BLOCK)),
-    Case("snapshot in place of another", take(reading), both(some_mapped, second_domain)),
+    Case("snapshot in place of another", take(reading), both(some_mapped, second_domain),
+         with_segment=True),
     Case("snapshot in place of another, of some pages",
          take(lambda h: reading(h)._replace(mappings=reading(h).mappings[:1])),
          take(reading)),
     Case("snapshot of nothing", take(lambda h: reading(h)._replace(mappings=[])),
          take(reading)),
     Case("map a small file with holes, first of all", lambda h: h.map(0, Iova(0), small(h))),
-    Case("map blocks with a hole, first of all", lambda h: h.map(0, Iova(0), large(h))),
+    Case("map blocks with a hole, first of all", lambda h: h.map(0, Iova(0), large(h)),
+         with_segment=True),
     Case("map a small file with holes beside others",
          lambda h: h.map(0, Iova(16 * PAGE), small(h)), some_mapped),
     Case("map blocks with a hole over a part of them",
@@ -184,7 +188,8 @@ CASES = [
     Case("map a BAR in pages",
          lambda h: h.tables.map_bar(0, Iova(16 * PAGE), BAR, PAGE, 20 * PAGE, READ), some_mapped),
     Case("unmap a superpage", lambda h: h.tables.unmap(0, Iova(GIB), BLOCK), some_mapped),
-    Case("unmap that splits", lambda h: h.tables.unmap(0, Iova(GIB + 7 * PAGE), PAGE), some_mapped),
+    Case("unmap that splits", lambda h: h.tables.unmap(0, Iova(GIB + 7 * PAGE), PAGE), some_mapped,
+         with_segment=True),
     Case("unmap all", lambda h: h.tables.unmap(0, Iova(0), 1 << 48), some_mapped),
     Case("unmap a BAR", lambda h: h.tables.unmap(0, Iova(4 * GIB), 4 * MIB),
          both(some_mapped, lambda h: h.tables.map_bar(0, Iova(4 * GIB), BAR, 0, None, RW))),
@@ -254,11 +259,15 @@ class Walks:
 
 
 class Sweep:
-    """One case: its stores, and what was before and is after."""
+    """One case: its stores, and what was before and is after.
 
-    def __init__(self, case: Case) -> None:
+    :param pool: ``large`` has a segment there.
+    """
+
+    def __init__(self, case: Case, pool: MemoryPool | None = None) -> None:
         self.case = case
-        host = Host(REGION_BYTES, poison=True)
+        self.pool = pool
+        host = Host(REGION_BYTES, poison=True, pool=pool)
         base(host)
         case.setup(host)
         self.before, self.first = seen_in(host), self._image(host)
@@ -276,6 +285,7 @@ class Sweep:
         }
         self.mode, self.levels = self.after.config.mode, self.after.config.levels
         self.probes = self._probes()
+        host.pool = None  # it goes on
         host.close()
 
     @staticmethod
@@ -316,6 +326,8 @@ class Sweep:
             return
         page = PhysAddr(physical - physical % PAGE)
         assert page in self.files, f"{physical:#x} is no file's"
+        if physical >= PiecedPool.start:
+            return  # nothing is stored there
         assert region.view(RegionOff(page - PHYS_BASE), PAGE) == self.files[page], (
             f"stale at {page:#x}"
         )
@@ -332,7 +344,7 @@ class Sweep:
 
     def look(self, region: Region, verdicts: list[Seen]) -> None:
         """Mount, compare, and go on."""
-        host = Host.over(region)
+        host = Host.over(region, self.pool)
         seen = seen_in(host)
         verdicts.append(seen)
         self.judge(seen)
@@ -375,10 +387,8 @@ class Sweep:
         mapped = [p for found in seen.mappings.values() for _iova, p, _length, _perm in found]
         for name in (b"small", b"large"):
             ino = host.fs.find(ROOT_INO, name)
-            ranges = [
-                (PHYS_BASE + e.region_offset, PHYS_BASE + e.region_offset + e.length)
-                for e in host.fs.extents(ino)
-            ]
+            found = host.tables.file_pieces(ino, 0, 6 * MIB)
+            ranges = [(piece.physical, piece.physical + piece.length) for piece in found]
             if any(low <= p < high for p in mapped for low, high in ranges):
                 with pytest.raises(BusyError):
                     host.fs.unlink(ROOT_INO, name)
@@ -418,7 +428,7 @@ class Sweep:
         replay = Replay(image, PHYS_BASE)
         with Region.anonymous(REGION_BYTES, phys_base=PHYS_BASE) as region:
             region.copy_in(RegionOff(0), image)
-            mount = recorded(lambda: mount_filesystem(region))
+            mount = recorded(lambda: Host.over(region, self.pool))
         assert stores[: len(mount)] != []
         for number, store in enumerate(mount):
             for piece in cut(store, whole=store.length > PAGE):
@@ -445,6 +455,16 @@ def test_every_store(case: Case) -> None:
     sweep = Sweep(case)
     assert sweep.before != sweep.after
     assert sweep.run() > 2
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.with_segment], ids=lambda c: c.name)
+def test_every_store_where_a_file_has_a_segment(case: Case) -> None:
+    with PiecedPool() as pool:
+        sweep = Sweep(case, pool)
+        assert pool.memories
+        assert sweep.before != sweep.after
+        assert sweep.run() > 2
+        assert len(pool.memories) == 1
 
 
 def test_a_snapshot_that_needs_another_domain_id() -> None:

@@ -72,12 +72,12 @@ class Host:
         return mount_filesystem(self.region, open_pool=opener)
 
     @classmethod
-    def over(cls, region: Region) -> Host:
+    def over(cls, region: Region, pool: MemoryPool | None = None) -> Host:
         """One in a region that has a file system; it is mounted now, and the caller's to close."""
         host = cls.__new__(cls)
-        host.pool = None
+        host.pool = pool
         host.region = region
-        host.fs = mount_filesystem(region)
+        host.fs = host._mount()
         return host
 
     def close(self) -> None:
