@@ -81,6 +81,15 @@ def test_it_is_asked_anew(kernel: Kernel) -> None:
     assert holder(kernel, AT, 2 * MIB) is None
 
 
+def test_one_device_of_which_it_cannot_be_seen(kernel: Kernel) -> None:
+    for name in NAMES.values():
+        bind(kernel, "vfio-pci", name)
+    kernel.word(kernel.domains[0].root, (1 << 50) | 3)  # a table where no memory is
+    kernel.save()
+    assert holder(kernel, AT, 2 * MIB) is None
+    assert holder(kernel, AT + 4 * MIB, 2 * MIB) == f"device {NAMES[NIC]}"
+
+
 def test_what_cannot_be_seen_holds_nobody_up(kernel: Kernel) -> None:
     assert holder(kernel, AT, 2 * MIB) is None  # VFIO has no device
     bind(kernel, "vfio-pci", NAMES[EDU])

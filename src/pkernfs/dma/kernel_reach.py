@@ -75,7 +75,11 @@ class KernelReach:
                 if name not in names:
                     continue
                 memory.begin()
-                mapped = (PhysRange.of(m.physical, m.length) for m in kernel.mappings(entry))
+                try:
+                    mapped = [PhysRange.of(m.physical, m.length) for m in kernel.mappings(entry)]
+                except PkernfsError as e:  # that may be seen of others
+                    log.debug("device %s: what it reaches cannot be seen: %s", name, e)
+                    continue
                 if any(overlaps(wanted, one) for one in mapped):
                     return name
         return None
