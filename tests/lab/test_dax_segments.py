@@ -1,13 +1,20 @@
-"""A file system with segments on device-dax: made, used, and found again after a kexec."""
+"""A file system with segments on device-dax: made, used, and found again after a kexec.
+
+A thousand of them: the mount takes their memory, and the devices are made behind it.
+"""
 
 from __future__ import annotations
 
 import json
 import mmap
 import os
+import signal
 import stat
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +22,28 @@ import pytest
 
 from kexeclab.guest import Guest
 from kexeclab.runner import Lab
+from pkernfs.dma.mount import mount_filesystem
+from pkernfs.fs.placement import open_region
+from pkernfs.fs.segment_table import SegmentTable
+from pkernfs.fs.segments import Segments
+from pkernfs.host.iomem import Span
+from pkernfs.host.sysroot import HOST
+from pkernfs.layout import POOL_DAX, ROOT_INO
+from pkernfs.pool.dax import DaxPool
+from pkernfs.pool.pool import Segment
+from pkernfs.quantities import Ino, PhysAddr
+from pkernfs.region.dax import bind, device_names, read_device
+from pkernfs.region.dax_making import add_piece, create, delete, set_size, unbind
+from support.waiting import until
 
 pytestmark = pytest.mark.lab
 
 M = 1 << 20
 MOUNT = Path("/mnt/pkernfs")
 DEVICE = "/dev/dax0.0"
+FIRST, SIZE = 4096 * M, 2560 * M  # the soft-reserved memory
+MANY = 1000
+NAME = "dax0.9"  # of this kernel
 
 
 def mount(guest: Guest, *options: str) -> str:
@@ -106,6 +129,7 @@ def use(guest: Guest) -> None:
                 assert os.pread(opened.fileno(), 5, 4 * M) == word
             assert "busy" in guest.run("truncate", "-s", "16M", str(file), status=1)
         os.close(fd)
+    measure_copies(guest, native(guest, MOUNT / "ram1"))
     os.truncate(MOUNT / "ram2", 48 * M)
     be_native(guest, MOUNT / "ram2")
     assert "busy" in guest.run("umount", str(MOUNT), status=32)
@@ -133,6 +157,9 @@ def be_native(guest: Guest, file: Path) -> None:
 
 def hand_over(guest: Guest) -> None:
     """With digests of both files; then somebody changes a byte of one behind everybody's back."""
+    guest.run("modprobe", "-a", "dax_hmem", "device_dax")
+    with timed(guest, "the base is put back"):
+        open_region(DEVICE, write=False).close()
     mount(guest)
     guest.load()
     with guest.step("handover"):
@@ -156,6 +183,106 @@ def compare(guest: Guest) -> None:
     find_again(guest)
 
 
+def cached() -> int:
+    """The page cache, in KiB."""
+    text = Path("/proc/meminfo").read_text()
+    return int(text.split("\nCached:")[1].split()[0])
+
+
+def measure_copies(guest: Guest, path: str) -> None:
+    """A segment beside a plain device of the same region: copies, in turns, and the page cache."""
+    region = read_device("dax0.0", HOST).region
+    other = create(region, "test", HOST)
+    add_piece(other, Span(PhysAddr(FIRST + SIZE - 32 * M), 32 * M), "test", HOST)
+    bind(read_device(other, HOST), HOST)
+    before, seconds = cached(), ([], [])  # type: tuple[int, tuple[list[float], list[float]]]
+    with open(path, "r+b") as one, open(f"/dev/{other}", "r+b") as two:
+        first, second = mmap.mmap(one.fileno(), 32 * M), mmap.mmap(two.fileno(), 32 * M)
+        for turn in range(18):
+            memory = second if turn % 2 else first
+            start = time.monotonic()
+            memory.move(24 * M, 8 * M, 8 * M)
+            seconds[turn % 2].append(time.monotonic() - start)
+        first.close()
+        second.close()
+    guest.figure("copy in a segment, over a plain device", min(seconds[1]) / min(seconds[0]))
+    guest.figure("page cache beyond that before", cached() - before, "KiB")
+    unbind(other, HOST)
+    set_size(other, 0, "test", HOST)
+    delete(other, region, HOST)
+
+
+def make_many() -> None:
+    """A thousand rows whose devices are not there, as after a kexec."""
+    region = open_region(DEVICE, write=True)
+    fs = mount_filesystem(region)
+    table, pool = fs.segments.table, fs.segments.pool
+    assert pool is not None
+    wanted = Segment(table.new_number(), Ino(0), POOL_DAX, MANY * 2 * M)
+    planned = pool.plan(wanted, list(table.rows.values()))
+    assert len(planned.pieces) == 1
+    directory = fs.mkdir(ROOT_INO, b"many", 0o755, 0, 0).ino
+    for at in range(MANY):
+        ino = fs.create(directory, b"%d" % at, stat.S_IFREG | 0o600, 0, 0).ino
+        piece = Span(PhysAddr(planned.pieces[0].start + at * 2 * M), 2 * M)
+        row = planned._replace(
+            number=table.new_number(),
+            ino=ino,
+            length=2 * M,
+            valid=2 * M,
+            pieces=(piece,),
+            name=NAME,
+        )
+        inode = fs.inode(ino)
+        with fs.super.store:
+            table.add(row)
+            inode.size = row.length
+            fs.segments.become(inode, row)
+    fs.unmount()
+    region.close()
+
+
+@contextmanager
+def timed(guest: Guest, what: str) -> Iterator[None]:
+    start = time.monotonic()
+    yield
+    guest.figure(what, time.monotonic() - start, "s")
+
+
+def clocked(function: Callable[..., Any], took: dict[str, float]) -> Callable[..., Any]:
+    def call(*args: Any, **words: Any) -> Any:
+        start = time.monotonic()
+        try:
+            return function(*args, **words)
+        finally:
+            took[function.__name__] = time.monotonic() - start
+
+    return call
+
+
+def park(guest: Guest) -> None:
+    """What a mount does with a thousand segments, by its parts; then it is killed."""
+    region = open_region(DEVICE, write=True)
+    took: dict[str, float] = {}
+    with pytest.MonkeyPatch.context() as patched, timed(guest, "the file system is opened"):
+        for owner, name in ((SegmentTable, "__init__"), (Segments, "restore"), (DaxPool, "park")):
+            patched.setattr(owner, name, clocked(getattr(owner, name), took))
+        fs = mount_filesystem(region, park=True)
+    guest.figure("of that, rows read", took["__init__"], "s")
+    guest.figure("of that, memory taken", took["park"], "s")
+    guest.figure("of that, files checked and the rest", took["restore"] - took["park"], "s")
+    beyond = took["__init__"] + took["restore"]
+    guest.figure(f"{MANY} segments, beyond start-up", beyond, "s")
+    assert len(fs.segments.absent) == MANY
+    assert not fs.segments.lost
+    start = time.monotonic()
+    for number in list(fs.segments.absent)[:20]:
+        fs.segments.turns.run(lambda number=number: fs.segments.bring(number))  # type: ignore[misc]
+    guest.figure("each device made later", (time.monotonic() - start) * 50, "ms")
+    fs.segments.close()
+    region.close()
+
+
 def find_again(guest: Guest) -> None:
     """Every device is made again at its own memory, and is its owner's."""
     mount(guest)
@@ -173,6 +300,24 @@ def find_again(guest: Guest) -> None:
         file.unlink()
     guest.run("umount", str(MOUNT))
     guest.run("fsck.pkernfs", "-n", DEVICE)
+    many(guest)
+
+
+def many(guest: Guest) -> None:
+    """A thousand that have no device yet: a mount that was killed, and one that serves."""
+    make_many()
+    park(guest)
+    with timed(guest, "mount, with all start-up"):
+        mount(guest)
+    start = time.monotonic()
+    for number in (0, MANY // 2):
+        with timed(guest, "read of one that is not there yet"):
+            assert len((MOUNT / "many" / str(number)).read_bytes()) == 2 * M
+    until("others are made", lambda: len(device_names(HOST)) > 100, 120, every=0.1)
+    guest.figure("100 devices made while others are served", time.monotonic() - start, "s")
+    [daemon] = guest.run("pgrep", "-x", "pkernfs").split()
+    os.kill(int(daemon), signal.SIGKILL)
+    guest.run("umount", str(MOUNT))
 
 
 @pytest.mark.parametrize("kernel", ["6.12"])
@@ -182,9 +327,9 @@ def test_dax_segments(lab: Lab, kernel: str) -> None:
     """
     machine: Any = lab.machine(
         kernel=kernel,
-        memory=3072,
+        memory=7168,
         cmdline=[
-            "memmap=512M%1G-1+0xefffffff",
+            "memmap=2560M%4G-1+0xefffffff",
             "modprobe.blacklist=kmem",
             "pkernfs=/dev/dax0.0",
             "iomem=relaxed",
