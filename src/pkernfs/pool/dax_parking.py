@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 #: So many segments have their memory in one parking device. It says how much is parked again when
 #: one of them is taken out.
-MOST_SEGMENTS = 64
+MOST_SEGMENTS = 128
 
 
 class DaxParking:
