@@ -16,9 +16,11 @@ from pkernfs.native._native import ffi, lib
 from pkernfs.errors import RegionError
 from pkernfs.layout import BLOCK, PAGE
 from pkernfs.quantities import PageNo, PhysAddr, RegionOff
+from pkernfs.region import files
 from pkernfs.region import region as region_module
 from pkernfs.region.files import OpenFileBacking
 from pkernfs.region.region import Region
+from support.checking import MemoryFile
 from support.huge_pages import free_pages, huge_pages
 
 MIB = 1 << 20
@@ -204,6 +206,38 @@ def test_the_addresses_of_a_segment_come_back(tmp_path: Path) -> None:
         backing.may_vanish = True
         Region(backing, writable=True).close()
     assert reserved() - before < 1 << 30
+
+
+def test_a_hole_is_not_looked_for_beyond_a_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each step over a full file on tmpfs would take as long as all that is left of it."""
+    asked: list[int] = []
+    real = os.lseek
+
+    def seek(fd: int, at: int, whence: int) -> int:
+        asked.append(whence)
+        return real(fd, at, whence)
+
+    with MemoryFile(16 << 20) as memory, memory.open() as region:
+        region.copy_in(RegionOff(0), b"x" * (12 << 20))
+        monkeypatch.setattr(os, "lseek", seek)
+        for at in range(0, 12 << 20, 1 << 20):
+            run = RegionOff(at), RegionOff(at + (1 << 20))
+            assert list(region.data_ranges(*run)) == [run]
+        odd = RegionOff(5), RegionOff((1 << 20) + 7)
+        assert list(region.data_ranges(*odd)) == [odd]
+        region.zero(RegionOff(0), 12 << 20)
+        assert asked == []
+        assert region.descriptor is not None
+        files.punch(region.descriptor, 4 << 20, 5 << 20)
+        assert list(region.data_ranges(RegionOff(3 << 20), RegionOff(6 << 20))) == [
+            (3 << 20, 4 << 20),
+            (5 << 20, 6 << 20),
+        ]
+        assert list(region.data_ranges(RegionOff(10 << 20))) == [(10 << 20, 12 << 20)]
+        assert list(region.data_ranges(RegionOff(7), RegionOff(7))) == []
+        used = os.fstat(region.descriptor).st_blocks
+        region.zero(RegionOff(0), 16 << 20)
+        assert os.fstat(region.descriptor).st_blocks == used
 
 
 CUT = """

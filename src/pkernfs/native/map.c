@@ -117,6 +117,30 @@ int pk_msync(uint8_t *map, uint64_t size)
 	return msync(map, size, MS_SYNC) ? errno : 0;
 }
 
+/*
+ * Whether all pages of a part of a mapping are in memory, be they mapped here or not.  The kernel
+ * says yes to whoever may not write to the file, too (mincore(2)).
+ */
+int pk_is_resident(const uint8_t *map, uint64_t offset, uint64_t n)
+{
+	uint64_t at = offset & ~(uint64_t)(PAGE - 1), end = offset + n;
+	unsigned char found[4096];
+
+	while (at < end) {
+		uint64_t pages = (end - at + PAGE - 1) / PAGE;
+
+		if (pages > sizeof(found))
+			pages = sizeof(found);
+		if (mincore((void *)(uintptr_t)(map + at), pages * PAGE, found))
+			return 0;
+		for (uint64_t i = 0; i < pages; i++)
+			if (!(found[i] & 1))
+				return 0;
+		at += pages * PAGE;
+	}
+	return 1;
+}
+
 /* ---------------------------------------------------------------- huge pages that are there */
 
 /*

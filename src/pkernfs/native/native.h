@@ -146,6 +146,7 @@ void pk_flush_lines(const uint8_t *p, uint64_t n);
 uint8_t *pk_map(int fd, uint64_t offset, uint64_t size, uint64_t align, int writable, int *error);
 void pk_unmap(uint8_t *map, uint64_t size);
 void pk_release(uint8_t *map, uint64_t size);
+int pk_is_resident(const uint8_t *map, uint64_t offset, uint64_t n);
 void pk_exit_on_bus_error(const char *line, int status);
 void pk_bus_error(void);
 int pk_reserve(int fd, uint64_t offset, uint64_t n);

@@ -42,6 +42,8 @@ class Backing:
     may_vanish = False
     #: What has happened to it then.
     gone = "cut behind pkernfs's back"
+    #: Whether the kernel looks at each page up to the end of data to tell a hole, however far.
+    looks_far = False
     #: The dax device that it is.
     dax: Device | None = None
     #: NUMA node, if all of it is in one that is known.

@@ -128,6 +128,7 @@ class OpenFileBacking(Backing):
         self.in_pagemap = self._is_huge = magic == _HUGETLBFS
         self.real_addresses = self._is_huge and phys_base is None
         self.needs_sync = magic not in _RAM_FILE_SYSTEMS
+        self.looks_far = magic == _TMPFS
         self._fds = [fd]
 
     @property

@@ -26,6 +26,7 @@ from pkernfs.region.dax import Device
 from pkernfs.region.opening import open_backing
 
 _START = RegionOff(0)
+_SHORT_BYTES = 64 << 20
 _PAGES_AT_ONCE = 4096  # huge ones that are looked for in one call
 
 
@@ -305,9 +306,15 @@ class Region:
     ) -> Iterator[RegionRange]:
         """Yield what is no hole of the file; all, if it cannot be told.
 
-        Only what lies between the offsets ``first`` and ``last`` (the end of the region).
+        Only what lies between the offsets ``first`` and ``last`` (the end of the region). Of a
+        short range all of whose pages are there, the kernel is not asked where its data ends.
         """
-        return self._backing.data_ranges(first, RegionOff(self.size) if last is None else last)
+        end = RegionOff(self.size) if last is None else min(last, RegionOff(self.size))
+        is_short = 0 < end - first <= _SHORT_BYTES
+        looks_far = self._backing.looks_far
+        if is_short and looks_far and lib.pk_is_resident(self._base, first, end - first):
+            return iter([RegionRange(first, end)])
+        return self._backing.data_ranges(first, end)
 
     def has_data(self, first: RegionOff, last: RegionOff) -> bool:
         """Tell if there is anything but a hole of the file; True, if it cannot be told."""
