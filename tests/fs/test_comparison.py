@@ -318,10 +318,10 @@ def pooled() -> Iterator[PooledFiles]:
 
 
 def handed_guests(pooled: PooledFiles) -> None:
-    """Two guests whose memory is random, a sparse one, and a file in the region."""
+    """A guest whose memory is random, a larger and a sparse one, and a file in the region."""
     fs = pooled.mount()
     make_guest(fs, "one", 5 * MIB + 77)
-    make_guest(fs, "two", 70 * MIB)
+    make_guest(fs, "two", 70 * MIB, {0: b"t" * 70 * MIB})
     make_guest(fs, "sparse", 200 * MIB, {9 * MIB: b"here", 150 * MIB: b"and there"})
     file_of(fs, "flat", b"flat")
     hand_over(fs)
