@@ -42,17 +42,31 @@ from support.waiting import until
 
 pytestmark = pytest.mark.lab
 
+LIBC = ctypes.CDLL(None, use_errno=True)
+LIBC.mmap.restype = ctypes.c_void_p
+LIBC.mmap.argtypes = [
+    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long
+]  # fmt: skip
+LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 MIB = 1 << 20
 RAM_BYTES = 8 * MIB
 DOMAIN = str(regions.domain(0))
 
 
-def mapped_ram() -> mmap.mmap:
-    """guest-ram, in the region itself: VFIO cannot pin the page cache of a mount."""
-    [extent] = extents(RAM)
-    fd = os.open("/dev/mem", os.O_RDWR)
-    try:
-        return mmap.mmap(fd, RAM_BYTES, offset=extent["physical"])
+def mapped_ram(guest: Guest) -> int:
+    """guest-ram, in the region or the segment itself: VFIO cannot pin the page cache of a mount."""
+    if guest.parameters["kind"] == "dax":
+        path, offset = guest.run("pkernfs", "path", str(RAM)).strip(), 0
+    else:
+        [extent] = extents(RAM)
+        path, offset = "/dev/mem", extent["physical"]
+    fd = os.open(path, os.O_RDWR)
+    try:  # not by the module mmap, which keeps a descriptor
+        at = LIBC.mmap(
+            None, RAM_BYTES, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, offset
+        )
+        assert at != ctypes.c_void_p(-1).value, os.strerror(ctypes.get_errno())
+        return int(at)
     finally:
         os.close(fd)
 
@@ -63,13 +77,26 @@ def under_vfio(guest: Guest) -> list[Any]:
     sysfs.bind(CARD)
     container = vfio.Container()
     container.add(CARD)
-    ram = mapped_ram()
-    address = ctypes.addressof(ctypes.c_char.from_buffer(ram))
+    address = mapped_ram(guest)
     container.map(AT[CARD], address, RAM_BYTES, vfio.READ | vfio.WRITE)
     device = container.open(CARD)
     device.set_master(True)
     Nic(Mapped(device.map_bar(0))).receive(RING, AT[CARD])
-    return [container, ram, device]
+    if guest.parameters["kind"] == "dax":
+        only_the_device_has_it(guest, address)
+    return [container, device]
+
+
+def only_the_device_has_it(guest: Guest, address: int) -> None:
+    """A segment that no process has open or mapped stays as long as a device under VFIO has it."""
+    said = guest.run("truncate", "-s", "2M", str(RAM), status=1)
+    assert "busy" in said
+    assert LIBC.munmap(address, RAM_BYTES) == 0
+    packets = RING.received()
+    assert "busy" in guest.run("truncate", "-s", "2M", str(RAM), status=1)
+    said = guest.run("pkernfs", "segment", str(RAM), "off", status=1)
+    assert f"busy: device {CARD}, under VFIO, reaches it" in said, said
+    until("packets arrive", lambda: RING.received() >= packets)
 
 
 def packets_arrive() -> None:
@@ -80,7 +107,7 @@ def packets_arrive() -> None:
 
 def leave(guest: Guest) -> None:
     """The card at work under VFIO; a snapshot; the switch of the unit, and the jump."""
-    regions.mkfs(guest)
+    regions.mkfs(guest, *(("-s", "64M") if guest.parameters["kind"] == "dax" else ()))
     regions.make_domain(0)
     regions.make_file(RAM, RAM_BYTES)
     kept = under_vfio(guest)
@@ -122,13 +149,17 @@ def go_on(guest: Guest) -> None:
     regions.unmount_and_check(guest)
 
 
-def test_under_vfio_and_back(lab: Lab) -> None:
-    """A card under VFIO: snapshot, switch, jump, take-over; no fault, and no packet is lost."""
+@pytest.mark.parametrize("kind", ["devmem", "dax"])
+def test_under_vfio_and_back(lab: Lab, kind: str) -> None:
+    """A card under VFIO: snapshot, switch, jump, take-over; no fault, and no packet is lost.
+
+    On device-dax the memory is a segment.
+    """
     made = lab.machine(
         kernel="6.12",
         kernels=["7"],
         cmdline=[
-            *regions.PARAMETERS["devmem"], "intel_iommu=on", "iomem=relaxed", "crashkernel=256M",
+            *regions.PARAMETERS[kind], "intel_iommu=on", "iomem=relaxed", "crashkernel=256M",
         ],
         devices=[
             "-device", "intel-iommu,aw-bits=48,intremap=on",
@@ -137,6 +168,6 @@ def test_under_vfio_and_back(lab: Lab) -> None:
         feeds=[WIRE],
         memory=regions.MEMORY_MIB,
     )  # fmt: skip
-    result = lab.run(leave, go_on, machine=made, parameters={"next": "7"})
+    result = lab.run(leave, go_on, machine=made, parameters={"next": "7", "kind": kind})
     tell_packets(result)
     assert not FAULT.findall("\n".join(result.console))
