@@ -12,12 +12,14 @@ from pkernfs.control.protocol import Nothing
 from pkernfs.control.table_protocol import Attached, ByteCount
 from pkernfs.control.table_requests import TableRequests
 from pkernfs.control.wire import Call
+from pkernfs.dma.mount import mount_filesystem
 from pkernfs.dma.output import Record, Status, Text
 from pkernfs.errors import BusyError, InvalidError, NotFoundError, TableDamageError
 from pkernfs.fs.names import ROOT_PGTABLES
 from pkernfs.layout import IOMMU_INO, PAGE, ROOT_INO
 from pkernfs.quantities import Iova
 from support.made_up_session import A, MadeUpSession, items_of, reply_of
+from support.memory_pool import PiecedPool
 from support.table_files import DEVICE, MIB, RW, Host, table_ino
 
 GIB = 1 << 30
@@ -148,3 +150,26 @@ def test_mapped_files_stay(rig: Rig) -> None:
     rig.map_file()
     with pytest.raises(BusyError):
         rig.host.fs.unlink(ROOT_INO, b"guest")
+
+
+def test_segments_that_a_domain_maps_are_there_in_an_export() -> None:
+    """A VMM opens them by the path in it; others may be restored later."""
+    pool = PiecedPool(parks=True)
+    host = Host(32 * MIB, pool=pool)
+    mapped, other = host.file_of("mapped", 2 * MIB), host.file_of("other", 2 * MIB)
+    host.dom(0)
+    host.map(0, AT, mapped)
+    numbers = [host.fs.segments.of(host.fs.inode(ino)).number for ino in (mapped, other)]
+    host.fs.segments.close()
+    host.fs = mount_filesystem(host.region, open_pool=pool.opener(), park=True)
+    assert set(host.fs.segments.absent) == set(numbers)
+    handlers = TableRequests(host.fs, MadeUpSession(host.fs)).handlers()
+    for what in ("show", "export"):
+        found = trio.run(items_of, handlers, table_protocol.Read(what, as_json=True))
+    assert list(host.fs.segments.absent) == numbers[1:]
+    records = [
+        item.record["record"] for item in found if isinstance(item, Record) and "in" in item.record
+    ]
+    [segment] = [record["segment"] for record in records if "segment" in record]
+    assert segment["path"] == pool.native_path(host.fs.segments.of(host.fs.inode(mapped)))
+    host.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable, Generator
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import trio
@@ -228,6 +229,8 @@ class TableRequests:
         if question.what == "check":
             output = await self._check(question.as_json)
         else:
+            if question.what == "export":
+                await self._bring_mapped()
             output = reports.answer(self._fs, question)
         began = time.monotonic()
         text: list[str] = []
@@ -244,6 +247,14 @@ class TableRequests:
                 began = time.monotonic()
         if text:
             yield Text("".join(text))
+
+    async def _bring_mapped(self) -> None:
+        """Restore the segments that domains map: a VMM opens them by what an export says."""
+        segments, pins = self._fs.segments, self._fs.pins
+        for number in list(segments.absent):
+            row = segments.table.rows.get(number)
+            if row is not None and pins.holder_of_memory(row.pieces) is not None:
+                await self._session.with_zeroing(partial(segments.bring, number))
 
     async def _check(self, as_json: bool) -> Output:
         async with self._lock:
