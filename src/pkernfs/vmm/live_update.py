@@ -28,6 +28,8 @@ from pkernfs.vmm.qmp import TIMEOUT_SECONDS, Qmp
 RUN = Path("/run")
 #: Bytes of a guest's memory for which nobody names a size.
 DEFAULT_BYTES = 16 << 20
+#: For a program to answer, or to start: a machine that has just booted has much else to do.
+_PROGRAM_SECONDS = 300.0
 #: For save and restore alike: without them QEMU would write all of the memory into the state.
 CAPABILITIES = ("x-ignore-shared", "events")
 
@@ -214,7 +216,7 @@ class Machine:
             "-qmp", f"unix:{self.monitor},server=on,wait=off",
             "-pidfile", str(self.pid), "-daemonize", *more,
         ]  # fmt: skip
-        program.output(*command, directory=self.directory, seconds=TIMEOUT_SECONDS)
+        program.output(*command, directory=self.directory, seconds=_PROGRAM_SECONDS)
 
     def _check_memory(self, qemu: str) -> None:
         """Refuse to save a machine whose memory is not the file's: the file may have been removed.
@@ -240,7 +242,7 @@ class Machine:
     def _ask_place(self, qemu: str) -> dict[str, Any]:
         """What QEMU is to map; asked anew each time."""
         words = ("pkernfs", "qemu-args", "--live-update", "--json", "--qemu", qemu, str(self.ram))
-        answer: dict[str, Any] = json.loads(program.output(*words, seconds=TIMEOUT_SECONDS))
+        answer: dict[str, Any] = json.loads(program.output(*words, seconds=_PROGRAM_SECONDS))
         return answer
 
     def _memory_options(self, qemu: str, size: int | None = None) -> list[str]:
