@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pkernfs.quantities import Iova
 from support.lab.edu import BUFFER, FROM_MEMORY, TO_MEMORY, Edu
+from support.lab.mapped import Mapped
 
 #: Numbers in the device's buffer. One less than there is room for: QEMU 7.2 ends itself at a
 #: transfer of the whole buffer.
@@ -20,9 +21,12 @@ BYTES = _PAGES * _PAGE
 
 
 class Stream:
-    """Has a device write 1, 2, 3, ... into words of a file, from its buffer, page after page."""
+    """Has a device write 1, 2, 3, ... into words of a file, from its buffer, page after page.
 
-    def __init__(self, edu: Edu, file: Path, place: int, iova: Iova) -> None:
+    The file is written through the mount, or where it is mapped.
+    """
+
+    def __init__(self, edu: Edu, file: Path | Mapped, place: int, iova: Iova) -> None:
         self._edu = edu
         self._iova = iova
         _write(file, place, struct.pack(f"<{COUNT}Q", *range(1, COUNT + 1)))
@@ -42,7 +46,9 @@ class Stream:
                 time.sleep(0.002)
 
 
-def _write(file: Path, place: int, content: bytes) -> None:
+def _write(file: Path | Mapped, place: int, content: bytes) -> None:
+    if isinstance(file, Mapped):
+        return file.write(place, content)
     with file.open("r+b", buffering=0) as opened:
         os.pwrite(opened.fileno(), content, place)
         os.fsync(opened.fileno())
@@ -53,10 +59,16 @@ def expected(count: int) -> list[int]:
     return [number % COUNT + 1 for number in range(count)]
 
 
-def landed(file: Path, place: int) -> list[int]:
-    """The words that have been written."""
+def _read(file: Path | Mapped, place: int, length: int) -> bytes:
+    if isinstance(file, Mapped):
+        return file.read(place, length)
     with file.open("rb", buffering=0) as opened:
-        data = os.pread(opened.fileno(), BYTES, place)
+        return os.pread(opened.fileno(), length, place)
+
+
+def landed(file: Path | Mapped, place: int) -> list[int]:
+    """The words that have been written."""
+    data = _read(file, place, BYTES)
     return [number for (number,) in struct.iter_unpack("<Q", data) if number]
 
 
