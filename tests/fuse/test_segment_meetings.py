@@ -123,13 +123,15 @@ class Client:
         ino = rng.choice(self._inos)
         match rng.randrange(6):
             case 0 | 1:
-                await ops.setattr(ino, *set_fields(size=rng.choice(SIZES)), None, AS_ROOT)
+                for size in [*rng.choice([[], [0]]), rng.choice(SIZES)]:  # from its start, or not
+                    await ops.setattr(ino, *set_fields(size=size), None, AS_ROOT)
             case 2:
                 data = memoryview(bytes([ino]) * rng.choice([10, 5000]))
                 await self.answered(ops.data.on_write, ino, data, rng.randrange(4 * MIB), False)
             case 3:
-                mode, at = rng.choice([0, 1, 3, 16, 17]), rng.randrange(4 * MIB)
-                await self.answered(ops.data.on_fallocate, ino, mode, at, rng.choice([99, MIB]))
+                mode, at = rng.choice([0, 1, 3, 16, 17]), rng.choice([0, rng.randrange(4 * MIB)])
+                length = rng.choice([99, MIB, 4 * MIB])
+                await self.answered(ops.data.on_fallocate, ino, mode, at, length)
             case 4:
                 mode = stat.S_IFREG | rng.choice([0o600, 0o644])
                 await ops.setattr(ino, *set_fields(mode=mode), None, AS_ROOT)

@@ -311,8 +311,7 @@ class Region:
         """
         end = RegionOff(self.size) if last is None else min(last, RegionOff(self.size))
         is_short = 0 < end - first <= _SHORT_BYTES
-        looks_far = self._backing.looks_far
-        if is_short and looks_far and lib.pk_is_resident(self._base, first, end - first):
+        if is_short and self._backing.looks_far and _is_all_there(self, first, end):
             return iter([RegionRange(first, end)])
         return self._backing.data_ranges(first, end)
 
@@ -387,8 +386,7 @@ class Region:
 
     def check_there(self, end: RegionOff) -> None:
         """:raises RegionError: the file of a segment was cut before offset ``end``."""
-        backing = self._backing
-        if backing.may_vanish and backing.fd is not None and os.fstat(backing.fd).st_size < end:
+        if _is_cut(self._backing, end):
             _is_gone(self._backing)
 
     def _make_room(self, offset: RegionOff, length: int) -> None:
@@ -449,6 +447,16 @@ def end_by_bus_error(region: Region) -> None:
     :raises RegionError: somebody may: it is a segment's.
     """
     _is_gone(region._backing)
+
+
+def _is_all_there(region: Region, first: RegionOff, end: RegionOff) -> bool:
+    """Tell if each page is in memory, and none is what is left of a huge page behind a cut."""
+    in_memory = lib.pk_is_resident(region.base, first, end - first)
+    return bool(in_memory) and not _is_cut(region._backing, end)
+
+
+def _is_cut(backing: Backing, end: RegionOff) -> bool:
+    return backing.may_vanish and backing.fd is not None and os.fstat(backing.fd).st_size < end
 
 
 def _is_gone(backing: Backing) -> None:
