@@ -122,8 +122,8 @@ class Client:
         rng, ops = self._rng, self._ops
         ino = rng.choice(self._inos)
         match rng.randrange(6):
-            case 0 | 1:
-                for size in [*rng.choice([[], [0]]), rng.choice(SIZES)]:  # from its start, or not
+            case 0 | 1 as kind:
+                for size in [rng.choice(SIZES)] if kind else [0, 2 * MIB]:
                     await ops.setattr(ino, *set_fields(size=size), None, AS_ROOT)
             case 2:
                 data = memoryview(bytes([ino]) * rng.choice([10, 5000]))
