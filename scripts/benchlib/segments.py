@@ -1,5 +1,7 @@
 """Files with memory of their own, in a pool on a tmpfs: mapped, read, truncated, and many of them.
 
+And mapped in a pool on a hugetlbfs, where the plain path leads to the segment of a native file.
+
 The plain path of a file and the file of its segment are mapped in one process, which works on them
 in turns: they are the same pages, so what differs is the way to them. Each pass gives a pair for
 the ratio. The segment is mapped twice, and how far these two are apart is the machine's noise.
@@ -15,6 +17,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from hugepages import HugePages
 
 from .client import LatencyClient
 from .machine import BIN, PYTHON
@@ -39,6 +43,10 @@ MAPPED = {
     "copy": Workload("segments:copy", "copy, half to half", "GB/s"),
     "random": Workload("segments:random", "random 8-byte load and store", "1/s"),
 }
+HUGE = {
+    work: Workload(f"huge-{found.key}", f"{found.title}, on hugetlbfs", found.unit)
+    for work, found in MAPPED.items()
+}
 CACHE = Workload("segments-cache", "page cache of the file mapped by its plain path", "MiB", False)
 READ = Workload("segments-io:read", "1 MiB read, direct", "GB/s")
 WRITE = Workload("segments-io:write", "1 MiB write, direct", "GB/s")
@@ -57,7 +65,7 @@ BESIDE = Workload("segments-stat", "forced stat beside that, median", "us", Fals
 
 
 def segments(bench: Bench) -> None:
-    """All of it in pools on one tmpfs, which is sparse."""
+    """All of it in pools on one tmpfs, which is sparse; mappings on a hugetlbfs as well."""
     where = bench.scratch.directory("pools")
     run(["mount", "-t", "tmpfs", "-o", f"size={_POOL_BYTES}", "pkernfs-bench", where])
     try:
@@ -67,6 +75,7 @@ def segments(bench: Bench) -> None:
             _many(bench, pool, empty)
     finally:
         unmount(where)
+    _huge(bench)
 
 
 @contextmanager
@@ -104,18 +113,56 @@ def _kernel() -> tuple[int, ...]:
 
 
 def _map(bench: Bench, ram: Path, native: Path) -> None:
-    size = bench.sizes.data_bytes
     for turn in range(bench.sizes.rounds):
         bench.say(f"segments: mappings, round {turn + 1} of {bench.sizes.rounds}")
-        cached = 0.0
-        for work, workload in MAPPED.items():
-            found = bench.client.run("turns", ram, native, native, size, work, _PASSES)
-            amount = _RANDOM_OPS if work == "random" else size / 1e9
-            for number, times in enumerate(found["seconds"], turn * _PASSES):
-                for system, seconds in zip((PLAIN, NATIVE, AGAIN), times, strict=True):
-                    bench.results.add(workload, system, number, amount / seconds)
-            cached = max(cached, found["cached_pages"] * 4096 / MIB)
-        bench.results.add(CACHE, OURS, turn, cached)
+        pages = [_work(bench, turn, work, MAPPED[work], ram, native) for work in MAPPED]
+        bench.results.add(CACHE, OURS, turn, max(pages) * 4096 / MIB)
+
+
+def _work(
+    bench: Bench, turn: int, work: str, workload: Workload, plain: Path, native: Path
+) -> float:
+    """One kind of work on both mappings, in turns; pages of the plain file in the page cache."""
+    size = bench.sizes.data_bytes
+    found = bench.client.run("turns", plain, native, native, size, work, _PASSES)
+    amount = _RANDOM_OPS if work == "random" else size / 1e9
+    for number, times in enumerate(found["seconds"], turn * _PASSES):
+        for system, seconds in zip((PLAIN, NATIVE, AGAIN), times, strict=True):
+            bench.results.add(workload, system, number, amount / seconds)
+    return float(found["cached_pages"])
+
+
+def _huge(bench: Bench) -> None:
+    """A native file on a hugetlbfs, which has no page cache of its own to count."""
+    pages = HugePages(bench.sizes.data_bytes + _BASE_BYTES + 2 * MIB)
+    if reason := pages.borrow():
+        bench.results.note(f"segments on hugetlbfs not measured: {reason}")
+        return
+    where = bench.scratch.directory("huge")
+    try:
+        run(["mount", "-t", "hugetlbfs", "-o", "pagesize=2M", "pkernfs-bench", where])
+        try:
+            with _pool(bench, where / "one") as pool:
+                _map_native(bench, pool)
+        finally:
+            unmount(where)
+    finally:
+        pages.give_back()
+
+
+def _map_native(bench: Bench, pool: Path) -> None:
+    with in_background(bench, pool) as found:
+        ram = found.root / "ram"
+        bench.client.run("truncate", ram, bench.sizes.data_bytes)
+        (native,) = pool.glob("segment-*")
+        run([BIN / "pkernfs", "native", ram, "on"])
+        try:
+            for turn in range(bench.sizes.rounds):
+                bench.say(f"segments: hugetlbfs, round {turn + 1} of {bench.sizes.rounds}")
+                for work, workload in HUGE.items():
+                    _work(bench, turn, work, workload, ram, native)
+        finally:
+            run([BIN / "pkernfs", "native", ram, "off"])
 
 
 def _truncate(bench: Bench, root: Path, pool: Path) -> None:
@@ -193,7 +240,7 @@ def _statfs(bench: Bench, turn: int, root: Path) -> None:
 def targets(results: Results) -> list[Target]:
     """What was asked of them."""
     return [
-        *(_as_native(results, workload) for workload in MAPPED.values()),
+        *(_as_native(results, workload) for workload in (*MAPPED.values(), *HUGE.values())),
         _no_cache(results),
         below(results, "truncate to 256 GiB of a sparse pool", TRUNCATE.key, 50, "ms"),
         below(results, "mount with many segments, beyond an empty one", MOUNT.key, 0.5, "s"),

@@ -129,7 +129,7 @@ def use(guest: Guest) -> None:
                 assert os.pread(opened.fileno(), 5, 4 * M) == word
             assert "busy" in guest.run("truncate", "-s", "16M", str(file), status=1)
         os.close(fd)
-    measure_copies(guest, native(guest, MOUNT / "ram1"))
+    measure(guest, native(guest, MOUNT / "ram1"))
     os.truncate(MOUNT / "ram2", 48 * M)
     be_native(guest, MOUNT / "ram2")
     assert "busy" in guest.run("umount", str(MOUNT), status=32)
@@ -189,27 +189,48 @@ def cached() -> int:
     return int(text.split("\nCached:")[1].split()[0])
 
 
-def measure_copies(guest: Guest, path: str) -> None:
-    """A segment beside a plain device of the same region: copies, in turns, and the page cache."""
+def measure(guest: Guest, path: str) -> None:
+    """A segment beside a plain device of the same region, in turns, and the page cache."""
     region = read_device("dax0.0", HOST).region
     other = create(region, "test", HOST)
     add_piece(other, Span(PhysAddr(FIRST + SIZE - 32 * M), 32 * M), "test", HOST)
     bind(read_device(other, HOST), HOST)
-    before, seconds = cached(), ([], [])  # type: tuple[int, tuple[list[float], list[float]]]
+    before = cached()
     with open(path, "r+b") as one, open(f"/dev/{other}", "r+b") as two:
-        first, second = mmap.mmap(one.fileno(), 32 * M), mmap.mmap(two.fileno(), 32 * M)
+        seconds: list[dict[str, list[float]]] = [{}, {}]
         for turn in range(18):
-            memory = second if turn % 2 else first
-            start = time.monotonic()
-            memory.move(24 * M, 8 * M, 8 * M)
-            seconds[turn % 2].append(time.monotonic() - start)
-        first.close()
-        second.close()
-    guest.figure("copy in a segment, over a plain device", min(seconds[1]) / min(seconds[0]))
+            fd = (one, two)[turn % 2].fileno()
+            with mmap.mmap(fd, 32 * M) as memory:
+                for name, work in WORKS.items():
+                    start = time.monotonic()
+                    work(memory)
+                    seconds[turn % 2].setdefault(name, []).append(time.monotonic() - start)
+    for name in WORKS:
+        ratio = min(seconds[1][name]) / min(seconds[0][name])
+        guest.figure(f"{name} in a segment, speed over a plain device", ratio)
     guest.figure("page cache beyond that before", cached() - before, "KiB")
     unbind(other, HOST)
     set_size(other, 0, "test", HOST)
     delete(other, region, HOST)
+
+
+def touch(memory: mmap.mmap) -> None:
+    memory[16 * M :] = bytes(16 * M)
+
+
+def copy(memory: mmap.mmap) -> None:
+    memory.move(24 * M, 16 * M, 8 * M)
+
+
+def random_words(memory: mmap.mmap) -> None:
+    words, at = memoryview(memory).cast("Q"), 1
+    for _ in range(20000):
+        at = at * 1103515245 + 12345 & M - 1
+        words[2 * M + at] ^= at
+    words.release()
+
+
+WORKS = {"first touch": touch, "second touch": touch, "copy": copy, "random words": random_words}
 
 
 def make_many() -> None:
