@@ -156,7 +156,12 @@ class Mounted:
             lambda: is_mounted(self.path) or daemon.poll() is not None, "the mount, or an end"
         )
         assert daemon.poll() is None, f"the daemon ended: {self.words()}"
-        os.statvfs(self.path)  # answered by the daemon
+        try:
+            os.statvfs(self.path)  # answered by the daemon
+        except OSError as e:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                daemon.wait(10)
+            raise AssertionError(f"no answer: {e}: {daemon.poll()}: {self.words()}") from e
 
     def run_daemon(self, words: Sequence[str], given: Sequence[int] = ()) -> Process:
         """Start ``pkernfs WORDS``."""
