@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from guestlab import initramfs
-from kexeclab import LabError, LostMachine, cache, debian, kernels
+from kexeclab import LabError, LostMachine, cache, debian, kernels, qemus
 from kexeclab.feed import Feed, frame, number_of
 from kexeclab.machine import Clock, Running
 
@@ -126,6 +126,11 @@ def test_missing_module_is_told(tmp_path: Path) -> None:
 def test_unknown_kernel_is_told() -> None:
     with pytest.raises(LabError, match=r"kernel 5\.10: unknown; there are 6\.1, 6\.12, 7"):
         kernels.fetch("5.10")
+
+
+def test_unknown_qemu_is_told() -> None:
+    with pytest.raises(LabError, match=r"QEMU 10: unknown; there are 7\.2"):
+        qemus.fetch("10")
 
 
 def test_archive_is_cpio(tmp_path: Path) -> None:

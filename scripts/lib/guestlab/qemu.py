@@ -65,16 +65,29 @@ def _fetch(runner: Path) -> None:
         root = partial / "root"
         root.mkdir(parents=True)
         _extract(root)
-        text = _RUNNER.format(suite=_SUITE, root=target / "root", qemu=QEMU)
-        (partial / QEMU).write_text(text)
-        (partial / QEMU).chmod(0o755)
+        write_runner(partial / QEMU, _SUITE, target / "root")
         partial.chmod(0o755)
         if target.exists():  # without a runner: somebody has taken files out of it
             shutil.rmtree(target)
         os.rename(partial, target)
 
 
+def write_runner(runner: Path, suite: str, root: Path) -> None:
+    """Write the script that runs the QEMU of ``suite`` from ``root``, where that will be."""
+    runner.write_text(_RUNNER.format(suite=suite, root=root, qemu=QEMU))
+    runner.chmod(0o755)
+
+
+def extraction(suite: str, root: Path, *more: str) -> list[str]:
+    """The command that unpacks the QEMU of ``suite``, with what it needs, below ``root``.
+
+    :param more: a line of sources.list instead of the host's, and options of mmdebstrap
+    """
+    what = ["--variant=extract", "--include=qemu-system-x86"]
+    return ["mmdebstrap", *what, suite, str(root), *more]
+
+
 def _extract(root: Path) -> None:
-    command = ["mmdebstrap", "--variant=extract", "--include=qemu-system-x86", _SUITE, str(root)]
+    command = extraction(_SUITE, root)
     advice = "apt-get install mmdebstrap"
     programs.output(*command, error=GuestLabError, advice=advice, seconds=_FETCH_SECONDS)

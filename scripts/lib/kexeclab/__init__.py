@@ -1,10 +1,10 @@
 """The lab: Debian kernels in QEMU, with this checkout installed inside, through real kexecs.
 
-On the host: `debian` (packages from apt's own mirror), `rootfs`, `kernels` and `project` (a
-machine's disks, kept in the cache), `machine` (QEMU, its console and side channel), `feed` (packets
-for a machine's network card) and `runner` (a test's stages, one after each kexec). Inside the
-machine: `guest` (what a test's stages are given) and `agent` (which runs them). Standard library
-only, so that it runs before any set-up.
+On the host: `debian` (packages from apt's own mirror), `rootfs`, `kernels`, `qemus` and `project`
+(a machine's disks, kept in the cache), `machine` (QEMU, its console and side channel), `feed`
+(packets for a machine's network card) and `runner` (a test's stages, one after each kexec). Inside
+the machine: `guest` (what a test's stages are given) and `agent` (which runs them). Standard
+library only, so that it runs before any set-up.
 """
 
 

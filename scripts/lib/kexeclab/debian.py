@@ -57,6 +57,13 @@ def proxy_options() -> Iterator[str]:
             yield f"{found.group(1)}={found.group(2)}"
 
 
+def mmdebstrap_options() -> Iterator[str]:
+    """Yield the options by which mmdebstrap reaches the mirror as well."""
+    for option in proxy_options():
+        name, value = option.split("=", 1)
+        yield f'--aptopt={name} "{value}";'
+
+
 class Suite:
     """One suite's packages; its lists are fetched when they are first asked for."""
 

@@ -10,6 +10,7 @@ from typing import Any, NoReturn, Protocol
 import programs
 
 KERNELS = Path("/lab/kernels")
+DISKS = Path("/lab/disks")
 STAGE_PARAMETER = "lab.stage"
 
 
@@ -90,6 +91,19 @@ class Guest:
             got = f"exit status {done.returncode}, expected {status}"
             raise GuestError(f"{' '.join(command)}: {got}:\n{done.stdout[-4000:]}")
         return done.stdout
+
+    def disk(self, serial: str) -> Path:
+        """Mount the machine's disk with that serial number, read only; return where it is.
+
+        :raises GuestError: the machine has no such disk.
+        """
+        place = DISKS / serial
+        for named in Path("/sys/block").glob("vd*/serial"):
+            if named.read_text().strip() == serial:
+                place.mkdir(parents=True, exist_ok=True)
+                self.run("mount", "-o", "ro", f"/dev/{named.parent.name}", str(place))
+                return place
+        raise GuestError(f"disk {serial}: this machine was not given it")
 
     def command_line(self, add: Sequence[str] = (), remove: Sequence[str] = ()) -> list[str]:
         """The running kernel's parameters for the next one: the stage counted up by one.

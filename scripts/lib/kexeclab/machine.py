@@ -17,7 +17,7 @@ from typing import Any
 
 import programs
 from guestlab.machine import QEMU, accelerators, file_option
-from kexeclab import LabError, LostMachine, cache, kernels, project, rootfs
+from kexeclab import LabError, LostMachine, cache, kernels, project, qemus, rootfs
 from kexeclab.agent import PORT
 from kexeclab.debian import run
 from kexeclab.feed import Feed
@@ -41,6 +41,7 @@ class Machine:
     :ivar feeds: names of netdevs that the host feeds with packets (``-device``,
         ``e1000e,netdev=NAME``); see Guest.feed
     :ivar kernels: further kernels that kexec is to find
+    :ivar qemus: further QEMUs, keys of qemus.SUITES; Guest.disk mounts them
     :ivar systemd: boot systemd instead of the lab's own init
     :ivar persistent: what is written to the root file system is there after a kexec as well
     """
@@ -52,6 +53,7 @@ class Machine:
     devices: Sequence[str] = ()
     feeds: Sequence[str] = ()
     kernels: Sequence[str] = ()
+    qemus: Sequence[str] = ()
     systemd: bool = False
     persistent: bool = False
     machine: str = "q35"
@@ -81,6 +83,8 @@ def prepare(machine: Machine) -> Parts:
         disks[f"kernel-{chosen.name}"] = chosen.disk
         for name in machine.kernels:
             disks[f"kernel-{name}"] = kernels.fetch(name).disk
+        for name in machine.qemus:
+            disks[qemus.serial(name)] = qemus.fetch(name)
     return Parts(chosen, disks)
 
 

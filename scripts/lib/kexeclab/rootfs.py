@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kexeclab import LabError, cache
-from kexeclab.debian import proxy_options, run, source_line
+from kexeclab.debian import mmdebstrap_options, run, source_line
 
 SUITE = "trixie"
 PROJECT = "/opt/pkernfs"  # where a project disk is mounted
@@ -71,16 +71,11 @@ def _build(scratch: Path) -> None:
         *_OWN_MOUNTS, "mmdebstrap", "--mode=root", "--variant=minbase", "--architectures=amd64",
         f"--include={','.join(_PACKAGES)}",
         *(f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in _LEAVE_OUT),
-        *(f"--aptopt={_statement(option)}" for option in proxy_options()),
+        *mmdebstrap_options(),
         SUITE, str(tree), source_line(SUITE),
     )  # fmt: skip
     _arrange(tree)
     cache.make_image(tree, scratch / "root.ext4", "lab-root")
-
-
-def _statement(option: str) -> str:
-    name, value = option.split("=", 1)
-    return f'{name} "{value}";'
 
 
 def _arrange(tree: Path) -> None:
