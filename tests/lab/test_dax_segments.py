@@ -12,6 +12,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,8 +21,12 @@ from typing import Any
 
 import pytest
 
+from guestlab import counter, qemu
+from guestlab.machine import QEMU
 from kexeclab.guest import Guest
 from kexeclab.runner import Lab
+from pagecache import cached_pages
+from pkernfs.control.mounts import beneath
 from pkernfs.dma.mount import mount_filesystem
 from pkernfs.fs.placement import open_region
 from pkernfs.fs.segment_table import SegmentTable
@@ -34,6 +39,8 @@ from pkernfs.pool.pool import Segment
 from pkernfs.quantities import Ino, PhysAddr
 from pkernfs.region.dax import bind, device_names, read_device
 from pkernfs.region.dax_making import add_piece, create, delete, set_size, unbind
+from support.counting_guests import count_at, counting
+from support.lab.mapped import Mapped
 from support.waiting import until
 
 pytestmark = pytest.mark.lab
@@ -44,6 +51,9 @@ DEVICE = "/dev/dax0.0"
 FIRST, SIZE = 4096 * M, 2560 * M  # the soft-reserved memory
 MANY = 1000
 NAME = "dax0.9"  # of this kernel
+OWNER = 1003  # of guests
+RAM_BYTES = 16 * M
+SECONDS = 120.0  # on a machine that is busy; a guest without KVM below one without
 
 
 def mount(guest: Guest, *options: str) -> str:
@@ -130,6 +140,8 @@ def use(guest: Guest) -> None:
             assert "busy" in guest.run("truncate", "-s", "16M", str(file), status=1)
         os.close(fd)
     measure(guest, native(guest, MOUNT / "ram1"))
+    with guest.step("guests by plain path, in all"):
+        run_guests(guest)
     os.truncate(MOUNT / "ram2", 48 * M)
     be_native(guest, MOUNT / "ram2")
     assert "busy" in guest.run("umount", str(MOUNT), status=32)
@@ -231,6 +243,75 @@ def random_words(memory: mmap.mmap) -> None:
 
 
 WORKS = {"first touch": touch, "second touch": touch, "copy": copy, "random words": random_words}
+
+
+def run_guests(guest: Guest) -> None:
+    """Guests of the QEMUs of Debian 12 and 13: their memory is a file of their user's, by its path.
+
+    Once the file is native, and once QEMU runs below pkernfs exec.
+    """
+    file = MOUNT / "guest"
+    file.touch(0o600)
+    os.chown(file, OWNER, OWNER)
+    os.truncate(file, RAM_BYTES)
+    for major, path in ((7, guest.disk("qemu-7.2") / QEMU), (10, Path(f"/usr/bin/{QEMU}"))):
+        assert qemu.version(path)[0] == major
+        guest.run("pkernfs", "native", str(file), "on")
+        run_one(guest, f"QEMU {major} on a native file", path, file)
+        if major == 7:
+            needs_to_be_aligned(path, file)
+        guest.run("pkernfs", "native", str(file), "off")
+        run_one(guest, f"QEMU {major} below pkernfs exec", path, file, "pkernfs", "exec", "--")
+    file.unlink()
+
+
+def run_one(guest: Guest, name: str, path: Path, file: Path, *below: str) -> None:
+    """What it stores is in read() of the mount and in physical memory at once, in no page cache."""
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        Mapped(Path("/dev/mem"), RAM_BYTES, piece_of(guest, file)) as memory,
+        beneath(str(file)) as ram,
+        open(ram, "rb", buffering=0) as opened,
+        guest.step(name),
+    ):
+        os.chown(directory, OWNER, OWNER)
+        disk = Path(directory) / "disk"
+        before = cached_pages(opened.fileno())
+        with counting(path, by_plain_path(file, "align=2M"), disk, OWNER, below):
+            counts = seen_at_once(Path(ram), memory)
+            growth = cached_pages(opened.fileno()) - before
+        guest.log(f"{name}: in memory, by read(), and again: {counts}")
+        guest.figure(f"page cache of {name}", growth, "pages")
+        assert growth == before == 0
+        numbers = counter.numbers(Path(f"{disk}.serial").read_text())
+        assert numbers == list(range(1, len(numbers) + 1))
+
+
+def by_plain_path(file: Path, *more: str) -> list[str]:
+    """The options of a guest's memory, and what device-dax wants besides."""
+    ram = f"memory-backend-file,id=pc.ram,size={RAM_BYTES},mem-path={file},share=on"
+    return ["-M", "pc,memory-backend=pc.ram", "-object", ",".join([ram, *more])]
+
+
+def seen_at_once(ram: Path, memory: Mapped) -> list[int]:
+    """The guest's count as memory and read() have it in turns: neither is ever behind."""
+
+    def in_memory() -> int:
+        return memory.word(counter.COUNT_ADDRESS)
+
+    until("the guest counts", lambda: in_memory() > 20, SECONDS)
+    counts = [in_memory(), count_at(ram), in_memory(), count_at(ram)]
+    assert counts == sorted(counts)
+    until("read() has later numbers", lambda: count_at(ram) >= counts[-1] + 10, SECONDS)
+    assert in_memory() >= counts[-1] + 10
+    return counts
+
+
+def needs_to_be_aligned(path: Path, file: Path) -> None:
+    """Where QEMU does not know how a device has to be mapped, it says what the kernel says."""
+    command = [str(path), "-nodefaults", "-display", "none", *by_plain_path(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)
+    assert "unable to map backing store for guest RAM: Invalid argument" in done.stderr
 
 
 def make_many() -> None:
@@ -355,5 +436,6 @@ def test_dax_segments(lab: Lab, kernel: str) -> None:
             "pkernfs=/dev/dax0.0",
             "iomem=relaxed",
         ],
+        qemus=["7.2"],
     )
     lab.run(use, hand_over, compare, machine=machine, seconds=420)

@@ -11,18 +11,26 @@ from guestlab import counter
 
 
 @contextmanager
-def counting(qemu: Path, machine: Sequence[str], disk: Path) -> Iterator[subprocess.Popen[bytes]]:
+def counting(
+    qemu: Path, machine: Sequence[str], disk: Path, user: int | None = None,
+    below: Sequence[str] = (),
+) -> Iterator[subprocess.Popen[bytes]]:  # fmt: skip
     """A guest that counts while the block runs; no QEMU is left after it.
 
     :param machine: QEMU's options that make the machine and its memory
     :param disk: a file to be made, from which it boots
+    :param user: who runs it, if it is somebody else
+    :param below: a command that becomes the QEMU in the end, as ``pkernfs exec --``
     """
     disk.write_bytes(counter.floppy())
     command = [
-        str(qemu), "-nodefaults", "-display", "none", *machine,
+        *below, str(qemu), "-nodefaults", "-display", "none", *machine,
         "-drive", f"if=ide,format=raw,snapshot=on,file={disk}", "-serial", f"file:{disk}.serial",
     ]  # fmt: skip
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    groups: list[int] | None = None if user is None else []
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, user=user, group=user, extra_groups=groups
+    )
     try:
         yield process
     finally:
