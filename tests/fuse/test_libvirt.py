@@ -17,8 +17,9 @@ from pagecache import cached_pages
 from support.counting_guests import count_at, ring_in
 from support.libvirt import MOUNT, USERS, Libvirt, needs_libvirt
 from support.mounted_pool import MountedPool, huge_pool, native_of, tmpfs
-from support.mounting import MIB, run_pkernfs, wait_until
+from support.mounting import MIB, run_pkernfs
 from support.passthrough import needs_passthrough
+from support.waiting import until
 
 pytestmark = [pytest.mark.vm, pytest.mark.fuse]
 
@@ -94,7 +95,7 @@ def start(libvirt: Libvirt, name: str, xml: str) -> None:
 
 def counts(ram: Path, beyond: int = 0) -> int:
     """Wait until the guest's count is 20 more than ``beyond``; return it."""
-    wait_until(lambda: count_at(ram) > beyond + 20, "the guest counts")
+    until("the guest counts", lambda: count_at(ram) > beyond + 20, 60)
     return count_at(ram)
 
 
