@@ -5,12 +5,17 @@ The same over a real kexec is in tests/lab.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import select
 import signal
+import sys
 from collections.abc import Iterator
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -245,10 +250,17 @@ def test_refusals(live: LiveMount, vm: Counting, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("live", ["tmpfs/"], indirect=True)
-def test_several_machines_in_one_run(live: LiveMount, pair: list[Counting], new_qemu: Path) -> None:
+def test_several_machines_in_one_run(
+    live: LiveMount,
+    pair: list[Counting],
+    new_qemu: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     """They are dealt with at once. If one cannot be saved the other goes on, and it can be later.
 
-    The memory of one has been made before, and is taken as it is.
+    The memory of one has been made before, and is taken as it is. Those go on, too, whose save
+    fails when their QEMU has ended.
     """
     directories = [str(vm.directory) for vm in pair]
     ram = pair[0].directory / "ram"
@@ -264,7 +276,7 @@ def test_several_machines_in_one_run(live: LiveMount, pair: list[Counting], new_
         vm.wait_for(10)
     aside = pair[1].directory / "aside"
     (pair[1].directory / "ram").rename(aside)
-    with pytest.raises(CommandError, match="1 not saved: the others go on"):
+    with pytest.raises(CommandError, match="1 not saved: the others go on: 1 of 1"):
         run(str(SCRIPT), "save", *directories)
     for vm in pair:
         assert not (vm.directory / "state").exists()
@@ -275,7 +287,35 @@ def test_several_machines_in_one_run(live: LiveMount, pair: list[Counting], new_
     for vm in pair:
         vm.wait_for(len(vm.numbers()) + 10)
         assert vm.numbers() == list(range(1, len(vm.numbers()) + 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", [str(SCRIPT), "save", *directories])
+        patch.setattr(os, "fsync", fail_to_sync)
+        assert script().main() == 1
+    complaints = capfd.readouterr().err.splitlines()
+    assert complaints[-1] == "live-update: not all went well: the guests go on: 2 of 2"
+    assert sorted(complaints[:-1]) == [f"live-update: {d}: Input/output error" for d in directories]
+    for vm in pair:
+        assert not (vm.directory / "state").exists()
+        vm.wait_for(len(vm.numbers()) + 10)
+        assert vm.numbers() == list(range(1, len(vm.numbers()) + 1))
     run(str(SCRIPT), "save", *directories)
+
+
+def fail_to_sync(_fd: int) -> None:
+    """What fsync does on a device that is broken."""
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def script() -> ModuleType:
+    """The script, as a module."""
+    spec = spec_from_loader(
+        "live_update_script", SourceFileLoader("live_update_script", str(SCRIPT))
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.parametrize("live", ["tmpfs", "hugetlbfs", "tmpfs/"], indirect=True)

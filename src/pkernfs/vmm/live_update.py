@@ -187,6 +187,8 @@ class Machine:
         """Write down how the machine is run, that is which one of the versions of "pc" it is."""
         with Qmp(self.monitor) as qmp:
             machine = qmp.execute("qom-get", path="/machine", property="type")
+        if not isinstance(machine, str):
+            raise LiveUpdateError("QEMU: its machine has no type")
         settings = replace(settings, machine=machine.removesuffix("-machine"))
         _write(self.config, json.dumps(asdict(settings), indent=2).encode() + b"\n", made)
 

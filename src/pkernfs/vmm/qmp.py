@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import socket
+import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
 from pkernfs.errors import QemuError
 
+#: For an answer, however many events come before it; and for a migration as a whole.
 TIMEOUT_SECONDS = 60.0
+MIGRATION_SECONDS = 200.0
+#: Whoever has made a monitor may not fill the memory of whoever asks it.
+_LINE_BYTES = 16 << 20
+_EVENTS = 64
 
 
 class Qmp:
@@ -29,10 +35,10 @@ class Qmp:
         except OSError as error:
             self._socket.close()
             raise QemuError(f"{path}: no QEMU answers: {error.strerror}") from error
-        self._lines = self._socket.makefile("r", encoding="utf-8")
-        self._events: list[dict[str, Any]] = []
+        self._read = bytearray()
+        self._events: deque[dict[str, Any]] = deque(maxlen=_EVENTS)
         try:
-            self._receive()  # the greeting
+            self._receive(_in(TIMEOUT_SECONDS))  # the greeting
             self.execute("qmp_capabilities")
         except BaseException:
             self.close()
@@ -46,7 +52,6 @@ class Qmp:
 
     def close(self) -> None:
         """End the connection; QEMU goes on."""
-        self._lines.close()
         self._socket.close()
 
     def execute(self, command: str, **arguments: object) -> Any:
@@ -54,39 +59,74 @@ class Qmp:
 
         :raises QemuError: QEMU refuses it, or has gone.
         """
+        deadline = _in(TIMEOUT_SECONDS)
         request = {"execute": command, "arguments": arguments}
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the answer will tell
+        self._socket.settimeout(TIMEOUT_SECONDS)
+        try:
             self._socket.sendall(json.dumps(request).encode() + b"\n")
+        except TimeoutError as error:
+            raise QemuError(f"QEMU: {command}: it does not listen") from error
+        except OSError:
+            pass  # the answer will tell
         while True:
-            reply = self._receive()
+            reply = self._receive(deadline)
             if "return" in reply:
                 return reply["return"]
             if "error" in reply:
-                raise QemuError(f"QEMU: {command}: {reply['error']['desc']}")
-            self._events.append(reply)
+                raise QemuError(f"QEMU: {command}: {_member(reply, 'error', 'desc')}")
+            if reply.get("event") == "MIGRATION":
+                self._events.append(reply)
 
     def wait_for_migration(self) -> None:
         """Wait until the device state is written, or read. The capability ``events`` is on.
 
         :raises QemuError: that failed, or QEMU has gone.
         """
+        deadline = _in(MIGRATION_SECONDS)
         while True:
-            event = self._events.pop(0) if self._events else self._receive()
-            status = event["data"]["status"] if event.get("event") == "MIGRATION" else ""
+            event = self._events.popleft() if self._events else self._receive(deadline)
+            status = _member(event, "data", "status") if event.get("event") == "MIGRATION" else ""
             if status == "completed":
                 return
             if status in ("failed", "cancelled"):
-                why = self.execute("query-migrate").get("error-desc", "QEMU does not say why")
+                found = self.execute("query-migrate")
+                why = _member({"found": found}, "found", "error-desc") or "QEMU does not say why"
                 raise QemuError(f"QEMU: state {status}: {why}")
 
-    def _receive(self) -> dict[str, Any]:
+    def _receive(self, deadline: float) -> dict[str, Any]:
+        while b"\n" not in self._read:
+            self._read_more(deadline)
+        line, _, self._read = self._read.partition(b"\n")
         try:
-            line = self._lines.readline()
-        except TimeoutError as error:
-            raise QemuError(f"QEMU: no answer in {TIMEOUT_SECONDS:g} s") from error
-        except OSError:
-            line = ""
-        if not line:
-            raise QemuError("QEMU: it has ended")
-        message: dict[str, Any] = json.loads(line)
+            message = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise QemuError("QEMU: what its monitor says is not JSON") from error
+        if not isinstance(message, dict):
+            raise QemuError("QEMU: what its monitor says is no message")
         return message
+
+    def _read_more(self, deadline: float) -> None:
+        left = deadline - time.monotonic()
+        try:
+            if left <= 0 or len(self._read) > _LINE_BYTES:
+                raise TimeoutError
+            self._socket.settimeout(left)
+            more = self._socket.recv(1 << 16)
+        except TimeoutError as error:
+            raise QemuError("QEMU: no answer in time") from error
+        except OSError:
+            more = b""
+        if not more:
+            raise QemuError("QEMU: it has ended")
+        self._read += more
+
+
+def _in(seconds: float) -> float:
+    return time.monotonic() + seconds
+
+
+def _member(message: dict[str, Any], name: str, member: str) -> str:
+    """Return a text that is a member of a member, or nothing if there is none."""
+    inner = message.get(name)
+    found = inner.get(member) if isinstance(inner, dict) else None
+    return found if isinstance(found, str) else ""
