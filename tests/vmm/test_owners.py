@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from children import Say, run_each
-from pkernfs.control.mounts import Mount
 from pkernfs.errors import VmmError
 from pkernfs.vmm import live_update, owners
 from pkernfs.vmm.owners import become_owner
@@ -240,9 +239,17 @@ def test_a_users_own_mount_can_name_any_owner(
     tenants: dict[int, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = tenants[0].stat().st_dev
-    mounts = [Mount(device, str(tenants[0]), "fuse.mine", "x", ALICE)]
-    monkeypatch.setattr(owners, "read_mounts", lambda: mounts)
+    table = live_update.RUN / "mountinfo"
+    monkeypatch.setattr(owners, "_MOUNTS", str(table))
+
+    def be_made_by(uid: int) -> None:
+        table.write_text(
+            f"40 30 {os.major(device)}:{os.minor(device)} / /mnt rw,nosuid shared:7 - fuse.mine"
+            f" mine,user_id=0 rw,user_id={uid},group_id=0,allow_other\n"
+        )
+
+    be_made_by(ALICE)
     with pytest.raises(VmmError, match=f"it is on a mount of user {ALICE}"):
         become_owner(tenants[0])
-    mounts[0] = mounts[0]._replace(owner=0)
+    be_made_by(0)
     assert become_owner(tenants[0]) == tenants[0]

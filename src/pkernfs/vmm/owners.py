@@ -13,15 +13,19 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import re
 import stat
 from pathlib import Path
 
-from pkernfs.control.mounts import read_mounts
 from pkernfs.errors import VmmError, os_reason
+from pkernfs.host.mount_table import table_lines
 from pkernfs.vmm import live_update
 
 #: What an owner's programs may know of root's environment.
 KEPT = ("PATH", "LANG", "TERM")
+_MOUNTS = "/proc/self/mountinfo"
+#: Who has made a FUSE mount, in the options of its file system.
+_MADE_BY = re.compile(r"(?:^|,)user_id=(\d+)(?:,|$)")
 _FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
@@ -89,9 +93,14 @@ def _check_above(place: Path, found: os.stat_result) -> None:
 
 def _check_mount(place: Path, found: os.stat_result) -> None:
     """Refuse a user's own FUSE mount, which can name any owner."""
-    for mount in read_mounts():
-        if mount.device == found.st_dev and mount.owner not in (None, 0, os.geteuid()):
-            raise VmmError(f"{place}: it is on a mount of user {mount.owner}")
+    device = f"{os.major(found.st_dev)}:{os.minor(found.st_dev)}"
+    for line in table_lines(_MOUNTS):
+        left, _, right = line.partition(" - ")
+        if left.split(" ")[2] != device:
+            continue
+        made_by = _MADE_BY.search(right.rpartition(" ")[2])  # the field before is the user's words
+        if made_by is not None and int(made_by[1]) not in (0, os.geteuid()):
+            raise VmmError(f"{place}: it is on a mount of user {made_by[1]}")
 
 
 # ------------------------------------------------------------------------------ the process
