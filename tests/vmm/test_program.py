@@ -32,3 +32,9 @@ def test_programs_that_fail(script: str, reason: str) -> None:
 def test_a_program_that_is_not_there() -> None:
     with pytest.raises(VmmError, match="/none: no such program"):
         program.run("/none")
+
+
+def test_words_that_are_not_utf_8() -> None:
+    """A program of somebody else's may say anything."""
+    with pytest.raises(VmmError, match=r"^\ufffd no$"):
+        program.output("sh", "-c", r"printf '\377 no\n' >&2; exit 1")

@@ -20,7 +20,7 @@ def run(*command: str, directory: Path | None = None, seconds: float | None = No
     try:
         return subprocess.run(
             command, cwd=directory, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            timeout=seconds, check=False,
+            errors="replace", timeout=seconds, check=False,
         )  # fmt: skip
     except FileNotFoundError as error:
         raise VmmError(f"{command[0]}: no such program") from error
