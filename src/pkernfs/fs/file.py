@@ -7,6 +7,7 @@ import stat
 from collections.abc import Iterator
 
 from pkernfs.errors import (
+    BusyError,
     InvalidError,
     IsDirError,
     NoSpaceError,
@@ -25,6 +26,7 @@ from pkernfs.fs.super import Access, Super
 from pkernfs.journal import TransactionTooLarge
 from pkernfs.layout import (
     BLOCK,
+    INODE_FLAG_NATIVE,
     INODE_FLAG_PENDING,
     INODE_FLAG_SEGMENT,
     INODE_FLAG_TABLE,
@@ -116,6 +118,7 @@ class Files:
 
         :raises NoSpaceError: nothing was written.
         :raises PermissionDeniedError: a table file.
+        :raises BusyError: it would lengthen a native file.
         """
         self._super.check_writable()
         inode = self._inodes.get(ino)
@@ -131,6 +134,8 @@ class Files:
         first, last = offset // PAGE, -(-end // PAGE)
         size = max(end, inode.size)
         if inode.flags & INODE_FLAG_SEGMENT:
+            if end > inode.size:
+                _check_not_native(inode)
             self.finish_earlier(inode)
             self._segments.grow(inode, end)
         elif self._map.holes(inode, first, last):
@@ -189,7 +194,7 @@ class Files:
     # ------------------------------------------------------------------ sizes
 
     def check_resize(self, inode: Inode, size: int) -> None:
-        """:raises IsDirError, InvalidError, TooBigError, PermissionDeniedError: a bad size."""
+        """:raises PkernfsError: a file cannot have that size, or not now: why."""
         if inode.is_dir:
             raise IsDirError(f"inode {inode.ino}: is a directory")
         if not inode.is_reg:
@@ -203,6 +208,8 @@ class Files:
             raise TooBigError(f"size {size}: the file system holds {capacity} bytes")
         if inode.flags & INODE_FLAG_TABLE and (size < inode.size or size % BLOCK):
             raise PermissionDeniedError("a table file only grows, in steps of 2 MiB")
+        if size != inode.size:
+            _check_not_native(inode)
 
     def grow(self, inode: Inode, size: int) -> None:
         """Allocate what a larger size needs, in transactions of its own.
@@ -368,6 +375,7 @@ class Files:
         """Allocate, punch or zero a range, as fallocate(2).
 
         :raises NotSupportedError: another mode.
+        :raises BusyError: it would lengthen or punch a native file.
         """
         for _ in self.fallocate_steps(ino, mode, offset, length):
             pass
@@ -384,6 +392,8 @@ class Files:
             raise TooBigError("range beyond the largest file")
         if inode.flags & INODE_FLAG_TABLE:
             raise PermissionDeniedError("a table file: it is sized with truncate")
+        if mode & FALLOC_PUNCH_HOLE or offset + length > inode.size:
+            _check_not_native(inode)
         if mode == FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE:
             self._punch(inode, offset, offset + length)
         elif mode & ~FALLOC_KEEP_SIZE in (0, FALLOC_ZERO_RANGE):
@@ -400,6 +410,8 @@ class Files:
     def _finish_fallocate(self, ino: Ino, mode: int, end: int) -> None:
         inode = self._inodes.get(ino)
         grows = end > inode.size and not mode & FALLOC_KEEP_SIZE
+        if grows:  # it may be native meanwhile
+            _check_not_native(inode)
         if grows and inode.flags & INODE_FLAG_SEGMENT:  # it may have been cut meanwhile
             self._segments.grow(inode, end)
         with self._store:
@@ -516,3 +528,15 @@ class Files:
             low = max(start, file_page * PAGE)
             high = min(end, (file_page + count) * PAGE)
             yield low, high - low, RegionOff((page - file_page) * PAGE + low)
+
+
+def _check_not_native(inode: Inode) -> None:
+    """Before a file's segment is cut, lengthened or punched.
+
+    What is mounted over the names of a native file stays what it is. Were the memory behind it
+    given back, somebody else's could come to be there.
+
+    :raises BusyError: the file is native.
+    """
+    if inode.flags & INODE_FLAG_NATIVE:
+        raise BusyError(f"inode {inode.ino}: it is native: pkernfs native FILE off")

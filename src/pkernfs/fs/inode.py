@@ -270,6 +270,7 @@ class InodeLife:
         set-gid. Growing allocates, shrinking frees.
 
         :raises IsDirError, InvalidError, TooBigError, PermissionDeniedError: a bad size.
+        :raises BusyError: another size of a native file.
         :raises TimeRangeError: a time that the format has not.
         :raises NoSpaceError: nothing was changed.
         :raises RegionError: the segment is lost, or cannot be given to the new owner.

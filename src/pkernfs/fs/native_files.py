@@ -5,12 +5,19 @@ What the names lead to is for the daemon to see to; here is which files are nati
 
 from __future__ import annotations
 
-from pkernfs.errors import InvalidError, NotSupportedError, PermissionDeniedError, PkernfsError
+from pkernfs.errors import (
+    BusyError,
+    InvalidError,
+    NotSupportedError,
+    PermissionDeniedError,
+    PkernfsError,
+)
 from pkernfs.fs.inodes import Inode
 from pkernfs.fs.segments import Segments
 from pkernfs.fs.super import Super
 from pkernfs.layout import (
     INODE_FLAG_NATIVE,
+    INODE_FLAG_PENDING,
     INODE_FLAG_SEGMENT,
     INODE_FLAG_TABLE,
     SEGMENT_IN_USE,
@@ -30,14 +37,14 @@ class NativeFiles:
     def all(self) -> list[Ino]:
         """Every native file. A damaged inode is none: who opens it is told."""
         rows = [row for row in self._segments.table.rows.values() if row.state == SEGMENT_IN_USE]
-        return [row.ino for row in rows if self._is_undamaged(row.ino) and self.is_native(row.ino)]
+        return [row.ino for row in rows if self.is_known(row.ino)]
 
-    def _is_undamaged(self, ino: Ino) -> bool:
+    def is_known(self, ino: Ino) -> bool:
+        """As :meth:`is_native`; a file whose inode is damaged is not native."""
         try:
-            self._inodes.get(ino)
+            return self.is_native(ino)
         except PkernfsError:
             return False
-        return True
 
     def is_native(self, ino: Ino) -> bool:
         """Tell if a file is native."""
@@ -61,6 +68,7 @@ class NativeFiles:
 
         :raises InvalidError, PermissionDeniedError: it has no segment: why.
         :raises RegionError: its segment is lost.
+        :raises BusyError: a change of its size has not ended.
         :raises WorkNeeded: the pool is changing its segment.
         """
         self._super.check_writable()
@@ -84,6 +92,8 @@ class NativeFiles:
             raise PermissionDeniedError("a table file: it is in the region itself")
         if not inode.flags & INODE_FLAG_SEGMENT:
             raise InvalidError(f"inode {ino}: no memory of its own: {_remedy(inode)}")
+        if inode.flags & INODE_FLAG_PENDING:  # what is left of a cut would go below the names
+            raise BusyError(f"inode {ino}: it is being changed")
         self._segments.check_there(self._segments.of(inode))
 
     def _set(self, ino: Ino, *, native: bool) -> None:
