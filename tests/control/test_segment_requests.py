@@ -13,9 +13,16 @@ from pkernfs.control.protocol import Nothing
 from pkernfs.control.segment_protocol import ListSegments, SegmentRow, SetSegment
 from pkernfs.control.segment_requests import SegmentRequests
 from pkernfs.dma.mount import mount_filesystem
-from pkernfs.errors import BusyError, InvalidError, NotSupportedError, WorkNeeded
+from pkernfs.errors import (
+    BusyError,
+    CorruptionError,
+    InvalidError,
+    NotSupportedError,
+    WorkNeeded,
+)
 from pkernfs.fs import mkfs
 from pkernfs.fs.filesystem import FileSystem
+from pkernfs.fs.inodes import Inode
 from pkernfs.layout import ROOT_INO, SEGMENT_NEW
 from pkernfs.pool.pool import Segment
 from pkernfs.quantities import Ino, SegmentNo
@@ -143,6 +150,19 @@ def test_rows_are_told(rig: Rig) -> None:
     del rig.pool.memories[SegmentNo(9)]
     rig.fs.segments.pool = None
     assert rig.list()[0].native_path == ""
+
+
+def test_a_damaged_inode_hides_no_row(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.set(True)
+    rig.fs.natives.on(rig.ino)
+    assert [row.native for row in rig.list()] == [True]
+
+    def read(ino: Ino) -> Inode:
+        raise CorruptionError(f"inode {ino}: a test")
+
+    monkeypatch.setattr(rig.fs.super.inodes, "get", read)
+    (row,) = rig.list()
+    assert (row.ino, row.path, row.native) == (rig.ino, "", False)
 
 
 def test_no_row_no_walk(rig: Rig) -> None:

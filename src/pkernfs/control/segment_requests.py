@@ -100,7 +100,7 @@ class SegmentRequests:
             row.length,
             self._native_path(row),
             segments.lost.get(row.number, ""),
-            row.state == SEGMENT_IN_USE and self._fs.natives.is_native(row.ino),
+            row.state == SEGMENT_IN_USE and self._fs.natives.is_known(row.ino),
         )
 
     def _native_path(self, row: Segment) -> str:
