@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import stat
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -12,10 +14,12 @@ from pkernfs.dma import reports
 from pkernfs.dma.output import Pause, Text
 from pkernfs.dma.table_files import TableFiles
 from pkernfs.errors import (
+    CorruptionError,
     InvalidError,
 )
+from pkernfs.fs.names import DirectoryEntry
 from pkernfs.layout import PAGE, ROOT_INO
-from pkernfs.quantities import Iova
+from pkernfs.quantities import Ino, Iova
 from support.table_files import (
     BAR,
     DEVICE,
@@ -58,6 +62,31 @@ def test_show_goes_on_while_tables_change(mapped: Host) -> None:
     assert shown[0] == 1
     assert shown[-1] == (100 * GIB) // PAGE + 599
     assert not mapped.fs.read_only
+
+
+def test_walk_leaves_out_what_is_damaged(mapped: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory that cannot be read: what it has up to there, and all others, are found."""
+    readdir = mapped.fs.readdir
+    d = mapped.fs.mkdir(ROOT_INO, b"d", 0o755, 0, 0).ino
+    for name in (b"first", b"second"):
+        mapped.fs.create(d, name, stat.S_IFREG | 0o600, 0, 0)
+
+    def read(ino: Ino, cookie: int) -> Iterator[DirectoryEntry]:
+        for number, entry in enumerate(readdir(ino, cookie)):
+            if (ino, number) == (d, 1):
+                raise CorruptionError("a test")
+            yield entry
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mapped.fs, "readdir", read)
+        found = [item for item in reports.walk_files(mapped.fs) if not isinstance(item, Pause)]
+    first = next(iter(readdir(d, 0)))[0].decode()
+    assert sorted(path for path, _ino in found) == [
+        f"/d/{first}", "/guest", "/iommu/dom-0", "/iommu/root-pgtables", "/other"
+    ]  # fmt: skip
+    for name in (b"first", b"second"):
+        mapped.fs.unlink(d, name)
+    mapped.fs.rmdir(ROOT_INO, b"d")
 
 
 def test_walk_ends_where_directories_are_a_loop(mapped: Host) -> None:

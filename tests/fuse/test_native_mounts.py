@@ -20,7 +20,9 @@ import pytest
 from pkernfs.control.mounts import beneath, mount_at, read_mounts
 from pkernfs.errors import PermissionDeniedError, RegionError
 from pkernfs.fuse.native_mounts import NativeMounts
-from pkernfs.quantities import Ino
+from pkernfs.quantities import Ino, PageNo
+from pkernfs.region.region import Region
+from support.damage import Damage, Populated
 from support.mounted_pool import MountedPool, huge_pool, native_of, tmpfs
 from support.mounting import MIB, run_as, run_pkernfs, wait_until
 
@@ -206,6 +208,8 @@ def test_no_link_leads_elsewhere(mounted: MountedPool) -> None:
         assert not os.path.samefile(outside / "f", segment)
     with pytest.raises(RegionError, match="No such file"):
         mounts.cover("/f", ino, "/no/such/segment")
+    with pytest.raises(RegionError, match="/no/such/mount: No such file"):
+        NativeMounts("/no/such/mount", 1).cover("/f", ino, str(segment))
     other = mounted.file("other", 2 * MIB)
     with pytest.raises(RegionError, match="something else is there"):
         mounts.cover("/other", ino, str(segment))
@@ -252,6 +256,48 @@ def test_a_lost_segment_leaves_the_file(mounted: MountedPool) -> None:
     subprocess.run(["umount", "-R", mounted.path], check=True)
     mounted.wait()
     assert f"inode {ino}: not native: segment-1: lost" in mounted.words()
+
+
+def test_its_size_is_kept_where_it_is_not_covered(mounted: MountedPool) -> None:
+    """In another mount namespace, where the names lead to the file; not even root cuts it."""
+    path, segment = native(mounted)
+    for size in ("0", "2M", "8M"):
+        cut = f'umount "$0" && truncate -s {size} "$0"'
+        done = subprocess.run(
+            ["unshare", "-m", "sh", "-c", cut, path], capture_output=True, text=True, check=False
+        )
+        assert "resource busy" in done.stderr
+    assert is_native(path, segment)
+    switch(path, "off")
+    os.truncate(path, 0)
+    mounted.wait_until_gone(segment)
+
+
+def test_a_damaged_directory_keeps_no_mount_from_others(mounted: MountedPool) -> None:
+    path = mounted.file("f", 2 * MIB)
+    (mounted.path / "d").mkdir()
+    os.link(path, mounted.path / "d" / "f")
+    segment = native_of(path)
+    switch(path, "on")
+    for number in range(200):  # more than an inode has room for: a page of its own
+        (mounted.path / "d" / f"name {number} {'x' * 100}").touch()
+    directory = Ino((mounted.path / "d").stat().st_ino)
+    subprocess.run(["umount", "-R", mounted.path], check=True)
+    mounted.wait()
+    with Region.open(str(mounted.region), write=True) as region:
+        damage = Damage(Populated(region))
+        page = PageNo(damage.inode(directory).body)
+        damage.flip(page, 777)
+    mounted.start()
+    wait_until(lambda: is_native(path, segment), "the name")
+    assert f"{path} (segment 1, {segment}, native)" in pkernfs("holders", mounted.path).stdout
+    assert covers(mounted) == [str(path)]
+    switch(path, "off")
+    with pytest.raises(OSError, match="clean"):
+        os.listdir(mounted.path / "d")
+    mounted.unmount()
+    with Region.open(str(mounted.region), write=True) as region:
+        Damage(Populated(region)).flip(page, 777)
 
 
 def test_a_name_is_removed_where_it_is_not_covered(mounted: MountedPool) -> None:

@@ -7,6 +7,7 @@ the tables may change.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import stat
 from bisect import bisect_right
@@ -18,7 +19,7 @@ from pkernfs.dma.kernel_adopted import Adopted
 from pkernfs.dma.mount import tables_of
 from pkernfs.dma.output import PAUSE, Output, Pause, Question, Record, Status, Text
 from pkernfs.dma.table_files import TableFiles
-from pkernfs.errors import InvalidError, NotFoundError
+from pkernfs.errors import InvalidError, NotFoundError, PkernfsError
 from pkernfs.fs.names import ROOT_PGTABLES, DirectoryEntry
 from pkernfs.host.bars import Bar
 from pkernfs.host.iomem import Span
@@ -113,8 +114,8 @@ class NamedFile(NamedTuple):
 def walk_files(fs: FileSystem) -> Iterator[NamedFile | Pause]:
     """Path and inode number of every regular file; Pause is a place to pause.
 
-    Files that come, go or get another name meanwhile may be missing; one that has several names is
-    there for each.
+    Files that come, go or get another name meanwhile may be missing, and so are those of which a
+    damaged directory has the name; one that has several names is there for each.
     """
     todo = [(ROOT_INO, "")]
     seen = {ROOT_INO}  # a damaged directory may lead back
@@ -138,11 +139,10 @@ def walk_files(fs: FileSystem) -> Iterator[NamedFile | Pause]:
 
 
 def _names(fs: FileSystem, directory: Ino, cookie: int) -> list[DirectoryEntry]:
-    try:
-        entries = fs.readdir(directory, cookie)
-        return [entry for entry, _ in zip(entries, range(_NAMES_AT_ONCE), strict=False)]
-    except NotFoundError:
-        return []  # removed meanwhile
+    entries: list[DirectoryEntry] = []
+    with contextlib.suppress(PkernfsError):  # removed meanwhile, or damaged: who opens it is told
+        entries.extend(islice(fs.readdir(directory, cookie), _NAMES_AT_ONCE))
+    return entries
 
 
 def mapped_pieces(fs: FileSystem) -> Generator[Pause, None, list[Owner]]:

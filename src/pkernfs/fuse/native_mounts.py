@@ -67,7 +67,10 @@ class NativeMounts:
         :raises RegionError: it is not in this mount.
         """
         *directories, name = path.strip("/").split("/")
-        fd = os.open(self._mountpoint, _STEP | os.O_DIRECTORY)
+        try:
+            fd = os.open(self._mountpoint, _STEP | os.O_DIRECTORY)
+        except OSError as e:
+            raise RegionError(f"{self._mountpoint}: {e.strerror}", e.errno or 0) from e
         try:
             for flags, part in [*((os.O_DIRECTORY, d) for d in directories), (0, name)]:
                 if os.fstat(fd).st_dev != self._device:

@@ -159,9 +159,17 @@ class Session:
     # ------------------------------------------------------------------ native files
 
     async def _cover_natives(self) -> None:
-        """Have the names of native files lead to their segments, as before this mount."""
+        """Have the names of native files lead to their segments, as before this mount.
+
+        Whatever is damaged, the mount goes on: it is there for all other files.
+        """
         inos = [] if self._fs.read_only else self._fs.natives.all()
-        for path, ino in await names_of(self._fs, inos, self.pause):
+        try:
+            names = await names_of(self._fs, inos, self.pause)
+        except PkernfsError as e:
+            log.error("%s: no file is native: %s", self._mountpoint, e)
+            return
+        for path, ino in names:
             try:
                 await self.cover(path, ino)
             except PkernfsError as e:
