@@ -38,7 +38,7 @@ async def names_of(
 ) -> list[Name]:
     """Find all names of some files; one that is renamed meanwhile may be missing."""
     names: list[Name] = []
-    left = {ino: fs.inode(ino).nlink for ino in inos}
+    left = {ino: links for ino in inos if (links := fs.inode(ino).nlink)}
     for found in walk_files(fs) if left else ():
         if isinstance(found, Pause):
             await pause()
@@ -65,30 +65,42 @@ class NativeRequests:
         return {segment_protocol.SetNative: self.set_native}
 
     async def set_native(self, request: segment_protocol.SetNative) -> Nothing:
-        """Change what the names of a file lead to, if it is not that already."""
+        """Change what the names of a file lead to, where it is not that already.
+
+        Who goes away before it has begun has changed nothing. From then on it goes on to its end.
+        """
+        ino = request.ino
         async with self._lock:
-            if self._fs.natives.is_native(request.ino) != request.on:
-                change = self._on if request.on else self._off
-                await change(request.ino)
+            if request.on:
+                await self._session.with_zeroing(lambda: self._fs.natives.check(ino))
+                await self._let_close(ino)
+                await self._refuse_users(ino, segment=False)
+                with trio.CancelScope(shield=True):
+                    await self._on(ino)
+            elif self._fs.natives.is_native(ino):
+                await self._refuse_users(ino, segment=True)
+                with trio.CancelScope(shield=True):
+                    await self._off(ino)
         return Nothing()
 
     async def _on(self, ino: Ino) -> None:
         """The file is native first: if the daemon ends, the next mount covers its names."""
-        await self._session.with_zeroing(lambda: self._fs.natives.check(ino))
-        await self._let_close(ino)
-        await self._refuse_users(ino, segment=False)
-        await self._session.with_zeroing(lambda: self._fs.natives.on(ino))
+        natives = self._fs.natives
+        before = natives.is_native(ino)
+        await self._session.with_zeroing(lambda: natives.on(ino))
         try:
             for name in await names_of(self._fs, [ino], self._session.pause):
                 await self._session.cover(name.path, ino)
+            await self._let_close(ino)
+            self._check_closed(ino)  # who has opened it meanwhile has the file, not the segment
         except PkernfsError:
-            await self._session.uncover(ino)
-            self._fs.natives.off(ino)
+            if not before:
+                await self._session.uncover(ino)
+                natives.off(ino)
             raise
 
     async def _off(self, ino: Ino) -> None:
         """The file is native until its names lead to it: as above."""
-        await self._refuse_users(ino, segment=True)
         await self._session.uncover(ino)
         self._fs.natives.off(ino)
         with contextlib.suppress(RegionError):  # it is lost: who reads the file is told
@@ -103,6 +115,9 @@ class NativeRequests:
             raise BusyError(
                 f"inode {ino}: busy: process {first.pid} ({first.command}) {how} it{others}"
             )
+        self._check_closed(ino)
+
+    def _check_closed(self, ino: Ino) -> None:
         if self._fs.is_open(ino):
             raise BusyError(f"inode {ino}: it is open")
 
