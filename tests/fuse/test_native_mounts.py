@@ -312,6 +312,18 @@ def test_a_name_is_removed_where_it_is_not_covered(mounted: MountedPool) -> None
     mounted.wait_until_gone(segment)
 
 
+def test_no_name_leads_to_a_segment_that_is_destroyed(mounted: MountedPool) -> None:
+    """Whoever has mounted it there; the name of a device would soon be another's."""
+    path, segment = native(mounted)
+    other = mounted.file("other")
+    subprocess.run(["mount", "--bind", segment, other], check=True)
+    remove = 'umount "$0" && rm "$0"'
+    subprocess.run(["unshare", "-m", "sh", "-c", remove, path], check=True)
+    mounted.wait_until_gone(segment)
+    assert not covers(mounted)
+    other.unlink()
+
+
 def test_a_daemon_is_killed_while_it_changes_a_name(mounted: MountedPool) -> None:
     """The next mount has the names of the file as the file says, and no bind mount too many."""
     print(f"PKERNFS_SEED={SEED}")

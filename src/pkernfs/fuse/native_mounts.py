@@ -14,7 +14,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator
 
 from pkernfs.control.mounts import Mount, read_mounts
 from pkernfs.errors import RegionError
@@ -83,15 +84,19 @@ class NativeMounts:
         finally:
             os.close(fd)
 
-    def uncover(self, segments: list[str]) -> None:
+    def uncover(self, segments: Iterable[str]) -> None:
         """Have names lead to the files of the mount again that lead to any of these segments."""
+        covers = self._covers()
+        if not covers:
+            return
         wanted = set()
         for path in segments:
             with contextlib.suppress(OSError):
                 info = os.stat(path)
-                wanted.add((info.st_dev, info.st_ino))
+                if not stat.S_ISDIR(info.st_mode):  # such as /dev, for one that has no name yet
+                    wanted.add((info.st_dev, info.st_ino))
         libc = ctypes.CDLL(None, use_errno=True)
-        for place in self._covers():
+        for place in covers:
             with contextlib.suppress(OSError):
                 fd = os.open(place.mount_point, _STEP)
                 try:

@@ -37,7 +37,7 @@ from pkernfs.fuse.native_mounts import NativeMounts
 from pkernfs.fuse.waiting import until_worked, until_zeroed
 from pkernfs.host.holders import Holding, Target, look
 from pkernfs.host.mappings import Mapping, mappings_of
-from pkernfs.layout import ARRIVAL_REMOUNT, BLOCK
+from pkernfs.layout import ARRIVAL_REMOUNT, BLOCK, SEGMENT_DEAD
 from pkernfs.quantities import BlockNo, BlockRun, Ino, RegionRun, SegmentNo
 from pkernfs.ratelimit import RateLimit
 
@@ -378,12 +378,32 @@ class Session:
                 work = segments.reaping()
                 if work is not None:
                     try:
-                        segments.reaped(await trio.to_thread.run_sync(work))
+                        segments.reaped(await trio.to_thread.run_sync(self._uncovered(work)))
                     except PkernfsError as e:
                         self._fs.fail(f"segments: {e}")
                         return
             with trio.move_on_after(_LOOK_SECONDS if segments.reaping() is not None else math.inf):
                 await changed.wait()
+
+    def _uncovered(self, work: Callable[[], _Result]) -> Callable[[], _Result]:
+        """Return ``work`` that no name leads to a dead segment any more before.
+
+        The kernel uncovers a name that it removes, but not before it has our answer; and the name
+        of a device is soon another's.
+        """
+        natives, segments = self._natives, self._fs.segments
+        pool, rows = segments.pool, list(segments.table.rows.values())
+        if natives is None or pool is None:
+            return work
+        taken = {row.name for row in rows if row.state != SEGMENT_DEAD and row.name}
+        dead = [row for row in rows if row.state == SEGMENT_DEAD and row.name not in taken]
+
+        def uncover_and_work() -> _Result:
+            with contextlib.suppress(OSError, PkernfsError):
+                natives.uncover(map(pool.native_path, dead))
+            return work()
+
+        return uncover_and_work
 
     async def _bring_segments(self) -> None:
         """Restore the segments that the mount did not wait for; others get turns in between."""
