@@ -269,6 +269,24 @@ def test_somebody_has_a_part_of_one(
     assert read_device(theirs, machine).size == 2 * M
 
 
+def test_another_driver_has_the_device_of_one(
+    pool: DaxPool, machine: Machine, rows: list[Segment]
+) -> None:
+    """That segment alone is lost: the others are parked, and made."""
+    driver = Path(machine.path(f"{REGION}/{pool.restore(rows[2]).name}/driver"))
+    driver.unlink()
+    driver.symlink_to("/drivers/kmem")
+    pool.close()
+    again = open_pool(machine)
+    assert sorted(again.park([*rows, rows[0]._replace(number=SegmentNo(9), pieces=())])) == [1, 2, 4, 5]
+    with pytest.raises(RegionError, match="it is in system-ram mode"):
+        again.restore(rows[2])
+    for row in rows:
+        if row.number != 3:
+            assert bytes_of(again, again.restore(row)) == {row.number}
+    again.close()
+
+
 def test_somebody_takes_some_while_another_is_taken_out(
     pool: DaxPool, kernel: MadeUpDax, machine: Machine, rows: list[Segment]
 ) -> None:

@@ -227,9 +227,15 @@ class DaxPool:
         It is theirs by parking devices, until :meth:`restore` makes their own.
         """
         self._parking.clear()
-        return self._parking.park(
-            row for row in rows if row.pieces and self._find(row, again=False) is None
-        )
+        return self._parking.park(row for row in rows if self._is_missing(row))
+
+    def _is_missing(self, row: Segment) -> bool:
+        """Tell if a segment has no device; not of one that another driver has, as a restore says."""
+        try:
+            return self._find(row, again=False) is None
+        except RegionError as e:
+            log.debug("%s: not parked: %s", _where(row), e)
+            return False
 
     def restore(self, segment: Segment) -> Segment:
         """Make a segment again if a kexec has forgotten it, or complete a change of it.
