@@ -146,7 +146,7 @@ def test_rows_are_told(rig: Rig) -> None:
         SegmentNo(1), rig.ino, "/d/g\udcff", "in use", 4 * MIB, path, "", False
     )
     assert (second.number, second.path, second.state) == (2, "", "dead")
-    assert (third.state, third.lost) == ("new", "a test has lost it")
+    assert (third.state, third.lost, third.native_path) == ("new", "a test has lost it", "")
     del rig.pool.memories[SegmentNo(9)]
     rig.fs.segments.pool = None
     assert rig.list()[0].native_path == ""

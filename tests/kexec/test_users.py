@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pkernfs.control.mounts import Mount
+from pkernfs.errors import RegionError
 from pkernfs.kexec.users import Process, mappers_of, mappers_of_segments, users_of
 from pkernfs.pool.pool import Segment
 from pkernfs.quantities import Ino, SegmentNo
@@ -123,9 +124,11 @@ def test_who_maps_segments(machine: Machine, tmp_path: Path) -> None:
 
     class Pool(MemoryPool):
         def native_path(self, segment: Segment) -> str:
+            if segment.number == 4:
+                raise RegionError("segment 4: its device is not there")
             return str(tmp_path / f"segment-{segment.number}")
 
-    rows = [Segment(SegmentNo(n), Ino(n + 10), 1, 2 << 20) for n in (1, 2, 3)]
+    rows = [Segment(SegmentNo(n), Ino(n + 10), 1, 2 << 20) for n in (1, 2, 3, 4)]
     found = os.stat(tmp_path / "segment-2")
     process(machine, 9)
     device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}"

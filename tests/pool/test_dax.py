@@ -290,6 +290,22 @@ def test_names_prove_nothing(pool: Pool, kernel: MadeUpDax, machine: Machine) ->
     assert read_device(theirs, machine).size == 4 * M
 
 
+def test_paths_are_by_the_names_of_this_kernel(
+    pool: DaxPool, kernel: MadeUpDax, machine: Machine
+) -> None:
+    """Also for who has restored nothing, as a read-only mount beside a daemon that was killed."""
+    one, two, lost = make(pool, 4 * M), make(pool, 2 * M, 2), make(pool, 2 * M, 3)
+    pool = next_kernel(kernel, pool)
+    pool.restore(two)
+    pool.restore(one)
+    reader = DaxPool(read_device("dax0.0", machine), write=False, lock=False, host=machine)
+    for asked in (pool, reader):
+        assert asked.native_path(one) == machine.path(f"dev/{two.name}")
+        assert asked.native_path(two) == machine.path(f"dev/{one.name}")
+        with pytest.raises(RegionError, match="segment 3: its device is not there"):
+            asked.native_path(lost)
+
+
 def test_the_base_is_no_segment(pool: Pool) -> None:
     row = wanted(BASE, 1, span(G, BASE))
     with pytest.raises(RegionError, match=r"its device is lost: /dev/dax0.0 has memory of it"):

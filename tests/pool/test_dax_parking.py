@@ -278,7 +278,12 @@ def test_another_driver_has_the_device_of_one(
     driver.symlink_to("/drivers/kmem")
     pool.close()
     again = open_pool(machine)
-    assert sorted(again.park([*rows, rows[0]._replace(number=SegmentNo(9), pieces=())])) == [1, 2, 4, 5]
+    assert sorted(again.park([*rows, rows[0]._replace(number=SegmentNo(9), pieces=())])) == [
+        1,
+        2,
+        4,
+        5,
+    ]
     with pytest.raises(RegionError, match="it is in system-ram mode"):
         again.restore(rows[2])
     for row in rows:

@@ -228,6 +228,8 @@ class MemoryPool:
         return region
 
     def native_path(self, segment: Segment) -> str:
+        if segment.number not in self.memories:
+            raise RegionError(f"segment {segment.number}: it is not there")
         return f"/proc/self/fd/{self.memories[segment.number]}"
 
     def holders(self, segment: Segment) -> list[Holder]:

@@ -104,11 +104,8 @@ class SegmentRequests:
         )
 
     def _native_path(self, row: Segment) -> str:
-        """Where a segment is, lost or not; empty if nobody can have opened it yet."""
-        segments = self._fs.segments
-        if segments.pool is None or row.number in segments.absent:
-            return ""
-        return segments.pool.native_path(row)
+        """Where a segment is; empty if it is lost, or nobody can have opened it yet."""
+        return self._fs.segments.native_path(row) or ""
 
     async def _paths(self, wanted: set[Ino]) -> dict[Ino, str]:
         """A path of each of these files; one that is renamed meanwhile may be missing."""

@@ -148,7 +148,10 @@ class SegmentMemory:
         """The path by which others open a segment; None: it is lost, or not there yet."""
         if self.pool is None or row.number in self.lost or row.number in self.absent:
             return None
-        return self.pool.native_path(row)
+        try:
+            return self.pool.native_path(row)
+        except RegionError:
+            return None
 
     def bring(self, number: SegmentNo) -> None:
         """Have one of :attr:`absent` restored; if that fails, it is lost, and was told.

@@ -7,7 +7,7 @@ import json
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
-from pkernfs.errors import NoDataError, NotSupportedError
+from pkernfs.errors import NoDataError, NotSupportedError, RegionError
 from pkernfs.layout import POOL_DAX
 
 if TYPE_CHECKING:
@@ -35,14 +35,19 @@ def value(fs: FileSystem, ino: Ino) -> bytes:
     """The value of the attribute.
 
     :raises NoDataError: the file has no segment.
+    :raises RegionError: it is lost: what has its name now may be another file's.
     :raises WorkNeeded: the pool has to restore it.
     """
     row, pool = fs.segments.there(ino), fs.segments.pool
     if row is None or pool is None:
         raise NoDataError("no segment")
+    path = fs.segments.native_path(row)
+    if path is None:
+        reason = fs.segments.lost.get(row.number, f"segment {row.number}: it is not there")
+        raise RegionError(reason, errno.EIO)
     kind = "dax" if row.kind == POOL_DAX else "directory"
     native = fs.natives.is_native(ino)
-    info = SegmentInfo(row.number, kind, pool.native_path(row), row.length, pool.granule, native)
+    info = SegmentInfo(row.number, kind, path, row.length, pool.granule, native)
     return json.dumps(info._asdict()).encode()
 
 
@@ -67,6 +72,8 @@ def read(file: str) -> SegmentInfo | None:
     except OSError as e:
         if e.errno in (errno.ENODATA, errno.EOPNOTSUPP):
             return None
+        if e.errno == errno.EIO:
+            raise NotSupportedError(f"{file}: its segment is lost: the mount's log says why") from e
         raise NotSupportedError(f"{file}: cannot read its segment: {e.strerror}") from e
     except (ValueError, TypeError) as e:
         raise NotSupportedError(f"{file}: the daemon is of another version: {e}") from e

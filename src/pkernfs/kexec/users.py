@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from pkernfs.control.mounts import Mount
+from pkernfs.errors import RegionError
 from pkernfs.host.holders import Target, look
 from pkernfs.host.mappings import mappings_of, maps_device
 from pkernfs.host.sysroot import HOST, Host
@@ -67,10 +68,10 @@ def mappers_of_segments(
 
 def _target(pool: Pool, row: Segment) -> Target | None:
     """What to look for of a segment; None if it is not there."""
-    path = pool.native_path(row)
     try:
+        path = pool.native_path(row)
         return Target.of(os.stat(path), os.path.basename(path))
-    except OSError:
+    except (OSError, RegionError):
         return None
 
 

@@ -230,7 +230,7 @@ class DaxPool:
         return self._parking.park(row for row in rows if self._is_missing(row))
 
     def _is_missing(self, row: Segment) -> bool:
-        """Tell if a segment has no device; not of one that another driver has, as a restore says."""
+        """Tell if a segment has no device. One that another driver has is for a restore to tell."""
         try:
             return self._find(row, again=False) is None
         except RegionError as e:
@@ -487,8 +487,16 @@ class DaxPool:
     # ------------------------------------------------------------------ the node
 
     def native_path(self, segment: Segment) -> str:
-        """The path by which other programs open the segment."""
-        return dax_node.path_of(segment.name, self._host)
+        """The path by which other programs open the segment: by the name that its device has now.
+
+        That in the row is of the kernel that made it: there it may be another segment's.
+
+        :raises RegionError: it is not there.
+        """
+        device = self._find(segment, again=False)
+        if device is None:
+            raise RegionError(f"{_where(segment)}: its device is not there", errno.EIO)
+        return dax_node.path_of(device.name, self._host)
 
     def set_owner(self, segment: Segment, owner: Owner) -> None:
         """Let ``owner`` open the segment, and nobody else but root.

@@ -174,7 +174,10 @@ class Pool(Protocol):
         """
 
     def native_path(self, segment: Segment) -> str:
-        """Quick. The path by which other programs open the segment."""
+        """Quick. The path by which other programs open the segment.
+
+        :raises RegionError: it is not there.
+        """
 
     def holders(self, segment: Segment) -> list[Holder]:
         """Ask the kernel who has it open or mapped, but for this process."""
