@@ -162,6 +162,17 @@ def test_the_owner_of_what_is_restored(region: Region, pool: MemoryPool) -> None
     assert pool.owners[SegmentNo(1)] == Owner(7, 8, 0o640)
 
 
+def test_the_owner_of_what_is_nowhere_for_a_moment(region: Region, pool: MemoryPool) -> None:
+    """As one that is parked with a segment that is being restored."""
+    fs = mount(region, pool)
+    kept = pool.memories.pop(SegmentNo(1))
+    pool.parked.discard(SegmentNo(1))
+    fs.setattr(ino_of(fs, b"a"), uid=7, gid=8, mode=0o640)
+    pool.memories[SegmentNo(1)] = kept
+    fs.segments.bring_all()
+    assert pool.owners[SegmentNo(1)] == Owner(7, 8, 0o640)
+
+
 def test_an_absent_segment_goes(region: Region, pool: MemoryPool) -> None:
     fs = mount(region, pool)
     fs.unlink(ROOT_INO, b"b")

@@ -212,6 +212,8 @@ class MemoryPool:
     def set_owner(self, segment: Segment, owner: Owner) -> None:
         if segment.number in self.parked:
             return
+        if segment.number not in self.memories:
+            raise RegionError(f"segment {segment.number}: lost: it is not there")
         if self.owners.get(segment.number) != owner:
             self.owners[segment.number] = owner
             self.changed()

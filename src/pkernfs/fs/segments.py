@@ -454,12 +454,13 @@ class Segments(SegmentMemory):
     def set_owner(self, inode: Inode, owner: Owner | None = None) -> None:
         """Let ``owner`` open the segment of a file; None: as the file's own attributes say.
 
-        While the pool changes the segment, that is done when it has.
+        While the pool changes the segment, that is done when it has. One that is absent gets the
+        owner of its file when it is restored.
 
         :raises RegionError: the kernel refuses, or the segment is not there: nothing was changed.
         """
         row = self.of(inode)
-        if self.pool is None or row.number in self.lost:
+        if self.pool is None or row.number in self.lost or row.number in self.absent:
             return
         if self.turns.is_changing(row.number):
             self._owner_due.add(row.number)
