@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pkernfs.errors import RegionError
+from pkernfs.errors import LockedError, RegionError
 from pkernfs.host.iomem import Span
 from pkernfs.layout import POOL_DAX, SEGMENT_IN_USE
 from pkernfs.pool import dax_parking
@@ -16,6 +16,7 @@ from pkernfs.pool.pool import Owner, Segment
 from pkernfs.quantities import Ino, PhysAddr, RegionOff, SegmentNo
 from pkernfs.region import dax_making, dax_node
 from pkernfs.region.dax import DRIVER, device_names, read_device
+from pkernfs.region.locks import PhysicalLocks
 from support.made_up_dax import REGION, G, M, MadeUpDax
 from support.made_up_host import Machine, make_machine
 
@@ -295,6 +296,7 @@ def test_another_driver_has_the_device_of_one(
 def test_somebody_takes_some_while_another_is_taken_out(
     pool: DaxPool, kernel: MadeUpDax, machine: Machine, rows: list[Segment]
 ) -> None:
+    """The others stay parked, each alone."""
     pool.park(rows)
     taken: list[str] = []
 
@@ -308,8 +310,49 @@ def test_somebody_takes_some_while_another_is_taken_out(
     kernel.between = lambda attribute: None
     with pytest.raises(RegionError, match=f"segment 2: /dev/{taken[1]} has memory of it"):
         pool.restore(rows[1])
+    assert [pool._parking.holds(row.number) for row in rows[1:]] == [False, True, True, True]
+    with pytest.raises(OSError, match="Cannot allocate"):
+        kernel.foreign(Span(rows[2].pieces[-1].start, 2 * M))
+    dax_making.delete(kernel_last(machine), REGION, machine)
     for row in rows[2:]:
         assert bytes_of(pool, pool.restore(row)) == {row.number}
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("attribute", ["create", "mapping", "bind"])
+def test_what_cannot_be_restored_stays_parked(
+    pool: DaxPool, kernel: MadeUpDax, machine: Machine, rows: list[Segment], attribute: str
+) -> None:
+    """Its file is lost until the next mount, and nobody gets its memory meanwhile."""
+    pool.park(rows)
+    row = rows[0]
+    fail_once(kernel, attribute)
+    with pytest.raises(RegionError, match=r"a test|/dev/dax0.\d has memory of it"):
+        pool.restore(row)
+    assert all(pool._parking.holds(one.number) for one in rows)
+    with pytest.raises(OSError, match="Cannot allocate"):
+        kernel.foreign(Span(row.pieces[0].start, 2 * M))
+    dax_making.delete(kernel_last(machine), REGION, machine)
+    with pytest.raises(LockedError, match="in use"):
+        PhysicalLocks("another", machine, exclusive=True).take(row.pieces)
+    pool.close()
+    again = open_pool(machine)
+    assert len(again.park(rows)) == len(rows)
+    for one in rows:
+        again.restore(one)
+    all_there(machine, again, rows)
+    again.close()
+
+
+def fail_once(kernel: MadeUpDax, attribute: str) -> None:
+    """Have the kernel refuse the next write of an attribute."""
+
+    def between(written: str) -> None:
+        if written == attribute:
+            kernel.between = lambda attribute: None
+            raise RegionError("a test")
+
+    kernel.between = between
 
 
 def test_without_labels_nothing_is_parked(

@@ -240,6 +240,8 @@ class DaxPool:
     def restore(self, segment: Segment) -> Segment:
         """Make a segment again if a kexec has forgotten it, or complete a change of it.
 
+        If that fails, what was parked is parked again, as far as nobody else has it.
+
         :raises RegionError: another device has a part of its memory, or the kernel refuses.
         :raises LockedError: it is mounted as a region.
         """
@@ -265,6 +267,7 @@ class DaxPool:
             return device
 
     def _make(self, row: Segment) -> Segment:
+        was_parked = self._parking.holds(row.number)
         self._locks.take(row.pieces)
         name = ""
         try:
@@ -278,8 +281,12 @@ class DaxPool:
             return self._filled(row, self._bound(row, name, align))
         except BaseException as e:
             self._take_apart(name)
-            self._locks.let_go(row.pieces)
-            if isinstance(e, RegionError) and (reason := self._instead(row.pieces)):
+            reason = self._instead(row.pieces) if isinstance(e, RegionError) else ""
+            if was_parked and not self._parking.holds(row.number):
+                self._parking.park([row])
+            if not self._parking.holds(row.number):
+                self._locks.let_go(row.pieces)
+            if reason:
                 raise RegionError(f"{_where(row)}{reason}", errno.EBUSY) from e
             raise
 

@@ -114,7 +114,7 @@ class DaxParking:
         """The memory of a segment is nobody's in the block, which gives it to its own device.
 
         So is that of the segments behind it in the parking device, which the kernel can cut only
-        at its end. After the block that is parked again. Nothing happens if it was not parked.
+        at its end. After the block those are parked again. Nothing happens if it was not parked.
 
         :raises RegionError: the kernel refuses; all stays as it was.
         """
@@ -135,20 +135,32 @@ class DaxParking:
             self._park_again(name, before, behind)
 
     def _park_again(self, name: str, before: list[Segment], behind: list[Segment]) -> None:
-        """What lay behind a segment that was taken out goes on being parked, if it can."""
+        """What lay behind a segment that was taken out goes on being parked, if it can.
+
+        If somebody has a part of it, each segment is parked alone, but for those that he has.
+        """
         group = [*before, *behind]
         if behind:
             try:
                 self._add(name, _pieces_of(behind), f"/dev/{name}")
                 self._check_size(name, sum(one.length for one in group))
-            except PkernfsError as e:  # it is nobody's, or another's: its segments will say whose
-                log.warning("%s", e)
-                self._index.look(name)
+                self._remember(name, group)
                 return
-            self._remember(name, group)
-        if not group:
+            except PkernfsError as e:
+                log.warning("%s", e)
+                self._cut(name, before)
+        if not before:
             with contextlib.suppress(RegionError):  # a device without memory is in nobody's way
                 self._delete(name)
+        for row in behind:
+            self.park([row])
+
+    def _cut(self, name: str, group: list[Segment]) -> None:
+        """Have a parking device hold only some segments; it stays if the kernel refuses."""
+        with contextlib.suppress(RegionError):
+            size = sum(one.length for one in group)
+            dax_making.set_size(name, size, f"/dev/{name}", self._host)
+        self._index.look(name)
 
     # ------------------------------------------------------------------ one device
 
