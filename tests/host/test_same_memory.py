@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pkernfs.host.same_memory import Area, may_map
+from support.huge_pages import huge_pages
 from support.mounting import MIB, Mapper
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root sees physical pages")
@@ -44,6 +45,27 @@ def test_another_file_is_told_apart() -> None:
         assert not may_map(client.pid, mapped, other)
         os.pwrite(other, b"stored", MIB)
         assert not may_map(client.pid, mapped, other)
+
+
+def test_huge_pages_are_told_apart_and_let_go() -> None:
+    """A mapping that stays would make this process a holder of the file for ever."""
+    with huge_pages(4 * 2 * MIB) as directory:
+        paths = [directory / "one", directory / "other"]
+        fds = [os.open(path, os.O_RDWR | os.O_CREAT) for path in paths]
+        try:
+            for fd in fds:
+                os.ftruncate(fd, 4 * MIB)
+            with Mapper(paths[0], 4 * MIB) as client:
+                client.store(3 * MIB, b"stored")
+                mapped = areas(client.pid, paths[0])
+                shifted = [Area(a.start + 5 * 4096, a.end, a.offset + 5 * 4096) for a in mapped]
+                for looked_at in (mapped, shifted):
+                    assert may_map(client.pid, looked_at, fds[0])
+                    assert not may_map(client.pid, looked_at, fds[1])
+            assert [areas(os.getpid(), path) for path in paths] == [[], []]
+        finally:
+            for fd in fds:
+                os.close(fd)
 
 
 def test_what_cannot_be_told_may_be() -> None:

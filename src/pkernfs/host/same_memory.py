@@ -96,10 +96,17 @@ def _has_data(fd: int, offset: int) -> bool:
 
 
 def _own_frame(fd: int, offset: int) -> int:
-    """The frame of a page of a file; 0: only root may know it."""
-    with mmap.mmap(fd, mmap.PAGESIZE, offset=offset) as page:
-        page[0]  # has the kernel map it
-        byte = ctypes.c_char.from_buffer(page)
+    """The frame of a page of a file; 0: only root may know it.
+
+    On hugetlbfs a whole huge page is mapped: the kernel maps no less, and unmaps no part of one.
+    """
+    found = os.fstat(fd)
+    unit = -(-found.st_blksize // mmap.PAGESIZE) * mmap.PAGESIZE
+    start = offset // unit * unit
+    length = max(min(unit, found.st_size - start), mmap.PAGESIZE)
+    with mmap.mmap(fd, length, offset=start) as mapped:
+        mapped[offset - start]  # has the kernel map it
+        byte = ctypes.c_char.from_buffer(mapped, offset - start)
         address = ctypes.addressof(byte)
         del byte
         with open("/proc/self/pagemap", "rb", buffering=0) as own:
