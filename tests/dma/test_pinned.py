@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import pytest
 
+from pkernfs.dma import pinned
 from pkernfs.errors import (
     BusyError,
     NoSpaceError,
@@ -16,9 +17,10 @@ from pkernfs.fs.file import FALLOC_ZERO_RANGE
 from pkernfs.fs.namei import RENAME_EXCHANGE
 from pkernfs.fs.names import ROOT_PGTABLES
 from pkernfs.host.iomem import overlap
-from pkernfs.iommu.page_walk import Code
+from pkernfs.iommu.page_pool import BlockMap
+from pkernfs.iommu.page_walk import Code, Tree
 from pkernfs.layout import BLOCK, INODE_FLAG_PENDING, IOMMU_INO, PAGE, ROOT_INO
-from pkernfs.quantities import Iova
+from pkernfs.quantities import Iova, PhysRange
 from pkernfs.ratelimit import BURST
 from support.table_files import (
     DEVICE,
@@ -119,6 +121,48 @@ def test_a_segment_that_a_domain_maps_outlives_its_row(pooled: Host) -> None:
     pooled.tables.unmap(0, Iova(0), 1 << 48)
     pool.destroy(row)
     pooled.run(lambda: pooled.fs.setattr(other, size=pool.total))
+
+
+def test_tables_are_walked_once_for_each_state(
+    pooled: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who asks again about a segment gets the same answer, until what is mapped changes."""
+    walks: list[str] = []
+    find, mark = Tree.find, Tree.mark
+
+    def finds(tree: Tree, ranges: Sequence[PhysRange]) -> Iova | None:
+        walks.append("find")
+        return find(tree, ranges)
+
+    def marks(tree: Tree, blocks: BlockMap) -> bool:
+        walks.append("mark")
+        return mark(tree, blocks)
+
+    monkeypatch.setattr(Tree, "find", finds)
+    monkeypatch.setattr(Tree, "mark", marks)
+    guest = pooled.file_of("guest", 4 * MIB)
+    memory = pooled.fs.segments.of(pooled.fs.inode(guest)).pieces
+    tables, at = pooled.tables, Iova(GIB)
+
+    def asked(times: int = 3) -> tuple[str | None, int]:
+        walks.clear()
+        for _ in range(times):
+            holder, held = tables.holder_of_memory(memory), tables.held_memory(memory)
+            held.clear()  # the answer is the caller's own
+        assert walks == ["find", "mark"]
+        return holder, sum(piece.size for piece in tables.held_memory(memory))
+
+    pooled.dom(0)
+    assert asked() == (None, 0)
+    pooled.map(0, at, guest)
+    assert asked() == ("dom-0 maps it at iova 0x40000000", 4 * MIB)
+    tables.unmap(0, at, 2 * MIB)
+    assert asked() == ("dom-0 maps it at iova 0x40200000", 2 * MIB)
+    monkeypatch.setattr(pinned, "_MOST_ANSWERS", 2)
+    walks.clear()
+    tables.holder_of_memory(memory[:1])
+    assert walks == ["find"]
+    assert asked(1) == ("dom-0 maps it at iova 0x40200000", 2 * MIB)
 
 
 def test_an_append_that_was_cut_does_not_wait_for_what_is_mapped(pooled: Host) -> None:

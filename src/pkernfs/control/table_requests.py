@@ -29,8 +29,9 @@ from pkernfs.host.sysroot import HOST
 from pkernfs.iommu.check import Report
 from pkernfs.iommu.config import Config
 from pkernfs.iommu.context_walk import Mode
+from pkernfs.iommu.memory import overlaps
 from pkernfs.layout import IOMMU_INO
-from pkernfs.quantities import Ino
+from pkernfs.quantities import Ino, PhysRange
 from pkernfs.vtd.entries import check_source_id
 
 if TYPE_CHECKING:
@@ -250,11 +251,14 @@ class TableRequests:
 
     async def _bring_mapped(self) -> None:
         """Restore the segments that domains map: a VMM opens them by what an export says."""
-        segments, pins = self._fs.segments, self._fs.pins
-        for number in list(segments.absent):
-            row = segments.table.rows.get(number)
-            if row is not None and pins.holder_of_memory(row.pieces) is not None:
-                await self._session.with_zeroing(partial(segments.bring, number))
+        segments = self._fs.segments
+        rows = [row for n in segments.absent if (row := segments.table.rows.get(n)) is not None]
+        held = self._fs.pins.held_memory([piece for row in rows for piece in row.pieces])
+        ranges = [PhysRange(span.start, span.end) for span in held]
+        for row in rows:
+            if any(overlaps(ranges, PhysRange(p.start, p.end)) for p in row.pieces):
+                await self._session.with_zeroing(partial(segments.bring, row.number))
+            await self._session.pause()
 
     async def _check(self, as_json: bool) -> Output:
         async with self._lock:

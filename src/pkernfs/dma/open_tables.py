@@ -131,6 +131,7 @@ class OpenTables:
         self._open_root()
         for name in self.files.keys() - {ROOT_PGTABLES}:
             self._open_domain(name)
+        self.generation += 1
 
     def _open_root(self) -> None:
         self.root = None

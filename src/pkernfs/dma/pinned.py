@@ -23,6 +23,17 @@ from pkernfs.vtd.entries import bdf_text
 
 log = logging.getLogger(__name__)
 
+_MOST_ANSWERS = 1024
+
+
+class _Answers:
+    """Answers about memory outside the region, while the tables have one generation."""
+
+    def __init__(self, generation: int = -1) -> None:
+        self.generation = generation
+        self.holders: dict[tuple[PhysRange, ...], str | None] = {}
+        self.held: dict[tuple[PhysRange, ...], list[Span]] = {}
+
 
 class Pinned:
     """The memory and the files that the tables of one mounted file system pin."""
@@ -34,6 +45,7 @@ class Pinned:
         self._map: BlockMap | None = None
         self._shift = 0  # of the addresses in it
         self._generation = -1  # of the tables, when the map was made
+        self._answers = _Answers()
 
     # ------------------------------------------------------------------ memory
 
@@ -52,16 +64,31 @@ class Pinned:
         """Name what maps a byte of memory outside the region; None: nothing does."""
         if not self._tables.trees:
             return None
-        return self._mapped_by(merge_ranges(PhysRange(p.start, p.end) for p in pieces))
+        ranges = merge_ranges(PhysRange(p.start, p.end) for p in pieces)
+        known, key = self._known().holders, tuple(ranges)
+        if key not in known:
+            known[key] = self._mapped_by(ranges)
+        return known[key]
 
     def held_memory(self, pieces: Iterable[Span]) -> list[Span]:
         """What of memory outside the region is mapped, in whole 2 MiB blocks, ascending."""
         ranges = merge_ranges(_whole_blocks(p) for p in pieces)
         if not ranges or not self._tables.trees:
             return []
-        blocks = BlockMap.of_memory(ranges)
-        self._mark(blocks)
-        return [Span(r.start, r.end - r.start) for r in blocks.marked()]
+        known, key = self._known().held, tuple(ranges)
+        if key not in known:
+            blocks = BlockMap.of_memory(ranges)
+            self._mark(blocks)
+            known[key] = [Span(r.start, r.end - r.start) for r in blocks.marked()]
+        return list(known[key])
+
+    def _known(self) -> _Answers:
+        """What is known of the tables as they are: each answer takes a walk of all of them."""
+        answers = self._answers
+        count = len(answers.holders) + len(answers.held)
+        if answers.generation != self._tables.generation or count >= _MOST_ANSWERS:
+            self._answers = _Answers(self._tables.generation)
+        return self._answers
 
     def _mapped_by(self, ranges: list[PhysRange]) -> str | None:
         """Name what maps a byte of sorted, disjoint ranges."""
