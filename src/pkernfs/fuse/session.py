@@ -374,36 +374,36 @@ class Session:
         while True:
             changed = trio.Event()
             segments.died = changed.set
+            await self._uncover_dead()
             async with self._pooling:
+                if changed.is_set():
+                    continue  # another one has died, which may still be covered
                 work = segments.reaping()
                 if work is not None:
                     try:
-                        segments.reaped(await trio.to_thread.run_sync(self._uncovered(work)))
+                        segments.reaped(await trio.to_thread.run_sync(work))
                     except PkernfsError as e:
                         self._fs.fail(f"segments: {e}")
                         return
             with trio.move_on_after(_LOOK_SECONDS if segments.reaping() is not None else math.inf):
                 await changed.wait()
 
-    def _uncovered(self, work: Callable[[], _Result]) -> Callable[[], _Result]:
-        """Return ``work`` that no name leads to a dead segment any more before.
+    async def _uncover_dead(self) -> None:
+        """Have no name lead to a segment that is going to be destroyed.
 
         The kernel uncovers a name that it removes, but not before it has our answer; and the name
-        of a device is soon another's.
+        of a device is soon another's. Not inside :attr:`_pooling`: the way to a name may be locked
+        by somebody who waits for that.
         """
         natives, segments = self._natives, self._fs.segments
-        pool, rows = segments.pool, list(segments.table.rows.values())
-        if natives is None or pool is None:
-            return work
+        pool, rows = segments.pool, segments.table.rows.values()
         taken = {row.name for row in rows if row.state != SEGMENT_DEAD and row.name}
         dead = [row for row in rows if row.state == SEGMENT_DEAD and row.name not in taken]
-
-        def uncover_and_work() -> _Result:
-            with contextlib.suppress(OSError, PkernfsError):
-                natives.uncover(map(pool.native_path, dead))
-            return work()
-
-        return uncover_and_work
+        if natives is None or pool is None or not dead:
+            return
+        with contextlib.suppress(OSError, PkernfsError):
+            paths = map(pool.native_path, dead)
+            await trio.to_thread.run_sync(natives.uncover, paths)
 
     async def _bring_segments(self) -> None:
         """Restore the segments that the mount did not wait for; others get turns in between."""
