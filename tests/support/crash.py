@@ -319,10 +319,11 @@ def check_handover(fs: FileSystem) -> None:
 
 
 def check_growth(fs: FileSystem, path: bytes, ino: Ino) -> None:
-    """Extend a file to the end of what it may hold already.
+    """Extend a file to the end of what it may hold already; a native one is none after this.
 
     :raises AssertionError: a byte that it gained is not zero.
     """
+    fs.natives.off(ino)  # a native file keeps its size
     inode = fs.inode(ino)
     old = inode.size
     unit = BLOCK if inode.blocks512 * 512 >= BLOCK or old > BLOCK // 2 else PAGE
