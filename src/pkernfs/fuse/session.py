@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from pkernfs.control.sockets import Listener
     from pkernfs.fs.filesystem import FileSystem
     from pkernfs.fuse.operations import Operations
+    from pkernfs.pool.pool import Pool, Segment
     from pkernfs.region.region import Place, Region
 
 log = logging.getLogger(__name__)
@@ -397,13 +398,11 @@ class Session:
         """
         natives, segments = self._natives, self._fs.segments
         pool, rows = segments.pool, segments.table.rows.values()
-        taken = {row.name for row in rows if row.state != SEGMENT_DEAD and row.name}
-        dead = [row for row in rows if row.state == SEGMENT_DEAD and row.name not in taken]
+        dead = [row for row in rows if row.state == SEGMENT_DEAD]
         if natives is None or pool is None or not dead:
             return
-        with contextlib.suppress(OSError, PkernfsError):
-            paths = map(pool.native_path, dead)
-            await trio.to_thread.run_sync(natives.uncover, paths)
+        with contextlib.suppress(OSError):  # no table of mounts
+            await trio.to_thread.run_sync(natives.uncover, _paths(pool, dead))
 
     async def _bring_segments(self) -> None:
         """Restore the segments that the mount did not wait for; others get turns in between."""
@@ -483,6 +482,13 @@ class Session:
                 busy,
             )
             pyfuse3.terminate()
+
+
+def _paths(pool: Pool, rows: list[Segment]) -> Iterator[str]:
+    """Where the segments are, of those that are there."""
+    for row in rows:
+        with contextlib.suppress(OSError, PkernfsError):
+            yield pool.native_path(row)
 
 
 def _writers(place: Place | None, size: int) -> list[Mapping]:
