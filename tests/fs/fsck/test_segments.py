@@ -529,6 +529,25 @@ def test_a_row_is_made_again_from_the_file_of_its_segment(beside: Beside, damage
     assert rows(beside.d)[GUEST].fields == expected
 
 
+def given_away(native: Path) -> None:
+    os.chown(native, 3, 4)
+    native.chmod(0o660)
+
+
+def test_owner_and_mode_of_a_native_file_are_those_of_its_segment(beside: Beside) -> None:
+    """Who changes them by a name changes the segment, and not the inode."""
+    ino = beside.d.inos["guest"]
+    flags = beside.d.inode(ino).flags | INODE_FLAG_NATIVE
+    beside.d.set_inode(ino, flags=flags)
+    given_away(beside.native)
+    row_removed(beside.d)
+    repaired(beside.region, Code.SEGMENT_REMADE)
+    assert beside.d.inode(ino).flags == flags
+    os.truncate(beside.native, BLOCK)
+    row_removed(beside.d)
+    repaired(beside.region, Code.SEGMENT_LOST)
+
+
 def longer(native: Path) -> None:
     os.truncate(native, native.stat().st_size + BLOCK)
 

@@ -16,6 +16,7 @@ from pkernfs.errors import CorruptionError
 from pkernfs.fs.fsck.structures import Pool
 from pkernfs.layout import (
     BLOCK,
+    INODE_FLAG_NATIVE,
     MAX_FILE_BYTES,
     MAX_SEGMENT_PIECES,
     NO_NODE,
@@ -95,17 +96,16 @@ def row_of_file(number: SegmentNo, ino: Ino, f: InodeFields, info: os.stat_resul
     """Make the row of a segment in a directory from its inode and its file; None: they differ.
 
     Only root can make files in the directory. What has the name of the segment is its memory if it
-    has the length that the inode has of it, and the inode's owner and mode.
+    has the length that the inode has of it, and the inode's owner and mode. The names of a native
+    file lead to the segment: who changes owner or mode by one changes those of the segment alone.
     """
     length = f.data_pages * PAGE
-    expected = (stat.S_IFREG | f.mode & _PERMISSIONS, f.uid, f.gid, 1, length)
-    if f.size > length or expected != (
-        info.st_mode,
-        info.st_uid,
-        info.st_gid,
-        info.st_nlink,
-        info.st_size,
-    ):
+    if f.size > length or (info.st_nlink, info.st_size) != (1, length):
+        return None
+    if not stat.S_ISREG(info.st_mode):
+        return None
+    owner = (stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid)
+    if not f.flags & INODE_FLAG_NATIVE and owner != (f.mode & _PERMISSIONS, f.uid, f.gid):
         return None
     fields = SegmentFields(
         ino=ino,
