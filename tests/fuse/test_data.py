@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from pkernfs.fuse._shim import ffi
 
 from pkernfs.errors import WorkNeeded, ZeroingNeeded
 from pkernfs.fs.filesystem import FileSystem
@@ -26,6 +25,8 @@ from support.fuse_handlers import (
     make_operations,
     run_once,
 )
+
+from pkernfs.fuse._shim import ffi  # isort: skip  # after the shim, which loads it for all
 
 MIB = 1 << 20
 

@@ -5,16 +5,23 @@ What a kernel makes of it is in test_mount.py.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 from typing import Any
 
 import pytest
-from pkernfs.fuse._shim import ffi, lib
 
 from pkernfs.errors import NotSupportedError
 from pkernfs.fuse import shim
 from pkernfs.quantities import Ino
+
+from pkernfs.fuse._shim import ffi, lib  # isort: skip  # after the shim, which loads it for all
+
+
+def test_libfuse_is_found_here() -> None:
+    """By all that is loaded later: a fork of this process may mount."""
+    assert hasattr(ctypes.CDLL(None), "fuse_session_new")
 
 
 class Server:
