@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings, strategies
 
 from guestlab import GuestLabError, kernel, qemu
 from kexeclab.runner import Lab
@@ -105,6 +105,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         if report.when == "call" and has_machine and report.capstdout:
             terminalreporter.section(report.nodeid, sep="-")
             terminalreporter.write(report.capstdout)
+
+
+def pytest_runtestloop() -> None:
+    """Hypothesis reads all modules for constants at its first draws, which is no test's time."""
+    settings(max_examples=200, database=None)(given(strategies.integers())(_drawn))()
+
+
+def _drawn(_number: int) -> None:
+    pass
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

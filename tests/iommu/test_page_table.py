@@ -410,6 +410,7 @@ def operations(draw: st.DrawFn, levels: int) -> tuple[str, Iova, int, PhysAddr, 
     return kind, iova, end - iova, PhysAddr(HIGH + iova % (1 << 45) + shift), perm
 
 
+@pytest.mark.slow("each change of a random sequence is compared with a model")
 @pytest.mark.parametrize("levels", [3, 4, 5])
 @given(data=st.data())
 def test_any_sequence(levels: int, data: st.DataObject) -> None:
