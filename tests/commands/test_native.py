@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
 
 from support.command_lines import Command, refused
 from support.mounted_pool import MountedPool
-from support.mounting import MIB, Mounted
+from support.mounting import MIB
 
 
 @pytest.mark.fuse
@@ -27,18 +26,3 @@ def test_refusals(command: Command) -> None:
             refused(said, 1, "pkernfs", f"process {os.getpid()} ", "has opened it")
         said = command("pkernfs", "native", file, "off")
         assert (said.status, said.out, said.err) == (0, "", "")
-
-
-@pytest.mark.fuse
-def test_a_region_without_a_pool(command: Command) -> None:
-    with Mounted(16 * MIB) as mounted:
-        (mounted.path / "f").write_bytes(b"x")
-        said = command("pkernfs", "native", mounted.path / "f", "on")
-        refused(said, 1, "pkernfs", "no pool of segments")
-
-
-def test_bad_words(tmp_path: Path, command: Command) -> None:
-    refused(command("pkernfs", "native", tmp_path, "on"), 1, "pkernfs", "not on a pkernfs mount")
-    refused(command("pkernfs", "native", tmp_path), 1, "pkernfs", "required: on|off")
-    refused(command("pkernfs", "native", tmp_path, "maybe"), 1, "pkernfs", "invalid choice")
-    refused(command("pkernfs", "native", "", "on"), 1, "pkernfs", "file: it is empty")

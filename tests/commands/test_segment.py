@@ -12,7 +12,7 @@ import pytest
 from pkernfs.fuse import segment_xattr
 from support.command_lines import Command, refused
 from support.mounted_pool import MountedPool
-from support.mounting import MIB, Mounted
+from support.mounting import MIB
 
 DATA = os.urandom(5 * MIB + 99)
 
@@ -100,18 +100,3 @@ def test_what_cannot_have_one_is_refused(mounted: MountedPool, command: Command)
     big = mounted.file("big", 100 * MIB)
     refused(command("pkernfs", "segment", big, "off"), 1, "pkernfs", "no space")
     assert segment_xattr.read(str(big)) is not None
-
-
-@pytest.mark.fuse
-def test_a_region_without_a_pool(command: Command) -> None:
-    with Mounted(16 * MIB) as mounted:
-        (mounted.path / "f").write_bytes(b"x")
-        said = command("pkernfs", "segment", mounted.path / "f", "on")
-        refused(said, 1, "pkernfs", "no pool of segments")
-
-
-def test_bad_words(tmp_path: Path, command: Command) -> None:
-    refused(command("pkernfs", "segment", tmp_path, "on"), 1, "pkernfs", "not on a pkernfs mount")
-    refused(command("pkernfs", "segment", tmp_path), 1, "pkernfs", "required: on|off")
-    refused(command("pkernfs", "segment", tmp_path, "maybe"), 1, "pkernfs", "invalid choice")
-    refused(command("pkernfs", "segment", "", "on"), 1, "pkernfs", "file: it is empty")

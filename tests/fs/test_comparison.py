@@ -8,9 +8,7 @@ import random
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -42,7 +40,7 @@ from support.checking import MemoryFile, assert_clean
 from support.handed import MIB, Handed, boot, changes_of, file_of, has_digests, reseal
 from support.handover import hand_over, verify
 from support.memory_pool import POOL, MemoryPool
-from support.pooled_handover import PooledFiles, make_guest
+from support.pooled_handover import PooledFiles, make_guest, pooled_files
 
 # ---------------------------------------------------------------------- the first mount
 
@@ -310,11 +308,8 @@ def test_no_changed_byte_goes_unnoticed(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture
 def pooled() -> Iterator[PooledFiles]:
-    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="pkernfs-pool.") as name:
-        Path(name).chmod(0o711)
-        made = PooledFiles(Path(name))
+    with pooled_files() as made:
         yield made
-        made.close()
 
 
 def handed_guests(pooled: PooledFiles) -> None:

@@ -7,12 +7,10 @@ from collections.abc import Iterator
 import pytest
 
 from pkernfs.errors import NoSpaceError
-from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.layout import BLOCK, SEGMENT_DEAD
-from pkernfs.region.region import Region
-from support.files import MIB, ROOT
-from support.holding import Pooled
-from support.memory_pool import DAX, PiecedPool
+from support.files import ROOT
+from support.holding import Pooled, pooled_by
+from support.memory_pool import PiecedPool
 
 
 @pytest.fixture
@@ -23,11 +21,8 @@ def pool() -> Iterator[PiecedPool]:
 
 @pytest.fixture
 def pooled(pool: PiecedPool) -> Iterator[Pooled]:
-    with Region.anonymous(32 * MIB) as region:
-        make_filesystem(region, pool=DAX)
-        made = Pooled(region, pool)
+    with pooled_by(pool) as made:
         yield made
-        made.fs.segments.close()
 
 
 def test_a_dead_segment_that_is_held_is_not_destroyed(

@@ -17,8 +17,8 @@ from pkernfs.pool.pool import Segment
 from pkernfs.quantities import Ino, PhysAddr
 from pkernfs.region.region import Region
 from support.files import MIB, ROOT, make
-from support.holding import Holding, Pooled, blocks_of, mounted
-from support.memory_pool import DAX, PiecedPool
+from support.holding import Holding, Pooled, blocks_of, mounted, pooled_by
+from support.memory_pool import PiecedPool
 
 
 @pytest.fixture
@@ -112,11 +112,8 @@ def pool() -> Iterator[PiecedPool]:
 
 @pytest.fixture
 def pooled(pool: PiecedPool) -> Iterator[Pooled]:
-    with Region.anonymous(32 * MIB) as region:
-        make_filesystem(region, pool=DAX)
-        made = Pooled(region, pool)
+    with pooled_by(pool) as made:
         yield made
-        made.fs.segments.close()
 
 
 def test_a_held_block_of_a_segment_stays(pooled: Pooled) -> None:

@@ -22,7 +22,7 @@ from pkernfs.pool.pool import Pool, Segment
 from pkernfs.region.digest import crc64
 from pkernfs.region.region import Region
 from support.handed import file_of
-from support.pooled_handover import MIB, PooledFiles, make_guest
+from support.pooled_handover import MIB, PooledFiles, make_guest, pooled_files
 
 
 class Listening(Observer):
@@ -37,11 +37,8 @@ class Listening(Observer):
 
 @pytest.fixture
 def pooled() -> Iterator[PooledFiles]:
-    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="pkernfs-pool.") as name:
-        Path(name).chmod(0o711)
-        made = PooledFiles(Path(name))
+    with pooled_files() as made:
         yield made
-        made.close()
 
 
 def digests_of(

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
 from pkernfs.errors import BusyError
 from pkernfs.fs.filesystem import FileSystem
+from pkernfs.fs.mkfs import make_filesystem
 from pkernfs.host.iomem import Span
 from pkernfs.layout import BLOCK, IOMMU_INO, PAGE, Extent
 from pkernfs.pool.pool import Segment
 from pkernfs.quantities import Ino, PhysAddr
 from pkernfs.region.region import Region
-from support.files import ROOT
-from support.memory_pool import PiecedPool
+from support.files import MIB, ROOT
+from support.memory_pool import DAX, PiecedPool
 
 
 class Holding:
@@ -86,6 +88,15 @@ class Pooled:
         monkeypatch.setattr(Holding, "load", load)
         self.fs.segments.close()
         self.fs, self.pins = mounted(self.region, open_pool=self.pool.opener())
+
+
+@contextmanager
+def pooled_by(pool: PiecedPool) -> Iterator[Pooled]:
+    with Region.anonymous(32 * MIB) as region:
+        make_filesystem(region, pool=DAX)
+        made = Pooled(region, pool)
+        yield made
+        made.fs.segments.close()
 
 
 def blocks_of(row: Segment) -> set[int]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import random
 import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pkernfs.dma.mount import mount_filesystem
@@ -50,6 +53,16 @@ class PooledFiles:
     def close(self) -> None:
         assert_clean(self.region)
         self.region.close()
+
+
+@contextmanager
+def pooled_files() -> Iterator[PooledFiles]:
+    """In a directory on tmpfs, which is removed."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="pkernfs-pool.") as name:
+        Path(name).chmod(0o711)
+        made = PooledFiles(Path(name))
+        yield made
+        made.close()
 
 
 def make_guest(fs: FileSystem, name: str, size: int, data: dict[int, bytes] | None = None) -> Ino:

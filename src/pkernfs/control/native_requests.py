@@ -17,6 +17,7 @@ from pkernfs.control.session import Session
 from pkernfs.dma.output import Pause
 from pkernfs.dma.reports import walk_files
 from pkernfs.errors import BusyError, PkernfsError, RegionError
+from pkernfs.pool.pool import Holder, refuse_holders
 from pkernfs.quantities import Ino
 
 if TYPE_CHECKING:
@@ -108,13 +109,8 @@ class NativeRequests:
 
     async def _refuse_users(self, ino: Ino, *, segment: bool) -> None:
         """:raises BusyError: somebody has the file, or else its segment, open or mapped: who."""
-        if users := await self._session.users(ino, segment=segment):
-            first = users[0]
-            how = "maps" if first.maps else "has opened"
-            others = f", and {len(users) - 1} more" if len(users) > 1 else ""
-            raise BusyError(
-                f"inode {ino}: busy: process {first.pid} ({first.command}) {how} it{others}"
-            )
+        users = await self._session.users(ino, segment=segment)
+        refuse_holders(f"inode {ino}", [Holder.of(process) for process in users])
         self._check_closed(ino)
 
     def _check_closed(self, ino: Ino) -> None:

@@ -98,14 +98,10 @@ class SegmentRequests:
             path if row.state == SEGMENT_IN_USE else "",
             _STATES[row.state],
             row.length,
-            self._native_path(row),
+            segments.native_path(row) or "",
             segments.lost.get(row.number, ""),
             row.state == SEGMENT_IN_USE and self._fs.natives.is_known(row.ino),
         )
-
-    def _native_path(self, row: Segment) -> str:
-        """Where a segment is; empty if it is lost, or nobody can have opened it yet."""
-        return self._fs.segments.native_path(row) or ""
 
     async def _paths(self, wanted: set[Ino]) -> dict[Ino, str]:
         """A path of each of these files; one that is renamed meanwhile may be missing."""

@@ -23,7 +23,15 @@ from pkernfs.pool.dax_index import DaxIndex
 from pkernfs.pool.dax_parking import DaxParking
 from pkernfs.pool.dax_space import DaxSpace
 from pkernfs.pool.pieces import Pieces
-from pkernfs.pool.pool import Holder, Owner, Passed, Segment, Space, nothing_is_passed
+from pkernfs.pool.pool import (
+    Holder,
+    Owner,
+    Passed,
+    Segment,
+    Space,
+    nothing_is_passed,
+    refuse_holders,
+)
 from pkernfs.quantities import RegionOff, SegmentNo
 from pkernfs.region import dax, dax_making, dax_node
 from pkernfs.region.backing import Backing, open_path
@@ -38,7 +46,7 @@ log = logging.getLogger(__name__)
 _DRIVER = os.path.basename(dax.DRIVER)
 _ZERO_STEP_BYTES = 1 << 30
 _PARKED = "parked"
-_MAPS, _OPEN, _MAY, _REACHES = "maps", "has opened", "may have", "reaches"
+_MAY, _REACHES = "may have", "reaches"
 
 
 class _Memory(Backing):
@@ -470,9 +478,7 @@ class DaxPool:
             self._check_unused(segment, device)
 
     def _check_unused(self, row: Segment, device: Device) -> None:
-        if found := self._holders(row, device):
-            others = f", and {len(found) - 1} more" if len(found) > 1 else ""
-            raise BusyError(f"{_where(row)}: busy: {found[0]}{others}")
+        refuse_holders(_where(row), self._holders(row, device))
 
     def holders(self, segment: Segment) -> list[Holder]:
         """Ask the kernel who has it open or mapped, but for this process."""
@@ -489,7 +495,7 @@ class DaxPool:
             return [Holder(0, f"{name}, under VFIO,", _REACHES)]
         if not seen.found and seen.hidden:
             return [Holder(0, f"one of the processes that let nobody look ({seen.hidden})", _MAY)]
-        return [Holder(one.pid, one.command, _MAPS if one.maps else _OPEN) for one in seen.found]
+        return [Holder.of(process) for process in seen.found]
 
     # ------------------------------------------------------------------ the node
 

@@ -17,12 +17,11 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from pkernfs.errors import BusyError
 from pkernfs.host.holders import Target, is_mapped_by, look
 from pkernfs.host.left_mappings import left_mappings
 from pkernfs.host.same_memory import may_map
 from pkernfs.host.sysroot import HOST
-from pkernfs.pool.pool import Holder
+from pkernfs.pool.pool import Holder, refuse_holders
 from pkernfs.quantities import Ino
 
 _MAPS = "maps"
@@ -51,9 +50,7 @@ def nobody_else(
     :raises BusyError: somebody has it open or mapped; the message says who.
     """
     holders = [] if _ask(fd) is _Answer.LEASED else _find(fd, name, passed, ino)
-    if holders:
-        more = f", and {len(holders) - 1} more" if len(holders) > 1 else ""
-        raise BusyError(f"{name}: busy: {holders[0]}{more}")
+    refuse_holders(name, holders)
     try:
         yield
     finally:
@@ -110,7 +107,7 @@ def _find(fd: int, name: str, passed: Target | None, ino: Ino | None) -> list[Ho
     seen = look([target] if passed is None else [target, passed])
     found = [p for p in seen.found if p.maps or p.target == target]
     if found:
-        return [Holder(p.pid, p.command, _MAPS if p.maps else _OPENED) for p in found]
+        return [Holder.of(process) for process in found]
     answer = _ask(fd)
     if answer is _Answer.LEASED:
         return []

@@ -6,10 +6,11 @@ pool makes the memory, opens it, and takes it apart; it remembers nothing that c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
-from pkernfs.host.holders import Target
+from pkernfs.errors import BusyError
+from pkernfs.host.holders import Holding, Target
 from pkernfs.host.iomem import Span
 from pkernfs.layout import SEGMENT_NEW
 from pkernfs.quantities import Ino, SegmentNo
@@ -58,6 +59,18 @@ class Holder(NamedTuple):
     def __str__(self) -> str:
         who = f"process {self.pid} ({self.name})" if self.pid else self.name
         return f"{who} {self.how} it"
+
+    @classmethod
+    def of(cls, process: Holding) -> Holder:
+        """A process that the kernel names."""
+        return cls(process.pid, process.command, "maps" if process.maps else "has opened")
+
+
+def refuse_holders(what: str, holders: Sequence[Holder]) -> None:
+    """:raises BusyError: there are any: the first of them, and how many more."""
+    if holders:
+        more = f", and {len(holders) - 1} more" if len(holders) > 1 else ""
+        raise BusyError(f"{what}: busy: {holders[0]}{more}")
 
 
 #: The file of a mount by which the kernel passes mappings through to a segment; None: none now.

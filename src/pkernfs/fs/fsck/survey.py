@@ -72,7 +72,6 @@ class Survey:
     def files(self) -> Iterator[FileSpans]:
         """Yield where the data of each regular file in the region is that has a name.
 
-
         Not those of tables: they are proved right by their own check, and a unit may set bits in
         them meanwhile.
         """
