@@ -8,6 +8,7 @@ the report's header: ``--hypothesis-seed=N`` runs the same examples again.
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import shutil
@@ -107,15 +108,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.write(report.capstdout)
 
 
-def pytest_runtestloop() -> None:
-    """Hypothesis reads all modules for constants at its first draws, which is no test's time."""
-    settings(max_examples=200, database=None)(given(strategies.integers())(_drawn))()
-
-
-def _drawn(_number: int) -> None:
-    pass
-
-
 def pytest_collection_finish(session: pytest.Session) -> None:
     """For ``scripts/lab list``: write each test, with what it shows, to the file that it names."""
     if listing := os.environ.get("PKERNFS_LAB_LIST"):
@@ -123,6 +115,22 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         shows = {item.originalname: item.function.__doc__ or "" for item in functions}
         lines = [f"{name}\t{text.partition(chr(10))[0]}\n" for name, text in shows.items()]
         Path(listing).write_text("".join(lines))
+    _get_ready()
+
+
+def _get_ready() -> None:
+    """Do once what would else be some test's time, whichever comes first.
+
+    Hypothesis reads all modules for constants at its first draws. And what is there now stays: to
+    look through all of it for garbage takes a second.
+    """
+    settings(max_examples=200, database=None)(given(strategies.integers())(_drawn))()
+    gc.collect()
+    gc.freeze()
+
+
+def _drawn(_number: int) -> None:
+    pass
 
 
 @pytest.fixture(scope="session")
